@@ -1,0 +1,140 @@
+"""Every way in which noisytune refuses, fails or stops, each with its exit code.
+
+    NoisytuneError
+    ├── UsageError           2   the request makes no sense (shown as Typer shows usage errors)
+    ├── InputInvalid         3   the input is malformed, incomplete, unsafe or not supported
+    ├── InputUnreadable      4   the input is missing or cannot be read
+    ├── OutputUnsafe         5   the output exists, is in use, or is unsafe to write
+    ├── ResourceExhausted    6   out of a resource, or a write failed
+    ├── HubError             7   the hub or the network failed
+    ├── Mismatch             8   the input changed while read, or the answer is "does not match"
+    └── Stopped      130, 143, 129   a signal asked us to stop
+
+An error is one line: WHAT: PATH[: tensor "NAME"]: WHY. NEXT STEP. Everything that came from a file is
+escaped here, once, so no caller has to remember.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import ClassVar
+
+from noisytune_cli.escape import escape
+
+
+class NoisytuneError(Exception):
+    """The base of all expected errors; `exit_code` is what the process ends with.
+
+    `what` says what could not be done, `why` the cause, `next_step` what the user can do; `path` and
+    `tensor` say where. `what`, `why` and `next_step` may hold text from files: all is escaped.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        why: str,
+        next_step: str,
+        path: str | os.PathLike[str] | None = None,
+        tensor: str | None = None,
+    ) -> None:
+        self.what, self.why, self.next_step = what, why, next_step
+        self.path = None if path is None else os.fspath(path)
+        self.tensor = tensor
+        super().__init__(self.line())
+
+    def line(self) -> str:
+        """The error as one printable line, without the program's name."""
+        where = [] if self.path is None else [escape(self.path, 500)]
+        if self.tensor is not None:
+            where.append(f'tensor "{escape(self.tensor)}"')
+        head = ": ".join([escape(self.what, 300), *where, escape(self.why, 500).rstrip(".")])
+        return f"{head}. {escape(self.next_step, 300).rstrip('.')}."
+
+
+class UsageError(NoisytuneError):
+    """The request makes no sense: exit code 2."""
+
+    exit_code = 2
+
+
+class InputInvalid(NoisytuneError):
+    """The input is malformed, incomplete, unsafe or not supported: exit code 3."""
+
+    exit_code = 3
+
+
+class InputUnreadable(NoisytuneError):
+    """The input is missing or cannot be read: exit code 4."""
+
+    exit_code = 4
+
+
+class OutputUnsafe(NoisytuneError):
+    """The output exists, is in use, or is unsafe to write: exit code 5."""
+
+    exit_code = 5
+
+
+class ResourceExhausted(NoisytuneError):
+    """Out of disk, memory or descriptors, or a write failed: exit code 6."""
+
+    exit_code = 6
+
+
+class HubError(NoisytuneError):
+    """The hub or the network failed: exit code 7."""
+
+    exit_code = 7
+
+
+class Mismatch(NoisytuneError):
+    """The input changed while it was read, or two things that must agree do not: exit code 8."""
+
+    exit_code = 8
+
+
+class Stopped(BaseException):
+    """A signal asked the process to stop; a BaseException so that no `except Exception` swallows it."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as a shell reports it."""
+        return 128 + self.signum
+
+
+def unreadable(error: OSError, path: str | os.PathLike[str]) -> NoisytuneError:
+    """Map an OSError met while opening or reading an input to the error the user sees."""
+    if isinstance(error, FileNotFoundError):
+        next_step = "Check the spelling; a hub id looks like NAME or OWNER/NAME"
+    elif isinstance(error, PermissionError):
+        next_step = "Make it readable for this user, or copy it somewhere that is"
+    else:
+        next_step = "Check the disk or the network share it is on, then run again"
+    why = os.strerror(error.errno) if error.errno else str(error)
+    if error.errno in _RESOURCE_ERRNOS:
+        return ResourceExhausted(
+            "cannot read", path=path, why=why, next_step="Raise the limit (ulimit -n, ulimit -v), then run again"
+        )
+    return InputUnreadable("cannot read", path=path, why=why, next_step=next_step)
+
+
+def unwritable(error: OSError, path: str | os.PathLike[str]) -> NoisytuneError:
+    """Map an OSError met while writing output to the error the user sees (nothing was published)."""
+    why = os.strerror(error.errno) if error.errno else str(error)
+    return ResourceExhausted(
+        "cannot write",
+        path=path,
+        why=f"{why}; nothing was published",
+        next_step="Free space or choose another place with -o, then run again",
+    )
+
+
+_RESOURCE_ERRNOS = {12, 23, 24}  # ENOMEM, ENFILE, EMFILE

@@ -1,0 +1,33 @@
+"""Text from a file, made safe to print.
+
+Tensor names, file names and parser messages come from checkpoints, which anyone can write. Before they
+reach a terminal or a log every control character, line break, bidirectional override and lone surrogate
+is spelt as an escape, and the text is cut to a length that fits an error line.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+#: Unicode categories that are never shown as they are: controls, formats (bidi overrides among them),
+#: surrogates, private use, unassigned, and line and paragraph separators.
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+
+def escape(text: str, limit: int | None = 200) -> str:
+    """Return `text` with unprintable characters escaped, cut after `limit` characters (None: not cut)."""
+    cut = limit is not None and len(text) > limit
+    shown = text[:limit] if cut else text
+    out = "".join(_escape_character(c) for c in shown)
+    return f"{out}… ({len(text)} characters)" if cut else out
+
+
+def _escape_character(c: str) -> str:
+    if c == "\\":
+        return "\\\\"
+    if c == " " or (c.isprintable() and unicodedata.category(c) not in _HIDDEN):
+        return c
+    code = ord(c)
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

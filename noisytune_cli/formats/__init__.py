@@ -1,0 +1,52 @@
+"""Checkpoint formats: one file each, behind one contract.
+
+A format module's name is the name a user types. It offers
+
+    open_source(path, name) -> Source      parse and validate the header; read no tensor data
+    create_sink(path, source) -> Sink      write a file with the source's header and empty slots
+
+A `Source` is one weight file: where its tensors lie, and plain positioned reads. A `Sink` is its twin in
+the output: the same header, and a slot for every tensor. Nothing here knows about noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Buffer, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from noisytune_cli.records import TensorSpec
+
+
+class Source(Protocol):
+    """One open weight file. Threads may read at once; nothing is ever written to it."""
+
+    path: Path
+    name: str
+    size: int
+    tensors: tuple[TensorSpec, ...]
+    metadata: Mapping[str, str]
+    header_digest: str
+    warnings: tuple[str, ...]
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `offset` of the file; Mismatch if the file ends before."""
+
+    def check_unchanged(self) -> None:
+        """Raise Mismatch if size, mtime or inode differ from what they were at open."""
+
+    def close(self) -> None:
+        """Release the descriptor (twice is fine)."""
+
+
+class Sink(Protocol):
+    """One weight file being written; slots may be filled in any order, by several threads."""
+
+    def write(self, offset: int, buffer: Buffer) -> None:
+        """Write `buffer` at byte `offset` of the file, whole or not at all (an error otherwise)."""
+
+    def finish(self) -> None:
+        """Flush to the device (fsync) and close; an error here means that nothing may be published."""
+
+    def abort(self) -> None:
+        """Close without a promise (twice is fine)."""

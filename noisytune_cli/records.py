@@ -1,0 +1,165 @@
+"""The frozen records that flow through noisytune. Read this first.
+
+A checkpoint is a set of weight files; a weight file is a header and a run of tensors (`TensorSpec`).
+What the user asks for is a `NoiseSpec`. From both, and before any weight is read, comes a `Plan`: one
+`Step` for each tensor, an action and a reason. Carrying a step out leaves a `Receipt`; the receipts, in
+file order, are the `Manifest`. Records are plain data: no record reads, writes or prints.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+Action = Literal["perturb", "copy"]
+Distribution = str
+Scope = Literal["matrix", "global"]
+Granularity = Literal["tensor", "matrix"]
+
+#: Why a tensor is copied byte for byte (design: "Not perturbed").
+Reason = Literal[
+    "not-float",
+    "empty",
+    "one-element",
+    "constant",
+    "non-finite",
+    "buffer",
+    "excluded",
+    "lambda-zero",
+    "unrepresentable",
+]
+
+#: The element types that get noise, with their size in bytes.
+FLOAT_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One stored tensor, as its file's header describes it.
+
+    `dtype` is spelt as safetensors spells it (`F32`, `BF16`, `I64`…); `file` is the weight file's name
+    relative to the checkpoint, with `/`; `offset` is the first byte counted from the start of that file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+    @property
+    def elements(self) -> int:
+        """The number of elements (1 for shape [])."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseSpec:
+    """What noise the user asks for. λ is the full width of the uniform noise in units of std(W)."""
+
+    lam: float = 0.15
+    seed: int = 0
+    distribution: Distribution = "uniform"
+    scope: Scope = "matrix"
+    granularity: Granularity = "tensor"
+    rules: tuple[tuple[str, float], ...] = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What will happen to one tensor, decided from headers alone.
+
+    `stream` names the noise stream (the tensor's own name, or that of the tie it belongs to). `lam` is 0
+    for a copy. `unsure` says what only the values can tell (`constant`, `non-finite`) of a tensor that is
+    to be perturbed.
+    """
+
+    tensor: TensorSpec
+    action: Action
+    reason: Reason | None
+    lam: float
+    stream: str
+    unsure: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """Two or more names of one parameter; `names` are in file order and `stream` is one of them.
+
+    `evidence` is `alias` (the file says so), `storage` (one storage in a pickle) or `equal-bytes` (a known
+    pair that is a tie only if the bytes agree, which the values have to tell).
+    """
+
+    stream: str
+    names: tuple[str, ...]
+    evidence: Literal["alias", "storage", "equal-bytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step for every tensor, in file order, with the noise and the ties they came from."""
+
+    noise: NoiseSpec
+    steps: tuple[Step, ...]
+    ties: tuple[Tie, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What was done to one tensor.
+
+    `std` and `amplitude` are float32 values held in Python floats; `low`/`high` bound the uniform noise,
+    `noise_std` is the std of Gaussian noise. `unchanged` counts elements that rounding left as they were,
+    `clamped` those held back at the dtype's largest finite value. Digests are `blake3:HEX` over the
+    stored bytes.
+    """
+
+    step: Step
+    action: Action
+    reason: Reason | None
+    lam: float
+    std: float | None
+    amplitude: float | None
+    low: float | None
+    high: float | None
+    noise_std: float | None
+    unchanged: int
+    clamped: int
+    source_digest: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A weight file: name relative to the checkpoint, size in bytes, digest of everything but tensor data."""
+
+    name: str
+    size: int
+    header_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRecord:
+    """Where the weights came from: a plain name or hub id (never a path of this machine), and its commit."""
+
+    id: str
+    revision: str | None
+    files: tuple[FileRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """All that is needed to check the output, or to rebuild it from the source (`docs/manifest.md`)."""
+
+    tool_name: str
+    tool_version: str
+    source: SourceRecord
+    noise: NoiseSpec
+    receipts: tuple[Receipt, ...]
+    copied: tuple[tuple[str, str], ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
+    warnings: tuple[str, ...] = field(default=(), compare=False)
