@@ -11,7 +11,7 @@ the output: the same header, and a slot for every tensor. Nothing here knows abo
 
 from __future__ import annotations
 
-from collections.abc import Buffer, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -42,7 +42,7 @@ class Source(Protocol):
 class Sink(Protocol):
     """One weight file being written; slots may be filled in any order, by several threads."""
 
-    def write(self, offset: int, buffer: Buffer) -> None:
+    def write(self, offset: int, buffer: bytes | memoryview) -> None:
         """Write `buffer` at byte `offset` of the file, whole or not at all (an error otherwise)."""
 
     def finish(self) -> None:
