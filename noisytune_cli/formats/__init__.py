@@ -2,8 +2,8 @@
 
 A format module's name is the name a user types. It offers
 
-    open_source(path, name) -> Source      parse and validate the header; read no tensor data
-    create_sink(path, source) -> Sink      write a file with the source's header and empty slots
+    open_source(path, name, mmap) -> Source    parse and validate the header; read no tensor data
+    create_sink(path, source) -> Sink          write a file with the source's header and empty slots
 
 A `Source` is one weight file: where its tensors lie, and plain positioned reads. A `Sink` is its twin in
 the output: the same header, and a slot for every tensor. Nothing here knows about noise.
@@ -29,8 +29,11 @@ class Source(Protocol):
     header_digest: str
     warnings: tuple[str, ...]
 
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from byte `offset` of the file; Mismatch if the file ends before."""
+    def read(self, offset: int, buffer: memoryview) -> memoryview:
+        """Return the `len(buffer)` bytes at `offset`: in `buffer`, or as a read-only view of the mapping.
+
+        Raises Mismatch if the file ends before, InputUnreadable if the read fails.
+        """
 
     def check_unchanged(self) -> None:
         """Raise Mismatch if size, mtime or inode differ from what they were at open."""
