@@ -1,0 +1,51 @@
+"""Linux system calls that the `os` module lacks.
+
+Each is a thin binding: same arguments, same errors (OSError), nothing decided here. Where libc has no such
+symbol (macOS), a function says so in its docstring and callers keep working without it. Calls release the
+GIL, so a thread that waits for the device holds up no other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def start_writeback(fd: int, offset: int, length: int) -> None:
+    """Ask the kernel to start writing these dirty bytes out (length 0: to the end); a hint, without promise.
+
+    A failure is not reported here: what could not be written, the final fsync tells.
+    """
+    if _sync_file_range is not None:
+        _sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
+
+
+def reserve(fd: int, length: int) -> None:
+    """Allocate the file's first `length` bytes and set its size; OSError (ENOSPC, EOPNOTSUPP…) if it cannot.
+
+    Unlike `os.posix_fallocate`, libc does not fall back to writing into every block where the file system
+    cannot reserve: that would write the file twice. EOPNOTSUPP as well where libc has no such call.
+    """
+    if _fallocate is None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    while _fallocate(fd, 0, 0, length) != 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
+def _bind(name: str, *argument_types: type[ctypes._SimpleCData[int]]) -> ctypes._NamedFuncPointer | None:
+    function: ctypes._NamedFuncPointer | None = getattr(_libc, name, None)
+    if function is not None:
+        function.argtypes = argument_types
+        function.restype = ctypes.c_int
+    return function
+
+
+_sync_file_range = _bind("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_fallocate = _bind("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
