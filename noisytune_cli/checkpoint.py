@@ -1,0 +1,255 @@
+"""From what the user typed to an open checkpoint, local or on the hub.
+
+What begins with `.`, `/` or `~`, or exists, is local and never reaches the hub. Both ways end in the same
+place: a folder, the names in it, and the rules of `layout.py`. Opening reads headers and small files only;
+if anything is wrong all that was opened is closed again.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+import stat
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from noisytune_cli import hub
+from noisytune_cli.config import CONFIG, ConfigCheck, read_config
+from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
+from noisytune_cli.escape import escape
+from noisytune_cli.folder import list_folder
+from noisytune_cli.formats import Source
+from noisytune_cli.formats.safetensors import open_source
+from noisytune_cli.index import ShardIndex, check_present, check_tensors, read_index
+from noisytune_cli.layout import (
+    INDEX_SUFFIX,
+    MANIFEST,
+    MANIFEST_SUFFIX,
+    WEIGHTS_SUFFIX,
+    Listing,
+    arrange,
+    choose_weights,
+    manifests,
+)
+from noisytune_cli.records import TensorSpec
+
+#: A snapshot in the hub's cache, which tells id and commit.
+_SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/|$)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint: its weight files, and the names of everything that lies beside them.
+
+    `id` is a plain name or hub id, never a path of this machine; `revision` the hub's commit. `sources` are
+    in the order of their names; `others` are to be copied (the index among them), `left_out` are not, each
+    with its reason. File names are relative to `root`, with `/`. `noised` tells that a manifest of noisytune
+    lies with the weights.
+    """
+
+    id: str
+    revision: str | None
+    root: Path
+    single_file: bool
+    sources: tuple[Source, ...]
+    index: str | None
+    config: Mapping[str, Any] | None
+    others: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+    warnings: tuple[str, ...]
+    noised: bool
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """All tensors, file by file, in each file's order."""
+        return tuple(tensor for source in self.sources for tensor in source.tensors)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The `__metadata__` of all weight files in one; where two disagree the later file wins."""
+        return {key: value for source in self.sources for key, value in source.metadata.items()}
+
+    def close(self) -> None:
+        """Close every weight file (twice is fine)."""
+        for source in self.sources:
+            source.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(
+    source: str,
+    *,
+    weights: str | None = None,
+    revision: str | None = None,
+    mmap: bool = False,
+    check_config: ConfigCheck | None = None,
+    quiet: bool = False,
+) -> Checkpoint:
+    """Open SOURCE: a weight file, a checkpoint's folder, or a hub id, which is downloaded.
+
+    `weights` and `revision` are what --weights and --revision name; `quiet` hides the download's progress.
+    """
+    if not _is_local(source):
+        if not hub.is_repo_id(source):
+            raise InputUnreadable(
+                "no such file",
+                path=source,
+                why="it is neither a file or folder here nor a hub id",
+                next_step="Check the spelling; a hub id looks like NAME or OWNER/NAME",
+            )
+        snapshot = hub.download(source, revision, weights=weights, check_config=check_config, quiet=quiet)
+        return _open_folder(snapshot.root, snapshot.listing, source, snapshot.commit, weights, mmap, None)
+    if revision is not None:
+        raise UsageError(
+            "--revision cannot be used",
+            path=source,
+            why="it is for hub ids, and this is a local path",
+            next_step="Leave --revision out, or give a hub id",
+        )
+    path = Path(os.path.expanduser(source))
+    try:
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError as error:
+        raise unreadable(error, source) from error
+    name, commit = _identify(path, is_folder)
+    if is_folder:
+        return _open_folder(path, list_folder(path), name, commit, weights, mmap, check_config)
+    if weights is not None:
+        raise UsageError(
+            "--weights cannot be used",
+            path=source,
+            why="it chooses a file in a folder, and SOURCE is a file",
+            next_step="Leave --weights out, or give the folder",
+        )
+    return _open_file(path, name, commit, mmap, check_config)
+
+
+def _is_local(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or os.path.lexists(source)
+
+
+def _identify(path: Path, is_folder: bool) -> tuple[str, str | None]:
+    """Return the checkpoint's id and commit: the hub's for a path into its cache, else the plain name."""
+    absolute = Path(os.path.abspath(path))
+    folder = absolute if is_folder else absolute.parent
+    for candidate in (os.fspath(folder), os.path.realpath(folder)):
+        if found := _SNAPSHOT.search(candidate):
+            return found["id"].replace("--", "/"), found["commit"]
+    return _printable(absolute.name or "checkpoint"), None
+
+
+def _printable(name: str) -> str:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return escape(name, None)
+    return name
+
+
+def _open_folder(
+    root: Path,
+    listing: Listing,
+    name: str,
+    commit: str | None,
+    weights: str | None,
+    mmap: bool,
+    check_config: ConfigCheck | None,
+) -> Checkpoint:
+    chosen = choose_weights(listing, weights, os.fspath(root))
+    config_path = root / posixpath.dirname(chosen) / CONFIG
+    config = read_config(config_path)
+    if config is not None and check_config is not None:
+        check_config(config, os.fspath(config_path))
+    index = read_index(root, chosen) if chosen.endswith(INDEX_SUFFIX) else None
+    files = (chosen,) if index is None else index.shards
+    if index is not None:
+        check_present(index, {*listing.files, *listing.special}, os.fspath(root))
+    for file in files:
+        if file in listing.special:
+            raise InputInvalid(
+                "cannot read weights",
+                path=root / file,
+                why=f"it is {listing.special[file]}",
+                next_step="Put the regular file in its place",
+            )
+    others, left_out = arrange(listing, chosen, files)
+    with ExitStack() as opened:
+        sources = []
+        for file in files:
+            sources.append(open_source(root / file, file, mmap))
+            opened.callback(sources[-1].close)
+        warnings = [warning for source in sources for warning in source.warnings]
+        if index is not None:
+            warnings += check_tensors(index, sources) + _strays(index, left_out)
+        opened.pop_all()
+    return Checkpoint(
+        id=name,
+        revision=commit,
+        root=root,
+        single_file=False,
+        sources=tuple(sources),
+        index=None if index is None else chosen,
+        config=config,
+        others=tuple(others),
+        left_out=tuple(left_out),
+        warnings=tuple(warnings),
+        noised=bool(manifests(listing)),
+    )
+
+
+def _open_file(
+    path: Path, name: str, commit: str | None, mmap: bool, check_config: ConfigCheck | None
+) -> Checkpoint:
+    if path.name.endswith(INDEX_SUFFIX):
+        raise InputInvalid(
+            "cannot read the checkpoint",
+            path=path,
+            why="this is an index, the weights are in its shards",
+            next_step=f"Give the folder, with --weights {path.name} if it has other weights too",
+        )
+    warnings: list[str] = []
+    config_path = path.parent / CONFIG
+    try:
+        config = read_config(config_path)
+    except (InputInvalid, InputUnreadable) as error:
+        # What merely lies beside the file is no part of SOURCE: it can help, but not hinder.
+        config = None
+        warnings.append(f"not used: {error.line()}")
+    if config is not None and check_config is not None:
+        check_config(config, os.fspath(config_path))
+    source = open_source(path, _printable(path.name), mmap)
+    beside = (path.with_name(path.name + MANIFEST_SUFFIX), path.with_name(MANIFEST))
+    return Checkpoint(
+        id=name,
+        revision=commit,
+        root=path.parent,
+        single_file=True,
+        sources=(source,),
+        index=None,
+        config=config,
+        others=(),
+        left_out=(),
+        warnings=(*warnings, *source.warnings),
+        noised=any(manifest.is_file() for manifest in beside),
+    )
+
+
+def _strays(index: ShardIndex, left_out: list[tuple[str, str]]) -> list[str]:
+    home = posixpath.dirname(index.name)
+    return [
+        f"{name} is not listed in {index.name} and is left out"
+        for name, _ in left_out
+        if name.endswith(WEIGHTS_SUFFIX) and posixpath.dirname(name) == home
+    ]

@@ -1,0 +1,125 @@
+"""The index of a sharded checkpoint: which shard holds which tensor.
+
+An index is a promise about files that may have been fetched, edited or cut short apart from it, so it is
+believed only as far as the shards bear it out: every tensor it lists has to be in the shard it names, and
+every tensor of a shard has to be listed there. Only a wrong `total_size` and stray files are forgiven.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from noisytune_cli.errors import InputInvalid
+from noisytune_cli.formats import Source
+from noisytune_cli.layout import WEIGHTS_SUFFIX, is_plain_name
+from noisytune_cli.reading import read_json
+
+#: The index of the largest open models (100,000 tensors) is about 10 MB.
+_MAX_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """A parsed index: `shard_of` maps tensor to shard, names relative to the checkpoint."""
+
+    name: str
+    path: Path
+    shard_of: Mapping[str, str]
+    total_size: object
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """The names of the shards, sorted."""
+        return tuple(sorted(set(self.shard_of.values())))
+
+
+def read_index(root: Path, name: str) -> ShardIndex:
+    """Read and validate the index `name` under `root`; its shards lie beside it. Raises InputInvalid."""
+    path = root / name
+    document = read_json(path, _MAX_BYTES)
+    if not isinstance(document, dict):
+        raise _invalid(path, "the index is not a JSON object")
+    weight_map = document.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise _invalid(
+            path, "the index has no weight_map" if weight_map is None else "weight_map is no object"
+        )
+    if not weight_map:
+        raise _invalid(path, "weight_map lists no tensor")
+    home = posixpath.dirname(name)
+    shard_of = {}
+    for tensor, shard in weight_map.items():
+        _check_shard_name(path, tensor, shard)
+        shard_of[tensor] = posixpath.join(home, shard)
+    metadata = document.get("metadata")
+    return ShardIndex(
+        name, path, shard_of, metadata.get("total_size") if isinstance(metadata, dict) else None
+    )
+
+
+def check_present(index: ShardIndex, names: Iterable[str], where: str) -> None:
+    """Raise InputInvalid unless every shard of the index is among `names`."""
+    missing = set(index.shards).difference(names)
+    if missing:
+        raise InputInvalid(
+            "the checkpoint is incomplete",
+            path=f"{where}/{min(missing)}",
+            why=f"{index.name} lists this shard, which is absent ({len(missing)} of {len(index.shards)} are)",
+            next_step="Fetch the missing shards, or name other weights with --weights",
+        )
+
+
+def check_tensors(index: ShardIndex, sources: Sequence[Source]) -> list[str]:
+    """Compare the index with the open shards; return warnings, raise InputInvalid where they disagree."""
+    listed: dict[str, set[str]] = {shard: set() for shard in index.shards}
+    for tensor, shard in index.shard_of.items():
+        listed[shard].add(tensor)
+    seen: dict[str, str] = {}
+    for source in sources:
+        present = {tensor.name for tensor in source.tensors}
+        for tensor in sorted(present):
+            if tensor in seen:
+                raise _disagree(source.path, tensor, f"the tensor is in {seen[tensor]} too")
+            seen[tensor] = source.name
+        if absent := sorted(listed[source.name] - present):
+            raise _disagree(source.path, absent[0], f"{index.name} lists the tensor here, the shard lacks it")
+        for tensor in sorted(present - listed[source.name]):
+            elsewhere = index.shard_of.get(tensor)
+            where = "nowhere" if elsewhere is None else f"in {elsewhere}"
+            raise _disagree(source.path, tensor, f"the shard holds the tensor, {index.name} lists it {where}")
+    total = sum(tensor.nbytes for source in sources for tensor in source.tensors)
+    if index.total_size is not None and index.total_size != total:
+        return [f"{index.name}: total_size is {index.total_size}, the shards hold {total}"]
+    return []
+
+
+def _check_shard_name(path: Path, tensor: str, shard: object) -> None:
+    if not isinstance(shard, str):
+        raise _invalid(path, "the shard's name is not a string", tensor)
+    if not is_plain_name(shard):
+        raise _invalid(path, f"the shard's name '{shard}' is no plain name inside the folder", tensor)
+    if not shard.endswith(WEIGHTS_SUFFIX):
+        raise _invalid(path, f"the shard '{shard}' is no *{WEIGHTS_SUFFIX} file", tensor)
+
+
+def _invalid(path: Path, why: str, tensor: str | None = None) -> InputInvalid:
+    return InputInvalid(
+        "cannot read the index",
+        path=path,
+        tensor=tensor,
+        why=why,
+        next_step="Fetch or save the checkpoint again",
+    )
+
+
+def _disagree(path: Path, tensor: str, why: str) -> InputInvalid:
+    return InputInvalid(
+        "index and shards disagree",
+        path=path,
+        tensor=tensor,
+        why=why,
+        next_step="Fetch or save the checkpoint again, index and shards together",
+    )

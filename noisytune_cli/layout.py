@@ -1,0 +1,263 @@
+"""Which files of a checkpoint are the weights, which are copied beside them, which are left out.
+
+One idea: everything is decided from names, so a folder on disk and a repository on the hub, of which
+nothing has been fetched yet, get the same answer. The folder that holds the chosen weights is their home;
+only there can another file be a twin of them. Safetensors and pickles in other folders are other modules
+(sentence-transformers' `2_Dense/`) and are copied; exports (ONNX, GGUF…) and trainer state are left out
+wherever they lie. Every file that is left out is named, with the reason.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError
+
+#: The manifest in an output directory, and what follows the file's name for an output file.
+MANIFEST = "noisytune.json"
+MANIFEST_SUFFIX = ".noisytune.json"
+
+WEIGHTS_SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+
+#: Weight files that are chosen by name, the first that is there.
+_DEFAULT_WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
+
+#: Folders that are left out whole.
+_FOLDERS_LEFT_OUT = (
+    (r"\.git", "version control"),
+    (r"\.(cache|huggingface)", "a download cache"),
+    (r"\.noisytune-.*", "left by an interrupted run of noisytune"),
+    (r"checkpoint-\d+", "a checkpoint of the trainer"),
+    (r"global_step\d+|optimizer_\d+", "optimizer and trainer state"),
+    (r"pytorch_model_fsdp_\d+", "the weights in another format (PyTorch)"),
+    (r".*\.(mlpackage|mlmodelc)", "the weights in another format (Core ML)"),
+)
+
+#: Optimizer and trainer state, wherever it lies.
+_TRAINER_STATE = (
+    *("optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin", "scaler.pt", "training_args.bin"),
+    *("trainer_state.json", "rng_state*.pth", "random_states_*.pkl"),
+)
+
+#: What is made from a model's weights, wherever it lies.
+_EXPORTS = (
+    ("GGUF", ("*.gguf", "*.ggml", "ggml-*.bin")),
+    ("ONNX", ("*.onnx", "*.onnx_data*", "*.onnx.data*")),
+    ("TensorFlow", ("*.h5", "*.h5.index.json", "*.keras", "saved_model.pb", "*.ckpt.*", "*.ckpt-*")),
+    ("TensorFlow Lite", ("*.tflite",)),
+    ("Flax", ("*.msgpack", "*.msgpack.index.json")),
+    ("OpenVINO", ("openvino_*.xml", "openvino_*.bin")),
+    ("Rust", ("rust_model.ot",)),
+    ("Core ML", ("*.mlmodel",)),
+    ("Paddle", ("*.pdparams",)),
+    ("PyTorch", ("consolidated.*.pth", "pytorch_model_fsdp*.bin")),
+)
+
+#: The weights as a pickle, in the weights' home only.
+_PICKLES = ("pytorch_model*.bin", "pytorch_model*.bin.index*.json", "*.ckpt")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".th", ".pkl", ".ckpt", ".bin.index.json")
+_PICKLE_STEMS = ("model", "pytorch_model", "adapter_model", "diffusion_pytorch_model", "consolidated")
+
+_SHARD = re.compile(r"-(\d{3,})-of-(\d{3,})\.safetensors$")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The names in a checkpoint's folder, relative to it and with `/`.
+
+    `files` are regular files; `special` maps what is there but is none (a FIFO, a broken link) to what it
+    is; `folders` maps folders that are left out whole, written `NAME/`, to the reason.
+    """
+
+    files: tuple[str, ...]
+    special: Mapping[str, str] = field(default_factory=dict)
+    folders: Mapping[str, str] = field(default_factory=dict)
+
+
+def list_names(names: Iterable[str]) -> Listing:
+    """Make the listing of a repository from the names of all its files."""
+    files: list[str] = []
+    folders: dict[str, str] = {}
+    for name in sorted(names):
+        parts = name.split("/")
+        for depth, part in enumerate(parts[:-1], start=1):
+            if why := why_folder_left_out(part):
+                folders["/".join(parts[:depth]) + "/"] = why
+                break
+        else:
+            files.append(name)
+    return Listing(tuple(files), {}, folders)
+
+
+def why_folder_left_out(name: str) -> str | None:
+    """Return why a folder of this name is left out whole, or None when it is copied."""
+    return next((why for pattern, why in _FOLDERS_LEFT_OUT if re.fullmatch(pattern, name)), None)
+
+
+def is_plain_name(name: str) -> bool:
+    """Tell whether `name` is a relative, printable path that cannot leave the folder it is relative to."""
+    return all(part not in ("", ".", "..") for part in name.split("/")) and name.isprintable()
+
+
+def choose_weights(listing: Listing, requested: str | None, where: str) -> str:
+    """Return the name of the index, or of the only weight file, that holds the weights.
+
+    `requested` is what --weights names; `where` is the folder or hub id, for the error. Raises
+    InputInvalid when there is no safetensors file, or no telling which.
+    """
+    names = {*listing.files, *listing.special}
+    if requested is not None:
+        return _check_requested(requested, names, where)
+    root = sorted(name for name in names if "/" not in name)
+    indexes = [name for name in root if name.endswith(INDEX_SUFFIX)]
+    if len(indexes) == 1:
+        return indexes[0]
+    if len(indexes) > 1:
+        raise _ambiguous(indexes, where)
+    for name in _DEFAULT_WEIGHTS:
+        if name in names:
+            return name
+    files = [name for name in root if name.endswith(WEIGHTS_SUFFIX)]
+    if len(files) == 1 and not _is_one_of_many(files[0]):
+        return files[0]
+    if files and all(_SHARD.search(name) for name in files):
+        raise InputInvalid(
+            "cannot read the checkpoint",
+            path=where,
+            why=f"it has shards ({_enumerate(files)}) but no index (*{INDEX_SUFFIX})",
+            next_step="Fetch the index too, or name one shard with --weights",
+        )
+    elsewhere = sorted(name for name in names if name.endswith((WEIGHTS_SUFFIX, INDEX_SUFFIX)))
+    if elsewhere:
+        raise _ambiguous(files or elsewhere, where)
+    raise _no_safetensors(names, where)
+
+
+def arrange(
+    listing: Listing, chosen: str, weights: Collection[str]
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Sort every file but `weights` into those to copy and those left out, with the reason.
+
+    `chosen` is what `choose_weights` returned; when it is an index it is among the files to copy.
+    """
+    home = posixpath.dirname(chosen)
+    stem = posixpath.basename(chosen).removesuffix(INDEX_SUFFIX).removesuffix(WEIGHTS_SUFFIX)
+    others: list[str] = []
+    left_out = [*listing.special.items(), *listing.folders.items()]
+    for name in listing.files:
+        if name in weights:
+            continue
+        why = None if name == chosen else _why_left_out(name, home, stem)
+        if why is None:
+            others.append(name)
+        else:
+            left_out.append((name, why))
+    return sorted(others), sorted(left_out)
+
+
+def manifests(listing: Listing) -> list[str]:
+    """Return the names of noisytune's own manifests in the checkpoint's root."""
+    return [name for name in listing.files if "/" not in name and _is_manifest(name)]
+
+
+def _check_requested(requested: str, names: Collection[str], where: str) -> str:
+    name = posixpath.normpath(requested) if requested else ""
+    if not is_plain_name(name):
+        raise UsageError(
+            "--weights cannot be used",
+            why=f"'{requested}' does not name a file inside the checkpoint",
+            next_step="Give a name relative to SOURCE, such as model.safetensors",
+        )
+    if name not in names:
+        raise InputUnreadable(
+            "no such weights",
+            path=f"{where}/{name}",
+            why="the checkpoint has no file of this name",
+            next_step=f"Choose from {_enumerate(sorted(n for n in names if n.endswith(WEIGHTS_SUFFIX)))}",
+        )
+    if not name.endswith((WEIGHTS_SUFFIX, INDEX_SUFFIX)):
+        raise InputInvalid(
+            "cannot read the checkpoint",
+            path=f"{where}/{name}",
+            why="--weights names neither a safetensors file nor a safetensors index",
+            next_step=f"Name a *{WEIGHTS_SUFFIX} or a *{INDEX_SUFFIX}; this version reads safetensors",
+        )
+    return name
+
+
+def _why_left_out(name: str, home: str, stem: str) -> str | None:
+    base = posixpath.basename(name)
+    at_home = posixpath.dirname(name) == home
+    if "/" not in name and _is_manifest(base):
+        return "the manifest of an earlier run"
+    if why := why_folder_left_out(base):
+        return why
+    if _matches(base, _TRAINER_STATE):
+        return "optimizer and trainer state"
+    if label := _export_format(base):
+        return f"the weights in another format ({label})"
+    if at_home and _is_pickled_twin(base, stem):
+        return "the weights in another format (PyTorch)"
+    if at_home and (base.endswith(WEIGHTS_SUFFIX) or fnmatchcase(base, "*.safetensors.index*.json")):
+        return "other weights than those chosen (--weights chooses)"
+    return None
+
+
+def _is_manifest(base: str) -> bool:
+    return base == MANIFEST or base.endswith(MANIFEST_SUFFIX)
+
+
+def _export_format(base: str) -> str | None:
+    return next((label for label, patterns in _EXPORTS if _matches(base, patterns)), None)
+
+
+def _is_pickled_twin(base: str, stem: str) -> bool:
+    if _matches(base, _PICKLES):
+        return True
+    return any(base == name + suffix for name in (*_PICKLE_STEMS, stem) for suffix in _PICKLE_SUFFIXES)
+
+
+def _matches(base: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(base.lower(), pattern) for pattern in patterns)
+
+
+def _is_one_of_many(name: str) -> bool:
+    shard = _SHARD.search(name)
+    return shard is not None and int(shard[2]) > 1
+
+
+def _ambiguous(candidates: list[str], where: str) -> InputInvalid:
+    return InputInvalid(
+        "cannot tell which file holds the weights",
+        path=where,
+        why=f"candidates are {_enumerate(candidates)}",
+        next_step="Name one with --weights NAME",
+    )
+
+
+def _no_safetensors(names: Collection[str], where: str) -> InputInvalid:
+    bases = [posixpath.basename(name) for name in names]
+    found = {label for base in bases if (label := _export_format(base))}
+    if any(base.endswith(_PICKLE_SUFFIXES) and not _matches(base, _TRAINER_STATE) for base in bases):
+        found.add("PyTorch pickles")
+    return InputInvalid(
+        "cannot read the checkpoint",
+        path=where,
+        why=f"it has no safetensors weights, only {', '.join(sorted(found))}"
+        if found
+        else "it has no weights",
+        next_step="This version reads safetensors; save the model with save_pretrained to convert it"
+        if found
+        else "Give a folder or a hub id that holds *.safetensors files",
+    )
+
+
+def _enumerate(names: Collection[str], limit: int = 6) -> str:
+    shown = list(names)[:limit]
+    more = len(names) - len(shown)
+    return (", ".join(shown) or "none") + (f" and {more} more" if more else "")
