@@ -1,0 +1,197 @@
+"""Patterns that choose tensors by name: shell patterns, and kinds such as `@norm`.
+
+A shell pattern has the semantics of `fnmatch.fnmatchcase` on the whole tensor name: case-sensitive, and
+`*` crosses dots. A kind is a set of parameters that the common architectures name in different ways; it
+is told by name alone, kinds may overlap (`attn.q_proj.bias` is in `@attention` and `@bias`), and a buffer
+is in none. What begins with `@` is a kind; for a tensor whose name does so, write `[@]`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from noisytune_cli.errors import UsageError
+
+#: A component that is a normalisation layer: LayerNorm, input_layernorm, q_norm, norm1, ln_f, bn2, conv1_BN.
+_NORM_LAYER = r"(?:\w*(?i:norm)(?!al)\w*|ln(?:_?\w+)?|\w*(?i:bn)\d*)"
+
+#: Wrappers that stand before a model's own names.
+_WRAPPERS = r"(?:(?:module|_orig_mod|base_model|model)\.)*"
+
+_EMBEDDINGS = r"""
+    (?:.*\.)?
+    (?: # token, position and token-type tables by their own name, whatever hangs below (adapters included)
+        (?: (?:word|token|tok|position|positional|token_type|type|entity|rel)_embeddings?
+          | \w*embed_tokens\w* | embed_positions | tokens_embed | positions_embed | wte | wpe
+          | embed_in | pos_embed | shared ) (?:\..*)?
+      | # names that are also a module's prefix: only the table itself (Mamba, RWKV, torch)
+        (?:embeddings?|emb) \.weight
+    )
+"""
+
+_HEAD = rf"""
+    (?:.*\.)?
+    (?: # output layers by their own name, at any depth
+        (?:\w*lm_head | lm_loss | (?:pre_)?classifier | score | qa_outputs | classification_head | embed_out
+          | output_projection | vocab_(?:transform|layer_norm|projector) | (?:mlm|mim|mc)_head
+          | (?:generator|discriminator)_predictions | lm_predictions | seq_relationship | multiple_choice_head
+          | class_labels_classifier | bbox_predictor ) (?:\..*)?
+      | # BERT and ALBERT: cls.predictions.*, predictions.*
+        predictions\.(?:bias|dense|decoder|transform|LayerNorm)(?:\..*)?
+    )
+  | # names that mean something else deeper down: Whisper, timm, torchvision, RWKV, Llama as released
+    {_WRAPPERS} (?:proj_out|head|heads|fc|output)(?:\..*)?
+"""
+
+_NORM = rf"""
+    (?:.*\.)? {_NORM_LAYER} (?:\.\w+)?
+"""
+
+_BIAS = r"""
+    (?:.*\.)?
+    (?: \w*bias | bias_[ih]h_l\d+(?:_reverse)? | LayerNorm\.beta )
+"""
+
+_ATTENTION = r"""
+    (?:.*\.)?
+    (?: \w*(?i:attn|attention)\w* (?:\..*)?
+      | # hybrids whose blocks are all called `mixer`: attention is told by its projections
+        (?:[qkvo]_proj|qkv_proj|query_key_value|c_attn) (?:\..*)?
+    )
+"""
+
+_MLP = r"""
+    (?:.*\.)?
+    (?: \w*mlp\w* | \w*ffn\w* | feed_?forward\w* | ff | intermediate | DenseReluDense | block_sparse_moe | moe
+      | (?:shared_)?experts? | (?:gate|up|down|gate_up)_proj(?:_bias)?
+      | layers?\.\d+\.(?:fc[12]|linear[12]) | layer\.\d+\.output\.dense
+    ) (?:\..*)?
+"""
+
+#: Kind -> (what belongs to it, what does not though it matches).
+_KIND_SOURCES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "@embeddings": (_EMBEDDINGS, (_NORM,)),
+    "@head": (_HEAD, ()),
+    "@norm": (_NORM, ()),
+    "@bias": (_BIAS, ()),
+    "@attention": (_ATTENTION, (_NORM,)),
+    "@mlp": (_MLP, (_NORM, _ATTENTION)),
+}
+
+#: The kinds a user may name.
+KINDS = tuple(_KIND_SOURCES)
+
+_NUMBER = re.compile(r"\d+")
+
+#: What stands for other characters in a shell pattern: `*`, `?`, and `[…]` (a lone `[` is itself).
+_WILDCARD = re.compile(r"[*?]|\[!?\]?[^\]]*\]")
+
+_SUGGEST_FROM = 5_000  # names looked at for a suggestion: difflib takes some 20 µs for each
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A compiled pattern: `regex` matches the whole name and none of `but` does."""
+
+    text: str
+    regex: re.Pattern[str]
+    but: tuple[re.Pattern[str], ...] = ()
+
+    @property
+    def is_kind(self) -> bool:
+        """Whether this is a kind, to which no buffer belongs."""
+        return self.text.startswith("@")
+
+    def matches(self, name: str) -> bool:
+        """Tell whether the whole `name` matches."""
+        return bool(self.regex.fullmatch(name)) and not any(other.fullmatch(name) for other in self.but)
+
+
+def compile_pattern(text: str) -> Pattern:
+    """Compile a shell pattern or a kind; raise UsageError for an empty pattern or an unknown kind."""
+    if text in _KIND_SOURCES:
+        source, but = _KIND_SOURCES[text]
+        return Pattern(
+            text, re.compile(source, re.VERBOSE), tuple(re.compile(other, re.VERBOSE) for other in but)
+        )
+    if text.startswith("@") or not text:
+        near = difflib.get_close_matches(text, KINDS, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise UsageError(
+            f"no such kind: {text}" if text else "empty pattern",
+            why=f"the kinds are {', '.join(KINDS)}" if text else "it would match no tensor",
+            next_step=f"{hint}Name a kind, or write a shell pattern on the tensor's name such as '*.bias'",
+        )
+    return Pattern(text, re.compile(fnmatch.translate(text)))
+
+
+def match_names(
+    texts: Sequence[str], names: Sequence[str], buffers: Collection[str] = ()
+) -> list[frozenset[str]]:
+    """Return for each pattern the names it matches, where kinds leave `buffers` out."""
+    found: dict[str, frozenset[str]] = {}
+    shapes: dict[str, list[str]] = {}
+    if any(text.startswith("@") for text in texts):
+        # Kinds look past numbers, so one name of each `layers.*.mlp.up_proj.weight` decides for all layers.
+        for name in names:
+            if name not in buffers:
+                shapes.setdefault(_NUMBER.sub("0", name), []).append(name)
+    for text in dict.fromkeys(texts):
+        pattern = compile_pattern(text)
+        if pattern.is_kind:
+            found[text] = frozenset(
+                name for shape, same in shapes.items() if pattern.matches(shape) for name in same
+            )
+        else:
+            candidates = _candidates(text, names)
+            decided = not _WILDCARD.search(text.strip("*"))  # `*x*`: the candidates are the matches
+            found[text] = frozenset(candidates if decided else filter(pattern.regex.fullmatch, candidates))
+    return [found[text] for text in texts]
+
+
+def check_matched(texts: Sequence[str], matched: Sequence[Collection[str]], names: Sequence[str]) -> None:
+    """Raise UsageError for a pattern that matches none of `names`: most likely it is misspelt."""
+    for text, found in zip(texts, matched, strict=True):
+        if not found:
+            raise UsageError(
+                f"pattern matches nothing: {text}",
+                why=f"none of the checkpoint's {len(names)} tensors has such a name",
+                next_step=_suggest(compile_pattern(text), names),
+            )
+
+
+def _candidates(text: str, names: Sequence[str]) -> Sequence[str]:
+    """Drop the names that lack the literal start, end or middle of `text`: a tenth of a regex's time."""
+    runs = _WILDCARD.split(text)
+    if len(runs) == 1:
+        return [text] if text in names else []
+    head, tail, middle = runs[0], runs[-1], max(runs, key=len)
+    if middle not in (head, tail):
+        names = [name for name in names if middle in name]
+    if head:
+        names = [name for name in names if name.startswith(head)]
+    return [name for name in names if name.endswith(tail)] if tail else names
+
+
+def _suggest(pattern: Pattern, names: Sequence[str]) -> str:
+    """Say what the user can do about a pattern that matches nothing, with near names where there are any."""
+    if pattern.is_kind:
+        return "Leave it out, or list the names with: noisytune inspect SOURCE --headers-only"
+    blind = re.compile(pattern.regex.pattern, re.IGNORECASE)
+    for name in names:
+        if blind.fullmatch(name):
+            return f"Patterns are case-sensitive: did you mean {name}?"
+    bare = pattern.text.strip("*")
+    wanted, looked_at = bare.count(".") + 1, names[:_SUGGEST_FROM]
+    tails = {".".join(name.split(".")[-wanted:]): name for name in reversed(looked_at)}
+    near = difflib.get_close_matches(bare, list(tails), n=3, cutoff=0.6)
+    if near:
+        return f"Did you mean {' or '.join(tails[tail] for tail in near)}?"
+    return (
+        "Patterns match the whole name (write '*query*'); list the names with: "
+        "noisytune inspect SOURCE --headers-only"
+    )

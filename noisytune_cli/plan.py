@@ -1,0 +1,198 @@
+"""The plan: which tensors get noise, which do not, and why. Made from headers alone.
+
+One `Step` for each tensor, in file order. Safety rules come first (what is no float, is empty or has one
+element cannot take noise), then buffers, then the user's filters, then λ. What only the values can tell
+(constant, non-finite, a tie by equal bytes) is marked on the step, and `confirm_ties` settles the ties.
+
+All names of a tie share one decision: one excluded name excludes all, one included name includes all,
+and the last `--lambda-for` rule that matches any of them gives λ.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from noisytune_cli.buffers import find_buffers
+from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.patterns import check_matched, match_names
+from noisytune_cli.records import FLOAT_DTYPES, Action, NoiseSpec, Plan, Reason, Step, TensorSpec, Tie
+from noisytune_cli.ties import find_ties
+
+_SEED_LIMIT = 2**64
+
+
+def check_noise(noise: NoiseSpec) -> None:
+    """Raise UsageError unless every λ is finite and >= 0 and the seed is a u64."""
+    for option, lam in [("--lambda", noise.lam), *((f"--lambda-for {p}", lam) for p, lam in noise.rules)]:
+        if not (math.isfinite(lam) and lam >= 0):
+            raise UsageError(
+                f"{option}: {lam} is no noise strength",
+                why="λ is the width of the noise in units of std(W), so it is finite and not negative",
+                next_step="Give a number such as 0.15; 0 adds no noise",
+            )
+    if not 0 <= noise.seed < _SEED_LIMIT:
+        raise UsageError(
+            f"--seed: {noise.seed} is out of range",
+            why="a seed is a whole number from 0 to 2^64-1",
+            next_step="Give a seed in that range, such as 0",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Filters:
+    """Names the patterns exclude and include (None: all), and for each name the index of its λ rule."""
+
+    excluded: frozenset[str]
+    included: frozenset[str] | None
+    rule_of: Mapping[str, int]
+
+
+def _patterns(noise: NoiseSpec) -> list[str]:
+    return [*noise.exclude, *noise.include, *(pattern for pattern, _ in noise.rules)]
+
+
+def _filters(noise: NoiseSpec, matched: Sequence[frozenset[str]]) -> _Filters:
+    """Sort what each of `_patterns` matches by what it is for."""
+    excludes, includes = len(noise.exclude), len(noise.include)
+    return _Filters(
+        excluded=frozenset().union(*matched[:excludes]),
+        included=frozenset().union(*matched[excludes : excludes + includes]) if includes else None,
+        rule_of={name: rule for rule, found in enumerate(matched[excludes + includes :]) for name in found},
+    )
+
+
+def make_plan(
+    tensors: Sequence[TensorSpec],
+    noise: NoiseSpec,
+    *,
+    config: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Plan:
+    """Decide for each of `tensors` whether it gets noise.
+
+    Ties by equal bytes are candidates: their names stand alone, marked `tied`, until `confirm_ties`.
+    Raises UsageError for a bad λ or seed, and for a pattern that is wrong or matches nothing.
+    """
+    check_noise(noise)
+    buffers = find_buffers(tensors, config=config)
+    names = [tensor.name for tensor in tensors]
+    matched = match_names(_patterns(noise), names, buffers)
+    check_matched(_patterns(noise), matched, names)
+    filters = _filters(noise, matched)
+    ties = find_ties(tensors, config=config, metadata=metadata)
+    certain = {name: tie for tie in ties if tie.evidence != "equal-bytes" for name in tie.names}
+    candidates = {name for tie in ties if tie.evidence == "equal-bytes" for name in tie.names}
+    steps = []
+    for tensor in tensors:
+        tie = certain.get(tensor.name)
+        step = _decide(tensor, tie, tensor.name in buffers, noise, filters)
+        if tensor.name in candidates and step.reason not in _SAFETY:
+            step = replace(step, unsure=(*step.unsure, "tied"))
+        steps.append(step)
+    return Plan(noise, tuple(steps), ties)
+
+
+def confirm_ties(plan: Plan, confirmed: Collection[Tie]) -> Plan:
+    """Return the plan without candidates: `confirmed` are the ties that the values bear out.
+
+    They are what `ties.split_tie` leaves of the candidates in `plan.ties`; the streams, exclusions and λ of
+    all candidates' names follow. Ties that needed no confirmation stay.
+    """
+    certain = tuple(tie for tie in plan.ties if tie.evidence != "equal-bytes")
+    names = [name for tie in plan.ties if tie.evidence == "equal-bytes" for name in tie.names]
+    filters = _filters(plan.noise, match_names(_patterns(plan.noise), names))
+    tie_of = {name: tie for tie in confirmed for name in tie.names}
+    settled = frozenset(names)
+    steps = tuple(
+        # No known pair has a buffer in it.
+        _decide(step.tensor, tie_of.get(step.tensor.name), False, plan.noise, filters)
+        if step.tensor.name in settled
+        else step
+        for step in plan.steps
+    )
+    return Plan(plan.noise, steps, certain + tuple(tie for tie in confirmed if tie not in certain))
+
+
+_SAFETY = frozenset({"not-float", "empty", "one-element"})
+
+
+def _decide(
+    tensor: TensorSpec, tie: Tie | None, is_buffer: bool, noise: NoiseSpec, filters: _Filters
+) -> Step:
+    """Decide one step; all names of `tie` count for the filters."""
+    names = (tensor.name,) if tie is None else tie.names
+    stream = tensor.name if tie is None else tie.stream
+    rule = max([filters.rule_of.get(name, -1) for name in names])
+    lam = noise.lam if rule < 0 else noise.rules[rule][1]
+    reason = _reason_to_copy(tensor, names, is_buffer, lam, noise, filters)
+    if reason is not None:
+        return Step(tensor, "copy", reason, 0.0, stream)
+    unsure = ("non-finite",) if noise.scope == "global" else ("constant", "non-finite")
+    return Step(tensor, "perturb", None, lam, stream, unsure)
+
+
+def _reason_to_copy(
+    tensor: TensorSpec,
+    names: Sequence[str],
+    is_buffer: bool,
+    lam: float,
+    noise: NoiseSpec,
+    filters: _Filters,
+) -> Reason | None:
+    """Return why `tensor` gets no noise, safety first, or None."""
+    if tensor.dtype not in FLOAT_DTYPES:
+        return "not-float"
+    if tensor.elements == 0:
+        return "empty"
+    if tensor.elements == 1 and noise.scope == "matrix":
+        return "one-element"  # its std is undefined; a std of all values exists for it too
+    included = filters.included is not None and not filters.included.isdisjoint(names)
+    excluded = not filters.excluded.isdisjoint(names)
+    if is_buffer and (excluded or not included):
+        return "buffer"
+    if excluded or (filters.included is not None and not included):
+        return "excluded"
+    return "lambda-zero" if lam == 0 else None
+
+
+def check_not_empty(plan: Plan, *, path: str | os.PathLike[str] | None = None) -> None:
+    """Raise if the plan perturbs nothing (see `check_outcomes`)."""
+    check_outcomes(plan.noise, ((step.action, step.reason) for step in plan.steps), path=path)
+
+
+def check_outcomes(
+    noise: NoiseSpec,
+    outcomes: Iterable[tuple[Action, Reason | None]],
+    *,
+    path: str | os.PathLike[str] | None = None,
+) -> None:
+    """Raise if nothing is perturbed: UsageError where the user's filters caused it, else InputInvalid.
+
+    λ = 0 is a request for no noise, not an error. To be asked of the plan, and again of the receipts.
+    """
+    counts: Counter[Reason | None] = Counter()
+    for action, reason in outcomes:
+        if action == "perturb":
+            return
+        counts[reason] += 1
+    if counts["lambda-zero"] or (noise.lam == 0 and not any(lam for _, lam in noise.rules)):
+        return
+    found = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    if counts["excluded"]:
+        raise UsageError(
+            "nothing would be perturbed",
+            path=path,
+            why=f"the patterns leave no tensor that can take noise ({found})",
+            next_step="Widen --include or drop an --exclude; --dry-run shows the reason for each tensor",
+        )
+    raise InputInvalid(
+        "nothing to perturb",
+        path=path,
+        why=f"no tensor can take noise ({found})" if found else "the checkpoint has no tensors",
+        next_step="Check that this is the file with the weights; inspect shows the reason for each tensor",
+    )

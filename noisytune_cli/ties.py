@@ -1,0 +1,191 @@
+"""Ties: two or more names in a checkpoint for one parameter, which must get one noise.
+
+An alias in safetensors' `__metadata__` says so itself. Otherwise names are candidates if architectures are
+known to tie them and dtype and shape agree; whether their bytes agree the values have to tell
+(`split_tie`). Equal bytes of names that nobody ties mean nothing.
+
+`tie_word_embeddings: false` in the config parts the output layer from the input embedding, and nothing
+else: an encoder's and a decoder's table under `shared` are one module in T5 and BART whatever it says
+(T5 1.1 says false), and so are the two names of a prediction head's bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from noisytune_cli.patterns import compile_pattern
+from noisytune_cli.records import FLOAT_DTYPES, TensorSpec, Tie
+
+#: Input embeddings, by the end of their names (transformers' `_tied_weights_keys`, the right-hand sides).
+_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "word_embeddings.weight",
+    "shared.weight",
+    "wte.weight",
+    "tok_embeddings.weight",
+    "tokens_embed.weight",
+    "word_embedding.weight",
+    "embed_in.weight",
+    "embeddings.weight",
+    "embedding.weight",
+    "emb.weight",
+)
+
+#: Output layers that are tied to them, by the end of their names (the left-hand sides).
+_HEADS = (
+    "lm_head.weight",
+    "lm_head.decoder.weight",
+    "lm_head.out_proj.weight",
+    "predictions.decoder.weight",
+    "cls.predictions.decoder.weight",
+    "generator_lm_head.weight",
+    "vocab_projector.weight",
+    "proj_out.weight",
+    "output_projection.weight",
+    "embed_out.weight",
+    "pred_layer.proj.weight",
+    "lm_loss.weight",
+    "mlm_score.decoder.weight",
+    "mlm_head.decoder.weight",
+    "head.decoder.weight",
+    "head.weight",
+    "decoder.weight",
+    "output.weight",
+)
+
+#: How far above its embedding's module a head may sit: `model.language_model.embed_tokens`, `lm_head`.
+_LEVELS = 3
+
+#: One table for both sides of an encoder-decoder; any two of them are a pair, as `shared` may be left out.
+_SHARED = "shared.weight"
+_SIDES = (
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "text_encoder.embed_tokens.weight",
+    "text_decoder.embed_tokens.weight",
+    "encoder.word_embeddings.weight",
+    "decoder.word_embeddings.weight",
+)
+
+#: A prediction head's bias, which is also that of its output layer: `X.bias` and `X.decoder.bias`.
+_BIAS_ENDS = tuple(f"{head}.decoder.bias" for head in ("predictions", "lm_head", "mlm_head", "mlm_score"))
+
+_INPUT_SIDE = compile_pattern("@embeddings")
+
+Evidence = Literal["alias", "equal-bytes"]
+
+
+def find_ties(
+    tensors: Sequence[TensorSpec],
+    *,
+    config: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[Tie, ...]:
+    """Return the ties and candidates for one among `tensors`, in file order, none sharing a name.
+
+    A chain of pairs is one tie. Its evidence is `alias` if every link is one, else `equal-bytes`.
+    """
+    by_name = {tensor.name: tensor for tensor in tensors if tensor.dtype in FLOAT_DTYPES and tensor.elements}
+    links: list[tuple[str, str, Evidence]] = [(a, b, "alias") for a, b in (metadata or {}).items()]
+    links += [(a, b, "equal-bytes") for a, b in _known_pairs(by_name, heads=not _parted(config))]
+    group_of: dict[str, list[str]] = {}
+    unsure: set[str] = set()
+    for a, b, evidence in links:
+        if a == b or a not in by_name or b not in by_name or not _alike(by_name[a], by_name[b]):
+            continue
+        if evidence == "equal-bytes":
+            unsure |= {a, b}
+        left, right = group_of.setdefault(a, [a]), group_of.setdefault(b, [b])
+        if left is not right:
+            left += right
+            for name in right:
+                group_of[name] = left
+    place = {name: index for index, name in enumerate(by_name)}
+    groups = {id(group): sorted(group, key=place.__getitem__) for group in group_of.values()}
+    return tuple(
+        _tie(names, "alias" if unsure.isdisjoint(names) else "equal-bytes")
+        for names in sorted(groups.values(), key=lambda names: place[names[0]])
+    )
+
+
+def split_tie(tie: Tie, contents: Mapping[str, object]) -> tuple[Tie, ...]:
+    """Return the ties that remain of a candidate once the bytes are known.
+
+    `contents` gives for each name something equal exactly where the stored bytes are, such as a digest.
+    A tie that the file or a storage vouches for stays as it is.
+    """
+    if tie.evidence != "equal-bytes":
+        return (tie,)
+    same: dict[object, list[str]] = {}
+    for name in tie.names:
+        same.setdefault(contents[name], []).append(name)
+    return tuple(_tie(names, tie.evidence) for names in same.values() if len(names) > 1)
+
+
+def stream_of(names: Iterable[str]) -> str:
+    """Return the name whose noise all names of one parameter get.
+
+    It is the input embedding's (`shared` before the tables of an encoder or decoder), else the byte-wise
+    smallest; byte-wise, because the order must not depend on a locale or a header's order.
+    """
+
+    def rank(name: str) -> tuple[bool, bool, bytes]:
+        is_shared = name == _SHARED or name.endswith(f".{_SHARED}")
+        return not _INPUT_SIDE.matches(name), not is_shared, name.encode("utf-8", "surrogatepass")
+
+    return min(names, key=rank)
+
+
+def _tie(names: Sequence[str], evidence: Literal["alias", "storage", "equal-bytes"]) -> Tie:
+    return Tie(stream_of(names), tuple(names), evidence)
+
+
+def _alike(a: TensorSpec, b: TensorSpec) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape
+
+
+def _parted(config: Mapping[str, Any] | None) -> bool:
+    """Tell whether the config says, at the top or for the text model, that the output layer is not tied.
+
+    Where the two disagree it says nothing: releases of transformers read one or the other, and noise that
+    equal tensors share breaks neither.
+    """
+    config = config or {}
+    text = config.get("text_config")
+    said = [config.get("tie_word_embeddings")]
+    if isinstance(text, Mapping):
+        said.append(text.get("tie_word_embeddings"))
+    return False in said and True not in said
+
+
+def _known_pairs(names: Mapping[str, object], *, heads: bool) -> Iterator[tuple[str, str]]:
+    """Yield the pairs among `names` that architectures tie, whatever wrapper's prefix they share."""
+    for name in names:
+        if name.endswith(_EMBEDDINGS):
+            yield from _table_pairs(name, names)
+            if heads:
+                yield from _head_pairs(name, names)
+        elif name.endswith(_BIAS_ENDS):
+            yield name, name.removesuffix("decoder.bias") + "bias"
+
+
+def _head_pairs(embedding: str, names: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Yield `embedding` with each output layer that stands beside it or up to `_LEVELS` modules above."""
+    modules = embedding.split(".")[:-2]
+    for level in range(min(_LEVELS, len(modules)) + 1):
+        prefix = "".join(f"{module}." for module in modules[: len(modules) - level])
+        for head in _HEADS:
+            if prefix + head in names:
+                yield prefix + head, embedding
+
+
+def _table_pairs(embedding: str, names: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Yield `embedding` with the other tables that it is one module with."""
+    for end in (_SHARED, "word_embeddings.weight", *_SIDES):
+        prefix = embedding.removesuffix(end)
+        if prefix == embedding or (prefix and not prefix.endswith(".")):
+            continue
+        for other in _SIDES:
+            if other != end and prefix + other in names:
+                yield prefix + other, embedding
