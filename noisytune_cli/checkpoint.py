@@ -186,7 +186,7 @@ def _open_folder(
             )
     others, left_out = arrange(listing, chosen, files)
     with ExitStack() as opened:
-        sources = []
+        sources: list[Source] = []
         for file in files:
             sources.append(open_source(root / file, file, mmap))
             opened.callback(sources[-1].close)
@@ -229,7 +229,7 @@ def _open_file(
         warnings.append(f"not used: {error.line()}")
     if config is not None and check_config is not None:
         check_config(config, os.fspath(config_path))
-    source = open_source(path, _printable(path.name), mmap)
+    source: Source = open_source(path, _printable(path.name), mmap)
     beside = (path.with_name(path.name + MANIFEST_SUFFIX), path.with_name(MANIFEST))
     return Checkpoint(
         id=name,

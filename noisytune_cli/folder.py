@@ -10,13 +10,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 from noisytune_cli.errors import InputInvalid, unreadable
 from noisytune_cli.escape import escape
 from noisytune_cli.layout import Listing, why_folder_left_out
 
-#: No checkpoint comes near; linked folders can multiply without end.
+#: No checkpoint comes near; a home directory given by mistake does.
 _MAX_ENTRIES = 100_000
 
 _KINDS = {
@@ -27,52 +28,52 @@ _KINDS = {
 }
 
 
+@dataclass(frozen=True)
+class _Folder:
+    """A folder to list: what its names begin with, where it really is, and what it lies in."""
+
+    prefix: str
+    real: str
+    above: frozenset[str]
+    linked: bool
+
+
 def list_folder(root: Path) -> Listing:
     """List the files under `root`; raises InputUnreadable where a folder cannot be read."""
     files: list[str] = []
     special: dict[str, str] = {}
     folders: dict[str, str] = {}
-    real_root = os.path.realpath(root)
-    pending: list[tuple[str, str, frozenset[str]]] = [("", real_root, frozenset())]
+    top = _Folder("", os.path.realpath(root), frozenset(), linked=False)
+    pending = [top]
     seen = 0
     while pending:
-        prefix, real, above = pending.pop()
-        for entry in _entries(root / prefix):
-            seen += 1
-            if seen > _MAX_ENTRIES:
-                raise InputInvalid(
-                    "cannot read the checkpoint",
-                    path=root,
-                    why=f"it has more than {_MAX_ENTRIES:,} files",
-                    next_step="Give the folder that holds the weights alone",
-                )
-            name = prefix + entry.name
-            try:
-                name.encode()
-            except UnicodeEncodeError:
+        folder = pending.pop()
+        entries = _entries(root / folder.prefix)
+        seen += len(entries)
+        if seen > _MAX_ENTRIES:
+            raise InputInvalid(
+                "cannot read the checkpoint",
+                path=root,
+                why=f"it has more than {_MAX_ENTRIES:,} files",
+                next_step="Give the folder that holds the weights alone",
+            )
+        for entry in entries:
+            name = folder.prefix + entry.name
+            mode = _mode(entry)
+            if not _is_utf8(entry.name):
                 special[escape(name)] = "its name is not UTF-8"
-                continue
-            try:
-                mode = entry.stat().st_mode
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ELOOP):
-                    raise unreadable(error, entry.path) from error
+            elif mode is None:
                 special[name] = "a broken link"
-                continue
-            if stat.S_ISREG(mode):
+            elif stat.S_ISREG(mode):
                 files.append(name)
             elif not stat.S_ISDIR(mode):
                 special[name] = _KINDS.get(stat.S_IFMT(mode), "no regular file")
-            elif why := why_folder_left_out(entry.name):
-                folders[f"{name}/"] = why
             else:
-                target = (
-                    os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
-                )
-                if why := _why_not_entered(target, real_root, above | {real}):
+                inner = _enter(folder, entry)
+                if why := why_folder_left_out(entry.name) or _why_not_entered(folder, entry, inner, top):
                     folders[f"{name}/"] = why
                 else:
-                    pending.append((f"{name}/", target, above | {real}))
+                    pending.append(inner)
     return Listing(tuple(sorted(files)), special, folders)
 
 
@@ -84,9 +85,38 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise unreadable(error, folder) from error
 
 
-def _why_not_entered(target: str, real_root: str, above: frozenset[str]) -> str | None:
-    if target in above:
+def _mode(entry: os.DirEntry[str]) -> int | None:
+    """Return the mode of what the entry is or links to; None for a link to nothing, or to itself."""
+    try:
+        return entry.stat().st_mode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise unreadable(error, entry.path) from error
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _enter(folder: _Folder, entry: os.DirEntry[str]) -> _Folder:
+    linked = entry.is_symlink()
+    real = os.path.realpath(entry.path) if linked else os.path.join(folder.real, entry.name)
+    return _Folder(
+        f"{folder.prefix}{entry.name}/", real, folder.above | {folder.real}, linked or folder.linked
+    )
+
+
+def _why_not_entered(folder: _Folder, entry: os.DirEntry[str], inner: _Folder, top: _Folder) -> str | None:
+    if inner.real in inner.above:
         return "a link to a folder it lies in"
-    if os.path.commonpath([target, real_root]) != real_root:
+    if os.path.commonpath([inner.real, top.real]) != top.real:
         return "a link out of the checkpoint"
+    if folder.linked and entry.is_symlink():
+        # Ten folders that link to one another make millions of paths.
+        return "a link inside a linked folder"
     return None

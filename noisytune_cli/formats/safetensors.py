@@ -14,6 +14,7 @@ import errno
 import mmap as mapping
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from blake3 import blake3
@@ -63,9 +64,9 @@ class SafetensorsSource:
                 next_step=_FETCH,
             ) from fault
         self.tensors = parsed.tensors
-        self.metadata = parsed.metadata
+        self.metadata: Mapping[str, str] = parsed.metadata
         self.header_digest = f"blake3:{blake3(self.header).hexdigest()}"
-        self.warnings = () if self.tensors else (f"{name} holds no tensors",)
+        self.warnings: tuple[str, ...] = () if self.tensors else (f"{name} holds no tensors",)
         self._mapped = self._map() if mmap else None
 
     def fileno(self) -> int:

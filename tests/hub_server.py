@@ -1,0 +1,160 @@
+"""A model hub on loopback, as far as huggingface_hub speaks to one: repository info, file tree, files.
+
+It serves repositories out of dictionaries, writes down every request, and fails on demand: `faults` maps a
+file name (or `api`) to the way in which its answers are wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass
+class Repository:
+    """One repository with one commit; `token` is what a private one asks for."""
+
+    files: dict[str, bytes]
+    commit: str = "c0ffee" + "0" * 34
+    branches: tuple[str, ...] = ("main",)
+    token: str | None = None
+
+
+@dataclass
+class Request:
+    method: str
+    path: str
+    authorization: str | None
+    range: str | None
+
+
+@dataclass
+class Hub:
+    """What the server serves and what it was asked."""
+
+    endpoint: str = ""
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
+
+    def fetched(self) -> list[str]:
+        """The names of the files whose content was asked for."""
+        gets = [r.path for r in self.requests if r.method == "GET" and "/resolve/" in r.path]
+        return sorted({unquote(path.split("/resolve/")[1].split("/", 1)[1]) for path in gets})
+
+
+@contextmanager
+def serve(**repositories: Repository) -> Iterator[Hub]:
+    """Serve `repositories` (`__` in a keyword stands for `/`) until the block ends."""
+    hub = Hub(repositories={name.replace("__", "/"): repo for name, repo in repositories.items()})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server.daemon_threads = True
+    hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: object) -> None:
+        """Keep the test's stderr clean."""
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        path = urlsplit(self.path).path
+        headers = self.headers
+        self.hub.requests.append(Request(self.command, path, headers["Authorization"], headers["Range"]))
+        is_api = path.startswith("/api/models/")
+        rest = path.removeprefix("/api/models/" if is_api else "/")
+        found = [name for name in self.hub.repositories if rest == name or rest.startswith(name + "/")]
+        if not found:
+            self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+            return
+        repo, rest = self.hub.repositories[found[0]], rest.removeprefix(found[0]).lstrip("/")
+        if repo.token is not None and headers["Authorization"] != f"Bearer {repo.token}":
+            self._send(401, b"{}", {})
+        elif is_api:
+            self._answer_api(found[0], repo, rest)
+        else:
+            _, revision, name = rest.split("/", 2)
+            self._answer_file(repo, unquote(revision), unquote(name), body)
+
+    def _answer_api(self, repo_id: str, repo: Repository, rest: str) -> None:
+        if self._fails("api"):
+            return
+        kind, _, revision = rest.partition("/")
+        if revision and unquote(revision) not in (repo.commit, *repo.branches):
+            self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        elif kind == "tree":
+            tree = [_tree_entry(name, content) for name, content in repo.files.items()]
+            self._send(200, json.dumps(tree).encode(), {})
+        else:
+            self._send(200, json.dumps({"id": repo_id, "sha": repo.commit, "private": False}).encode(), {})
+
+    def _answer_file(self, repo: Repository, revision: str, name: str, body: bool) -> None:
+        if name not in repo.files:
+            self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": repo.commit})
+            return
+        content = repo.files[name]
+        headers = {"X-Repo-Commit": repo.commit, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        fault = self.hub.faults.get(name)
+        start = self.headers["Range"]
+        if fault == "short":
+            self._send(200, content[:-1], headers, body)
+        elif body and fault == "cut once":
+            # The whole length is promised, half arrives, and the rest is answered with the whole file.
+            self.hub.faults[name] = "200 to a range"
+            self._send(200, content[: len(content) // 2], headers | {"Content-Length": str(len(content))})
+            self.close_connection = True
+        elif body and self._fails(name):
+            return
+        elif body and start and fault != "200 to a range":
+            offset = int(start.removeprefix("bytes=").rstrip("-"))
+            span = f"bytes {offset}-{len(content) - 1}/{len(content)}"
+            self._send(206, content[offset:], headers | {"Content-Range": span})
+        else:
+            self._send(200, content, headers, body)
+
+    def _fails(self, name: str) -> bool:
+        """Answer with the fault of `name`, if it has one that needs no content."""
+        fault = self.hub.faults.get(name)
+        if fault == "reset":
+            self.close_connection = True
+        elif fault == "html":
+            self._send(200, b"<html>Log in to the network</html>", {})
+        elif fault is not None and fault.isdigit():
+            self._send(int(fault), b"{}", {"X-Error-Code": "GatedRepo"} if fault == "403" else {})
+        else:
+            return False
+        return True
+
+    def _send(self, status: int, content: bytes, headers: dict[str, str], body: bool = True) -> None:
+        self.send_response(status)
+        for key, value in ({"Content-Length": str(len(content))} | headers).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body and self.command == "GET":
+            self.wfile.write(content)
+
+
+def _tree_entry(name: str, content: bytes) -> dict[str, object]:
+    return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}

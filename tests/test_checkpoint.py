@@ -1,0 +1,520 @@
+"""What is opened, copied and left out of a local checkpoint, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from noisytune_cli import checkpoint as checkpoint_module
+from noisytune_cli import folder as folder_module
+from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+def save(path: Path, *names: str, metadata: dict[str, str] | None = None) -> Path:
+    """Write a safetensors file with one F32 tensor of shape [2] for each name."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    for i, name in enumerate(names):
+        header[name] = {"dtype": "F32", "shape": [2], "data_offsets": [8 * i, 8 * i + 8]}
+    text = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(8 * len(names)))
+    return path
+
+
+def write(root: Path, *names: str) -> None:
+    """Write small files; what they hold does not matter."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+def save_sharded(root: Path, weight_map: object = None, **more: Any) -> Path:
+    """Write two shards, a and b in the first, c in the second, and an index."""
+    save(root / SHARDS[0], "a", "b", metadata={"format": "pt"})
+    save(root / SHARDS[1], "c")
+    index = {
+        "weight_map": {"a": SHARDS[0], "b": SHARDS[0], "c": SHARDS[1]} if weight_map is None else weight_map
+    }
+    (root / "model.safetensors.index.json").write_text(json.dumps(index | more))
+    return root
+
+
+def refused(source: Path | str, **options: Any) -> str:
+    """Return the one line with which opening is refused as malformed."""
+    with pytest.raises(InputInvalid) as caught:
+        open_checkpoint(str(source), **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def names(checkpoint: Checkpoint) -> list[str]:
+    return [source.name for source in checkpoint.sources]
+
+
+def test_a_file(tmp_path: Path) -> None:
+    path = save(tmp_path / "weights.bin", "a", "b")
+    write(tmp_path, "README.md")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with open_checkpoint(str(path)) as opened:
+        assert (opened.id, opened.revision, opened.single_file) == ("weights.bin", None, True)
+        assert [(t.name, t.file) for t in opened.tensors] == [("a", "weights.bin"), ("b", "weights.bin")]
+        assert (opened.others, opened.left_out, opened.index) == ((), (), None)
+        assert opened.config == {"model_type": "bert"}
+        assert not opened.noised
+
+
+def test_a_broken_config_beside_a_file_only_warns(tmp_path: Path) -> None:
+    path = save(tmp_path / "model.safetensors", "a")
+    (tmp_path / "config.json").write_text("{")
+    with open_checkpoint(str(path)) as opened:
+        assert opened.config is None
+        assert "not valid JSON" in opened.warnings[0]
+
+
+def test_an_index_given_as_a_file_is_explained(tmp_path: Path) -> None:
+    save_sharded(tmp_path)
+    assert "index" in refused(tmp_path / "model.safetensors.index.json")
+
+
+def test_a_folder_with_one_model(tmp_path: Path) -> None:
+    root = tmp_path / "bert"
+    save(root / "model.safetensors", "a")
+    save(root / "2_Dense/model.safetensors", "d")
+    (root / "config.json").write_text("{}")
+    write(
+        root,
+        "tokenizer.json",
+        "modeling.py",
+        "1_Pooling/config.json",
+        "3_Dense/pytorch_model.bin",
+        "voices.pt",
+    )
+    with open_checkpoint(f"{root}/") as opened:
+        assert (opened.id, opened.single_file, names(opened)) == ("bert", False, ["model.safetensors"])
+        assert opened.others == (
+            "1_Pooling/config.json",
+            "2_Dense/model.safetensors",
+            "3_Dense/pytorch_model.bin",
+            "config.json",
+            "modeling.py",
+            "tokenizer.json",
+            "voices.pt",
+        )
+        assert opened.left_out == ()
+
+
+def test_what_is_left_out_is_named(tmp_path: Path) -> None:
+    save(tmp_path / "model.safetensors", "a")
+    save(tmp_path / "model.fp16.safetensors", "a")
+    twins = [
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "tf_model.h5",
+        "flax_model.msgpack",
+        "model.ckpt",
+    ]
+    twins += [
+        "pytorch_model-00001-of-00002.bin",
+        "rust_model.ot",
+        "model.tflite",
+        "model-Q4.GGUF",
+        "model.pt",
+    ]
+    twins += [
+        "onnx/model.onnx",
+        "onnx/model.onnx_data",
+        "openvino/openvino_model.xml",
+        "openvino/openvino_model.bin",
+    ]
+    twins += ["original/consolidated.00.pth"]
+    state = [
+        "optimizer.pt",
+        "scheduler.pt",
+        "scaler.pt",
+        "rng_state.pth",
+        "rng_state_3.pth",
+        "training_args.bin",
+    ]
+    state += ["trainer_state.json"]
+    inside = [".git/config", ".cache/x", ".huggingface/y", "checkpoint-500/model.bin", "global_step5/a.pt"]
+    inside += ["coreml/a.mlpackage/Data/weight.bin", "sub/.git/HEAD", ".noisytune-x1/model.safetensors"]
+    write(tmp_path, *twins, *state, *inside, "onnx/config.json", ".gitattributes", "checkpoint-notes/a.txt")
+    write(tmp_path, "noisytune.json")
+    with open_checkpoint(str(tmp_path)) as opened:
+        assert opened.others == (".gitattributes", "checkpoint-notes/a.txt", "onnx/config.json")
+        left_out = dict(opened.left_out)
+        assert opened.noised
+    folders = [".git/", ".cache/", ".huggingface/", "checkpoint-500/", "global_step5/", "coreml/a.mlpackage/"]
+    folders += ["sub/.git/", ".noisytune-x1/"]
+    assert left_out.keys() == {*twins, *state, *folders, "model.fp16.safetensors", "noisytune.json"}
+    assert {left_out[name] for name in state} == {"optimizer and trainer state"}
+    assert all("another format" in left_out[name] for name in twins)
+
+
+def test_a_pickle_named_as_the_weights_is_a_twin(tmp_path: Path) -> None:
+    save(tmp_path / "mnist.safetensors", "a")
+    write(tmp_path, "mnist.pt", "LICENSE")
+    with open_checkpoint(str(tmp_path)) as opened:
+        assert opened.others == ("LICENSE",)
+        assert opened.left_out == (("mnist.pt", "the weights in another format (PyTorch)"),)
+
+
+def test_an_adapter(tmp_path: Path) -> None:
+    save(tmp_path / "adapter_model.safetensors", "a")
+    save(tmp_path / "extra.safetensors", "b")
+    write(tmp_path, "adapter_config.json", "adapter_model.bin")
+    with open_checkpoint(str(tmp_path)) as opened:
+        assert names(opened) == ["adapter_model.safetensors"]
+        assert opened.others == ("adapter_config.json",)
+        assert opened.config is None
+
+
+def test_shards(tmp_path: Path) -> None:
+    save_sharded(tmp_path, metadata={"total_size": 24})
+    save(tmp_path / "model.safetensors", "whole")
+    with open_checkpoint(str(tmp_path)) as opened:
+        assert names(opened) == list(SHARDS)
+        assert [tensor.name for tensor in opened.tensors] == ["a", "b", "c"]
+        assert opened.index == "model.safetensors.index.json"
+        assert opened.others == ("model.safetensors.index.json",)
+        assert opened.metadata == {"format": "pt"}
+        assert opened.warnings == (
+            "model.safetensors is not listed in model.safetensors.index.json and is left out",
+        )
+
+
+@pytest.mark.parametrize("total", [25, "24", None, 24.0])
+def test_a_wrong_total_size_warns(tmp_path: Path, total: object) -> None:
+    save_sharded(tmp_path, metadata={"total_size": total})
+    with open_checkpoint(str(tmp_path)) as opened:
+        assert any("total_size" in warning for warning in opened.warnings) == (total in (25, "24"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"weight_map": null}',
+        b'{"weight_map": []}',
+        b'{"weight_map": {}}',
+        b'{"weight_map": {"a": null}}',
+        b'{"weight_map": {"a": 1}}',
+        b"{",
+        b"\xff",
+        '{"weight_map": {}}'.encode("utf-16"),
+        b'{"weight_map":' + b"[" * 2000 + b"]" * 2000 + b"}",
+    ],
+)
+def test_a_malformed_index(tmp_path: Path, text: bytes) -> None:
+    save_sharded(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_bytes(text)
+    assert "index" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "",
+        ".",
+        "../x.safetensors",
+        "a/../../x.safetensors",
+        "/etc/x.safetensors",
+        "a\0.safetensors",
+        "\x1b[2J.safetensors",
+        "\ud800.safetensors",
+        "sub//x.safetensors",
+        "pytorch_model.bin",
+    ],
+)
+def test_a_shard_name_that_is_no_plain_name(tmp_path: Path, shard: str) -> None:
+    root = tmp_path / "model"
+    save(tmp_path / "x.safetensors", "c")
+    save_sharded(root, {"a": SHARDS[0], "b": SHARDS[0], "c": shard})
+    message = refused(root)
+    assert 'tensor "c"' in message
+    assert message.isprintable()
+
+
+def test_index_and_shards_that_disagree(tmp_path: Path) -> None:
+    first, second = SHARDS
+    whole = {"a": first, "b": first, "c": second}
+    assert 'tensor "d"' in refused(save_sharded(tmp_path / "1", whole | {"d": second}))
+    assert 'tensor "b"' in refused(save_sharded(tmp_path / "2", {"a": first, "c": second}))
+    assert 'tensor "b"' in refused(save_sharded(tmp_path / "3", whole | {"b": second}))
+    assert "absent (1 of 3" in refused(save_sharded(tmp_path / "4", whole | {"d": "other.safetensors"}))
+    root = save_sharded(tmp_path / "5")
+    save(root / second, "c", "a")
+    assert f'{second}: tensor "a": the tensor is in {first} too' in refused(root)
+
+
+def test_a_shard_that_is_no_regular_file(tmp_path: Path) -> None:
+    save_sharded(tmp_path)
+    (tmp_path / SHARDS[1]).unlink()
+    os.mkfifo(tmp_path / SHARDS[1])
+    assert "a FIFO" in refused(tmp_path)
+    (tmp_path / SHARDS[1]).unlink()
+    (tmp_path / SHARDS[1]).symlink_to("nowhere")
+    assert "a broken link" in refused(tmp_path)
+
+
+def test_shards_may_be_links(tmp_path: Path) -> None:
+    root = save_sharded(tmp_path / "model")
+    os.rename(root / SHARDS[0], tmp_path / "blob")
+    (root / SHARDS[0]).symlink_to("../blob")
+    with open_checkpoint(str(root)) as opened:
+        assert names(opened) == list(SHARDS)
+
+
+def test_shards_without_their_index(tmp_path: Path) -> None:
+    save_sharded(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert "no index" in refused(tmp_path)
+    (tmp_path / SHARDS[1]).unlink()
+    assert "no index" in refused(tmp_path)
+
+
+def test_weights_that_cannot_be_told_apart(tmp_path: Path) -> None:
+    save(tmp_path / "b.safetensors", "b")
+    with open_checkpoint(str(tmp_path)) as opened:
+        assert names(opened) == ["b.safetensors"]
+    save(tmp_path / "a.safetensors", "a")
+    message = refused(tmp_path)
+    assert "a.safetensors, b.safetensors" in message
+    assert "--weights" in message
+    with open_checkpoint(str(tmp_path), weights="./a.safetensors") as opened:
+        assert names(opened) == ["a.safetensors"]
+        assert [name for name, _ in opened.left_out] == ["b.safetensors"]
+
+
+def test_two_indexes(tmp_path: Path) -> None:
+    save_sharded(tmp_path)
+    text = (tmp_path / "model.safetensors.index.json").read_text()
+    (tmp_path / "model.fp16.safetensors.index.json").write_text(text)
+    assert "--weights" in refused(tmp_path)
+    with open_checkpoint(str(tmp_path), weights="model.safetensors.index.json") as opened:
+        assert opened.others == ("model.safetensors.index.json",)
+        assert [name for name, _ in opened.left_out] == ["model.fp16.safetensors.index.json"]
+
+
+def test_weights_in_a_subfolder(tmp_path: Path) -> None:
+    save_sharded(tmp_path / "unet")
+    write(
+        tmp_path, "model_index.json", "unet/model.fp16.safetensors", "vae/model.safetensors", "vae/model.bin"
+    )
+    (tmp_path / "unet/config.json").write_text('{"sample_size": 64}')
+    assert "unet/model.safetensors.index.json" in refused(tmp_path)
+    with open_checkpoint(str(tmp_path), weights="unet/model.safetensors.index.json") as opened:
+        assert names(opened) == [f"unet/{shard}" for shard in SHARDS]
+        assert opened.config == {"sample_size": 64}
+        assert "vae/model.safetensors" in opened.others
+        assert "vae/model.bin" in opened.others
+        assert [name for name, _ in opened.left_out] == ["unet/model.fp16.safetensors"]
+
+
+@pytest.mark.parametrize("weights", ["../model.safetensors", "/etc/passwd", "", "."])
+def test_weights_cannot_leave_the_folder(tmp_path: Path, weights: str) -> None:
+    save(tmp_path / "model.safetensors", "a")
+    save(tmp_path / "in/model.safetensors", "a")
+    with pytest.raises(UsageError):
+        open_checkpoint(str(tmp_path / "in"), weights=weights)
+
+
+def test_weights_that_are_not_there_or_not_safetensors(tmp_path: Path) -> None:
+    path = save(tmp_path / "model.safetensors", "a")
+    write(tmp_path, "model.bin")
+    with pytest.raises(InputUnreadable):
+        open_checkpoint(str(tmp_path), weights="nothing.safetensors")
+    assert "safetensors" in refused(tmp_path, weights="model.bin")
+    with pytest.raises(UsageError):
+        open_checkpoint(str(path), weights="model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("pytorch_model.bin", "PyTorch"),
+        ("resnet20.th", "PyTorch"),
+        ("model.gguf", "GGUF"),
+        ("tf_model.h5", "TensorFlow"),
+        ("flax_model.msgpack", "Flax"),
+        ("model.onnx", "ONNX"),
+        ("README.md", "no weights"),
+    ],
+)
+def test_a_folder_without_safetensors_says_what_it_has(tmp_path: Path, name: str, says: str) -> None:
+    write(tmp_path, name, "optimizer.pt")
+    assert says in refused(tmp_path)
+
+
+def test_a_source_that_was_noised_before(tmp_path: Path) -> None:
+    file = save(tmp_path / "a.safetensors", "a")
+    write(tmp_path, "a.safetensors.noisytune.json")
+    for source in (file, tmp_path):
+        with open_checkpoint(str(source)) as opened:
+            assert opened.noised
+            assert opened.others == ()
+
+
+def test_links_and_special_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outside = tmp_path / "outside"
+    write(outside, "secret.txt", "vocab.txt")
+    root = tmp_path / "model"
+    save(root / "model.safetensors", "a")
+    write(root, "sub/deep/file.txt")
+    (root / "vocab.txt").symlink_to(outside / "vocab.txt")
+    (root / "out").symlink_to(outside)
+    (root / "sub/deep/up").symlink_to("../..")
+    (root / "alias").symlink_to("sub/deep")
+    (root / "broken").symlink_to("nowhere")
+    os.mkfifo(root / "pipe")
+    monkeypatch.chdir(root)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("sock")
+    (root / os.fsdecode(b"bad\xff.txt")).write_bytes(b"x")
+    with open_checkpoint(".") as opened:
+        assert opened.id == "model"
+        assert opened.others == ("alias/file.txt", "sub/deep/file.txt", "vocab.txt")
+        assert dict(opened.left_out) == {
+            "alias/up/": "a link to a folder it lies in",
+            "bad\\udcff.txt": "its name is not UTF-8",
+            "broken": "a broken link",
+            "out/": "a link out of the checkpoint",
+            "pipe": "a FIFO",
+            "sock": "a socket",
+            "sub/deep/up/": "a link to a folder it lies in",
+        }
+
+
+def test_linked_folders_cannot_multiply(tmp_path: Path) -> None:
+    save(tmp_path / "model.safetensors", "a")
+    folders = "abcdefghij"
+    for folder in folders:
+        write(tmp_path, f"{folder}/file")
+        for other in folders:
+            (tmp_path / folder / other).symlink_to(f"../{other}")
+    with open_checkpoint(str(tmp_path)) as opened:
+        assert opened.others.count("a/b/file") == 1
+        assert len(opened.others) == 10 + 10 * 9
+        assert ("a/b/c/", "a link inside a linked folder") in opened.left_out
+
+
+def test_too_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "model.safetensors", "a")
+    write(tmp_path, "sub/1", "sub/2")
+    monkeypatch.setattr(folder_module, "_MAX_ENTRIES", 3)
+    assert "more than 3 files" in refused(tmp_path)
+
+
+def test_a_config_that_is_none(tmp_path: Path) -> None:
+    save(tmp_path / "model.safetensors", "a")
+    config = tmp_path / "config.json"
+    config.write_text("[]")
+    assert "not a JSON object" in refused(tmp_path)
+    config.write_text("not json")
+    assert "not valid JSON" in refused(tmp_path)
+    config.unlink()
+    config.mkdir()
+    assert "a directory" in refused(tmp_path)
+    config.rmdir()
+    os.mkfifo(config)
+    assert "a FIFO" in refused(tmp_path)
+
+
+def test_the_config_is_checked_before_the_weights_are_opened(tmp_path: Path) -> None:
+    def refuse(config: Any, path: str) -> None:
+        raise InputInvalid("quantised", path=path, why=config["quant"], next_step="none")
+
+    write(tmp_path, "model.safetensors")
+    (tmp_path / "config.json").write_text('{"quant": "gptq"}')
+    assert "gptq" in refused(tmp_path, check_config=refuse)
+    assert "gptq" in refused(tmp_path / "model.safetensors", check_config=refuse)
+
+
+def test_a_path_into_the_hub_cache_tells_id_and_commit(tmp_path: Path) -> None:
+    root = tmp_path / f"models--owner--name/snapshots/{COMMIT}"
+    blob = save(tmp_path / "models--owner--name/blobs/abc", "a")
+    root.mkdir(parents=True)
+    (root / "model.safetensors").symlink_to(os.path.relpath(blob, root))
+    (tmp_path / "latest").symlink_to(root)
+    for source in (root, root / "model.safetensors", tmp_path / "latest"):
+        with open_checkpoint(str(source)) as opened:
+            assert (opened.id, opened.revision) == ("owner/name", COMMIT)
+    other = save(tmp_path / f"models--gpt2/snapshots/{COMMIT}/model.safetensors", "a")
+    with open_checkpoint(str(other)) as opened:
+        assert (opened.id, opened.revision) == ("gpt2", COMMIT)
+
+
+@pytest.mark.parametrize(
+    "source", ["./nothing", "/nothing/at/all", "~/nothing-of-this-name", "a/b/c", "x.safetensors"]
+)
+def test_a_missing_path_is_unreadable_and_never_a_hub_id(
+    monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setattr(
+        checkpoint_module.hub, "download", lambda *args, **options: pytest.fail("asked the hub")
+    )
+    with pytest.raises(InputUnreadable):
+        open_checkpoint(source)
+
+
+def test_what_exists_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "owner/name/model.safetensors", "a")
+    with open_checkpoint("owner/name") as opened:
+        assert (opened.id, opened.revision) == ("name", None)
+
+
+def test_revision_is_for_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        open_checkpoint(str(save(tmp_path / "model.safetensors", "a")), revision="main")
+
+
+def test_a_failure_closes_what_was_opened(tmp_path: Path) -> None:
+    save_sharded(tmp_path)
+    (tmp_path / SHARDS[1]).write_bytes(b"\x08")
+    before = len(os.listdir("/proc/self/fd"))
+    refused(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
+    with open_checkpoint(str(save_sharded(tmp_path))):
+        assert len(os.listdir("/proc/self/fd")) == before + 2
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def checkpoints() -> Path:
+    """The folder of real checkpoints; the test is skipped where it is absent."""
+    data = Path(os.environ.get("NOISYTUNE_DATA", Path(__file__).parents[2] / "shared/data")) / "checkpoints"
+    if not data.is_dir():
+        pytest.skip("the real checkpoints are not here (NOISYTUNE_DATA)")
+    return data
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("burn", ["mnist.safetensors"]),
+        ("capp-gpt", ["model.safetensors"]),
+        ("peft-gpt2", ["adapter_model.safetensors"]),
+        ("qwen3", ["model.safetensors"]),
+        ("qwen3-mlx-4bit-sharded", list(SHARDS)),
+    ],
+)
+def test_real_checkpoints(name: str, weights: list[str]) -> None:
+    root = checkpoints() / name
+    with open_checkpoint(str(root)) as opened:
+        assert names(opened) == weights
+        assert opened.tensors
+        accounted = {*weights, *opened.others, *(left for left, _ in opened.left_out)}
+        assert accounted == {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}

@@ -1,0 +1,338 @@
+"""The hub, over a server on loopback: what is fetched, what is recorded, and how it fails."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import Hub, Repository, serve
+
+from noisytune_cli import hub as hub_module
+from noisytune_cli.checkpoint import open_checkpoint
+from noisytune_cli.errors import HubError, InputInvalid, InputUnreadable, NoisytuneError
+
+COMMIT = Repository({}).commit
+
+
+def safetensors(**tensors: list[float]) -> bytes:
+    """A safetensors file of F32 vectors."""
+    header, data = {}, b""
+    for name, values in tensors.items():
+        packed = struct.pack(f"<{len(values)}f", *values)
+        span = [len(data), len(data) + len(packed)]
+        header[name] = {"dtype": "F32", "shape": [len(values)], "data_offsets": span}
+        data += packed
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+PLAIN = {
+    ".gitattributes": b"*.bin filter=lfs\n",
+    "config.json": b'{"model_type": "bert"}',
+    "tokenizer [v1].json": b"{}",
+    "model.safetensors": safetensors(a=[1.0, 2.0]),
+    "pytorch_model.bin": b"pickle",
+    "tf_model.h5": b"h5",
+    "onnx/model.onnx": b"onnx",
+    "onnx/config.json": b"{ }",
+    "2_Dense/model.safetensors": safetensors(b=[3.0]),
+    "coreml/a.mlpackage/Data/weight.bin": b"coreml",
+}
+
+SHARDED = {
+    "config.json": b"{}",
+    "model.safetensors.index.json": json.dumps(
+        {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    ).encode(),
+    "model-00001-of-00002.safetensors": safetensors(a=[1.0]),
+    "model-00002-of-00002.safetensors": safetensors(b=[2.0]),
+    "consolidated.safetensors": safetensors(a=[1.0], b=[2.0]),
+}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with a plain and a sharded model, and a huggingface_hub that asks it and never waits."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    with serve(plain=Repository(dict(PLAIN)), owner__sharded=Repository(dict(SHARDED))) as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.endpoint)
+        template = served.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path / "harnesses.json"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        yield served
+        close_session()
+
+
+def fails(repo_id: str, revision: str | None = None) -> HubError:
+    """Download and return the error, after checking that it is one line."""
+    with pytest.raises(HubError) as caught:
+        hub_module.download(repo_id, revision)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def test_only_what_is_needed_is_fetched(hub: Hub) -> None:
+    with open_checkpoint("plain") as checkpoint:
+        assert checkpoint.id == "plain"
+        assert checkpoint.revision == COMMIT
+        assert [source.name for source in checkpoint.sources] == ["model.safetensors"]
+        assert [tensor.name for tensor in checkpoint.tensors] == ["a"]
+        assert checkpoint.config == {"model_type": "bert"}
+        copied = [".gitattributes", "2_Dense/model.safetensors", "config.json", "onnx/config.json"]
+        assert list(checkpoint.others) == [*copied, "tokenizer [v1].json"]
+        assert [name for name, _ in checkpoint.left_out] == [
+            "coreml/a.mlpackage/",
+            "onnx/model.onnx",
+            "pytorch_model.bin",
+            "tf_model.h5",
+        ]
+        assert all((checkpoint.root / name).is_file() for name in checkpoint.others)
+    assert hub.fetched() == sorted([*copied, "tokenizer [v1].json", "model.safetensors"])
+
+
+def test_a_sharded_model_is_fetched_by_its_index(hub: Hub) -> None:
+    with open_checkpoint("owner/sharded") as checkpoint:
+        assert checkpoint.index == "model.safetensors.index.json"
+        assert [tensor.name for tensor in checkpoint.tensors] == ["a", "b"]
+        assert dict(checkpoint.left_out).keys() == {"consolidated.safetensors"}
+    assert "consolidated.safetensors" not in hub.fetched()
+
+
+def test_weights_chooses_what_is_fetched(hub: Hub) -> None:
+    with open_checkpoint("owner/sharded", weights="consolidated.safetensors") as checkpoint:
+        assert [source.name for source in checkpoint.sources] == ["consolidated.safetensors"]
+    assert hub.fetched() == ["config.json", "consolidated.safetensors"]
+
+
+def test_a_branch_is_resolved_and_a_commit_needs_no_resolving(hub: Hub) -> None:
+    hub.repositories["plain"].branches = ("main", "refs/pr/1")
+    assert hub_module.download("plain", "refs/pr/1").commit == COMMIT
+    assert any(request.path.endswith("/revision/refs%2Fpr%2F1") for request in hub.requests)
+    hub.requests.clear()
+    assert hub_module.download("plain", COMMIT).commit == COMMIT
+    assert hub.requests == []
+
+
+def test_the_token_is_sent(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repositories["plain"].token = "hf_secret"
+    assert "401" in str(fails("plain"))
+    hub.requests.clear()
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub_module.download("plain")
+    asked = [request for request in hub.requests if "plain" in request.path]
+    assert asked
+    assert {request.authorization for request in asked} == {"Bearer hf_secret"}
+
+
+def test_offline_after_a_download_gives_the_same_without_a_request(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    online = hub_module.download("plain")
+    hub.requests.clear()
+    offline(monkeypatch)
+    assert hub_module.download("plain") == online
+    assert hub.requests == []
+
+
+def test_offline_uses_a_cache_that_was_never_listed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import hf_hub_download
+
+    hf_hub_download("plain", "model.safetensors")
+    hf_hub_download("owner/sharded", "model.safetensors.index.json")
+    offline(monkeypatch)
+    assert hub_module.download("plain").listing.files == ("model.safetensors",)
+    assert "is not in the cache" in str(fails("owner/sharded"))
+
+
+def test_a_hub_out_of_reach_is_replaced_by_the_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    online = hub_module.download("owner/sharded")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert hub_module.download("owner/sharded") == online
+
+
+def test_offline_and_not_cached(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    offline(monkeypatch)
+    assert "HF_HUB_OFFLINE" in str(fails("plain"))
+    assert hub.requests == []
+
+
+def test_the_cache_is_left_as_it_was(hub: Hub) -> None:
+    def state(root: Path) -> dict[str, tuple[int, str]]:
+        blobs = root.parent.parent / "blobs"
+        return {
+            p.name: (p.stat().st_mtime_ns, hashlib.sha256(p.read_bytes()).hexdigest())
+            for p in blobs.iterdir()
+        }
+
+    root = hub_module.download("plain").root
+    before = state(root)
+    with open_checkpoint("plain"):
+        pass
+    assert state(root) == before
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("429", "too many requests"),
+        ("500", "HTTP 500"),
+        ("401", "not authorised"),
+        ("403", "restricted"),
+        ("reset", "connection failed"),
+        ("html", "not that of a hub"),
+    ],
+)
+def test_a_failing_hub(hub: Hub, fault: str, says: str) -> None:
+    hub.faults["api"] = fault
+    assert says in str(fails("plain"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [("short", "the hub lists"), ("reset", "connection failed"), ("429", "429"), ("503", "HTTP 503")],
+)
+def test_a_failing_download_is_never_used(hub: Hub, tmp_path: Path, fault: str, says: str) -> None:
+    hub.faults["model.safetensors"] = fault
+    assert says in str(fails("plain"))
+    stored = [file.stat().st_size for file in (tmp_path / "cache").glob("*/snapshots/*/model.safetensors")]
+    assert len(PLAIN["model.safetensors"]) not in stored
+    assert not list((tmp_path / "cache").rglob("*.incomplete"))
+
+
+def test_a_whole_answer_to_a_range_is_not_appended(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 16)
+    hub.faults["model.safetensors"] = "cut once"
+    root = hub_module.download("plain").root
+    assert (root / "model.safetensors").read_bytes() == PLAIN["model.safetensors"]
+    assert any(request.range for request in hub.requests)
+
+
+def test_a_truncated_blob_in_the_cache_is_refused(hub: Hub) -> None:
+    root = hub_module.download("plain").root
+    os.truncate(root / "model.safetensors", 20)
+    message = str(fails("plain"))
+    assert "damaged" in message
+    assert str((root / "model.safetensors").resolve()) in message
+
+
+def test_a_repository_or_revision_that_does_not_exist(hub: Hub) -> None:
+    assert "no such repository" in str(fails("owner/nothing"))
+    error = fails("plain", "no-such-branch")
+    assert "no such revision" in str(error)
+    assert error.exit_code == 7
+
+
+def test_no_hub_at_all(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "connection failed" in str(fails("plain"))
+
+
+def test_a_repository_without_safetensors_is_refused_before_any_weights(hub: Hub) -> None:
+    del (
+        hub.repositories["plain"].files["model.safetensors"],
+        hub.repositories["plain"].files["2_Dense/model.safetensors"],
+    )
+    with pytest.raises(InputInvalid, match=r"no safetensors.*ONNX.*PyTorch pickles.*TensorFlow"):
+        open_checkpoint("plain")
+    assert hub.fetched() == ["config.json"]
+
+
+def test_the_config_can_refuse_before_any_weights(hub: Hub) -> None:
+    def refuse(config: Any, path: str) -> None:
+        raise InputInvalid("quantised", path=path, why=config["model_type"], next_step="none")
+
+    with pytest.raises(InputInvalid, match=r"plain/config\.json: bert"):
+        open_checkpoint("plain", check_config=refuse)
+    assert hub.fetched() == ["config.json"]
+
+
+def test_an_absent_shard_is_found_before_any_weights(hub: Hub) -> None:
+    del hub.repositories["owner/sharded"].files["model-00002-of-00002.safetensors"]
+    with pytest.raises(InputInvalid, match="absent"):
+        open_checkpoint("owner/sharded")
+    assert hub.fetched() == ["config.json", "model.safetensors.index.json"]
+
+
+def test_an_unsafe_name_is_refused(hub: Hub) -> None:
+    hub.repositories["plain"].files["../evil"] = b""
+    assert "unsafe file name" in str(fails("plain"))
+
+
+@pytest.mark.parametrize("text", ["bert-base-uncased", "owner/name", "a", "a_b/c.d-1"])
+def test_repo_ids(text: str) -> None:
+    assert hub_module.is_repo_id(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "ckpt/model.safetensors",
+        "foo/bar/baz",
+        "a--b",
+        "a..b",
+        "-a",
+        "a/",
+        "/a",
+        "é",
+        "a b",
+        "x" * 97,
+        "a\0",
+    ],
+)
+def test_what_is_no_repo_id_never_reaches_the_hub(hub: Hub, text: str) -> None:
+    assert not hub_module.is_repo_id(text)
+    with pytest.raises(NoisytuneError) as caught:
+        open_checkpoint(text)
+    assert isinstance(caught.value, InputUnreadable)
+    assert hub.requests == []
+
+
+def test_the_environment_is_honoured_and_stderr_stays_empty(hub: Hub, tmp_path: Path) -> None:
+    code = "from noisytune_cli.hub import download; s = download('plain'); print(s.commit, s.root)"
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": "hf_other",
+    }
+    command = [sys.executable, "-c", code]
+    online = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    asked = len(hub.requests)
+    offline = subprocess.run(
+        command, env=environment | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=True
+    )
+    commit, root = online.stdout.split()
+    assert commit == COMMIT
+    assert root.startswith(str(tmp_path / "home"))
+    assert (online.stderr, offline.stderr, offline.stdout) == ("", "", online.stdout)
+    assert len(hub.requests) == asked
+    assert {r.authorization for r in hub.requests if "/resolve/" in r.path} == {"Bearer hf_other"}
