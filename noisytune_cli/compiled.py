@@ -1,0 +1,206 @@
+"""Compile a loop once, keep its machine code.
+
+Numba compiles the loops of `kernels.py`; importing it and its type registries costs more than perturbing a
+small model. So what it produced is kept: the LLVM IR of each loop, compiled for this very CPU, is stored as
+an object file, and the next process maps that object with llvmlite alone, without Numba.
+
+A loop is a C function of pointers and numbers. It may call nothing but LLVM intrinsics and a few functions
+of the C library (checked when it is compiled), so that an object never needs Numba's runtime. An object's
+name holds a digest of everything it depends on, and its content is checked before it is mapped. The cache
+lies beside the package, else in the user's cache folder, else in a private folder of the temporary one;
+where none is writable, each process compiles for itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import os
+import stat
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llvmlite.binding import ExecutionEngine, TargetMachine
+
+#: The C types of a signature's letters: pointer, i64, u64, f32, f64.
+_C_TYPES: dict[str, Any] = {
+    "p": ctypes.c_void_p,
+    "i": ctypes.c_int64,
+    "u": ctypes.c_uint64,
+    "f": ctypes.c_float,
+    "d": ctypes.c_double,
+}
+
+_SYMBOL = "noisytune_loop"
+_C_LIBRARY = {"memcpy", "memmove", "memset", "sqrt"}
+_DIGEST_SIZE = 32
+_lock = threading.Lock()
+_engines: list[ExecutionEngine] = []
+_loaded: dict[str, Callable[..., None]] = {}
+
+
+def compile_loop(name: str, signature: str, make: Callable[[], Callable[..., None]]) -> Callable[..., None]:
+    """Return the machine code of a loop as a function that releases the GIL while it runs.
+
+    `signature` has one letter for each argument (`_C_TYPES`); the loop returns nothing. `make` builds the
+    Python function and is called only where the cache has no object for `name`.
+    """
+    with _lock:
+        if name not in _loaded:
+            code = _cached(name)
+            if code is None:
+                code = _compile(signature, make())
+                _store(name, code)
+            _loaded[name] = _callable(_map(code), signature)
+        return _loaded[name]
+
+
+def _callable(address: int, signature: str) -> Callable[..., None]:
+    """Return a Python function for a loop at an address."""
+    # Numba's calling convention: two result slots come first, and a status (always 0 here) comes back.
+    prototype = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 2, *(_C_TYPES[letter] for letter in signature))
+    function = prototype(address)
+    slots = (ctypes.c_int64 * 2)()
+    value_slot, error_slot = ctypes.addressof(slots), ctypes.addressof(slots) + 8
+
+    def call(*arguments: Any, _keep: Any = slots) -> None:
+        function(value_slot, error_slot, *arguments)
+
+    return call
+
+
+def _cached(name: str) -> bytes | None:
+    """Return the stored object, or None where there is none that is whole."""
+    for folder in _folders():
+        try:
+            content = (folder / _file_name(name)).read_bytes()
+        except OSError:
+            continue
+        digest, code = content[:_DIGEST_SIZE], content[_DIGEST_SIZE:]
+        if digest == hashlib.sha256(code).digest():
+            return code
+    return None
+
+
+def _store(name: str, code: bytes) -> None:
+    """Keep an object in the first folder that takes it; the cache is a convenience, so none is no error."""
+    for folder in _folders():
+        with contextlib.suppress(OSError):
+            descriptor, temporary = tempfile.mkstemp(dir=folder, prefix="noisytune-")
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(hashlib.sha256(code).digest() + code)
+                os.replace(temporary, folder / _file_name(name))
+            except BaseException:
+                os.unlink(temporary)
+                raise
+            return
+
+
+def _compile(signature: str, function: Callable[..., None]) -> bytes:
+    """Compile a function with Numba to the bytes of an object file for this CPU."""
+    import numba
+    from llvmlite import binding
+
+    types = {
+        "p": numba.types.voidptr,
+        "i": numba.types.int64,
+        "u": numba.types.uint64,
+        "f": numba.types.float32,
+        "d": numba.types.float64,
+    }
+    compiled = numba.cfunc(numba.void(*(types[letter] for letter in signature)), error_model="numpy")(function)
+    module = binding.parse_assembly(compiled.inspect_llvm())
+    # Beside the function stands a wrapper that reports Python exceptions; without it nothing of Python is left.
+    entry = compiled.native_name.removeprefix("cfunc.")
+    for candidate in module.functions:
+        if not candidate.is_declaration:
+            candidate.linkage = "external" if candidate.name == entry else "internal"
+    machine = _machine()
+    passes = binding.create_new_module_pass_manager()
+    passes.add_global_dead_code_eliminate_pass()
+    passes.add_strip_dead_prototype_pass()
+    passes.run(module, binding.create_pass_builder(machine, binding.PipelineTuningOptions()))
+    foreign = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")}
+    if foreign - _C_LIBRARY:
+        # LLVM would end the process on mapping such an object; it is our bug, or a change in Numba.
+        raise RuntimeError(f"a compiled loop calls {', '.join(sorted(foreign))}")
+    module.get_function(entry).name = _SYMBOL
+    return bytes(machine.emit_object(module))
+
+
+def _map(code: bytes) -> int:
+    """Map an object file into the process and return the address of its loop."""
+    from llvmlite import binding
+
+    empty = binding.parse_assembly("")
+    engine = binding.create_mcjit_compiler(empty, _machine())
+    engine.add_object_file(binding.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _engines.append(engine)  # the code lives as long as its engine
+    return int(engine.get_function_address(_SYMBOL))
+
+
+def _machine() -> TargetMachine:
+    """Return this CPU's target machine."""
+    from llvmlite import binding
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    target = binding.Target.from_default_triple()
+    return target.create_target_machine(
+        cpu=binding.get_host_cpu_name(), features=_features(), opt=3, jit=True, reloc="default", codemodel="jitdefault"
+    )
+
+
+def _features() -> str:
+    from llvmlite import binding
+
+    try:
+        return str(binding.get_host_cpu_features().flatten())
+    except RuntimeError:  # LLVM cannot tell them on every architecture; the CPU's name then stands alone
+        return ""
+
+
+@functools.cache
+def _stamp() -> str:
+    """Digest everything that an object depends on: sources, compiler versions, CPU, Python's platform."""
+    from llvmlite import binding
+
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    sources = [package / "compiled.py", package / "kernels.py", package / "stream.py", package / "moments.py"]
+    for path in [*sources, *sorted((package / "distributions").glob("*.py"))]:
+        digest.update(path.read_bytes() + b"\0")
+    versions = [importlib.metadata.version(p) for p in ("numba", "llvmlite", "numpy")]
+    machine = [binding.get_host_cpu_name(), _features(), sys.platform, sys.version]
+    digest.update("\0".join(versions + machine).encode())
+    return digest.hexdigest()[:32]
+
+
+def _file_name(name: str) -> str:
+    return f"noisytune-{name.replace('/', '-')}-{_stamp()}.o"
+
+
+def _folders() -> Iterator[Path]:
+    """Yield the cache folders in the order they are tried; each exists and is nobody else's to write."""
+    beside = Path(__file__).parent / "__pycache__"
+    home = os.environ.get("XDG_CACHE_HOME") or (Path(os.environ["HOME"]) / ".cache" if "HOME" in os.environ else None)
+    temporary = Path(tempfile.gettempdir()) / f"noisytune-cache-{os.getuid()}"
+    for folder in [beside, Path(home) / "noisytune" if home else None, temporary]:
+        if folder is None:
+            continue
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=folder != temporary, exist_ok=True)
+            status = folder.lstat()
+            owned = status.st_uid in {os.getuid(), 0} and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            if stat.S_ISDIR(status.st_mode) and owned:
+                yield folder

@@ -1,0 +1,59 @@
+"""Devices: one file each; the file's name is the name a user types.
+
+A device module offers `open_device(name) -> Device`. A device works on tiles: runs of stored bytes that lie
+in host memory. It never decides anything: which tensors, which std and which amplitude are its caller's.
+Every device gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from noisytune_cli.moments import Moments
+    from noisytune_cli.stream import StreamWords
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Statistics of one tile: extremes and Σ|x| (meaningless with a NaN inside), and counts of elements."""
+
+    minimum: float
+    maximum: float
+    absolute_sum: float
+    zeros: int
+    nans: int
+    infinities: int
+
+
+class Device(Protocol):
+    """Kernels over tiles of stored bytes (little-endian, any dtype of FLOAT_DTYPES). Thread-safe."""
+
+    def moments(self, tile: memoryview, dtype: str) -> Moments:
+        """Return the float64 sums of a tile about a pivot of its own."""
+
+    def add_exact_sums(self, tile: memoryview, dtype: str, sums: NDArray[np.int64]) -> None:
+        """Add a tile's values to exact sums (`moments.new_exact_sums`)."""
+
+    def add_noise(
+        self,
+        tile: memoryview,
+        out: memoryview,
+        dtype: str,
+        *,
+        distribution: str,
+        stream: StreamWords,
+        first: int,
+        amplitude: float,
+    ) -> tuple[int, int]:
+        """Write tile + noise to `out`, which must not overlap it; return (unchanged, clamped) elements.
+
+        `stream` is `stream.stream_words`, `first` the logical index of the tile's first element.
+        """
+
+    def summarize(self, tile: memoryview, dtype: str) -> Summary:
+        """Return the statistics of a tile that moments do not hold."""

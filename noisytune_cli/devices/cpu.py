@@ -1,0 +1,109 @@
+"""The CPU: loops compiled by Numba over the stored bytes.
+
+Each loop is compiled, or taken from the cache, the first time that a dtype (and distribution) needs it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from noisytune_cli import distributions
+from noisytune_cli.compiled import compile_loop
+from noisytune_cli.devices import Device, Summary
+from noisytune_cli.moments import Moments
+from noisytune_cli.records import FLOAT_DTYPES
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from noisytune_cli.stream import StreamWords
+
+#: Values that a noise loop works on at a time; a multiple of 4, small enough for the L1 cache.
+NOISE_BLOCK = 2048
+
+
+class Cpu:
+    """The CPU device; all its state is scratch space, one for each thread."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def moments(self, tile: memoryview, dtype: str) -> Moments:
+        """Return the float64 sums of a tile about the mean of its first values."""
+        out = np.empty(6)
+        count = len(tile) // FLOAT_DTYPES[dtype]
+        _loop("moments", dtype)(_address(tile), count, out.ctypes.data)
+        pivot, s1, low1, s2, low2, finite = out.tolist()
+        return Moments(count, pivot, (s1, low1), (s2, low2), bool(finite), dtype == "F64")
+
+    def add_exact_sums(self, tile: memoryview, dtype: str, sums: NDArray[np.int64]) -> None:
+        """Add a tile's values to exact sums."""
+        _loop("exact", dtype)(_address(tile), len(tile) // FLOAT_DTYPES[dtype], sums.ctypes.data)
+
+    def add_noise(
+        self,
+        tile: memoryview,
+        out: memoryview,
+        dtype: str,
+        *,
+        distribution: str,
+        stream: StreamWords,
+        first: int,
+        amplitude: float,
+    ) -> tuple[int, int]:
+        """Write tile + noise to `out`, which must not overlap it; return (unchanged, clamped) elements."""
+        words, c = self._scratch()
+        counts = np.empty(2, np.int64)
+        _loop("noise", dtype, distribution)(
+            _address(tile),
+            _address(out),
+            len(tile) // FLOAT_DTYPES[dtype],
+            first,
+            *stream,
+            amplitude,
+            words.ctypes.data,
+            c.ctypes.data,
+            counts.ctypes.data,
+        )
+        unchanged, clamped = counts.tolist()
+        return unchanged, clamped
+
+    def summarize(self, tile: memoryview, dtype: str) -> Summary:
+        """Return the statistics of a tile that moments do not hold."""
+        out = np.empty(6)
+        _loop("summary", dtype)(_address(tile), len(tile) // FLOAT_DTYPES[dtype], out.ctypes.data)
+        low, high, absolute, zeros, nans, infinities = out.tolist()
+        return Summary(low, high, absolute, int(zeros), int(nans), int(infinities))
+
+    def _scratch(self) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+        if not hasattr(self._local, "words"):
+            self._local.words = np.zeros(NOISE_BLOCK, np.uint32)
+            self._local.c = np.zeros(NOISE_BLOCK, np.float32)
+        return self._local.words, self._local.c
+
+
+def open_device(name: str) -> Device:
+    """Return the CPU device."""
+    return Cpu()
+
+
+def _address(tile: memoryview) -> int:
+    return int(np.frombuffer(tile, np.uint8).ctypes.data)
+
+
+def _loop(kind: str, dtype: str, distribution: str | None = None) -> Callable[..., None]:
+    """Return a compiled loop, for a distribution where the kind needs one."""
+
+    def make() -> Callable[..., None]:
+        from noisytune_cli import kernels
+
+        if distribution is not None:
+            return kernels.noise_loop(distributions.load(distribution), dtype, NOISE_BLOCK)
+        return {"moments": kernels.moments_loop, "exact": kernels.exact_loop, "summary": kernels.summary_loop}[kind](dtype)
+
+    name = "/".join(part for part in (kind, distribution, dtype) if part)
+    return compile_loop(name, "ppiuuuuufppp" if distribution is not None else "pip", make)

@@ -1,0 +1,46 @@
+"""Noise distributions: one file each; the file's name is the name a user types.
+
+A distribution module offers
+
+    coefficients(words)           u32 words [n], n a multiple of 4 -> float32 noise of unit amplitude [n]
+    amplitude(lam, std)           λ and std32 -> the float32 that multiplies the coefficients
+    noise_range(amplitude)        {low, high} or {noise_std}, as the manifest has them
+    fill(c, words)                `coefficients` as one loop over [n] arrays, in the subset that Numba compiles
+    PARTS                         the module's functions that `fill` calls
+
+`coefficients` and `fill` do the same arithmetic in the same order, so they agree in every bit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class Distribution(Protocol):
+    """What a distribution module offers (see above)."""
+
+    PARTS: tuple[Callable[..., Any], ...]
+
+    def coefficients(self, words: NDArray[np.uint32]) -> NDArray[np.float32]: ...
+    def amplitude(self, lam: float, std: float) -> np.float32: ...
+    def noise_range(self, amplitude: float) -> dict[str, float]: ...
+    def fill(self, c: Any, words: Any) -> None: ...
+
+
+def names() -> list[str]:
+    """Return the names of all distributions, sorted, without importing them."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def load(name: str) -> Distribution:
+    """Import a distribution by name; KeyError if there is none."""
+    if name not in names():
+        raise KeyError(name)
+    return cast(Distribution, importlib.import_module(f"{__name__}.{name}"))

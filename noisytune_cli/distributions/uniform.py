@@ -1,0 +1,45 @@
+"""The uniform noise of the NoisyTune paper: U(-λ/2, λ/2) · std(W).
+
+The top 24 bits k of a word give c = (2k + 1 - 2^24) · 2^-25: exact in float32, symmetric about 0, never 0,
+|c| < 1/2, evenly spaced. The amplitude is λ · std, so λ is the full width of the noise.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_ODD = np.int32(2**24 - 1)
+_STEP = np.float32(2.0**-25)
+
+
+def coefficients(words: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """Return c in (-1/2, 1/2) for [n] u32 words."""
+    k = (words >> np.uint32(8)).astype(np.int32)
+    return (np.int32(2) * k - _ODD).astype(np.float32) * _STEP
+
+
+def amplitude(lam: float, std: float) -> np.float32:
+    """Return float32(λ · std), the full width of the noise; infinite where float32 cannot hold it."""
+    with np.errstate(over="ignore"):
+        return np.float32(np.float64(lam) * np.float64(std))
+
+
+def noise_range(amplitude: float) -> dict[str, float]:
+    """Return the bounds {low, high} of the noise."""
+    return {"low": -amplitude / 2, "high": amplitude / 2}
+
+
+def fill(c: Any, words: Any) -> None:
+    """Write c [n] float32 for words [n] u32 (compiled by devices/cpu.py)."""
+    for i in range(words.size):
+        k = np.int32(words[i] >> np.uint32(8))
+        c[i] = np.float32(np.int32(2) * k - _ODD) * _STEP
+
+
+#: The functions that `fill` calls.
+PARTS = ()

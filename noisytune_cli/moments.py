@@ -1,0 +1,158 @@
+"""The standard deviation, rounded to float32 exactly.
+
+std32 is the float32 nearest to the exact unbiased (n-1) standard deviation of the stored values. A device
+sums d = x - pivot and d² over a tile in float64, which is fast and nearly always enough: the sums come with
+an error bound, and where both ends of the resulting interval round to the same float32, that is the answer
+whatever the tiles, the threads or the device. Where they do not, integer sums over the values' mantissas,
+binned by exponent, give the variance as an exact fraction, and comparing it with the square of the midpoint
+between two float32 numbers decides. (Double-double would narrow the interval but could never settle a tie.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+#: Elements a device may add up in plain float64 in any order before it must use a compensated sum.
+BLOCK = 1024
+
+#: Bound on the relative error of Σd² and (relative to Σ|d|) of Σd: a block's chain of BLOCK additions, one
+#: rounding for d, one for d², with each sum of blocks compensated; (BLOCK + 16) units of 2^-53 = 1.2e-13.
+RELATIVE_ERROR = (BLOCK + 16) * 2.0**-53
+
+#: Beyond these, float64 sums of squares may have over- or underflowed (only F64 values can reach them).
+_SMALLEST_SQUARES, _LARGEST_SQUARES = 1e-250, 1e250
+
+#: Exponent bins of the exact sums, and the eight integer sums that each bin holds.
+EXACT_BINS, EXACT_SUMS = 2048, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Sums over one tile's values about a pivot: s1 = Σ(x - pivot), s2 = Σ(x - pivot)² in float64.
+
+    Each sum is the unevaluated pair (high, low) of a compensated sum. `finite` is False where a value is
+    NaN or infinite; the sums then mean nothing. `wide` says that the values are F64, whose squares can
+    leave float64's range.
+    """
+
+    count: int
+    pivot: float
+    s1: tuple[float, float]
+    s2: tuple[float, float]
+    finite: bool
+    wide: bool
+
+
+def mean(parts: Sequence[Moments]) -> float:
+    """Return the mean of all values, in float64."""
+    count = sum(p.count for p in parts)
+    total = sum((Fraction(p.s1[0]) + Fraction(p.s1[1]) + p.count * Fraction(p.pivot) for p in parts), Fraction(0))
+    return float(total / count)
+
+
+def round_std(parts: Iterable[Moments]) -> float | None:
+    """Return std32 from the float64 sums, or None where their error bound cannot decide the rounding.
+
+    The parts are those of one matrix or, for noise of global scope, of all of them; at least two values
+    in all. The answer is exact, 0.0 for a constant included.
+    """
+    parts = list(parts)
+    count = sum(p.count for p in parts)
+    if any(not _trustworthy(p) for p in parts):
+        return None
+    centre = Fraction(mean(parts))
+    first, second = Fraction(0), Fraction(0)
+    first_error = second_error = 0.0
+    for p in parts:
+        shift = Fraction(p.pivot) - centre
+        s1, s2 = Fraction(p.s1[0]) + Fraction(p.s1[1]), Fraction(p.s2[0]) + Fraction(p.s2[1])
+        first += s1 + p.count * shift
+        second += s2 + 2 * shift * s1 + p.count * shift * shift
+        # Cauchy-Schwarz: Σ|d| <= sqrt(n Σd²).
+        error = RELATIVE_ERROR * math.sqrt(p.count * p.s2[0])
+        first_error += error
+        second_error += RELATIVE_ERROR * p.s2[0] + 2 * abs(float(shift)) * error
+    spread = second - first * first / count
+    error = second_error + (2 * abs(float(first)) + first_error) * first_error / count
+    if not math.isfinite(error):
+        return None
+    # The bound itself was worked out in float64, hence the slack.
+    slack = Fraction(error * (1 + 1e-9))
+    low = nearest_sqrt(max(spread - slack, Fraction(0)), count - 1)
+    high = nearest_sqrt(spread + slack, count - 1)
+    return low if low == high else None
+
+
+def _trustworthy(part: Moments) -> bool:
+    """Say whether no square over- or underflowed; narrower types than F64 cannot make one that does."""
+    s2 = part.s2[0]
+    return _SMALLEST_SQUARES < s2 < _LARGEST_SQUARES or (s2 == 0.0 and not part.wide)
+
+
+def nearest_sqrt(numerator: Fraction, denominator: int) -> float:
+    """Return the float32 nearest to sqrt(numerator / denominator), ties to even; inf past the largest."""
+    value = numerator / denominator
+    if value == 0:
+        return 0.0
+    # A float64 guess can be off by one float32 step at most; the midpoints around it settle the rest.
+    guess = np.float32(_sqrt(value))
+    zero, infinity = np.float32(0), np.float32(np.inf)
+    if not np.isinf(guess):
+        above = np.nextafter(guess, infinity)
+        middle = _midpoint(guess, above)
+        if value > middle * middle or (value == middle * middle and _is_odd(guess)):
+            return float(above)
+    below = np.nextafter(guess, zero)
+    middle = _midpoint(below, guess)
+    if guess > 0 and (value < middle * middle or (value == middle * middle and _is_odd(guess))):
+        return float(below)
+    return float(guess)
+
+
+def _sqrt(value: Fraction) -> float:
+    """Return sqrt(value) to float64 accuracy, for values past float64's range too."""
+    shift = (value.numerator.bit_length() - value.denominator.bit_length()) // 2
+    scaled = value / Fraction(4) ** shift
+    with np.errstate(over="ignore"):
+        return float(np.ldexp(np.float64(math.sqrt(float(scaled))), shift))
+
+
+def _midpoint(low: np.float32, high: np.float32) -> Fraction:
+    """Return the exact midpoint of two neighbouring float32 numbers; infinity counts as 2^128."""
+    top = Fraction(2) ** 128 if np.isinf(high) else Fraction(float(high))
+    return (Fraction(float(low)) + top) / 2
+
+
+def _is_odd(value: np.float32) -> bool:
+    return bool(value.view(np.uint32) & 1)
+
+
+def new_exact_sums() -> NDArray[np.int64]:
+    """Return zeroed exact sums, [EXACT_BINS, EXACT_SUMS] int64, for a device to add tiles to.
+
+    A value is ±(h · 2^27 + l) · 2^(bin - 1075) with h < 2^26, l < 2^27. A bin sums ±h, ±l, and the products
+    h², h·l, l², each split at 2^27 into a high and a low part so that 2^35 values cannot overflow an int64.
+    """
+    return np.zeros((EXACT_BINS, EXACT_SUMS), dtype=np.int64)
+
+
+def exact_std(sums: NDArray[np.int64], count: int) -> float:
+    """Return std32 from exact sums over `count` >= 2 values."""
+    total = squares = 0
+    for power, row in enumerate(sums.tolist()):
+        if any(row):
+            h, ell, hh1, hh0, hl1, hl0, ll1, ll0 = row
+            total += ((h << 27) + ell) << power
+            hh, hl, ll = (hh1 << 27) + hh0, (hl1 << 27) + hl0, (ll1 << 27) + ll0
+            squares += ((hh << 54) + (hl << 28) + ll) << (2 * power)
+    unit = Fraction(2) ** (2 * 1075)
+    return nearest_sqrt(Fraction(count * squares - total * total, count) / unit, count - 1)

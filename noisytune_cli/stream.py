@@ -1,0 +1,130 @@
+"""Noise stream v1 in readable NumPy: the reference that every kernel is tested against.
+
+Noise is a pure function of (seed, stream name, element index). There is no generator state: element `e`
+takes word `e mod 4` of one Philox4x32-10 block whose counter is `e // 4` and whose key is the seed, so any
+tensor, tile or single element can be computed alone, anywhere, in any order.
+
+    sid        = BLAKE2b(utf8(name), digest_size=8) as a little-endian u64
+    key        = (seed mod 2^32, seed >> 32)
+    counter(i) = (i mod 2^32, i >> 32, sid mod 2^32, sid >> 32)
+    word(e)    = Philox4x32-10(counter(e // 4), key)[e mod 4]
+
+Philox: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The constants
+below are that paper's. This stream is a contract with saved manifests: it never changes, only gains a v2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from noisytune_cli import distributions
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+#: The stream's name in manifests.
+STREAM = "philox4x32-10/v1"
+
+#: Key words 0 and 1 and counter words 2 and 3 of a stream.
+StreamWords = tuple[int, int, int, int]
+
+#: Round multipliers and Weyl key increments of Philox4x32.
+M0, M1 = 0xD2511F53, 0xCD9E8D57
+W0, W1 = 0x9E3779B9, 0xBB67AE85
+ROUNDS = 10
+MASK = 0xFFFFFFFF
+
+#: The largest finite value of each dtype; results are clamped to it.
+LARGEST = {
+    "F64": float(np.finfo(np.float64).max),
+    "F32": float(np.finfo(np.float32).max),
+    "F16": 65504.0,
+    "BF16": float(np.uint32(0x7F7F0000).view(np.float32)),
+}
+
+
+def stream_id(name: str) -> int:
+    """Return the u64 that stands for a stream name (UTF-8, no normalisation)."""
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8"), digest_size=8).digest(), "little")
+
+
+def stream_words(seed: int, name: str) -> StreamWords:
+    """Return (key word 0, key word 1, counter word 2, counter word 3): all a kernel needs of a stream."""
+    sid = stream_id(name)
+    return seed & MASK, seed >> 32, sid & MASK, sid >> 32
+
+
+def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint32]:
+    """Return the Philox4x32-10 blocks of counters: [n, 4] words held in u64 -> [n, 4] u32 words."""
+    mask = np.uint64(MASK)
+    high = np.uint64(32)
+    c0, c1, c2, c3 = (counter[:, j].copy() for j in range(4))
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        p0, p1 = np.uint64(M0) * c0, np.uint64(M1) * c2
+        c0, c1 = (p1 >> high) ^ c1 ^ np.uint64(k0), p1 & mask
+        c2, c3 = (p0 >> high) ^ c3 ^ np.uint64(k1), p0 & mask
+        k0, k1 = (k0 + W0) & MASK, (k1 + W1) & MASK
+    return np.stack([c0, c1, c2, c3], axis=1).astype(np.uint32)
+
+
+def words(seed: int, name: str, start: int, count: int) -> NDArray[np.uint32]:
+    """Return words `start` … `start + count - 1` of a stream, as [count] u32."""
+    k0, k1, s0, s1 = stream_words(seed, name)
+    first, last = start // 4, (start + count + 3) // 4
+    i = np.arange(last - first, dtype=np.uint64) + np.uint64(first)
+    counter = np.empty((last - first, 4), dtype=np.uint64)
+    counter[:, 0], counter[:, 1] = i & np.uint64(MASK), i >> np.uint64(32)
+    counter[:, 2], counter[:, 3] = s0, s1
+    return philox4x32(counter, (k0, k1)).ravel()[start - 4 * first :][:count]
+
+
+def coefficients(distribution: str, seed: int, name: str, start: int, count: int) -> NDArray[np.float32]:
+    """Return the noise of unit amplitude for elements `start` … `start + count - 1`, as [count] float32."""
+    first, last = start // 4 * 4, (start + count + 3) // 4 * 4
+    drawn = distributions.load(distribution).coefficients(words(seed, name, first, last - first))
+    return drawn[start - first :][:count]
+
+
+def upcast(stored: NDArray[np.generic], dtype: str) -> NDArray[np.float32] | NDArray[np.float64]:
+    """Return stored values as float32 (float64 for F64); BF16 is stored as u16, the others as themselves."""
+    if dtype == "BF16":
+        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return stored.astype(np.float64 if dtype == "F64" else np.float32)
+
+
+def add_noise(
+    stored: NDArray[np.generic], dtype: str, coefficient: NDArray[np.float32], amplitude: np.float32
+) -> tuple[NDArray[np.generic], int, int]:
+    """Return (noised stored values, elements left unchanged, elements clamped); stored values are finite.
+
+    The sum is two roundings in float32 (float64 for F64), then one nearest-even to the stored dtype;
+    a result past the dtype's largest finite value is clamped to it.
+    """
+    with np.errstate(over="ignore"):  # an overflow is what the clamp is for
+        x = upcast(stored, dtype)
+        if dtype == "F64":
+            y = x + coefficient.astype(np.float64) * np.float64(amplitude)
+        else:
+            y = x + coefficient * amplitude
+        rounded = _round_to(y, dtype)
+        largest = np.asarray(LARGEST[dtype], dtype=y.dtype)
+        clamped = ~np.isfinite(upcast(rounded, dtype))
+        rounded = np.where(clamped, _round_to(np.copysign(largest, y), dtype), rounded)
+    bits = np.dtype(f"u{stored.dtype.itemsize}")
+    unchanged = int(np.count_nonzero(rounded.view(bits) == stored.view(bits)))
+    return rounded, unchanged, int(np.count_nonzero(clamped))
+
+
+def _round_to(y: NDArray[np.float32] | NDArray[np.float64], dtype: str) -> NDArray[np.generic]:
+    """Round float32 (float64) values to a stored dtype, nearest-even, overflowing to infinity."""
+    if dtype == "BF16":
+        bits = y.view(np.uint32)
+        even = (bits >> np.uint32(16)) & np.uint32(1)
+        return ((bits + np.uint32(0x7FFF) + even) >> np.uint32(16)).astype(np.uint16)
+    if dtype == "F16":
+        return y.astype(np.float16)
+    return y
