@@ -68,7 +68,7 @@ _MLP = r"""
     (?:.*\.)?
     (?: \w*mlp\w* | \w*ffn\w* | feed_?forward\w* | ff | intermediate | DenseReluDense | block_sparse_moe | moe
       | (?:shared_)?experts? | (?:gate|up|down|gate_up)_proj(?:_bias)?
-      | layers?\.\d+\.(?:fc[12]|linear[12]) | layer\.\d+\.output\.dense
+      | layers?\.\d+\.(?:fc[12]|linear[12]) | (?:layer|blocks)\.\d+\.output\.dense
     ) (?:\..*)?
 """
 
@@ -85,7 +85,7 @@ _KIND_SOURCES: dict[str, tuple[str, tuple[str, ...]]] = {
 #: The kinds a user may name.
 KINDS = tuple(_KIND_SOURCES)
 
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
 
 #: What stands for other characters in a shell pattern: `*`, `?`, and `[…]` (a lone `[` is itself).
 _WILDCARD = re.compile(r"[*?]|\[!?\]?[^\]]*\]")

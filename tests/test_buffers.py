@@ -1,0 +1,219 @@
+from typing import Any
+
+import pytest
+
+from noisytune_cli.buffers import RULES, find_buffers
+from noisytune_cli.records import TensorSpec
+
+
+def specs(shapes: dict[str, tuple[int, ...]], dtype: str = "F32") -> list[TensorSpec]:
+    return [TensorSpec(name, dtype, shape, "model.safetensors", 0, 0) for name, shape in shapes.items()]
+
+
+#: Modules in which every tensor is a buffer.
+BUFFERS: dict[str, dict[str, tuple[int, ...]]] = {
+    "batch norm": {"bn.running_mean": (8,), "bn.running_var": (8,), "bn.num_batches_tracked": ()},
+    "causal masks": {
+        "h.0.attn.bias": (1, 1, 64, 64),
+        "h.0.attn.masked_bias": (),
+        "h.0.crossattention.bias": (1, 1, 64, 64),
+        "gpt_neox.layers.0.attention.bias": (1, 1, 64, 64),
+        "gpt_neox.layers.0.attention.masked_bias": (),
+        "attn.bias": (1, 1, 4, 4),
+    },
+    "window mask": {"layers.0.blocks.1.attn_mask": (64, 49, 49)},
+    "positions": {
+        "embeddings.position_ids": (1, 512),
+        "attention.self.relative_position_index": (49, 49),
+        "token_ordering": (1000,),
+    },
+    "fourier": {"fnet.dft_mat_seq": (512, 512)},
+    "rotary": {
+        "layers.0.self_attn.rotary_emb.inv_freq": (64,),
+        "rope.inv_freq": (64,),
+        "rotary_pos_emb.inv_freq": (32,),
+        "rotary_emb.sliding_attention_original_inv_freq": (32,),
+        "inv_timescales": (8,),
+        "rotary_emb.cos_cached": (1, 1, 2048, 64),
+        "rotary_emb.sin_cached": (1, 1, 2048, 64),
+    },
+    "experts": {
+        "mlp.gate.e_score_correction_bias": (256,),
+        "moe_statics.e_score_correction_bias": (1, 64),
+        "feed_forward.expert_bias": (32,),
+        "router.balancing_biases": (17,),
+    },
+    "logits": {"final_logits_bias": (1, 50265)},
+    "versions": {"encoder.version": (1,), "decoder.version": (3,)},
+    "state": {"layers.0.fc1._extra_state": (120,)},
+    "sam 2": {"prompt_encoder.pe_layer.positional_encoding_gaussian_matrix": (2, 128)},
+    "encodec": {
+        "layers.0.codebook.embed": (1024, 128),
+        "layers.0.codebook.embed_avg": (1024, 128),
+        "layers.0.codebook.cluster_size": (1024,),
+        "layers.0.codebook.inited": (1,),
+    },
+    "mimi": {"cb.embed_sum": (2048, 256), "cb.cluster_usage": (2048,), "cb.initialized": (1,)},
+    "moshi": {
+        "_codebook.embedding_sum": (2048, 256),
+        "_codebook.cluster_usage": (2048,),
+        "_codebook._initialized": (1,),
+    },
+    "gemma 4": {
+        "layers.0.layer_scalar": (1,),
+        "vision.std_bias": (768,),
+        "vision.std_scale": (768,),
+        "q_proj.input_min": (),
+        "q_proj.input_max": (),
+        "q_proj.output_min": (),
+        "q_proj.output_max": (),
+    },
+    "minimax": {
+        "self_attn.slope_rate": (8, 1, 1),
+        "self_attn.query_decay": (8, 256, 1),
+        "self_attn.key_decay": (8, 256, 1),
+        "self_attn.diagonal_decay": (1, 8, 256, 256),
+    },
+    "latent diffusion": {"betas": (1000,), "sqrt_alphas_cumprod": (1000,), "alphas_cumprod": (1000,)},
+}
+
+#: Modules in which every tensor is a parameter, though its name suggests otherwise.
+PARAMETERS: dict[str, dict[str, tuple[int, ...]]] = {
+    "mamba": {"mixer.A_log": (64, 16), "mixer.D": (64,), "mixer.dt_bias": (64,)},
+    "gpt-oss": {"self_attn.sinks": (64,)},
+    "clip": {"positional_embedding": (77, 512), "visual.positional_embedding": (2, 768), "logit_scale": ()},
+    "sam 1": {"shared_image_embedding.positional_embedding": (2, 128)},
+    "attention": {
+        "attention.self.query.bias": (768,),
+        "attn.bias": (768,),
+        "attention.bias": (1, 768),
+        "attn.in_proj_bias": (2304,),
+        "attn.wide.bias": (1, 1, 4, 4),
+    },
+    "whole names only": {"my_attn.bias": (1, 1, 4, 4), "xrunning_mean": (4,), "my_position_ids": (4,)},
+    "lone statistics": {"gate.running_mean": (8,), "quantizer.embed": (100, 8), "film.mean": (8,)},
+    "film": {"film.mean": (8,), "film.scale": (8,)},
+    "codebook without averages": {"codebook.embed": (1024, 8), "codebook.weight": (1024, 8)},
+    "fc": {"layers.0.mlp.version": (512, 512), "encoder.version": (8,), "experts.expert_bias": (8, 512)},
+}
+
+
+@pytest.mark.parametrize("family", BUFFERS)
+def test_buffers_are_recognised_under_any_prefix(family: str) -> None:
+    for prefix in ("", "model.encoder."):
+        shapes = {prefix + name: shape for name, shape in BUFFERS[family].items()}
+        assert set(find_buffers(specs(shapes))) == set(shapes)
+
+
+@pytest.mark.parametrize("family", PARAMETERS)
+def test_parameters_with_the_names_of_buffers_are_none(family: str) -> None:
+    for prefix in ("", "model.encoder."):
+        shapes = {prefix + name: shape for name, shape in PARAMETERS[family].items()}
+        assert find_buffers(specs(shapes)) == {}
+
+
+def test_the_rule_that_decided_is_named() -> None:
+    assert find_buffers(specs({"rope.inv_freq": (8,)})) == {"rope.inv_freq": "rotary frequencies"}
+
+
+def test_random_fourier_features_are_a_buffer_from_sam_2_on() -> None:
+    shapes = {
+        "shared_image_embedding.positional_embedding": (2, 128),
+        "prompt_encoder.shared_embedding.positional_embedding": (2, 128),
+        "mask_decoder.obj_score_token.weight": (1, 256),
+    }
+    assert set(find_buffers(specs(shapes))) == set(list(shapes)[:2])
+
+
+NORM = {".weight": (8,), ".bias": (8,), ".running_mean": (8,), ".running_var": (8,)}
+
+
+@pytest.mark.parametrize(
+    ("module", "config", "counter", "frozen"),
+    [
+        ("backbone.model.bn1", {"model_type": "detr"}, False, True),
+        ("backbone.model.bn1", {"model_type": "rt_detr_v2"}, False, True),
+        ("backbone.model.bn1", {"model_type": "detr"}, True, False),
+        ("backbone.model.bn1", {"model_type": "resnet"}, False, False),
+        ("module.bn1", None, False, False),
+        ("backbone.0.body.layer1.0.bn1", None, False, True),
+        ("backbone.body.bn1", None, False, True),
+        ("backbone.bottom_up.stem.conv1.norm", None, False, True),
+        ("backbone.body.bn1", None, True, False),
+    ],
+)
+def test_frozen_batch_norms_are_told_by_the_architecture(
+    module: str, config: dict[str, Any] | None, counter: bool, frozen: bool
+) -> None:
+    shapes: dict[str, tuple[int, ...]] = {module + end: shape for end, shape in NORM.items()}
+    if counter:
+        shapes[f"{module}.num_batches_tracked"] = ()
+    found = find_buffers(specs(shapes), config=config)
+    assert (f"{module}.weight" in found, f"{module}.bias" in found) == (frozen, frozen)
+    assert f"{module}.running_var" in found
+
+
+def test_every_rule_names_its_family() -> None:
+    assert all(rule.family and rule.end for rule in RULES)
+
+
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 100,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}
+SEQ2SEQ = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "vocab_size": 100,
+}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "BertForPreTraining": ("BertConfig", SMALL),
+    "DistilBertForMaskedLM": ("DistilBertConfig", {"dim": 32, "n_layers": 1, "n_heads": 2}),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", SMALL),
+    "BartForConditionalGeneration": ("BartConfig", SEQ2SEQ),
+    "CLIPModel": ("CLIPConfig", {}),
+    "GptOssForCausalLM": ("GptOssConfig", SMALL | EXPERTS),
+    "MiniMaxForCausalLM": ("MiniMaxConfig", SMALL | EXPERTS | {"num_hidden_layers": 2}),
+    "MambaForCausalLM": ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 100}),
+    "NemotronHForCausalLM": ("NemotronHConfig", {}),
+    "BarkSemanticModel": ("BarkSemanticConfig", {"hidden_size": 32, "num_layers": 1, "num_heads": 2}),
+    "EncodecModel": ("EncodecConfig", {}),
+    "MimiModel": ("MimiConfig", {"num_hidden_layers": 1}),
+    "Sam2Model": ("Sam2Config", {}),
+    "SamModel": ("SamConfig", {}),
+    "ResNetForImageClassification": ("ResNetConfig", {}),
+    "RTDetrForObjectDetection": ("RTDetrConfig", {}),
+    "Wav2Vec2ConformerModel": (
+        "Wav2Vec2ConformerConfig",
+        {"num_hidden_layers": 1, "position_embeddings_type": "rotary"},
+    ),
+    "SpeechT5HifiGan": ("SpeechT5HifiGanConfig", {}),
+    "DonutSwinModel": ("DonutSwinConfig", {}),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_rules_agree_with_the_models_of_transformers(architecture: str) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config_class, options = ARCHITECTURES[architecture]
+    config = getattr(transformers, config_class)(**options)
+    with torch.device("meta"):
+        model = getattr(transformers, architecture)(config)
+    state = model.state_dict()
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found = find_buffers(
+        specs({name: tuple(tensor.shape) for name, tensor in state.items()}), config=config.to_dict()
+    )
+    assert set(found) == set(state) - parameters
