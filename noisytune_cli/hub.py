@@ -3,28 +3,29 @@
 One idea: the repository's list of files is enough to decide what is needed (`layout.py`), so the order is
 list, config, index, and only then the weights and the files beside them. Whatever can be refused is refused
 before a weight is fetched, and no other weight format is fetched at all. The cache, the token, HF_ENDPOINT
-and HF_HUB_OFFLINE are huggingface_hub's own; its errors become ours here and nowhere else.
+and HF_HUB_OFFLINE are huggingface_hub's own.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import posixpath
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape as glob_escape
 from pathlib import Path
-from typing import cast
 
 from noisytune_cli.config import CONFIG, ConfigCheck, read_config
-from noisytune_cli.errors import HubError, ResourceExhausted
+from noisytune_cli.errors import HubError
 from noisytune_cli.folder import list_folder
+from noisytune_cli.hub_errors import CANNOT_FETCH, mapped_errors
 from noisytune_cli.index import check_present, read_index
 from noisytune_cli.layout import (
     INDEX_SUFFIX,
@@ -39,7 +40,10 @@ _ID_PART = re.compile(r"(?=.{1,96}$)\w(?:[\w.-]*\w)?", re.ASCII)
 #: A name that ends so is a misspelt path, not a repository.
 _FILE_SUFFIXES = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".git")
 
-_CANNOT = "cannot fetch from the hub"
+#: How much is fetched between two looks at whether to stop, in bytes, and how long the workers then get to
+#: remove their partial files, in seconds.
+_CHUNK = 256 << 10
+_GRACE = 1.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def download(
     `weights` names the weights as --weights does; `check_config` may refuse the config before any weights are
     fetched. Raises HubError for the hub and the network, InputInvalid for a repository without safetensors.
     """
-    with _mapped_errors(repo_id, revision), _silenced(quiet):
+    with mapped_errors(repo_id, revision), _silenced(quiet):
         commit = _resolve(repo_id, revision)
         home = posixpath.dirname(weights or "")
         config_name = posixpath.join(home, CONFIG)
@@ -90,7 +94,7 @@ def download(
 
     files: tuple[str, ...] = (chosen,)
     if chosen.endswith(INDEX_SUFFIX):
-        with _mapped_errors(repo_id, revision), _silenced(quiet):
+        with mapped_errors(repo_id, revision), _silenced(quiet):
             _fetch(repo_id, commit, [chosen])
         _check_sizes(root, sizes, [chosen])
         index = read_index(root, chosen)
@@ -101,7 +105,7 @@ def download(
 
     others, _ = arrange(listing, chosen, files)
     needed = [*files, *others]
-    with _mapped_errors(repo_id, revision), _silenced(quiet):
+    with mapped_errors(repo_id, revision), _silenced(quiet):
         _fetch(repo_id, commit, needed)
     _check_sizes(root, sizes, needed)
     return Snapshot(root, commit, listing)
@@ -115,12 +119,43 @@ def _resolve(repo_id: str, revision: str | None) -> str:
 
 
 def _fetch(repo_id: str, commit: str, names: Iterable[str]) -> Path:
-    """Bring `names` (those that exist) into the cache and return the snapshot's folder."""
-    from huggingface_hub import snapshot_download
+    """Bring `names` (those that exist) into the cache and return the snapshot's folder.
+
+    snapshot_download waits for its worker threads even when a signal has asked us to stop. So it runs in a
+    thread of its own, which is left behind then, and the workers give up at the next piece of data.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils.tqdm import tqdm
+
+    left_behind = threading.Event()
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            if left_behind.is_set():
+                raise RuntimeError("the download was abandoned")
+            shown: bool | None = super().update(n)
+            return shown
 
     # Names are handed over as patterns; a bracket in a name must match itself.
     patterns = [glob_escape(name) for name in names]
-    return Path(snapshot_download(repo_id, revision=commit, allow_patterns=patterns))
+    outcome: Future[str] = Future()
+
+    def fetch() -> None:
+        try:
+            outcome.set_result(
+                snapshot_download(repo_id, revision=commit, allow_patterns=patterns, tqdm_class=Bar)
+            )
+        except BaseException as error:  # handed to the thread that waits, whatever it is
+            outcome.set_exception(error)
+
+    constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, _CHUNK)
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    try:
+        return Path(outcome.result())
+    finally:
+        left_behind.set()
+        thread.join(_GRACE)
 
 
 def _cached_sizes(repo_id: str, commit: str) -> dict[str, int] | None:
@@ -139,7 +174,7 @@ def _checked_names(repo_id: str, sizes: Mapping[str, int]) -> list[str]:
     for name in sizes:
         if any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
             raise HubError(
-                _CANNOT,
+                CANNOT_FETCH,
                 path=repo_id,
                 why=f"it lists an unsafe file name, '{name}'",
                 next_step="Report it to the hub",
@@ -166,7 +201,7 @@ def _check_sizes(root: Path, sizes: Mapping[str, int] | None, names: Iterable[st
 
 def _not_cached(path: str, why: str) -> HubError:
     return HubError(
-        _CANNOT,
+        CANNOT_FETCH,
         path=path,
         why=f"{why}, and the hub cannot be asked",
         next_step="Unset HF_HUB_OFFLINE, then run again",
@@ -196,68 +231,3 @@ def _silenced(quiet: bool) -> Iterator[None]:
             hub_logging.set_verbosity(verbosity)
             if hide:
                 enable_progress_bars()
-
-
-@contextmanager
-def _mapped_errors(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn every error of huggingface_hub into one of ours."""
-    from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
-
-    # The HTTPError of the httpx that this huggingface_hub is built on, whatever that package's name.
-    transport_error = cast(type[Exception], HfHubHTTPError.__bases__[0])
-    where = repo_id if revision is None else f"{repo_id}@{revision}"
-    try:
-        yield
-    except (RevisionResolutionError, transport_error, OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
-            raise ResourceExhausted(
-                "cannot write the hub's cache",
-                path=error.filename,
-                why=os.strerror(error.errno),
-                next_step="Free space, or choose another cache with HF_HOME, then run again",
-            ) from error
-        why, next_step = _explain(error)
-        raise HubError(_CANNOT, path=where, why=why, next_step=next_step) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise HubError(
-            _CANNOT,
-            path=where,
-            why=f"the answer is not that of a hub ({error})",
-            next_step="Check HF_ENDPOINT and the proxy, then run again",
-        ) from error
-
-
-def _explain(error: BaseException) -> tuple[str, str]:
-    """Return why fetching failed, and what the user can do."""
-    from huggingface_hub import errors
-
-    log_in = "log in with `hf auth login`, or set HF_TOKEN"
-    if isinstance(error, errors.GatedRepoError):
-        return "access to it is restricted", f"Ask for access on its page, then {log_in}"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            "there is no such repository, or it is private",
-            f"Check the spelling; for a private one {log_in}",
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return "it has no such revision", "Name a branch, tag or full commit of it with --revision"
-    if isinstance(error, errors.HfHubHTTPError):
-        status = error.response.status_code
-        if status in (401, 403):
-            return f"not authorised (HTTP {status})", f"Check the token: {log_in}"
-        if status == 429:
-            return "too many requests (HTTP 429)", "Wait a few minutes, then run again"
-        return f"the hub answered HTTP {status}", "Run again later; what was fetched is kept"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return "it is not in the cache, and HF_HUB_OFFLINE is set", "Unset HF_HUB_OFFLINE, then run again"
-    if isinstance(error, errors.RevisionResolutionError | errors.LocalEntryNotFoundError):
-        # Raised when the cache could not help either; the cause is what the hub or the network did.
-        if error.__cause__ is not None:
-            return _explain(error.__cause__)
-        return "it is not in the cache", "Run again with the hub in reach"
-    if "Consistency check failed" in str(error):
-        return "a file arrived with the wrong size", "Run again; nothing of it was kept"
-    return f"the connection failed ({type(error).__name__}: {error})", "Check the network, then run again"
-
-
-_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}

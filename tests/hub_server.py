@@ -42,6 +42,7 @@ class Hub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
+    stopped: threading.Event = field(default_factory=threading.Event)
 
     def fetched(self) -> list[str]:
         """The names of the files whose content was asked for."""
@@ -61,6 +62,7 @@ def serve(**repositories: Repository) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.stopped.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -124,6 +126,10 @@ class _Handler(BaseHTTPRequestHandler):
             # The whole length is promised, half arrives, and the rest is answered with the whole file.
             self.hub.faults[name] = "200 to a range"
             self._send(200, content[: len(content) // 2], headers | {"Content-Length": str(len(content))})
+            self.close_connection = True
+        elif body and fault == "stall":
+            self._send(200, b"", headers | {"Content-Length": str(len(content))})
+            self.hub.stopped.wait()
             self.close_connection = True
         elif body and self._fails(name):
             return

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -336,3 +338,23 @@ def test_the_environment_is_honoured_and_stderr_stays_empty(hub: Hub, tmp_path: 
     assert (online.stderr, offline.stderr, offline.stdout) == ("", "", online.stdout)
     assert len(hub.requests) == asked
     assert {r.authorization for r in hub.requests if "/resolve/" in r.path} == {"Bearer hf_other"}
+
+
+def test_a_signal_stops_a_download_that_stalls(hub: Hub, tmp_path: Path) -> None:
+    hub.faults["model.safetensors"] = "stall"
+    code = (
+        "import os\nfrom noisytune_cli.hub import download\n"
+        "try: download('plain')\nexcept KeyboardInterrupt: os._exit(130)"
+    )
+    environment = {"PATH": os.environ["PATH"], "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE) as child:
+        while "model.safetensors" not in hub.fetched():
+            assert child.poll() is None
+            threading.Event().wait(0.02)
+        child.send_signal(signal.SIGINT)
+        try:
+            _, stderr = child.communicate(timeout=30)
+        finally:
+            child.kill()
+    assert (child.returncode, stderr) == (130, b"")
+    assert not hub.stopped.is_set()
