@@ -1,9 +1,9 @@
 """Patterns that choose tensors by name: shell patterns, and kinds such as `@norm`.
 
 A shell pattern has the semantics of `fnmatch.fnmatchcase` on the whole tensor name: case-sensitive, and
-`*` crosses dots. A kind is a set of parameters that the common architectures name in different ways; it
-is told by name alone, kinds may overlap (`attn.q_proj.bias` is in `@attention` and `@bias`), and a buffer
-is in none. What begins with `@` is a kind; for a tensor whose name does so, write `[@]`.
+`*` crosses dots. A kind is a set of parameters that the common architectures name in different ways. It is
+told by name alone, kinds may overlap (`attn.q_proj.bias` is in `@attention` and `@bias`), and a buffer is
+in none. What begins with `@` is a kind; for a tensor whose name does so, write `[@]`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _NORM_LAYER = r"(?:\w*(?i:norm)(?!al)\w*|ln(?:_?\w+)?|\w*(?i:bn)\d*)"
 #: Wrappers that stand before a model's own names.
 _WRAPPERS = r"(?:(?:module|_orig_mod|base_model|model)\.)*"
 
+#: Token, position and token-type tables; no patch projections and no class or mask tokens.
 _EMBEDDINGS = r"""
     (?:.*\.)?
     (?: # token, position and token-type tables by their own name, whatever hangs below (adapters included)
@@ -33,6 +34,7 @@ _EMBEDDINGS = r"""
     )
 """
 
+#: Everything after the last layer that makes predictions: language-model, classification and task heads.
 _HEAD = rf"""
     (?:.*\.)?
     (?: # output layers by their own name, at any depth
@@ -47,15 +49,18 @@ _HEAD = rf"""
     {_WRAPPERS} (?:proj_out|head|heads|fc|output)(?:\..*)?
 """
 
+#: What a normalisation layer holds itself; a projection inside an adaptive norm is none.
 _NORM = rf"""
     (?:.*\.)? {_NORM_LAYER} (?:\.\w+)?
 """
 
+#: Additive vectors, whatever they belong to.
 _BIAS = r"""
     (?:.*\.)?
     (?: \w*bias | bias_[ih]h_l\d+(?:_reverse)? | LayerNorm\.beta )
 """
 
+#: Attention modules with their output projections, without their norms. A Mamba mixer is none.
 _ATTENTION = r"""
     (?:.*\.)?
     (?: \w*(?i:attn|attention)\w* (?:\..*)?
@@ -64,6 +69,7 @@ _ATTENTION = r"""
     )
 """
 
+#: Feed-forward blocks and experts with their routers, without their norms.
 _MLP = r"""
     (?:.*\.)?
     (?: \w*mlp\w* | \w*ffn\w* | feed_?forward\w* | ff | intermediate | DenseReluDense | block_sparse_moe | moe

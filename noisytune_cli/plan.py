@@ -25,6 +25,9 @@ from noisytune_cli.ties import find_ties
 
 _SEED_LIMIT = 2**64
 
+#: Reasons that hold whatever the user asks for.
+_SAFETY = frozenset({"not-float", "empty", "one-element"})
+
 
 def check_noise(noise: NoiseSpec) -> None:
     """Raise UsageError unless every λ is finite and >= 0 and the seed is a u64."""
@@ -116,9 +119,6 @@ def confirm_ties(plan: Plan, confirmed: Collection[Tie]) -> Plan:
         for step in plan.steps
     )
     return Plan(plan.noise, steps, certain + tuple(tie for tie in confirmed if tie not in certain))
-
-
-_SAFETY = frozenset({"not-float", "empty", "one-element"})
 
 
 def _decide(

@@ -112,7 +112,8 @@ def refuse_quantized(
                 raise _refusal(method, f"{tensor.dtype} values", path, tensor.name)
     for key, value in (metadata or {}).items():
         if key in _METADATA_KEYS and value.strip().lower() not in _NOTHING:
-            raise _refusal(_METHODS.get(value, value), f"__metadata__ has {key}", path)
+            method = _METHODS.get(value.strip().lower(), "by a method not known here")
+            raise _refusal(method, f"__metadata__ has {key}", path)
         if "torchao" in value:
             raise _refusal("torchao", f"__metadata__ has {key}", path)
 

@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -6,7 +7,7 @@ from noisytune_cli.buffers import RULES, find_buffers
 from noisytune_cli.records import TensorSpec
 
 
-def specs(shapes: dict[str, tuple[int, ...]], dtype: str = "F32") -> list[TensorSpec]:
+def specs(shapes: Mapping[str, tuple[int, ...]], dtype: str = "F32") -> list[TensorSpec]:
     return [TensorSpec(name, dtype, shape, "model.safetensors", 0, 0) for name, shape in shapes.items()]
 
 

@@ -1,0 +1,171 @@
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from noisytune_cli.errors import InputInvalid
+from noisytune_cli.quantized import refuse_quantized, refuse_quantized_config
+from noisytune_cli.records import TensorSpec
+
+
+def specs(dtypes: dict[str, str]) -> list[TensorSpec]:
+    return [TensorSpec(name, dtype, (8, 8), "model.safetensors", 0, 0) for name, dtype in dtypes.items()]
+
+
+CONFIGS: list[tuple[dict[str, Any], str]] = [
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ 4-bit"),
+    ({"quantization_config": {"quant_method": "awq"}}, "AWQ"),
+    ({"quantization_config": {"quant_method": "auto-round", "bits": 2}}, "AutoRound 2-bit"),
+    ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "block fp8"),
+    ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+    ({"quantization_config": {"quant_method": "mxfp4"}}, "MXFP4"),
+    ({"quantization_config": {"quant_method": "newest"}}, "newest"),
+    ({"quantization_config": {"quant_algo": "NVFP4"}}, "NVFP4"),
+    ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes 4-bit"),
+    ({"quantization_config": {"load_in_8bit": True}}, "bitsandbytes 8-bit"),
+    ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
+    ({"quantization_config": {"sparsity": 0.5}}, "names no method"),
+    ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+    ({"text_config": {"quantization_config": {"quant_method": "torchao"}}}, "torchao"),
+    ({"quantization": {"bits": 4, "group_size": 32, "mode": "affine"}}, "MLX 4-bit"),
+    ({"quantization_config": {"bits": 8, "group_size": 64}}, "MLX 8-bit"),
+]
+
+
+@pytest.mark.parametrize(("config", "method"), CONFIGS)
+def test_the_config_names_the_method(config: dict[str, Any], method: str) -> None:
+    with pytest.raises(InputInvalid, match=f"quantised: {method} |quantised: .*{method}") as raised:
+        refuse_quantized_config(config, "ckpt")
+    assert "full-precision" in raised.value.next_step
+    assert raised.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        {},
+        {"quantization_config": None},
+        {"quantization_config": {}},
+        {
+            "quantization_config": {
+                "quant_method": "bitsandbytes",
+                "load_in_4bit": False,
+                "load_in_8bit": False,
+            }
+        },
+        {"quantization": "none", "text_config": {"hidden_size": 8}},
+    ],
+)
+def test_a_config_without_quantisation_is_let_through(config: dict[str, Any] | None) -> None:
+    refuse_quantized_config(config, "ckpt")
+    refuse_quantized(specs({"a.weight": "BF16"}), config=config, path="ckpt")
+
+
+TENSORS: list[tuple[dict[str, str], str]] = [
+    ({"q.weight": "F8_E4M3", "q.weight_scale_inv": "F32"}, "block fp8"),
+    ({"q.weight": "F8_E4M3", "q.activation_scale": "F32"}, "block fp8"),
+    ({"q.weight": "F8_E4M3", "q.qscale_weight": "F32"}, "block fp8"),
+    ({"q.weight": "U8", "q.weight_scale_inv": "F32"}, "block fp8"),
+    ({"q.weight": "F8_E4M3", "q.weight_scale": "F32", "q.input_scale": "F32"}, "fp8 with weight scales"),
+    ({"q.weight": "F8_E5M2"}, "float8"),
+    ({"q.weight": "F8_E4M3", "k_proj.k_scale": "F32", "v_proj.v_scale": "F32"}, "float8"),
+    ({"q.weight": "F4"}, "float4"),
+    ({"q.weight": "F6_E2M3"}, "float6"),
+    ({"q.weight": "U8", "q.weight_scale": "F8_E4M3", "q.weight_scale_2": "F32"}, "NVFP4"),
+    ({"q.weight": "I8", "q.weight_scale": "F32"}, "8-bit weights with scales"),
+    ({"experts.gate_up_proj_blocks": "U8", "experts.gate_up_proj_scales": "U8"}, "MXFP4"),
+    ({"q.qweight": "I32", "q.qzeros": "I32", "q.scales": "F16", "q.g_idx": "I32"}, "GPTQ"),
+    ({"q.qweight": "I32", "q.qzeros": "I32", "q.scales": "F16"}, "AWQ or AutoRound"),
+    ({"q.weight": "U8", "q.weight.absmax": "F32", "q.weight.quant_map": "F32"}, "bitsandbytes 4-bit"),
+    ({"q.weight": "U8", "q.weight.nested_absmax": "F32"}, "bitsandbytes 4-bit"),
+    ({"q.weight": "I8", "q.SCB": "F32", "q.weight_format": "U8"}, "bitsandbytes 8-bit"),
+    ({"q.weight_packed": "I32", "q.weight_scale": "BF16", "q.weight_shape": "I64"}, "compressed-tensors"),
+    ({"q.weight_packed": "U8", "q.weight_scale": "BF16", "q.weight_zero_point": "I8"}, "compressed-tensors"),
+    ({"q.weight_qdata": "I8", "q.weight_scale_and_zero": "BF16"}, "torchao"),
+    ({"q.weight:qdata": "I8", "q.weight:scale": "BF16"}, "torchao"),
+    ({"q.weight": "I32", "q.scale_and_zero": "BF16"}, "torchao"),
+    ({"q.W_q": "U8", "q.scale": "F16", "q.zero": "F16"}, "HQQ"),
+    ({"q.weight": "U32", "q.scales": "BF16", "q.biases": "BF16"}, "MLX"),
+    ({"q.weight._data": "I8", "q.weight._scale": "F32"}, "quanto"),
+]
+
+
+@pytest.mark.parametrize(("dtypes", "method"), TENSORS)
+def test_the_tensors_name_the_method(dtypes: dict[str, str], method: str) -> None:
+    plain = {"norm.weight": "BF16", "embed_tokens.weight": "BF16"}
+    for order in (plain | dtypes, dtypes | plain):
+        with pytest.raises(InputInvalid, match=f"quantised: {method}") as raised:
+            refuse_quantized(specs(order), path="ckpt")
+        assert raised.value.tensor in dtypes
+
+
+@pytest.mark.parametrize(
+    ("metadata", "method"),
+    [
+        ({"quant_method": "gptq"}, "GPTQ"),
+        ({"_quantization_metadata": '{"layers": {}}'}, "_quantization_metadata"),
+        ({"q.weight": '{"_type": "torchao.Int4Tensor"}'}, "torchao"),
+    ],
+)
+def test_the_metadata_names_the_method(metadata: dict[str, str], method: str) -> None:
+    with pytest.raises(InputInvalid, match=f"quantised: .*{method}"):
+        refuse_quantized(specs({"a.weight": "F32"}), metadata=metadata, path="ckpt")
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        {"bn.num_batches_tracked": "I64", "bn.weight": "F32"},
+        {"position_ids": "I64", "attn.bias": "U8", "mask": "BOOL"},
+        {"positional_embedding.scale": "F32", "norm.scales": "F32", "q.biases": "F32"},
+        {"q.weight": "BF16", "q.weight_scale": "F32", "q.input_scale": "F32"},
+        {"q.weight": "BF16", "k_proj.k_scale": "F32", "v_proj.v_scale": "F32"},
+        {"table.weight": "U8"},
+        {"absmax": "F32", "codes.qweight": "F32", "codes.scales": "F32"},
+        {"text_blocks": "U8"},
+    ],
+)
+def test_a_plain_checkpoint_is_let_through(dtypes: dict[str, str]) -> None:
+    metadata = {"format": "pt", "quantization": "none"}
+    refuse_quantized(specs(dtypes), metadata=metadata, config={}, path="ckpt")
+
+
+DATA = Path(os.environ.get("NOISYTUNE_DATA") or Path(__file__).parents[2] / "shared" / "data") / "checkpoints"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no real checkpoints (NOISYTUNE_DATA)")
+
+
+def read_header(path: Path) -> tuple[list[TensorSpec], dict[str, str]]:
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    metadata = header.pop("__metadata__", {})
+    tensors = [TensorSpec(n, t["dtype"], tuple(t["shape"]), path.name, 0, 0) for n, t in header.items()]
+    return tensors, metadata
+
+
+@needs_data
+def test_a_real_mlx_checkpoint_is_refused_by_config_and_by_tensors() -> None:
+    folder = DATA / "qwen3-mlx-4bit-sharded"
+    config = json.loads((folder / "config.json").read_text())
+    with pytest.raises(InputInvalid, match="MLX 4-bit"):
+        refuse_quantized_config(config, folder)
+    tensors = [t for path in sorted(folder.glob("*.safetensors")) for t in read_header(path)[0]]
+    with pytest.raises(InputInvalid, match="quantised: MLX"):
+        refuse_quantized(tensors, path=folder)
+
+
+@needs_data
+def test_no_other_real_checkpoint_is_refused() -> None:
+    files = [path for path in sorted(DATA.glob("*/*.safetensors")) if "mlx-4bit" not in str(path)]
+    assert files
+    for path in files:
+        tensors, metadata = read_header(path)
+        config = path.parent / "config.json"
+        refuse_quantized(
+            tensors,
+            config=json.loads(config.read_text()) if config.exists() else None,
+            metadata=metadata,
+            path=path,
+        )

@@ -1,0 +1,157 @@
+from typing import Any
+
+import pytest
+
+from noisytune_cli.records import TensorSpec, Tie
+from noisytune_cli.ties import find_ties, split_tie, stream_of
+
+
+def spec(name: str, shape: tuple[int, ...] = (100, 8), dtype: str = "F32") -> TensorSpec:
+    return TensorSpec(name, dtype, shape, "model.safetensors", 0, 0)
+
+
+def ties(*names: str, **options: Any) -> list[tuple[str, ...]]:
+    """The names of the ties among `names`, each with its stream first."""
+    return [
+        (tie.stream, *(name for name in tie.names if name != tie.stream))
+        for tie in find_ties([spec(name) for name in names], **options)
+    ]
+
+
+PAIRS = [
+    ("model.embed_tokens.weight", "lm_head.weight"),
+    ("model.language_model.embed_tokens.weight", "lm_head.weight"),
+    ("model.model.language_model.embed_tokens.weight", "model.lm_head.weight"),
+    ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
+    ("module.transformer.wte.weight", "module.lm_head.weight"),
+    ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+    ("roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"),
+    ("albert.embeddings.word_embeddings.weight", "predictions.decoder.weight"),
+    ("distilbert.embeddings.word_embeddings.weight", "vocab_projector.weight"),
+    ("electra.embeddings.word_embeddings.weight", "generator_lm_head.weight"),
+    ("model.decoder.embed_tokens.weight", "proj_out.weight"),
+    ("gpt_neox.embed_in.weight", "embed_out.weight"),
+    ("backbone.embeddings.weight", "lm_head.weight"),
+    ("shared.weight", "encoder.embed_tokens.weight"),
+    ("model.shared.weight", "model.decoder.embed_tokens.weight"),
+    ("model.shared.weight", "lm_head.weight"),
+    ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+    ("lm_head.bias", "lm_head.decoder.bias"),
+]
+
+
+@pytest.mark.parametrize(("stream", "other"), PAIRS)
+def test_a_known_pair_is_a_candidate_with_the_input_side_as_stream(stream: str, other: str) -> None:
+    for names in [(stream, other), (other, stream)]:
+        assert find_ties([spec(name) for name in names]) == (Tie(stream, names, "equal-bytes"),)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("model.embed_tokens.weight", "other.lm_head.weight"),
+        ("text.model.embed_tokens.weight", "vision.lm_head.weight"),
+        ("a.b.c.d.embed_tokens.weight", "lm_head.weight"),
+        ("my_shared.weight", "encoder.embed_tokens.weight"),
+        ("model.embed_tokens.weight", "my_lm_head.weight"),
+        ("layers.0.q_proj.weight", "layers.1.q_proj.weight"),
+        ("unet.predictions.decoder.bias", "cls.predictions.bias"),
+    ],
+)
+def test_what_no_architecture_ties_is_no_candidate(names: tuple[str, str]) -> None:
+    assert ties(*names) == []
+
+
+def test_a_pair_must_agree_in_dtype_and_shape_and_be_float() -> None:
+    embedding = spec("model.embed_tokens.weight")
+    assert find_ties([embedding, spec("lm_head.weight", (101, 8))]) == ()
+    assert find_ties([embedding, spec("lm_head.weight", dtype="BF16")]) == ()
+    pair = [spec(name, dtype="U32") for name in ("model.embed_tokens.weight", "lm_head.weight")]
+    assert find_ties(pair) == ()
+
+
+def test_a_chain_is_one_tie_in_file_order() -> None:
+    names = (
+        "decoder.embed_tokens.weight",
+        "encoder.embed_tokens.weight",
+        "layer.weight",
+        "lm_head.weight",
+        "shared.weight",
+    )
+    tied = (*names[:2], *names[3:])
+    assert find_ties([spec(name) for name in names]) == (Tie("shared.weight", tied, "equal-bytes"),)
+
+
+def test_the_tables_of_both_sides_are_a_pair_where_shared_was_left_out() -> None:
+    both = ("model.decoder.embed_tokens.weight", "model.encoder.embed_tokens.weight")
+    assert ties(*both) == [both]
+
+
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({}, True),
+        ({"tie_word_embeddings": True}, True),
+        ({"tie_word_embeddings": None}, True),
+        ({"tie_word_embeddings": False}, False),
+        ({"text_config": {"tie_word_embeddings": False}}, False),
+        ({"text_config": {"tie_word_embeddings": False}, "tie_word_embeddings": True}, True),
+        ({"text_config": "odd"}, True),
+    ],
+)
+def test_the_config_can_part_head_and_embedding(config: dict[str, Any], tied: bool) -> None:
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    assert ties(*names, config=config) == ([names] if tied else [])
+
+
+def test_the_config_does_not_part_what_is_one_module() -> None:
+    config = {"tie_word_embeddings": False}
+    names = ("shared.weight", "encoder.embed_tokens.weight", "lm_head.weight")
+    assert ties(*names, config=config) == [names[:2]]
+    bias = ("cls.predictions.bias", "cls.predictions.decoder.bias")
+    assert ties(*bias, config=config) == [bias]
+
+
+def test_an_alias_of_two_stored_names_is_a_tie_without_asking_the_values() -> None:
+    tensors = [spec("head.out"), spec("body.in")]
+    metadata = {"head.out": "body.in", "format": "pt"}
+    assert find_ties(tensors, metadata=metadata) == (Tie("body.in", ("head.out", "body.in"), "alias"),)
+
+
+def test_an_alias_whose_name_was_dropped_or_differs_is_nothing() -> None:
+    assert find_ties([spec("kept")], metadata={"dropped": "kept", "kept": "kept"}) == ()
+    assert find_ties([spec("a"), spec("b", (2, 2))], metadata={"a": "b"}) == ()
+
+
+def test_an_alias_holds_even_where_the_config_parts_the_pair() -> None:
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    (tie,) = find_ties(
+        [spec(name) for name in names],
+        metadata={names[0]: names[1]},
+        config={"tie_word_embeddings": False},
+    )
+    assert (tie.evidence, tie.stream) == ("alias", names[1])
+
+
+def test_only_names_with_equal_bytes_stay_tied() -> None:
+    names = ("decoder.embed_tokens.weight", "lm_head.weight", "shared.weight")
+    tie = Tie("shared.weight", names, "equal-bytes")
+    same = dict.fromkeys(names, "x")
+    assert split_tie(tie, same) == (tie,)
+    assert split_tie(tie, same | {"lm_head.weight": "y"}) == (
+        Tie("shared.weight", ("decoder.embed_tokens.weight", "shared.weight"), "equal-bytes"),
+    )
+    assert split_tie(tie, same | {"shared.weight": "y"}) == (
+        Tie("decoder.embed_tokens.weight", names[:2], "equal-bytes"),
+    )
+    assert split_tie(tie, {name: name for name in names}) == ()
+
+
+def test_a_tie_that_the_file_vouches_for_is_not_split() -> None:
+    tie = Tie("a", ("a", "b"), "storage")
+    assert split_tie(tie, {"a": 1, "b": 2}) == (tie,)
+
+
+def test_the_stream_is_byte_wise_smallest_where_no_name_is_an_input_embedding() -> None:
+    assert stream_of(["b", "é", "a.z", "Z"]) == "Z"
+    assert stream_of(["a.out", "wte.weight"]) == "wte.weight"
