@@ -61,7 +61,7 @@ class SafetensorsSource:
                 path=path,
                 tensor=fault.tensor,
                 why=fault.why,
-                next_step=_FETCH,
+                next_step=_REWRITE,
             ) from fault
         self.tensors = parsed.tensors
         self.metadata: Mapping[str, str] = parsed.metadata
