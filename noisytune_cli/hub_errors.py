@@ -58,7 +58,7 @@ def _explain(error: BaseException) -> tuple[str, str]:
         return "access to it is restricted", f"Ask for access on its page, then {log_in}"
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            "there is no such repository, or it is private",
+            "no such path here, and no such repository there, or it is private",
             f"Check the spelling; for a private one {log_in}",
         )
     if isinstance(error, errors.RevisionNotFoundError):
