@@ -175,9 +175,10 @@ def _candidates(text: str, names: Sequence[str]) -> Sequence[str]:
     runs = _WILDCARD.split(text)
     if len(runs) == 1:
         return [text] if text in names else []
-    head, tail, middle = runs[0], runs[-1], max(runs, key=len)
-    if middle not in (head, tail):
-        names = [name for name in names if middle in name]
+    head, tail, longest = runs[0], runs[-1], max(runs, key=len)
+    # `in` is an operator and three times as fast as a method call, so it thins them out first.
+    if longest:
+        names = [name for name in names if longest in name]
     if head:
         names = [name for name in names if name.startswith(head)]
     return [name for name in names if name.endswith(tail)] if tail else names
@@ -190,13 +191,13 @@ def _suggest(pattern: Pattern, names: Sequence[str]) -> str:
     blind = re.compile(pattern.regex.pattern, re.IGNORECASE)
     for name in names:
         if blind.fullmatch(name):
-            return f"Patterns are case-sensitive: did you mean {name}?"
+            return f"Patterns are case-sensitive; perhaps {name} is meant"
     bare = pattern.text.strip("*")
     wanted, looked_at = bare.count(".") + 1, names[:_SUGGEST_FROM]
     tails = {".".join(name.split(".")[-wanted:]): name for name in reversed(looked_at)}
     near = difflib.get_close_matches(bare, list(tails), n=3, cutoff=0.6)
     if near:
-        return f"Did you mean {' or '.join(tails[tail] for tail in near)}?"
+        return f"Perhaps {' or '.join(tails[tail] for tail in near)} is meant"
     return (
         "Patterns match the whole name (write '*query*'); list the names with: "
         "noisytune inspect SOURCE --headers-only"

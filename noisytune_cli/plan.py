@@ -127,8 +127,8 @@ def _decide(
     """Decide one step; all names of `tie` count for the filters."""
     names = (tensor.name,) if tie is None else tie.names
     stream = tensor.name if tie is None else tie.stream
-    rule = max([filters.rule_of.get(name, -1) for name in names])
-    lam = noise.lam if rule < 0 else noise.rules[rule][1]
+    rules = [filters.rule_of[name] for name in names if name in filters.rule_of]
+    lam = noise.rules[max(rules)][1] if rules else noise.lam
     reason = _reason_to_copy(tensor, names, is_buffer, lam, noise, filters)
     if reason is not None:
         return Step(tensor, "copy", reason, 0.0, stream)
@@ -147,9 +147,10 @@ def _reason_to_copy(
     """Return why `tensor` gets no noise, safety first, or None."""
     if tensor.dtype not in FLOAT_DTYPES:
         return "not-float"
-    if tensor.elements == 0:
+    elements = tensor.elements
+    if elements == 0:
         return "empty"
-    if tensor.elements == 1 and noise.scope == "matrix":
+    if elements == 1 and noise.scope == "matrix":
         return "one-element"  # its std is undefined; a std of all values exists for it too
     included = filters.included is not None and not filters.included.isdisjoint(names)
     excluded = not filters.excluded.isdisjoint(names)

@@ -84,9 +84,9 @@ def find_ties(
 ) -> tuple[Tie, ...]:
     """Return the ties and candidates for one among `tensors`, in file order, none sharing a name.
 
-    A chain of pairs is one tie. Its evidence is `alias` if every link is one, else `equal-bytes`.
+    A chain of pairs is one tie. Its evidence is `alias` if aliases alone join it, else `equal-bytes`.
     """
-    by_name = {tensor.name: tensor for tensor in tensors if tensor.dtype in FLOAT_DTYPES and tensor.elements}
+    by_name = {tensor.name: tensor for tensor in tensors}
     links: list[tuple[str, str, Evidence]] = [(a, b, "alias") for a, b in (metadata or {}).items()]
     links += [(a, b, "equal-bytes") for a, b in _known_pairs(by_name, heads=not _parted(config))]
     group_of: dict[str, list[str]] = {}
@@ -94,13 +94,15 @@ def find_ties(
     for a, b, evidence in links:
         if a == b or a not in by_name or b not in by_name or not _alike(by_name[a], by_name[b]):
             continue
+        left, right = group_of.setdefault(a, [a]), group_of.setdefault(b, [b])
+        if left is right:
+            continue
         if evidence == "equal-bytes":
             unsure |= {a, b}
-        left, right = group_of.setdefault(a, [a]), group_of.setdefault(b, [b])
-        if left is not right:
-            left += right
-            for name in right:
-                group_of[name] = left
+        small, large = sorted((left, right), key=len)
+        large += small
+        for name in small:
+            group_of[name] = large
     place = {name: index for index, name in enumerate(by_name)}
     groups = {id(group): sorted(group, key=place.__getitem__) for group in group_of.values()}
     return tuple(
@@ -142,7 +144,8 @@ def _tie(names: Sequence[str], evidence: Literal["alias", "storage", "equal-byte
 
 
 def _alike(a: TensorSpec, b: TensorSpec) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape
+    """Tell whether two names can be one parameter that gets noise."""
+    return a.dtype == b.dtype and a.shape == b.shape and a.dtype in FLOAT_DTYPES
 
 
 def _parted(config: Mapping[str, Any] | None) -> bool:

@@ -133,6 +133,21 @@ def test_an_alias_holds_even_where_the_config_parts_the_pair() -> None:
     assert (tie.evidence, tie.stream) == ("alias", names[1])
 
 
+def test_an_alias_makes_a_known_pair_certain_but_not_its_longer_chain() -> None:
+    names = ("encoder.embed_tokens.weight", "shared.weight")
+    metadata = {names[0]: names[1]}
+    assert find_ties([spec(name) for name in names], metadata=metadata)[0].evidence == "alias"
+    chain = find_ties([spec(name) for name in (*names, "lm_head.weight")], metadata=metadata)
+    assert chain == (Tie("shared.weight", (*names, "lm_head.weight"), "equal-bytes"),)
+
+
+def test_a_long_chain_of_aliases_is_one_tie() -> None:
+    names = [f"t{index:05}" for index in range(20_000)]
+    metadata = dict(zip(names[1:], names, strict=False))
+    (tie,) = find_ties([spec(name) for name in names], metadata=dict(reversed(metadata.items())))
+    assert tie == Tie(names[0], tuple(names), "alias")
+
+
 def test_only_names_with_equal_bytes_stay_tied() -> None:
     names = ("decoder.embed_tokens.weight", "lm_head.weight", "shared.weight")
     tie = Tie("shared.weight", names, "equal-bytes")
