@@ -104,11 +104,9 @@ def find_ties(
         for name in small:
             group_of[name] = large
     place = {name: index for index, name in enumerate(by_name)}
-    groups = {id(group): sorted(group, key=place.__getitem__) for group in group_of.values()}
-    return tuple(
-        _tie(names, "alias" if unsure.isdisjoint(names) else "equal-bytes")
-        for names in sorted(groups.values(), key=lambda names: place[names[0]])
-    )
+    groups = {id(group): group for group in group_of.values()}.values()
+    in_order = sorted((sorted(group, key=place.__getitem__) for group in groups), key=lambda g: place[g[0]])
+    return tuple(_tie(names, "alias" if unsure.isdisjoint(names) else "equal-bytes") for names in in_order)
 
 
 def split_tie(tie: Tie, contents: Mapping[str, object]) -> tuple[Tie, ...]:
