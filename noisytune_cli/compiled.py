@@ -23,7 +23,7 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,9 @@ _C_TYPES: dict[str, Any] = {
 }
 
 _SYMBOL = "noisytune_loop"
+#: The modules, beside the distributions, whose text decides what a loop is compiled to.
+_SOURCES = ("compiled.py", "devices/cpu.py", "kernels.py", "moments.py", "stored.py", "stream.py", "sums.py")
+
 _C_LIBRARY = {"memcpy", "memmove", "memset", "sqrt"}
 _DIGEST_SIZE = 32
 _lock = threading.Lock()
@@ -65,14 +68,15 @@ def compile_loop(name: str, signature: str, make: Callable[[], Callable[..., Non
 
 def _callable(address: int, signature: str) -> Callable[..., None]:
     """Return a Python function for a loop at an address."""
-    # Numba's calling convention: two result slots come first, and a status (always 0 here) comes back.
-    prototype = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 2, *(_C_TYPES[letter] for letter in signature))
-    function = prototype(address)
+    # Numba's calling convention: two result slots come first, and a status comes back.
+    types = [_C_TYPES[letter] for letter in signature]
+    function = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *types)(address)
     slots = (ctypes.c_int64 * 2)()
     value_slot, error_slot = ctypes.addressof(slots), ctypes.addressof(slots) + 8
 
     def call(*arguments: Any, _keep: Any = slots) -> None:
-        function(value_slot, error_slot, *arguments)
+        if status := function(value_slot, error_slot, *arguments):
+            raise RuntimeError(f"a compiled loop ended with status {status}")
 
     return call
 
@@ -80,13 +84,12 @@ def _callable(address: int, signature: str) -> Callable[..., None]:
 def _cached(name: str) -> bytes | None:
     """Return the stored object, or None where there is none that is whole."""
     for folder in _folders():
-        try:
-            content = (folder / _file_name(name)).read_bytes()
-        except OSError:
-            continue
-        digest, code = content[:_DIGEST_SIZE], content[_DIGEST_SIZE:]
-        if digest == hashlib.sha256(code).digest():
-            return code
+        with contextlib.suppress(OSError):
+            if _is_ours(folder):
+                content = (folder / _file_name(name)).read_bytes()
+                digest, code = content[:_DIGEST_SIZE], content[_DIGEST_SIZE:]
+                if digest == hashlib.sha256(code).digest():
+                    return code
     return None
 
 
@@ -94,15 +97,24 @@ def _store(name: str, code: bytes) -> None:
     """Keep an object in the first folder that takes it; the cache is a convenience, so none is no error."""
     for folder in _folders():
         with contextlib.suppress(OSError):
-            descriptor, temporary = tempfile.mkstemp(dir=folder, prefix="noisytune-")
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(hashlib.sha256(code).digest() + code)
-                os.replace(temporary, folder / _file_name(name))
-            except BaseException:
-                os.unlink(temporary)
-                raise
-            return
+            if folder.name != "__pycache__":  # that one Python makes, for all who may read the package
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if _is_ours(folder):
+                _write_whole(folder / _file_name(name), hashlib.sha256(code).digest() + code)
+                return
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a process that reads it meanwhile sees all of it or what was there before."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix="noisytune-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), 0o644)  # who may read is for the folder to say
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def _compile(signature: str, function: Callable[..., None]) -> bytes:
@@ -117,9 +129,10 @@ def _compile(signature: str, function: Callable[..., None]) -> bytes:
         "f": numba.types.float32,
         "d": numba.types.float64,
     }
-    compiled = numba.cfunc(numba.void(*(types[letter] for letter in signature)), error_model="numpy")(function)
+    arguments = [types[letter] for letter in signature]
+    compiled = numba.cfunc(numba.void(*arguments), error_model="numpy")(function)
     module = binding.parse_assembly(compiled.inspect_llvm())
-    # Beside the function stands a wrapper that reports Python exceptions; without it nothing of Python is left.
+    # Beside the function stands a wrapper that reports Python exceptions; nothing else needs Python.
     entry = compiled.native_name.removeprefix("cfunc.")
     for candidate in module.functions:
         if not candidate.is_declaration:
@@ -156,8 +169,9 @@ def _machine() -> TargetMachine:
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     target = binding.Target.from_default_triple()
+    cpu, features = binding.get_host_cpu_name(), _features()
     return target.create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=_features(), opt=3, jit=True, reloc="default", codemodel="jitdefault"
+        cpu=cpu, features=features, opt=3, jit=True, reloc="default", codemodel="jitdefault"
     )
 
 
@@ -177,8 +191,9 @@ def _stamp() -> str:
 
     digest = hashlib.sha256()
     package = Path(__file__).parent
-    sources = [package / "compiled.py", package / "kernels.py", package / "stream.py", package / "moments.py"]
-    for path in [*sources, *sorted((package / "distributions").glob("*.py"))]:
+    for module in _SOURCES:
+        digest.update((package / module).read_bytes() + b"\0")
+    for path in sorted((package / "distributions").glob("*.py")):
         digest.update(path.read_bytes() + b"\0")
     versions = [importlib.metadata.version(p) for p in ("numba", "llvmlite", "numpy")]
     machine = [binding.get_host_cpu_name(), _features(), sys.platform, sys.version]
@@ -190,17 +205,20 @@ def _file_name(name: str) -> str:
     return f"noisytune-{name.replace('/', '-')}-{_stamp()}.o"
 
 
-def _folders() -> Iterator[Path]:
-    """Yield the cache folders in the order they are tried; each exists and is nobody else's to write."""
-    beside = Path(__file__).parent / "__pycache__"
-    home = os.environ.get("XDG_CACHE_HOME") or (Path(os.environ["HOME"]) / ".cache" if "HOME" in os.environ else None)
-    temporary = Path(tempfile.gettempdir()) / f"noisytune-cache-{os.getuid()}"
-    for folder in [beside, Path(home) / "noisytune" if home else None, temporary]:
-        if folder is None:
-            continue
-        with contextlib.suppress(OSError):
-            folder.mkdir(mode=0o700, parents=folder != temporary, exist_ok=True)
-            status = folder.lstat()
-            owned = status.st_uid in {os.getuid(), 0} and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-            if stat.S_ISDIR(status.st_mode) and owned:
-                yield folder
+def _folders() -> list[Path]:
+    """Return the cache folders in the order they are tried; they need not exist."""
+    folders = [Path(__file__).parent / "__pycache__"]
+    home = os.environ.get("HOME", "")
+    user = os.environ.get("XDG_CACHE_HOME", "") or (home and f"{home}/.cache")
+    if os.path.isabs(user):  # a relative one would take machine code from wherever the process was started
+        folders.append(Path(user) / "noisytune")
+    with contextlib.suppress(FileNotFoundError):  # there may be no temporary folder to write to
+        folders.append(Path(tempfile.gettempdir()) / f"noisytune-cache-{os.getuid()}")
+    return folders
+
+
+def _is_ours(folder: Path) -> bool:
+    """Say whether a folder is real and only this user and root can write to it; OSError if absent."""
+    status = folder.lstat()
+    shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISDIR(status.st_mode) and status.st_uid in {os.getuid(), 0} and not shared

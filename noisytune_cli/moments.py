@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 BLOCK = 1024
 
 #: Bound on the relative error of Σd² and (relative to Σ|d|) of Σd: a block's chain of BLOCK additions, one
-#: rounding for d, one for d², with each sum of blocks compensated; (BLOCK + 16) units of 2^-53 = 1.2e-13.
+#: rounding for d, which d² has twice, one for d², with each sum of blocks compensated: (BLOCK + 16) units of
+#: 2^-53 = 1.2e-13. It holds for tiles of up to 2^35 values.
 RELATIVE_ERROR = (BLOCK + 16) * 2.0**-53
 
 #: Beyond these, float64 sums of squares may have over- or underflowed (only F64 values can reach them).
@@ -52,10 +53,14 @@ class Moments:
     wide: bool
 
 
-def mean(parts: Sequence[Moments]) -> float:
-    """Return the mean of all values, in float64."""
-    count = sum(p.count for p in parts)
-    total = sum((Fraction(p.s1[0]) + Fraction(p.s1[1]) + p.count * Fraction(p.pivot) for p in parts), Fraction(0))
+def mean(parts: Sequence[Moments]) -> float | None:
+    """Return the mean of all values, at least one, in float64; None where the sums overflowed."""
+    count, total = 0, Fraction(0)
+    for p in parts:
+        if not math.isfinite(p.pivot + p.s1[0] + p.s1[1]):
+            return None
+        count += p.count
+        total += Fraction(p.s1[0]) + Fraction(p.s1[1]) + p.count * Fraction(p.pivot)
     return float(total / count)
 
 
@@ -67,9 +72,10 @@ def round_std(parts: Iterable[Moments]) -> float | None:
     """
     parts = list(parts)
     count = sum(p.count for p in parts)
-    if any(not _trustworthy(p) for p in parts):
+    average = mean(parts)
+    if average is None or any(not _trustworthy(p) for p in parts):
         return None
-    centre = Fraction(mean(parts))
+    centre = Fraction(average)
     first, second = Fraction(0), Fraction(0)
     first_error = second_error = 0.0
     for p in parts:
@@ -103,6 +109,12 @@ def nearest_sqrt(numerator: Fraction, denominator: int) -> float:
     value = numerator / denominator
     if value == 0:
         return 0.0
+    with np.errstate(over="ignore"):  # past the largest float32 is a case like any other
+        return _nearest(value)
+
+
+def _nearest(value: Fraction) -> float:
+    """Return the float32 nearest to the square root of a positive value."""
     # A float64 guess can be off by one float32 step at most; the midpoints around it settle the rest.
     guess = np.float32(_sqrt(value))
     zero, infinity = np.float32(0), np.float32(np.inf)
@@ -122,8 +134,7 @@ def _sqrt(value: Fraction) -> float:
     """Return sqrt(value) to float64 accuracy, for values past float64's range too."""
     shift = (value.numerator.bit_length() - value.denominator.bit_length()) // 2
     scaled = value / Fraction(4) ** shift
-    with np.errstate(over="ignore"):
-        return float(np.ldexp(np.float64(math.sqrt(float(scaled))), shift))
+    return float(np.ldexp(np.float64(math.sqrt(float(scaled))), shift))
 
 
 def _midpoint(low: np.float32, high: np.float32) -> Fraction:
@@ -145,8 +156,20 @@ def new_exact_sums() -> NDArray[np.int64]:
     return np.zeros((EXACT_BINS, EXACT_SUMS), dtype=np.int64)
 
 
+def exact_mean(sums: NDArray[np.int64], count: int) -> float:
+    """Return the float64 nearest to the mean of `count` values from exact sums."""
+    return float(Fraction(_totals(sums)[0], count << 1075))
+
+
 def exact_std(sums: NDArray[np.int64], count: int) -> float:
     """Return std32 from exact sums over `count` >= 2 values."""
+    total, squares = _totals(sums)
+    unit = Fraction(2) ** (2 * 1075)
+    return nearest_sqrt(Fraction(count * squares - total * total, count) / unit, count - 1)
+
+
+def _totals(sums: NDArray[np.int64]) -> tuple[int, int]:
+    """Return Σx in units of 2^-1075 and Σx² in units of 2^-2150."""
     total = squares = 0
     for power, row in enumerate(sums.tolist()):
         if any(row):
@@ -154,5 +177,4 @@ def exact_std(sums: NDArray[np.int64], count: int) -> float:
             total += ((h << 27) + ell) << power
             hh, hl, ll = (hh1 << 27) + hh0, (hl1 << 27) + hl0, (ll1 << 27) + ll0
             squares += ((hh << 54) + (hl << 28) + ll) << (2 * power)
-    unit = Fraction(2) ** (2 * 1075)
-    return nearest_sqrt(Fraction(count * squares - total * total, count) / unit, count - 1)
+    return total, squares

@@ -93,7 +93,9 @@ def upcast(stored: NDArray[np.generic], dtype: str) -> NDArray[np.float32] | NDA
     """Return stored values as float32 (float64 for F64); BF16 is stored as u16, the others as themselves."""
     if dtype == "BF16":
         return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return stored.astype(np.float64 if dtype == "F64" else np.float32)
+    if dtype == "F64":
+        return stored.astype(np.float64)
+    return stored.astype(np.float32)
 
 
 def add_noise(

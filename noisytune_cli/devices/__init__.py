@@ -7,8 +7,10 @@ Every device gives the same bytes.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +39,7 @@ class Device(Protocol):
         """Return the float64 sums of a tile about a pivot of its own."""
 
     def add_exact_sums(self, tile: memoryview, dtype: str, sums: NDArray[np.int64]) -> None:
-        """Add a tile's values to exact sums (`moments.new_exact_sums`)."""
+        """Add a tile's values to exact sums (`moments.new_exact_sums`), which one thread at a time may do."""
 
     def add_noise(
         self,
@@ -57,3 +59,23 @@ class Device(Protocol):
 
     def summarize(self, tile: memoryview, dtype: str) -> Summary:
         """Return the statistics of a tile that moments do not hold."""
+
+
+class DeviceModule(Protocol):
+    """What a device module offers."""
+
+    def open_device(self, name: str) -> Device:
+        """Return the device that a name such as `cuda` or `cuda:1` stands for."""
+
+
+def names() -> list[str]:
+    """Return the names of all device modules, sorted, without importing them."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def load(name: str) -> DeviceModule:
+    """Import the module of a device (`cuda:1` is of the module `cuda`); KeyError if there is none."""
+    module = name.partition(":")[0]
+    if module not in names():
+        raise KeyError(name)
+    return cast(DeviceModule, importlib.import_module(f"{__name__}.{module}"))

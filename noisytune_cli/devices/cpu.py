@@ -56,6 +56,8 @@ class Cpu:
         amplitude: float,
     ) -> tuple[int, int]:
         """Write tile + noise to `out`, which must not overlap it; return (unchanged, clamped) elements."""
+        if out.readonly or len(out) != len(tile):  # the loop would write past it, or into a mapping
+            raise ValueError("out must be writable and as long as the tile")
         words, c = self._scratch()
         counts = np.empty(2, np.int64)
         _loop("noise", dtype, distribution)(
@@ -99,11 +101,12 @@ def _loop(kind: str, dtype: str, distribution: str | None = None) -> Callable[..
     """Return a compiled loop, for a distribution where the kind needs one."""
 
     def make() -> Callable[..., None]:
-        from noisytune_cli import kernels
+        from noisytune_cli import kernels, sums
 
         if distribution is not None:
             return kernels.noise_loop(distributions.load(distribution), dtype, NOISE_BLOCK)
-        return {"moments": kernels.moments_loop, "exact": kernels.exact_loop, "summary": kernels.summary_loop}[kind](dtype)
+        build = {"moments": sums.moments_loop, "exact": sums.exact_loop, "summary": sums.summary_loop}[kind]
+        return build(dtype)
 
     name = "/".join(part for part in (kind, distribution, dtype) if part)
     return compile_loop(name, "ppiuuuuufppp" if distribution is not None else "pip", make)

@@ -5,7 +5,7 @@ A distribution module offers
     coefficients(words)           u32 words [n], n a multiple of 4 -> float32 noise of unit amplitude [n]
     amplitude(lam, std)           λ and std32 -> the float32 that multiplies the coefficients
     noise_range(amplitude)        {low, high} or {noise_std}, as the manifest has them
-    fill(c, words)                `coefficients` as one loop over [n] arrays, in the subset that Numba compiles
+    fill(c, words)                `coefficients` as one loop over [n] arrays, in what Numba compiles
     PARTS                         the module's functions that `fill` calls
 
 `coefficients` and `fill` do the same arithmetic in the same order, so they agree in every bit.

@@ -3,8 +3,8 @@
     u = (word + 1/2) · 2^-32
     c0 = sqrt(-2 ln u0) · cos(2π u1)        c1 = sqrt(-2 ln u0) · sin(2π u1)
 
-Words 0, 1 of a counter give elements 0, 1; words 2, 3 give elements 2, 3. The amplitude is λ · std / sqrt(12),
-so that at the same λ the variance is that of the uniform noise.
+Words 0, 1 of a counter give elements 0, 1; words 2, 3 give elements 2, 3. The amplitude is
+λ · std / sqrt(12), so that at the same λ the variance is that of the uniform noise.
 
 ln, cos and sin are written out below in + - * / sqrt on float64, in one fixed order. IEEE 754 rounds each of
 these correctly, so every device gives the same bits, which no library's logarithm promises.
