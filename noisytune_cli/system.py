@@ -12,6 +12,8 @@ import errno
 import os
 
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux/fs.h
+_AT_FDCWD = -100  # linux/fcntl.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -47,5 +49,24 @@ def _bind(name: str, *argument_types: type[ctypes._SimpleCData[int]]) -> ctypes.
     return function
 
 
+def rename_without_replacing(source: str, target: str) -> None:
+    """Rename, failing with EEXIST where the target exists; EINVAL or ENOSYS where that cannot be asked for."""
+    _rename(source, target, _RENAME_NOREPLACE)
+
+
+def exchange(first: str, second: str) -> None:
+    """Swap two names atomically; EINVAL or ENOSYS where the system or the file system cannot."""
+    _rename(first, second, _RENAME_EXCHANGE)
+
+
+def _rename(source: str, target: str, flags: int) -> None:
+    if _renameat2 is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if _renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), source, None, target)
+
+
 _sync_file_range = _bind("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 _fallocate = _bind("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_renameat2 = _bind("renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)

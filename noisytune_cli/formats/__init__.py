@@ -3,7 +3,6 @@
 A format module's name is the name a user types. It offers
 
     open_source(path, name, mmap) -> Source    parse and validate the header; read no tensor data
-    create_sink(path, source) -> Sink          write a file with the source's header and empty slots
 
 A `Source` is one weight file: where its tensors lie, and plain positioned reads. A `Sink` is its twin in
 the output: the same header, and a slot for every tensor. Nothing here knows about noise.
@@ -34,6 +33,9 @@ class Source(Protocol):
 
         Raises Mismatch if the file ends before, InputUnreadable if the read fails.
         """
+
+    def create_sink(self, path: Path) -> Sink:
+        """Create the file at `path`, which must not exist, with this file's header and empty slots."""
 
     def check_unchanged(self) -> None:
         """Raise Mismatch if size, mtime or inode differ from what they were at open."""

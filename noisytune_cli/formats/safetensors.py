@@ -91,6 +91,10 @@ class SafetensorsSource:
             raise self._changed("it is shorter than it was")
         return self._mapped[offset:end]
 
+    def create_sink(self, path: Path) -> SafetensorsSink:
+        """Create the file at `path`, which must not exist, with this file's header and empty slots."""
+        return create_sink(path, self)
+
     def check_unchanged(self) -> None:
         """Raise Mismatch if size, mtime or inode differ from what they were at open."""
         try:

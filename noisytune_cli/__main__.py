@@ -1,0 +1,53 @@
+"""`noisytune`, and `python -m noisytune_cli`: prepare the process, run the command line, end it.
+
+Descriptors 0 to 2 are made sure of before anything is opened: with one of them closed, the first file opened
+would take its number, and what is meant for the terminal would land in it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+
+def _hold_standard_descriptors() -> None:
+    """Occupy closed descriptors such that using them still fails."""
+    for fd, mode in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_RDONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            opened = os.open(os.devnull, mode)
+            if opened != fd:  # the lower ones are taken, so this cannot be
+                os.dup2(opened, fd)
+
+
+def main() -> NoReturn:
+    """Run noisytune as a process."""
+    _hold_standard_descriptors()
+    from noisytune_cli import signals
+    from noisytune_cli.errors import Stopped
+
+    signals.install()
+    try:
+        from noisytune_cli.cli import run
+
+        run()
+    except Stopped as stopped:
+        # Not sys.exit: that would wait for threads that are still in the middle of a transfer.
+        _flush()
+        os._exit(stopped.exit_code)
+    sys.exit(0)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            try:
+                stream.flush()
+            except OSError:
+                continue
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""perturb: a checkpoint in, a noisy checkpoint and its manifest out.
+
+Everything that can be refused is refused before a weight is read: the source's kind, the plan, the place of
+the output, the space it needs. Then tensors walk from source to staging, and publishing is the last step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from noisytune_cli import __version__
+from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.confirm import settle_ties
+from noisytune_cli.devices import open_device
+from noisytune_cli.errors import InputInvalid
+from noisytune_cli.escape import escape
+from noisytune_cli.formats import Sink
+from noisytune_cli.manifest import encode
+from noisytune_cli.output import check_output, check_space, resolve_output
+from noisytune_cli.plan import check_not_empty, check_outcomes, make_plan
+from noisytune_cli.publish import Publication
+from noisytune_cli.quantized import refuse_quantized, refuse_quantized_config
+from noisytune_cli.records import FileRecord, Manifest, NoiseSpec, Plan, Receipt, SourceRecord
+from noisytune_cli.walk import Walk, work_bytes
+
+#: Given the bytes to come, a context that yields what to call with the bytes just done.
+Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+
+#: Room for the manifest in the check for space: a fixed part, and that of each tensor.
+_MANIFEST_BYTES, _MANIFEST_BYTES_A_TENSOR = 4096, 1024
+
+
+@dataclass(frozen=True)
+class Request:
+    """Where to read and how; what `perturb` and its dry run have in common."""
+
+    source: str
+    noise: NoiseSpec
+    weights: str | None = None
+    revision: str | None = None
+    mmap: bool = False
+    again: bool = False
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Perturbed:
+    """What was published: the manifest, where it and the output are, and what the user should know."""
+
+    output: Path
+    manifest_path: Path
+    manifest: Manifest
+    cleared: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A dry run's answer: the plan, made from headers alone."""
+
+    id: str
+    revision: str | None
+    plan: Plan
+    warnings: tuple[str, ...]
+
+
+def default_threads() -> int:
+    """Return how many threads to use unless told: the CPUs this process may run on, up to 8."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def plan_perturb(request: Request) -> Planned:
+    """Say what `perturb` would do, without reading a weight."""
+    with _open(request) as source:
+        return Planned(source.id, source.revision, _plan(source, request.noise), source.warnings)
+
+
+def perturb(
+    request: Request,
+    out: str,
+    *,
+    overwrite: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    progress: Progress = lambda nbytes: nullcontext(lambda done: None),
+) -> Perturbed:
+    """Write the noisy checkpoint and its manifest to `out`, durably, or change nothing."""
+    with _open(request) as source:
+        plan = _plan(source, request.noise)
+        output = resolve_output(out, source)
+        check_output(output, source, overwrite=overwrite)
+        check_space(output, _needed_bytes(source), len(source.sources) + len(source.others) + 1)
+        with Publication(output, directory=not source.single_file, overwrite=overwrite) as publication:
+            plan = settle_ties(plan, {file.name: file for file in source.sources})
+            check_not_empty(plan, path=request.source)
+            walk = Walk(open_device(device), threads or default_threads())
+            receipts = _carry_out(walk, plan, source, publication, progress)
+            check_outcomes(plan.noise, ((r.action, r.reason) for r in receipts), path=request.source)
+            copied = tuple((name, publication.copy(source.root / name, name)) for name in source.others)
+            manifest = Manifest(
+                tool_name="noisytune",
+                tool_version=__version__,
+                source=SourceRecord(
+                    source.id,
+                    source.revision,
+                    tuple(FileRecord(s.name, s.size, s.header_digest) for s in source.sources),
+                ),
+                noise=plan.noise,
+                receipts=receipts,
+                copied=copied,
+                left_out=source.left_out,
+            )
+            manifest_path = publication.publish(encode(manifest))
+            warnings = (*source.warnings, *_warnings(receipts))
+            return Perturbed(output, manifest_path, manifest, publication.cleared, warnings)
+
+
+def _open(request: Request) -> Checkpoint:
+    source = open_checkpoint(
+        request.source,
+        weights=request.weights,
+        revision=request.revision,
+        mmap=request.mmap,
+        check_config=refuse_quantized_config,
+        quiet=request.quiet,
+    )
+    try:
+        if source.noised and not request.again:
+            raise InputInvalid(
+                "the source was noised before",
+                path=request.source,
+                why="a manifest of noisytune lies beside its weights, and noise on noise is rarely meant",
+                next_step="Give the original checkpoint, or pass --again",
+            )
+        refuse_quantized(source.tensors, config=source.config, metadata=source.metadata, path=request.source)
+    except BaseException:
+        source.close()
+        raise
+    return source
+
+
+def _plan(source: Checkpoint, noise: NoiseSpec) -> Plan:
+    plan = make_plan(source.tensors, noise, config=source.config, metadata=source.metadata)
+    check_not_empty(plan, path=source.root)
+    return plan
+
+
+def _carry_out(
+    walk: Walk, plan: Plan, source: Checkpoint, publication: Publication, progress: Progress
+) -> tuple[Receipt, ...]:
+    """Fill every weight file and flush it; the source must be as it was throughout."""
+    with ExitStack() as opened:
+        sinks: dict[str, Sink] = {}
+        for file in source.sources:
+            name = publication.output.name if source.single_file else file.name
+            sinks[file.name] = file.create_sink(publication.path(name))
+            opened.callback(sinks[file.name].abort)
+        with progress(work_bytes(plan)) as report:
+            sources = {file.name: file for file in source.sources}
+            receipts = replace(walk, progress=report).carry_out(plan, sources, sinks)
+        for file in source.sources:
+            file.check_unchanged()
+        for sink in sinks.values():
+            sink.finish()
+    return receipts
+
+
+def _needed_bytes(source: Checkpoint) -> int:
+    weights = sum(file.size for file in source.sources)
+    others = sum((source.root / name).stat().st_size for name in source.others)
+    return weights + others + _MANIFEST_BYTES + _MANIFEST_BYTES_A_TENSOR * len(source.tensors)
+
+
+def _warnings(receipts: tuple[Receipt, ...]) -> list[str]:
+    """Say which tensors the noise could not reach, or hardly."""
+    warnings = []
+    for receipt in receipts:
+        tensor = receipt.step.tensor
+        if receipt.reason == "non-finite":
+            warnings.append(f"{escape(tensor.name)} holds NaN or infinite values and was copied as it is")
+        elif receipt.unchanged * 2 > tensor.elements:
+            share = receipt.unchanged / tensor.elements
+            warnings.append(
+                f"{escape(tensor.name)}: rounding to {tensor.dtype} left {share:.0%} of its elements as they were"
+            )
+    return warnings

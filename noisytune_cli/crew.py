@@ -1,0 +1,186 @@
+"""Threads that share the work of a walk.
+
+A task belongs to one thread. Inside a task a thread may open a pass over many tiles, and a thread that has
+run out of tasks helps with whatever pass is open: so many small tensors run side by side, and one huge
+tensor is still shared by all. The first error stops everybody at the next tile.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class Hands:
+    """What one thread works with: room for a tile, for its noised copy, and for a whole small tensor."""
+
+    crew: Crew
+    tile: memoryview
+    out: memoryview
+    slab: memoryview
+
+
+Task = Callable[[Hands], None]
+
+
+class Abandoned(Exception):
+    """Another thread failed; its error is the one that counts."""
+
+
+class Pass:
+    """One pass over `count` tiles, which several threads may share: `work(hands, tile index)`.
+
+    Tiles are handed out in order; `in_turn` lets their threads through a gate in the same order.
+    """
+
+    def __init__(self, count: int, work: Callable[[Hands, int], None]) -> None:
+        self._count = count
+        self._work = work
+        self._change = threading.Condition()
+        self._taken = self._passed = self._finished = 0
+        self._broken = False
+
+    def has_tiles(self) -> bool:
+        """Say whether a thread that came now would get a tile."""
+        return not self._broken and self._taken < self._count
+
+    def help(self, hands: Hands) -> None:
+        """Work through tiles until none is left to take."""
+        try:
+            while (index := self._take()) is not None:
+                hands.crew.check()
+                self._work(hands, index)
+                with self._change:
+                    self._finished += 1
+                    self._change.notify_all()
+        except BaseException:
+            with self._change:
+                self._broken = True
+                self._change.notify_all()
+            raise
+
+    def wait(self) -> None:
+        """Wait until the tiles that others took are done too."""
+        self._wait_for(lambda: self._finished == self._count)
+
+    @contextmanager
+    def in_turn(self, index: int) -> Iterator[None]:
+        """Enter once tile `index - 1` has left."""
+        self._wait_for(lambda: self._passed == index)
+        yield
+        with self._change:
+            self._passed += 1
+            self._change.notify_all()
+
+    def _wait_for(self, ready: Callable[[], bool]) -> None:
+        with self._change:
+            self._change.wait_for(lambda: self._broken or ready())
+            if self._broken:
+                raise Abandoned
+
+    def _take(self) -> int | None:
+        with self._change:
+            if not self.has_tiles():
+                return None
+            self._taken += 1
+            return self._taken - 1
+
+
+class Crew:
+    """The threads of one run: each does tasks in order, then helps with the passes still open."""
+
+    def __init__(self, tasks: Iterable[Task], *, tile_bytes: int, slab_bytes: int) -> None:
+        self._tasks = iter(tasks)
+        self._room = (tile_bytes, tile_bytes, slab_bytes)
+        self._change = threading.Condition()
+        self._passes: list[Pass] = []
+        self._busy = self._alive = 0
+        self._error: BaseException | None = None
+
+    def run(self, threads: int) -> None:
+        """Do all tasks; raise the first error once every thread has stopped."""
+        self._busy = self._alive = threads
+        workers = [threading.Thread(target=self._live, name=f"walk-{i}") for i in range(threads)]
+        started = []
+        try:
+            for worker in workers:
+                worker.start()
+                started.append(worker)
+            # Not join: waiting for a condition can be interrupted, and a signal must get through at once.
+            with self._change:
+                self._change.wait_for(lambda: self._alive == 0)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        finally:
+            for worker in started:
+                worker.join()
+        if self._error is not None:
+            raise self._error
+
+    def check(self) -> None:
+        """Stop the calling thread if another has failed."""
+        if self._error is not None:
+            raise Abandoned
+
+    def share(self, work: Pass, hands: Hands) -> None:
+        """Do a pass, with the help of threads that have nothing else to do."""
+        with self._change:
+            self._passes.append(work)
+            self._change.notify_all()
+        try:
+            work.help(hands)
+            work.wait()
+        finally:
+            with self._change:
+                self._passes.remove(work)
+
+    def _live(self) -> None:
+        try:
+            tile, out, slab = (np.empty(n, np.uint8).data for n in self._room)
+            self._do_tasks(Hands(self, tile, out, slab))
+        except Abandoned:
+            pass
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            with self._change:
+                self._alive -= 1
+                self._change.notify_all()
+
+    def _do_tasks(self, hands: Hands) -> None:
+        try:
+            while (task := self._next_task()) is not None:
+                task(hands)
+        finally:
+            with self._change:
+                self._busy -= 1
+                self._change.notify_all()
+        while (work := self._pass_to_help()) is not None:
+            work.help(hands)
+
+    def _next_task(self) -> Task | None:
+        self.check()
+        with self._change:
+            return next(self._tasks, None)
+
+    def _pass_to_help(self) -> Pass | None:
+        """Return an open pass with tiles left; None once no thread can open another."""
+
+        def found() -> Pass | None:
+            return next((p for p in self._passes if p.has_tiles()), None)
+
+        with self._change:
+            self._change.wait_for(lambda: self._busy == 0 or found() is not None)
+            return found()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._change:
+            if self._error is None:
+                self._error = error
+            self._change.notify_all()

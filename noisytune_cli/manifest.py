@@ -1,0 +1,106 @@
+"""The manifest: all that is needed to check an output, or to rebuild it from its source.
+
+Deterministic: the same inputs and options give the same bytes. It holds no time, host, user, thread count
+or absolute path. Its JSON Schema, `manifest.schema.json`, is shipped beside this file; `docs/manifest.md`
+explains every field.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from noisytune_cli import distributions
+from noisytune_cli.records import Manifest, NoiseSpec, Receipt
+from noisytune_cli.stream import STREAM
+
+#: The version of the manifest's layout.
+SCHEMA = 1
+
+
+def encode(manifest: Manifest) -> bytes:
+    """Return the manifest as JSON in ASCII, one line for each tensor and file."""
+    members = []
+    for key, value in to_json(manifest).items():
+        if isinstance(value, list) and value:
+            lines = ",\n".join(f"  {_dump(entry)}" for entry in value)
+            members.append(f' "{key}": [\n{lines}\n ]')
+        else:
+            members.append(f' "{key}": {_dump(value)}')
+    return ("{\n" + ",\n".join(members) + "\n}\n").encode("ascii")
+
+
+def to_json(manifest: Manifest) -> dict[str, Any]:
+    """Return the manifest as the JSON document it is stored as."""
+    perturbed = sum(r.action == "perturb" for r in manifest.receipts)
+    range_keys = distributions.load(manifest.noise.distribution).noise_range(0.0).keys()
+    return {
+        "schema": SCHEMA,
+        "tool": {"name": manifest.tool_name, "version": manifest.tool_version},
+        "source": {
+            "id": manifest.source.id,
+            "revision": manifest.source.revision,
+            "files": [
+                {"name": f.name, "size": f.size, "header_digest": f.header_digest}
+                for f in manifest.source.files
+            ],
+        },
+        "noise": _noise(manifest.noise),
+        "tensors": [_tensor(receipt, range_keys) for receipt in manifest.receipts],
+        "copied": [{"name": name, "digest": digest} for name, digest in manifest.copied],
+        "left_out": [{"name": name, "why": why} for name, why in manifest.left_out],
+        "totals": {
+            "tensors": len(manifest.receipts),
+            "perturbed": perturbed,
+            "parameters": sum(r.step.tensor.elements for r in manifest.receipts),
+            "bytes": sum(r.step.tensor.nbytes for r in manifest.receipts),
+        },
+    }
+
+
+def _dump(value: object) -> str:
+    return json.dumps(value, allow_nan=False)
+
+
+def _noise(noise: NoiseSpec) -> dict[str, Any]:
+    return {
+        "stream": STREAM,
+        "distribution": noise.distribution,
+        "scope": noise.scope,
+        "granularity": noise.granularity,
+        "seed": str(noise.seed),  # a u64 does not survive jq, nor JavaScript
+        "lambda": noise.lam,
+        "rules": [[pattern, lam] for pattern, lam in noise.rules],
+        "include": list(noise.include),
+        "exclude": list(noise.exclude),
+    }
+
+
+def _tensor(receipt: Receipt, range_keys: Iterable[str]) -> dict[str, Any]:
+    tensor = receipt.step.tensor
+    entry: dict[str, Any] = {
+        "name": tensor.name,
+        "stream": receipt.step.stream,
+        "file": tensor.file,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "action": receipt.action,
+    }
+    if receipt.reason is not None:
+        entry["reason"] = receipt.reason
+    entry["lambda"] = receipt.lam
+    entry["std"] = _finite(receipt.std)
+    entry["amplitude"] = receipt.amplitude
+    for key in range_keys:
+        entry[key] = getattr(receipt, key)
+    entry["unchanged"] = receipt.unchanged
+    entry["clamped"] = receipt.clamped
+    entry["source_digest"] = receipt.source_digest
+    entry["digest"] = receipt.digest
+    return entry
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

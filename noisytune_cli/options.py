@@ -1,0 +1,82 @@
+"""What the command line's options mean, as a NoiseSpec: rules of precedence in one place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from noisytune_cli.errors import UsageError
+from noisytune_cli.records import NoiseSpec, Scope
+
+#: λ of the paper on GLUE.
+DEFAULT_LAMBDA = 0.15
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings with a name; explicit options beat them."""
+
+    lam: float
+    exclude: tuple[str, ...]
+
+
+PRESETS: Mapping[str, Preset] = {
+    # The paper's setting for multilingual models: no noise on token embeddings (nor on a head tied to them).
+    "xtreme": Preset(lam=0.1, exclude=("@embeddings",)),
+}
+
+
+def make_noise(
+    *,
+    lam: float | None,
+    noise_std: float | None,
+    seed: int,
+    distribution: str,
+    scope: Scope,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    rules: Sequence[str],
+    preset: str | None,
+) -> NoiseSpec:
+    """Return the noise that the options ask for; UsageError where they contradict each other."""
+    if lam is not None and noise_std is not None:
+        raise UsageError(
+            "--lambda and --noise-std",
+            why="both set the strength of the noise",
+            next_step="Give one of them: --noise-std S is --lambda √12 · S",
+        )
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(
+            f"--preset {preset}", why="there is no such preset", next_step=f"Use one of: {', '.join(PRESETS)}"
+        )
+    chosen = PRESETS[preset] if preset is not None else Preset(DEFAULT_LAMBDA, ())
+    if noise_std is not None:
+        # The uniform distribution of width λ has std λ/√12, and Gaussian noise is scaled to match it.
+        lam = math.sqrt(12) * noise_std
+    # A preset's patterns stand for the user's; with any of the user's own they would only get in the way.
+    filters = tuple(exclude) if include or exclude else chosen.exclude
+    return NoiseSpec(
+        lam=chosen.lam if lam is None else lam,
+        seed=seed,
+        distribution=distribution,
+        scope=scope,
+        rules=tuple(_rule(text) for text in rules),
+        include=tuple(include),
+        exclude=filters,
+    )
+
+
+def _rule(text: str) -> tuple[str, float]:
+    """Split PATTERN=VALUE at its last `=`."""
+    pattern, equals, value = text.rpartition("=")
+    try:
+        if not (equals and pattern):
+            raise ValueError
+        return pattern, float(value)
+    except ValueError:
+        raise UsageError(
+            f"--lambda-for {text}",
+            why="it is not PATTERN=VALUE with a number as the value",
+            next_step="Write for example --lambda-for '@attention=0.1'",
+        ) from None

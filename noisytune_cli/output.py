@@ -1,0 +1,138 @@
+"""Where output may go: asked before any weight is read.
+
+Refused are an output that exists (unless it is to be replaced), one that is, holds or lies in the input or
+the hub's cache (compared by device and inode, so that links, `..` and bind mounts do not hide it), one that
+is no regular file or directory, and one that does not fit on the file system.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from noisytune_cli.checkpoint import Checkpoint
+from noisytune_cli.errors import OutputUnsafe, ResourceExhausted, unwritable
+from noisytune_cli.layout import MANIFEST_SUFFIX
+from noisytune_cli.publish import exists
+
+#: A repository's folder in the hub's cache.
+_CACHED_REPOSITORY = re.compile(r"(?:models|datasets|spaces)--.")
+
+
+def resolve_output(out: str, source: Checkpoint) -> Path:
+    """Return the output's absolute path; for a single file and an `out` that ends in `/`, a file in it."""
+    expanded = os.path.expanduser(out)
+    folder, name = os.path.split(expanded.rstrip("/"))
+    # Links in the folder are resolved as the kernel would (`link/..` is not `.`), the last name is kept.
+    plain = name not in ("", ".", "..")
+    path = Path(os.path.realpath(folder or ".")) / name if plain else Path(os.path.realpath(expanded))
+    if source.single_file and out.endswith("/"):
+        return path / source.sources[0].path.name
+    return path
+
+
+def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
+    """Raise OutputUnsafe unless `output` can be written without touching anything that must stay."""
+    _check_kind(output, source.single_file, overwrite)
+    protected = _protected(source)
+    for ancestor in _ancestors(output):
+        if _identity(ancestor) in protected:
+            raise _unsafe(output, "it is the input, or lies in the input or the hub's cache")
+    if output.is_dir():
+        ours = _identity(output)
+        for path in [source.root, *(s.path for s in source.sources), Path.cwd(), Path.home()]:
+            if any(_identity(ancestor) == ours for ancestor in _ancestors(path)):
+                raise _unsafe(output, "the input, the current directory or the home directory lies in it")
+    if not source.single_file:
+        return
+    inputs = {_identity(s.path) for s in source.sources}
+    for path in (output, output.with_name(output.name + MANIFEST_SUFFIX)):
+        if _identity(path) in inputs:
+            raise _unsafe(output, "it is the input, or a link to it")
+
+
+def check_space(output: Path, nbytes: int, files: int) -> None:
+    """Raise ResourceExhausted unless `nbytes` in `files` new files fit where `output` will be."""
+    place = next(p for p in (output, *output.parents) if p.is_dir())
+    try:
+        status = os.statvfs(place)
+    except OSError as error:
+        raise unwritable(error, output) from error
+    free = status.f_bavail * status.f_frsize
+    if nbytes > free:
+        why = f"it needs {nbytes:,} bytes and {free:,} are free"
+    elif status.f_files and files > status.f_favail:
+        why = f"it needs {files:,} files and {status.f_favail:,} more can be made"
+    else:
+        return
+    raise ResourceExhausted(
+        "not enough space",
+        path=output,
+        why=f"{why}; nothing was written",
+        next_step="Free space or choose another place with -o, then run again",
+    )
+
+
+def _check_kind(output: Path, single_file: bool, overwrite: bool) -> None:
+    """Check what is there already against what is to be written."""
+    manifest = output.with_name(output.name + MANIFEST_SUFFIX)
+    try:
+        mode = os.lstat(output).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if single_file and not overwrite and os.path.lexists(manifest):
+            raise exists(manifest) from None
+        return
+    except OSError as error:
+        raise unwritable(error, output) from error
+    if stat.S_ISLNK(mode):
+        raise _unsafe(output, "it is a symbolic link, which would be replaced or followed")
+    if stat.S_ISDIR(mode):
+        if single_file:
+            raise _unsafe(output, "it is a directory; -o DIR/ writes a file inside one")
+        if not overwrite and os.listdir(output) and not _holds_only_staging(output):
+            raise exists(output)
+        if overwrite and os.path.ismount(output):
+            raise _unsafe(output, "it is a mount point, which cannot be replaced")
+    elif not stat.S_ISREG(mode):
+        raise _unsafe(output, "it is neither a regular file nor a directory")
+    elif not overwrite:
+        raise exists(output)
+    elif not single_file:
+        raise _unsafe(output, "it is a file; a directory is to be written")
+
+
+def _holds_only_staging(output: Path) -> bool:
+    from noisytune_cli.staging import prefix_for
+
+    return all(name.startswith(prefix_for(output)) for name in os.listdir(output))
+
+
+def _protected(source: Checkpoint) -> set[tuple[int, int]]:
+    """Return the identities of the directories that no output may lie in."""
+    folders = set() if source.single_file else {source.root}
+    for path in [source.root, *(s.path for s in source.sources)]:
+        for spelling in (Path(os.path.abspath(path)), Path(os.path.realpath(path))):
+            folders.update(p for p in spelling.parents if _CACHED_REPOSITORY.match(p.name))
+    return {identity for folder in folders if (identity := _identity(folder)) is not None}
+
+
+def _ancestors(path: Path) -> Iterator[Path]:
+    """Yield the path with its links resolved, and every directory above it."""
+    real = Path(os.path.realpath(path))
+    yield from (real, *real.parents)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return (device, inode) of what the path leads to, or None."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _unsafe(output: Path, why: str) -> OutputUnsafe:
+    return OutputUnsafe("cannot write there", path=output, why=why, next_step="Choose another output with -o")
