@@ -64,6 +64,17 @@ def mean(parts: Sequence[Moments]) -> float | None:
     return float(total / count)
 
 
+def norm(parts: Sequence[Moments]) -> float | None:
+    """Return the L2 norm of all values, in float64; None where squares over- or underflowed."""
+    if mean(parts) is None or any(not _trustworthy(p) for p in parts):
+        return None
+    squares = Fraction(0)
+    for p in parts:
+        pivot, s1 = Fraction(p.pivot), Fraction(p.s1[0]) + Fraction(p.s1[1])
+        squares += Fraction(p.s2[0]) + Fraction(p.s2[1]) + 2 * pivot * s1 + p.count * pivot * pivot
+    return _sqrt(max(squares, Fraction(0)))
+
+
 def round_std(parts: Iterable[Moments]) -> float | None:
     """Return std32 from the float64 sums, or None where their error bound cannot decide the rounding.
 
@@ -159,6 +170,12 @@ def new_exact_sums() -> NDArray[np.int64]:
 def exact_mean(sums: NDArray[np.int64], count: int) -> float:
     """Return the float64 nearest to the mean of `count` values from exact sums."""
     return float(Fraction(_totals(sums)[0], count << 1075))
+
+
+def exact_norm(sums: NDArray[np.int64]) -> float:
+    """Return the L2 norm in float64 from exact sums; inf where float64 cannot hold it."""
+    with np.errstate(over="ignore"):
+        return _sqrt(Fraction(_totals(sums)[1], 1 << 2150))
 
 
 def exact_std(sums: NDArray[np.int64], count: int) -> float:
