@@ -1,0 +1,186 @@
+"""inspect: what is in a checkpoint, and what perturb would do with it.
+
+The plan is perturb's own. What it leaves to the values (constant, non-finite, ties) is settled from them, and
+std is the number that perturb would use; with headers only, neither is known and no weight is read.
+A checkpoint that perturb would refuse as quantised is listed all the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+from noisytune_cli import devices, distributions
+from noisytune_cli.buffers import find_buffers
+from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.confirm import settle_ties
+from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.measure import measure
+from noisytune_cli.patterns import check_matched, match_names
+from noisytune_cli.plan import check_noise, make_plan
+from noisytune_cli.quantized import refuse_quantized
+from noisytune_cli.records import FLOAT_DTYPES, NoiseSpec, Plan, Step
+from noisytune_cli.report import Inspection, Statistics, TensorReport, Totals
+
+#: Given the bytes to come, a context that yields what to call with the bytes just done.
+Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+
+SORT_KEYS = tuple(field.name for field in fields(TensorReport) if field.name != "unsure")
+
+
+def inspect(
+    source: str,
+    *,
+    lam: float = 0.15,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    sort: str | None = None,
+    headers_only: bool = False,
+    weights: str | None = None,
+    revision: str | None = None,
+    mmap: bool = False,
+    threads: int = 1,
+    quiet: bool = False,
+    progress: Progress = lambda nbytes: nullcontext(lambda done: None),
+) -> Inspection:
+    """Report the tensors of `source` that `include` and `exclude` leave, in file order or sorted.
+
+    `sort` is one of SORT_KEYS, descending with a `-` before it. `lam` is the λ whose noise ranges are given.
+    """
+    noise = NoiseSpec(lam=lam)
+    check_noise(noise)
+    _check_sort(sort)
+    with open_checkpoint(source, weights=weights, revision=revision, mmap=mmap, quiet=quiet) as checkpoint:
+        plan = make_plan(checkpoint.tensors, noise, config=checkpoint.config, metadata=checkpoint.metadata)
+        names = _select(checkpoint, include, exclude)
+        quantized = _refusal(checkpoint, source)
+        measured: dict[str, Statistics] = {}
+        if not headers_only:
+            files = {file.name: file for file in checkpoint.sources}
+            # A tie that shows in no row need not be read.
+            shown = tuple(tie for tie in plan.ties if not names.isdisjoint(tie.names))
+            plan = settle_ties(replace(plan, ties=shown), files)
+            floats = [t for t in checkpoint.tensors if t.name in names and t.dtype in FLOAT_DTYPES]
+            with progress(sum(tensor.nbytes for tensor in floats)) as report:
+                device = devices.load("cpu").open_device("cpu")
+                statistics = measure(floats, files, device, threads=threads, progress=report)
+            measured = {tensor.name: found for tensor, found in zip(floats, statistics, strict=True)}
+        for file in checkpoint.sources:
+            file.check_unchanged()
+        rows = _report(plan, names, measured, quantized is not None)
+        return Inspection(
+            id=checkpoint.id,
+            revision=checkpoint.revision,
+            lam=lam,
+            quantized=quantized,
+            tensors=tuple(rows if sort is None else _sort(rows, sort)),
+            totals=_total(rows, counted=not headers_only),
+            warnings=(*checkpoint.warnings, *_noised_before(checkpoint)),
+        )
+
+
+def _select(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str]) -> frozenset[str]:
+    """Return the names of the tensors to list; UsageError for a pattern that matches none."""
+    patterns = [*include, *exclude]
+    names = [tensor.name for tensor in checkpoint.tensors]
+    matched = match_names(patterns, names, find_buffers(checkpoint.tensors, config=checkpoint.config))
+    check_matched(patterns, matched, names)
+    included = frozenset().union(*matched[: len(include)]) if include else frozenset(names)
+    return included.difference(*matched[len(include) :])
+
+
+def _refusal(checkpoint: Checkpoint, path: str) -> str | None:
+    """Return why perturb would refuse the checkpoint as quantised, or None."""
+    try:
+        refuse_quantized(
+            checkpoint.tensors, config=checkpoint.config, metadata=checkpoint.metadata, path=path
+        )
+    except InputInvalid as error:
+        return error.why
+    return None
+
+
+def _noised_before(checkpoint: Checkpoint) -> list[str]:
+    if not checkpoint.noised:
+        return []
+    return ["a manifest of noisytune lies beside the weights: perturb needs --again to add noise once more"]
+
+
+def _report(
+    plan: Plan, names: frozenset[str], measured: Mapping[str, Statistics], refused: bool
+) -> list[TensorReport]:
+    distribution = distributions.load(plan.noise.distribution)
+    rows = []
+    for step in plan.steps:
+        tensor = step.tensor
+        if tensor.name not in names:
+            continue
+        found = measured.get(tensor.name)
+        rows.append(
+            TensorReport(
+                name=tensor.name,
+                file=tensor.file,
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                elements=tensor.elements,
+                bytes=tensor.nbytes,
+                **asdict(found or Statistics()),
+                **_outcome(step, found, distribution, refused),
+                stream=step.stream,
+            )
+        )
+    return rows
+
+
+def _outcome(
+    step: Step, found: Statistics | None, distribution: distributions.Distribution, refused: bool
+) -> dict[str, Any]:
+    """Return action, reason, low, high and unsure: what perturb would do, as far as the values are known."""
+    outcome: dict[str, Any] = {"action": step.action, "reason": step.reason, "low": None, "high": None}
+    if refused:
+        return {**outcome, "action": "refuse", "reason": "quantized", "unsure": ()}
+    if found is None:
+        return {**outcome, "unsure": step.unsure}
+    outcome["unsure"] = ()
+    if step.action == "copy":
+        return outcome
+    if found.nan or found.inf:
+        return {**outcome, "action": "copy", "reason": "non-finite"}
+    assert found.std is not None  # finite, and of two elements at least
+    if found.std == 0.0:
+        return {**outcome, "action": "copy", "reason": "constant"}
+    amplitude = float(distribution.amplitude(step.lam, found.std))
+    if amplitude == 0.0 or math.isinf(amplitude):
+        return {**outcome, "action": "copy", "reason": "unrepresentable"}
+    return {**outcome, **distribution.noise_range(amplitude)}
+
+
+def _total(rows: Sequence[TensorReport], *, counted: bool) -> Totals:
+    return Totals(
+        tensors=len(rows),
+        perturbed=sum(row.action == "perturb" for row in rows),
+        parameters=sum(row.elements for row in rows),
+        bytes=sum(row.bytes for row in rows),
+        nan=sum(row.nan or 0 for row in rows) if counted else None,
+        inf=sum(row.inf or 0 for row in rows) if counted else None,
+    )
+
+
+def _check_sort(sort: str | None) -> None:
+    if sort is not None and sort.removeprefix("-") not in SORT_KEYS:
+        raise UsageError(
+            f"--sort: no such key: {sort}",
+            why=f"the keys are {', '.join(SORT_KEYS)}",
+            next_step="Name one of them, with - before it for descending order",
+        )
+
+
+def _sort(rows: Sequence[TensorReport], sort: str) -> list[TensorReport]:
+    """Sort by a key; rows without a value come last either way, and equal ones stay in file order."""
+    key = sort.removeprefix("-")
+    known = [row for row in rows if getattr(row, key) is not None]
+    unknown = [row for row in rows if getattr(row, key) is None]
+    return sorted(known, key=lambda row: getattr(row, key), reverse=sort.startswith("-")) + unknown

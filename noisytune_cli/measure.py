@@ -1,0 +1,126 @@
+"""Statistics of tensors, from one read of their values.
+
+Each tensor is one task of a crew of threads, which share the tiles of a large one. Tiles have a fixed size
+and their sums are merged in order, so every number is the same for any count of threads. Where the float64
+sums cannot decide std32, or overflow, the tensor is read again for exact sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from noisytune_cli.crew import Crew, Hands, Pass
+from noisytune_cli.devices import Device, Summary
+from noisytune_cli.formats import Source
+from noisytune_cli.moments import (
+    Moments,
+    exact_mean,
+    exact_norm,
+    exact_std,
+    mean,
+    new_exact_sums,
+    norm,
+    round_std,
+)
+from noisytune_cli.records import FLOAT_DTYPES, TensorSpec
+from noisytune_cli.report import Statistics
+
+_TILE_BYTES = 1 << 20
+
+
+def measure(
+    tensors: Sequence[TensorSpec],
+    sources: Mapping[str, Source],
+    device: Device,
+    *,
+    threads: int,
+    progress: Callable[[int], None],
+) -> list[Statistics]:
+    """Return the statistics of `tensors`, whose dtypes must be FLOAT_DTYPES; `sources` are keyed by file.
+
+    `progress` is called, from any thread, with the bytes just done.
+    """
+    jobs = [_Job(tensor, sources[tensor.file], device, progress) for tensor in tensors]
+    Crew([job.run for job in jobs], tile_bytes=_TILE_BYTES, slab_bytes=0).run(threads)
+    return [job.statistics for job in jobs]
+
+
+class _Job:
+    """One tensor, and once run its statistics."""
+
+    def __init__(
+        self, tensor: TensorSpec, source: Source, device: Device, progress: Callable[[int], None]
+    ) -> None:
+        self._tensor, self._source, self._device, self._progress = tensor, source, device, progress
+        self.statistics = Statistics()
+
+    def run(self, hands: Hands) -> None:
+        """Read the tensor and take its statistics."""
+        tensor = self._tensor
+        starts = range(0, tensor.nbytes, _TILE_BYTES)
+        sums: list[tuple[Moments, Summary] | None] = [None] * len(starts)
+
+        def tile(hands: Hands, index: int) -> None:
+            data = self._read(hands, starts[index])
+            sums[index] = (
+                self._device.moments(data, tensor.dtype),
+                self._device.summarize(data, tensor.dtype),
+            )
+            self._progress(len(data))
+
+        hands.crew.share(Pass(len(starts), tile), hands)
+        done = [pair for pair in sums if pair is not None]
+        self.statistics = self._merge([m for m, _ in done], [s for _, s in done], hands)
+
+    def _merge(self, moments: list[Moments], summaries: list[Summary], hands: Hands) -> Statistics:
+        """Return the statistics of the whole from those of its tiles, in order."""
+        count = self._tensor.elements
+        if count == 0:
+            return Statistics(l1=0.0, l2=0.0, nan=0, inf=0)
+        zeros = sum(s.zeros for s in summaries) / count
+        nan, inf = sum(s.nans for s in summaries), sum(s.infinities for s in summaries)
+        if nan or inf:
+            return Statistics(zeros=zeros, nan=nan, inf=inf)
+        average, std, l2 = mean(moments), None, norm(moments)
+        if count > 1:
+            std = round_std(moments)
+        if average is None or l2 is None or (std is None and count > 1):
+            average, std, l2 = self._exact(hands)
+        return Statistics(
+            mean=average,
+            std=std,
+            min=min(s.minimum for s in summaries),
+            max=max(s.maximum for s in summaries),
+            l1=_sum(s.absolute_sum for s in summaries),
+            l2=l2,
+            zeros=zeros,
+            nan=nan,
+            inf=inf,
+        )
+
+    def _exact(self, hands: Hands) -> tuple[float, float | None, float]:
+        """Return mean, std32 (None of one element) and L2 norm from exact sums, reading the tensor again."""
+        sums = new_exact_sums()
+        for start in range(0, self._tensor.nbytes, _TILE_BYTES):
+            hands.crew.check()
+            self._device.add_exact_sums(self._read(hands, start), self._tensor.dtype, sums)
+        count = self._tensor.elements
+        return exact_mean(sums, count), exact_std(sums, count) if count > 1 else None, exact_norm(sums)
+
+    def _read(self, hands: Hands, start: int) -> memoryview:
+        """Return the tile from byte `start` of the tensor, aligned to its elements."""
+        room = hands.tile[: self._tensor.nbytes - start]
+        data = self._source.read(self._tensor.offset + start, room)
+        if data is not room and self._tensor.offset % FLOAT_DTYPES[self._tensor.dtype]:
+            room[:] = data
+            return room
+        return data
+
+
+def _sum(values: Iterable[float]) -> float:
+    """Return the correctly rounded sum; inf where it is past float64."""
+    try:
+        return math.fsum(values)
+    except OverflowError:
+        return math.inf
