@@ -176,15 +176,22 @@ def _needed_bytes(source: Checkpoint) -> int:
 
 
 def _warnings(receipts: tuple[Receipt, ...]) -> list[str]:
-    """Say which tensors the noise could not reach, or hardly."""
+    """Say which tensors the noise could not reach, or hardly; a line for each kind, not for each tensor."""
+    broken = [r.step.tensor.name for r in receipts if r.reason == "non-finite"]
+    numb = [r.step.tensor for r in receipts if r.unchanged * 2 > r.step.tensor.elements]
     warnings = []
-    for receipt in receipts:
-        tensor = receipt.step.tensor
-        if receipt.reason == "non-finite":
-            warnings.append(f"{escape(tensor.name)} holds NaN or infinite values and was copied as it is")
-        elif receipt.unchanged * 2 > tensor.elements:
-            share = receipt.unchanged / tensor.elements
-            warnings.append(
-                f"{escape(tensor.name)}: rounding to {tensor.dtype} left {share:.0%} of its elements as they were"
-            )
+    if broken:
+        warnings.append(f"{_some(broken)}: copied as they are, because they hold NaN or infinite values")
+    if numb:
+        dtypes = "/".join(sorted({tensor.dtype for tensor in numb}))
+        warnings.append(
+            f"{_some([tensor.name for tensor in numb])}: rounding to {dtypes} left more than half of the "
+            "elements as they were (the manifest has the counts)"
+        )
     return warnings
+
+
+def _some(names: list[str]) -> str:
+    """Name the first three, and count the rest."""
+    shown = ", ".join(escape(name) for name in names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
