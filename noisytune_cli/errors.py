@@ -9,6 +9,7 @@
     ├── HubError             7   the hub or the network failed
     ├── Mismatch             8   the input changed while read, or the answer is "does not match"
     └── Stopped      130, 143, 129   a signal asked us to stop
+        └── PipeClosed         141   the reader of our output went away
 
 An error is one line: WHAT: PATH[: tensor "NAME"]: WHY. NEXT STEP. Everything that came from a file is
 escaped here, once, so no caller has to remember.
@@ -110,6 +111,13 @@ class Stopped(BaseException):
         return 128 + self.signum
 
 
+class PipeClosed(Stopped):
+    """Whoever read our output closed the pipe (`| head -1`): not worth a word, exit code 141."""
+
+    def __init__(self) -> None:
+        super().__init__(signal.SIGPIPE)
+
+
 def unreadable(error: OSError, path: str | os.PathLike[str]) -> NoisytuneError:
     """Map an OSError met while opening or reading an input to the error the user sees."""
     if isinstance(error, FileNotFoundError):
@@ -121,7 +129,10 @@ def unreadable(error: OSError, path: str | os.PathLike[str]) -> NoisytuneError:
     why = os.strerror(error.errno) if error.errno else str(error)
     if error.errno in _RESOURCE_ERRNOS:
         return ResourceExhausted(
-            "cannot read", path=path, why=why, next_step="Raise the limit (ulimit -n, ulimit -v), then run again"
+            "cannot read",
+            path=path,
+            why=why,
+            next_step="Raise the limit (ulimit -n, ulimit -v), then run again",
         )
     return InputUnreadable("cannot read", path=path, why=why, next_step=next_step)
 

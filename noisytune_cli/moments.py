@@ -66,7 +66,7 @@ def mean(parts: Sequence[Moments]) -> float | None:
 
 def norm(parts: Sequence[Moments]) -> float | None:
     """Return the L2 norm of all values, in float64; None where squares over- or underflowed."""
-    if mean(parts) is None or any(not _trustworthy(p) for p in parts):
+    if any(not _trustworthy(p) for p in parts):
         return None
     squares = Fraction(0)
     for p in parts:

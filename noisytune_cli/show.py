@@ -1,0 +1,140 @@
+"""What the user sees: data on stdout, everything else on stderr.
+
+The only file that prints. Data is whole or an error: output that a full disk or a closed descriptor would
+lose is exit 6, a closed pipe ends quietly. Lines on stderr are a courtesy: where nobody can read them, they
+are dropped. Nothing that comes from a checkpoint reaches a terminal unescaped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from noisytune_cli.errors import PipeClosed, ResourceExhausted
+from noisytune_cli.escape import escape
+
+#: Seconds between two updates of the progress bar.
+_UPDATE_EVERY = 0.1
+
+
+def write_out(text: str | Iterable[str]) -> None:
+    """Write data, whole or in chunks, to stdout and flush it.
+
+    Raises PipeClosed where the reader has gone, ResourceExhausted where the data cannot be written.
+    """
+    out = sys.stdout
+    if out is None or out.closed:
+        raise _lost("it is closed")
+    try:
+        for chunk in (text,) if isinstance(text, str) else text:
+            out.write(_encodable(chunk, out))
+        out.flush()
+    except BrokenPipeError:
+        _abandon(out)
+        raise PipeClosed from None
+    except OSError as error:
+        _abandon(out)
+        raise _lost(os.strerror(error.errno) if error.errno else str(error)) from error
+
+
+def note(text: str) -> None:
+    """Write one line to stderr, if anybody is there to read it."""
+    if sys.stderr is not None and not sys.stderr.closed:
+        try:
+            sys.stderr.write(_encodable(f"{_printable(text)}\n", sys.stderr))
+            sys.stderr.flush()
+        except OSError:
+            _abandon(sys.stderr)
+
+
+def warn(text: str) -> None:
+    """Write one warning to stderr."""
+    note(f"noisytune: warning: {text}")
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Tell whether a person looks at `stream`."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+@contextmanager
+def progress(total_bytes: int, description: str, enabled: bool = True) -> Iterator[Callable[[int], None]]:
+    """Show a bar of bytes, bytes/s and time left on stderr; yield what to call with the bytes just done.
+
+    It may be called from any thread. Without a terminal, or where not `enabled`, nothing is shown.
+    """
+    if not (enabled and total_bytes and is_terminal(sys.stderr)):
+        yield lambda nbytes: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    lock = threading.Lock()
+    done, next_update = 0, 0.0
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stderr),
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+
+    def advance(nbytes: int) -> None:
+        nonlocal done, next_update
+        with lock:
+            done += nbytes
+            now = time.monotonic()
+            if now >= next_update or done >= total_bytes:
+                next_update = now + _UPDATE_EVERY
+                bar.update(task, completed=done)
+
+    with bar:
+        task = bar.add_task(_printable(description), total=total_bytes)
+        yield advance
+
+
+def _printable(text: str) -> str:
+    """Escape what is not printable; a backslash stays, so that text with names escaped before keeps them."""
+    return "\\".join(escape(part, None) for part in text.split("\\"))
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    """Spell what the stream's encoding lacks as an escape."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _abandon(stream: TextIO) -> None:
+    """Lead what is left in the stream's buffer nowhere: the flush at exit would fail on it once more."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, stream.fileno())
+        finally:
+            os.close(nowhere)
+
+
+def _lost(why: str) -> ResourceExhausted:
+    return ResourceExhausted(
+        "cannot write the result",
+        path="standard output",
+        why=why,
+        next_step="Send it to where there is room, then run again",
+    )

@@ -1,0 +1,228 @@
+"""An inspection as a table, JSON, JSONL or CSV.
+
+    table   for people: numbers rounded; on a terminal too narrow, less telling columns give way
+    json    one document: id, revision, lambda, quantized, tensors, totals
+    jsonl   a tensor a line, then {"totals": …}, in which no key of a tensor occurs: sums in jq stay right
+    csv     a header, a tensor a row, then a row named TOTAL without a dtype
+
+In the last three floats round-trip and what does not exist is null or empty. JSON spells control characters
+as escapes, so names in it are verbatim; the table and CSV show names escaped, one line for each row.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import Any
+
+from noisytune_cli.escape import escape
+from noisytune_cli.report import Inspection, TensorReport, Totals
+from noisytune_cli.show import is_terminal, warn, write_out
+
+FORMATS = ("table", "json", "jsonl", "csv")
+
+_KEYS = tuple(field.name for field in fields(TensorReport))
+
+#: The table's columns, and those that a narrow terminal does without, the first to go first.
+_COLUMNS = (
+    "name",
+    "file",
+    "dtype",
+    "shape",
+    "elements",
+    "mean",
+    "std",
+    "min",
+    "max",
+    "l1",
+    "l2",
+    "zeros",
+    "nan",
+    "inf",
+    "noise",
+    "action",
+)
+_DISPENSABLE = ("file", "l1", "elements", "nan", "inf", "l2", "zeros", "mean", "max", "min", "dtype", "shape")
+_LEFT = {"name", "file", "dtype", "shape", "action"}
+_GAP = "  "
+
+
+def show_inspection(inspection: Inspection, format: str) -> None:
+    """Print the inspection in one of FORMATS, and on stderr what the user should know of it."""
+    for warning in inspection.warnings:
+        warn(warning)
+    if inspection.quantized is not None:
+        warn(f"perturb would refuse this checkpoint: {inspection.quantized}")
+    write_out(render(inspection, format))
+
+
+def render(inspection: Inspection, format: str) -> Iterator[str]:
+    """Yield the inspection in one of FORMATS, in chunks."""
+    return {"table": _table, "json": _json, "jsonl": _jsonl, "csv": _csv}[format](inspection)
+
+
+def _json(inspection: Inspection) -> Iterator[str]:
+    head = {
+        "id": inspection.id,
+        "revision": inspection.revision,
+        "lambda": inspection.lam,
+        "quantized": inspection.quantized,
+    }
+    yield "{\n" + "".join(f" {_dump(key)}: {_dump(value)},\n" for key, value in head.items())
+    yield ' "tensors": ['
+    for index, row in enumerate(inspection.tensors):
+        yield f"{',' if index else ''}\n  {_dump(_values(row))}"
+    yield "\n ],\n" if inspection.tensors else "],\n"
+    yield f' "totals": {_dump(_values(inspection.totals))}\n}}\n'
+
+
+def _jsonl(inspection: Inspection) -> Iterator[str]:
+    for row in inspection.tensors:
+        yield f"{_dump(_values(row))}\n"
+    yield f"{_dump({'totals': _values(inspection.totals)})}\n"
+
+
+def _csv(inspection: Inspection) -> Iterator[str]:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, _KEYS, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in inspection.tensors:
+        writer.writerow(_cells(row))
+        yield buffer.getvalue()
+        buffer.seek(0)
+        buffer.truncate()
+    totals = inspection.totals
+    writer.writerow(
+        {
+            "name": "TOTAL",
+            "elements": totals.parameters,
+            "bytes": totals.bytes,
+            "nan": totals.nan,
+            "inf": totals.inf,
+            "action": f"{totals.perturbed} of {totals.tensors} perturbed",
+        }
+    )
+    yield buffer.getvalue()
+
+
+def _values(record: TensorReport | Totals) -> dict[str, Any]:
+    """Return the record's fields as JSON has them: without infinities."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
+
+
+def _cells(row: TensorReport) -> dict[str, Any]:
+    return {
+        **_values(row),
+        "name": escape(row.name, None),
+        "file": escape(row.file, None),
+        "stream": escape(row.stream, None),
+        "shape": str(list(row.shape)),
+        "unsure": " ".join(row.unsure),
+    }
+
+
+def _dump(value: object) -> str:
+    return json.dumps(value, allow_nan=False)
+
+
+def _table(inspection: Inspection) -> Iterator[str]:
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.text import Text
+
+    on_terminal = is_terminal(sys.stdout)
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=on_terminal or None)
+    rows = [dict(zip(_COLUMNS, _COLUMNS, strict=True)), *map(_row, inspection.tensors)]
+    rows.append(_total_row(inspection.totals))
+    widths = {key: max(cell_len(row[key]) for row in rows) for key in _filled(inspection, rows)}
+    dropped = _drop(widths, console.width) if on_terminal else []
+    lines = [
+        _GAP.join(_pad(row[key], width - cell_len(row[key]), key) for key, width in widths.items()).rstrip()
+        for row in rows
+    ]
+    styles = ["bold", *("yellow" if row.nan or row.inf else "" for row in inspection.tensors), "bold"]
+    if dropped:
+        lines.append(f"(too narrow for {', '.join(dropped)}; --format csv has all)")
+        styles.append("dim")
+    for line, style in zip(lines, styles, strict=True):
+        console.print(Text(line, style), soft_wrap=True)
+        yield out.getvalue()
+        out.seek(0)
+        out.truncate()
+
+
+def _row(row: TensorReport) -> dict[str, str]:
+    """Return the cells of a tensor; what does not exist is blank."""
+    action = row.action if row.reason is None else f"{row.action}: {row.reason}"
+    if row.unsure:
+        action += f", unless {' or '.join(row.unsure)}"
+    if row.stream != row.name:
+        action += f", noise of {escape(row.stream)}"
+    return {
+        "name": escape(row.name),
+        "file": escape(row.file),
+        "dtype": row.dtype,
+        "shape": str(list(row.shape)),
+        "elements": f"{row.elements:,}",
+        **{key: _number(getattr(row, key)) for key in ("mean", "std", "min", "max", "l1", "l2")},
+        "zeros": "" if row.zeros is None else f"{_number(100 * row.zeros)}%",
+        "nan": _count(row.nan),
+        "inf": _count(row.inf),
+        "noise": "" if row.high is None else f"±{_number(row.high)}",
+        "action": action,
+    }
+
+
+def _total_row(totals: Totals) -> dict[str, str]:
+    noun = "tensor" if totals.tensors == 1 else "tensors"
+    return {
+        **dict.fromkeys(_COLUMNS, ""),
+        "name": f"{totals.tensors:,} {noun}, {totals.bytes:,} bytes",
+        "elements": f"{totals.parameters:,}",
+        "nan": _count(totals.nan),
+        "inf": _count(totals.inf),
+        "action": f"{totals.perturbed:,} of {totals.tensors:,} perturbed",
+    }
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _filled(inspection: Inspection, rows: Sequence[dict[str, str]]) -> list[str]:
+    """Return the columns with something to say: no blank ones, no file name where there is one file."""
+    files = {row.file for row in inspection.tensors}
+    return [
+        key
+        for key in _COLUMNS
+        if any(row[key] for row in rows[1:]) and not (key == "file" and len(files) == 1)
+    ]
+
+
+def _drop(widths: dict[str, int], available: int) -> list[str]:
+    """Take columns out of `widths` until the rest fits; return their names."""
+    dropped: list[str] = []
+    for key in _DISPENSABLE:
+        if sum(widths.values()) + len(_GAP) * (len(widths) - 1) <= available:
+            break
+        if widths.pop(key, None) is not None:
+            dropped.append(key)
+    return sorted(dropped, key=_COLUMNS.index)
+
+
+def _pad(cell: str, by: int, key: str) -> str:
+    return cell + " " * by if key in _LEFT else " " * by + cell
