@@ -8,7 +8,8 @@ are caught in one place (`_Commands.invoke`), which serves the terminal and the 
 from __future__ import annotations
 
 import sys
-from enum import Enum
+import time
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -32,23 +33,24 @@ class _Commands(TyperGroup):
         except NoisytuneError as error:
             if debug:
                 raise
-            from noisytune_cli import show
-
-            show.error(error)
-            raise typer.Exit(error.exit_code) from error
+            raise _report(error) from error
         except MemoryError as error:
             if debug:
                 raise
-            from noisytune_cli import show
-
-            show.error(
-                ResourceExhausted(
-                    "out of memory",
-                    why="the process may not have more",
-                    next_step="Raise the limit (ulimit -v), or use fewer --threads",
-                )
+            out_of_memory = ResourceExhausted(
+                "out of memory",
+                why="the process may not have more",
+                next_step="Raise the limit (ulimit -v), or use fewer --threads",
             )
-            raise typer.Exit(ResourceExhausted.exit_code) from error
+            raise _report(out_of_memory) from error
+
+
+def _report(error: NoisytuneError) -> typer.Exit:
+    """Print the error's line and return the exit that carries its code."""
+    from noisytune_cli import show
+
+    show.note(f"noisytune: error: {error.line()}")
+    return typer.Exit(error.exit_code)
 
 
 app = typer.Typer(
@@ -62,15 +64,16 @@ app = typer.Typer(
 )
 
 #: The choices are the file names in `distributions/`.
-_Noise = Enum("_Noise", {name: name for name in distributions.names()}, type=str)  # type: ignore[misc]
+_Noise = StrEnum("_Noise", {name: name for name in distributions.names()})  # type: ignore[misc]
+_UNIFORM = _Noise("uniform")
 
 
-class _Scope(str, Enum):
+class _Scope(StrEnum):
     matrix = "matrix"
     global_ = "global"
 
 
-class _Format(str, Enum):
+class _Format(StrEnum):
     table = "table"
     json = "json"
     jsonl = "jsonl"
@@ -80,6 +83,7 @@ class _Format(str, Enum):
 _Source = Annotated[
     str,
     typer.Argument(
+        metavar="SOURCE",
         help="A .safetensors file, a checkpoint's folder, or a hub id (NAME or OWNER/NAME).",
         show_default=False,
     ),
@@ -125,7 +129,7 @@ def noisytune(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    """Add a little reproducible noise to a pretrained checkpoint before finetuning it (NoisyTune, ACL 2022)."""
+    """Add reproducible noise to a pretrained checkpoint before finetuning it (NoisyTune, ACL 2022)."""
 
 
 @app.command()
@@ -148,7 +152,7 @@ def perturb(
         typer.Option(metavar="S", help="Strength as the noise's own std in units of std(W): λ = √12 · S."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, metavar="N", help="Seed, 0 to 2^64-1.")] = 0,
-    noise: Annotated[_Noise, typer.Option(help="Distribution of the noise.")] = _Noise("uniform"),
+    noise: Annotated[_Noise, typer.Option(help="Distribution of the noise.")] = _UNIFORM,
     scope: Annotated[
         _Scope, typer.Option(help="One std for each matrix, or one for all perturbed tensors together.")
     ] = _Scope.matrix,
@@ -193,10 +197,11 @@ def perturb(
     PATTERN is a shell pattern (`*`, `?`, `[…]`; `*` crosses dots) or a kind: @embeddings, @head, @norm,
     @bias, @attention, @mlp.
     """
-    from noisytune_cli import show
+    from noisytune_cli import show, show_perturb
     from noisytune_cli.commands import perturb as command
     from noisytune_cli.options import make_noise
 
+    started = time.monotonic()
     request = command.Request(
         source=source,
         noise=make_noise(
@@ -217,7 +222,7 @@ def perturb(
         quiet=quiet,
     )
     if dry_run:
-        show.planned(command.plan_perturb(request), as_json=as_json)
+        show_perturb.show_planned(command.plan_perturb(request), as_json=as_json)
         return
     if out is None:
         raise UsageError(
@@ -231,7 +236,56 @@ def perturb(
         threads=threads,
         progress=lambda nbytes: show.progress(nbytes, "perturb", enabled=not quiet),
     )
-    show.perturbed(result, as_json=as_json, quiet=quiet)
+    show_perturb.show_perturbed(result, as_json=as_json, quiet=quiet, seconds=time.monotonic() - started)
+
+
+@app.command()
+def inspect(
+    source: _Source,
+    output_format: Annotated[_Format, typer.Option("--format", help="How to print.")] = _Format.table,
+    include: Annotated[
+        _Patterns, typer.Option(metavar="PATTERN", help="List only these: a shell pattern or a kind.")
+    ] = None,
+    exclude: Annotated[_Patterns, typer.Option(metavar="PATTERN", help="Do not list these.")] = None,
+    sort: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Sort by a column, with - before it descending.")
+    ] = None,
+    lam: Annotated[
+        float, typer.Option("--lambda", metavar="λ", help="The λ whose noise ranges are shown.")
+    ] = 0.15,
+    headers_only: Annotated[
+        bool, typer.Option("--headers-only", help="Read no weights: names, shapes and the plan.")
+    ] = False,
+    threads: _Threads = None,
+    mmap: _Mmap = False,
+    weights: _Weights = None,
+    revision: _Revision = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """List a checkpoint's tensors with their statistics, and what perturb would do with each.
+
+    The statistics cover all elements: mean, std (unbiased), min, max, L1 and L2 norm, the share of zeros,
+    and counts of NaN and Inf. No model is loaded.
+    """
+    from noisytune_cli import show, show_inspect
+    from noisytune_cli.commands import inspect as command
+    from noisytune_cli.crew import default_threads
+
+    result = command.inspect(
+        source,
+        lam=lam,
+        include=include or (),
+        exclude=exclude or (),
+        sort=sort,
+        headers_only=headers_only,
+        weights=weights,
+        revision=revision,
+        mmap=mmap,
+        threads=threads or default_threads(),
+        quiet=quiet,
+        progress=lambda nbytes: show.progress(nbytes, "inspect", enabled=not quiet),
+    )
+    show_inspect.show_inspection(result, output_format.value)
 
 
 def run() -> None:

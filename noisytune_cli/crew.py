@@ -7,12 +7,15 @@ tensor is still shared by all. The first error stops everybody at the next tile.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+
+from noisytune_cli.errors import ResourceExhausted
 
 
 @dataclass
@@ -26,6 +29,11 @@ class Hands:
 
 
 Task = Callable[[Hands], None]
+
+
+def default_threads() -> int:
+    """Return how many threads to use unless told: the CPUs this process may run on, up to 8."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 class Abandoned(Exception):
@@ -109,7 +117,7 @@ class Crew:
         started = []
         try:
             for worker in workers:
-                worker.start()
+                _start(worker)
                 started.append(worker)
             # Not join: waiting for a condition can be interrupted, and a signal must get through at once.
             with self._change:
@@ -170,13 +178,14 @@ class Crew:
             return next(self._tasks, None)
 
     def _pass_to_help(self) -> Pass | None:
-        """Return an open pass with tiles left; None once no thread can open another."""
+        """Return an open pass with tiles left; None once no thread can open another, or one has failed."""
 
         def found() -> Pass | None:
             return next((p for p in self._passes if p.has_tiles()), None)
 
         with self._change:
-            self._change.wait_for(lambda: self._busy == 0 or found() is not None)
+            # Without a look at the error this would wait for ever for a thread that could not be started.
+            self._change.wait_for(lambda: self._busy == 0 or self._error is not None or found() is not None)
             return found()
 
     def _fail(self, error: BaseException) -> None:
@@ -184,3 +193,14 @@ class Crew:
             if self._error is None:
                 self._error = error
             self._change.notify_all()
+
+
+def _start(worker: threading.Thread) -> None:
+    try:
+        worker.start()
+    except RuntimeError as error:  # all that Python says of a limit on processes or memory
+        raise ResourceExhausted(
+            "cannot start a thread",
+            why="the system has no room for another",
+            next_step="Use fewer --threads, or raise the limit (ulimit -u, ulimit -v)",
+        ) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from typing import Any
 
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux/fs.h
@@ -41,7 +42,7 @@ def reserve(fd: int, length: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def _bind(name: str, *argument_types: type[ctypes._SimpleCData[int]]) -> ctypes._NamedFuncPointer | None:
+def _bind(name: str, *argument_types: type[ctypes._SimpleCData[Any]]) -> ctypes._NamedFuncPointer | None:
     function: ctypes._NamedFuncPointer | None = getattr(_libc, name, None)
     if function is not None:
         function.argtypes = argument_types
@@ -50,7 +51,7 @@ def _bind(name: str, *argument_types: type[ctypes._SimpleCData[int]]) -> ctypes.
 
 
 def rename_without_replacing(source: str, target: str) -> None:
-    """Rename, failing with EEXIST where the target exists; EINVAL or ENOSYS where that cannot be asked for."""
+    """Rename, failing with EEXIST where the target exists; EINVAL or ENOSYS where it cannot be asked for."""
     _rename(source, target, _RENAME_NOREPLACE)
 
 

@@ -6,7 +6,6 @@ the output, the space it needs. Then tensors walk from source to staging, and pu
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -15,8 +14,9 @@ from pathlib import Path
 from noisytune_cli import __version__
 from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.confirm import settle_ties
+from noisytune_cli.crew import default_threads
 from noisytune_cli.devices import open_device
-from noisytune_cli.errors import InputInvalid
+from noisytune_cli.errors import InputInvalid, unreadable
 from noisytune_cli.escape import escape
 from noisytune_cli.formats import Sink
 from noisytune_cli.manifest import encode
@@ -68,11 +68,6 @@ class Planned:
     warnings: tuple[str, ...]
 
 
-def default_threads() -> int:
-    """Return how many threads to use unless told: the CPUs this process may run on, up to 8."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
 def plan_perturb(request: Request) -> Planned:
     """Say what `perturb` would do, without reading a weight."""
     with _open(request) as source:
@@ -91,13 +86,13 @@ def perturb(
     """Write the noisy checkpoint and its manifest to `out`, durably, or change nothing."""
     with _open(request) as source:
         plan = _plan(source, request.noise)
+        walk = Walk(open_device(device), threads or default_threads())
         output = resolve_output(out, source)
         check_output(output, source, overwrite=overwrite)
         check_space(output, _needed_bytes(source), len(source.sources) + len(source.others) + 1)
         with Publication(output, directory=not source.single_file, overwrite=overwrite) as publication:
             plan = settle_ties(plan, {file.name: file for file in source.sources})
             check_not_empty(plan, path=request.source)
-            walk = Walk(open_device(device), threads or default_threads())
             receipts = _carry_out(walk, plan, source, publication, progress)
             check_outcomes(plan.noise, ((r.action, r.reason) for r in receipts), path=request.source)
             copied = tuple((name, publication.copy(source.root / name, name)) for name in source.others)
@@ -169,9 +164,16 @@ def _carry_out(
     return receipts
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise unreadable(error, path) from error
+
+
 def _needed_bytes(source: Checkpoint) -> int:
     weights = sum(file.size for file in source.sources)
-    others = sum((source.root / name).stat().st_size for name in source.others)
+    others = sum(_size(source.root / name) for name in source.others)
     return weights + others + _MANIFEST_BYTES + _MANIFEST_BYTES_A_TENSOR * len(source.tensors)
 
 

