@@ -42,7 +42,7 @@ def _digest(tensors: list[TensorSpec], sources: Mapping[str, Source]) -> dict[st
     for at in range(0, tensors[0].nbytes, _TILE_BYTES):
         room = buffer[: tensors[0].nbytes - at]
         for tensor in alike:
-            hashes[tensor.name].update(sources[tensor.file].read(tensor.offset + at, room))
+            hashes[tensor.name].update(sources[tensor.file].read(tensor, at, room))
         seen = Counter(hashes[tensor.name].digest() for tensor in alike)
         alike = [tensor for tensor in alike if seen[hashes[tensor.name].digest()] > 1]
         if not alike:

@@ -111,7 +111,7 @@ class _Job:
     def _read(self, hands: Hands, start: int) -> memoryview:
         """Return the tile from byte `start` of the tensor, aligned to its elements."""
         room = hands.tile[: self._tensor.nbytes - start]
-        data = self._source.read(self._tensor.offset + start, room)
+        data = self._source.read(self._tensor, start, room)
         if data is not room and self._tensor.offset % FLOAT_DTYPES[self._tensor.dtype]:
             room[:] = data
             return room

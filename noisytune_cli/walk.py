@@ -200,7 +200,7 @@ class _Job:
                 amplitude=self._amplitude,
             )
             data = out
-        self._sink.write(self.step.tensor.offset + self._tiles[index][0], data)
+        self._sink.write(self.step.tensor, self._tiles[index][0], data)
         with work.in_turn(index):
             self._hash.update(data)
             self._unchanged += unchanged
@@ -231,7 +231,7 @@ class _Job:
         """Return a tile's bytes, aligned to its elements."""
         at, length = self._tiles[index]
         room = self._slab_tile(index) if self._slab is not None else hands.tile[:length]
-        data = self._source.read(self.step.tensor.offset + at, room)
+        data = self._source.read(self.step.tensor, at, room)
         if data is not room and (self._slab is not None or self.step.tensor.offset % self._size):
             room[:] = data
             return room

@@ -38,7 +38,7 @@ def opened(path: Path, content: bytes, mmap: bool = False) -> SafetensorsSource:
 def contents(source: SafetensorsSource) -> Specs:
     """Name, dtype, shape and bytes of every tensor, by name."""
     return sorted(
-        (t.name, t.dtype, t.shape, bytes(source.read(t.offset, memoryview(bytearray(t.nbytes)))))
+        (t.name, t.dtype, t.shape, bytes(source.read(t, 0, memoryview(bytearray(t.nbytes)))))
         for t in source.tensors
     )
 

@@ -35,7 +35,7 @@ def test_reads_any_range(tmp_path: Path, mmap: bool) -> None:
     content = frame(HEADER, bytes(range(16)))
     source = opened(tmp_path / "f", content, mmap)
     buffer = memoryview(bytearray(5))
-    got = source.read(len(content) - 7, buffer)
+    got = source.read(source.tensors[0], 9, buffer)
     assert bytes(got) == content[-7:-2]
     assert (got is buffer) is not mmap
     assert got.readonly is mmap
@@ -50,7 +50,7 @@ def test_short_reads_are_continued(source: SafetensorsSource, monkeypatch: pytes
         format_module.os, "preadv", lambda fd, views, offset: real(fd, [v[:3] for v in views], offset)
     )
     (tensor,) = source.tensors
-    assert bytes(source.read(tensor.offset, memoryview(bytearray(16)))) == bytes(range(16))
+    assert bytes(source.read(tensor, 0, memoryview(bytearray(16)))) == bytes(range(16))
 
 
 def test_a_failed_read_is_unreadable(source: SafetensorsSource, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +59,7 @@ def test_a_failed_read_is_unreadable(source: SafetensorsSource, monkeypatch: pyt
 
     monkeypatch.setattr(format_module.os, "preadv", broken)
     with pytest.raises(InputUnreadable, match="Input/output error"):
-        source.read(0, memoryview(bytearray(1)))
+        source.read(source.tensors[0], 0, memoryview(bytearray(1)))
 
 
 @pytest.mark.parametrize("mmap", [False, True], ids=["read", "mmap"])
@@ -67,7 +67,7 @@ def test_truncation_while_reading_is_a_mismatch(tmp_path: Path, mmap: bool) -> N
     source = opened(tmp_path / "f", frame(HEADER, DATA), mmap)
     os.truncate(source.path, source.size - 1)
     with pytest.raises(Mismatch, match="shorter than it was"):
-        source.read(source.tensors[0].offset, memoryview(bytearray(16)))
+        source.read(source.tensors[0], 0, memoryview(bytearray(16)))
     source.close()
 
 
@@ -133,8 +133,8 @@ def test_refusals_close_the_descriptor(tmp_path: Path) -> None:
 def test_the_header_is_the_sources_byte_for_byte(source: SafetensorsSource, tmp_path: Path) -> None:
     sink = create_sink(tmp_path / "out", source)
     (tensor,) = source.tensors
-    sink.write(tensor.offset + 8, memoryview(bytes(range(8, 16))))
-    sink.write(tensor.offset, bytes(range(8)))
+    sink.write(tensor, 8, memoryview(bytes(range(8, 16))))
+    sink.write(tensor, 0, bytes(range(8)))
     sink.finish()
     assert (tmp_path / "out").read_bytes() == source.path.read_bytes()
 
@@ -170,7 +170,7 @@ def test_short_writes_are_continued(
     real = os.pwrite
     monkeypatch.setattr(format_module.os, "pwrite", lambda fd, view, offset: real(fd, view[:3], offset))
     sink = create_sink(tmp_path / "out", source)
-    sink.write(source.tensors[0].offset, bytes(range(16)))
+    sink.write(source.tensors[0], 0, bytes(range(16)))
     sink.finish()
     assert (tmp_path / "out").read_bytes() == source.path.read_bytes()
 
@@ -187,7 +187,7 @@ def test_failed_writes_are_reported(
     sink = create_sink(tmp_path / "out", source)
     monkeypatch.setattr(format_module.os, "pwrite", broken)
     with pytest.raises(ResourceExhausted, match="nothing was published"):
-        sink.write(source.tensors[0].offset, bytes(16))
+        sink.write(source.tensors[0], 0, bytes(16))
     sink.abort()
 
 
@@ -235,7 +235,7 @@ def test_a_file_system_that_cannot_reserve_still_gets_the_file(
 
     monkeypatch.setattr(system, "reserve", unable)
     sink = create_sink(tmp_path / "out", source)
-    sink.write(source.tensors[0].offset, bytes(range(16)))
+    sink.write(source.tensors[0], 0, bytes(range(16)))
     sink.finish()
     assert (tmp_path / "out").read_bytes() == source.path.read_bytes()
 
@@ -260,7 +260,8 @@ def test_write_back_starts_early_whoever_writes(
     monkeypatch.setattr(format_module, "_WRITEBACK_BYTES", 1000)
     sink = create_sink(tmp_path / "out", source)
     writers = [
-        threading.Thread(target=lambda: [sink.write(100, bytes(100)) for _ in range(50)]) for _ in range(4)
+        threading.Thread(target=lambda: [sink.write(source.tensors[0], 4, bytes(100)) for _ in range(50)])
+        for _ in range(4)
     ]
     for writer in writers:
         writer.start()

@@ -28,10 +28,11 @@ class Source(Protocol):
     header_digest: str
     warnings: tuple[str, ...]
 
-    def read(self, offset: int, buffer: memoryview) -> memoryview:
-        """Return the `len(buffer)` bytes at `offset`: in `buffer`, or as a read-only view of the mapping.
+    def read(self, tensor: TensorSpec, start: int, buffer: memoryview) -> memoryview:
+        """Return the `len(buffer)` bytes from byte `start` of `tensor`, its elements in row-major order.
 
-        Raises Mismatch if the file ends before, InputUnreadable if the read fails.
+        They are in `buffer`, or a read-only view of the mapping. Raises Mismatch if the file ends before,
+        InputUnreadable if the read fails.
         """
 
     def create_sink(self, path: Path) -> Sink:
@@ -47,8 +48,8 @@ class Source(Protocol):
 class Sink(Protocol):
     """One weight file being written; slots may be filled in any order, by several threads."""
 
-    def write(self, offset: int, buffer: bytes | memoryview) -> None:
-        """Write `buffer` at byte `offset` of the file, whole or not at all (an error otherwise)."""
+    def write(self, tensor: TensorSpec, start: int, buffer: bytes | memoryview) -> None:
+        """Write `buffer` from byte `start` of `tensor`, whole or not at all (an error otherwise)."""
 
     def finish(self) -> None:
         """Flush to the device (fsync) and close; an error here means that nothing may be published."""

@@ -30,6 +30,7 @@ from noisytune_cli.errors import (
 )
 from noisytune_cli.formats._header import PREFIX, HeaderFault, parse_header
 from noisytune_cli.reading import open_regular
+from noisytune_cli.records import TensorSpec
 from noisytune_cli.signatures import HEAD, recognise
 
 _MAX_HEADER = 100_000_000  # the safetensors package's own limit
@@ -73,11 +74,12 @@ class SafetensorsSource:
         """Return the open descriptor."""
         return self._fd
 
-    def read(self, offset: int, buffer: memoryview) -> memoryview:
-        """Return the `len(buffer)` bytes at `offset`: in `buffer`, or as a read-only view of the mapping.
+    def read(self, tensor: TensorSpec, start: int, buffer: memoryview) -> memoryview:
+        """Return `len(buffer)` bytes of `tensor`: in `buffer`, or as a read-only view of the mapping.
 
         Raises Mismatch if the file ends before, InputUnreadable if the read fails.
         """
+        offset = tensor.offset + start
         if self._mapped is None:
             self._read_into(offset, buffer)
             return buffer
@@ -181,10 +183,13 @@ class SafetensorsSink:
         self._since_writeback = 0
         self._lock = threading.Lock()
         self._reserve(source.size)
-        self.write(0, source.header)
+        self._write_from(0, source.header)
 
-    def write(self, offset: int, buffer: bytes | bytearray | memoryview) -> None:
-        """Write `buffer` at byte `offset` of the file, whole or not at all (an error otherwise)."""
+    def write(self, tensor: TensorSpec, start: int, buffer: bytes | memoryview) -> None:
+        """Write `buffer` from byte `start` of `tensor`, whole or not at all (an error otherwise)."""
+        self._write_from(tensor.offset + start, buffer)
+
+    def _write_from(self, offset: int, buffer: bytes | bytearray | memoryview) -> None:
         view = memoryview(buffer)
         done = 0
         try:
