@@ -1,4 +1,4 @@
-"""Devices: one file each; the file's name is the name a user types.
+"""Devices: one file each; the file's name is the name a user types, or stands in `_SHARED` for several.
 
 A device module offers `open_device(name) -> Device`. A device works on tiles: runs of stored bytes that lie
 in host memory. It never decides anything: which tensors, which std and which amplitude are its caller's.
@@ -12,12 +12,17 @@ import pkgutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
+from noisytune_cli.errors import UsageError
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from noisytune_cli.moments import Moments
     from noisytune_cli.stream import StreamWords
+
+#: Kinds of device that have no module of their own, and the one that serves them.
+_SHARED = {"cuda": "torch", "mps": "torch"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,3 +84,22 @@ def load(name: str) -> DeviceModule:
     if module not in names():
         raise KeyError(name)
     return cast(DeviceModule, importlib.import_module(f"{__name__}.{module}"))
+
+
+def open_device(name: str) -> Device:
+    """Open the device a user names: `cpu`, `cuda`, `cuda:N` or `mps`.
+
+    Raises UsageError where there is no such name, or no such hardware here.
+    """
+    kind = name.partition(":")[0]
+    module = kind if kind in names() else _SHARED.get(kind)
+    if module is None:
+        raise unknown_device(name)
+    return load(module).open_device(name)
+
+
+def unknown_device(name: str) -> UsageError:
+    """Return the error for a name that no device has."""
+    return UsageError(
+        "cannot use the device", why=f'"{name}" names none', next_step="Choose cpu, cuda, cuda:N or mps"
+    )

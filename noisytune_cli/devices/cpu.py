@@ -13,7 +13,7 @@ import numpy as np
 
 from noisytune_cli import distributions
 from noisytune_cli.compiled import compile_loop
-from noisytune_cli.devices import Device, Summary
+from noisytune_cli.devices import Device, Summary, unknown_device
 from noisytune_cli.moments import Moments
 from noisytune_cli.records import FLOAT_DTYPES
 
@@ -89,7 +89,9 @@ class Cpu:
 
 
 def open_device(name: str) -> Device:
-    """Return the CPU device."""
+    """Return the CPU device; UsageError where the name is not just `cpu`."""
+    if name != "cpu":
+        raise unknown_device(name)
     return Cpu()
 
 

@@ -7,8 +7,11 @@ A distribution module offers
     noise_range(amplitude)        {low, high} or {noise_std}, as the manifest has them
     fill(c, words)                `coefficients` as one loop over [n] arrays, in what Numba compiles
     PARTS                         the module's functions that `fill` calls
+    tensor_coefficients(words)    `coefficients` in torch's operations: int64 tensor -> float32 tensor
+    FLOAT64                       whether `tensor_coefficients` needs a device with float64
 
-`coefficients` and `fill` do the same arithmetic in the same order, so they agree in every bit.
+`coefficients`, `fill` and `tensor_coefficients` do the same arithmetic in the same order, so they agree in
+every bit.
 """
 
 from __future__ import annotations
@@ -21,17 +24,20 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
 
 class Distribution(Protocol):
     """What a distribution module offers (see above)."""
 
     PARTS: tuple[Callable[..., Any], ...]
+    FLOAT64: bool
 
     def coefficients(self, words: NDArray[np.uint32]) -> NDArray[np.float32]: ...
     def amplitude(self, lam: float, std: float) -> np.float32: ...
     def noise_range(self, amplitude: float) -> dict[str, float]: ...
     def fill(self, c: Any, words: Any) -> None: ...
+    def tensor_coefficients(self, words: Tensor) -> Tensor: ...
 
 
 def names() -> list[str]:

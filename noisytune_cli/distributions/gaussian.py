@@ -14,7 +14,9 @@ these correctly, so every device gives the same bits, which no library's logarit
 - cos, sin: the word itself gives the nearest quarter turn q and the rest x exactly, |x| <= π/4; the Taylor
   series to x¹⁵ and x¹⁶ leave less than 1e-16; the quarter turns then swap and negate.
 
-The coefficients are those of the series. `radius` and `cos_sin` take NumPy arrays as well as Numba scalars.
+The coefficients are those of the series. The arithmetic (`minus_two_ln`, `turned`) is in plain operators, so
+that NumPy arrays, Numba scalars and torch tensors go through the same lines; around it, torch has its own way
+of taking words apart.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
 _L3, _L5, _L7, _L9, _L11, _L13, _L15, _L17 = (1.0 / n for n in range(3, 18, 2))
 _S3, _S5, _S7, _S9, _S11, _S13, _S15 = ((-1.0) ** (n // 2) / factorial(n) for n in range(3, 16, 2))
@@ -41,13 +44,11 @@ _FRACTION_BITS = np.int64(52)
 _ONE, _TWO, _EIGHTH, _QUARTER_BITS = np.int64(1), np.int64(2), np.int64(1 << 29), np.int64(30)
 _SQRT_12 = 3.4641016151377544
 
+FLOAT64 = True
 
-def radius(word: Any) -> Any:
-    """Return sqrt(-2 ln u) in float64 for a u32 word."""
-    u = np.float64((np.float64(word) + 0.5) * 2.0**-32)
-    bits = np.float64(u).view(np.int64)
-    k = (bits - _SQRT_HALF) >> _FRACTION_BITS
-    m = np.int64(bits - (k << _FRACTION_BITS)).view(np.float64)
+
+def minus_two_ln(k: Any, m: Any) -> Any:
+    """Return -2 ln(m · 2^k) for float64 k and m, m in [sqrt(1/2), sqrt(2))."""
     s = (m - 1.0) / (m + 1.0)
     z = s * s
     p = _L15 + z * _L17
@@ -57,15 +58,11 @@ def radius(word: Any) -> Any:
     p = _L7 + z * p
     p = _L5 + z * p
     p = _L3 + z * p
-    ln_u = np.float64(k) * _LN2 + 2.0 * (s + s * (z * p))
-    return np.sqrt(-2.0 * ln_u)
+    return -2.0 * (k * _LN2 + 2.0 * (s + s * (z * p)))
 
 
-def cos_sin(word: Any) -> Any:
-    """Return (cos 2πu, sin 2πu) in float64 for a u32 word."""
-    turn = np.int64(word)
-    q = (turn + _EIGHTH) >> _QUARTER_BITS
-    x = (np.float64(turn - (q << _QUARTER_BITS)) + 0.5) * _RADIANS
+def turned(x: Any, odd: Any, cos_sign: Any, sin_sign: Any) -> Any:
+    """Return (cos, sin) of x, |x| <= π/4, after quarter turns: swapped where odd is 1.0, times the signs."""
     z = x * x
     p = _S13 + z * _S15
     p = _S11 + z * p
@@ -83,11 +80,27 @@ def cos_sin(word: Any) -> Any:
     p = _C2 + z * p
     cos = 1.0 + z * p
     # Products with 0.0 and 1.0 select without a branch, and exactly: neither cos nor sin is ever zero.
-    odd = np.float64(q & _ONE)
     even = 1.0 - odd
+    return cos_sign * (even * cos + odd * sin), sin_sign * (even * sin + odd * cos)
+
+
+def radius(word: Any) -> Any:
+    """Return sqrt(-2 ln u) in float64 for a u32 word, a Numba scalar or a NumPy array."""
+    u = np.float64((np.float64(word) + 0.5) * 2.0**-32)
+    bits = np.float64(u).view(np.int64)
+    k = (bits - _SQRT_HALF) >> _FRACTION_BITS
+    m = np.int64(bits - (k << _FRACTION_BITS)).view(np.float64)
+    return np.sqrt(minus_two_ln(np.float64(k), m))
+
+
+def cos_sin(word: Any) -> Any:
+    """Return (cos 2πu, sin 2πu) in float64 for a u32 word, a Numba scalar or a NumPy array."""
+    turn = np.int64(word)
+    q = (turn + _EIGHTH) >> _QUARTER_BITS
+    x = (np.float64(turn - (q << _QUARTER_BITS)) + 0.5) * _RADIANS
     cos_sign = np.float64(_ONE - ((q + _ONE) & _TWO))
     sin_sign = np.float64(_ONE - (q & _TWO))
-    return cos_sign * (even * cos + odd * sin), sin_sign * (even * sin + odd * cos)
+    return turned(x, np.float64(q & _ONE), cos_sign, sin_sign)
 
 
 def coefficients(words: NDArray[np.uint32]) -> NDArray[np.float32]:
@@ -97,6 +110,25 @@ def coefficients(words: NDArray[np.uint32]) -> NDArray[np.float32]:
     c = np.empty(words.size, dtype=np.float32)
     c[0::2], c[1::2] = length * cos, length * sin
     return c
+
+
+def tensor_coefficients(words: Tensor) -> Tensor:
+    """Return `coefficients` for [n] u32 words in an int64 tensor, n even, on a device that has float64."""
+    import torch
+
+    u = (words[0::2].double() + 0.5) * 2.0**-32
+    bits = u.view(torch.int64)
+    k = (bits - int(_SQRT_HALF)) >> 52
+    m = (bits - k * 2**52).view(torch.float64)
+    squared = minus_two_ln(k.double(), m)
+    # On the CPU torch's sqrt may be a vector library's, which is off by one bit in about one value of eighty.
+    on_cpu = squared.device.type == "cpu"
+    length = torch.from_numpy(np.sqrt(squared.numpy())) if on_cpu else squared.sqrt()
+    turn = words[1::2]
+    q = (turn + 2**29) >> 30
+    x = ((turn - q * 2**30).double() + 0.5) * _RADIANS
+    cos, sin = turned(x, (q & 1).double(), (1 - ((q + 1) & 2)).double(), (1 - (q & 2)).double())
+    return torch.stack((length * cos, length * sin), dim=1).flatten().float()
 
 
 def amplitude(lam: float, std: float) -> np.float32:
@@ -120,4 +152,4 @@ def fill(c: Any, words: Any) -> None:
 
 
 #: The functions that `fill` calls.
-PARTS = (radius, cos_sin)
+PARTS = (minus_two_ln, turned, radius, cos_sin)

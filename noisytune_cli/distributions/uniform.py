@@ -12,15 +12,23 @@ import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
 _ODD = np.int32(2**24 - 1)
 _STEP = np.float32(2.0**-25)
+
+FLOAT64 = False
 
 
 def coefficients(words: NDArray[np.uint32]) -> NDArray[np.float32]:
     """Return c in (-1/2, 1/2) for [n] u32 words."""
     k = (words >> np.uint32(8)).astype(np.int32)
     return (np.int32(2) * k - _ODD).astype(np.float32) * _STEP
+
+
+def tensor_coefficients(words: Tensor) -> Tensor:
+    """Return `coefficients` for [n] u32 words in an int64 tensor."""
+    return ((words >> 8) * 2 - int(_ODD)).float() * float(_STEP)
 
 
 def amplitude(lam: float, std: float) -> np.float32:

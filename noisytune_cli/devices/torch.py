@@ -1,0 +1,187 @@
+"""GPUs through plain torch operations: `cuda`, `cuda:N`, `mps`; for tests, any torch device as `torch:NAME`.
+
+A tile goes through a staging buffer of its thread (pinned for CUDA, so that the GPU copies it by itself) to
+the device and back. Moments and noise are computed there. Exact sums, which are rarely needed, and the
+statistics of `inspect` are the CPU's, and so is all that needs float64 where the device has none (mps).
+
+A device has to prove itself when it is opened: it draws and rounds a little noise, and the bits must be those
+of the NumPy reference. Hardware or a driver that is not exact is refused, so it can never reach an output.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from noisytune_cli import distributions, stream, torch_kernels
+from noisytune_cli.devices import Device, Summary, unknown_device
+from noisytune_cli.devices.cpu import Cpu
+from noisytune_cli.errors import ResourceExhausted, UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from noisytune_cli.moments import Moments
+    from noisytune_cli.stream import StreamWords
+
+
+class Torch:
+    """A torch device; its state is one staging buffer for each thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.has_float64 = device.type != "mps"
+        self._cpu = Cpu()
+        self._local = threading.local()
+
+    def moments(self, tile: memoryview, dtype: str) -> Moments:
+        """Return the float64 sums of a tile about the mean of its first values."""
+        if not self.has_float64:
+            return self._cpu.moments(tile, dtype)
+        with self._enough_memory():
+            values = self._to_device(tile, dtype)
+            sums: list[float] = torch_kernels.block_sums(values).tolist()
+        return torch_kernels.moments(sums, values.numel(), wide=dtype == "F64")
+
+    def add_exact_sums(self, tile: memoryview, dtype: str, sums: NDArray[np.int64]) -> None:
+        """Add a tile's values to exact sums, on the CPU."""
+        self._cpu.add_exact_sums(tile, dtype, sums)
+
+    def add_noise(
+        self,
+        tile: memoryview,
+        out: memoryview,
+        dtype: str,
+        *,
+        distribution: str,
+        stream: StreamWords,
+        first: int,
+        amplitude: float,
+    ) -> tuple[int, int]:
+        """Write tile + noise to `out`; return (unchanged, clamped) elements."""
+        needs_float64 = dtype == "F64" or distributions.load(distribution).FLOAT64
+        if needs_float64 and not self.has_float64:
+            return self._cpu.add_noise(
+                tile,
+                out,
+                dtype,
+                distribution=distribution,
+                stream=stream,
+                first=first,
+                amplitude=amplitude,
+            )
+        with self._enough_memory():
+            values = self._to_device(tile, dtype)
+            counts = torch_kernels.add_noise(
+                values, values, distribution=distribution, stream=stream, first=first, amplitude=amplitude
+            )
+            staging = self._staging(len(tile))
+            staging.copy_(values.view(torch.uint8))
+            unchanged, clamped = counts.tolist()
+        np.frombuffer(out, np.uint8)[:] = staging.numpy()
+        return unchanged, clamped
+
+    def summarize(self, tile: memoryview, dtype: str) -> Summary:
+        """Return the statistics of a tile that moments do not hold, from the CPU."""
+        return self._cpu.summarize(tile, dtype)
+
+    def _to_device(self, tile: memoryview, dtype: str) -> Tensor:
+        """Return a tile's values on the device; the copy may still be under way."""
+        # By way of NumPy, because torch warns of buffers that are read-only.
+        staging = self._staging(len(tile))
+        staging.numpy()[:] = np.frombuffer(tile, np.uint8)
+        # The caller fetches a result before it is done, so the buffer is free again when its thread returns.
+        return staging.view(torch_kernels.DTYPES[dtype]).to(self.device, non_blocking=staging.is_pinned())
+
+    def _staging(self, size: int) -> Tensor:
+        """Return the first `size` bytes of this thread's staging buffer."""
+        held: Tensor | None = getattr(self._local, "staging", None)
+        if held is None or held.numel() < size:
+            held = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self.device.type == "cuda")
+            self._local.staging = held
+        return held[:size]
+
+    @contextmanager
+    def _enough_memory(self) -> Iterator[None]:
+        """Turn the device's running out of memory into the error the user sees."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise ResourceExhausted(
+                f"cannot compute on {self.device}",
+                why="the device is out of memory",
+                next_step="Free memory on it or use --device cpu, then run again",
+            ) from error
+
+
+def open_device(name: str) -> Device:
+    """Return the device that `cuda`, `cuda:N` or `mps` names; after `torch:`, `cpu` (the default) too.
+
+    Raises UsageError where the name is none of these, or where this machine lacks the device.
+    """
+    kind, _, rest = name.partition(":")
+    spelling = (rest or "cpu") if kind == "torch" else name
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,3})?", spelling):
+        raise unknown_device(name)
+    device = torch.device(spelling)
+    missing = why_missing(device)
+    if missing is not None:
+        raise UsageError(
+            f"cannot use the device {name}",
+            why=missing,
+            next_step="Use --device cpu, which gives the same bytes",
+        )
+    opened = Torch(device)
+    if not is_exact(opened):
+        raise UsageError(
+            f"cannot use the device {name}",
+            why="its arithmetic is not exact, so the output could not be reproduced",
+            next_step="Use --device cpu, and please report it with the versions of PyTorch and of the driver",
+        )
+    return opened
+
+
+def why_missing(device: torch.device) -> str | None:
+    """Say why this machine cannot offer a device, or None where it can."""
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        return "PyTorch finds no Metal GPU here"
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            return "PyTorch finds no CUDA GPU here, or was built without CUDA"
+        if device.index is not None and device.index >= count:
+            return f"PyTorch finds {count} CUDA GPUs here, numbered from 0"
+    return None
+
+
+def is_exact(device: Torch) -> bool:
+    """Say whether a device adds noise to a few thousand values as the NumPy reference does."""
+    name, seed, first, count = "w", 2**64 - 1, 2**63 + 1, 4099
+    values = torch.linspace(-2.0, 2.0, count, dtype=torch.float32, device="cpu")
+    numpy_dtypes = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+    for dtype, distribution in itertools.product(numpy_dtypes, distributions.names()):
+        as_bytes = values.to(torch_kernels.DTYPES[dtype]).view(torch.uint8).numpy()
+        c = stream.coefficients(distribution, seed, name, first, count)
+        stored = as_bytes.view(numpy_dtypes[dtype])
+        expected, *counts = stream.add_noise(stored, dtype, c, np.float32(0.3))
+        out = np.empty_like(as_bytes)
+        got = device.add_noise(
+            as_bytes.data,
+            out.data,
+            dtype,
+            distribution=distribution,
+            stream=stream.stream_words(seed, name),
+            first=first,
+            amplitude=float(np.float32(0.3)),
+        )
+        if list(got) != counts or out.tobytes() != expected.tobytes():
+            return False
+    return True
