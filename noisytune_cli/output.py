@@ -7,6 +7,7 @@ is no regular file or directory, and one that does not fit on the file system.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -28,7 +29,10 @@ def resolve_output(out: str, source: Checkpoint) -> Path:
     folder, name = os.path.split(expanded.rstrip("/"))
     # Links in the folder are resolved as the kernel would (`link/..` is not `.`), the last name is kept.
     plain = name not in ("", ".", "..")
-    path = Path(os.path.realpath(folder or ".")) / name if plain else Path(os.path.realpath(expanded))
+    try:
+        path = Path(os.path.realpath(folder or ".")) / name if plain else Path(os.path.realpath(expanded))
+    except FileNotFoundError as error:  # the current directory was removed
+        raise unwritable(error, out) from error
     if source.single_file and out.endswith("/"):
         return path / source.sources[0].path.name
     return path
@@ -41,15 +45,15 @@ def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
     for ancestor in _ancestors(output):
         if _identity(ancestor) in protected:
             raise _unsafe(output, "it is the input, or lies in the input or the hub's cache")
-    if output.is_dir():
+    if overwrite and output.is_dir():
         ours = _identity(output)
-        for path in [source.root, *(s.path for s in source.sources), Path.cwd(), Path.home()]:
+        for path in [source.root, *(s.path for s in source.sources), *_inhabited()]:
             if any(_identity(ancestor) == ours for ancestor in _ancestors(path)):
                 raise _unsafe(output, "the input, the current directory or the home directory lies in it")
     if not source.single_file:
         return
     inputs = {_identity(s.path) for s in source.sources}
-    for path in (output, output.with_name(output.name + MANIFEST_SUFFIX)):
+    for path in (output, _manifest_of(output)):
         if _identity(path) in inputs:
             raise _unsafe(output, "it is the input, or a link to it")
 
@@ -78,7 +82,9 @@ def check_space(output: Path, nbytes: int, files: int) -> None:
 
 def _check_kind(output: Path, single_file: bool, overwrite: bool) -> None:
     """Check what is there already against what is to be written."""
-    manifest = output.with_name(output.name + MANIFEST_SUFFIX)
+    manifest = _manifest_of(output)
+    if single_file and manifest.is_dir():
+        raise _unsafe(manifest, "it is a directory, and the manifest's place")
     try:
         mode = os.lstat(output).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -117,6 +123,19 @@ def _protected(source: Checkpoint) -> set[tuple[int, int]]:
         for spelling in (Path(os.path.abspath(path)), Path(os.path.realpath(path))):
             folders.update(p for p in spelling.parents if _CACHED_REPOSITORY.match(p.name))
     return {identity for folder in folders if (identity := _identity(folder)) is not None}
+
+
+def _manifest_of(output: Path) -> Path:
+    return Path(f"{output}{MANIFEST_SUFFIX}")  # with_name refuses the root
+
+
+def _inhabited() -> Iterator[Path]:
+    """Yield the current directory and the home directory, as far as there are any."""
+    with contextlib.suppress(FileNotFoundError):
+        yield Path.cwd()
+    home = os.path.expanduser("~")
+    if os.path.isabs(home):
+        yield Path(home)
 
 
 def _ancestors(path: Path) -> Iterator[Path]:

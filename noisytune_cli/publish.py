@@ -15,7 +15,8 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -33,7 +34,7 @@ _NO_SUCH_RENAME = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class Publication:
-    """Output on its way: `with Publication(...) as p`, write below `p.path(name)`, then `p.publish(manifest)`.
+    """Output on its way: `with Publication(...) as p`, write to `p.path(name)`, then `p.publish(manifest)`.
 
     Leaving the block without having published removes everything. `cleared` names the left-overs of killed
     runs that were removed on the way in.
@@ -52,8 +53,8 @@ class Publication:
 
     def __enter__(self) -> Publication:
         """Make missing parents, clear dead left-overs, and make the staging directory."""
-        with signals.deferred():
-            try:
+        try:
+            with signals.deferred():
                 self._make_parents()
                 self._in_place = self._directory and self.output.is_dir() and not self._overwrite
                 place = self.output if self._in_place else self.output.parent
@@ -61,9 +62,10 @@ class Publication:
                 if self._in_place:
                     self._require_empty()
                 self._stage, self._lock = staging.create(place, self.output)
-            except BaseException:
+        except BaseException:  # a signal held back until now among them: `__exit__` will not be called
+            with signals.deferred():
                 self._discard()
-                raise
+            raise
         return self
 
     def __exit__(
@@ -102,7 +104,10 @@ class Publication:
         return f"blake3:{digest.hexdigest()}"
 
     def publish(self, manifest: bytes) -> Path:
-        """Seal the staging directory with the manifest and put it in place, durably; return the manifest's path."""
+        """Seal the staging directory with the manifest and put it in place, durably.
+
+        Returns the manifest's path. Whatever fails is undone before the error is raised.
+        """
         assert self._stage is not None
         name = MANIFEST if self._directory else self.output.name + MANIFEST_SUFFIX
         self._write(self.path(name), iter([manifest]))
@@ -113,11 +118,11 @@ class Publication:
                 for parent in self._made_parents:
                     _sync_directory(parent.parent)
                 if not self._directory:
-                    self._publish_file(name)
+                    self._publish_file(self._stage, name)
                 elif self._in_place:
-                    self._fill_in_place()
+                    self._fill_in_place(self._stage)
                 else:
-                    self._publish_directory()
+                    self._publish_directory(self._stage)
             except OSError as error:
                 if error.errno in {errno.EEXIST, errno.ENOTEMPTY}:
                     raise exists(self.output) from error
@@ -125,72 +130,49 @@ class Publication:
             self._made_parents.clear()
         return (self.output if self._directory else self.output.parent) / name
 
-    def _publish_directory(self) -> None:
-        assert self._stage is not None
-        if not self._overwrite or not os.path.lexists(self.output):
-            _rename_directory(self._stage, self.output)
-            self._settle(lambda: os.rename(self.output, self._staged()))
-            self._stage = None
-            return
-        _swap(self._stage, self.output)
-        self._settle(lambda: _swap(self._staged(), self.output))
-        # What was there before now bears the staging directory's name, and goes with it.
-
-    def _publish_file(self, manifest: str) -> None:
-        assert self._stage is not None
-        place, weights = self.output.parent, self._stage / self.output.name
-        if not self._overwrite:
-            _rename_file(weights, self.output)
-            try:
-                _sync_directory(place)
-                _rename_file(self._stage / manifest, place / manifest)
-                _sync_directory(place)
-            except OSError:
-                os.rename(self.output, weights)
-                raise
-            return
-        with contextlib.suppress(FileNotFoundError):
-            # From here until the new manifest is there the weights are whole, but unverified.
-            os.rename(place / manifest, self._stage / "replaced")
-            _sync_directory(place)
-        try:
-            os.rename(weights, self.output)
-        except OSError:
-            if (self._stage / "replaced").exists():
-                os.rename(self._stage / "replaced", place / manifest)
-            raise
-        os.rename(self._stage / manifest, place / manifest)
-        _sync_directory(place)
-
-    def _fill_in_place(self) -> None:
-        """Move everything out of the staging directory into the one it lies in, the manifest last."""
-        assert self._stage is not None
-        names = [name for name in sorted(os.listdir(self._stage)) if name != MANIFEST]
-        moved: list[str] = []
-        try:
-            for name in names:
-                _rename_any(self._stage / name, self.output / name)
-                moved.append(name)
-            _sync_directory(self.output)
-            _rename_file(self._stage / MANIFEST, self.output / MANIFEST)
-            moved.append(MANIFEST)
-            _sync_directory(self.output)
-        except OSError:
-            for name in reversed(moved):
-                os.rename(self.output / name, self._stage / name)
-            raise
-
-    def _settle(self, undo: Callable[[], None]) -> None:
-        """Make the rename durable, or take it back."""
-        try:
+    def _publish_directory(self, stage: Path) -> None:
+        with ExitStack() as undo:
+            if self._overwrite and os.path.lexists(self.output):
+                # What was there before then bears the staging directory's name, and goes with it.
+                _swap(stage, self.output)
+                undo.callback(_swap, stage, self.output)
+            else:
+                _rename_directory(stage, self.output)
+                undo.callback(os.rename, self.output, stage)
             _sync_directory(self.output.parent)
-        except OSError:
-            undo()
-            raise
+            undo.pop_all()
 
-    def _staged(self) -> Path:
-        assert self._stage is not None
-        return self._stage
+    def _publish_file(self, stage: Path, manifest: str) -> None:
+        weights, place = self.output.name, self.output.parent
+        with ExitStack() as undo:
+            if self._overwrite and os.path.lexists(place / manifest):
+                # From here until the new manifest is there the weights are whole, but unverified.
+                self._move(place / manifest, stage / "replaced", undo)
+            if self._overwrite and os.path.lexists(self.output):
+                _swap(stage / weights, self.output)
+                undo.callback(_swap, stage / weights, self.output)
+                _sync_directory(place)
+            else:
+                self._move(stage / weights, self.output, undo)
+            self._move(stage / manifest, place / manifest, undo)
+            undo.pop_all()
+
+    def _fill_in_place(self, stage: Path) -> None:
+        """Move everything out of the staging directory into the one it lies in, the manifest last."""
+        names = [name for name in sorted(os.listdir(stage)) if name != MANIFEST]
+        with ExitStack() as undo:
+            for name in names:
+                _rename_any(stage / name, self.output / name)
+                undo.callback(os.rename, self.output / name, stage / name)
+            _sync_directory(self.output)
+            self._move(stage / MANIFEST, self.output / MANIFEST, undo)
+            undo.pop_all()
+
+    def _move(self, source: Path, target: Path, undo: ExitStack) -> None:
+        """Rename a file into, or out of, the output's folder, durably."""
+        _rename_file(source, target)
+        undo.callback(os.rename, target, source)
+        _sync_directory(self.output if self._in_place else self.output.parent)
 
     def _require_empty(self) -> None:
         try:
@@ -260,7 +242,10 @@ def _rename_directory(source: Path, target: Path) -> None:
             raise
         # Making the directory claims the name; renaming over an empty directory is atomic.
         os.mkdir(target, 0o777)
-        os.rename(source, target)
+        with ExitStack() as undo:
+            undo.callback(os.rmdir, target)
+            os.rename(source, target)
+            undo.pop_all()
 
 
 def _rename_file(source: Path, target: Path) -> None:
@@ -270,7 +255,10 @@ def _rename_file(source: Path, target: Path) -> None:
         if error.errno not in _NO_SUCH_RENAME:
             raise
         os.link(source, target)
-        os.unlink(source)
+        with ExitStack() as undo:
+            undo.callback(os.unlink, target)
+            os.unlink(source)
+            undo.pop_all()
 
 
 def _rename_any(source: Path, target: Path) -> None:
@@ -284,13 +272,13 @@ def _swap(first: Path, second: Path) -> None:
         if error.errno not in _NO_SUCH_RENAME:
             raise
         aside = first.with_name(first.name + "-replaced")
-        os.rename(second, aside)
-        try:
+        with ExitStack() as undo:
+            os.rename(second, aside)
+            undo.callback(os.rename, aside, second)
             os.rename(first, second)
-        except OSError:
-            os.rename(aside, second)
-            raise
-        os.rename(aside, first)
+            undo.callback(os.rename, second, first)
+            os.rename(aside, first)
+            undo.pop_all()
 
 
 def _sync_directory(path: Path) -> None:
