@@ -1,0 +1,227 @@
+"""An inspection in each format: nothing lost, nothing raw, and kind to pipelines."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+
+from noisytune_cli.report import Inspection, TensorReport, Totals
+from noisytune_cli.show_inspect import FORMATS, render, show_inspection
+
+ROW = TensorReport(
+    name="layers.0.weight",
+    file="model.safetensors",
+    dtype="F32",
+    shape=(2, 3),
+    elements=6,
+    bytes=24,
+    mean=0.1 + 0.2,
+    std=0.014999999664723873,
+    min=-5e-324,
+    max=1e300,
+    l1=2.0,
+    l2=1.5,
+    zeros=1 / 3,
+    nan=0,
+    inf=0,
+    action="perturb",
+    reason=None,
+    stream="layers.0.weight",
+    low=-0.25,
+    high=0.25,
+)
+COPY = replace(
+    ROW, name="count", dtype="I64", shape=(), elements=1, bytes=8, mean=None, std=None, min=None, max=None,
+    l1=None, l2=None, zeros=None, nan=None, inf=None, action="copy", reason="not-float", stream="count",
+    low=None, high=None,
+)  # fmt: skip
+HOSTILE = [
+    "\x1b[2J\x1b[31mred",
+    "line\nOK: all good",
+    "\r\x00\u202ereversed",
+    "[red]markup[/red] :smile: [/]",
+    '=HYPERLINK("x"),"quoted"',
+    "",
+    "日本語 é",
+    "back\\slash",
+]
+
+
+def inspection(*rows: TensorReport, **changes: object) -> Inspection:
+    totals = Totals(len(rows), 1, 7, 32, 0, 0)
+    return replace(Inspection("model", None, 0.15, None, rows, totals), **changes)
+
+
+def shown(found: Inspection, format: str) -> str:
+    return "".join(render(found, format))
+
+
+def test_json_is_one_document_that_round_trips() -> None:
+    document = json.loads(shown(inspection(ROW, COPY, revision="abc"), "json"))
+    assert list(document) == ["id", "revision", "lambda", "quantized", "tensors", "totals"]
+    assert (document["id"], document["revision"], document["lambda"]) == ("model", "abc", 0.15)
+    first, second = document["tensors"]
+    assert (first["mean"], first["min"], first["zeros"]) == (0.1 + 0.2, -5e-324, 1 / 3)
+    assert first["shape"] == [2, 3]
+    assert (second["shape"], second["std"], second["nan"]) == ([], None, None)
+    assert document["totals"] == {
+        "tensors": 2,
+        "perturbed": 1,
+        "parameters": 7,
+        "bytes": 32,
+        "nan": 0,
+        "inf": 0,
+    }
+
+
+def test_jsonl_has_a_tensor_a_line_and_the_totals_apart() -> None:
+    lines = [json.loads(line) for line in shown(inspection(ROW, COPY), "jsonl").splitlines()]
+    assert [line.get("name") for line in lines] == ["layers.0.weight", "count", None]
+    assert list(lines[-1]) == ["totals"]
+    assert lines[0] == json.loads(shown(inspection(ROW), "json"))["tensors"][0]
+
+
+def test_csv_has_a_header_rows_and_totals() -> None:
+    first, second, total = csv.DictReader(io.StringIO(shown(inspection(ROW, COPY), "csv")))
+    assert [float(first[key]) for key in ("mean", "min", "zeros")] == [0.1 + 0.2, -5e-324, 1 / 3]
+    assert (first["shape"], second["shape"], second["std"], second["reason"]) == (
+        "[2, 3]",
+        "[]",
+        "",
+        "not-float",
+    )
+    assert (total["name"], total["dtype"], total["elements"], total["bytes"]) == ("TOTAL", "", "7", "32")
+    assert total["action"] == "1 of 2 perturbed"
+
+
+def test_infinities_are_null_or_empty() -> None:
+    row = replace(ROW, l1=math.inf, l2=math.inf, std=math.inf)
+    assert json.loads(shown(inspection(row), "jsonl").splitlines()[0])["l1"] is None
+    first, _ = csv.DictReader(io.StringIO(shown(inspection(row), "csv")))
+    assert (first["l1"], first["l2"], first["std"]) == ("", "", "")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_are_never_shown_raw(format: str, name: str) -> None:
+    text = shown(inspection(replace(ROW, name=name, stream=name, file=name), COPY), format)
+    assert all(c == "\n" or c.isprintable() for c in text)
+    assert text.count("\n") == shown(inspection(ROW, COPY), format).count("\n")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_json_has_names_verbatim_and_csv_escaped(name: str) -> None:
+    found = inspection(replace(ROW, name=name))
+    assert json.loads(shown(found, "json"))["tensors"][0]["name"] == name
+    assert json.loads(shown(found, "jsonl").splitlines()[0])["name"] == name
+    rows = list(csv.DictReader(io.StringIO(shown(found, "csv"))))
+    assert len(rows) == 2
+    assert rows[0]["name"].encode().decode("unicode_escape" if name.isascii() else "utf-8") == name or (
+        "\\u202e" in rows[0]["name"]
+    )
+
+
+def test_markup_stays_text() -> None:
+    assert "[red]markup[/red] :smile: [/]" in shown(inspection(replace(ROW, name=HOSTILE[3])), "table")
+
+
+def test_the_table_rounds_and_explains() -> None:
+    broken = replace(ROW, name="broken", nan=3, action="copy", reason="non-finite", high=None)
+    tied = replace(ROW, name="lm_head.weight")
+    unread = replace(ROW, name="unread", stream="unread", unsure=("constant", "tied"))
+    header, *rows, total = shown(inspection(ROW, COPY, broken, tied, unread), "table").splitlines()
+    assert "dtype" in header
+    assert "file" not in header  # there is only one
+    assert "0.015" in rows[0]
+    assert "33.33%" in rows[0]
+    assert rows[0].endswith("±0.25  perturb")
+    assert rows[1].endswith("copy: not-float")
+    assert rows[2].endswith("copy: non-finite, noise of layers.0.weight")
+    assert rows[3].endswith("perturb, noise of layers.0.weight")
+    assert rows[4].endswith("perturb, unless constant or tied")
+    assert total.startswith("5 tensors, 32 bytes")
+    assert total.endswith("1 of 5 perturbed")
+
+
+def test_columns_without_a_value_are_left_out() -> None:
+    header = shown(inspection(replace(COPY, name="a"), COPY, totals=Totals(2, 0, 2, 16, None, None)), "table")
+    assert header.splitlines()[0].split() == ["name", "dtype", "shape", "elements", "action"]
+
+
+def test_the_file_shows_where_there_are_several() -> None:
+    table = shown(inspection(ROW, replace(ROW, file="model-2.safetensors")), "table")
+    assert "model-2.safetensors" in table
+
+
+def test_columns_line_up_by_width_on_screen() -> None:
+    wide = replace(ROW, name="日本語", stream="日本語")
+    first, second = shown(inspection(wide, ROW), "table").splitlines()[1:3]
+    assert second.index("F32") - first.index("F32") == 3  # each of its characters takes two places
+
+
+def test_a_pipe_gets_every_column_uncut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    text = shown(inspection(replace(ROW, name="n" * 200)), "table")
+    assert "n" * 200 in text
+    assert "l1" in text
+    assert "\x1b" not in text
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def on_terminal(monkeypatch: pytest.MonkeyPatch, columns: int, **environment: str) -> str:
+    for name, value in {"COLUMNS": str(columns), "TERM": "xterm-256color", **environment}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    return shown(inspection(ROW, COPY), "table")
+
+
+def test_a_narrow_terminal_drops_columns_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    header, first, *_, last = on_terminal(monkeypatch, 80, TERM="dumb").splitlines()
+    assert max(len(header), len(first)) <= 80
+    assert "l1" not in header
+    assert {"name", "std", "noise", "action"} <= set(header.split())
+    assert "l1" in last
+    assert "--format csv" in last
+
+
+def test_a_wide_terminal_shows_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = on_terminal(monkeypatch, 300)
+    assert "l1" in text
+    assert "too narrow" not in text
+
+
+def test_colour_only_on_a_terminal_and_unless_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    broken = replace(ROW, nan=1)
+    assert "\x1b" in on_terminal(monkeypatch, 300)
+    assert "\x1b[33m" in shown(inspection(broken), "table")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[33m" not in shown(inspection(broken), "table")
+
+
+def test_data_goes_to_stdout_and_warnings_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    show_inspection(inspection(ROW, warnings=("odd",), quantized="it is quantised: GPTQ"), "jsonl")
+    out, err = capsys.readouterr()
+    assert [json.loads(line) for line in out.splitlines()][-1].keys() == {"totals"}
+    assert err.splitlines() == [
+        "noisytune: warning: odd",
+        "noisytune: warning: perturb would refuse this checkpoint: it is quantised: GPTQ",
+    ]
+
+
+def test_an_empty_checkpoint_in_every_format() -> None:
+    empty = inspection(totals=Totals(0, 0, 0, 0, 0, 0))
+    assert json.loads(shown(empty, "json"))["tensors"] == []
+    assert len(shown(empty, "jsonl").splitlines()) == 1
+    assert len(shown(empty, "csv").splitlines()) == 2
+    assert shown(empty, "table").splitlines()[-1].startswith("0 tensors")
