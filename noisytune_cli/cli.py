@@ -2,60 +2,54 @@
 
 A command here turns options into records, calls the function of its name in `commands/`, and hands what
 comes back to `show.py`. Everything heavy is imported inside the commands, so `--help` stays quick. Errors
-are caught in one place (`_Commands.invoke`), which serves the terminal and the test runner alike.
+are caught in one place (`_Command.invoke`), which serves the terminal and the test runner alike.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+import traceback
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand
 
 from noisytune_cli import __version__, distributions
 from noisytune_cli.errors import NoisytuneError, ResourceExhausted, UsageError
 
 
-class _Commands(TyperGroup):
+class _Command(TyperCommand):
     """Runs a command and maps what it raises to a line on stderr and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
-        debug = ctx.params.get("debug", False)
         try:
             return super().invoke(ctx)
-        except UsageError as error:
-            if debug:
-                raise
-            raise typer.BadParameter(error.line()) from error
-        except NoisytuneError as error:
-            if debug:
-                raise
+        except (NoisytuneError, MemoryError) as error:
+            if ctx.parent.params["debug"]:
+                traceback.print_exc()
+            if isinstance(error, UsageError):
+                raise typer.BadParameter(error.line(), ctx=ctx) from error
             raise _report(error) from error
-        except MemoryError as error:
-            if debug:
-                raise
-            out_of_memory = ResourceExhausted(
-                "out of memory",
-                why="the process may not have more",
-                next_step="Raise the limit (ulimit -v), or use fewer --threads",
-            )
-            raise _report(out_of_memory) from error
 
 
-def _report(error: NoisytuneError) -> typer.Exit:
+def _report(error: NoisytuneError | MemoryError) -> typer.Exit:
     """Print the error's line and return the exit that carries its code."""
     from noisytune_cli import show
 
+    if isinstance(error, MemoryError):
+        error = ResourceExhausted(
+            "out of memory",
+            why="the process may not have more",
+            next_step="Raise the limit (ulimit -v), or use fewer --threads",
+        )
     show.note(f"noisytune: error: {error.line()}")
     return typer.Exit(error.exit_code)
 
 
 app = typer.Typer(
     name="noisytune",
-    cls=_Commands,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
@@ -123,7 +117,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def noisytune(
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for every error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with every error.")] = False,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
@@ -132,7 +126,7 @@ def noisytune(
     """Add reproducible noise to a pretrained checkpoint before finetuning it (NoisyTune, ACL 2022)."""
 
 
-@app.command()
+@app.command(cls=_Command)
 def perturb(
     source: _Source,
     out: Annotated[
@@ -239,7 +233,7 @@ def perturb(
     show_perturb.show_perturbed(result, as_json=as_json, quiet=quiet, seconds=time.monotonic() - started)
 
 
-@app.command()
+@app.command(cls=_Command)
 def inspect(
     source: _Source,
     output_format: Annotated[_Format, typer.Option("--format", help="How to print.")] = _Format.table,
