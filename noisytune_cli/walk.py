@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 TILE_BYTES = 1 << 20
 
 #: Bytes that all slabs together may take, and the most that one is given.
-_ALL_SLABS, _LARGEST_SLAB = 96 << 20, 32 << 20
+_ALL_SLABS, _LARGEST_SLAB = 128 << 20, 64 << 20
 
 
 def _no_progress(nbytes: int) -> None:
