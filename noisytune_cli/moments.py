@@ -126,17 +126,16 @@ def nearest_sqrt(numerator: Fraction, denominator: int) -> float:
 
 def _nearest(value: Fraction) -> float:
     """Return the float32 nearest to the square root of a positive value."""
-    # A float64 guess can be off by one float32 step at most; the midpoints around it settle the rest.
+    # A float64 guess is off by one float32 step at most, and the midpoints around it settle that. It is never
+    # off at a tie: the root is then a float64 itself, which its rounding to float32 takes to the even side.
     guess = np.float32(_sqrt(value))
     zero, infinity = np.float32(0), np.float32(np.inf)
     if not np.isinf(guess):
         above = np.nextafter(guess, infinity)
-        middle = _midpoint(guess, above)
-        if value > middle * middle or (value == middle * middle and _is_odd(guess)):
+        if value > _midpoint(guess, above) ** 2:
             return float(above)
     below = np.nextafter(guess, zero)
-    middle = _midpoint(below, guess)
-    if guess > 0 and (value < middle * middle or (value == middle * middle and _is_odd(guess))):
+    if guess > 0 and value < _midpoint(below, guess) ** 2:
         return float(below)
     return float(guess)
 
@@ -152,10 +151,6 @@ def _midpoint(low: np.float32, high: np.float32) -> Fraction:
     """Return the exact midpoint of two neighbouring float32 numbers; infinity counts as 2^128."""
     top = Fraction(2) ** 128 if np.isinf(high) else Fraction(float(high))
     return (Fraction(float(low)) + top) / 2
-
-
-def _is_odd(value: np.float32) -> bool:
-    return bool(value.view(np.uint32) & 1)
 
 
 def new_exact_sums() -> NDArray[np.int64]:

@@ -227,6 +227,21 @@ def test_the_error_bound_holds_for_hostile_values(device: Device, dtype: str, na
     bounded(device, oracle.encode(numbers.tolist(), dtype), dtype)
 
 
+@pytest.mark.parametrize("power", [53, 27])
+def test_what_each_block_adds_is_not_lost_to_one_large_value(device: Device, power: int) -> None:
+    blocks = 4096
+    stored = np.zeros((blocks + 1) * BLOCK, np.float32)
+    stored[100] = 2.0**power
+    stored[BLOCK + 100 :: BLOCK] = 1.0  # less than half a step of either sum, each
+    got = device.moments(oracle.tile(stored), "F32")
+    pivot, n = Fraction(got.pivot), stored.size
+    first, second = 2**power + blocks, 4**power + blocks
+    s1, s2 = (Fraction(high) + Fraction(low) for high, low in (got.s1, got.s2))
+    bound = Fraction(RELATIVE_ERROR)
+    assert abs(s1 - (first - n * pivot)) <= bound * (first + n * abs(pivot))
+    assert abs(s2 - (second - 2 * pivot * first + n * pivot * pivot)) <= bound * second
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 2**32), count=st.integers(1, 3000), magnitude=st.integers(-20, 12))
