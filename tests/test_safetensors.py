@@ -16,7 +16,7 @@ from malformed import DATA, HEADER, frame
 
 from noisytune_cli import system
 from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch, ResourceExhausted
-from noisytune_cli.formats import safetensors as format_module
+from noisytune_cli.formats import _file as file_module
 from noisytune_cli.formats.safetensors import SafetensorsSource, create_sink, open_source
 
 
@@ -47,7 +47,7 @@ def test_reads_any_range(tmp_path: Path, mmap: bool) -> None:
 def test_short_reads_are_continued(source: SafetensorsSource, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.preadv
     monkeypatch.setattr(
-        format_module.os, "preadv", lambda fd, views, offset: real(fd, [v[:3] for v in views], offset)
+        file_module.os, "preadv", lambda fd, views, offset: real(fd, [v[:3] for v in views], offset)
     )
     (tensor,) = source.tensors
     assert bytes(source.read(tensor, 0, memoryview(bytearray(16)))) == bytes(range(16))
@@ -57,7 +57,7 @@ def test_a_failed_read_is_unreadable(source: SafetensorsSource, monkeypatch: pyt
     def broken(*_: object) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(format_module.os, "preadv", broken)
+    monkeypatch.setattr(file_module.os, "preadv", broken)
     with pytest.raises(InputUnreadable, match="Input/output error"):
         source.read(source.tensors[0], 0, memoryview(bytearray(1)))
 
@@ -168,7 +168,7 @@ def test_short_writes_are_continued(
     source: SafetensorsSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.pwrite
-    monkeypatch.setattr(format_module.os, "pwrite", lambda fd, view, offset: real(fd, view[:3], offset))
+    monkeypatch.setattr(file_module.os, "pwrite", lambda fd, view, offset: real(fd, view[:3], offset))
     sink = create_sink(tmp_path / "out", source)
     sink.write(source.tensors[0], 0, bytes(range(16)))
     sink.finish()
@@ -185,7 +185,7 @@ def test_failed_writes_are_reported(
         return returned
 
     sink = create_sink(tmp_path / "out", source)
-    monkeypatch.setattr(format_module.os, "pwrite", broken)
+    monkeypatch.setattr(file_module.os, "pwrite", broken)
     with pytest.raises(ResourceExhausted, match="nothing was published"):
         sink.write(source.tensors[0], 0, bytes(16))
     sink.abort()
@@ -205,7 +205,7 @@ def test_a_failed_flush_is_reported_and_not_retried(
         raise OSError(errno.EIO, "Input/output error")
 
     sink = create_sink(tmp_path / "out", source)
-    monkeypatch.setattr(format_module.os, call, broken)
+    monkeypatch.setattr(file_module.os, call, broken)
     with pytest.raises(ResourceExhausted, match="Input/output error"):
         sink.finish()
     monkeypatch.undo()
@@ -257,7 +257,7 @@ def test_write_back_starts_early_whoever_writes(
     monkeypatch.setattr(
         system, "start_writeback", lambda fd, offset, length: started.append((offset, length))
     )
-    monkeypatch.setattr(format_module, "_WRITEBACK_BYTES", 1000)
+    monkeypatch.setattr(file_module, "_WRITEBACK_BYTES", 1000)
     sink = create_sink(tmp_path / "out", source)
     writers = [
         threading.Thread(target=lambda: [sink.write(source.tensors[0], 4, bytes(100)) for _ in range(50)])

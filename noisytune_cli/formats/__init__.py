@@ -3,6 +3,7 @@
 A format module's name is the name a user types. It offers
 
     open_source(path, name, mmap) -> Source    parse and validate the header; read no tensor data
+    recognise(head) -> bool                    whether a file that begins so can be one (where names do not say)
 
 A `Source` is one weight file: where its tensors lie, and plain positioned reads. A `Sink` is its twin in
 the output: the same header, and a slot for every tensor. Nothing here knows about noise.
@@ -25,8 +26,15 @@ class Source(Protocol):
     size: int
     tensors: tuple[TensorSpec, ...]
     metadata: Mapping[str, str]
-    header_digest: str
     warnings: tuple[str, ...]
+
+    @property
+    def header_digest(self) -> str:
+        """`blake3:HEX` over every byte of the file that is not tensor data."""
+
+    @property
+    def ties(self) -> tuple[tuple[str, ...], ...]:
+        """Names that the file itself stores as one: for each group the same slot, read and written alike."""
 
     def read(self, tensor: TensorSpec, start: int, buffer: memoryview) -> memoryview:
         """Return the `len(buffer)` bytes from byte `start` of `tensor`, its elements in row-major order.
@@ -39,7 +47,10 @@ class Source(Protocol):
         """Create the file at `path`, which must not exist, with this file's header and empty slots."""
 
     def check_unchanged(self) -> None:
-        """Raise Mismatch if size, mtime or inode differ from what they were at open."""
+        """Raise Mismatch if size, mtime or inode differ from what they were at open.
+
+        Where the format keeps checksums, also raise InputInvalid if what was read since does not fit them.
+        """
 
     def close(self) -> None:
         """Release the descriptor (twice is fine)."""

@@ -32,7 +32,8 @@ _BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
-_DTYPES = {name: name for name in _BITS}  # one string for each dtype, not one for each tensor
+#: The dtypes of the format; one string for each, not one for each tensor.
+DTYPES = {name: name for name in _BITS}
 
 _METADATA = "__metadata__"
 _MAX_ENTRY = 1 << 16  # characters in one tensor's entry: room for a shape of thousands of dimensions
@@ -226,7 +227,7 @@ def _tensor(name: str, entry: dict[str, object], file: str, data_start: int) -> 
         if key not in entry:
             raise HeaderFault(f"its entry in the header has no {key}", name)
     stated = entry["dtype"]
-    dtype = _DTYPES.get(stated) if isinstance(stated, str) else None
+    dtype = DTYPES.get(stated) if isinstance(stated, str) else None
     if dtype is None:
         shown = f'"{stated[:_MAX_SHOWN]}"' if isinstance(stated, str) else "not a string"
         raise HeaderFault(f"its dtype is {shown}, which the format does not have", name)
@@ -239,7 +240,7 @@ def _tensor(name: str, entry: dict[str, object], file: str, data_start: int) -> 
     begin, end = extent
     if begin > end:
         raise HeaderFault("its data_offsets run backwards", name)
-    nbytes = _stored_bytes(name, dtype, shape)
+    nbytes = stored_bytes(name, dtype, shape)
     if nbytes != end - begin:
         raise HeaderFault(
             f"its data_offsets hold {end - begin:,} bytes, its dtype and shape {nbytes:,}", name
@@ -254,7 +255,7 @@ def _integers(value: object) -> list[int] | None:
     return None
 
 
-def _stored_bytes(name: str, dtype: str, shape: list[int]) -> int:
+def stored_bytes(name: str, dtype: str, shape: list[int]) -> int:
     """Return the bytes that such a tensor takes; HeaderFault where no machine could address them."""
     bits = _BITS[dtype]
     # A 0 does not excuse the other dimensions: [2^63, 4, 0] overflows in any reader that multiplies in order.

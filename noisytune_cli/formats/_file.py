@@ -1,0 +1,222 @@
+"""A weight file as the operating system sees it: positioned reads of one, positioned writes of its twin.
+
+Formats say where bytes lie; this says how they get there. Reads are plain positioned reads unless mapping is
+asked for: a file that is truncated under a mapping kills the process, a read only comes back short. Writes
+reserve the whole size first, are started on their way to the device early, and count only once flushed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap as mapping
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from noisytune_cli import system
+from noisytune_cli.errors import Mismatch, NoisytuneError, ResourceExhausted, unreadable, unwritable
+from noisytune_cli.reading import open_regular
+
+_WRITEBACK_BYTES = 32 << 20
+
+_Opened = TypeVar("_Opened")
+
+
+class InputFile:
+    """One open weight file: what every `formats.Source` has in common. Threads may read at once."""
+
+    def __init__(self, fd: int, path: Path, name: str) -> None:
+        """Take over `fd`; where this raises, an OSError included, the caller closes it."""
+        self.path = path
+        self.name = name
+        self._fd = fd
+        self._at_open = _fingerprint(os.fstat(fd))
+        self.identity = self._at_open[:2]
+        self.size = self._at_open[2]
+        self._mapped: memoryview | None = None
+
+    def fileno(self) -> int:
+        """Return the open descriptor."""
+        return self._fd
+
+    def map(self) -> None:
+        """Let later reads be views of a mapping of the whole file."""
+        try:
+            self._mapped = memoryview(mapping.mmap(self._fd, self.size, access=mapping.ACCESS_READ))
+        except ValueError as error:
+            raise self._changed("it is shorter than it was") from error
+
+    def read_at(self, offset: int, buffer: memoryview) -> memoryview:
+        """Return the `len(buffer)` bytes at `offset`: in `buffer`, or as a read-only view of the mapping.
+
+        Raises Mismatch if the file ends before, InputUnreadable if the read fails.
+        """
+        if self._mapped is None:
+            self.read_into(offset, buffer)
+            return buffer
+        end = offset + len(buffer)
+        # Touching a page beyond the end is fatal (SIGBUS), so look first; what is cut off later still is.
+        try:
+            size = os.fstat(self._fd).st_size
+        except OSError as error:
+            raise unreadable(error, self.path) from error
+        if size < end:
+            raise self._changed("it is shorter than it was")
+        return self._mapped[offset:end]
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset` by plain reads, whatever is mapped; raises as `read_at` does."""
+        done = 0
+        try:
+            while done < len(buffer):
+                got = os.preadv(self._fd, [buffer[done:]], offset + done)
+                if got == 0:
+                    raise self._changed("it is shorter than it was")
+                done += got
+        except OSError as error:
+            raise unreadable(error, self.path) from error
+
+    def check_unchanged(self) -> None:
+        """Raise Mismatch if size, mtime or inode differ from what they were at open."""
+        try:
+            by_name = _fingerprint(os.stat(self.path))
+            by_descriptor = _fingerprint(os.fstat(self._fd))
+        except FileNotFoundError as error:
+            raise self._changed("it was removed") from error
+        except OSError as error:
+            raise unreadable(error, self.path) from error
+        if by_name[:2] != self.identity:
+            raise self._changed("another file took its place")
+        if by_descriptor != self._at_open or by_name != self._at_open:
+            raise self._changed("its size or its time of modification is another")
+
+    def close(self) -> None:
+        """Release the descriptor (twice is fine); a mapping lives as long as the views into it."""
+        self._mapped = None
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _changed(self, how: str) -> Mismatch:
+        return Mismatch(
+            "the input changed while it was read",
+            path=self.path,
+            why=how,
+            next_step="Wait until nothing writes to it any more, then run again",
+        )
+
+
+class OutputFile:
+    """One weight file being written: what every `formats.Sink` has in common."""
+
+    def __init__(self, fd: int, path: Path, size: int) -> None:
+        """Take over `fd` and reserve `size` bytes; where this raises, the caller closes it."""
+        self.path = path
+        self._fd = fd
+        self._since_writeback = 0
+        self._lock = threading.Lock()
+        self._reserve(size)
+
+    def write_at(self, offset: int, buffer: bytes | bytearray | memoryview) -> None:
+        """Write `buffer` at byte `offset` of the file, whole or not at all (an error otherwise)."""
+        view = memoryview(buffer)
+        done = 0
+        try:
+            while done < len(view):
+                wrote = os.pwrite(self._fd, view[done:], offset + done)
+                if wrote == 0:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                done += wrote
+        except OSError as error:
+            raise unwritable(error, self.path) from error
+        self._count_towards_writeback(done)
+
+    def finish(self) -> None:
+        """Flush to the device (fsync) and close; an error here means that nothing may be published."""
+        fd, self._fd = self._fd, -1
+        try:
+            try:
+                # Once: a failed fsync forgets the lost pages, and a second one would succeed.
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise unwritable(error, self.path) from error
+
+    def abort(self) -> None:
+        """Close without a promise (twice is fine, and after `finish`)."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            # What the file holds no longer matters, nor whether it got there.
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    def _reserve(self, size: int) -> None:
+        try:
+            system.reserve(self._fd, size)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise self._no_space(size) from error
+            # Not every file system can reserve; then a full disk shows while writing.
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise
+
+    def _no_space(self, size: int) -> NoisytuneError:
+        status = os.fstatvfs(self._fd)
+        free = status.f_bavail * status.f_frsize
+        return ResourceExhausted(
+            "cannot write",
+            path=self.path,
+            why=f"it needs {size:,} bytes and {free:,} are free; nothing was published",
+            next_step="Free space or choose another place with -o, then run again",
+        )
+
+    def _count_towards_writeback(self, nbytes: int) -> None:
+        """Keep the device busy while the CPU is: otherwise all the writing waits for the final fsync."""
+        with self._lock:
+            self._since_writeback += nbytes
+            due = self._since_writeback >= _WRITEBACK_BYTES
+            if due:
+                self._since_writeback = 0
+        if due:
+            system.start_writeback(self._fd, 0, 0)
+
+
+def open_input(path: Path, open_as: Callable[[int], _Opened]) -> _Opened:
+    """Open the regular file at `path` and return what `open_as` makes of the descriptor.
+
+    Raises InputInvalid if it is no regular file, InputUnreadable if it is missing or cannot be read.
+    """
+    fd = open_regular(path)
+    try:
+        return open_as(fd)
+    except OSError as error:
+        os.close(fd)
+        raise unreadable(error, path) from error
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def create_output(path: Path, open_as: Callable[[int], _Opened]) -> _Opened:
+    """Create the file at `path`, which must not exist, and return what `open_as` makes of the descriptor."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise unwritable(error, path) from error
+    try:
+        return open_as(fd)
+    except OSError as error:
+        os.close(fd)
+        raise unwritable(error, path) from error
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _fingerprint(status: os.stat_result) -> tuple[int, int, int, int]:
+    """Return what tells a file from what it was: device, inode, size, time of modification in ns."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
