@@ -1,0 +1,155 @@
+"""Threads that share a walk: order, help, and what happens when one of them fails."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from noisytune_cli.crew import Crew, Hands, Pass, Task
+from noisytune_cli.errors import ResourceExhausted, Stopped
+
+
+def run(threads: int, *tasks: Task) -> None:
+    Crew(tasks, tile_bytes=8, slab_bytes=16).run(threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_every_task_is_done_once(threads: int) -> None:
+    done: list[int] = []
+    run(threads, *((lambda hands, i=i: done.append(i)) for i in range(50)))
+    assert sorted(done) == list(range(50))
+
+
+def test_one_thread_keeps_the_order() -> None:
+    done: list[int] = []
+    run(1, *((lambda hands, i=i: done.append(i)) for i in range(50)))
+    assert done == list(range(50))
+
+
+def test_hands_have_the_room_asked_for() -> None:
+    rooms: list[tuple[int, int, int]] = []
+    run(1, lambda hands: rooms.append((len(hands.tile), len(hands.out), len(hands.slab))))
+    assert rooms == [(8, 8, 16)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_turns_are_taken_in_order(threads: int) -> None:
+    order: list[int] = []
+
+    def task(hands: Hands) -> None:
+        def tile(hands: Hands, index: int) -> None:
+            with work.in_turn(index):
+                order.append(index)
+
+        work = Pass(200, tile)
+        hands.crew.share(work, hands)
+
+    run(threads, task)
+    assert order == list(range(200))
+
+
+def test_idle_threads_help_with_a_pass() -> None:
+    helpers: set[str] = set()
+    together = threading.Barrier(3)
+
+    def task(hands: Hands) -> None:
+        def tile(hands: Hands, index: int) -> None:
+            together.wait(timeout=30)  # passes only with three threads inside
+            helpers.add(threading.current_thread().name)
+
+        hands.crew.share(Pass(3, tile), hands)
+
+    run(3, task)
+    assert len(helpers) == 3
+
+
+def test_a_pass_without_tiles_ends() -> None:
+    run(3, lambda hands: hands.crew.share(Pass(0, lambda hands, index: None), hands))
+
+
+def share(count: int, tile: Callable[[Hands, int], None]) -> Task:
+    return lambda hands: hands.crew.share(Pass(count, tile), hands)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_first_error_stops_everybody(threads: int) -> None:
+    seen: list[int] = []
+
+    def tile(hands: Hands, index: int) -> None:
+        seen.append(index)
+        if index == 3:
+            raise ValueError("tile 3")
+
+    with pytest.raises(ValueError, match="tile 3"):
+        run(threads, share(100_000, tile), share(100_000, tile))
+    assert len(seen) < 100_000
+
+
+def test_an_error_frees_those_who_wait_for_their_turn() -> None:
+    waiting = threading.Event()
+
+    def task(hands: Hands) -> None:
+        def tile(hands: Hands, index: int) -> None:
+            if index == 0:
+                waiting.wait(timeout=30)
+                raise ValueError("tile 0")
+            waiting.set()
+            with work.in_turn(index):
+                pytest.fail("tile 0 never had its turn")
+
+        work = Pass(2, tile)
+        hands.crew.share(work, hands)
+
+    with pytest.raises(ValueError, match="tile 0"):
+        run(2, task)
+
+
+def test_an_error_in_a_task_stops_a_pass_elsewhere() -> None:
+    running = threading.Event()
+
+    def fail(hands: Hands) -> None:
+        running.wait(timeout=30)
+        raise ValueError("task")
+
+    with pytest.raises(ValueError, match="task"):
+        run(2, share(10**9, lambda hands, index: running.set()), fail)
+
+
+def test_memory_that_gives_out_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("noisytune_cli.crew.np.empty", empty)
+    with pytest.raises(MemoryError):
+        run(2, lambda hands: None)
+
+
+def test_a_thread_that_cannot_start_is_an_error_and_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = threading.Thread.start
+
+    def start(self: threading.Thread) -> None:
+        if self.name == "walk-2":
+            raise RuntimeError("can't start new thread")
+        real(self)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(ResourceExhausted, match="--threads"):
+        run(3, lambda hands: None)
+    assert not [t for t in threading.enumerate() if t.name.startswith("walk-")]
+
+
+def test_a_signal_in_the_waiting_thread_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    crew = Crew([share(10**9, lambda hands, index: None)], tile_bytes=8, slab_bytes=16)
+    waited = crew._change.wait_for
+
+    def wait_for(ready: Callable[[], bool]) -> bool:
+        if threading.current_thread() is threading.main_thread():
+            raise Stopped(2)
+        return waited(ready)
+
+    monkeypatch.setattr(crew._change, "wait_for", wait_for)
+    with pytest.raises(Stopped):
+        crew.run(2)
+    assert not [t for t in threading.enumerate() if t.name.startswith("walk-")]
