@@ -282,6 +282,97 @@ def inspect(
     show_inspect.show_inspection(result, output_format.value)
 
 
+@app.command(cls=_Command)
+def verify(
+    out: Annotated[
+        str,
+        typer.Argument(
+            metavar="OUT", help="The folder or file that perturb or replay wrote.", show_default=False
+        ),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="Also make every tensor again from this, and compare."),
+    ] = None,
+    threads: _Threads = None,
+    mmap: _Mmap = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON on stdout.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress and no summary on stderr.")
+    ] = False,
+) -> None:
+    """Check an output against its manifest: every byte of it, and with --base where it came from.
+
+    Exit code 8 and the names of the first tensors and files that do not match, 0 if all do.
+    """
+    from noisytune_cli import show, show_verify
+    from noisytune_cli.commands import verify as command
+
+    result = command.verify(
+        out,
+        base=base,
+        threads=threads,
+        mmap=mmap,
+        quiet=quiet,
+        progress=lambda nbytes: show.progress(nbytes, "verify", enabled=not quiet),
+    )
+    show_verify.show_verified(result, as_json=as_json, quiet=quiet)
+
+
+@app.command(cls=_Command)
+def replay(
+    manifest: Annotated[
+        str,
+        typer.Argument(metavar="MANIFEST", help="The manifest of what is to be rebuilt.", show_default=False),
+    ],
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="OUT",
+            help="Where to write: a folder, or a file where SOURCE is a file.",
+            show_default=False,
+        ),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="The checkpoint that was perturbed. [default: the hub id and commit in the manifest]",
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:N, mps.")
+    ] = "cpu",
+    threads: _Threads = None,
+    mmap: _Mmap = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress and no summary on stderr.")
+    ] = False,
+) -> None:
+    """Rebuild a noisy checkpoint exactly, from its manifest and the checkpoint it was made from.
+
+    Nothing is published unless every byte is as the manifest says; a base that differs is exit code 8.
+    """
+    from noisytune_cli import show, show_verify
+    from noisytune_cli.commands import replay as command
+
+    result = command.replay(
+        manifest,
+        out,
+        base=base,
+        overwrite=overwrite,
+        device=device,
+        threads=threads,
+        mmap=mmap,
+        quiet=quiet,
+        progress=lambda nbytes: show.progress(nbytes, "replay", enabled=not quiet),
+    )
+    show_verify.show_replayed(result, quiet=quiet)
+
+
 def run() -> None:
     """Run the command line and end the process with its exit code."""
     app(prog_name="noisytune", args=sys.argv[1:])

@@ -71,8 +71,8 @@ def _noise(noise: NoiseSpec) -> dict[str, Any]:
         "scope": noise.scope,
         "granularity": noise.granularity,
         "seed": str(noise.seed),  # a u64 does not survive jq, nor JavaScript
-        "lambda": noise.lam,
-        "rules": [[pattern, lam] for pattern, lam in noise.rules],
+        "lambda": float(noise.lam),
+        "rules": [[pattern, float(lam)] for pattern, lam in noise.rules],
         "include": list(noise.include),
         "exclude": list(noise.exclude),
     }
@@ -90,7 +90,7 @@ def _tensor(receipt: Receipt, range_keys: Iterable[str]) -> dict[str, Any]:
     }
     if receipt.reason is not None:
         entry["reason"] = receipt.reason
-    entry["lambda"] = receipt.lam
+    entry["lambda"] = float(receipt.lam)
     entry["std"] = _finite(receipt.std)
     entry["amplitude"] = receipt.amplitude
     for key in range_keys:

@@ -12,7 +12,7 @@ hashed in its turn.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -46,13 +46,15 @@ class Walk:
     """How to carry out a plan; none of it changes a byte of the result.
 
     `tile_bytes` is a multiple of 32. `progress` is called, from any thread, with the bytes just finished;
-    over a run they add up to `work_bytes`.
+    over a run they add up to `work_bytes`. `recorded` are an earlier run's receipts by tensor name: their
+    tensors are not measured, but get the std and the amplitude that stand there. They are all or none.
     """
 
     device: Device
     threads: int = 1
     tile_bytes: int = TILE_BYTES
     progress: Callable[[int], None] = _no_progress
+    recorded: Mapping[str, Receipt] = field(default_factory=dict)
 
     def carry_out(
         self, plan: Plan, sources: Mapping[str, Source], sinks: Mapping[str, Sink]
@@ -62,7 +64,7 @@ class Walk:
             _Job(self, plan.noise, step, sources[step.tensor.file], sinks[step.tensor.file])
             for step in plan.steps
         ]
-        if plan.noise.scope == "global":
+        if plan.noise.scope == "global" and not self.recorded:
             noised = [job for job in jobs if job.step.action == "perturb"]
             self._run([job.measure for job in noised])
             self._settle_together(noised)
@@ -90,9 +92,9 @@ class Walk:
         Crew(tasks, tile_bytes=self.tile_bytes, slab_bytes=slab_bytes).run(threads or self.threads)
 
 
-def work_bytes(plan: Plan) -> int:
-    """Return how many bytes of progress carrying out a plan reports."""
-    measured_apart = plan.noise.scope == "global"
+def work_bytes(plan: Plan, *, recorded: bool = False) -> int:
+    """Return how many bytes of progress carrying out a plan reports; `recorded` where nothing is measured."""
+    measured_apart = plan.noise.scope == "global" and not recorded
     return sum(s.tensor.nbytes * (2 if measured_apart and s.action == "perturb" else 1) for s in plan.steps)
 
 
@@ -114,6 +116,9 @@ class _Job:
         self._amplitude: float | None = None
         self._unchanged = self._clamped = 0
         self._source_hash, self._hash = blake3(), blake3()
+        self._recorded = walk.recorded.get(step.tensor.name)
+        if self._recorded is not None:
+            self._std, self._amplitude = self._recorded.std, self._recorded.amplitude
 
     @property
     def moments(self) -> list[Moments]:
@@ -122,7 +127,7 @@ class _Job:
 
     def measure_and_write(self, hands: Hands) -> None:
         """Do the whole walk of a tensor whose std is its own."""
-        if self.step.action == "perturb":
+        if self.step.action == "perturb" and self._recorded is None:
             if self.step.tensor.nbytes <= len(hands.slab):
                 self._slab = hands.slab[: self.step.tensor.nbytes]
             self.measure(hands, report=False)
@@ -186,7 +191,7 @@ class _Job:
         )
 
     def _write_tile(self, hands: Hands, work: Pass, index: int) -> None:
-        data = self._slab_tile(index) if self._slab is not None else self._read(hands, index)
+        data = source = self._slab_tile(index) if self._slab is not None else self._read(hands, index)
         unchanged = clamped = 0
         if self._amplitude is not None:
             out = hands.out[: len(data)]
@@ -202,6 +207,8 @@ class _Job:
             data = out
         self._sink.write(self.step.tensor, self._tiles[index][0], data)
         with work.in_turn(index):
+            if self._recorded is not None and source is not data:
+                self._source_hash.update(source)  # the others were hashed when they were measured
             self._hash.update(data)
             self._unchanged += unchanged
             self._clamped += clamped

@@ -89,11 +89,11 @@ def perturb(
         walk = Walk(open_device(device), threads or default_threads())
         output = resolve_output(out, source)
         check_output(output, source, overwrite=overwrite)
-        check_space(output, _needed_bytes(source), len(source.sources) + len(source.others) + 1)
+        check_space(output, needed_bytes(source), len(source.sources) + len(source.others) + 1)
         with Publication(output, directory=not source.single_file, overwrite=overwrite) as publication:
             plan = settle_ties(plan, {file.name: file for file in source.sources})
             check_not_empty(plan, path=request.source)
-            receipts = _carry_out(walk, plan, source, publication, progress)
+            receipts = carry_out(walk, plan, source, publication, progress)
             check_outcomes(plan.noise, ((r.action, r.reason) for r in receipts), path=request.source)
             copied = tuple((name, publication.copy(source.root / name, name)) for name in source.others)
             manifest = Manifest(
@@ -144,7 +144,7 @@ def _plan(source: Checkpoint, noise: NoiseSpec) -> Plan:
     return plan
 
 
-def _carry_out(
+def carry_out(
     walk: Walk, plan: Plan, source: Checkpoint, publication: Publication, progress: Progress
 ) -> tuple[Receipt, ...]:
     """Fill every weight file and flush it; the source must be as it was throughout."""
@@ -154,7 +154,7 @@ def _carry_out(
             name = publication.output.name if source.single_file else file.name
             sinks[file.name] = file.create_sink(publication.path(name))
             opened.callback(sinks[file.name].abort)
-        with progress(work_bytes(plan)) as report:
+        with progress(work_bytes(plan, recorded=bool(walk.recorded))) as report:
             sources = {file.name: file for file in source.sources}
             receipts = replace(walk, progress=report).carry_out(plan, sources, sinks)
         for file in source.sources:
@@ -171,7 +171,8 @@ def _size(path: Path) -> int:
         raise unreadable(error, path) from error
 
 
-def _needed_bytes(source: Checkpoint) -> int:
+def needed_bytes(source: Checkpoint) -> int:
+    """Return how many bytes an output of this source takes, its manifest included (an estimate)."""
     weights = sum(file.size for file in source.sources)
     others = sum(_size(source.root / name) for name in source.others)
     return weights + others + _MANIFEST_BYTES + _MANIFEST_BYTES_A_TENSOR * len(source.tensors)

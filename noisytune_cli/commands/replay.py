@@ -1,0 +1,91 @@
+"""replay: the noisy checkpoint, rebuilt exactly from its manifest and the base.
+
+Nothing is measured and nothing decided: every tensor gets the amplitude and the stream that the manifest
+records, and the manifest given is the manifest written, byte for byte. A base whose headers differ is refused
+before a weight is read; one whose bytes differ, or an output that did, before anything is published.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from noisytune_cli.checkpoint import Checkpoint
+from noisytune_cli.commands.perturb import Progress, carry_out, needed_bytes
+from noisytune_cli.crew import default_threads
+from noisytune_cli.devices import open_device
+from noisytune_cli.differences import Difference, compare_receipts, mismatch, recorded_steps
+from noisytune_cli.manifest_reader import RecordedManifest, read_manifest
+from noisytune_cli.original import match_files, open_original
+from noisytune_cli.output import check_output, check_space, resolve_output
+from noisytune_cli.publish import Publication
+from noisytune_cli.records import Manifest, Plan
+from noisytune_cli.walk import Walk
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What was published: where it is, the manifest, and the left-overs of killed runs that were removed."""
+
+    output: Path
+    manifest: Manifest
+    cleared: tuple[str, ...]
+
+
+def replay(
+    manifest_path: str,
+    out: str,
+    *,
+    base: str | None = None,
+    overwrite: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    mmap: bool = False,
+    quiet: bool = False,
+    progress: Progress = lambda nbytes: nullcontext(lambda done: None),
+) -> Replayed:
+    """Write to `out` what the manifest records, durably, or change nothing.
+
+    `base` is the checkpoint it was made from; None stands for the hub id and commit that it records.
+    """
+    recorded = read_manifest(Path(manifest_path).expanduser())
+    recorded.require_original()
+    manifest = recorded.manifest
+    receipts = {receipt.step.tensor.name: receipt for receipt in manifest.receipts}
+    with open_original(recorded, base, mmap=mmap, quiet=quiet) as source:
+        files, found = match_files(manifest, source)
+        _refuse([*found, *_missing_copies(manifest, source)], recorded, source)
+        walk = Walk(open_device(device), threads or default_threads(), recorded=receipts)
+        output = resolve_output(out, source)
+        check_output(output, source, overwrite=overwrite)
+        check_space(output, needed_bytes(source), len(source.sources) + len(source.others) + 1)
+        with Publication(output, directory=not source.single_file, overwrite=overwrite) as publication:
+            digests = {name: publication.copy(source.root / name, name) for name, _ in manifest.copied}
+            changed = [name for name, digest in manifest.copied if digests[name] != digest]
+            found = [Difference(name, None, "its bytes are not those recorded") for name in changed]
+            _refuse(found, recorded, source)
+            plan = Plan(manifest.noise, recorded_steps(manifest.receipts, files))
+            done = carry_out(walk, plan, source, publication, progress)
+            _refuse(compare_receipts(receipts, done), recorded, source)
+            publication.publish(recorded.content)
+            return Replayed(output, manifest, publication.cleared)
+
+
+def _missing_copies(manifest: Manifest, source: Checkpoint) -> list[Difference]:
+    """Say which of the recorded other files the base does not have."""
+    there = set(source.others)
+    return [Difference(name, None, "it is absent") for name, _ in manifest.copied if name not in there]
+
+
+def _refuse(found: list[Difference], recorded: RecordedManifest, source: Checkpoint) -> None:
+    """Raise Mismatch if anything was found."""
+    if found:
+        origin = recorded.manifest.source
+        revision = f" at commit {origin.revision}" if origin.revision else ""
+        raise mismatch(
+            found,
+            what="the base is not the one in the manifest",
+            path=source.root,
+            next_step=f"Give as --base the checkpoint that was perturbed: {origin.id}{revision}",
+        )

@@ -1,0 +1,244 @@
+"""verify: is an output what its manifest says, and is that what the base and the noise give?
+
+Alone, the manifest accounts for every byte: sizes, header digests, the digest of each tensor and of each
+copied file. With the base every tensor is made again from it, from the recorded std, and compared. Digests
+are of 256 bits, so equal digests are equal bytes, and each file is read once.
+
+Exit codes: no manifest is a missing input (4) and a bad one a malformed input (3), for then there is nothing
+to answer from; whatever is not as a valid manifest says, a missing or damaged file too, is the answer "does
+not match" (8).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from blake3 import blake3
+
+from noisytune_cli.commands.perturb import Progress
+from noisytune_cli.crew import default_threads
+from noisytune_cli.devices import open_device
+from noisytune_cli.differences import Difference, compare_receipts, recorded_steps
+from noisytune_cli.errors import InputInvalid, InputUnreadable, unreadable
+from noisytune_cli.escape import escape
+from noisytune_cli.folder import list_folder
+from noisytune_cli.formats import Source
+from noisytune_cli.formats.safetensors import open_source
+from noisytune_cli.layout import INDEX_SUFFIX, MANIFEST, MANIFEST_SUFFIX, WEIGHTS_SUFFIX
+from noisytune_cli.manifest_reader import REFORMATTED, RecordedManifest, read_manifest
+from noisytune_cli.original import compare_files, match_files, open_original
+from noisytune_cli.reading import open_regular
+from noisytune_cli.records import Manifest, NoiseSpec, Plan, Receipt, TensorSpec
+from noisytune_cli.walk import Walk
+
+_CHUNK = 1 << 20
+
+#: Names of files that a framework might take for the weights.
+_STRAY = (WEIGHTS_SUFFIX, INDEX_SUFFIX, ".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was held against the manifest; `base` says whether the base was too."""
+
+    tensors: int
+    files: int
+    bytes: int
+    base: bool
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The answer: everything that does not match, and what was looked at."""
+
+    output: Path
+    checked: Checked
+    mismatches: tuple[Difference, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether all is as the manifest says."""
+        return not self.mismatches
+
+
+def verify(
+    out: str,
+    *,
+    base: str | None = None,
+    threads: int | None = None,
+    mmap: bool = False,
+    quiet: bool = False,
+    progress: Progress = lambda nbytes: nullcontext(lambda done: None),
+) -> Verified:
+    """Hold the output `out`, a folder or a file, against its manifest and, where given, against the base."""
+    output = locate(out)
+    recorded = output.read_manifest()
+    manifest = recorded.manifest
+    receipts = {receipt.step.tensor.name: receipt for receipt in manifest.receipts}
+    walk = Walk(open_device("cpu"), threads or default_threads())
+    found = [] if recorded.is_original else [Difference(recorded.path.name, None, REFORMATTED)]
+    with ExitStack() as opened:
+        files, broken = _open_files(manifest, output, mmap, opened)
+        matched, headers = compare_files(manifest, files)
+        found += [*broken, *(d for d in headers if d.file in files)]
+        plans = [_plan_digests(manifest, matched)]
+        originals: dict[str, Source] = {}
+        if base is not None:
+            original = opened.enter_context(open_original(recorded, base, mmap=mmap, quiet=quiet))
+            originals, headers = match_files(manifest, original, "the base: ")
+            found += headers
+            plans.append(Plan(manifest.noise, recorded_steps(manifest.receipts, originals)))
+        with progress(sum(step.tensor.nbytes for plan in plans for step in plan.steps)) as report:
+            walk = replace(walk, progress=report)
+            found += _compare_digests(receipts, _redo(walk, plans[0], matched))
+            for plan in plans[1:]:
+                remade = _redo(replace(walk, recorded=receipts), plan, originals)
+                found += compare_receipts(receipts, remade)
+        for file in [*matched.values(), *originals.values()]:
+            file.check_unchanged()
+    found += [d for name, digest in manifest.copied for d in _compare_copy(output.path(name), name, digest)]
+    checked = Checked(
+        tensors=len(manifest.receipts),
+        files=len(manifest.source.files) + len(manifest.copied),
+        bytes=sum(file.size for file in manifest.source.files),
+        base=base is not None,
+    )
+    return Verified(output.place, checked, tuple(found), tuple(output.strays(manifest)))
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where an output lies: a folder with its manifest in it, or a file with its manifest beside it."""
+
+    place: Path
+    is_folder: bool
+
+    def path(self, name: str) -> Path:
+        """Return where a recorded file is; a single weight file may bear any name."""
+        return self.place / name if self.is_folder else self.place
+
+    def read_manifest(self) -> RecordedManifest:
+        """Read the manifest; InputUnreadable where there is none."""
+        path = self.place.with_name(self.place.name + MANIFEST_SUFFIX)
+        if self.is_folder:
+            path = self.place / MANIFEST
+        if not os.path.lexists(path):
+            raise InputUnreadable(
+                "nothing to verify against",
+                path=path,
+                why="there is no manifest, which noisytune writes last",
+                next_step="Without one an output is unfinished or not noisytune's: perturb or replay again",
+            )
+        recorded = read_manifest(path)
+        if not self.is_folder and (len(recorded.manifest.source.files) > 1 or recorded.manifest.copied):
+            raise InputInvalid(
+                "cannot verify the file alone",
+                path=self.place,
+                why="its manifest is that of a folder",
+                next_step=f"Put the manifest into the folder as {MANIFEST}, and name the folder",
+            )
+        return recorded
+
+    def strays(self, manifest: Manifest) -> list[str]:
+        """Return a warning for each file that might be taken for weights, but is not recorded."""
+        if not self.is_folder:
+            return []
+        known = {*(file.name for file in manifest.source.files), *(name for name, _ in manifest.copied)}
+        names = [name for name in list_folder(self.place).files if name not in known]
+        return [
+            f"{escape(name)} is not in the manifest, and was not verified"
+            for name in names
+            if name.endswith(_STRAY)
+        ]
+
+
+def locate(out: str) -> Output:
+    """Find the output that a user names; InputUnreadable where there is nothing."""
+    place = Path(os.path.expanduser(out))
+    try:
+        return Output(place, stat.S_ISDIR(os.stat(place).st_mode))
+    except (OSError, ValueError) as error:
+        raise unreadable(error if isinstance(error, OSError) else OSError(str(error)), out) from error
+
+
+class _Nowhere:
+    """A sink for what only has to be computed."""
+
+    def write(self, tensor: TensorSpec, start: int, buffer: bytes | memoryview) -> None:
+        """Keep nothing."""
+
+    def finish(self) -> None:
+        """Have nothing to flush."""
+
+    def abort(self) -> None:
+        """Have nothing to close."""
+
+
+def _open_files(
+    manifest: Manifest, output: Output, mmap: bool, opened: ExitStack
+) -> tuple[dict[str, Source], list[Difference]]:
+    """Open the weight files that are there and whole, and say what is wrong with the others."""
+    files: dict[str, Source] = {}
+    found = []
+    for record in manifest.source.files:
+        try:
+            files[record.name] = open_source(output.path(record.name), record.name, mmap)
+        except (InputInvalid, InputUnreadable) as error:
+            found.append(Difference(record.name, error.tensor, _why_not_opened(error)))
+        else:
+            opened.callback(files[record.name].close)
+    return files, found
+
+
+def _why_not_opened(error: InputInvalid | InputUnreadable) -> str:
+    """Say how a file does not match; raises the error again where that cannot be told."""
+    if isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
+        return "it is absent"
+    if isinstance(error, InputUnreadable):
+        raise error
+    return error.why
+
+
+def _plan_digests(manifest: Manifest, files: Mapping[str, Source]) -> Plan:
+    """Plan to read every recorded tensor of an output as it is."""
+    steps = recorded_steps(manifest.receipts, files)
+    return Plan(NoiseSpec(), tuple(replace(step, action="copy", reason="excluded") for step in steps))
+
+
+def _redo(walk: Walk, plan: Plan, files: Mapping[str, Source]) -> tuple[Receipt, ...]:
+    """Carry out a plan on `files` (by recorded name) for its receipts alone."""
+    sources = {file.name: file for file in files.values()}
+    return walk.carry_out(plan, sources, dict.fromkeys(sources, _Nowhere()))
+
+
+def _compare_digests(recorded: Mapping[str, Receipt], read: Iterable[Receipt]) -> list[Difference]:
+    return [
+        Difference(receipt.step.tensor.file, receipt.step.tensor.name, "its bytes are not those recorded")
+        for receipt in read
+        if receipt.digest != recorded[receipt.step.tensor.name].digest
+    ]
+
+
+def _compare_copy(path: Path, name: str, digest: str) -> list[Difference]:
+    """Compare a copied file with its digest."""
+    content = blake3()
+    try:
+        fd = open_regular(path)
+    except (InputInvalid, InputUnreadable) as error:
+        return [Difference(name, None, _why_not_opened(error))]
+    try:
+        while chunk := os.read(fd, _CHUNK):
+            content.update(chunk)
+    except OSError as error:
+        raise unreadable(error, path) from error
+    finally:
+        os.close(fd)
+    if f"blake3:{content.hexdigest()}" == digest:
+        return []
+    return [Difference(name, None, "its bytes are not those recorded")]

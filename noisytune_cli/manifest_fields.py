@@ -1,0 +1,158 @@
+"""The fields of a manifest's objects, each taken out by its type; what is wrong names the field."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+_DIGEST = re.compile(r"blake3:[0-9a-f]{64}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SEED = re.compile(r"0|[1-9][0-9]{0,19}")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+_SEED_LIMIT = 2**64
+_LONGEST_NAME = 4096  # bytes of a path, PATH_MAX
+
+
+class ManifestFault(Exception):
+    """What is wrong with a manifest; `newer` says that a newer noisytune may understand it."""
+
+    def __init__(self, why: str, *, newer: bool = False) -> None:
+        super().__init__(why)
+        self.why, self.newer = why, newer
+
+
+def check_string(value: Any, where: str) -> str:
+    """Return `value` if it is a string that UTF-8 can spell."""
+    if not isinstance(value, str):
+        raise ManifestFault(f"{where} is not a string")
+    if not value.isascii() and _SURROGATE.search(value):
+        raise ManifestFault(f"{where} has half a surrogate pair")
+    return value
+
+
+def check_name(value: Any, where: str) -> str:
+    """Return `value` if it names a file inside the folder it is relative to, whatever lies there."""
+    name = check_string(value, where)
+    if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise ManifestFault(f'{where} is "{name[:100]}", which is no plain name inside the folder')
+    if len(name.encode()) > _LONGEST_NAME:
+        raise ManifestFault(f"{where} is longer than any file's name")
+    return name
+
+
+class Fields:
+    """One object of the manifest, which has `required` keys and may have `optional` ones, and no others."""
+
+    def __init__(self, value: Any, where: str, required: Sequence[str], optional: Sequence[str] = ()) -> None:
+        if not isinstance(value, dict):
+            raise ManifestFault(f"{where} is not an object")
+        for key in required:
+            if key not in value:
+                raise ManifestFault(f"{where}.{key} is missing")
+        if len(value) > len(required):
+            for key in value:
+                if key not in required and key not in optional:
+                    raise ManifestFault(f'{where} has an unknown key "{key[:100]}"')
+        self._value, self._where = value, where
+
+    def has(self, key: str) -> bool:
+        """Tell whether an optional key is there."""
+        return key in self._value
+
+    def string(self, key: str) -> str:
+        """Return a string."""
+        return check_string(self._value[key], f"{self._where}.{key}")
+
+    def name(self, key: str) -> str:
+        """Return a file's name, relative to the checkpoint."""
+        return check_name(self._value[key], f"{self._where}.{key}")
+
+    def choice(self, key: str, choices: Sequence[str]) -> str:
+        """Return one of `choices`."""
+        value = self.string(key)
+        if value not in choices:
+            raise self.fault(key, f'is "{value[:100]}", not one of: {", ".join(choices)}')
+        return value
+
+    def digest(self, key: str) -> str:
+        """Return a digest `blake3:HEX`."""
+        value = self.string(key)
+        if not _DIGEST.fullmatch(value):
+            raise self.fault(key, "is not blake3: and 64 hexadecimal digits")
+        return value
+
+    def commit(self, key: str) -> str | None:
+        """Return a full commit, or None."""
+        if self._value[key] is None:
+            return None
+        value = self.string(key)
+        if not _COMMIT.fullmatch(value):
+            raise self.fault(key, "is not a commit of 40 hexadecimal digits")
+        return value
+
+    def seed(self, key: str) -> int:
+        """Return a u64 written as a string."""
+        value = self.string(key)
+        if not _SEED.fullmatch(value) or int(value) >= _SEED_LIMIT:
+            raise self.fault(key, "is not a whole number from 0 to 2^64-1 in a string")
+        return int(value)
+
+    def integer(self, key: str) -> int:
+        """Return an integer >= 0."""
+        value = self._value[key]
+        if type(value) is not int or value < 0:
+            raise self.fault(key, "is not an integer >= 0")
+        return value
+
+    def count(self, key: str, limit: int) -> int:
+        """Return an integer from 0 to `limit`."""
+        value = self.integer(key)
+        if value > limit:
+            raise self.fault(key, f"is more than {limit:,}")
+        return value
+
+    def list(self, key: str) -> list[Any]:
+        """Return a list."""
+        value = self._value[key]
+        if not isinstance(value, list):
+            raise self.fault(key, "is not a list")
+        return value
+
+    def number(self, key: str) -> float | None:
+        """Return a finite float64, or None for null."""
+        value = self._value[key]
+        if value is None:
+            return None
+        if type(value) not in (int, float):
+            raise self.fault(key, "is not a number")
+        return float(value)
+
+    def strength(self, key: str) -> float:
+        """Return λ: a finite number >= 0."""
+        value = self.number(key)
+        if value is None or not value >= 0:
+            raise self.fault(key, "is not a number >= 0")
+        return value
+
+    def float32(self, key: str) -> float | None:
+        """Return a number >= 0 that float32 holds exactly, or None for null."""
+        value = self.number(key)
+        if value is None:
+            return None
+        if value < 0 or math.copysign(1.0, value) < 0:
+            raise self.fault(key, "is negative")
+        try:
+            exact = struct.unpack("<f", struct.pack("<f", value))[0] == value
+        except OverflowError:
+            exact = False
+        if not exact:
+            raise self.fault(key, "is not a float32 value")
+        return value
+
+    def fault(self, key: str, what: str) -> ManifestFault:
+        """Return the fault that `key` `what` (is …)."""
+        return ManifestFault(f"{self._where}.{key} {what}")

@@ -1,0 +1,201 @@
+"""Read a manifest, believing nothing.
+
+A manifest may come from a stranger, and a replay follows it: so every field is checked before it becomes a
+record, and so is what fields say together (an amplitude is that of its λ and std, a copy has a reason that
+fits its tensor, totals add up). Names are checked to be plain relative ones before anybody makes a path of
+them. `manifest.py` writes what this reads, and `docs/manifest.md` explains every field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from noisytune_cli import distributions
+from noisytune_cli.errors import InputInvalid, Mismatch
+from noisytune_cli.layout import MANIFEST
+from noisytune_cli.manifest import SCHEMA, encode
+from noisytune_cli.manifest_fields import Fields, ManifestFault, check_string
+from noisytune_cli.manifest_tensors import read_tensors
+from noisytune_cli.reading import read_small
+from noisytune_cli.records import FileRecord, Manifest, NoiseSpec, SourceRecord
+from noisytune_cli.stream import STREAM
+from noisytune_cli.strict_json import Document, JsonFault
+
+#: The largest manifest that is read: that of about 140,000 tensors.
+_MAX_BYTES = 96 << 20
+
+#: The longest list in a manifest.
+_MAX_ENTRIES = 1_000_000
+
+_MAX_SIZE = 2**63 - 1
+_SMALLEST_FILE = 10  # a header's length, and `{}`
+
+
+@dataclass(frozen=True)
+class RecordedManifest:
+    """A manifest as it was read: its path, its bytes, and what they say."""
+
+    path: Path
+    content: bytes
+    manifest: Manifest
+
+    @property
+    def is_original(self) -> bool:
+        """Whether the bytes are those that noisytune writes for this content."""
+        return encode(self.manifest) == self.content
+
+    def require_original(self) -> None:
+        """Raise Mismatch where the manifest was reformatted: its copy would not be what noisytune wrote."""
+        if not self.is_original:
+            raise Mismatch(
+                "the manifest is not as noisytune wrote it",
+                path=self.path,
+                why=REFORMATTED,
+                next_step="Fetch the manifest again, byte for byte",
+            )
+
+
+#: What is wrong with a manifest whose content is valid but whose bytes are not noisytune's.
+REFORMATTED = "its numbers, spaces or line ends are spelt in another way"
+
+
+def read_manifest(path: Path) -> RecordedManifest:
+    """Read and validate the manifest at `path`.
+
+    Raises InputInvalid that names the field, InputUnreadable where it is missing or cannot be read.
+    """
+    content = read_small(path, _MAX_BYTES)
+    try:
+        return RecordedManifest(path, content, parse(content))
+    except (JsonFault, ManifestFault) as fault:
+        newer = isinstance(fault, ManifestFault) and fault.newer
+        raise InputInvalid(
+            "cannot use the manifest",
+            path=path,
+            why=fault.why,
+            next_step="Upgrade noisytune"
+            if newer
+            else "Fetch the manifest again; it is not meant to be edited",
+        ) from fault
+
+
+def parse(content: bytes) -> Manifest:
+    """Return what a manifest's bytes say; raises JsonFault or ManifestFault."""
+    document = Document(content)
+    document.member("schema")
+    schema = document.value()
+    if type(schema) is not int or schema < 1:
+        raise ManifestFault("schema is not a version number")
+    if schema != SCHEMA:
+        raise _newer(f"it has schema {schema}")
+    document.member("tool")
+    tool = Fields(document.value(), "tool", ("name", "version"))
+    tool.choice("name", ("noisytune",))
+    document.member("source")
+    source = _source(document.value())
+    document.member("noise")
+    noise = _noise(document.value())
+    document.member("tensors")
+    receipts = read_tensors(document.entries(_MAX_ENTRIES), noise, source.files)
+    document.member("copied")
+    copied = tuple(_copied(entry, i) for i, entry in enumerate(document.entries(_MAX_ENTRIES)))
+    _check_names([*(file.name for file in source.files), *(name for name, _ in copied)])
+    document.member("left_out")
+    left_out = tuple(_left_out(entry, i) for i, entry in enumerate(document.entries(_MAX_ENTRIES)))
+    document.member("totals")
+    totals = document.value()
+    document.end()
+    manifest = Manifest("noisytune", tool.string("version"), source, noise, receipts, copied, left_out)
+    _check_totals(totals, manifest)
+    return manifest
+
+
+def _source(value: Any) -> SourceRecord:
+    fields = Fields(value, "source", ("id", "revision", "files"))
+    entries = fields.list("files")
+    if not entries:
+        raise ManifestFault("source.files is empty")
+    files = []
+    for i, entry in enumerate(entries):
+        file = Fields(entry, f"source.files[{i}]", ("name", "size", "header_digest"))
+        size = file.count("size", _MAX_SIZE)
+        if size < _SMALLEST_FILE:
+            raise ManifestFault(f"source.files[{i}].size is less than any weight file's")
+        files.append(FileRecord(file.name("name"), size, file.digest("header_digest")))
+    revision = fields.commit("revision")
+    return SourceRecord(fields.string("id"), revision, tuple(files))
+
+
+def _noise(value: Any) -> NoiseSpec:
+    fields = Fields(
+        value,
+        "noise",
+        ("stream", "distribution", "scope", "granularity", "seed", "lambda", "rules", "include", "exclude"),
+    )
+    if (stream := fields.string("stream")) != STREAM:
+        raise _newer(f'its noise stream is "{stream}"')
+    if (distribution := fields.string("distribution")) not in distributions.names():
+        raise _newer(f'its noise is "{distribution}"')
+    if (granularity := fields.string("granularity")) != "tensor":
+        raise _newer(f'its granularity is "{granularity}"')
+    return NoiseSpec(
+        lam=fields.strength("lambda"),
+        seed=fields.seed("seed"),
+        distribution=distribution,
+        scope="global" if fields.choice("scope", ("matrix", "global")) == "global" else "matrix",
+        rules=tuple(_rule(rule, f"noise.rules[{i}]") for i, rule in enumerate(fields.list("rules"))),
+        include=tuple(check_string(p, "noise.include") for p in fields.list("include")),
+        exclude=tuple(check_string(p, "noise.exclude") for p in fields.list("exclude")),
+    )
+
+
+def _rule(value: Any, where: str) -> tuple[str, float]:
+    if not (isinstance(value, list) and len(value) == 2):
+        raise ManifestFault(f"{where} is no pair of a pattern and λ")
+    fields = Fields({"pattern": value[0], "lambda": value[1]}, where, ("pattern", "lambda"))
+    return fields.string("pattern"), fields.strength("lambda")
+
+
+def _copied(value: Any, index: int) -> tuple[str, str]:
+    fields = Fields(value, f"copied[{index}]", ("name", "digest"))
+    return fields.name("name"), fields.digest("digest")
+
+
+def _left_out(value: Any, index: int) -> tuple[str, str]:
+    fields = Fields(value, f"left_out[{index}]", ("name", "why"))
+    return fields.string("name"), fields.string("why")
+
+
+def _check_names(names: list[str]) -> None:
+    """Refuse files that could not lie in one folder together, or would take the manifest's place."""
+    files = {MANIFEST}
+    for name in names:
+        if name in files:
+            raise ManifestFault(f'it has two files of the name "{name}"')
+        files.add(name)
+    for name in names:
+        parts = name.split("/")
+        for depth in range(1, len(parts)):
+            if (folder := "/".join(parts[:depth])) in files:
+                raise ManifestFault(f'it has both a file "{folder}" and a folder of that name')
+
+
+def _check_totals(value: Any, manifest: Manifest) -> None:
+    fields = Fields(value, "totals", ("tensors", "perturbed", "parameters", "bytes"))
+    tensors = [receipt.step.tensor for receipt in manifest.receipts]
+    expected: Mapping[str, int] = {
+        "tensors": len(tensors),
+        "perturbed": sum(receipt.action == "perturb" for receipt in manifest.receipts),
+        "parameters": sum(tensor.elements for tensor in tensors),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+    }
+    for key, total in expected.items():
+        if fields.integer(key) != total:
+            raise ManifestFault(f"totals.{key} is not what its tensors add up to, {total:,}")
+
+
+def _newer(what: str) -> ManifestFault:
+    return ManifestFault(f"{what}, so it was written by a newer noisytune", newer=True)

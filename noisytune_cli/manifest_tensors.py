@@ -1,0 +1,163 @@
+"""The tensors of a manifest, read and held against everything else that it says of them.
+
+A manifest says what a tensor is and which file it is in, not where it lies there, which that file's header
+does: the `offset` of these tensors is 0 and means nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args
+
+from noisytune_cli import distributions
+from noisytune_cli.formats._header import DTYPES, HeaderFault, stored_bytes
+from noisytune_cli.manifest_fields import Fields, ManifestFault
+from noisytune_cli.records import (
+    FLOAT_DTYPES,
+    Action,
+    FileRecord,
+    NoiseSpec,
+    Reason,
+    Receipt,
+    Step,
+    TensorSpec,
+)
+
+_KEYS = (
+    *("name", "stream", "file", "dtype", "shape", "action", "lambda", "std", "amplitude"),
+    *("unchanged", "clamped", "source_digest", "digest"),
+)
+_REASONS: dict[str, Reason] = {reason: reason for reason in get_args(Reason)}
+_MAX_DIMENSION = 2**63 - 1
+_SMALLEST_HEADER = 10  # a length, and `{}`
+
+
+def read_tensors(
+    entries: Iterable[Any], noise: NoiseSpec, files: Sequence[FileRecord]
+) -> tuple[Receipt, ...]:
+    """Return a receipt for each entry: file by file, no name twice, every stream that of a tensor."""
+    reader = _Reader(noise, files)
+    receipts = [reader.read(entry, f"tensors[{i}]") for i, entry in enumerate(entries)]
+    names = {receipt.step.tensor.name for receipt in receipts}
+    if len(names) < len(receipts):
+        raise ManifestFault("it has two tensors of one name")
+    for i, receipt in enumerate(receipts):
+        if receipt.step.stream not in names:
+            raise ManifestFault(f"tensors[{i}].stream is no tensor's name")
+    _check_files(receipts, files)
+    return tuple(receipts)
+
+
+def _check_files(receipts: Sequence[Receipt], files: Sequence[FileRecord]) -> None:
+    """Refuse tensors out of the order of their files, or more of them than their file has room for."""
+    order = {file.name: place for place, file in enumerate(files)}
+    places = [order[receipt.step.tensor.file] for receipt in receipts]
+    if places != sorted(places):
+        raise ManifestFault("its tensors are not in the order of source.files")
+    room = [file.size - _SMALLEST_HEADER for file in files]
+    for place, receipt in zip(places, receipts, strict=True):
+        room[place] -= receipt.step.tensor.nbytes
+        if room[place] < 0:
+            raise ManifestFault(f"source.files[{place}].size is less than its tensors need")
+
+
+class _Reader:
+    """What an entry is read against: the noise and the weight files."""
+
+    def __init__(self, noise: NoiseSpec, files: Sequence[FileRecord]) -> None:
+        self._scope = noise.scope
+        self._files = {file.name: file.name for file in files}
+        self._strengths = {noise.lam, *(lam for _, lam in noise.rules)}
+        self._distribution = distributions.load(noise.distribution)
+        self._range = tuple(self._distribution.noise_range(0.0))
+
+    def read(self, entry: Any, where: str) -> Receipt:
+        """Return the receipt that an entry stands for; where its tensor lies (offset) it does not say."""
+        fields = Fields(entry, where, (*_KEYS, *self._range), ("reason",))
+        tensor = self._tensor(fields, where)
+        lam, std = fields.strength("lambda"), fields.float32("std")
+        amplitude = fields.float32("amplitude")
+        unchanged = fields.count("unchanged", tensor.elements)
+        clamped = fields.count("clamped", tensor.elements)
+        source_digest, digest = fields.digest("source_digest"), fields.digest("digest")
+        if fields.choice("action", ("perturb", "copy")) == "perturb":
+            reason = None
+            self._check_perturbed(fields, tensor, lam, std, amplitude)
+        else:
+            if not fields.has("reason"):
+                raise fields.fault("reason", "is missing from a copy")
+            reason = _REASONS[fields.choice("reason", tuple(_REASONS))]
+            self._check_reason(fields, tensor, reason, std)
+            if lam or amplitude is not None or unchanged or clamped or source_digest != digest:
+                raise ManifestFault(f"{where} is a copy, but its fields are those of a perturbed tensor")
+        noise_range = self._check_range(fields, amplitude)
+        action: Action = "perturb" if reason is None else "copy"
+        return Receipt(
+            step=Step(tensor, action, reason, lam, fields.string("stream")),
+            action=action,
+            reason=reason,
+            lam=lam,
+            std=std,
+            amplitude=amplitude,
+            low=noise_range.get("low"),
+            high=noise_range.get("high"),
+            noise_std=noise_range.get("noise_std"),
+            unchanged=unchanged,
+            clamped=clamped,
+            source_digest=source_digest,
+            digest=digest,
+        )
+
+    def _tensor(self, fields: Fields, where: str) -> TensorSpec:
+        name = fields.string("name")
+        file = self._files.get(fields.string("file"))
+        if file is None:
+            raise fields.fault("file", "is not one of source.files")
+        dtype = DTYPES.get(fields.string("dtype"))
+        if dtype is None:
+            raise fields.fault("dtype", "is no dtype of the format")
+        shape = fields.list("shape")
+        if not all(type(n) is int and 0 <= n <= _MAX_DIMENSION for n in shape):
+            raise fields.fault("shape", "is not a list of integers from 0 to 2^63 - 1")
+        try:
+            nbytes = stored_bytes(name, dtype, shape)
+        except HeaderFault as fault:
+            raise ManifestFault(f"{where}: {fault.why}") from fault
+        return TensorSpec(name, dtype, tuple(shape), file, 0, nbytes)
+
+    def _check_perturbed(
+        self, fields: Fields, tensor: TensorSpec, lam: float, std: float | None, amplitude: float | None
+    ) -> None:
+        if fields.has("reason"):
+            raise fields.fault("reason", "is given for a tensor that is perturbed")
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise fields.fault("action", "is perturb for a dtype that takes no noise")
+        if tensor.elements < (1 if self._scope == "global" else 2):
+            raise fields.fault("action", "is perturb for a tensor that has no std")
+        if not lam or lam not in self._strengths:
+            raise fields.fault("lambda", "is none of those in noise")
+        if not std:
+            raise fields.fault("std", "is not a number > 0")
+        if not amplitude or amplitude != float(self._distribution.amplitude(lam, std)):
+            raise fields.fault("amplitude", "is not that of lambda and std")
+
+    def _check_reason(self, fields: Fields, tensor: TensorSpec, reason: Reason, std: float | None) -> None:
+        """Refuse a reason that does not fit its tensor, and a std that does not fit its reason."""
+        is_float = tensor.dtype in FLOAT_DTYPES
+        if (
+            (reason == "not-float") == is_float
+            or (reason == "empty") != (is_float and tensor.elements == 0)
+            or (reason == "one-element" and (tensor.elements != 1 or self._scope == "global"))
+        ):
+            raise fields.fault("reason", f"is {reason}, which its dtype and shape are not")
+        fits = {"constant": std == 0.0, "unrepresentable": std != 0.0}.get(reason, std is None)
+        if not fits:
+            raise fields.fault("std", f"does not fit the reason {reason}")
+
+    def _check_range(self, fields: Fields, amplitude: float | None) -> dict[str, float]:
+        """Return the noise's bounds or std, which must be those of its amplitude."""
+        expected = {} if amplitude is None else self._distribution.noise_range(amplitude)
+        for key in self._range:
+            if fields.number(key) != expected.get(key):
+                raise fields.fault(key, "is not that of the amplitude")
+        return expected

@@ -1,0 +1,95 @@
+"""The checkpoint that a manifest was made from: opened again, and its files found by their recorded names.
+
+Its name, revision and weights are chosen by the manifest, so the user gives a folder or a hub id and nothing
+else. A hub id that the manifest itself records is taken at the recorded commit.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+
+from noisytune_cli import hub
+from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.differences import Difference, compare_header
+from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.formats import Source
+from noisytune_cli.layout import INDEX_SUFFIX
+from noisytune_cli.manifest_reader import RecordedManifest
+from noisytune_cli.records import Manifest, TensorSpec
+
+
+def open_original(
+    recorded: RecordedManifest, base: str | None, *, mmap: bool = False, quiet: bool = False
+) -> Checkpoint:
+    """Open `base`, or where it is None the hub id and commit that the manifest records."""
+    source = recorded.manifest.source
+    at_hub = source.revision is not None and hub.is_repo_id(source.id) and not os.path.lexists(source.id)
+    if base is None:
+        if not at_hub:
+            raise UsageError(
+                "--base is missing",
+                path=recorded.path,
+                why="the manifest records no commit on the hub, or a local file has the hub id's name",
+                next_step=f"Give --base SOURCE, the checkpoint that was perturbed ({source.id})",
+            )
+        base = source.id
+    local = os.path.expanduser(base)
+    is_file = os.path.lexists(local) and not os.path.isdir(local)
+    return open_checkpoint(
+        base,
+        weights=None if is_file else _weights(recorded),
+        revision=source.revision if at_hub and base == source.id else None,
+        mmap=mmap,
+        quiet=quiet,
+    )
+
+
+def match_files(
+    manifest: Manifest, original: Checkpoint, label: str = ""
+) -> tuple[dict[str, Source], list[Difference]]:
+    """Return the original's weight files by recorded name, and what in their headers is not as recorded.
+
+    A single file may have been renamed since. `label` goes before what differs.
+    """
+    files = {file.name: file for file in original.sources}
+    if original.single_file and len(manifest.source.files) == 1:
+        files = {manifest.source.files[0].name: original.sources[0]}
+    return compare_files(manifest, files, label)
+
+
+def compare_files(
+    manifest: Manifest, files: dict[str, Source], label: str = ""
+) -> tuple[dict[str, Source], list[Difference]]:
+    """Return those of `files` that the manifest records, and where their headers are not as recorded."""
+    tensors: dict[str, list[TensorSpec]] = {record.name: [] for record in manifest.source.files}
+    for receipt in manifest.receipts:
+        tensors[receipt.step.tensor.file].append(receipt.step.tensor)
+    found: list[Difference] = []
+    for record in manifest.source.files:
+        if record.name in files:
+            found += compare_header(record, tensors[record.name], files[record.name])
+        else:
+            found.append(Difference(record.name, None, "it is absent"))
+    matched = {name: file for name, file in files.items() if name in tensors}
+    return matched, [Difference(d.file, d.tensor, label + d.what) for d in found]
+
+
+def _weights(recorded: RecordedManifest) -> str:
+    """Return what --weights would name: the index of the recorded weight files, else their only one."""
+    manifest = recorded.manifest
+    names = [file.name for file in manifest.source.files]
+    home = posixpath.dirname(names[0])
+    indexes = [
+        name for name, _ in manifest.copied if name.endswith(INDEX_SUFFIX) and posixpath.dirname(name) == home
+    ]
+    if len(indexes) == 1:
+        return indexes[0]
+    if len(names) == 1 and not indexes:
+        return names[0]
+    raise InputInvalid(
+        "cannot use the manifest",
+        path=recorded.path,
+        why=f"it records {len(names)} weight files and {len(indexes)} indexes of them",
+        next_step="Fetch the manifest again; it is not meant to be edited",
+    )

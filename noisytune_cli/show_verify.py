@@ -1,0 +1,47 @@
+"""What verify and replay tell: a line of summary, JSON on request, and what does not match."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from noisytune_cli.commands.replay import Replayed
+from noisytune_cli.commands.verify import Verified
+from noisytune_cli.differences import mismatch
+from noisytune_cli.escape import escape
+from noisytune_cli.show import note, warn, write_out
+
+
+def show_verified(result: Verified, *, as_json: bool, quiet: bool) -> None:
+    """Print the answer; raises Mismatch, which names the first differences, where it is no."""
+    for warning in result.warnings:
+        warn(warning)
+    if as_json:
+        answer = {
+            "ok": result.ok,
+            "checked": asdict(result.checked),
+            "mismatches": [asdict(difference) for difference in result.mismatches],
+        }
+        write_out(json.dumps(answer, indent=1) + "\n")
+    if not result.ok:
+        raise mismatch(
+            result.mismatches,
+            what="the output does not match its manifest",
+            path=result.output,
+            next_step="Fetch it again, or write it again with perturb or replay",
+        )
+    if not quiet:
+        made = " and the base gives" if result.checked.base else ""
+        note(
+            f"verified {result.checked.tensors} tensors, {result.checked.bytes / 1e6:,.1f} MB: "
+            f"all as the manifest says{made}"
+        )
+
+
+def show_replayed(result: Replayed, *, quiet: bool) -> None:
+    """Say what was written."""
+    for name in result.cleared:
+        note(f"noisytune: removed {escape(name)}, which a run that was killed had left")
+    if not quiet:
+        tensors = len(result.manifest.receipts)
+        note(f"rebuilt {tensors} tensors exactly as recorded: {result.output}")

@@ -1,0 +1,146 @@
+"""A JSON document from a stranger, read piece by piece.
+
+The document is one object whose members come in a known order; a member is one value, or a list of objects
+that are handed out one at a time. So memory is bounded by the longest piece, not by what the text could
+unfold to, and the reader can refuse a document at its first bad member. Stricter than JSON: no key twice, no
+NaN or Infinity, no number that float64 or 20 digits cannot hold, ASCII only (as `json.dumps` writes).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+#: Characters that one piece may have, and how many are looked at first.
+_LONGEST_PIECE, _FIRST_LOOK = 16 << 20, 4096
+
+_MAX_DIGITS = 20  # of 2^64
+_MAX_SHOWN = 40  # characters of a key or number that a message quotes
+
+_SPACE = re.compile(r"[ \t\n\r]*+")
+
+
+class JsonFault(Exception):
+    """What is wrong with a document."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+class Document:
+    """A position in the text; `member` moves to a member's value, `value` or `entries` reads it."""
+
+    def __init__(self, content: bytes) -> None:
+        try:
+            self._text = content.decode("ascii")
+        except UnicodeDecodeError as error:
+            raise JsonFault(f"byte {error.start:,} is not ASCII") from error
+        self._at = 0
+        self._first = True
+
+    def member(self, key: str) -> None:
+        """Go to the value of the next member, which must be `key`."""
+        if self._peek() == "}":
+            raise JsonFault(f'it has no "{key}"')
+        self._take("{" if self._first else ",", "it is no JSON object:")
+        self._first = False
+        found = self.value()
+        if found != key:
+            raise JsonFault(f'"{str(found)[:_MAX_SHOWN]}" stands where "{key}" is due')
+        self._take(":", "it is not valid JSON: no colon:")
+
+    def value(self) -> Any:
+        """Read one value."""
+        self._skip()
+        look = _FIRST_LOOK
+        while True:
+            window = self._text[self._at : self._at + look]
+            try:
+                value, length = _decoder.raw_decode(window)
+            except json.JSONDecodeError as error:
+                if look >= _LONGEST_PIECE or self._at + look >= len(self._text):
+                    self._fail(error.msg, self._at + error.pos)
+                look *= 16
+                continue
+            except RecursionError as error:
+                raise JsonFault("it is nested too deep") from error
+            self._at += length
+            return value
+
+    def entries(self, limit: int) -> Iterator[Any]:
+        """Read a list one element at a time, at most `limit` of them."""
+        self._take("[", "it is no list:")
+        if self._peek() == "]":
+            self._at += 1
+            return
+        for count in range(limit + 1):
+            if count == limit:
+                raise JsonFault(f"it has a list of more than {limit:,} entries")
+            yield self.value()
+            if self._peek() == "]":
+                self._at += 1
+                return
+            self._take(",", "it is not valid JSON: no comma:")
+
+    def end(self) -> None:
+        """Refuse anything that follows the last member."""
+        if self._peek() == ",":
+            raise JsonFault("it has more members than a manifest")
+        self._take("}", "it is not valid JSON: no closing brace:")
+        if self._peek():
+            self._fail("something follows the closing brace", self._at)
+
+    def _skip(self) -> None:
+        match = _SPACE.match(self._text, self._at)
+        assert match is not None
+        self._at = match.end()
+
+    def _peek(self) -> str:
+        self._skip()
+        return self._text[self._at : self._at + 1]
+
+    def _take(self, token: str, complaint: str) -> None:
+        found = self._peek()
+        if found != token:
+            raise JsonFault(f'{complaint} "{token}" is due at character {self._at:,}')
+        self._at += 1
+
+    def _fail(self, why: str, at: int) -> NoReturn:
+        raise JsonFault(f"it is not valid JSON: {why}, near character {at:,}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for key, item in pairs:
+        if key in value:
+            raise JsonFault(f'an object has the key "{key[:_MAX_SHOWN]}" twice')
+        value[key] = item
+    return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise JsonFault(f"it has a number of {len(digits):,} digits")
+    if digits == "-0":
+        raise JsonFault("it has -0 for an integer")
+    return int(digits)
+
+
+def _float(number: str) -> float:
+    value = float(number)
+    if math.isinf(value):
+        raise JsonFault(f"it has the number {number[:_MAX_SHOWN]}, which is too large")
+    return value
+
+
+def _no_number(name: str) -> NoReturn:
+    raise JsonFault(f"it has {name}, which is no number in JSON")
+
+
+_decoder = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_int=_integer, parse_float=_float, parse_constant=_no_number
+)
