@@ -1,0 +1,72 @@
+"""What the options mean: which beats which, and which contradict each other."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from noisytune_cli.errors import UsageError
+from noisytune_cli.options import make_noise
+from noisytune_cli.records import NoiseSpec
+
+NOTHING: dict[str, Any] = {
+    "lam": None,
+    "noise_std": None,
+    "seed": 0,
+    "distribution": "uniform",
+    "scope": "matrix",
+    "include": (),
+    "exclude": (),
+    "rules": (),
+    "preset": None,
+}
+
+
+def made(**options: Any) -> NoiseSpec:
+    return make_noise(**NOTHING | options)
+
+
+def test_the_default_is_the_papers() -> None:
+    assert made() == NoiseSpec(lam=0.15, seed=0, distribution="uniform", scope="matrix")
+
+
+def test_everything_is_passed_on() -> None:
+    spec = made(lam=0.3, seed=7, distribution="gaussian", scope="global", include=["a"], exclude=["b"])
+    assert spec == NoiseSpec(
+        lam=0.3, seed=7, distribution="gaussian", scope="global", include=("a",), exclude=("b",)
+    )
+
+
+def test_noise_std_is_the_std_of_the_uniform_noise() -> None:
+    assert made(noise_std=0.05).lam == math.sqrt(12) * 0.05
+    assert made(noise_std=0.0).lam == 0.0
+    with pytest.raises(UsageError, match="--noise-std"):
+        made(lam=0.1, noise_std=0.1)
+
+
+def test_rules_split_at_the_last_equals_sign() -> None:
+    assert made(rules=["a*=0.5", "b=c=1e-3", "@norm=0"]).rules == (
+        ("a*", 0.5),
+        ("b=c", 0.001),
+        ("@norm", 0.0),
+    )
+
+
+@pytest.mark.parametrize("text", ["a", "a=", "=0.1", "a=x", ""])
+def test_a_rule_that_is_none(text: str) -> None:
+    with pytest.raises(UsageError, match="PATTERN=VALUE"):
+        made(rules=[text])
+
+
+def test_the_preset_of_multilingual_models() -> None:
+    assert made(preset="xtreme") == NoiseSpec(lam=0.1, exclude=("@embeddings",))
+    assert made(preset="xtreme", lam=0.2).lam == 0.2
+    assert made(preset="xtreme", noise_std=0.1).lam == math.sqrt(12) * 0.1
+    assert made(preset="xtreme", include=["@embeddings"]).exclude == ()
+
+
+def test_an_unknown_preset() -> None:
+    with pytest.raises(UsageError, match="xtreme"):
+        made(preset="glue")
