@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import posixpath
+from collections.abc import Sequence
 
 from noisytune_cli import hub
 from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
-from noisytune_cli.differences import Difference, compare_header
-from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.differences import Difference, compare_header, mismatch
+from noisytune_cli.errors import InputInvalid, Mismatch, UsageError
 from noisytune_cli.formats import Source
 from noisytune_cli.layout import INDEX_SUFFIX
 from noisytune_cli.manifest_reader import RecordedManifest
@@ -36,12 +37,29 @@ def open_original(
         base = source.id
     local = os.path.expanduser(base)
     is_file = os.path.lexists(local) and not os.path.isdir(local)
+    weights = None if is_file else _weights(recorded)
+    if weights is not None and os.path.isdir(local) and not os.path.lexists(os.path.join(local, weights)):
+        raise not_the_base([Difference(weights, None, "it is absent")], recorded, local)
     return open_checkpoint(
         base,
-        weights=None if is_file else _weights(recorded),
+        weights=weights,
         revision=source.revision if at_hub and base == source.id else None,
         mmap=mmap,
         quiet=quiet,
+    )
+
+
+def not_the_base(
+    differences: Sequence[Difference], recorded: RecordedManifest, path: str | os.PathLike[str]
+) -> Mismatch:
+    """Return the error for a base at `path` that is not the one that was perturbed."""
+    origin = recorded.manifest.source
+    revision = f" at commit {origin.revision}" if origin.revision else ""
+    return mismatch(
+        differences,
+        what="the base is not the one in the manifest",
+        path=path,
+        next_step=f"Give as --base the checkpoint that was perturbed: {origin.id}{revision}",
     )
 
 

@@ -44,10 +44,11 @@ class Document:
 
     def member(self, key: str) -> None:
         """Go to the value of the next member, which must be `key`."""
+        if self._first or self._peek() != "}":
+            self._take("{" if self._first else ",", "it is no JSON object, or not a whole one:")
+        self._first = False
         if self._peek() == "}":
             raise JsonFault(f'it has no "{key}"')
-        self._take("{" if self._first else ",", "it is no JSON object:")
-        self._first = False
         found = self.value()
         if found != key:
             raise JsonFault(f'"{str(found)[:_MAX_SHOWN]}" stands where "{key}" is due')
@@ -124,7 +125,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _integer(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
-        raise JsonFault(f"it has a number of {len(digits):,} digits")
+        raise JsonFault(f"it has a number of more than {_MAX_DIGITS} digits")
     if digits == "-0":
         raise JsonFault("it has -0 for an integer")
     return int(digits)

@@ -15,9 +15,9 @@ from noisytune_cli.checkpoint import Checkpoint
 from noisytune_cli.commands.perturb import Progress, carry_out, needed_bytes
 from noisytune_cli.crew import default_threads
 from noisytune_cli.devices import open_device
-from noisytune_cli.differences import Difference, compare_receipts, mismatch, recorded_steps
+from noisytune_cli.differences import Difference, compare_receipts, recorded_steps
 from noisytune_cli.manifest_reader import RecordedManifest, read_manifest
-from noisytune_cli.original import match_files, open_original
+from noisytune_cli.original import match_files, not_the_base, open_original
 from noisytune_cli.output import check_output, check_space, resolve_output
 from noisytune_cli.publish import Publication
 from noisytune_cli.records import Manifest, Plan
@@ -81,11 +81,4 @@ def _missing_copies(manifest: Manifest, source: Checkpoint) -> list[Difference]:
 def _refuse(found: list[Difference], recorded: RecordedManifest, source: Checkpoint) -> None:
     """Raise Mismatch if anything was found."""
     if found:
-        origin = recorded.manifest.source
-        revision = f" at commit {origin.revision}" if origin.revision else ""
-        raise mismatch(
-            found,
-            what="the base is not the one in the manifest",
-            path=source.root,
-            next_step=f"Give as --base the checkpoint that was perturbed: {origin.id}{revision}",
-        )
+        raise not_the_base(found, recorded, source.root)
