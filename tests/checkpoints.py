@@ -66,14 +66,14 @@ def safetensors_bytes(
     tensors: Tensors, metadata: Mapping[str, str] | None = None, *, pad: int = 0, order: str = "given"
 ) -> bytes:
     """A safetensors file; `pad` spaces end the header, `order="reversed"` lays the data out backwards."""
-    spans, data = {}, b""
+    spans, data = {}, bytearray()
     for name in tensors if order == "given" else reversed(tensors):
         spans[name] = [len(data), len(data) + len(tensors[name].data)]
         data += tensors[name].data
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     for name, tensor in tensors.items():
         header[name] = {"dtype": tensor.dtype, "shape": tensor.values.shape, "data_offsets": spans[name]}
-    return frame(json.dumps(header) + " " * pad, data)
+    return frame(json.dumps(header) + " " * pad, bytes(data))
 
 
 def save(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None, **layout: Any) -> Path:

@@ -1,0 +1,343 @@
+"""The command line: exit codes, and what goes to stdout and stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import Tensor, numbers, safetensors_bytes, save, weights
+from hub_server import Repository, serve
+from typer.testing import CliRunner, Result
+
+from noisytune_cli import __version__
+from noisytune_cli.cli import app
+from noisytune_cli.commands import perturb as command
+
+NAME = "encoder.layer.0.attention.query.weight"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return save(
+        tmp_path / "in.safetensors", {NAME: weights("F32", 30, 10), "embeddings.weight": weights("F32", 9, 9)}
+    )
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def error(code: int, *arguments: object) -> str:
+    """Run a command that must fail with this code and one line on stderr, and return the line."""
+    result = invoke(*arguments)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert re.fullmatch(r"noisytune: error: [^\n]+\. [^\n]+\.\n", result.stderr)
+    return result.stderr
+
+
+def usage(*arguments: object) -> str:
+    """Run a command that Typer must refuse, and return its words on stderr."""
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("Usage: ")
+    return " ".join(result.stderr.split())
+
+
+def test_perturb_writes_and_says_so(source: Path, tmp_path: Path) -> None:
+    result = invoke("perturb", source, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert "perturbed 2 of 2" in result.stderr
+    manifest = json.loads((tmp_path / "out.noisytune.json").read_bytes())
+    assert manifest["tool"] == {"name": "noisytune", "version": __version__}
+    assert manifest["noise"]["lambda"] == 0.15
+
+
+def test_every_option_reaches_the_manifest(source: Path, tmp_path: Path) -> None:
+    result = invoke(
+        *("perturb", source, "--out", tmp_path / "out", "--lambda", "0.3", "--seed", str(2**64 - 1)),
+        *("--noise", "gaussian", "--scope", "global", "--include", "*.weight", "--exclude", "@embeddings"),
+        *("--lambda-for", "@attention=0.5", "--lambda-for", "*query*=0.25", "--threads", "3", "--mmap"),
+    )
+    assert result.exit_code == 0, result.output
+    manifest = json.loads((tmp_path / "out.noisytune.json").read_bytes())
+    assert manifest["noise"] == {
+        "stream": "philox4x32-10/v1",
+        "distribution": "gaussian",
+        "scope": "global",
+        "granularity": "tensor",
+        "seed": "18446744073709551615",
+        "lambda": 0.3,
+        "rules": [["@attention", 0.5], ["*query*", 0.25]],
+        "include": ["*.weight"],
+        "exclude": ["@embeddings"],
+    }
+    assert [t["lambda"] for t in manifest["tensors"]] == [0.25, 0]
+
+
+def test_noise_std_and_preset(source: Path, tmp_path: Path) -> None:
+    assert invoke("perturb", source, "-o", tmp_path / "a", "--noise-std", "0.05").exit_code == 0
+    assert json.loads((tmp_path / "a.noisytune.json").read_bytes())["noise"]["lambda"] == math.sqrt(12) * 0.05
+    assert invoke("perturb", source, "-o", tmp_path / "b", "--preset", "xtreme").exit_code == 0
+    noise = json.loads((tmp_path / "b.noisytune.json").read_bytes())["noise"]
+    assert (noise["lambda"], noise["exclude"]) == (0.1, ["@embeddings"])
+
+
+def test_json_is_all_of_stdout(source: Path, tmp_path: Path) -> None:
+    result = invoke("perturb", source, "-o", tmp_path / "out", "--json", "--quiet")
+    assert result.exit_code == 0
+    document = json.loads(result.stdout)
+    assert document["output"] == str(tmp_path / "out")
+    assert document["perturbed"] == 2
+    assert result.stderr == ""
+
+
+def test_quiet_is_silent_but_for_warnings(tmp_path: Path) -> None:
+    fine = save(tmp_path / "fine.safetensors", {"w": weights("F32", 30)})
+    result = invoke("perturb", fine, "-o", tmp_path / "a", "--quiet")
+    assert (result.exit_code, result.output) == (0, "")
+    broken = save(
+        tmp_path / "broken.safetensors", {"w": weights("F32", 30), "nan\n": numbers("F32", math.nan, 1.0)}
+    )
+    result = invoke("perturb", broken, "-o", tmp_path / "b", "-q")
+    assert result.exit_code == 0
+    assert re.fullmatch(r"noisytune: warning: nan\\x0a[^\n]+\n", result.stderr)
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(source: Path) -> None:
+    result = invoke("perturb", source, "--dry-run", "--exclude", "@embeddings")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith(NAME)
+    assert "excluded" in lines[1]
+    assert "nothing was written" in result.stderr
+    document = json.loads(invoke("perturb", source, "--dry-run", "--json").stdout)
+    assert [tensor["action"] for tensor in document["tensors"]] == ["perturb", "perturb"]
+    assert os.listdir(source.parent) == [source.name]
+
+
+def test_names_are_printed_escaped(tmp_path: Path) -> None:
+    source = save(tmp_path / "in.safetensors", {"\x1b[2J\n[red]x": weights("F32", 30)})
+    result = invoke("perturb", source, "--dry-run")
+    assert result.stdout.startswith(r"\x1b[2J\x0a[red]x ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["perturb"], "SOURCE"),
+        (["perturb", "{}"], "-o OUT"),
+        (["perturb", "{}", "-o", "x", "--lambda", "-1"], "not negative"),
+        (["perturb", "{}", "-o", "x", "--lambda", "nan"], "finite"),
+        (["perturb", "{}", "-o", "x", "--lambda", "wide"], "valid number"),
+        (["perturb", "{}", "-o", "x", "--lambda", "1", "--noise-std", "1"], "--noise-std"),
+        (["perturb", "{}", "-o", "x", "--seed", "-1"], "--seed"),
+        (["perturb", "{}", "-o", "x", "--seed", str(2**64)], "--seed"),
+        (["perturb", "{}", "-o", "x", "--noise", "pink"], "gaussian"),
+        (["perturb", "{}", "-o", "x", "--scope", "layer"], "global"),
+        (["perturb", "{}", "-o", "x", "--exclude", "nowhere"], "nowhere"),
+        (["perturb", "{}", "-o", "x", "--include", "@nothing"], "@nothing"),
+        (["perturb", "{}", "-o", "x", "--lambda-for", "w"], "PATTERN=VALUE"),
+        (["perturb", "{}", "-o", "x", "--exclude", "*"], "nothing would be perturbed"),
+        (["perturb", "{}", "-o", "x", "--preset", "glue"], "xtreme"),
+        (["perturb", "{}", "-o", "x", "--device", "abacus"], "abacus"),
+        (["perturb", "{}", "-o", "x", "--threads", "0"], "--threads"),
+        (["perturb", "{}", "-o", "x", "--revision", "main"], "--revision"),
+        (["perturb", "{}", "-o", "x", "--weights", "a"], "--weights"),
+        (["perturb", "{}", "-o", "x", "--colour"], "--colour"),
+        (["destroy"], "destroy"),
+    ],
+)
+def test_usage_errors(
+    arguments: list[str], words: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(source.parent)
+    assert words in usage(*(argument.replace("{}", str(source)) for argument in arguments))
+    assert os.listdir(source.parent) == [source.name]
+
+
+def test_input_errors(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "empty.safetensors").touch()
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    integers = save(
+        tmp_path / "ids.safetensors", {"ids": Tensor("I64", weights("F32", 9).values.astype("i8"))}
+    )
+    assert "empty" in error(3, "perturb", tmp_path / "empty.safetensors", "-o", out)
+    assert "FIFO" in error(3, "perturb", tmp_path / "fifo", "-o", out)
+    assert "no weights" in error(3, "perturb", tmp_path / "folder", "-o", out)
+    assert "nothing to perturb" in error(3, "perturb", integers, "-o", out)
+    assert "No such file" in error(4, "perturb", tmp_path / "nowhere.safetensors", "-o", out)
+    assert "hub id" in error(4, "perturb", "not a hub id", "-o", out)
+    assert not out.exists()
+
+
+def test_a_hostile_tensor_name_in_an_error(tmp_path: Path) -> None:
+    content = safetensors_bytes({"\x1b[2J\n\u202e": weights("F32", 4)})
+    (tmp_path / "in.safetensors").write_bytes(content.replace(b'"F32"', b'"F99"'))
+    assert r"\x1b[2J\x0a\u202e" in error(3, "perturb", tmp_path / "in.safetensors", "-o", tmp_path / "out")
+
+
+def test_output_errors(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").touch()
+    os.mkfifo(tmp_path / "fifo")
+    assert "--overwrite" in error(5, "perturb", source, "-o", tmp_path / "there")
+    error(5, "perturb", source, "-o", source, "--overwrite")
+    error(5, "perturb", source, "-o", tmp_path / "fifo", "--overwrite")
+    error(5, "perturb", source, "-o", "/dev/null", "--overwrite")
+    assert invoke("perturb", source, "-o", tmp_path / "there", "--overwrite").exit_code == 0
+
+
+def test_memory_that_gives_out(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def perturb(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(command, "perturb", perturb)
+    assert "out of memory" in error(6, "perturb", source, "-o", tmp_path / "out")
+
+
+def test_debug_shows_a_traceback(tmp_path: Path) -> None:
+    result = invoke("--debug", "perturb", tmp_path / "nowhere.safetensors", "-o", tmp_path / "out")
+    assert result.exit_code == 4
+    assert "Traceback" in result.stderr
+    assert "FileNotFoundError" in result.stderr
+
+
+def test_a_bug_keeps_its_traceback(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def perturb(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(command, "perturb", perturb)
+    result = invoke("perturb", source, "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_version_and_help() -> None:
+    assert invoke("--version").stdout == f"noisytune {__version__}\n"
+    assert "--lambda" in invoke("perturb", "--help").stdout
+    assert invoke().exit_code == 2
+
+
+def process(*arguments: object, redirect: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run noisytune as a process of its own, under a shell that redirects its descriptors."""
+    kept = {key: os.environ[key] for key in ("PATH", "TMPDIR", "VIRTUAL_ENV") if key in os.environ}
+    return subprocess.run(
+        ["sh", "-c", f'"$0" -m noisytune_cli "$@" {redirect}', sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=kept | environment,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_without_a_home_in_a_c_locale(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "ä.safetensors"
+    result = process("perturb", source, "-o", out, "--lambda", "0.2", LANG="C", LC_ALL="C", PYTHONUTF8="0")
+    assert (result.returncode, result.stdout) == (0, "")
+    assert result.stderr.startswith("perturbed 2 of 2")
+    assert out.exists()
+
+
+def test_closed_descriptors(source: Path, tmp_path: Path) -> None:
+    result = process("perturb", source, "-o", tmp_path / "a", redirect="<&- >&- 2>&-")
+    assert result.returncode == 0
+    expected = (tmp_path / "a").read_bytes()
+    assert invoke("perturb", source, "-o", tmp_path / "b").exit_code == 0
+    assert expected == (tmp_path / "b").read_bytes()
+
+
+def test_output_that_is_lost_is_an_error(source: Path) -> None:
+    result = process("perturb", source, "--dry-run", redirect=">&-")
+    assert result.returncode == 6
+    assert result.stderr.startswith("noisytune: error: ")
+
+
+@pytest.fixture
+def slow_source(tmp_path: Path) -> Path:
+    """A checkpoint of many tensors, each of which `_SLOWLY` takes its time for."""
+    tensors = {f"w{i}": weights("F32", 16) for i in range(1000)}
+    return save(tmp_path / "in.safetensors", tensors)
+
+
+#: Runs the command line with tiles that take their time, and says when it is in the middle.
+_SLOWLY = """
+import os, time
+from noisytune_cli.devices import cpu
+noise = cpu.Cpu.add_noise
+def slow(*a, **k):
+    os.write(1, b"noise\\n")
+    time.sleep(0.05)
+    return noise(*a, **k)
+cpu.Cpu.add_noise = slow
+from noisytune_cli.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_leaves_nothing_behind(signum: int, code: int, slow_source: Path, tmp_path: Path) -> None:
+    arguments = ["perturb", str(slow_source), "-o", str(tmp_path / "deep/er/out"), "--threads", "2"]
+    with subprocess.Popen(
+        [sys.executable, "-c", _SLOWLY, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "noise\n"
+            assert (tmp_path / "deep/er").is_dir()
+            child.send_signal(signum)
+            _, stderr = child.communicate(timeout=60)
+        finally:
+            child.kill()
+    assert child.returncode == code
+    assert "Traceback" not in stderr
+    assert os.listdir(tmp_path) == [slow_source.name]
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Any]:
+    files = {
+        "config.json": b'{"model_type": "bert"}',
+        "model.safetensors": safetensors_bytes({"w": weights("F32", 99)}),
+        "pytorch_model.bin": b"pickle",
+    }
+    with serve(owner__name=Repository(files)) as served:
+        yield served
+
+
+def test_a_model_of_the_hub(hub: Any, tmp_path: Path) -> None:
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    result = process("perturb", "owner/name", "-o", tmp_path / "out", "--lambda", "0.15", **environment)
+    assert result.returncode == 0, result.stderr
+    manifest = json.loads((tmp_path / "out/noisytune.json").read_bytes())
+    assert (manifest["source"]["id"], manifest["source"]["revision"]) == ("owner/name", Repository({}).commit)
+    assert hub.fetched() == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors", "noisytune.json"]
+    (cached,) = (tmp_path / "cache").rglob("snapshots/*/model.safetensors")
+    assert cached.read_bytes() == hub.repositories["owner/name"].files["model.safetensors"]
+    assert (tmp_path / "out/model.safetensors").read_bytes() != cached.read_bytes()
+    into_the_cache = process(
+        "perturb", "owner/name", "-o", cached.parent / "noisy", HF_HUB_OFFLINE="1", **environment
+    )
+    assert into_the_cache.returncode == 5

@@ -1,0 +1,152 @@
+"""The import law: who may import whom, who may print, and what is never imported at all."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from checkpoints import save, weights
+
+import noisytune_cli
+
+ROOT = Path(noisytune_cli.__file__).parent
+MODULES = sorted(os.fspath(path.relative_to(ROOT)) for path in ROOT.rglob("*.py"))
+
+#: What everything rests on: these import nothing of the package but each other.
+FOUNDATION = {"records", "errors", "escape", "__init__"}
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse((ROOT / module).read_text())
+
+
+def imported(module: str) -> Iterator[tuple[str, bool]]:
+    """Yield what a module imports, as dotted names, and whether it does so as it is imported itself."""
+
+    def visit(node: ast.AST, at_import: bool) -> Iterator[tuple[str, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                continue
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, at_import) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert not child.level, f"{module}: imports are absolute"
+                assert child.module is not None
+                yield child.module, at_import
+                yield from ((f"{child.module}.{alias.name}", at_import) for alias in child.names)
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from visit(child, at_import and not inside)
+
+    return visit(tree(module), True)
+
+
+def layer(name: str) -> int:
+    """Tell a module's layer: 0 the foundation, 1 what does the work, 2 commands, 3 the command line."""
+    parts = name.removesuffix(".py").replace("/", ".").split(".")
+    if parts[0] in FOUNDATION:
+        return 0
+    if parts[0] in ("cli", "__main__") or parts[0].startswith("show"):
+        return 3
+    return 2 if parts[0] == "commands" else 1
+
+
+def ours(module: str) -> Iterator[str]:
+    """Yield the modules of the package that a module imports, now or later."""
+    for name, _ in imported(module):
+        _, inside, rest = name.partition("noisytune_cli.")
+        known = rest.replace(".", "/")
+        if inside and (f"{known}.py" in MODULES or f"{known}/__init__.py" in MODULES):
+            yield rest
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_one_way(module: str) -> None:
+    for name in ours(module):
+        assert layer(name) <= layer(module), f"{module} imports {name}"
+        if name == "cli":
+            assert module == "__main__.py"
+        if layer(name) == 3:
+            assert layer(module) == 3, f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_command_line_knows_typer(module: str) -> None:
+    names = {name.split(".")[0] for name, _ in imported(module)}
+    assert "typer" not in names or module == "cli.py"
+    assert "click" not in names
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_show_prints(module: str) -> None:
+    if module.startswith("show"):
+        return
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("print", "input", "breakpoint"), f"{module}:{node.lineno}"
+            assert not called.endswith((".echo", "stdout.write", "stderr.write")), f"{module}:{node.lineno}"
+
+
+#: Modules that are loops for one package, and that others import only where they are used.
+KERNELS = {
+    "kernels.py": "numba",
+    "stored.py": "numba",
+    "sums.py": "numba",
+    "devices/torch.py": "torch",
+    "torch_kernels.py": "torch",
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_heavy_packages_are_imported_where_they_are_used(module: str) -> None:
+    heavy = {"torch", "numba", "llvmlite", "huggingface_hub", "transformers", "rich", "safetensors"}
+    now = {name for name, at_import in imported(module) if at_import}
+    assert {name.split(".")[0] for name in now} & heavy <= {KERNELS.get(module)}
+    if module not in KERNELS:
+        kernels = {f"noisytune_cli.{name.removesuffix('.py').replace('/', '.')}" for name in KERNELS}
+        assert not now & kernels
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_is_named_for_nothing(module: str) -> None:
+    words = set(Path(module).stem.split("_"))
+    assert not words & {"utils", "util", "common", "helper", "helpers", "manager", "base", "misc"}
+
+
+def loaded(*arguments: object, wanted: tuple[str, ...]) -> set[str]:
+    """Run noisytune in a process of its own and return which packages it had imported at its end."""
+    script = (
+        "import atexit, sys\n"
+        f"atexit.register(lambda: sys.__stderr__.write(' '.join(m for m in {wanted} if m in sys.modules)))\n"
+        "from noisytune_cli.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.split())
+
+
+def test_help_imports_no_numerics() -> None:
+    heavy = ("numpy", "numba", "torch", "huggingface_hub", "transformers", "safetensors", "blake3", "scipy")
+    assert loaded("--help", wanted=heavy) == set()
+    assert loaded("perturb", "--help", wanted=heavy) == set()
+
+
+def test_perturbing_safetensors_imports_neither_torch_nor_what_is_cached(tmp_path: Path) -> None:
+    source = save(tmp_path / "in.safetensors", {"w": weights("F32", 30)})
+    heavy = ("torch", "numba", "huggingface_hub", "transformers", "safetensors", "rich", "scipy")
+    for run in ("compiles", "reads the cache"):
+        found = loaded("perturb", source, "-o", tmp_path / run, "--quiet", wanted=heavy)
+        assert not found & {"torch", "transformers", "safetensors", "rich", "scipy", "huggingface_hub"}
+    assert found == set()
