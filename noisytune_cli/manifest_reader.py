@@ -24,8 +24,8 @@ from noisytune_cli.records import FileRecord, Manifest, NoiseSpec, SourceRecord
 from noisytune_cli.stream import STREAM
 from noisytune_cli.strict_json import Document, JsonFault
 
-#: The largest manifest that is read: that of about 140,000 tensors.
-_MAX_BYTES = 96 << 20
+#: The largest manifest that is read: that of about 100,000 tensors.
+_MAX_BYTES = 64 << 20
 
 #: The longest list in a manifest.
 _MAX_ENTRIES = 1_000_000

@@ -14,8 +14,9 @@ import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-#: Characters that one piece may have, and how many are looked at first.
-_LONGEST_PIECE, _FIRST_LOOK = 16 << 20, 4096
+#: Characters that one piece may have (they can unfold to some 50 MB), how many are looked at first, and how
+#: that grows.
+_LONGEST_PIECE, _FIRST_LOOK, _GROWTH = 2 << 20, 4096, 8
 
 _MAX_DIGITS = 20  # of 2^64
 _MAX_SHOWN = 40  # characters of a key or number that a message quotes
@@ -65,7 +66,7 @@ class Document:
             except json.JSONDecodeError as error:
                 if look >= _LONGEST_PIECE or self._at + look >= len(self._text):
                     self._fail(error.msg, self._at + error.pos)
-                look *= 16
+                look *= _GROWTH
                 continue
             except RecursionError as error:
                 raise JsonFault("it is nested too deep") from error
