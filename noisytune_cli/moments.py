@@ -94,7 +94,10 @@ def round_std(parts: Iterable[Moments]) -> float | None:
 def _round_quickly(parts: Sequence[Moments], count: int) -> float | None:
     """Merge the sums in float64, which decides for nearly every matrix and is many times quicker."""
     centre = math.fsum(p.count * p.pivot + p.s1[0] for p in parts) / count
-    first, second, first_error, magnitude = [], [], [], []
+    first: list[float] = []
+    second: list[float] = []
+    first_error: list[float] = []
+    magnitude: list[float] = []
     for p in parts:
         s1, s2 = p.s1[0], p.s2[0]
         shift = p.pivot - centre
