@@ -23,8 +23,7 @@ from noisytune_cli.config import CONFIG, ConfigCheck, read_config
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
 from noisytune_cli.escape import escape
 from noisytune_cli.folder import list_folder
-from noisytune_cli.formats import Source
-from noisytune_cli.formats.safetensors import open_source
+from noisytune_cli.formats import Source, open_source
 from noisytune_cli.index import ShardIndex, check_present, check_tensors, read_index
 from noisytune_cli.layout import (
     INDEX_SUFFIX,
@@ -73,6 +72,11 @@ class Checkpoint:
     def metadata(self) -> dict[str, str]:
         """The `__metadata__` of all weight files in one; where two disagree the later file wins."""
         return {key: value for source in self.sources for key, value in source.metadata.items()}
+
+    @property
+    def stored_as_one(self) -> tuple[tuple[str, ...], ...]:
+        """The groups of names that share a slot in their file."""
+        return tuple(names for source in self.sources for names in source.ties)
 
     def close(self) -> None:
         """Close every weight file (twice is fine)."""

@@ -75,25 +75,30 @@ def make_plan(
     *,
     config: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
+    stored_as_one: Iterable[Sequence[str]] = (),
+    buffers: Mapping[str, str] | None = None,
 ) -> Plan:
     """Decide for each of `tensors` whether it gets noise.
 
+    `buffers` are the names known to be buffers; without it their names and shapes tell them.
     Ties by equal bytes are candidates: their names stand alone, marked `tied`, until `confirm_ties`.
     Raises UsageError for a bad λ or seed, and for a pattern that is wrong or matches nothing.
     """
     check_noise(noise)
-    buffers = find_buffers(tensors, config=config)
+    if buffers is None:
+        buffers = find_buffers(tensors, config=config)
     names = [tensor.name for tensor in tensors]
     matched = match_names(_patterns(noise), names, buffers)
     check_matched(_patterns(noise), matched, names)
     filters = _filters(noise, matched)
-    ties = find_ties(tensors, config=config, metadata=metadata)
+    ties = find_ties(tensors, config=config, metadata=metadata, stored_as_one=stored_as_one)
     certain = {name: tie for tie in ties if tie.evidence != "equal-bytes" for name in tie.names}
     candidates = {name for tie in ties if tie.evidence == "equal-bytes" for name in tie.names}
     steps = []
     for tensor in tensors:
         tie = certain.get(tensor.name)
-        step = _decide(tensor, tie, tensor.name in buffers, noise, filters)
+        is_buffer = not buffers.keys().isdisjoint((tensor.name,) if tie is None else tie.names)
+        step = _decide(tensor, tie, is_buffer, noise, filters)
         if tensor.name in candidates and step.reason not in _SAFETY:
             step = replace(step, unsure=(*step.unsure, "tied"))
         steps.append(step)

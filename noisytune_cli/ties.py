@@ -1,8 +1,8 @@
 """Ties: two or more names in a checkpoint for one parameter, which must get one noise.
 
-An alias in safetensors' `__metadata__` says so itself. Otherwise names are candidates if architectures are
-known to tie them and dtype and shape agree; whether their bytes agree the values have to tell
-(`split_tie`). Equal bytes of names that nobody ties mean nothing.
+An alias in safetensors' `__metadata__` says so itself, and so do names that a pickle stores once. Otherwise
+names are candidates if architectures are known to tie them and dtype and shape agree; whether their bytes
+agree the values have to tell (`split_tie`). Equal bytes of names that nobody ties mean nothing.
 
 `tie_word_embeddings: false` in the config parts the output layer from the input embedding, and nothing
 else: an encoder's and a decoder's table under `shared` are one module in T5 and BART whatever it says
@@ -73,7 +73,7 @@ _BIAS_ENDS = tuple(f"{head}.decoder.bias" for head in ("predictions", "lm_head",
 
 _INPUT_SIDE = compile_pattern("@embeddings")
 
-Evidence = Literal["alias", "equal-bytes"]
+Evidence = Literal["alias", "storage", "equal-bytes"]
 
 
 def find_ties(
@@ -81,16 +81,22 @@ def find_ties(
     *,
     config: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
+    stored_as_one: Iterable[Sequence[str]] = (),
 ) -> tuple[Tie, ...]:
     """Return the ties and candidates for one among `tensors`, in file order, none sharing a name.
 
-    A chain of pairs is one tie. Its evidence is `alias` if aliases alone join it, else `equal-bytes`.
+    `stored_as_one` are groups of names that share a slot in the file. A chain of pairs is one tie. Its
+    evidence is `equal-bytes` if a known pair is needed to join it, else `storage` or, of a mixture, `alias`.
     """
     by_name = {tensor.name: tensor for tensor in tensors}
-    links: list[tuple[str, str, Evidence]] = [(a, b, "alias") for a, b in (metadata or {}).items()]
+    links: list[tuple[str, str, Evidence]] = [
+        (group[0], name, "storage") for group in stored_as_one for name in group[1:]
+    ]
+    links += [(a, b, "alias") for a, b in (metadata or {}).items()]
     links += [(a, b, "equal-bytes") for a, b in _known_pairs(by_name, heads=not _parted(config))]
     group_of: dict[str, list[str]] = {}
     unsure: set[str] = set()
+    aliased: set[str] = set()
     for a, b, evidence in links:
         if a == b or a not in by_name or b not in by_name or not _alike(by_name[a], by_name[b]):
             continue
@@ -99,6 +105,8 @@ def find_ties(
             continue
         if evidence == "equal-bytes":
             unsure |= {a, b}
+        elif evidence == "alias":
+            aliased |= {a, b}
         small, large = sorted((left, right), key=len)
         large += small
         for name in small:
@@ -106,7 +114,13 @@ def find_ties(
     place = {name: index for index, name in enumerate(by_name)}
     groups = {id(group): group for group in group_of.values()}.values()
     in_order = sorted((sorted(group, key=place.__getitem__) for group in groups), key=lambda g: place[g[0]])
-    return tuple(_tie(names, "alias" if unsure.isdisjoint(names) else "equal-bytes") for names in in_order)
+
+    def evidence_for(names: Sequence[str]) -> Evidence:
+        if not unsure.isdisjoint(names):
+            return "equal-bytes"
+        return "storage" if aliased.isdisjoint(names) else "alias"
+
+    return tuple(_tie(names, evidence_for(names)) for names in in_order)
 
 
 def split_tie(tie: Tie, contents: Mapping[str, object]) -> tuple[Tie, ...]:
@@ -137,7 +151,7 @@ def stream_of(names: Iterable[str]) -> str:
     return min(names, key=rank)
 
 
-def _tie(names: Sequence[str], evidence: Literal["alias", "storage", "equal-bytes"]) -> Tie:
+def _tie(names: Sequence[str], evidence: Evidence) -> Tie:
     return Tie(stream_of(names), tuple(names), evidence)
 
 

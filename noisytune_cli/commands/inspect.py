@@ -54,7 +54,13 @@ def inspect(
     check_noise(noise)
     _check_sort(sort)
     with open_checkpoint(source, weights=weights, revision=revision, mmap=mmap, quiet=quiet) as checkpoint:
-        plan = make_plan(checkpoint.tensors, noise, config=checkpoint.config, metadata=checkpoint.metadata)
+        plan = make_plan(
+            checkpoint.tensors,
+            noise,
+            config=checkpoint.config,
+            metadata=checkpoint.metadata,
+            stored_as_one=checkpoint.stored_as_one,
+        )
         names = _select(checkpoint, include, exclude)
         quantized = _refusal(checkpoint, source)
         measured: dict[str, Statistics] = {}
@@ -70,6 +76,7 @@ def inspect(
             measured = {tensor.name: found for tensor, found in zip(floats, statistics, strict=True)}
         for file in checkpoint.sources:
             file.check_unchanged()
+            file.check_sums()
         rows = _report(plan, names, measured, quantized is not None)
         return Inspection(
             id=checkpoint.id,

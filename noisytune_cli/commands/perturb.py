@@ -139,7 +139,13 @@ def _open(request: Request) -> Checkpoint:
 
 
 def _plan(source: Checkpoint, noise: NoiseSpec) -> Plan:
-    plan = make_plan(source.tensors, noise, config=source.config, metadata=source.metadata)
+    plan = make_plan(
+        source.tensors,
+        noise,
+        config=source.config,
+        metadata=source.metadata,
+        stored_as_one=source.stored_as_one,
+    )
     check_not_empty(plan, path=source.root)
     return plan
 
@@ -159,6 +165,7 @@ def carry_out(
             receipts = replace(walk, progress=report).carry_out(plan, sources, sinks)
         for file in source.sources:
             file.check_unchanged()
+            file.check_sums()
         for sink in sinks.values():
             sink.finish()
     return receipts

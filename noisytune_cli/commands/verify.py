@@ -27,8 +27,7 @@ from noisytune_cli.differences import Difference, compare_receipts, recorded_ste
 from noisytune_cli.errors import InputInvalid, InputUnreadable, unreadable
 from noisytune_cli.escape import escape
 from noisytune_cli.folder import list_folder
-from noisytune_cli.formats import Source
-from noisytune_cli.formats.safetensors import open_source
+from noisytune_cli.formats import Source, open_source
 from noisytune_cli.layout import INDEX_SUFFIX, MANIFEST, MANIFEST_SUFFIX, WEIGHTS_SUFFIX
 from noisytune_cli.manifest_reader import REFORMATTED, RecordedManifest, read_manifest
 from noisytune_cli.original import compare_files, match_files, open_original
@@ -102,6 +101,9 @@ def verify(
                 found += compare_receipts(receipts, remade)
         for file in [*matched.values(), *originals.values()]:
             file.check_unchanged()
+        for file in originals.values():
+            file.check_sums()
+        found += [difference for name, file in matched.items() for difference in _compare_sums(name, file)]
     found += [d for name, digest in manifest.copied for d in _compare_copy(output.path(name), name, digest)]
     checked = Checked(
         tensors=len(manifest.receipts),
@@ -223,6 +225,15 @@ def _compare_digests(recorded: Mapping[str, Receipt], read: Iterable[Receipt]) -
         for receipt in read
         if receipt.digest != recorded[receipt.step.tensor.name].digest
     ]
+
+
+def _compare_sums(name: str, file: Source) -> list[Difference]:
+    """Hold a weight file against its own checksums, which its header's digest leaves out."""
+    try:
+        file.check_sums()
+    except InputInvalid as error:
+        return [Difference(name, None, error.why)]
+    return []
 
 
 def _compare_copy(path: Path, name: str, digest: str) -> list[Difference]:

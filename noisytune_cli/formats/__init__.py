@@ -3,7 +3,7 @@
 A format module's name is the name a user types. It offers
 
     open_source(path, name, mmap) -> Source    parse and validate the header; read no tensor data
-    recognise(head) -> bool                    whether a file that begins so can be one (where names do not say)
+    recognise(head) -> bool                    whether a file that begins so is one
 
 A `Source` is one weight file: where its tensors lie, and plain positioned reads. A `Sink` is its twin in
 the output: the same header, and a slot for every tensor. Nothing here knows about noise.
@@ -11,11 +11,15 @@ the output: the same header, and a slot for every tensor. Nothing here knows abo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from noisytune_cli.errors import unreadable
+from noisytune_cli.reading import open_regular
 from noisytune_cli.records import TensorSpec
+from noisytune_cli.signatures import HEAD
 
 
 class Source(Protocol):
@@ -47,10 +51,10 @@ class Source(Protocol):
         """Create the file at `path`, which must not exist, with this file's header and empty slots."""
 
     def check_unchanged(self) -> None:
-        """Raise Mismatch if size, mtime or inode differ from what they were at open.
+        """Raise Mismatch if size, mtime or inode differ from what they were at open."""
 
-        Where the format keeps checksums, also raise InputInvalid if what was read since does not fit them.
-        """
+    def check_sums(self) -> None:
+        """Raise InputInvalid if what was read so far does not fit the checksums that the format keeps."""
 
     def close(self) -> None:
         """Release the descriptor (twice is fine)."""
@@ -67,3 +71,29 @@ class Sink(Protocol):
 
     def abort(self) -> None:
         """Close without a promise (twice is fine)."""
+
+
+def open_source(path: Path, name: str, mmap: bool) -> Source:
+    """Open the weight file at `path` in its format: the name's where it is plain, else the content's.
+
+    `name` is the file's name relative to the checkpoint, for the TensorSpecs. No tensor data is read.
+    """
+    from noisytune_cli.formats import safetensors
+
+    if path.name.endswith(safetensors.SUFFIX) or safetensors.recognise(head := _read_head(path)):
+        return safetensors.open_source(path, name, mmap)
+    from noisytune_cli.formats import torch
+
+    if torch.recognise(head) or path.name.endswith(torch.SUFFIXES):
+        return torch.open_source(path, name, mmap)
+    return safetensors.open_source(path, name, mmap)
+
+
+def _read_head(path: Path) -> bytes:
+    fd = open_regular(path)
+    try:
+        return os.pread(fd, HEAD, 0)
+    except OSError as error:
+        raise unreadable(error, path) from error
+    finally:
+        os.close(fd)

@@ -134,6 +134,13 @@ class OutputFile:
             raise unwritable(error, self.path) from error
         self._count_towards_writeback(done)
 
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes that were written at `offset`."""
+        try:
+            return os.pread(self._fd, length, offset)
+        except OSError as error:
+            raise unwritable(error, self.path) from error
+
     def finish(self) -> None:
         """Flush to the device (fsync) and close; an error here means that nothing may be published."""
         fd, self._fd = self._fd, -1

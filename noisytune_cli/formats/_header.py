@@ -20,8 +20,10 @@ from noisytune_cli.records import TensorSpec
 #: The bytes of N.
 PREFIX = 8
 
-#: More entries than any checkpoint has in one file (the largest, expert by expert, have some 90,000).
-MAX_ENTRIES = 200_000
+#: More entries than any checkpoint has in one file (the largest, expert by expert, have some 90,000), and
+#: more numbers: reading as many takes a second, so that a hostile header is refused soon.
+MAX_ENTRIES = 120_000
+_MAX_NUMBERS = 1_000_000
 
 _BITS = {
     "F4": 4,
@@ -115,6 +117,7 @@ class _Scanner:
     def __init__(self, text: str) -> None:
         self._text = text
         self._at = 0
+        self._commas = 0
 
     def members(self, where: str) -> Iterator[str]:
         """Yield the keys of the object that begins here; the consumer reads each key's value."""
@@ -164,6 +167,9 @@ class _Scanner:
             raise HeaderFault("the header ends within its entry", name)
         if end - self._at > _MAX_ENTRY:
             raise HeaderFault(f"its entry in the header is longer than {_MAX_ENTRY:,} characters", name)
+        self._commas += self._text.count(",", self._at, end)
+        if self._commas > _MAX_NUMBERS:
+            raise HeaderFault(f"the header has more than {_MAX_NUMBERS:,} numbers by its entry", name)
         try:
             value, length = self._decode(self._text[self._at : end], 0, _entry_decoder)
         except HeaderFault as fault:

@@ -11,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from checkpoints import Tensor, Tensors, noised, numbers, safetensors_bytes, weights
+from pickles import torch_bytes
 
 from noisytune_cli import formats
 from noisytune_cli.commands.perturb import Request, perturb
@@ -24,6 +25,7 @@ BUILD: dict[str, Callable[[Tensors], bytes]] = {
     "safetensors": lambda tensors: safetensors_bytes(
         tensors, {"format": "pt", "note": "kept"}, pad=13, order="reversed"
     ),
+    "torch": torch_bytes,
 }
 
 FLOAT = weights("F32", 13, 5)

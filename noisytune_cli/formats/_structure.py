@@ -1,0 +1,115 @@
+"""Which tensors of a pickle are the model's weights, and what they are called.
+
+A state dict is a dictionary that holds tensors under names. It may be the whole file, or lie in it: as
+`state_dict` or `model`, in a Lightning checkpoint, beside an optimizer's state. Optimizers are known by their
+shape (`state` and `param_groups`), other training state by its name; all of it is carried over unchanged.
+
+A tensor is called by its key in the state dict, so that the same weights have the same names whatever is
+around them; where two state dicts have a key in common, by the whole path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from noisytune_cli.formats._pickle import PickleFault
+from noisytune_cli.formats._tensors import StoredTensor
+
+#: Deeper than any training loop nests its checkpoints.
+_MAX_DEPTH = 16
+
+#: Entries of all dictionaries looked at, one that lies in two places counted twice.
+_MAX_ITEMS = 1_000_000
+
+#: Where a training checkpoint keeps its model: beside such a key, loose tensors are no weights.
+_MODELS = re.compile(r"(model_)?state(_dict)?|(model|net|network|module|params)(_ema|_state(_dict)?)?")
+
+#: What else it keeps: never descended into.
+_TRAINING = re.compile(
+    r".*optim.*|.*sched.*|.*scal(er|ing).*|.*rng.*|callbacks|loops|.*sampler.*|criterion|(train_)?(loss|losses)"
+)
+
+_NOT_A_STATE_DICT = "Save the model's state dict: torch.save(model.state_dict(), FILE)"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A tensor of a state dict: the dictionaries on the way to it, and its key in the innermost."""
+
+    path: tuple[str, ...]
+    key: str
+    tensor: StoredTensor
+
+    @property
+    def full_name(self) -> str:
+        return ".".join((*self.path, self.key))
+
+
+def find_weights(root: object) -> list[tuple[str, StoredTensor]]:
+    """Return name and tensor of every weight in what was unpickled, in its order; raises PickleFault."""
+    if isinstance(root, StoredTensor):
+        raise PickleFault("it holds one tensor without a name, not a state dict", _NOT_A_STATE_DICT)
+    if type(root) is not dict:
+        kind = "a list" if type(root) in (list, tuple) else "no dictionary"
+        raise PickleFault(f"at its top level is {kind}, not a state dict", _NOT_A_STATE_DICT)
+    if _is_optimizer(root):
+        raise PickleFault(
+            "it is an optimizer's state, not a model's", "Name the file with the model's weights"
+        )
+    found = list(_Search().walk(root, (), frozenset()))
+    names = [item.key for item in found]
+    if len(set(names)) < len(names):
+        names = [item.full_name for item in found]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise PickleFault(f"two of its tensors have the name {twice[0]}")
+    for name in names:
+        _check_name(name)
+    return [(name, item.tensor) for name, item in zip(names, found, strict=True)]
+
+
+class _Search:
+    """A walk through nested dictionaries that ends, however often they hold each other."""
+
+    def __init__(self) -> None:
+        self._left = _MAX_ITEMS
+
+    def walk(
+        self, mapping: Mapping[object, object], path: tuple[str, ...], above: frozenset[int]
+    ) -> Iterator[_Found]:
+        """Yield the weights in a dictionary and those below it."""
+        self._left -= 1 + len(mapping)
+        if len(path) > _MAX_DEPTH or id(mapping) in above or self._left < 0:
+            raise PickleFault("its dictionaries are nested too deep")
+        above |= {id(mapping)}
+        below = {
+            key: list(self.walk(value, (*path, key), above))
+            for key, value in mapping.items()
+            if type(key) is str and type(value) is dict and not _is_training_state(key, value)
+        }
+        in_training = any(found and _MODELS.fullmatch(key) for key, found in below.items())
+        for key, value in mapping.items():
+            if type(key) is not str:
+                continue
+            if isinstance(value, StoredTensor) and not in_training:
+                yield _Found(path, key, value)
+            elif key in below:
+                yield from below[key]
+
+
+def _is_training_state(key: str, value: Mapping[object, object]) -> bool:
+    return _TRAINING.fullmatch(key) is not None or _is_optimizer(value)
+
+
+def _is_optimizer(mapping: Mapping[object, object]) -> bool:
+    return "state" in mapping and "param_groups" in mapping
+
+
+def _check_name(name: str) -> None:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise PickleFault("a tensor's name holds half of a surrogate pair") from None
