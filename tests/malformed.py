@@ -238,7 +238,7 @@ STRICTER = (
     Case("a leading space", headed(" " + HEADER), ("brace",), lax=True),
     Case("a leading line break", headed("\n" + HEADER), ("brace",), lax=True),
     Case("a positional entry", headed('{"a":["F32",[4],[0,16]]}'), ("not an object",), "a", lax=True),
-    Case("1.5 million empty tensors", lambda: crowd(1_500_000), ("200,000 entries",), lax=None),
+    Case("1.5 million empty tensors", lambda: crowd(1_500_000), ("header has", "limit"), lax=None),
 )
 
 ODD = (
