@@ -18,6 +18,7 @@ from noisytune_cli.checkpoint import Checkpoint
 from noisytune_cli.errors import OutputUnsafe, ResourceExhausted, unwritable
 from noisytune_cli.layout import MANIFEST_SUFFIX
 from noisytune_cli.publish import exists
+from noisytune_cli.staging import remains
 
 #: A repository's folder in the hub's cache.
 _CACHED_REPOSITORY = re.compile(r"(?:models|datasets|spaces)--.")
@@ -98,7 +99,7 @@ def _check_kind(output: Path, single_file: bool, overwrite: bool) -> None:
     if stat.S_ISDIR(mode):
         if single_file:
             raise _unsafe(output, "it is a directory; -o DIR/ writes a file inside one")
-        if not overwrite and os.listdir(output) and not _holds_only_staging(output):
+        if not overwrite and not remains(output, output).issuperset(os.listdir(output)):
             raise exists(output)
         if overwrite and os.path.ismount(output):
             raise _unsafe(output, "it is a mount point, which cannot be replaced")
@@ -108,12 +109,6 @@ def _check_kind(output: Path, single_file: bool, overwrite: bool) -> None:
         raise exists(output)
     elif not single_file:
         raise _unsafe(output, "it is a file; a directory is to be written")
-
-
-def _holds_only_staging(output: Path) -> bool:
-    from noisytune_cli.staging import prefix_for
-
-    return all(name.startswith(prefix_for(output)) for name in os.listdir(output))
 
 
 def _protected(source: Checkpoint) -> set[tuple[int, int]]:

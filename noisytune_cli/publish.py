@@ -26,6 +26,7 @@ from noisytune_cli import signals, staging, system
 from noisytune_cli.errors import NoisytuneError, OutputUnsafe, unreadable, unwritable
 from noisytune_cli.layout import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.reading import open_regular
+from noisytune_cli.staging import sync_directory
 
 _CHUNK = 1 << 20
 
@@ -59,6 +60,9 @@ class Publication:
                 self._in_place = self._directory and self.output.is_dir() and not self._overwrite
                 place = self.output if self._in_place else self.output.parent
                 self.cleared = staging.clear_dead(place, self.output)
+                if self._in_place and os.access(self.output.parent, os.W_OK):
+                    # A run that makes the directory where there is no RENAME_NOREPLACE has its staging there.
+                    self.cleared += staging.clear_dead(self.output.parent, self.output)
                 if self._in_place:
                     self._require_empty()
                 self._stage, self._lock = staging.create(place, self.output)
@@ -114,9 +118,9 @@ class Publication:
         with signals.deferred():
             try:
                 for folder, _, _ in os.walk(self._stage, topdown=False):
-                    _sync_directory(Path(folder))
+                    sync_directory(Path(folder))
                 for parent in self._made_parents:
-                    _sync_directory(parent.parent)
+                    sync_directory(parent.parent)
                 if not self._directory:
                     self._publish_file(self._stage, name)
                 elif self._in_place:
@@ -139,7 +143,7 @@ class Publication:
             else:
                 _rename_directory(stage, self.output)
                 undo.callback(os.rename, self.output, stage)
-            _sync_directory(self.output.parent)
+            sync_directory(self.output.parent)
             undo.pop_all()
 
     def _publish_file(self, stage: Path, manifest: str) -> None:
@@ -151,7 +155,7 @@ class Publication:
             if self._overwrite and os.path.lexists(self.output):
                 _swap(stage / weights, self.output)
                 undo.callback(_swap, stage / weights, self.output)
-                _sync_directory(place)
+                sync_directory(place)
             else:
                 self._move(stage / weights, self.output, undo)
             self._move(stage / manifest, place / manifest, undo)
@@ -160,11 +164,12 @@ class Publication:
     def _fill_in_place(self, stage: Path) -> None:
         """Move everything out of the staging directory into the one it lies in, the manifest last."""
         names = [name for name in sorted(os.listdir(stage)) if name != MANIFEST]
+        staging.announce_moves(stage, names)
         with ExitStack() as undo:
             for name in names:
                 _rename_any(stage / name, self.output / name)
                 undo.callback(os.rename, self.output / name, stage / name)
-            _sync_directory(self.output)
+            sync_directory(self.output)
             self._move(stage / MANIFEST, self.output / MANIFEST, undo)
             undo.pop_all()
 
@@ -172,7 +177,7 @@ class Publication:
         """Rename a file into, or out of, the output's folder, durably."""
         _rename_file(source, target)
         undo.callback(os.rename, target, source)
-        _sync_directory(self.output if self._in_place else self.output.parent)
+        sync_directory(self.output if self._in_place else self.output.parent)
 
     def _require_empty(self) -> None:
         try:
@@ -216,7 +221,8 @@ class Publication:
             shutil.rmtree(self._stage, ignore_errors=True)
             self._stage = None
         if self._lock is not None:
-            os.close(self._lock)
+            with contextlib.suppress(OSError):  # the lock is released all the same
+                os.close(self._lock)
             self._lock = None
         for folder in reversed(self._made_parents):
             with contextlib.suppress(OSError):
@@ -279,11 +285,3 @@ def _swap(first: Path, second: Path) -> None:
             undo.callback(os.rename, second, first)
             os.rename(aside, first)
             undo.pop_all()
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -4,6 +4,9 @@ It is a hidden sibling of the output (or lies in it, where the output is an exis
 publishing is a rename on one file system. Its name tells which output it belongs to, and it is locked
 (flock) while its run lives: a later run to the same output that can take the lock knows it for dead,
 removes it and says so; one that cannot, refuses to start.
+
+What is moved out of a staging directory that lies in its output is announced in it first, so that a later
+run knows what a killed one had moved, and removes that too.
 """
 
 from __future__ import annotations
@@ -12,17 +15,27 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import secrets
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from noisytune_cli.errors import OutputUnsafe, unwritable
+from noisytune_cli.layout import MANIFEST
 
 #: What every staging directory's name begins with.
 PREFIX = ".noisytune-"
 
+#: In a staging directory: the names about to be moved out of it.
+_MOVES = f"{PREFIX}moves"
+
 _IN_USE = {errno.EWOULDBLOCK, errno.EACCES}
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
+
+#: How often to try another name before giving up.
+_ATTEMPTS = 100
 
 
 def prefix_for(output: Path) -> str:
@@ -31,26 +44,59 @@ def prefix_for(output: Path) -> str:
 
 
 def create(place: Path, output: Path) -> tuple[Path, int]:
-    """Make and lock a staging directory in `place`; return it and the descriptor that holds the lock."""
-    while True:
+    """Make and lock a staging directory in `place`; return it and the descriptor that holds the lock.
+
+    A name may be taken, or taken for dead by another run before it is locked; then another is tried, a few
+    times.
+    """
+    for _ in range(_ATTEMPTS):
         path = place / (prefix_for(output) + secrets.token_hex(4))
+        fd = None
         try:
             os.mkdir(path, 0o777)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise unwritable(error, place) from error
-        try:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue  # taken for dead between the two calls; nothing was in it
+            if _lock(fd) and _is(path, fd):
+                return path, fd
+            os.close(fd)  # another run is just removing it
+        except (FileExistsError, FileNotFoundError):
+            continue
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.rmdir(path)
+            if fd is not None:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
             raise unwritable(error, place) from error
-        if _lock(fd) and _is(path, fd):
-            return path, fd
-        os.close(fd)  # another run is just removing it
+    raise OutputUnsafe(
+        "the output is in use",
+        path=output,
+        why=f"another run removed or locked each of {_ATTEMPTS} staging directories at once",
+        next_step="Wait until no other run writes there, or choose another output with -o",
+    )
+
+
+def announce_moves(stage: Path, names: Sequence[str]) -> None:
+    """Write down, durably, which names will be moved from `stage` into the directory it lies in."""
+    with open(stage / _MOVES, "x", encoding="ascii") as file:
+        json.dump(names, file)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_directory(stage)
+
+
+def remains(place: Path, output: Path) -> set[str]:
+    """Return the names in `place` that are there only because a run to this output goes on or was killed."""
+    stages = {name for name in os.listdir(place) if name.startswith(prefix_for(output))}
+    return stages.union(*(_moved(place / stage) for stage in stages))
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory: the names in it are durable then."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def clear_dead(place: Path, output: Path) -> tuple[str, ...]:
@@ -83,6 +129,12 @@ def _remove_dead(path: Path, output: Path) -> None:
                 why=f"another run is writing it (in {path.name})",
                 next_step="Wait for that run to end, or choose another output with -o",
             )
+        for name in _moved(path):
+            moved = path.parent / name
+            if moved.is_dir() and not moved.is_symlink():
+                shutil.rmtree(moved)
+            else:
+                moved.unlink()
         shutil.rmtree(path)
     except FileNotFoundError:
         pass
@@ -92,16 +144,44 @@ def _remove_dead(path: Path, output: Path) -> None:
         os.close(fd)
 
 
+def _moved(stage: Path) -> list[str]:
+    """Return the names that an unfinished run had moved out of `stage`."""
+    try:
+        names = json.loads((stage / _MOVES).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return []  # nothing is moved before the announcement is whole
+    if not (stage / MANIFEST).exists():
+        return []  # the manifest is moved last, so the output is complete
+    return [
+        name
+        for name in names
+        if os.path.basename(name) == name not in ("", ".", "..")
+        and _is_from(stage / name, stage.parent / name)
+    ]
+
+
+def _is_from(source: Path, target: Path) -> bool:
+    """Tell whether `target` is what a move of `source` makes, finished or not, and nobody else's."""
+    if not os.path.lexists(target):
+        return False
+    if not os.path.lexists(source):
+        return True
+    # Without RENAME_NOREPLACE a file has both names for a moment, and a directory's name is claimed first.
+    return os.path.samefile(source, target) or (target.is_dir() and not os.listdir(target))
+
+
 def _lock(fd: int) -> bool:
-    """Take the lock of a directory; False where its owner lives."""
+    """Take the lock of a directory; False where its owner lives, OSError where nobody can tell."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _IN_USE:
             return False
+        if error.errno not in _NO_LOCKS:
+            raise
         # A file system without locks: our own directory is safe by its random name, and another's is
         # taken for alive, which loses nothing.
-        return error.errno in {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS} and not os.listdir(fd)
+        return not os.listdir(fd)
     return True
 
 

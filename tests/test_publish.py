@@ -131,18 +131,23 @@ def test_publishes(kind: Kind, file_system: str, tmp_path: Path) -> None:
     assert files(root) == kind.after
 
 
+def eio() -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
 @dataclass
 class Fault:
-    """The `step`-th system call that can fail does."""
+    """At the `step`-th system call that can fail something happens: by default, it fails."""
 
     step: int
+    action: Callable[[], None] = eio
     calls: int = 0
 
     def wrap(self, real: Callable[..., object]) -> Callable[..., object]:
         def call(*arguments: object, **keywords: object) -> object:
             self.calls += 1
             if self.calls == self.step:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
+                self.action()
             return real(*arguments, **keywords)
 
         return call
@@ -157,7 +162,10 @@ class Fault:
             yield
 
 
-def test_a_failure_at_any_step_changes_nothing(kind: Kind, file_system: str, tmp_path: Path) -> None:
+def test_a_failure_at_any_step_changes_nothing(
+    kind: Kind, file_system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
     for step in count(1):
         root = tmp_path / str(step)
         kind.prepare(root)
@@ -182,6 +190,48 @@ def failure(publish: Callable[[], object]) -> str | None:
     except ResourceExhausted as error:
         return str(error)
     return None
+
+
+def kill_at_any_step(root: Path, flags: bool) -> None:
+    """Kill runs of every kind at every step; what is left, and what a second run makes, must be whole."""
+    os.fsync = lambda fd: None  # what a kill leaves does not depend on it, and it takes its time
+    if not flags:
+        system.rename_without_replacing = system.exchange = refuse
+    for number, (name, kind) in enumerate(KINDS.items()):
+        for step in count(1):
+            place = root / f"{number}-{step}"
+            kind.prepare(place)
+            child = os.fork()
+            if child == 0:
+                with Fault(step, action=lambda: os._exit(9)).installed():
+                    kind.publish(place)
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            left = files(place)
+            manifest = next(n for n in kind.after if n.endswith("noisytune.json"))
+            if left.get(manifest) == b"manifest":
+                assert left.items() >= kind.after.items(), f"{name}, call {step}: complete, it says"
+            elif not kind.directory and not kind.overwrite and kind.output in left:
+                assert left[kind.output] == b"weights", f"{name}, call {step}: unverified, but whole"
+            else:
+                kind.publish(place)
+                assert files(place) == kind.after, f"{name}, call {step}: run again"
+            if status == 0:
+                break
+
+
+@pytest.mark.parametrize("flags", [True, False], ids=["renameat2", "no flags"])
+def test_a_run_killed_at_any_step_can_be_repeated(flags: bool, tmp_path: Path) -> None:
+    # In a process of its own, which has one thread and so may fork.
+    script = "import sys, test_publish, pathlib; test_publish.kill_at_any_step(pathlib.Path(sys.argv[1]), {})"
+    done = subprocess.run(
+        [sys.executable, "-c", script.format(flags), str(tmp_path)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_everything_is_flushed_before_success(
@@ -295,13 +345,13 @@ def test_a_signal_while_the_staging_is_made_leaves_nothing(
 def test_a_signal_while_publishing_waits(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "root"
     kind.prepare(root)
-    sync = publish_module._sync_directory
+    sync = publish_module.sync_directory
 
     def sync_and_stop(path: Path) -> None:
         signals._stop(signal.SIGINT, None)
         sync(path)
 
-    monkeypatch.setattr(publish_module, "_sync_directory", sync_and_stop)
+    monkeypatch.setattr(publish_module, "sync_directory", sync_and_stop)
     with pytest.raises(Stopped):
         kind.publish(root)
     assert files(root) == kind.after
