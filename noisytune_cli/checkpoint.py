@@ -26,10 +26,10 @@ from noisytune_cli.folder import list_folder
 from noisytune_cli.formats import Source, open_source
 from noisytune_cli.index import ShardIndex, check_present, check_tensors, read_index
 from noisytune_cli.layout import (
-    INDEX_SUFFIX,
+    INDEX_SUFFIXES,
     MANIFEST,
     MANIFEST_SUFFIX,
-    WEIGHTS_SUFFIX,
+    OTHER_WEIGHTS,
     Listing,
     arrange,
     choose_weights,
@@ -176,7 +176,7 @@ def _open_folder(
     config = read_config(config_path)
     if config is not None and check_config is not None:
         check_config(config, os.fspath(config_path))
-    index = read_index(root, chosen) if chosen.endswith(INDEX_SUFFIX) else None
+    index = read_index(root, chosen) if chosen.endswith(INDEX_SUFFIXES) else None
     files = (chosen,) if index is None else index.shards
     if index is not None:
         check_present(index, {*listing.files, *listing.special}, os.fspath(root))
@@ -216,7 +216,7 @@ def _open_folder(
 def _open_file(
     path: Path, name: str, commit: str | None, mmap: bool, check_config: ConfigCheck | None
 ) -> Checkpoint:
-    if path.name.endswith(INDEX_SUFFIX):
+    if path.name.endswith(INDEX_SUFFIXES):
         raise InputInvalid(
             "cannot read the checkpoint",
             path=path,
@@ -251,9 +251,8 @@ def _open_file(
 
 
 def _strays(index: ShardIndex, left_out: list[tuple[str, str]]) -> list[str]:
-    home = posixpath.dirname(index.name)
     return [
         f"{name} is not listed in {index.name} and is left out"
-        for name, _ in left_out
-        if name.endswith(WEIGHTS_SUFFIX) and posixpath.dirname(name) == home
+        for name, why in left_out
+        if why == OTHER_WEIGHTS and not name.endswith(".json")
     ]

@@ -28,7 +28,7 @@ from noisytune_cli.folder import list_folder
 from noisytune_cli.hub_errors import CANNOT_FETCH, mapped_errors
 from noisytune_cli.index import check_present, read_index
 from noisytune_cli.layout import (
-    INDEX_SUFFIX,
+    INDEX_SUFFIXES,
     Listing,
     arrange,
     choose_weights,
@@ -76,7 +76,7 @@ def download(
     """Fetch what is needed of a repository (from the cache what is there) and return where it lies.
 
     `weights` names the weights as --weights does; `check_config` may refuse the config before any weights are
-    fetched. Raises HubError for the hub and the network, InputInvalid for a repository without safetensors.
+    fetched. Raises HubError for the hub and the network, InputInvalid for a repository without weights.
     """
     with mapped_errors(repo_id, revision), _silenced(quiet):
         commit = _resolve(repo_id, revision)
@@ -93,7 +93,7 @@ def download(
         check_config(config, f"{repo_id}/{config_name}")
 
     files: tuple[str, ...] = (chosen,)
-    if chosen.endswith(INDEX_SUFFIX):
+    if chosen.endswith(INDEX_SUFFIXES):
         with mapped_errors(repo_id, revision), _silenced(quiet):
             _fetch(repo_id, commit, [chosen])
         _check_sizes(root, sizes, [chosen])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.formats import Source
-from noisytune_cli.layout import WEIGHTS_SUFFIX, is_plain_name
+from noisytune_cli.layout import is_plain_name
 from noisytune_cli.reading import read_json
 
 #: The index of the largest open models (100,000 tensors) is about 10 MB.
@@ -91,9 +91,17 @@ def check_tensors(index: ShardIndex, sources: Sequence[Source]) -> list[str]:
             where = "nowhere" if elsewhere is None else f"in {elsewhere}"
             raise _disagree(source.path, tensor, f"the shard holds the tensor, {index.name} lists it {where}")
     total = sum(tensor.nbytes for source in sources for tensor in source.tensors)
-    if index.total_size is not None and index.total_size != total:
+    # Of names that are stored as one, writers count every name or only one.
+    stored = total - sum(_repeated_bytes(source) for source in sources)
+    if index.total_size is not None and index.total_size not in (total, stored):
         return [f"{index.name}: total_size is {index.total_size}, the shards hold {total}"]
     return []
+
+
+def _repeated_bytes(source: Source) -> int:
+    """Return how many bytes of the source's tensors are counted again under another name."""
+    nbytes = {tensor.name: tensor.nbytes for tensor in source.tensors}
+    return sum(nbytes[name] for names in source.ties for name in names[1:])
 
 
 def _check_shard_name(path: Path, tensor: str, shard: object) -> None:
@@ -101,8 +109,10 @@ def _check_shard_name(path: Path, tensor: str, shard: object) -> None:
         raise _invalid(path, "the shard's name is not a string", tensor)
     if not is_plain_name(shard):
         raise _invalid(path, f"the shard's name '{shard}' is no plain name inside the folder", tensor)
-    if not shard.endswith(WEIGHTS_SUFFIX):
-        raise _invalid(path, f"the shard '{shard}' is no *{WEIGHTS_SUFFIX} file", tensor)
+    suffix = path.name.removesuffix(".index.json")
+    suffix = suffix[suffix.rindex(".") :]
+    if not shard.endswith(suffix):
+        raise _invalid(path, f"the shard '{shard}' is no *{suffix} file", tensor)
 
 
 def _invalid(path: Path, why: str, tensor: str | None = None) -> InputInvalid:

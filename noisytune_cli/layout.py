@@ -2,7 +2,7 @@
 
 One idea: everything is decided from names, so a folder on disk and a repository on the hub, of which
 nothing has been fetched yet, get the same answer. The folder that holds the chosen weights is their home;
-only there can another file be a twin of them. Safetensors and pickles in other folders are other modules
+only there can another file be a twin of them. Weights in other folders are other modules
 (sentence-transformers' `2_Dense/`) and are copied; exports (ONNX, GGUF…) and trainer state are left out
 wherever they lie. Every file that is left out is named, with the reason.
 """
@@ -21,11 +21,24 @@ from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError
 MANIFEST = "noisytune.json"
 MANIFEST_SUFFIX = ".noisytune.json"
 
-WEIGHTS_SUFFIX = ".safetensors"
-INDEX_SUFFIX = ".safetensors.index.json"
+#: What the names of weight files end in: safetensors, which is taken where there is a choice, and pickles.
+SAFETENSORS_SUFFIX = ".safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".th", ".ckpt")
+WEIGHTS_SUFFIXES = (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES)
+
+#: What the name of an index ends in, and the shards' names with it.
+INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+
+#: Why weights that were not chosen are left out.
+OTHER_WEIGHTS = "other weights than those chosen (--weights chooses)"
 
 #: Weight files that are chosen by name, the first that is there.
-_DEFAULT_WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
+_DEFAULT_WEIGHTS = (
+    "model.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_model.bin",
+    "adapter_model.bin",
+)
 
 #: Folders that are left out whole.
 _FOLDERS_LEFT_OUT = (
@@ -60,10 +73,10 @@ _EXPORTS = (
 
 #: The weights as a pickle, in the weights' home only.
 _PICKLES = ("pytorch_model*.bin", "pytorch_model*.bin.index*.json", "*.ckpt")
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".th", ".pkl", ".ckpt", ".bin.index.json")
+_TWIN_SUFFIXES = (*PICKLE_SUFFIXES, ".pkl", ".bin.index.json")
 _PICKLE_STEMS = ("model", "pytorch_model", "adapter_model", "diffusion_pytorch_model", "consolidated")
 
-_SHARD = re.compile(r"-(\d{3,})-of-(\d{3,})\.safetensors$")
+_SHARD = re.compile(r"-(\d{3,})-of-(\d{3,})\.(?:safetensors|bin)$")
 
 
 @dataclass(frozen=True)
@@ -108,34 +121,45 @@ def choose_weights(listing: Listing, requested: str | None, where: str) -> str:
     """Return the name of the index, or of the only weight file, that holds the weights.
 
     `requested` is what --weights names; `where` is the folder or hub id, for the error. Raises
-    InputInvalid when there is no safetensors file, or no telling which.
+    InputInvalid when there are no weights, or no telling which.
     """
     names = {*listing.files, *listing.special}
     if requested is not None:
         return _check_requested(requested, names, where)
-    root = sorted(name for name in names if "/" not in name)
-    indexes = [name for name in root if name.endswith(INDEX_SUFFIX)]
+    root = sorted(name for name in names if "/" not in name and not _is_no_model(name))
+    for index_suffix, suffixes in zip(INDEX_SUFFIXES, ((SAFETENSORS_SUFFIX,), PICKLE_SUFFIXES), strict=True):
+        if chosen := _choose_among(root, index_suffix, suffixes, where):
+            return chosen
+    for suffixes in ((SAFETENSORS_SUFFIX, INDEX_SUFFIXES[0]), (*PICKLE_SUFFIXES, INDEX_SUFFIXES[1])):
+        elsewhere = sorted(name for name in names if name.endswith(suffixes) and not _is_no_model(name))
+        if elsewhere:
+            raise _ambiguous(elsewhere, where)
+    raise _no_weights(names, where)
+
+
+def _choose_among(root: list[str], index_suffix: str, suffixes: tuple[str, ...], where: str) -> str | None:
+    """Return the weights that end in `suffixes` among the names in the root folder; None if none do."""
+    indexes = [name for name in root if name.endswith(index_suffix)]
     if len(indexes) == 1:
         return indexes[0]
     if len(indexes) > 1:
         raise _ambiguous(indexes, where)
     for name in _DEFAULT_WEIGHTS:
-        if name in names:
+        if name in root and name.endswith(suffixes):
             return name
-    files = [name for name in root if name.endswith(WEIGHTS_SUFFIX)]
+    files = [name for name in root if name.endswith(suffixes)]
     if len(files) == 1 and not _is_one_of_many(files[0]):
         return files[0]
     if files and all(_SHARD.search(name) for name in files):
         raise InputInvalid(
             "cannot read the checkpoint",
             path=where,
-            why=f"it has shards ({_enumerate(files)}) but no index (*{INDEX_SUFFIX})",
+            why=f"it has shards ({_enumerate(files)}) but no index (*{index_suffix})",
             next_step="Fetch the index too, or name one shard with --weights",
         )
-    elsewhere = sorted(name for name in names if name.endswith((WEIGHTS_SUFFIX, INDEX_SUFFIX)))
-    if elsewhere:
-        raise _ambiguous(files or elsewhere, where)
-    raise _no_safetensors(names, where)
+    if files:
+        raise _ambiguous(files, where)
+    return None
 
 
 def arrange(
@@ -146,13 +170,12 @@ def arrange(
     `chosen` is what `choose_weights` returned; when it is an index it is among the files to copy.
     """
     home = posixpath.dirname(chosen)
-    stem = posixpath.basename(chosen).removesuffix(INDEX_SUFFIX).removesuffix(WEIGHTS_SUFFIX)
     others: list[str] = []
     left_out = [*listing.special.items(), *listing.folders.items()]
     for name in listing.files:
         if name in weights:
             continue
-        why = None if name == chosen else _why_left_out(name, home, stem)
+        why = None if name == chosen else _why_left_out(name, home, posixpath.basename(chosen))
         if why is None:
             others.append(name)
         else:
@@ -178,19 +201,19 @@ def _check_requested(requested: str, names: Collection[str], where: str) -> str:
             "no such weights",
             path=f"{where}/{name}",
             why="the checkpoint has no file of this name",
-            next_step=f"Choose from {_enumerate(sorted(n for n in names if n.endswith(WEIGHTS_SUFFIX)))}",
+            next_step=f"Choose from {_enumerate(sorted(n for n in names if n.endswith(WEIGHTS_SUFFIXES)))}",
         )
-    if not name.endswith((WEIGHTS_SUFFIX, INDEX_SUFFIX)):
+    if not name.endswith((*WEIGHTS_SUFFIXES, *INDEX_SUFFIXES)):
         raise InputInvalid(
             "cannot read the checkpoint",
             path=f"{where}/{name}",
-            why="--weights names neither a safetensors file nor a safetensors index",
-            next_step=f"Name a *{WEIGHTS_SUFFIX} or a *{INDEX_SUFFIX}; this version reads safetensors",
+            why="--weights names neither safetensors or PyTorch weights nor an index of them",
+            next_step=f"Name a file that ends in {', '.join((*WEIGHTS_SUFFIXES, *INDEX_SUFFIXES))}",
         )
     return name
 
 
-def _why_left_out(name: str, home: str, stem: str) -> str | None:
+def _why_left_out(name: str, home: str, chosen: str) -> str | None:
     base = posixpath.basename(name)
     at_home = posixpath.dirname(name) == home
     if "/" not in name and _is_manifest(base):
@@ -201,11 +224,24 @@ def _why_left_out(name: str, home: str, stem: str) -> str | None:
         return "optimizer and trainer state"
     if label := _export_format(base):
         return f"the weights in another format ({label})"
-    if at_home and _is_pickled_twin(base, stem):
-        return "the weights in another format (PyTorch)"
-    if at_home and (base.endswith(WEIGHTS_SUFFIX) or fnmatchcase(base, "*.safetensors.index*.json")):
-        return "other weights than those chosen (--weights chooses)"
+    in_safetensors = chosen.endswith((SAFETENSORS_SUFFIX, INDEX_SUFFIXES[0]))
+    if at_home and _is_pickled_twin(base, _stem(chosen)):
+        return "the weights in another format (PyTorch)" if in_safetensors else OTHER_WEIGHTS
+    if at_home and (base.endswith(SAFETENSORS_SUFFIX) or fnmatchcase(base, "*.safetensors.index*.json")):
+        return OTHER_WEIGHTS if in_safetensors else "the weights in another format (safetensors)"
     return None
+
+
+def _stem(chosen: str) -> str:
+    """Return the name of the weights or their index without what it ends in."""
+    suffix = next(s for s in (*INDEX_SUFFIXES, *WEIGHTS_SUFFIXES) if chosen.endswith(s))
+    return chosen.removesuffix(suffix)
+
+
+def _is_no_model(name: str) -> bool:
+    """Tell whether a file that is named like weights is something else, such as an optimizer's state."""
+    base = posixpath.basename(name)
+    return _matches(base, _TRAINER_STATE) or _export_format(base) is not None
 
 
 def _is_manifest(base: str) -> bool:
@@ -219,7 +255,7 @@ def _export_format(base: str) -> str | None:
 def _is_pickled_twin(base: str, stem: str) -> bool:
     if _matches(base, _PICKLES):
         return True
-    return any(base == name + suffix for name in (*_PICKLE_STEMS, stem) for suffix in _PICKLE_SUFFIXES)
+    return any(base == name + suffix for name in (*_PICKLE_STEMS, stem) for suffix in _TWIN_SUFFIXES)
 
 
 def _matches(base: str, patterns: Iterable[str]) -> bool:
@@ -240,18 +276,16 @@ def _ambiguous(candidates: list[str], where: str) -> InputInvalid:
     )
 
 
-def _no_safetensors(names: Collection[str], where: str) -> InputInvalid:
+def _no_weights(names: Collection[str], where: str) -> InputInvalid:
     bases = [posixpath.basename(name) for name in names]
     found = {label for base in bases if (label := _export_format(base))}
-    if any(base.endswith(_PICKLE_SUFFIXES) and not _matches(base, _TRAINER_STATE) for base in bases):
-        found.add("PyTorch pickles")
     return InputInvalid(
         "cannot read the checkpoint",
         path=where,
-        why=f"it has no safetensors weights, only {', '.join(sorted(found))}"
+        why=f"it has no safetensors or PyTorch weights, only {', '.join(sorted(found))}"
         if found
         else "it has no weights",
-        next_step="This version reads safetensors; save the model with save_pretrained to convert it"
+        next_step="Save the model with save_pretrained to convert it"
         if found
         else "Give a folder or a hub id that holds *.safetensors files",
     )

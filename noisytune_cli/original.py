@@ -15,7 +15,7 @@ from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.differences import Difference, compare_header, mismatch
 from noisytune_cli.errors import InputInvalid, Mismatch, UsageError
 from noisytune_cli.formats import Source
-from noisytune_cli.layout import INDEX_SUFFIX
+from noisytune_cli.layout import INDEX_SUFFIXES
 from noisytune_cli.manifest_reader import RecordedManifest
 from noisytune_cli.records import Manifest, TensorSpec
 
@@ -99,7 +99,9 @@ def _weights(recorded: RecordedManifest) -> str:
     names = [file.name for file in manifest.source.files]
     home = posixpath.dirname(names[0])
     indexes = [
-        name for name, _ in manifest.copied if name.endswith(INDEX_SUFFIX) and posixpath.dirname(name) == home
+        name
+        for name, _ in manifest.copied
+        if name.endswith(INDEX_SUFFIXES) and posixpath.dirname(name) == home
     ]
     if len(indexes) == 1:
         return indexes[0]

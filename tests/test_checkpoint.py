@@ -332,12 +332,13 @@ def test_weights_cannot_leave_the_folder(tmp_path: Path, weights: str) -> None:
         open_checkpoint(str(tmp_path / "in"), weights=weights)
 
 
-def test_weights_that_are_not_there_or_not_safetensors(tmp_path: Path) -> None:
+def test_weights_that_are_not_there_or_no_weights(tmp_path: Path) -> None:
     path = save(tmp_path / "model.safetensors", "a")
-    write(tmp_path, "model.bin")
+    write(tmp_path, "model.onnx", "model.bin")
     with pytest.raises(InputUnreadable):
         open_checkpoint(str(tmp_path), weights="nothing.safetensors")
-    assert "safetensors" in refused(tmp_path, weights="model.bin")
+    assert "neither safetensors or PyTorch weights" in refused(tmp_path, weights="model.onnx")
+    assert "not a valid PyTorch checkpoint" in refused(tmp_path, weights="model.bin")
     with pytest.raises(UsageError):
         open_checkpoint(str(path), weights="model.safetensors")
 
@@ -354,7 +355,7 @@ def test_weights_that_are_not_there_or_not_safetensors(tmp_path: Path) -> None:
         ("README.md", "no weights"),
     ],
 )
-def test_a_folder_without_safetensors_says_what_it_has(tmp_path: Path, name: str, says: str) -> None:
+def test_a_folder_without_weights_says_what_it_has(tmp_path: Path, name: str, says: str) -> None:
     write(tmp_path, name, "optimizer.pt")
     assert says in refused(tmp_path)
 

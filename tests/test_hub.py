@@ -257,12 +257,11 @@ def test_no_hub_at_all(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "connection failed" in str(fails("plain"))
 
 
-def test_a_repository_without_safetensors_is_refused_before_any_weights(hub: Hub) -> None:
-    del (
-        hub.repositories["plain"].files["model.safetensors"],
-        hub.repositories["plain"].files["2_Dense/model.safetensors"],
-    )
-    with pytest.raises(InputInvalid, match=r"no safetensors.*ONNX.*PyTorch pickles.*TensorFlow"):
+def test_a_repository_without_weights_is_refused_before_any_download(hub: Hub) -> None:
+    files = hub.repositories["plain"].files
+    for name in ("model.safetensors", "2_Dense/model.safetensors", "pytorch_model.bin"):
+        del files[name]
+    with pytest.raises(InputInvalid, match=r"no safetensors or PyTorch weights, only.*ONNX.*TensorFlow"):
         open_checkpoint("plain")
     assert hub.fetched() == ["config.json"]
 

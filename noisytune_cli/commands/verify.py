@@ -28,7 +28,7 @@ from noisytune_cli.errors import InputInvalid, InputUnreadable, unreadable
 from noisytune_cli.escape import escape
 from noisytune_cli.folder import list_folder
 from noisytune_cli.formats import Source, open_source
-from noisytune_cli.layout import INDEX_SUFFIX, MANIFEST, MANIFEST_SUFFIX, WEIGHTS_SUFFIX
+from noisytune_cli.layout import INDEX_SUFFIXES, MANIFEST, MANIFEST_SUFFIX, WEIGHTS_SUFFIXES
 from noisytune_cli.manifest_reader import REFORMATTED, RecordedManifest, read_manifest
 from noisytune_cli.original import compare_files, match_files, open_original
 from noisytune_cli.reading import open_regular
@@ -38,7 +38,7 @@ from noisytune_cli.walk import Walk
 _CHUNK = 1 << 20
 
 #: Names of files that a framework might take for the weights.
-_STRAY = (WEIGHTS_SUFFIX, INDEX_SUFFIX, ".bin", ".pt", ".pth", ".ckpt")
+_STRAY = (*WEIGHTS_SUFFIXES, *INDEX_SUFFIXES)
 
 
 @dataclass(frozen=True)
