@@ -16,7 +16,7 @@ demo: $(TESTING) $(MODEL)/model.safetensors
 	$(BIN)/noisytune inspect demo/minilm-noisy --include '*layer.0.*'
 	$(BIN)/python benchmarks/demo.py $(MODEL) demo/minilm-noisy
 
-test: $(TESTING)
+test: $(TESTING) $(MODEL)/model.safetensors
 	$(BIN)/python -m pytest
 
 lint: $(TESTING)
