@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from publications import KINDS, Kind, refuse
+
+from noisytune_cli import system
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,3 +20,17 @@ def data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real checkpoints here (NOISYTUNE_DATA names their folder)")
     return folder
+
+
+@pytest.fixture(params=["renameat2", "no flags"])
+def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A file system that has the flags of renameat2, and one that has not."""
+    if request.param == "no flags":
+        monkeypatch.setattr(system, "rename_without_replacing", refuse)
+        monkeypatch.setattr(system, "exchange", refuse)
+    return str(request.param)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]

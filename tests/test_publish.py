@@ -1,126 +1,22 @@
-"""Publishing: output is absent or whole, whatever fails, whoever else writes, whenever a signal comes."""
+"""Publishing: output is absent or whole, whoever else writes, whenever a signal comes."""
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 import pytest
 from blake3 import blake3
+from publications import BESIDE, KINDS, Kind, files, snapshot, write
 
 from noisytune_cli import publish as publish_module
-from noisytune_cli import signals, staging, system
-from noisytune_cli.errors import InputInvalid, OutputUnsafe, ResourceExhausted, Stopped
+from noisytune_cli import signals, staging
+from noisytune_cli.errors import InputInvalid, OutputUnsafe, Stopped
 from noisytune_cli.publish import Publication
-
-OLD = {"out.safetensors": b"old weights", "out.safetensors.noisytune.json": b"old manifest"}
-
-
-def snapshot(root: Path) -> dict[str, bytes | None]:
-    """Everything below a folder: the content of files, None for folders."""
-    return {
-        os.fspath(path.relative_to(root)): None if path.is_dir() else path.read_bytes()
-        for path in sorted(root.rglob("*"))
-    }
-
-
-def write(root: Path, files: dict[str, bytes]) -> None:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One way to publish: what is there before, where the output goes, and what must be there after."""
-
-    output: str
-    before: dict[str, bytes]
-    after: dict[str, bytes]
-    directory: bool = False
-    overwrite: bool = False
-    empty: bool = False
-
-    def prepare(self, root: Path) -> None:
-        root.mkdir()
-        write(root, self.before)
-        if self.empty:
-            (root / self.output).mkdir()
-        write(root.with_name(f"{root.name}-source"), {c: c.encode() for c in ("weights", "pooling", "zebra")})
-
-    def publish(self, root: Path) -> Path:
-        source = root.with_name(f"{root.name}-source")
-        names = {"weights": "model.safetensors", "pooling": "1_Pooling/config.json", "zebra": "zebra.txt"}
-        if not self.directory:
-            names = {"weights": Path(self.output).name}
-        with Publication(root / self.output, directory=self.directory, overwrite=self.overwrite) as p:
-            for content, name in names.items():
-                p.copy(source / content, name)
-            return p.publish(b"manifest")
-
-
-FILE = {"out.safetensors": b"weights", "out.safetensors.noisytune.json": b"manifest"}
-FOLDER = {
-    "out/1_Pooling/config.json": b"pooling",
-    "out/model.safetensors": b"weights",
-    "out/noisytune.json": b"manifest",
-    "out/zebra.txt": b"zebra",
-}
-BESIDE = {"other": b"beside"}
-KINDS = {
-    "file": Kind("out.safetensors", BESIDE, BESIDE | FILE),
-    "file below missing folders": Kind("a/b/out.safetensors", {}, {f"a/b/{n}": c for n, c in FILE.items()}),
-    "file replaced": Kind("out.safetensors", BESIDE | OLD, BESIDE | FILE, overwrite=True),
-    "file replaced that had no manifest": Kind(
-        "out.safetensors", {"out.safetensors": b"old"}, FILE, overwrite=True
-    ),
-    "manifest replaced that had no file": Kind(
-        "out.safetensors", {"out.safetensors.noisytune.json": b"old"}, FILE, overwrite=True
-    ),
-    "file not there to replace": Kind("out.safetensors", {}, FILE, overwrite=True),
-    "folder": Kind("out", BESIDE, BESIDE | FOLDER, directory=True),
-    "folder below missing folders": Kind(
-        "a/b/out", {}, {f"a/b/{n}": c for n, c in FOLDER.items()}, directory=True
-    ),
-    "folder replaced": Kind(
-        "out", {"out/noisytune.json": b"old", "out/deep/er": b"old"}, FOLDER, directory=True, overwrite=True
-    ),
-    "folder not there to replace": Kind("out", {}, FOLDER, directory=True, overwrite=True),
-    "empty folder": Kind("out", BESIDE, BESIDE | FOLDER, directory=True, empty=True),
-    "empty folder replaced": Kind("out", {}, FOLDER, directory=True, overwrite=True, empty=True),
-}
-
-
-def files(root: Path) -> dict[str, bytes]:
-    return {name: content for name, content in snapshot(root).items() if content is not None}
-
-
-def refuse(*_: object) -> None:
-    raise OSError(errno.EINVAL, "Invalid argument")
-
-
-@pytest.fixture(params=["renameat2", "no flags"])
-def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A file system that has the flags of renameat2, and one that has not."""
-    if request.param == "no flags":
-        monkeypatch.setattr(system, "rename_without_replacing", refuse)
-        monkeypatch.setattr(system, "exchange", refuse)
-    return str(request.param)
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> Kind:
-    return KINDS[request.param]
 
 
 def test_publishes(kind: Kind, file_system: str, tmp_path: Path) -> None:
@@ -129,148 +25,6 @@ def test_publishes(kind: Kind, file_system: str, tmp_path: Path) -> None:
     manifest = kind.publish(root)
     assert manifest.read_bytes() == b"manifest"
     assert files(root) == kind.after
-
-
-def eio() -> None:
-    raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-
-@dataclass
-class Fault:
-    """At the `step`-th system call that can fail something happens: by default, it fails."""
-
-    step: int
-    action: Callable[[], None] = eio
-    calls: int = 0
-
-    def wrap(self, real: Callable[..., object]) -> Callable[..., object]:
-        def call(*arguments: object, **keywords: object) -> object:
-            self.calls += 1
-            if self.calls == self.step:
-                self.action()
-            return real(*arguments, **keywords)
-
-        return call
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("fsync", "rename", "link", "mkdir"):
-                patch.setattr(os, name, self.wrap(getattr(os, name)))
-            for name in ("rename_without_replacing", "exchange"):
-                patch.setattr(system, name, self.wrap(getattr(system, name)))
-            yield
-
-
-def test_a_failure_at_any_step_changes_nothing(
-    kind: Kind, file_system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-    for step in count(1):
-        root = tmp_path / str(step)
-        kind.prepare(root)
-        before = snapshot(root)
-        fault = Fault(step)
-        with fault.installed():
-            why = failure(lambda root=root: kind.publish(root))
-        if why is None:  # making a folder that is there already may fail
-            assert files(root) == kind.after, f"call {step}"
-        else:
-            assert "nothing was published" in why
-            assert snapshot(root) == before, f"call {step}"
-        if fault.calls < step:
-            break
-    assert step > 5
-
-
-def failure(publish: Callable[[], object]) -> str | None:
-    """Publish, and return the error's line if a resource gave out."""
-    try:
-        publish()
-    except ResourceExhausted as error:
-        return str(error)
-    return None
-
-
-def kill_at_any_step(root: Path, flags: bool) -> None:
-    """Kill runs of every kind at every step; what is left, and what a second run makes, must be whole."""
-    os.fsync = lambda fd: None  # what a kill leaves does not depend on it, and it takes its time
-    if not flags:
-        system.rename_without_replacing = system.exchange = refuse
-    for number, (name, kind) in enumerate(KINDS.items()):
-        for step in count(1):
-            place = root / f"{number}-{step}"
-            kind.prepare(place)
-            child = os.fork()
-            if child == 0:
-                with Fault(step, action=lambda: os._exit(9)).installed():
-                    kind.publish(place)
-                os._exit(0)
-            _, status = os.waitpid(child, 0)
-            left = files(place)
-            manifest = next(n for n in kind.after if n.endswith("noisytune.json"))
-            if left.get(manifest) == b"manifest":
-                assert left.items() >= kind.after.items(), f"{name}, call {step}: complete, it says"
-            elif not kind.directory and not kind.overwrite and kind.output in left:
-                assert left[kind.output] == b"weights", f"{name}, call {step}: unverified, but whole"
-            else:
-                kind.publish(place)
-                assert files(place) == kind.after, f"{name}, call {step}: run again"
-            if status == 0:
-                break
-
-
-@pytest.mark.parametrize("flags", [True, False], ids=["renameat2", "no flags"])
-def test_a_run_killed_at_any_step_can_be_repeated(flags: bool, tmp_path: Path) -> None:
-    # In a process of its own, which has one thread and so may fork.
-    script = "import sys, test_publish, pathlib; test_publish.kill_at_any_step(pathlib.Path(sys.argv[1]), {})"
-    done = subprocess.run(
-        [sys.executable, "-c", script.format(flags), str(tmp_path)],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_everything_is_flushed_before_success(
-    kind: Kind, file_system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = tmp_path / "root"
-    kind.prepare(root)
-    flushed: dict[int, int] = {}  # inode -> how many names had been made when it was last flushed
-    renames = 0
-    fsync = os.fsync
-
-    def flush(fd: int) -> None:
-        flushed[os.fstat(fd).st_ino] = renames
-        fsync(fd)
-
-    def counted(real: Callable[..., None]) -> Callable[..., None]:
-        def call(*arguments: object) -> None:
-            nonlocal renames
-            real(*arguments)
-            renames += 1
-
-        return call
-
-    monkeypatch.setattr(os, "fsync", flush)
-    for module, name in (
-        *((os, name) for name in ("rename", "link")),
-        *((system, name) for name in ("rename_without_replacing", "exchange")),
-    ):
-        monkeypatch.setattr(module, name, counted(getattr(module, name)))
-    kind.publish(root)
-    place = root / kind.output if kind.empty and not kind.overwrite else root
-    for name in kind.after:
-        if name not in kind.before or kind.before[name] != kind.after[name]:
-            assert flushed[(root / name).stat().st_ino] == 0, f"{name} was renamed before it was flushed"
-            for folder in (root / name).parents:
-                if folder.is_relative_to(place):
-                    assert folder.stat().st_ino in flushed, f"{folder} was not flushed"
-    last = place if place != root else (root / kind.output).parent
-    assert flushed[last.stat().st_ino] == renames > 0, "the last name is not durable"
 
 
 @pytest.mark.parametrize("name", ["file", "folder", "empty folder"])

@@ -1,0 +1,132 @@
+"""noisytune as a process: descriptors, locales, signals, the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import safetensors_bytes, save, weights
+from hub_server import Repository, serve
+from runs import run
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return save(
+        tmp_path / "in.safetensors", {"w": weights("F32", 30, 10), "embeddings.weight": weights("F32", 9, 9)}
+    )
+
+
+def process(*arguments: object, redirect: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run noisytune as a process of its own, under a shell that redirects its descriptors."""
+    kept = {key: os.environ[key] for key in ("PATH", "TMPDIR", "VIRTUAL_ENV") if key in os.environ}
+    return subprocess.run(
+        ["sh", "-c", f'"$0" -m noisytune_cli "$@" {redirect}', sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=kept | environment,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_without_a_home_in_a_c_locale(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "ä.safetensors"
+    result = process("perturb", source, "-o", out, "--lambda", "0.2", LANG="C", LC_ALL="C", PYTHONUTF8="0")
+    assert (result.returncode, result.stdout) == (0, "")
+    assert result.stderr.startswith("perturbed 2 of 2")
+    assert out.exists()
+
+
+def test_closed_descriptors(source: Path, tmp_path: Path) -> None:
+    result = process("perturb", source, "-o", tmp_path / "a", redirect="<&- >&- 2>&-")
+    assert result.returncode == 0
+    run(source, tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_output_that_is_lost_is_an_error(source: Path) -> None:
+    result = process("perturb", source, "--dry-run", redirect=">&-")
+    assert result.returncode == 6
+    assert result.stderr.startswith("noisytune: error: ")
+
+
+@pytest.fixture
+def slow_source(tmp_path: Path) -> Path:
+    """A checkpoint of many tensors, each of which `_SLOWLY` takes its time for."""
+    tensors = {f"w{i}": weights("F32", 16) for i in range(1000)}
+    return save(tmp_path / "in.safetensors", tensors)
+
+
+#: Runs the command line with tiles that take their time, and says when it is in the middle.
+_SLOWLY = """
+import os, time
+from noisytune_cli.devices import cpu
+noise = cpu.Cpu.add_noise
+def slow(*a, **k):
+    os.write(1, b"noise\\n")
+    time.sleep(0.05)
+    return noise(*a, **k)
+cpu.Cpu.add_noise = slow
+from noisytune_cli.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_leaves_nothing_behind(signum: int, code: int, slow_source: Path, tmp_path: Path) -> None:
+    arguments = ["perturb", str(slow_source), "-o", str(tmp_path / "deep/er/out"), "--threads", "2"]
+    with subprocess.Popen(
+        [sys.executable, "-c", _SLOWLY, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "noise\n"
+            assert (tmp_path / "deep/er").is_dir()
+            child.send_signal(signum)
+            _, stderr = child.communicate(timeout=60)
+        finally:
+            child.kill()
+    assert child.returncode == code
+    assert "Traceback" not in stderr
+    assert os.listdir(tmp_path) == [slow_source.name]
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Any]:
+    files = {
+        "config.json": b'{"model_type": "bert"}',
+        "model.safetensors": safetensors_bytes({"w": weights("F32", 99)}),
+        "pytorch_model.bin": b"pickle",
+    }
+    with serve(owner__name=Repository(files)) as served:
+        yield served
+
+
+def test_a_model_of_the_hub(hub: Any, tmp_path: Path) -> None:
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    result = process("perturb", "owner/name", "-o", tmp_path / "out", "--lambda", "0.15", **environment)
+    assert result.returncode == 0, result.stderr
+    manifest = json.loads((tmp_path / "out/noisytune.json").read_bytes())
+    assert (manifest["source"]["id"], manifest["source"]["revision"]) == ("owner/name", Repository({}).commit)
+    assert hub.fetched() == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors", "noisytune.json"]
+    (cached,) = (tmp_path / "cache").rglob("snapshots/*/model.safetensors")
+    assert cached.read_bytes() == hub.repositories["owner/name"].files["model.safetensors"]
+    assert (tmp_path / "out/model.safetensors").read_bytes() != cached.read_bytes()
+    into_the_cache = process(
+        "perturb", "owner/name", "-o", cached.parent / "noisy", HF_HUB_OFFLINE="1", **environment
+    )
+    assert into_the_cache.returncode == 5
