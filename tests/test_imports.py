@@ -93,7 +93,7 @@ def test_only_show_prints(module: str) -> None:
 
 
 def reached() -> set[str]:
-    """Follow what is imported at import time, from the command line and the ways a CPU run takes from there."""
+    """Follow what is imported at import time, from the command line and what a run on the CPU needs."""
     lazily = {
         "show.py",
         "show_perturb.py",
