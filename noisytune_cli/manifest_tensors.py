@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 from noisytune_cli import distributions
-from noisytune_cli.formats._header import DTYPES, HeaderFault, stored_bytes
+from noisytune_cli.formats._header import ALL_DTYPES, HeaderFault, stored_bytes
 from noisytune_cli.manifest_fields import Fields, ManifestFault
 from noisytune_cli.records import (
     FLOAT_DTYPES,
@@ -49,15 +49,17 @@ def read_tensors(
 
 
 def _check_files(receipts: Sequence[Receipt], files: Sequence[FileRecord]) -> None:
-    """Refuse tensors out of the order of their files, or more of them than their file has room for."""
+    """Refuse tensors out of the order of their files, and any that its file has no room for.
+
+    Their sum may be larger than the file: names that a pickle stores as one share their bytes.
+    """
     order = {file.name: place for place, file in enumerate(files)}
     places = [order[receipt.step.tensor.file] for receipt in receipts]
     if places != sorted(places):
         raise ManifestFault("its tensors are not in the order of source.files")
     room = [file.size - _SMALLEST_HEADER for file in files]
     for place, receipt in zip(places, receipts, strict=True):
-        room[place] -= receipt.step.tensor.nbytes
-        if room[place] < 0:
+        if receipt.step.tensor.nbytes > room[place]:
             raise ManifestFault(f"source.files[{place}].size is less than its tensors need")
 
 
@@ -113,9 +115,9 @@ class _Reader:
         file = self._files.get(fields.string("file"))
         if file is None:
             raise fields.fault("file", "is not one of source.files")
-        dtype = DTYPES.get(fields.string("dtype"))
+        dtype = ALL_DTYPES.get(fields.string("dtype"))
         if dtype is None:
-            raise fields.fault("dtype", "is no dtype of the format")
+            raise fields.fault("dtype", "is no dtype of any format")
         shape = fields.list("shape")
         if not all(type(n) is int and 0 <= n <= _MAX_DIMENSION for n in shape):
             raise fields.fault("shape", "is not a list of integers from 0 to 2^63 - 1")
@@ -150,7 +152,8 @@ class _Reader:
             or (reason == "one-element" and (tensor.elements != 1 or self._scope == "global"))
         ):
             raise fields.fault("reason", f"is {reason}, which its dtype and shape are not")
-        fits = {"constant": std == 0.0, "unrepresentable": std != 0.0}.get(reason, std is None)
+        # An unrepresentable amplitude comes of a std of 0 (too small for a float32), null (too large), or any.
+        fits = {"constant": std == 0.0, "unrepresentable": True}.get(reason, std is None)
         if not fits:
             raise fields.fault("std", f"does not fit the reason {reason}")
 

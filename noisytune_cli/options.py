@@ -54,8 +54,8 @@ def make_noise(
     if noise_std is not None:
         # The uniform distribution of width λ has std λ/√12, and Gaussian noise is scaled to match it.
         lam = math.sqrt(12) * noise_std
-    # A preset's patterns stand for the user's; with any of the user's own they would only get in the way.
-    filters = tuple(exclude) if include or exclude else chosen.exclude
+    # Exclude beats include, so a preset's exclusions would beat an explicit --include: they give way to it.
+    filters = tuple(exclude) if include else (*chosen.exclude, *exclude)
     return NoiseSpec(
         lam=chosen.lam if lam is None else lam,
         seed=seed,

@@ -132,7 +132,8 @@ class _Job:
                 self._slab = hands.slab[: self.step.tensor.nbytes]
             self.measure(hands, report=False)
             if self.reason is None:
-                self.settle(self._own_std(hands))
+                std = self._own_std(hands)
+                self.settle(std, constant=std == 0.0 and self._is_constant(hands))
         self.write(hands)
         self._slab = None
 
@@ -152,10 +153,10 @@ class _Job:
         if not all(m.finite for m in self.moments):
             self.reason = "non-finite"
 
-    def settle(self, std: float) -> None:
+    def settle(self, std: float, *, constant: bool = False) -> None:
         """Take the std to use, and with it the amplitude or the reason why there is none."""
         self._std = std
-        if std == 0.0:
+        if constant:
             self.reason = "constant"
             return
         amplitude = float(self._distribution.amplitude(self.step.lam, std))
@@ -223,11 +224,22 @@ class _Job:
             std = exact_std(sums, self.step.tensor.elements)
         return std
 
+    def _is_constant(self, hands: Hands) -> bool:
+        """Say whether all values are equal: a std32 of 0 may also be one too small for a float32."""
+        summaries = [
+            self._walk.device.summarize(self._data(hands, index), self.step.tensor.dtype)
+            for index in range(len(self._tiles))
+        ]
+        return min(s.minimum for s in summaries) == max(s.maximum for s in summaries)
+
     def add_exact_sums(self, sums: NDArray[np.int64], hands: Hands) -> None:
         """Add the tensor's values to exact sums."""
         for index in range(len(self._tiles)):
-            data = self._slab_tile(index) if self._slab is not None else self._read(hands, index)
-            self._walk.device.add_exact_sums(data, self.step.tensor.dtype, sums)
+            self._walk.device.add_exact_sums(self._data(hands, index), self.step.tensor.dtype, sums)
+
+    def _data(self, hands: Hands, index: int) -> memoryview:
+        """Return a tile's bytes, from the slab once they are there."""
+        return self._slab_tile(index) if self._slab is not None else self._read(hands, index)
 
     def _slab_tile(self, index: int) -> memoryview:
         assert self._slab is not None

@@ -70,3 +70,7 @@ def test_the_preset_of_multilingual_models() -> None:
 def test_an_unknown_preset() -> None:
     with pytest.raises(UsageError, match="xtreme"):
         made(preset="glue")
+
+
+def test_an_exclusion_adds_to_the_presets() -> None:
+    assert made(preset="xtreme", exclude=["*.bias"]).exclude == ("@embeddings", "*.bias")

@@ -17,6 +17,7 @@ from checkpoints import FLOATS, Tensor, noised, numbers, save, split, std32, wei
 from noisytune_cli import walk as walk_module
 from noisytune_cli.commands import perturb as command
 from noisytune_cli.commands.perturb import Perturbed, Request, perturb
+from noisytune_cli.manifest_reader import read_manifest
 from noisytune_cli.records import NoiseSpec
 from noisytune_cli.walk import Walk
 
@@ -28,6 +29,7 @@ TENSORS = {
 }
 COPIED = {"ids": Tensor("I64", np.arange(500)), "mask": Tensor("BOOL", np.array([0, 1, 2]))}
 SEED = 2**64 - 1
+WIDE = weights("F32", 64)
 
 
 def run(source: Path, noise: NoiseSpec, **options: Any) -> Perturbed:
@@ -203,3 +205,13 @@ def test_golden_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         result = run(source, NoiseSpec(seed=42, distribution=distribution))
         digests = [f"blake3:{blake3(part).hexdigest()}" for part in content(result)]
         assert digests == [golden[distribution]["output"], golden[distribution]["manifest"]]
+
+
+def test_a_spread_too_small_for_float32_is_not_called_constant(tmp_path: Path) -> None:
+    tiny = numbers("F64", *([0.0] * 7 + [1e-200]))
+    source = save(tmp_path / "in.safetensors", {"flat": numbers("F64", *[3.0] * 8), "tiny": tiny, "w": WIDE})
+    result = run(source, NoiseSpec())
+    reasons = {r.step.tensor.name: (r.reason, r.std) for r in result.manifest.receipts}
+    assert reasons["flat"] == ("constant", 0.0)
+    assert reasons["tiny"] == ("unrepresentable", 0.0)
+    assert read_manifest(result.manifest_path).is_original

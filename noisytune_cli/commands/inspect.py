@@ -157,7 +157,7 @@ def _outcome(
     if found.nan or found.inf:
         return {**outcome, "action": "copy", "reason": "non-finite"}
     assert found.std is not None  # finite, and of two elements at least
-    if found.std == 0.0:
+    if found.min == found.max:
         return {**outcome, "action": "copy", "reason": "constant"}
     amplitude = float(distribution.amplitude(step.lam, found.std))
     if amplitude == 0.0 or math.isinf(amplitude):
