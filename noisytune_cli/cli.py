@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand
 
 from noisytune_cli import __version__, distributions
-from noisytune_cli.errors import NoisytuneError, ResourceExhausted, UsageError
+from noisytune_cli.errors import NoisytuneError, UsageError, exhausted
 
 
 class _Command(TyperCommand):
@@ -26,7 +26,7 @@ class _Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (NoisytuneError, MemoryError) as error:
+        except (NoisytuneError, MemoryError, OSError) as error:
             if ctx.parent.params["debug"]:
                 traceback.print_exc()
             if isinstance(error, UsageError):
@@ -34,16 +34,12 @@ class _Command(TyperCommand):
             raise _report(error) from error
 
 
-def _report(error: NoisytuneError | MemoryError) -> typer.Exit:
+def _report(error: NoisytuneError | MemoryError | OSError) -> typer.Exit:
     """Print the error's line and return the exit that carries its code."""
     from noisytune_cli import show
 
-    if isinstance(error, MemoryError):
-        error = ResourceExhausted(
-            "out of memory",
-            why="the process may not have more",
-            next_step="Raise the limit (ulimit -v), or use fewer --threads",
-        )
+    if not isinstance(error, NoisytuneError):
+        error = exhausted(error)
     show.note(f"noisytune: error: {error.line()}")
     return typer.Exit(error.exit_code)
 

@@ -148,4 +148,20 @@ def unwritable(error: OSError, path: str | os.PathLike[str]) -> NoisytuneError:
     )
 
 
+def exhausted(error: OSError | MemoryError) -> ResourceExhausted:
+    """Map what the system refuses at a place where nobody can tell input from output (a name, a close)."""
+    if isinstance(error, MemoryError):
+        return ResourceExhausted(
+            "out of memory",
+            why="the process may not have more",
+            next_step="Raise the limit (ulimit -v), or use fewer --threads",
+        )
+    return ResourceExhausted(
+        "the system failed",
+        path=error.filename if isinstance(error.filename, str) else None,
+        why=os.strerror(error.errno) if error.errno else str(error),
+        next_step="Check the disk or the network share, then run again",
+    )
+
+
 _RESOURCE_ERRNOS = {12, 23, 24}  # ENOMEM, ENFILE, EMFILE

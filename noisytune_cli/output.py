@@ -105,7 +105,7 @@ def _check_kind(output: Path, single_file: bool, overwrite: bool) -> None:
             raise _unsafe(output, "it is a mount point, which cannot be replaced")
     elif not stat.S_ISREG(mode):
         raise _unsafe(output, "it is neither a regular file nor a directory")
-    elif not overwrite:
+    elif not overwrite and not (single_file and output.name in remains(output.parent, output)):
         raise exists(output)
     elif not single_file:
         raise _unsafe(output, "it is a file; a directory is to be written")

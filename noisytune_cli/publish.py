@@ -157,6 +157,7 @@ class Publication:
                 undo.callback(_swap, stage / weights, self.output)
                 sync_directory(place)
             else:
+                staging.announce_moves(stage, [weights], manifest=manifest)
                 self._move(stage / weights, self.output, undo)
             self._move(stage / manifest, place / manifest, undo)
             undo.pop_all()
@@ -164,7 +165,7 @@ class Publication:
     def _fill_in_place(self, stage: Path) -> None:
         """Move everything out of the staging directory into the one it lies in, the manifest last."""
         names = [name for name in sorted(os.listdir(stage)) if name != MANIFEST]
-        staging.announce_moves(stage, names)
+        staging.announce_moves(stage, names, manifest=MANIFEST)
         with ExitStack() as undo:
             for name in names:
                 _rename_any(stage / name, self.output / name)
@@ -218,7 +219,8 @@ class Publication:
     def _discard(self) -> None:
         """Remove the staging directory and the parents made for it, as far as that goes."""
         if self._stage is not None:
-            shutil.rmtree(self._stage, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it does not ignore all of them
+                shutil.rmtree(self._stage, ignore_errors=True)
             self._stage = None
         if self._lock is not None:
             with contextlib.suppress(OSError):  # the lock is released all the same

@@ -5,8 +5,8 @@ publishing is a rename on one file system. Its name tells which output it belong
 (flock) while its run lives: a later run to the same output that can take the lock knows it for dead,
 removes it and says so; one that cannot, refuses to start.
 
-What is moved out of a staging directory that lies in its output is announced in it first, so that a later
-run knows what a killed one had moved, and removes that too.
+What is moved out of a staging directory one by one (into a directory that was there, or a file before its
+manifest) is announced in it first, so that a later run knows what a killed one had moved, and removes that too.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from noisytune_cli.errors import OutputUnsafe, unwritable
-from noisytune_cli.layout import MANIFEST
 
 #: What every staging directory's name begins with.
 PREFIX = ".noisytune-"
@@ -57,15 +57,11 @@ def create(place: Path, output: Path) -> tuple[Path, int]:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             if _lock(fd) and _is(path, fd):
                 return path, fd
-            os.close(fd)  # another run is just removing it
+            _drop(path, fd)  # another run is just removing it
         except (FileExistsError, FileNotFoundError):
-            continue
+            _drop(None, fd)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.rmdir(path)
-            if fd is not None:
-                with contextlib.suppress(OSError):
-                    os.close(fd)
+            _drop(path, fd)
             raise unwritable(error, place) from error
     raise OutputUnsafe(
         "the output is in use",
@@ -75,10 +71,24 @@ def create(place: Path, output: Path) -> tuple[Path, int]:
     )
 
 
-def announce_moves(stage: Path, names: Sequence[str]) -> None:
-    """Write down, durably, which names will be moved from `stage` into the directory it lies in."""
+def _drop(path: Path | None, fd: int | None) -> None:
+    """Remove an empty directory just made, and close it, as far as that goes."""
+    with contextlib.suppress(OSError):
+        if path is not None:
+            os.rmdir(path)
+    with contextlib.suppress(OSError):
+        if fd is not None:
+            os.close(fd)
+
+
+def announce_moves(stage: Path, names: Sequence[str], *, manifest: str) -> None:
+    """Write down, durably, what will be moved from `stage` into the directory it lies in, before `manifest`.
+
+    Names come with their inodes, which a move keeps: what somebody else puts there later is not ours.
+    """
+    inodes = {name: os.lstat(stage / name).st_ino for name in names}
     with open(stage / _MOVES, "x", encoding="ascii") as file:
-        json.dump(names, file)
+        json.dump({"manifest": manifest, "inodes": inodes}, file)
         file.flush()
         os.fsync(file.fileno())
     sync_directory(stage)
@@ -147,27 +157,27 @@ def _remove_dead(path: Path, output: Path) -> None:
 def _moved(stage: Path) -> list[str]:
     """Return the names that an unfinished run had moved out of `stage`."""
     try:
-        names = json.loads((stage / _MOVES).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        moves = json.loads((stage / _MOVES).read_bytes())
+        manifest, inodes = moves["manifest"], moves["inodes"].items()
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError, AttributeError):
         return []  # nothing is moved before the announcement is whole
-    if not (stage / MANIFEST).exists():
+    if not (stage / manifest).exists():
         return []  # the manifest is moved last, so the output is complete
     return [
         name
-        for name in names
-        if os.path.basename(name) == name not in ("", ".", "..")
-        and _is_from(stage / name, stage.parent / name)
+        for name, inode in inodes
+        if os.path.basename(name) == name not in ("", ".", "..") and _is_from(stage.parent / name, inode)
     ]
 
 
-def _is_from(source: Path, target: Path) -> bool:
-    """Tell whether `target` is what a move of `source` makes, finished or not, and nobody else's."""
-    if not os.path.lexists(target):
+def _is_from(target: Path, inode: int) -> bool:
+    """Tell whether `target` is what a move of `inode` makes, finished or not, and nobody else's."""
+    try:
+        status = os.lstat(target)
+    except FileNotFoundError:
         return False
-    if not os.path.lexists(source):
-        return True
-    # Without RENAME_NOREPLACE a file has both names for a moment, and a directory's name is claimed first.
-    return os.path.samefile(source, target) or (target.is_dir() and not os.listdir(target))
+    # Without RENAME_NOREPLACE a directory's name is claimed first, by an empty one.
+    return status.st_ino == inode or (stat.S_ISDIR(status.st_mode) and not os.listdir(target))
 
 
 def _lock(fd: int) -> bool:

@@ -98,7 +98,9 @@ class InputFile:
         self._mapped = None
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            # It was only read, and what was read is checked by other means.
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
     def _changed(self, how: str) -> Mismatch:
         return Mismatch(
