@@ -1,5 +1,34 @@
 """noisytune: reproducible, std-scaled noise for pretrained checkpoints (NoisyTune, Wu et al., ACL 2022)."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from noisytune_cli.memory import perturb_
+    from noisytune_cli.transformers_hook import NoisyTuneCallback, noisy_from_pretrained
+
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = ["NoisyTuneCallback", "__version__", "noisy_from_pretrained", "perturb_"]
+
+#: Public names, and the modules that they are imported from when they are first asked for.
+_HOMES = {
+    "NoisyTuneCallback": "transformers_hook",
+    "noisy_from_pretrained": "transformers_hook",
+    "perturb_": "memory",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that importing the package imports nothing heavy."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -48,17 +48,18 @@ def _draw_words(words: Any, counter: Any, counters: Any, k0: Any, k1: Any, s0: A
         words[4 * t + 3] = _U32(c3)
 
 
-# One function a dtype: out[b + i] = source[b + i] + c[skip + i] · a for i < count. Each returns how many
-# values stayed as they were and the largest magnitude's bits, by which the caller knows whether to clamp.
+# One function a dtype: y[b + i] = x[i] + c[skip + i] · a for i < count, where x is a copy of the block. Each
+# returns how many values stayed as they were and the largest magnitude's bits, by which the caller knows
+# whether to clamp.
 
 
 def _add_f32(x: Any, y: Any, b: Any, count: Any, c: Any, skip: Any, a: Any) -> Any:
     for i in range(count):
-        y[b + _INDEX(i)] = x[b + _INDEX(i)] + c[skip + _INDEX(i)] * a
+        y[b + _INDEX(i)] = x[i] + c[skip + _INDEX(i)] * a
     same, largest = _I32(0), _I32(0)
     for i in range(count):
         bits = _F32(y[b + _INDEX(i)]).view(_I32)
-        same = _I32(same + _I32(bits == _F32(x[b + _INDEX(i)]).view(_I32)))
+        same = _I32(same + _I32(bits == _F32(x[i]).view(_I32)))
         magnitude = _I32(bits & _I32(0x7FFFFFFF))
         largest = magnitude if magnitude > largest else largest
     return same, largest
@@ -67,11 +68,11 @@ def _add_f32(x: Any, y: Any, b: Any, count: Any, c: Any, skip: Any, a: Any) -> A
 def _add_f64(x: Any, y: Any, b: Any, count: Any, c: Any, skip: Any, a: Any) -> Any:
     wide = _F64(a)
     for i in range(count):
-        y[b + _INDEX(i)] = x[b + _INDEX(i)] + _F64(c[skip + _INDEX(i)]) * wide
+        y[b + _INDEX(i)] = x[i] + _F64(c[skip + _INDEX(i)]) * wide
     same, largest = np.int64(0), np.int64(0)
     for i in range(count):
         bits = _F64(y[b + _INDEX(i)]).view(np.int64)
-        same += np.int64(bits == _F64(x[b + _INDEX(i)]).view(np.int64))
+        same += np.int64(bits == _F64(x[i]).view(np.int64))
         magnitude = bits & np.int64(0x7FFFFFFFFFFFFFFF)
         largest = magnitude if magnitude > largest else largest
     return same, largest
@@ -81,8 +82,8 @@ def _add_half(load: Callable[..., Any], round_to: Callable[..., Any]) -> Callabl
     def add(x: Any, y: Any, b: Any, count: Any, c: Any, skip: Any, a: Any) -> Any:
         same, largest = _I32(0), _I32(0)
         for i in range(count):
-            rounded = round_to(_F32(load(x, b + _INDEX(i)) + c[skip + _INDEX(i)] * a))
-            same = _I32(same + _I32(rounded == x[b + _INDEX(i)]))
+            rounded = round_to(_F32(load(x, i) + c[skip + _INDEX(i)] * a))
+            same = _I32(same + _I32(rounded == x[i]))
             magnitude = _I32(_I32(rounded) & _I32(0x7FFF))
             largest = magnitude if magnitude > largest else largest
             y[b + _INDEX(i)] = rounded
@@ -92,11 +93,11 @@ def _add_half(load: Callable[..., Any], round_to: Callable[..., Any]) -> Callabl
 
 
 def noise_loop(distribution: Distribution, dtype: str, block: int) -> Callable[..., None]:
-    """Build the loop (source, out, n, first, k0, k1, s0, s1, amplitude, w, coefficients, counts).
+    """Build the loop (source, out, n, first, k0, k1, s0, s1, amplitude, w, coefficients, held, counts).
 
-    It writes n stored values + noise to `out`, which must not overlap the source. `first` is the logical
-    index of the first value; `w` and `coefficients` are scratch for `block` u32 and float32; `counts` gets
-    i64 [unchanged, clamped].
+    It writes n stored values + noise to `out`, which is the source itself or does not overlap it. `first` is
+    the logical index of the first value; `w`, `coefficients` and `held` are scratch for `block` u32, float32
+    and stored values; `counts` gets i64 [unchanged, clamped].
     """
     for part in (*distribution.PARTS, distribution.fill):
         register_jitable(part)
@@ -114,8 +115,9 @@ def noise_loop(distribution: Distribution, dtype: str, block: int) -> Callable[.
     infinite = {"F32": 0x7F800000, "F64": 0x7FF0000000000000, "BF16": 0x7F80, "F16": 0x7C00}[dtype]
     magnitude_mask = bits(np.iinfo(bits).max)
 
-    def loop(source, out, n, first, k0, k1, s0, s1, amplitude, w, coefficients, counts):  # type: ignore[no-untyped-def]
-        x, y = carray(source, (n,), stored), carray(out, (n,), stored)
+    def loop(source, out, n, first, k0, k1, s0, s1, amplitude, w, coefficients, held, counts):  # type: ignore[no-untyped-def]
+        source_values, y = carray(source, (n,), stored), carray(out, (n,), stored)
+        x = carray(held, (block,), stored)
         y_bits = carray(out, (n,), bits)
         words, c = carray(w, (block,), _U32), carray(coefficients, (block,), _F32)
         count = carray(counts, (2,), np.int64)
@@ -125,6 +127,9 @@ def noise_loop(distribution: Distribution, dtype: str, block: int) -> Callable[.
             m = min(block - skip, n - b)
             _draw_words(words, counter, (skip + m + 3) // 4, k0, k1, s0, s1)
             fill(c, words)
+            # From a copy in the L1 cache the sums vectorise, and are right where out is the source.
+            for i in range(m):
+                x[i] = source_values[_INDEX(b) + _INDEX(i)]
             kept, largest = add(x, y, _INDEX(b), m, c, _INDEX(skip), amplitude)
             if largest >= infinite:
                 for i in range(b, b + m):
@@ -132,7 +137,7 @@ def noise_loop(distribution: Distribution, dtype: str, block: int) -> Callable[.
                         # One below infinity's bits is the largest finite value; the sign stays.
                         y_bits[i] = bits((y_bits[i] & ~magnitude_mask) | bits(infinite - 1))
                         clamped += 1
-                        kept += np.int64(y[i] == x[i])
+                        kept += np.int64(y[i] == x[i - b])
             same += kept
             b += m
             counter += np.uint64(block // 4)

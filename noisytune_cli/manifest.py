@@ -97,8 +97,9 @@ def _tensor(receipt: Receipt, range_keys: Iterable[str]) -> dict[str, Any]:
         entry[key] = getattr(receipt, key)
     entry["unchanged"] = receipt.unchanged
     entry["clamped"] = receipt.clamped
-    entry["source_digest"] = receipt.source_digest
-    entry["digest"] = receipt.digest
+    if receipt.digest:  # noise in memory has no stored bytes to digest
+        entry["source_digest"] = receipt.source_digest
+        entry["digest"] = receipt.digest
     return entry
 
 

@@ -115,7 +115,7 @@ class Receipt:
     `std` and `amplitude` are float32 values held in Python floats; `low`/`high` bound the uniform noise,
     `noise_std` is the std of Gaussian noise. `unchanged` counts elements that rounding left as they were,
     `clamped` those held back at the dtype's largest finite value. Digests are `blake3:HEX` over the
-    stored bytes.
+    stored bytes; empty where the noise was added in memory.
     """
 
     step: Step

@@ -55,10 +55,10 @@ class Cpu:
         first: int,
         amplitude: float,
     ) -> tuple[int, int]:
-        """Write tile + noise to `out`, which must not overlap it; return (unchanged, clamped) elements."""
+        """Write tile + noise to `out`, the tile itself or apart from it; return (unchanged, clamped)."""
         if out.readonly or len(out) != len(tile):  # the loop would write past it, or into a mapping
             raise ValueError("out must be writable and as long as the tile")
-        words, c = self._scratch()
+        words, c, held = self._scratch()
         counts = np.empty(2, np.int64)
         _loop("noise", dtype, distribution)(
             _address(tile),
@@ -69,6 +69,7 @@ class Cpu:
             amplitude,
             words.ctypes.data,
             c.ctypes.data,
+            held.ctypes.data,
             counts.ctypes.data,
         )
         unchanged, clamped = counts.tolist()
@@ -81,11 +82,12 @@ class Cpu:
         low, high, absolute, zeros, nans, infinities = out.tolist()
         return Summary(low, high, absolute, int(zeros), int(nans), int(infinities))
 
-    def _scratch(self) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    def _scratch(self) -> tuple[NDArray[np.uint32], NDArray[np.float32], NDArray[np.float64]]:
         if not hasattr(self._local, "words"):
             self._local.words = np.zeros(NOISE_BLOCK, np.uint32)
             self._local.c = np.zeros(NOISE_BLOCK, np.float32)
-        return self._local.words, self._local.c
+            self._local.held = np.zeros(NOISE_BLOCK, np.float64)
+        return self._local.words, self._local.c, self._local.held
 
 
 def open_device(name: str) -> Device:
@@ -111,4 +113,4 @@ def _loop(kind: str, dtype: str, distribution: str | None = None) -> Callable[..
         return build(dtype)
 
     name = "/".join(part for part in (kind, distribution, dtype) if part)
-    return compile_loop(name, "ppiuuuuufppp" if distribution is not None else "pip", make)
+    return compile_loop(name, "ppiuuuuufpppp" if distribution is not None else "pip", make)

@@ -1,0 +1,213 @@
+"""Noise in memory: `perturb_` changes a model or a state dict in place, with the bits of the command line.
+
+The same plan, streams and standard deviations as for a file, over tensors that are already loaded. First
+everything is measured, then every amplitude is settled, then noise is added: so a device is not waited for
+tensor by tensor, a refusal changes nothing, and sharded tensors need one exchange for all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from noisytune_cli import __version__, distributions, in_place
+from noisytune_cli.errors import UsageError
+from noisytune_cli.manifest_reader import read_manifest
+from noisytune_cli.memory_plan import Parameter, leave_out, plan_parameters, recorded_parameters
+from noisytune_cli.moments import exact_std, round_std
+from noisytune_cli.plan import check_outcomes
+from noisytune_cli.records import Action, Manifest, NoiseSpec, Receipt, Scope, SourceRecord
+from noisytune_cli.resident import Names, residents_of
+from noisytune_cli.sharded import share_exact_sums, share_moments
+from noisytune_cli.stream import stream_words
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+#: One pattern, or several.
+Patterns = str | Iterable[str]
+
+
+def perturb_(
+    model: nn.Module | Mapping[str, Tensor],
+    lam: float = 0.15,
+    seed: int = 0,
+    *,
+    noise: str = "uniform",
+    scope: Scope = "matrix",
+    include: Patterns = (),
+    exclude: Patterns = (),
+    rules: Mapping[str, float] | Iterable[tuple[str, float]] = (),
+    names: Names = None,
+    frozen: Action = "perturb",
+    fresh: Action = "copy",
+    fresh_names: Patterns = (),
+    manifest: Manifest | str | os.PathLike[str] | None = None,
+    config: Mapping[str, Any] | None = None,
+    threads: int | None = None,
+) -> Manifest:
+    """Add noise to a model's parameters, or to a state dict's, in place; return the manifest's record.
+
+    `include`, `exclude` and `rules` (pattern to λ) are the command line's, on checkpoint names: those of the
+    model after `names` (a map, a function, or a prefix to take away, such as "bert"). `frozen` and `fresh`
+    say whether parameters without gradients, and those that `fresh_names` (patterns on the model's own
+    names) call freshly initialised, are perturbed or left as they are. `manifest` gives the noise of an
+    earlier run, its seed, streams and amplitudes; nothing is measured. `config` is that of a state dict.
+
+    The record has no digests; `unchanged` and `clamped` of a sharded parameter count the elements held here.
+    All processes that share sharded parameters must call this alike. Raises UsageError, InputInvalid or
+    Mismatch before anything is changed; a call that is interrupted later leaves some tensors with noise.
+    """
+    spec = NoiseSpec(
+        lam=lam,
+        seed=seed,
+        distribution=noise,
+        scope=scope,
+        rules=tuple(rules.items() if isinstance(rules, Mapping) else rules),
+        include=_listed(include),
+        exclude=_listed(exclude),
+    )
+    _check_choice("noise", noise, distributions.names())
+    _check_choice("scope", scope, ("matrix", "global"))
+    _check_choice("frozen", frozen, ("perturb", "copy"))
+    _check_choice("fresh", fresh, ("perturb", "copy"))
+    source = SourceRecord(type(model).__name__, None, ())
+    tensors, is_module = _named_tensors(model)
+    residents = residents_of(tensors, names)
+    if manifest is None:
+        parameters = plan_parameters(
+            residents, spec, is_module=is_module, config=_config(model, config), source=source.id
+        )
+    else:
+        recorded = _read(manifest, spec)
+        spec, source = recorded.noise, recorded.source
+        parameters = recorded_parameters(residents, recorded)
+    leave_out(parameters, frozen=frozen, fresh=fresh, fresh_names=_listed(fresh_names))
+    if manifest is None:
+        _settle(parameters, spec, threads)
+    check_outcomes(
+        spec, (("perturb" if p.reason is None else "copy", p.reason) for p in parameters), path=source.id
+    )
+    _add(parameters, spec, threads)
+    receipts = tuple(receipt for parameter in parameters for receipt in _receipts(parameter, spec))
+    return Manifest("noisytune", __version__, source, spec, receipts)
+
+
+def _listed(patterns: Patterns) -> tuple[str, ...]:
+    """Return patterns as a tuple; a string is one of them, not a run of letters."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _check_choice(option: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise UsageError(
+            f"{option}={value!r}",
+            why="there is no such choice",
+            next_step=f"Use one of: {', '.join(choices)}",
+        )
+
+
+def _named_tensors(model: nn.Module | Mapping[str, Tensor]) -> tuple[list[tuple[str, object]], bool]:
+    """Return the tensors that may get noise by name, every name of a tie, and whether they are a module's."""
+    if isinstance(model, Mapping):
+        # What a module keeps beside its tensors may be anything.
+        return [(n, v) for n, v in model.items() if not n.endswith("_extra_state")], False
+    return list(model.named_parameters(remove_duplicate=False)), True
+
+
+def _config(model: object, config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Return the config given, else the one that a model of transformers carries."""
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    if config is not None or to_dict is None:
+        return config
+    carried: dict[str, Any] = to_dict()
+    return carried
+
+
+def _read(manifest: Manifest | str | os.PathLike[str], spec: NoiseSpec) -> Manifest:
+    """Return the manifest, which says all about the noise: so nothing else may."""
+    if spec != NoiseSpec():
+        raise UsageError(
+            "manifest= and other noise",
+            why="the manifest gives λ, seed, distribution, scope and patterns",
+            next_step="Leave these options out, or the manifest",
+        )
+    return manifest if isinstance(manifest, Manifest) else read_manifest(Path(manifest)).manifest
+
+
+def _settle(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int | None) -> None:
+    """Give each parameter its std and its amplitude, or the reason why it has none."""
+    wanted = [p for p in parameters if p.reason is None]
+    parts = [p.resident.held for p in wanted]
+    moments = share_moments(parts, in_place.measure(parts, threads))
+    finite = []
+    for i, parameter in enumerate(wanted):
+        if all(m.finite for m in moments[i]):
+            finite.append(i)
+        else:
+            parameter.reason = "non-finite"
+    groups = [finite] if noise.scope == "global" else [[i] for i in finite]
+    counts = [sum(wanted[i].resident.tensor.numel() for i in group) for group in groups]
+    stds = [
+        # Of fewer than two values there is no std, and nothing to scale noise with.
+        round_std(m for i in group for m in moments[i]) if count > 1 else 0.0
+        for group, count in zip(groups, counts, strict=True)
+    ]
+    undecided = [i for group, std in zip(groups, stds, strict=True) if std is None for i in group]
+    sums = {i: in_place.exact_sums(parts[i]) for i in undecided}
+    share_exact_sums(parts, sums)
+    for group, count, std in zip(groups, counts, stds, strict=True):
+        exact = exact_std(sum(sums[i] for i in group[1:]) + sums[group[0]], count) if std is None else std
+        for i in group:
+            _take(wanted[i], noise, exact)
+
+
+def _take(parameter: Parameter, noise: NoiseSpec, std: float) -> None:
+    parameter.std = std
+    if std == 0.0:
+        parameter.reason = "constant"
+        return
+    amplitude = float(distributions.load(noise.distribution).amplitude(parameter.steps[0].lam, std))
+    if amplitude in (0.0, float("inf")):
+        parameter.reason = "unrepresentable"
+        return
+    parameter.amplitude = amplitude
+
+
+def _add(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int | None) -> None:
+    noised, doses = [], []
+    for parameter in parameters:
+        if parameter.reason is None and parameter.amplitude is not None:
+            stream = stream_words(noise.seed, parameter.steps[0].stream)
+            noised.append(parameter)
+            doses.append(
+                in_place.Dose(parameter.resident.held, noise.distribution, stream, parameter.amplitude)
+            )
+    for parameter, counts in zip(noised, in_place.add_noise(doses, threads), strict=True):
+        parameter.unchanged, parameter.clamped = counts
+
+
+def _receipts(parameter: Parameter, noise: NoiseSpec) -> list[Receipt]:
+    """Return what was done, once for each name of a parameter."""
+    amplitude = parameter.amplitude
+    noise_range = {} if amplitude is None else distributions.load(noise.distribution).noise_range(amplitude)
+    return [
+        Receipt(
+            step=step,
+            action="copy" if amplitude is None else "perturb",
+            reason=parameter.reason,
+            lam=0.0 if amplitude is None else step.lam,
+            std=parameter.std,
+            amplitude=amplitude,
+            low=noise_range.get("low"),
+            high=noise_range.get("high"),
+            noise_std=noise_range.get("noise_std"),
+            unchanged=parameter.unchanged,
+            clamped=parameter.clamped,
+            source_digest="",
+            digest="",
+        )
+        for step in parameter.steps
+    ]

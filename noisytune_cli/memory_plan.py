@@ -1,0 +1,125 @@
+"""What happens to each parameter in memory: planned as for a file, or taken from a manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from noisytune_cli.errors import Mismatch
+from noisytune_cli.patterns import check_matched, match_names
+from noisytune_cli.plan import check_not_empty, confirm_ties, make_plan
+from noisytune_cli.quantized import refuse_quantized
+from noisytune_cli.records import FLOAT_DTYPES, Action, Manifest, NoiseSpec, Reason, Receipt, Step, Tie
+from noisytune_cli.resident import Resident, same_bytes
+from noisytune_cli.ties import split_tie
+
+
+@dataclass(slots=True)
+class Parameter:
+    """One parameter: a step for each of its names, and what has come of it so far.
+
+    `reason` says why it stays as it is; `std` and `amplitude` are float32 values.
+    """
+
+    resident: Resident
+    steps: tuple[Step, ...]
+    reason: Reason | None
+    std: float | None = None
+    amplitude: float | None = None
+    unchanged: int = 0
+    clamped: int = 0
+
+
+def plan_parameters(
+    residents: Sequence[Resident],
+    noise: NoiseSpec,
+    *,
+    is_module: bool,
+    config: Mapping[str, Any] | None,
+    source: str,
+) -> list[Parameter]:
+    """Plan the noise; a module knows its buffers and ties itself, `source` is what to call it in errors."""
+    specs = [spec for resident in residents for spec in resident.specs()]
+    refuse_quantized(specs, config=config, path=source)
+    plan = make_plan(
+        specs,
+        noise,
+        config=config,
+        stored_as_one=[r.names for r in residents if len(r.names) > 1],
+        buffers={} if is_module else None,
+    )
+    resident_of = {name: resident for resident in residents for name in resident.names}
+    confirmed: list[Tie] = []
+    for tie in plan.ties:
+        if tie.evidence == "equal-bytes":
+            confirmed += split_tie(tie, _contents(tie, resident_of, compare=not is_module))
+    plan = confirm_ties(plan, confirmed)
+    check_not_empty(plan, path=source)
+    steps = {step.tensor.name: step for step in plan.steps}
+    return [Parameter(r, tuple(steps[name] for name in r.names), steps[r.names[0]].reason) for r in residents]
+
+
+def _contents(tie: Tie, resident_of: Mapping[str, Resident], *, compare: bool) -> dict[str, int]:
+    """Return for each name of a candidate a number, equal where they are one, or `compare` equal."""
+    kinds: list[Resident] = []
+    contents = {}
+    for name in tie.names:
+        resident = resident_of[name]
+        alike = (i for i, k in enumerate(kinds) if k is resident or (compare and same_bytes(k, resident)))
+        contents[name] = next(alike, len(kinds))
+        if contents[name] == len(kinds):
+            kinds.append(resident)
+    return contents
+
+
+def recorded_parameters(residents: Sequence[Resident], manifest: Manifest) -> list[Parameter]:
+    """Give each parameter what a manifest records of one of its names; those it does not name are left out.
+
+    Raises Mismatch where a recorded tensor has another shape, or takes no noise in memory.
+    """
+    by_name = {receipt.step.tensor.name: receipt for receipt in manifest.receipts}
+    return [_recorded(r, next((by_name[n] for n in r.names if n in by_name), None)) for r in residents]
+
+
+def _recorded(resident: Resident, receipt: Receipt | None) -> Parameter:
+    specs = list(resident.specs())
+    if receipt is None:
+        steps = tuple(Step(spec, "copy", "excluded", 0.0, spec.name) for spec in specs)
+        return Parameter(resident, steps, "excluded")
+    recorded = receipt.step.tensor
+    if recorded.shape != specs[0].shape or (recorded.dtype in FLOAT_DTYPES) != (
+        specs[0].dtype in FLOAT_DTYPES
+    ):
+        raise Mismatch(
+            "the manifest is of another model",
+            tensor=recorded.name,
+            why=f"it records {recorded.dtype} {list(recorded.shape)}, and here it is "
+            f"{specs[0].dtype} {list(specs[0].shape)}",
+            next_step="Give the manifest of the checkpoint that the model was loaded from, or other names=",
+        )
+    steps = tuple(
+        Step(spec, receipt.action, receipt.reason, receipt.lam, receipt.step.stream) for spec in specs
+    )
+    return Parameter(resident, steps, receipt.reason, receipt.std, receipt.amplitude)
+
+
+def leave_out(
+    parameters: Sequence[Parameter], *, frozen: Action, fresh: Action, fresh_names: Collection[str]
+) -> None:
+    """Leave frozen or fresh parameters as they are, where asked to.
+
+    `fresh_names` are patterns on the model's own names. A tie is fresh only if all its names are.
+    """
+    own = [name for parameter in parameters for name in parameter.resident.own]
+    patterns = list(fresh_names)
+    matched = match_names(patterns, own)
+    check_matched(patterns, matched, own)
+    are_fresh = frozenset[str]().union(*matched)
+    for parameter in parameters:
+        resident = parameter.resident
+        if parameter.reason is None and (
+            (frozen == "copy" and not resident.tensor.requires_grad)
+            or (fresh == "copy" and are_fresh.issuperset(resident.own))
+        ):
+            parameter.reason, parameter.std, parameter.amplitude = "excluded", None, None

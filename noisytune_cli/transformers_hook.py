@@ -1,0 +1,135 @@
+"""Noise for training scripts that use transformers: while a model is loaded, or as training begins.
+
+Loading knows which parameters the checkpoint lacked, so `noisy_from_pretrained` leaves a fresh head alone
+without being told. `NoisyTuneCallback` is for models that are loaded elsewhere; it perturbs a model once, and
+never one that resumes from a checkpoint, whose weights had their noise before their first step.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainerCallback
+
+from noisytune_cli.errors import UsageError, unwritable
+from noisytune_cli.manifest import encode
+from noisytune_cli.memory import perturb_
+from noisytune_cli.records import Manifest, SourceRecord
+
+#: The record of the callback's noise in the trainer's output folder. It is no checkpoint's manifest.
+RECORD = "noisytune-training.json"
+
+_patching = threading.Lock()
+
+
+@contextmanager
+def noisy_from_pretrained(lam: float = 0.15, seed: int = 0, **options: Any) -> Iterator[list[Manifest]]:
+    """Perturb every model that transformers loads inside the `with` block; yield the list of their records.
+
+    Takes the options of `perturb_`. Parameters that the checkpoint lacked, or had in another shape, count as
+    fresh and get no noise unless `fresh="perturb"`. A model with a part that it loads by itself, such as a
+    backbone, is perturbed once, as a whole. Under FSDP's memory-saving load only the process that has the
+    weights adds the noise, which the others then receive. UsageError inside another such block.
+    """
+    if not _patching.acquire(blocking=False):
+        raise UsageError(
+            "noisy_from_pretrained inside another",
+            why="models would get noise twice",
+            next_step="Leave the outer block first",
+        )
+    try:
+        original = PreTrainedModel.__dict__["from_pretrained"]
+        manifests: list[Manifest] = []
+        loading = threading.local()
+
+        def from_pretrained(cls: Any, name: Any = None, *arguments: Any, **keywords: Any) -> Any:
+            load = original.__get__(None, cls)
+            if getattr(loading, "inside", False):
+                return load(name, *arguments, **keywords)
+            wants_info = keywords.pop("output_loading_info", False)
+            loading.inside = True
+            try:
+                loaded = load(name, *arguments, output_loading_info=True, **keywords)
+            finally:
+                loading.inside = False
+            # A class with a way of loading of its own may know of no such report.
+            model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
+            if not _comes_later(model):
+                manifests.append(_perturb_loaded(model, info, name, {"lam": lam, "seed": seed, **options}))
+            return (model, info) if wants_info else model
+
+        setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))  # noqa: B010
+        try:
+            yield manifests
+        finally:
+            setattr(PreTrainedModel, "from_pretrained", original)  # noqa: B010
+    finally:
+        _patching.release()
+
+
+def _comes_later(model: torch.nn.Module) -> bool:
+    """Say whether another process has the weights and will send them with their noise."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return distributed and torch.distributed.get_rank() != 0 and all(p.is_meta for p in model.parameters())
+
+
+def _perturb_loaded(model: Any, info: dict[str, Any], name: Any, options: dict[str, Any]) -> Manifest:
+    """Add noise to a model as it was loaded; the record's source is the checkpoint."""
+    fresh = {*info.get("missing_keys", ()), *(entry[0] for entry in info.get("mismatched_keys", ()))}
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known = options.pop("fresh_names", ())
+    patterns = [known] if isinstance(known, str) else list(known)
+    patterns += sorted(glob.escape(name) for name in fresh & own)
+    manifest = perturb_(model, **options, fresh_names=patterns)
+    if options.get("manifest") is not None or name is None:
+        return manifest
+    revision = getattr(model.config, "_commit_hash", None)
+    # A folder's name says enough: a record holds no path of this machine.
+    source = Path(name).resolve().name if os.path.exists(name) else str(name)
+    return replace(manifest, source=SourceRecord(source, revision, ()))
+
+
+class NoisyTuneCallback(TrainerCallback):
+    """Perturb the model as training begins: once, and not on resuming from a checkpoint.
+
+    Takes the options of `perturb_`; all parameters get noise, a fresh head too, unless `fresh_names` names
+    it. The record is `manifest`, and lies in the trainer's output folder as `noisytune-training.json`.
+    """
+
+    def __init__(self, lam: float = 0.15, seed: int = 0, **options: Any) -> None:
+        self.options = {"lam": lam, "seed": seed, **options}
+        self.manifest: Manifest | None = None
+        self._perturbed: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the noise, unless the model has it; UsageError where DeepSpeed holds copies of the weights."""
+        model = kwargs["model"]
+        if state.global_step > 0 or args.resume_from_checkpoint or model in self._perturbed:
+            return
+        if getattr(args, "deepspeed", None):
+            raise UsageError(
+                "NoisyTuneCallback under DeepSpeed",
+                why="its optimizer holds copies of the weights, which would undo the noise",
+                next_step="Load the model inside noisytune_cli.noisy_from_pretrained() instead",
+            )
+        self.manifest = perturb_(model, **self.options)
+        self._perturbed.add(model)
+        if state.is_world_process_zero:
+            _write(Path(args.output_dir) / RECORD, self.manifest)
+
+
+def _write(path: Path, manifest: Manifest) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(manifest))
+    except OSError as error:
+        raise unwritable(error, path) from error

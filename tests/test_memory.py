@@ -1,0 +1,398 @@
+"""Noise in memory: the bits of the command line, nothing else touched, refusals before any change."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import noisytune_cli
+from noisytune_cli import devices, in_place, memory, stream
+from noisytune_cli.commands.perturb import Request, perturb
+from noisytune_cli.errors import InputInvalid, Mismatch, NoisytuneError, UsageError
+from noisytune_cli.records import Manifest, NoiseSpec
+
+DTYPES = ["float32", "bfloat16", "float16", "float64"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "gaussian": {"noise": "gaussian", "seed": 2**64 - 1},
+    "global": {"scope": "global", "lam": 0.3},
+    "patterns": {"include": ["*weight"], "exclude": "@norm", "rules": {"@attention": 0.5, "*query*": 0.0}},
+}
+
+
+def spec(lam: float = 0.15, seed: int = 0, noise: str = "uniform", **options: Any) -> NoiseSpec:
+    """The command line's noise for the same options."""
+    options = {
+        key: (value,) if isinstance(value, str) and key != "scope" else value
+        for key, value in options.items()
+    }
+    rules = tuple(options.pop("rules", {}).items())
+    chosen = {key: value if key == "scope" else tuple(value) for key, value in options.items()}
+    return NoiseSpec(lam=lam, seed=seed, distribution=noise, rules=rules, **chosen)
+
+
+def on_disk(tensors: dict[str, Any], folder: Path, noise: NoiseSpec) -> tuple[dict[str, Any], Manifest]:
+    """Store tensors, perturb them with the command line, read them back."""
+    safetensors.torch.save_file(tensors, folder / "a.safetensors", metadata={"format": "pt"})
+    done = perturb(Request(str(folder / "a.safetensors"), noise), str(folder / "b.safetensors"))
+    return safetensors.torch.load_file(folder / "b.safetensors"), done.manifest
+
+
+def tiny(kind: str, dtype: str = "float32") -> Any:
+    """A small model whose every parameter has a spread."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "bert":
+        size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        model = transformers.BertForMaskedLM(transformers.BertConfig(**size, vocab_size=51))
+    else:
+        size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, vocab_size=51))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    return model.to(getattr(torch, dtype))
+
+
+def bits(tensor: Any) -> bytes:
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_model_gets_the_bits_of_the_command_line(
+    kind: str, dtype: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    if kind == "gpt2" and "rules" in options:
+        options = {**options, "rules": {"@attention": 0.5, "*c_attn*": 0.0}}
+    model = tiny(kind, dtype)
+    unique = {name: p.detach().clone() for name, p in model.named_parameters()}
+    expected, manifest = on_disk(unique, tmp_path, spec(**options))
+    record = noisytune_cli.perturb_(model, **options)
+    assert {n: bits(p) for n, p in model.named_parameters()} == {n: bits(t) for n, t in expected.items()}
+    here = {r.step.tensor.name: r for r in record.receipts}
+    for receipt in manifest.receipts:
+        mine = here[receipt.step.tensor.name]
+        blank = {"source_digest": "", "digest": "", "step": mine.step}
+        assert mine == replace(receipt, **blank)
+        assert mine.step.stream == receipt.step.stream
+    assert record.noise == manifest.noise
+
+
+def hostile() -> dict[str, Any]:
+    """A state dict with everything in it that must stay as it is."""
+    torch.manual_seed(1)
+    return {
+        "w": torch.randn(70, 30),
+        "norm.running_mean": torch.randn(30),
+        "norm.running_var": torch.rand(30),
+        "norm.num_batches_tracked": torch.tensor(3),
+        "constant": torch.full((5, 5), 0.1),
+        "logit_scale": torch.tensor(4.6),
+        "broken": torch.tensor([1.0, float("nan"), 2.0]),
+        "endless": torch.tensor([1.0, float("inf"), 2.0], dtype=torch.float16),
+        "empty": torch.empty(0, 3),
+        "count": torch.arange(5),
+        "mask": torch.tensor([True, False]),
+        "near": torch.tensor([65504.0, -65504.0, 60000.0] * 9, dtype=torch.float16),
+        "v": torch.randn(9, dtype=torch.float64),
+    }
+
+
+@pytest.mark.parametrize("scope", ["matrix", "global"])
+def test_a_state_dict_gets_the_bits_of_the_command_line(scope: str, tmp_path: Path) -> None:
+    tensors = hostile()
+    expected, manifest = on_disk(tensors, tmp_path, spec(scope=scope, lam=0.4))
+    record = noisytune_cli.perturb_(tensors, scope=scope, lam=0.4)
+    assert {n: bits(t) for n, t in tensors.items()} == {n: bits(t) for n, t in expected.items()}
+    reasons = {r.step.tensor.name: r.reason for r in record.receipts}
+    assert reasons == {r.step.tensor.name: r.reason for r in manifest.receipts}
+    assert sum(r.clamped for r in record.receipts) == sum(r.clamped for r in manifest.receipts) > 0
+
+
+def test_equal_bytes_of_a_known_pair_are_a_tie_in_a_state_dict_only() -> None:
+    table = torch.randn(20, 4)
+    pair = {"model.embed_tokens.weight": table.clone(), "lm_head.weight": table.clone()}
+    record = noisytune_cli.perturb_(pair)
+    assert {r.step.stream for r in record.receipts} == {"model.embed_tokens.weight"}
+    assert torch.equal(*pair.values())
+    pair = {"model.embed_tokens.weight": table.clone(), "lm_head.weight": table.clone()}
+    noisytune_cli.perturb_(pair, config={"tie_word_embeddings": False})
+    assert not torch.equal(*pair.values())
+    apart = torch.nn.ModuleDict(
+        {"embed_tokens": torch.nn.Embedding(20, 4), "lm_head": torch.nn.Linear(4, 20, False)}
+    )
+    apart["lm_head"].load_state_dict(apart["embed_tokens"].state_dict())
+    noisytune_cli.perturb_(apart)
+    assert not torch.equal(apart["lm_head"].weight, apart["embed_tokens"].weight)
+
+
+def test_one_storage_is_one_parameter_under_all_its_names() -> None:
+    table = torch.randn(20, 4)
+    once = {"z.embed_tokens.weight": table.clone()}
+    noisytune_cli.perturb_(once)
+    tied = {"a.weight": table, "z.embed_tokens.weight": table.view(20, 4)}
+    record = noisytune_cli.perturb_(tied)
+    assert torch.equal(table, once["z.embed_tokens.weight"])
+    assert [r.step.stream for r in record.receipts] == ["z.embed_tokens.weight"] * 2
+
+
+def test_a_modules_parameters_get_noise_whatever_their_names_and_its_buffers_do_not() -> None:
+    module = torch.nn.Module()
+    module.running_mean = torch.nn.Parameter(torch.randn(8))
+    module.register_buffer("weight", torch.randn(8))
+    before = bits(module.running_mean), bits(module.weight)
+    noisytune_cli.perturb_(module)
+    assert bits(module.running_mean) != before[0]
+    assert bits(module.weight) == before[1]
+
+
+@pytest.mark.parametrize(
+    "lay_out",
+    [
+        lambda t: t.t().contiguous().t(),
+        lambda t: torch.cat([t, t], dim=1)[:, :7],
+        lambda t: t.view(11, 7, 1, 1).to(memory_format=torch.channels_last).view(11, 7),
+        lambda t: torch.empty(4 * t.numel() + 1, dtype=torch.uint8)[1:].view(-1)[: 4 * t.numel()].numpy(),
+    ],
+    ids=["transposed", "columns", "channels last", "unaligned"],
+)
+def test_noise_follows_the_logical_index_however_values_lie(lay_out: Callable[[Any], Any]) -> None:
+    values = torch.randn(11, 7)
+    expected = {"w": values.clone()}
+    noisytune_cli.perturb_(expected)
+    laid = lay_out(values)
+    if isinstance(laid, np.ndarray):  # torch makes no unaligned views itself, but takes NumPy's
+        unaligned = laid.view(np.float32).reshape(11, 7)
+        unaligned[:] = values.numpy()
+        laid = torch.from_numpy(unaligned)
+        assert laid.data_ptr() % 4
+    parameter = torch.nn.Parameter(laid)
+    stride = parameter.stride()
+    noisytune_cli.perturb_({"w": parameter})
+    assert torch.equal(parameter, expected["w"])
+    assert parameter.stride() == stride
+
+
+def test_names_match_a_headed_model_to_its_base_checkpoint() -> None:
+    base = torch.nn.ModuleDict({"encoder": torch.nn.Linear(5, 5)})
+    headed = torch.nn.ModuleDict({"bert": base, "classifier": torch.nn.Linear(5, 2)})
+    start = {name: p.clone() for name, p in headed.state_dict().items()}
+    noisytune_cli.perturb_(base)
+    expected = {name: bits(p) for name, p in base.state_dict().items()}
+    ways = ["bert", "bert.", lambda name: name.removeprefix("bert."), {f"bert.{n}": n for n in expected}]
+    for names in ways:
+        headed.load_state_dict(start)
+        record = noisytune_cli.perturb_(headed, names=names, fresh_names="classifier.*")
+        assert {name: bits(p) for name, p in base.state_dict().items()} == expected
+        assert torch.equal(headed["classifier"].weight, start["classifier.weight"])
+        assert [r.reason for r in record.receipts] == [None, None, "excluded", "excluded"]
+    with pytest.raises(UsageError, match="encoder"):
+        noisytune_cli.perturb_(headed, names=lambda name: "encoder")
+
+
+def test_frozen_and_fresh_parameters_are_left_out_or_not() -> None:
+    def perturbed(**options: Any) -> list[bool]:
+        model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 3, False), "b": torch.nn.Linear(3, 3, False)})
+        model["a"].weight.requires_grad_(False)
+        record = noisytune_cli.perturb_(model, **options)
+        return [r.action == "perturb" for r in record.receipts]
+
+    assert perturbed() == [True, True]
+    assert perturbed(frozen="copy") == [False, True]
+    assert perturbed(fresh_names=["b.*"]) == [True, False]
+    assert perturbed(fresh_names=["b.*"], fresh="perturb") == [True, True]
+    with pytest.raises(UsageError, match="matches nothing"):
+        perturbed(fresh_names="c.*")
+    with pytest.raises(UsageError, match="nothing would be perturbed"):
+        perturbed(frozen="copy", fresh_names="b.*")
+
+
+def test_autograd_sees_a_change_and_no_history() -> None:
+    linear = torch.nn.Linear(4, 4)
+    version = linear.weight._version
+    loss = (linear.weight**2).sum()
+    noisytune_cli.perturb_(linear)
+    assert linear.weight.is_leaf
+    assert linear.weight.requires_grad
+    assert linear.weight.grad_fn is None
+    assert linear.weight._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inference_tensors_get_noise() -> None:
+    with torch.inference_mode():
+        values = torch.randn(6, 4)
+        tensors = {"w": values.clone(), "t": values.t().clone().t()}
+    noisytune_cli.perturb_(tensors)
+    expected = {"w": values.clone(), "t": values.clone()}
+    noisytune_cli.perturb_(expected)
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def marked(mark: str) -> Any:
+    tensor = torch.randn(4, 4)
+    setattr(tensor, mark, object())
+    return tensor
+
+
+def overlapping() -> dict[str, Any]:
+    line = torch.randn(10)
+    return {"a": line[:6], "b": line[4:]}
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "sparse": (lambda: {"w": torch.eye(3).to_sparse()}, "sparse"),
+    "meta": (lambda: {"w": torch.empty(3, 3, device="meta")}, "meta device"),
+    "lazy": (lambda: torch.nn.LazyLinear(3), "not initialised"),
+    "bitsandbytes": (lambda: {"w": marked("quant_state")}, "quantised"),
+    "deepspeed": (lambda: {"w": marked("ds_id")}, "DeepSpeed"),
+    "flat": (lambda: {"w": marked("_is_flat_param")}, "fully_shard"),
+    "fsdp": (lambda: {"_fsdp_wrapped_module.w": torch.randn(3)}, "fully_shard"),
+    "float8": (lambda: {"w": torch.randn(4).to(torch.float8_e4m3fn)}, "quantised"),
+    "gptq": (lambda: {"q.qweight": torch.zeros(4, dtype=torch.int32), "q.g_idx": torch.zeros(4)}, "GPTQ"),
+    "no state dict": (lambda: {"model": {"w": torch.randn(3)}}, "not a state dict"),
+    "overlap": (overlapping, "overlap"),
+    "expanded": (lambda: {"w": torch.randn(3, 1).expand(3, 4)}, "overlap"),
+    "two widths": (lambda: {"a": (line := torch.randn(4)), "b": line.view(torch.float64)}, "overlap"),
+    "nothing": (lambda: {"w": torch.zeros(3, 3)}, "nothing to perturb"),
+}
+
+
+@pytest.mark.parametrize(("make", "why"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_take_noise_is_refused_before_any_change(make: Callable[[], Any], why: str) -> None:
+    refused = make()
+    first = torch.randn(3, 3)
+    tensors = (
+        {"first": first, **refused} if isinstance(refused, dict) and why != "nothing to perturb" else refused
+    )
+    before = bits(first)
+    with pytest.raises(NoisytuneError, match=why):
+        noisytune_cli.perturb_(tensors)
+    assert bits(first) == before
+
+
+def test_disjoint_views_of_one_storage_are_independent() -> None:
+    block = torch.randn(8, 6)
+    apart = {"a": block[:, :3].clone(), "b": block[:, 3:].clone()}
+    noisytune_cli.perturb_(apart)
+    noisytune_cli.perturb_({"a": block[:, :3], "b": block[:, 3:]})
+    assert torch.equal(block, torch.cat(list(apart.values()), dim=1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lam": -1},
+        {"seed": 2**64},
+        {"noise": "pink"},
+        {"scope": "layer"},
+        {"frozen": "skip"},
+        {"include": "none.*"},
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        noisytune_cli.perturb_({"w": torch.randn(3)}, **options)
+
+
+def test_a_manifest_gives_the_noise_again(tmp_path: Path) -> None:
+    tensors = {name: t for name, t in hostile().items() if name != "near"}
+    expected, manifest = on_disk(tensors, tmp_path, spec(noise="gaussian", seed=5, exclude=["v"]))
+    path = tmp_path / "b.safetensors.noisytune.json"
+    for given in (manifest, path, str(path)):
+        again = {"head": torch.randn(3, 3), **{name: t.clone() for name, t in tensors.items()}}
+        head = bits(again["head"])
+        record = noisytune_cli.perturb_(again, manifest=given)
+        assert bits(again.pop("head")) == head
+        assert {n: bits(t) for n, t in again.items()} == {n: bits(t) for n, t in expected.items()}
+        assert (record.noise, record.source) == (manifest.noise, manifest.source)
+    with pytest.raises(Mismatch, match=r"\[70, 30\]"):
+        noisytune_cli.perturb_({"w": torch.randn(30, 70)}, manifest=manifest)
+    with pytest.raises(UsageError, match="manifest="):
+        noisytune_cli.perturb_(tensors, manifest=manifest, lam=0.1)
+    with pytest.raises(InputInvalid):
+        noisytune_cli.perturb_(tensors, manifest=tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("scope", ["matrix", "global"])
+def test_where_the_bound_cannot_decide_exact_sums_do(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, tensors = hostile(), hostile()
+    noisytune_cli.perturb_(expected, scope=scope)
+    monkeypatch.setattr(memory, "round_std", lambda parts: None)
+    noisytune_cli.perturb_(tensors, scope=scope)
+    assert {n: bits(t) for n, t in tensors.items()} == {n: bits(t) for n, t in expected.items()}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_tiles_and_threads_do_not_matter(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, tensors = hostile(), hostile()
+    noisytune_cli.perturb_(expected)
+    monkeypatch.setattr(in_place, "_TILE_BYTES", 64)
+    noisytune_cli.perturb_(tensors, threads=threads)
+    assert {n: bits(t) for n, t in tensors.items()} == {n: bits(t) for n, t in expected.items()}
+
+
+@pytest.mark.parametrize("noise", ["uniform", "gaussian"])
+def test_a_devices_operations_give_the_same_and_are_waited_for_twice(
+    noise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make() -> dict[str, Any]:
+        return {**hostile(), "large": torch.randn(1001, 1003), "turned": torch.randn(30, 40).t()}
+
+    torch.manual_seed(3)
+    expected = make()
+    record = noisytune_cli.perturb_(expected, noise=noise)
+    torch.manual_seed(3)
+    tensors = make()
+    waits: list[int] = []
+    fetch = in_place._fetch
+    monkeypatch.setattr(in_place, "_is_exact_device", lambda name: True)
+    monkeypatch.setattr(in_place, "_fetch", lambda results: waits.append(len(results)) or fetch(results))
+    assert noisytune_cli.perturb_(tensors, noise=noise) == record
+    assert {n: bits(t) for n, t in tensors.items()} == {n: bits(t) for n, t in expected.items()}
+    assert len(waits) == 2
+    assert min(waits) > 3
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "gaussian"])
+@pytest.mark.parametrize("dtype", ["F32", "F64", "BF16", "F16"])
+def test_the_compiled_loop_works_in_place(dtype: str, distribution: str) -> None:
+    cpu = devices.open_device("cpu")
+    values = torch.linspace(-65504, 65504, 9001).to(
+        getattr(torch, {"F32": "float32", "F64": "float64", "BF16": "bfloat16", "F16": "float16"}[dtype])
+    )
+    source = bytearray(bits(values))
+    apart = bytearray(len(source))
+    noise: dict[str, Any] = {"distribution": distribution, "stream": stream.stream_words(7, "w")}
+    noise |= {"first": 2**32 - 5, "amplitude": float(np.float32(900.0))}
+    counts = cpu.add_noise(memoryview(source), memoryview(apart), dtype, **noise)
+    assert cpu.add_noise(memoryview(source), memoryview(source), dtype, **noise) == counts
+    assert source == apart
+    assert dtype != "F16" or counts[1] > 0
+
+
+def test_importing_the_package_imports_nothing_heavy_and_every_public_name_is_there() -> None:
+    heavy = "{'torch', 'numpy', 'numba', 'transformers', 'huggingface_hub', 'typer'}"
+    code = f"import sys, noisytune_cli; print(sorted({heavy} & set(sys.modules)))"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert answer.stdout.strip() == "[]"
+    pytest.importorskip("transformers")
+    for name in noisytune_cli.__all__:
+        assert getattr(noisytune_cli, name)
+        assert name in dir(noisytune_cli)
+    with pytest.raises(AttributeError, match="perturb"):
+        noisytune_cli.perturb  # noqa: B018
