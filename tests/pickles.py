@@ -75,10 +75,12 @@ class Writer:
         """Add a call of a global with plain arguments."""
         return self.name(module, name).value(arguments).raw(b"R")
 
-    def storage(self, key: str = "0", elements: int = 4, kind: str = "FloatStorage") -> Writer:
-        """Add a storage of this many elements."""
+    def storage(
+        self, key: str = "0", elements: int = 4, kind: str = "FloatStorage", legacy: bool = False
+    ) -> Writer:
+        """Add a storage of this many elements; a legacy one is said to be no view of another."""
         self.raw(b"(").value("storage").name("torch", kind).value(key).value("cpu").value(elements)
-        return self.raw(b"tQ")
+        return self.raw(b"NtQ" if legacy else b"tQ")
 
     def tensor(
         self, shape: object = (4,), stride: object = (1,), offset: object = 0, **storage: Any
@@ -116,6 +118,7 @@ def archive(
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", method) as zipped:
         zipped.writestr("m/data.pkl", content)
+        zipped.writestr("m/version", "3\n")
         zipped.writestr("m/byteorder", "little")
         for key, data in ({"0": bytes(16)} if storages is None else storages).items():
             zipped.writestr(f"m/data/{key}", data)

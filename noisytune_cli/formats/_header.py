@@ -37,6 +37,10 @@ _BITS = {
 #: The dtypes of the format; one string for each, not one for each tensor.
 DTYPES = {name: name for name in _BITS}
 
+_OTHER_BITS = {"C32": 32, "C128": 128}
+#: The dtypes of all formats, as a manifest names them.
+ALL_DTYPES = {name: name for name in (*_BITS, *_OTHER_BITS)}
+
 _METADATA = "__metadata__"
 _MAX_ENTRY = 1 << 16  # characters in one tensor's entry: room for a shape of thousands of dimensions
 _MAX_DIGITS = 20  # of 2^64
@@ -263,7 +267,7 @@ def _integers(value: object) -> list[int] | None:
 
 def stored_bytes(name: str, dtype: str, shape: list[int]) -> int:
     """Return the bytes that such a tensor takes; HeaderFault where no machine could address them."""
-    bits = _BITS[dtype]
+    bits = _BITS.get(dtype) or _OTHER_BITS[dtype]
     # A 0 does not excuse the other dimensions: [2^63, 4, 0] overflows in any reader that multiplies in order.
     for dimension in shape:
         bits *= dimension or 1

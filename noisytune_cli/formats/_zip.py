@@ -92,8 +92,9 @@ def _find_directory(read: Read, size: int) -> tuple[int, int, int]:
     at = size - _END.size
     end = _END.unpack(read(at, _END.size)) if at >= 0 else (b"",)
     if end[0] != b"PK\x05\x06" or end[-1] != 0:
-        tail = read(max(0, size - (1 << 16) - _END.size), min(size, (1 << 16) + _END.size))
-        if b"PK\x05\x06" in tail:
+        length = min(size, (1 << 16) + _END.size)
+        last = read(size - length, length).rfind(b"PK\x05\x06")
+        if last >= 0 and length - last >= _END.size:
             raise ZipFault("bytes follow the end of the archive")
         raise ZipFault("it is truncated: the central directory at its end is missing")
     _, disk, directory_disk, here, count, length, directory, _ = end
