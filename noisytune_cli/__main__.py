@@ -32,9 +32,13 @@ def main() -> NoReturn:
     try:
         from noisytune_cli.cli import run
 
-        run()
+        try:
+            run()
+        finally:
+            signals.ignore()
     except Stopped as stopped:
         # Not sys.exit: that would wait for threads that are still in the middle of a transfer.
+        signals.ignore()
         _flush()
         os._exit(stopped.exit_code)
     sys.exit(0)

@@ -2,11 +2,14 @@
 
 SIGINT, SIGTERM and SIGHUP raise `Stopped` in the main thread, so that the ordinary clean-up runs. Where an
 interruption would tear something in two (publishing, cleaning up), the signal is remembered and raised after.
+Who asks twice means the same: a further signal within two seconds does not disturb the clean-up.
 """
 
 from __future__ import annotations
 
+import math
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,15 +18,28 @@ from noisytune_cli.errors import Stopped
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+#: Seconds for the clean-up after a signal.
+_PATIENCE = 2.0
+
 _deferring = 0
 _pending: int | None = None
+_raised_at = -math.inf
+_patience = 0.0  # until the handlers are installed
 
 
 def install() -> None:
     """Make the signals raise `Stopped`; one that the parent ignores (nohup) stays ignored."""
+    global _patience
+    _patience = _PATIENCE
     for signum in _SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, _stop)
+
+
+def ignore() -> None:
+    """Ignore the signals from here on: the work is done, and what is left is to end."""
+    for signum in _SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 @contextmanager
@@ -37,7 +53,7 @@ def deferred() -> Iterator[None]:
         _deferring -= 1
         if not _deferring and _pending is not None:
             signum, _pending = _pending, None
-            raise Stopped(signum)
+            _raise(signum)
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
@@ -45,4 +61,13 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     if _deferring:
         _pending = signum
     else:
+        _raise(signum)
+
+
+def _raise(signum: int) -> None:
+    """Raise `Stopped`, unless that was done a moment ago."""
+    global _raised_at
+    now = time.monotonic()
+    if now - _raised_at >= _patience:
+        _raised_at = now
         raise Stopped(signum)

@@ -5,8 +5,9 @@ publishing is a rename on one file system. Its name tells which output it belong
 (flock) while its run lives: a later run to the same output that can take the lock knows it for dead,
 removes it and says so; one that cannot, refuses to start.
 
-What is moved out of a staging directory one by one (into a directory that was there, or a file before its
-manifest) is announced in it first, so that a later run knows what a killed one had moved, and removes that too.
+What is moved out of a staging directory one by one (into a directory that was there, or a file before
+its manifest) is announced in it first, so that a later run knows what a killed one had moved, and removes
+that too.
 """
 
 from __future__ import annotations
