@@ -1,0 +1,235 @@
+"""Noise in training scripts: while transformers loads a model, and as its Trainer begins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import noisytune_cli
+from noisytune_cli.commands.perturb import Request, perturb
+from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.records import NoiseSpec
+
+transformers = pytest.importorskip("transformers")
+
+SIZE = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 50,
+    "intermediate_size": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A masked language model as people publish it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("hub") / "bert-tiny"
+    transformers.BertForMaskedLM(transformers.BertConfig(**SIZE)).save_pretrained(folder)
+    return folder
+
+
+def parameters(model: Any) -> dict[str, Any]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def headed(folder: Path, **options: Any) -> Any:
+    """Load with a fresh head, the same one each time."""
+    torch.manual_seed(1)
+    return transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, **options)
+
+
+def test_a_model_is_loaded_as_from_the_noisy_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    perturb(Request(str(checkpoint), NoiseSpec(lam=0.3, seed=7)), str(tmp_path / "noisy"))
+    expected = parameters(transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "noisy"))
+    with noisytune_cli.noisy_from_pretrained(lam=0.3, seed=7) as records:
+        model = transformers.AutoModelForMaskedLM.from_pretrained(checkpoint)
+    assert same(parameters(model), expected)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    (record,) = records
+    assert record.source.id == "bert-tiny"
+    assert record.noise == NoiseSpec(lam=0.3, seed=7)
+    clean = transformers.AutoModelForMaskedLM.from_pretrained(checkpoint)
+    assert not same(parameters(clean), expected)
+
+
+def test_a_fresh_head_gets_no_noise_unless_told(checkpoint: Path, tmp_path: Path) -> None:
+    clean = parameters(headed(checkpoint))
+    perturb(Request(str(checkpoint), NoiseSpec()), str(tmp_path / "noisy"))
+    expected = parameters(headed(tmp_path / "noisy"))
+    with noisytune_cli.noisy_from_pretrained() as records:
+        model, info = headed(checkpoint, output_loading_info=True)
+    assert same(parameters(model), expected)
+    assert "classifier.weight" in info["missing_keys"]
+    fresh = {r.step.tensor.name for r in records[0].receipts if r.reason == "excluded"}
+    assert fresh == {
+        "classifier.weight",
+        "classifier.bias",
+        "bert.pooler.dense.weight",
+        "bert.pooler.dense.bias",
+    }
+    with noisytune_cli.noisy_from_pretrained(fresh="perturb"):
+        model = headed(checkpoint)
+    assert not torch.equal(model.classifier.weight, clean["classifier.weight"])
+
+
+def test_a_parameter_of_another_shape_is_fresh(checkpoint: Path) -> None:
+    with noisytune_cli.noisy_from_pretrained(fresh_names="encoder.*") as records:
+        transformers.BertModel.from_pretrained(checkpoint, vocab_size=60, ignore_mismatched_sizes=True)
+    (record,) = records
+    reasons = {r.step.tensor.name: r.reason for r in record.receipts}
+    assert reasons["embeddings.word_embeddings.weight"] == "excluded"
+    assert reasons["embeddings.position_embeddings.weight"] is None
+    assert {reason for name, reason in reasons.items() if "encoder" in name and "dense.weight" in name} == {
+        "excluded"
+    }
+
+
+def test_what_a_model_loads_while_it_is_loaded_gets_no_noise_of_its_own(checkpoint: Path) -> None:
+    parts = []
+
+    class Outer(transformers.BertForMaskedLM):  # type: ignore[misc,name-defined]
+        def eval(self) -> Any:  # loading ends with this call
+            parts.append(transformers.BertModel.from_pretrained(checkpoint, add_pooling_layer=False))
+            return super().eval()
+
+    with noisytune_cli.noisy_from_pretrained() as records:
+        Outer.from_pretrained(checkpoint)
+    assert len(records) == 1
+    clean = transformers.BertModel.from_pretrained(checkpoint, add_pooling_layer=False)
+    assert same(parameters(parts[0]), parameters(clean))
+
+
+def test_a_process_that_gets_its_weights_from_another_adds_no_noise(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Empty(transformers.BertModel):  # type: ignore[misc,name-defined]
+        def eval(self) -> Any:
+            return super().eval().to("meta")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        with noisytune_cli.noisy_from_pretrained() as records:
+            if rank:
+                Empty.from_pretrained(checkpoint)
+            else:
+                with pytest.raises(InputInvalid, match="meta device"):
+                    Empty.from_pretrained(checkpoint)
+        assert records == []
+
+
+def test_the_patch_ends_with_the_block_and_does_not_nest(checkpoint: Path) -> None:
+    original = transformers.PreTrainedModel.__dict__["from_pretrained"]
+    with (
+        noisytune_cli.noisy_from_pretrained(),
+        pytest.raises(UsageError, match="inside another"),
+        noisytune_cli.noisy_from_pretrained(),
+    ):
+        raise AssertionError("it nests")
+    assert transformers.PreTrainedModel.__dict__["from_pretrained"] is original
+    with (
+        pytest.raises(UsageError, match="matches nothing"),
+        noisytune_cli.noisy_from_pretrained(exclude="none"),
+    ):
+        transformers.BertModel.from_pretrained(checkpoint)
+    assert transformers.PreTrainedModel.__dict__["from_pretrained"] is original
+
+
+class Training:
+    """What the Trainer hands to a callback as training begins."""
+
+    def __init__(self, folder: Path, *, step: int = 0, main: bool = True, **arguments: Any) -> None:
+        defaults = {"output_dir": str(folder / "out"), "deepspeed": None, "resume_from_checkpoint": None}
+        self.args = SimpleNamespace(**defaults | arguments)
+        self.state = transformers.TrainerState(global_step=step, is_world_process_zero=main)
+
+    def begin(self, callback: Any, model: Any) -> None:
+        callback.on_train_begin(self.args, self.state, transformers.TrainerControl(), model=model)
+
+
+def test_the_callback_perturbs_a_model_once_and_writes_the_record(tmp_path: Path) -> None:
+    model, expected = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    expected.load_state_dict(model.state_dict())
+    record = noisytune_cli.perturb_(expected, seed=3)
+    callback = noisytune_cli.NoisyTuneCallback(seed=3)
+    for _ in range(2):
+        Training(tmp_path).begin(callback, model)
+        assert same(parameters(model), parameters(expected))
+    assert callback.manifest == record
+    written = json.loads((tmp_path / "out" / "noisytune-training.json").read_text())
+    assert written["noise"]["seed"] == "3"
+    assert [t["std"] for t in written["tensors"]] == [r.std for r in record.receipts]
+    assert not any("digest" in tensor for tensor in written["tensors"])
+    another = torch.nn.Linear(4, 4)
+    before = parameters(another)
+    Training(tmp_path).begin(callback, another)
+    assert not same(parameters(another), before)
+
+
+@pytest.mark.parametrize("resumed", [{"step": 5}, {"resume_from_checkpoint": "checkpoint-5"}])
+def test_the_callback_leaves_a_resumed_model_alone(resumed: dict[str, Any], tmp_path: Path) -> None:
+    model = torch.nn.Linear(4, 4)
+    before = parameters(model)
+    Training(tmp_path, **resumed).begin(noisytune_cli.NoisyTuneCallback(), model)
+    assert same(parameters(model), before)
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_one_process_writes_the_record_and_deepspeed_is_refused(tmp_path: Path) -> None:
+    callback = noisytune_cli.NoisyTuneCallback()
+    Training(tmp_path, main=False).begin(callback, torch.nn.Linear(4, 4))
+    assert callback.manifest is not None
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="DeepSpeed"):
+        Training(tmp_path, deepspeed="zero3.json").begin(callback, torch.nn.Linear(4, 4))
+
+
+def test_a_trainer_runs_the_callback(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+
+    class Toy(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 4)
+
+        def forward(self, x: Any) -> dict[str, Any]:
+            return {"loss": self.linear(x).square().mean()}
+
+    torch.manual_seed(0)
+    model, data = Toy(), [{"x": torch.randn(4)} for _ in range(4)]
+    expected = Toy()
+    expected.load_state_dict(model.state_dict())
+    noisytune_cli.perturb_(expected)
+    callback = noisytune_cli.NoisyTuneCallback()
+    settings = {
+        "output_dir": str(tmp_path),
+        "max_steps": 2,
+        "save_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+    }
+    settings |= {"learning_rate": 0.0, "disable_tqdm": True, "per_device_train_batch_size": 2}
+
+    def trainer() -> Any:
+        arguments = transformers.TrainingArguments(**settings)
+        return transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback])
+
+    trainer().train()
+    assert same(parameters(model), parameters(expected))
+    assert (tmp_path / "noisytune-training.json").is_file()
+    callback = noisytune_cli.NoisyTuneCallback()
+    settings["max_steps"] = 3
+    trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same(parameters(model), parameters(expected))
+    assert callback.manifest is None
