@@ -169,7 +169,7 @@ class Publication:
         with ExitStack() as undo:
             for name in names:
                 _rename_any(stage / name, self.output / name)
-                undo.callback(os.rename, self.output / name, stage / name)
+                undo.callback(_rename_back, self.output / name, stage / name)
             sync_directory(self.output)
             self._move(stage / MANIFEST, self.output / MANIFEST, undo)
             undo.pop_all()
@@ -177,7 +177,7 @@ class Publication:
     def _move(self, source: Path, target: Path, undo: ExitStack) -> None:
         """Rename a file into, or out of, the output's folder, durably."""
         _rename_file(source, target)
-        undo.callback(os.rename, target, source)
+        undo.callback(_rename_back, target, source)
         sync_directory(self.output if self._in_place else self.output.parent)
 
     def _require_empty(self) -> None:
@@ -263,10 +263,16 @@ def _rename_file(source: Path, target: Path) -> None:
         if error.errno not in _NO_SUCH_RENAME:
             raise
         os.link(source, target)
-        with ExitStack() as undo:
-            undo.callback(os.unlink, target)
+        # One that stays goes with the staging directory.
+        with contextlib.suppress(OSError):
             os.unlink(source)
-            undo.pop_all()
+
+
+def _rename_back(target: Path, source: Path) -> None:
+    if os.path.lexists(source):  # still there as another name of the same file: a rename would do nothing
+        os.unlink(target)
+    else:
+        os.rename(target, source)
 
 
 def _rename_any(source: Path, target: Path) -> None:
