@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py [--device cpu|cuda|cuda:N] [--size GIB] [--dtype F32|BF16] [--rounds N]
 
-The model has the shapes of a Llama-like one. Measuring reads it once, adding reads and writes it once: two
-reads and one write. The yardstick is a copy of the same bytes (one read and one write), by NumPy on the CPU on
-as many threads, by the device elsewhere; half as much again is the time of two reads and one write. Contenders
-take turns, round after round, and medians are printed.
+The model has the shapes of a Llama-like one. Measuring reads it once, adding noise reads and writes it once:
+two reads and one write. The yardstick is a copy of the same bytes (one read, one write), by NumPy on the CPU
+on as many threads, by the device elsewhere; half as much again is the time of two reads and one write.
+Contenders take turns, round after round, and medians are printed.
 
     paper's loop    p += (rand - 0.5) * λ * std, for every parameter
 """

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 from noisytune_cli import memory, perturb_, sharded
 from noisytune_cli.errors import InputInvalid
@@ -91,6 +92,14 @@ def fsdp() -> None:
         assert_same(expected, again)
 
 
+def replicas() -> None:
+    expected, parts = model(), DistributedDataParallel(model())
+    perturb_(expected)
+    _, count = reductions(lambda: perturb_(parts, names="module"))
+    assert count == 0, count
+    assert_same(expected, parts.module)
+
+
 def exact() -> None:
     decide = memory.round_std
     memory.round_std = lambda parts: None
@@ -158,7 +167,7 @@ def partial() -> None:
 def main(rank: int, rendezvous: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     dist.all_reduce = counted(dist.all_reduce)
-    for case in (fsdp, exact, placements, strided, partial):
+    for case in (replicas, fsdp, exact, placements, strided, partial):
         case()
     dist.destroy_process_group()
 
