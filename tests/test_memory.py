@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 
 import noisytune_cli
-from noisytune_cli import devices, in_place, memory, stream
+from noisytune_cli import in_place, memory
 from noisytune_cli.commands.perturb import Request, perturb
-from noisytune_cli.errors import InputInvalid, Mismatch, NoisytuneError, UsageError
+from noisytune_cli.errors import InputInvalid, Mismatch, UsageError
 from noisytune_cli.records import Manifest, NoiseSpec
 
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
@@ -241,56 +241,6 @@ def test_inference_tensors_get_noise() -> None:
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
-def marked(mark: str) -> Any:
-    tensor = torch.randn(4, 4)
-    setattr(tensor, mark, object())
-    return tensor
-
-
-def overlapping() -> dict[str, Any]:
-    line = torch.randn(10)
-    return {"a": line[:6], "b": line[4:]}
-
-
-REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "sparse": (lambda: {"w": torch.eye(3).to_sparse()}, "sparse"),
-    "meta": (lambda: {"w": torch.empty(3, 3, device="meta")}, "meta device"),
-    "lazy": (lambda: torch.nn.LazyLinear(3), "not initialised"),
-    "bitsandbytes": (lambda: {"w": marked("quant_state")}, "quantised"),
-    "deepspeed": (lambda: {"w": marked("ds_id")}, "DeepSpeed"),
-    "flat": (lambda: {"w": marked("_is_flat_param")}, "fully_shard"),
-    "fsdp": (lambda: {"_fsdp_wrapped_module.w": torch.randn(3)}, "fully_shard"),
-    "float8": (lambda: {"w": torch.randn(4).to(torch.float8_e4m3fn)}, "quantised"),
-    "gptq": (lambda: {"q.qweight": torch.zeros(4, dtype=torch.int32), "q.g_idx": torch.zeros(4)}, "GPTQ"),
-    "no state dict": (lambda: {"model": {"w": torch.randn(3)}}, "not a state dict"),
-    "overlap": (overlapping, "overlap"),
-    "expanded": (lambda: {"w": torch.randn(3, 1).expand(3, 4)}, "overlap"),
-    "two widths": (lambda: {"a": (line := torch.randn(4)), "b": line.view(torch.float64)}, "overlap"),
-    "nothing": (lambda: {"w": torch.zeros(3, 3)}, "nothing to perturb"),
-}
-
-
-@pytest.mark.parametrize(("make", "why"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_take_noise_is_refused_before_any_change(make: Callable[[], Any], why: str) -> None:
-    refused = make()
-    first = torch.randn(3, 3)
-    tensors = (
-        {"first": first, **refused} if isinstance(refused, dict) and why != "nothing to perturb" else refused
-    )
-    before = bits(first)
-    with pytest.raises(NoisytuneError, match=why):
-        noisytune_cli.perturb_(tensors)
-    assert bits(first) == before
-
-
-def test_disjoint_views_of_one_storage_are_independent() -> None:
-    block = torch.randn(8, 6)
-    apart = {"a": block[:, :3].clone(), "b": block[:, 3:].clone()}
-    noisytune_cli.perturb_(apart)
-    noisytune_cli.perturb_({"a": block[:, :3], "b": block[:, 3:]})
-    assert torch.equal(block, torch.cat(list(apart.values()), dim=1))
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -364,23 +314,6 @@ def test_a_devices_operations_give_the_same_and_are_waited_for_twice(
     assert {n: bits(t) for n, t in tensors.items()} == {n: bits(t) for n, t in expected.items()}
     assert len(waits) == 2
     assert min(waits) > 3
-
-
-@pytest.mark.parametrize("distribution", ["uniform", "gaussian"])
-@pytest.mark.parametrize("dtype", ["F32", "F64", "BF16", "F16"])
-def test_the_compiled_loop_works_in_place(dtype: str, distribution: str) -> None:
-    cpu = devices.open_device("cpu")
-    values = torch.linspace(-65504, 65504, 9001).to(
-        getattr(torch, {"F32": "float32", "F64": "float64", "BF16": "bfloat16", "F16": "float16"}[dtype])
-    )
-    source = bytearray(bits(values))
-    apart = bytearray(len(source))
-    noise: dict[str, Any] = {"distribution": distribution, "stream": stream.stream_words(7, "w")}
-    noise |= {"first": 2**32 - 5, "amplitude": float(np.float32(900.0))}
-    counts = cpu.add_noise(memoryview(source), memoryview(apart), dtype, **noise)
-    assert cpu.add_noise(memoryview(source), memoryview(source), dtype, **noise) == counts
-    assert source == apart
-    assert dtype != "F16" or counts[1] > 0
 
 
 def test_importing_the_package_imports_nothing_heavy_and_every_public_name_is_there() -> None:

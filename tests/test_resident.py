@@ -1,0 +1,62 @@
+"""What is refused before anything is changed, and which views of one storage are tensors of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from noisytune_cli import perturb_
+from noisytune_cli.errors import NoisytuneError
+
+
+def marked(mark: str) -> Any:
+    tensor = torch.randn(4, 4)
+    setattr(tensor, mark, object())
+    return tensor
+
+
+def overlapping() -> dict[str, Any]:
+    line = torch.randn(10)
+    return {"a": line[:6], "b": line[4:]}
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "sparse": (lambda: {"w": torch.eye(3).to_sparse()}, "sparse"),
+    "meta": (lambda: {"w": torch.empty(3, 3, device="meta")}, "meta device"),
+    "lazy": (lambda: torch.nn.LazyLinear(3), "not initialised"),
+    "bitsandbytes": (lambda: {"w": marked("quant_state")}, "quantised"),
+    "deepspeed": (lambda: {"w": marked("ds_id")}, "DeepSpeed"),
+    "flat": (lambda: {"w": marked("_is_flat_param")}, "fully_shard"),
+    "fsdp": (lambda: {"_fsdp_wrapped_module.w": torch.randn(3)}, "fully_shard"),
+    "float8": (lambda: {"w": torch.randn(4).to(torch.float8_e4m3fn)}, "quantised"),
+    "gptq": (lambda: {"q.qweight": torch.zeros(4, dtype=torch.int32), "q.g_idx": torch.zeros(4)}, "GPTQ"),
+    "no state dict": (lambda: {"model": {"w": torch.randn(3)}}, "not a state dict"),
+    "overlap": (overlapping, "overlap"),
+    "expanded": (lambda: {"w": torch.randn(3, 1).expand(3, 4)}, "overlap"),
+    "two widths": (lambda: {"a": (line := torch.randn(4)), "b": line.view(torch.float64)}, "overlap"),
+    "nothing": (lambda: {"w": torch.zeros(3, 3)}, "nothing to perturb"),
+}
+
+
+@pytest.mark.parametrize(("make", "why"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_take_noise_is_refused_before_any_change(make: Callable[[], Any], why: str) -> None:
+    refused = make()
+    first = torch.randn(3, 3)
+    tensors = (
+        {"first": first, **refused} if isinstance(refused, dict) and why != "nothing to perturb" else refused
+    )
+    before = first.clone()
+    with pytest.raises(NoisytuneError, match=why):
+        perturb_(tensors)
+    assert torch.equal(first, before)
+
+
+def test_disjoint_views_of_one_storage_are_independent() -> None:
+    block = torch.randn(8, 6)
+    apart = {"a": block[:, :3].clone(), "b": block[:, 3:].clone()}
+    perturb_(apart)
+    perturb_({"a": block[:, :3], "b": block[:, 3:]})
+    assert torch.equal(block, torch.cat(list(apart.values()), dim=1))
