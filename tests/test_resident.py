@@ -32,6 +32,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "flat": (lambda: {"w": marked("_is_flat_param")}, "fully_shard"),
     "fsdp": (lambda: {"_fsdp_wrapped_module.w": torch.randn(3)}, "fully_shard"),
     "float8": (lambda: {"w": torch.randn(4).to(torch.float8_e4m3fn)}, "quantised"),
+    "mlx": (lambda: {"q.weight": torch.zeros(4, dtype=torch.uint32), "q.scales": torch.ones(4)}, "MLX"),
     "gptq": (lambda: {"q.qweight": torch.zeros(4, dtype=torch.int32), "q.g_idx": torch.zeros(4)}, "GPTQ"),
     "no state dict": (lambda: {"model": {"w": torch.randn(3)}}, "not a state dict"),
     "overlap": (overlapping, "overlap"),
