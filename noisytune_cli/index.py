@@ -20,6 +20,8 @@ from noisytune_cli.reading import read_json
 #: The index of the largest open models (100,000 tensors) is about 10 MB.
 _MAX_BYTES = 64 << 20
 
+_MAX_SHOWN = 40  # characters of a wrong total_size that a warning quotes
+
 
 @dataclass(frozen=True)
 class ShardIndex:

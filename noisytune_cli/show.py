@@ -22,6 +22,9 @@ from noisytune_cli.escape import escape
 #: Seconds between two updates of the progress bar.
 _UPDATE_EVERY = 0.1
 
+#: Characters of a warning: those of the longest that noisytune means to give.
+_LONGEST_WARNING = 1500
+
 
 def write_out(text: str | Iterable[str]) -> None:
     """Write data, whole or in chunks, to stdout and flush it.
@@ -54,8 +57,9 @@ def note(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Write one warning to stderr."""
-    note(f"noisytune: warning: {text}")
+    """Write one warning to stderr, cut where what it quotes is too long to be read."""
+    cut = f"{text[:_LONGEST_WARNING]}…" if len(text) > _LONGEST_WARNING else text
+    note(f"noisytune: warning: {cut}")
 
 
 def is_terminal(stream: TextIO | None) -> bool:
