@@ -61,7 +61,7 @@ def list_folder(root: Path) -> Listing:
             name = folder.prefix + entry.name
             mode = _mode(entry)
             if not _is_utf8(entry.name):
-                special[escape(name)] = "its name is not UTF-8"
+                special[escape(name)] = "a file whose name is not UTF-8"
             elif mode is None:
                 special[name] = "a broken link"
             elif stat.S_ISREG(mode):

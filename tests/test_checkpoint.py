@@ -390,7 +390,7 @@ def test_links_and_special_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert opened.others == ("alias/file.txt", "sub/deep/file.txt", "vocab.txt")
         assert dict(opened.left_out) == {
             "alias/up/": "a link to a folder it lies in",
-            "bad\\udcff.txt": "its name is not UTF-8",
+            "bad\\udcff.txt": "a file whose name is not UTF-8",
             "broken": "a broken link",
             "out/": "a link out of the checkpoint",
             "pipe": "a FIFO",
