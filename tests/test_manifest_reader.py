@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import malformed_manifests
 import pytest
-from checkpoints import Tensor, numbers, save, save_sharded, weights
+from checkpoints import save
+from malformed_manifests import FIELDS, TENSORS, TEXT
 
 from noisytune_cli import manifest_reader
 from noisytune_cli.commands.perturb import Request, perturb
@@ -19,33 +19,11 @@ from noisytune_cli.manifest import encode
 from noisytune_cli.manifest_reader import parse, read_manifest
 from noisytune_cli.records import NoiseSpec
 
-TENSORS = {
-    "w": weights("F32", 6, 5),
-    "half": weights("BF16", 100, centre=1.0, width=0.001),
-    "big": numbers("F64", *np.linspace(-1e200, 1e200, 10)),
-    "constant": numbers("F32", 0.5, 0.5),
-    "nan": numbers("F16", 1.0, math.nan),
-    "one": numbers("F32", 2.0),
-    "empty": Tensor("F32", np.empty((0, 4), "<f4")),
-    "ids": Tensor("I64", np.arange(5)),
-    "left": weights("F32", 4),
-    "\x1b[2J{}\u202e\n𝕎": weights("F16", 9),
-}
 
-NOISE = NoiseSpec(seed=2**64 - 1, rules=(("half", 0.5),), exclude=("left",))
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+@pytest.fixture
+def written() -> bytes:
     """The manifest of a folder with two shards and some other files."""
-    root = tmp_path_factory.mktemp("manifest")
-    names = list(TENSORS)
-    halves = [{n: TENSORS[n] for n in part} for part in (names[:5], names[5:])]
-    source = save_sharded(root / "in", *halves)
-    (source / "sub").mkdir()
-    (source / "sub" / "config.json").write_text("{}")
-    (source / "optimizer.pt").write_text("left out")
-    return perturb(Request(str(source), NOISE), str(root / "out")).manifest_path.read_bytes()
+    return malformed_manifests.written()
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "gaussian"])
@@ -93,206 +71,11 @@ def test_too_large(written: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         read_manifest(tmp_path / "m")
 
 
-def at(*path: Any, to: Any) -> Callable[[Any], None]:
-    """Set the value at a path; a tensor is given by its name."""
-
-    def change(document: Any) -> None:
-        for key in path[:-1]:
-            document = by_name(document, key)
-        document[path[-1]] = to
-
-    return change
-
-
-def without(*path: Any) -> Callable[[Any], None]:
-    """Delete what is at a path."""
-
-    def change(document: Any) -> None:
-        for key in path[:-1]:
-            document = by_name(document, key)
-        del document[path[-1]]
-
-    return change
-
-
-def by_name(value: Any, key: Any) -> Any:
-    if isinstance(value, list) and isinstance(key, str):
-        return next(entry for entry in value if entry["name"] == key)
-    return value[key]
-
-
-def swapped(key: str, i: int, j: int) -> Callable[[Any], None]:
-    def change(document: Any) -> None:
-        entries = document[key]
-        entries[i], entries[j] = entries[j], entries[i]
-
-    return change
-
-
-D0 = "blake3:" + "0" * 64
-
-#: (what is wrong, words of the error line)
-FIELDS: list[tuple[Callable[[Any], Any], str]] = [
-    (at("schema", to=2), "newer noisytune. Upgrade noisytune"),
-    (at("schema", to=0), "schema is not a version"),
-    (at("schema", to=True), "schema is not a version"),
-    (at("schema", to="1"), "schema is not a version"),
-    (at("tool", to=[]), "tool is not an object"),
-    (at("tool", "name", to="other"), "tool.name"),
-    (at("tool", "version", to=1), "tool.version is not a string"),
-    (at("tool", "host", to="h"), 'unknown key "host"'),
-    (at("source", "id", to=None), "source.id is not a string"),
-    (at("source", "id", to="\ud800"), "source.id has half a surrogate"),
-    (at("source", "revision", to="main"), "source.revision is not a commit"),
-    (at("source", "revision", to="../../x"), "source.revision is not a commit"),
-    (without("source", "revision"), "source.revision is missing"),
-    (at("source", "files", to=[]), "source.files is empty"),
-    (at("source", "files", to={}), "source.files is not a list"),
-    (at("source", "files", 0, to="x"), "source.files[0] is not an object"),
-    (at("source", "files", 0, "name", to="../model.safetensors"), "no plain name"),
-    (at("source", "files", 0, "name", to="/etc/passwd"), "no plain name"),
-    (at("source", "files", 0, "name", to="a/./b"), "no plain name"),
-    (at("source", "files", 0, "name", to="a//b"), "no plain name"),
-    (at("source", "files", 0, "name", to="a/"), "no plain name"),
-    (at("source", "files", 0, "name", to=""), "no plain name"),
-    (at("source", "files", 0, "name", to="a\0b"), "no plain name"),
-    (at("source", "files", 0, "name", to="x" * 5000), "longer than any"),
-    (at("source", "files", 0, "name", to="other.safetensors"), "tensors[0].file is not one of"),
-    (at("source", "files", 0, "size", to=9), "less than any weight"),
-    (at("source", "files", 0, "size", to=200), "less than its tensors need"),
-    (at("source", "files", 0, "size", to=-1), "size is not an integer"),
-    (at("source", "files", 0, "size", to=1e3), "size is not an integer"),
-    (at("source", "files", 0, "size", to=True), "size is not an integer"),
-    (at("source", "files", 0, "size", to=2**64 - 1), "size is more than"),
-    (at("source", "files", 0, "header_digest", to=D0.upper()), "header_digest is not"),
-    (at("source", "files", 0, "header_digest", to=D0 + "0"), "header_digest is not"),
-    (at("noise", "stream", to="philox4x32-10/v2"), "newer"),
-    (at("noise", "distribution", to="cauchy"), "newer"),
-    (at("noise", "distribution", to="../uniform"), "newer"),
-    (at("noise", "distribution", to="gaussian"), "noise_std is missing"),
-    (at("noise", "scope", to="world"), "noise.scope is"),
-    (at("noise", "scope", to="global"), "is one-element"),
-    (at("noise", "granularity", to="matrix"), "newer"),
-    (at("noise", "seed", to=0), "noise.seed is not a string"),
-    (at("noise", "seed", to="18446744073709551616"), "noise.seed is not"),
-    (at("noise", "seed", to="-1"), "noise.seed is not"),
-    (at("noise", "seed", to="01"), "noise.seed is not"),
-    (at("noise", "seed", to="１"), "noise.seed is not"),
-    (at("noise", "lambda", to=-0.1), "noise.lambda is not"),
-    (at("noise", "lambda", to=None), "noise.lambda is not"),
-    (at("noise", "lambda", to="0.15"), "noise.lambda is not"),
-    (at("noise", "lambda", to=0.2), "lambda is none of those"),
-    (at("noise", "rules", to=[["*"]]), "noise.rules[0] is no pair"),
-    (at("noise", "rules", to=[[1, 0.5]]), "noise.rules[0].pattern"),
-    (at("noise", "rules", to=[["half", -1]]), "noise.rules[0].lambda"),
-    (at("noise", "include", to=[1]), "noise.include is not a string"),
-    (at("noise", "exclude", to="left"), "noise.exclude is not a list"),
-    (at("tensors", to={}), '"[" is due'),
-    (at("tensors", 0, to=1), "tensors[0] is not an object"),
-    (at("tensors", 1, "name", to="w"), "two tensors of one name"),
-    (at("tensors", "w", "name", to=1), "tensors[0].name is not a string"),
-    (at("tensors", "w", "stream", to="nobody"), "tensors[0].stream is no tensor's name"),
-    (at("tensors", "w", "file", to="model.safetensors"), "tensors[0].file is not one of"),
-    (at("tensors", "w", "dtype", to="F128"), "tensors[0].dtype is no dtype"),
-    (at("tensors", "w", "dtype", to="I32"), "tensors[0].action is perturb for a dtype"),
-    (at("tensors", "w", "shape", to=[6, -5]), "tensors[0].shape is not"),
-    (at("tensors", "w", "shape", to=[6.0, 5]), "tensors[0].shape is not"),
-    (at("tensors", "w", "shape", to=[True, 5]), "tensors[0].shape is not"),
-    (at("tensors", "w", "shape", to=[2**62, 2**62]), "tensors[0]: "),
-    (at("tensors", "w", "shape", to=[6000, 5]), "less than its tensors need"),
-    (at("tensors", "w", "shape", to=[6, 4]), "totals.parameters"),
-    (at("tensors", "w", "shape", to=[1, 1]), "tensors[0].action is perturb for a tensor that has no std"),
-    (at("tensors", "w", "action", to="skip"), "tensors[0].action is"),
-    (at("tensors", "w", "action", to="copy"), "tensors[0].reason is missing"),
-    (at("tensors", "w", "reason", to="excluded"), "tensors[0].reason is given"),
-    (at("tensors", "w", "lambda", to=0), "tensors[0].lambda is none of those"),
-    (at("tensors", "w", "lambda", to=0.5), "tensors[0].amplitude is not that"),
-    (at("tensors", "w", "std", to=None), "tensors[0].std is not a number > 0"),
-    (at("tensors", "w", "std", to=0.1), "tensors[0].std is not a float32"),
-    (at("tensors", "w", "std", to=0.5), "tensors[0].amplitude is not that"),
-    (at("tensors", "w", "std", to=-0.5), "tensors[0].std is negative"),
-    (at("tensors", "w", "std", to=1e300), "tensors[0].std is not a float32"),
-    (at("tensors", "w", "amplitude", to=0.5), "tensors[0].amplitude is not that"),
-    (at("tensors", "w", "amplitude", to=0.1), "tensors[0].amplitude is not a float32"),
-    (at("tensors", "w", "amplitude", to=None), "tensors[0].amplitude is not that"),
-    (at("tensors", "w", "low", to=0), "tensors[0].low is not that"),
-    (at("tensors", "w", "high", to=None), "tensors[0].high is not that"),
-    (at("tensors", "w", "noise_std", to=None), 'unknown key "noise_std"'),
-    (at("tensors", "w", "unchanged", to=31), "tensors[0].unchanged is more than 30"),
-    (at("tensors", "w", "clamped", to=-1), "tensors[0].clamped is not"),
-    (at("tensors", "w", "digest", to="sha256:" + "0" * 64), "tensors[0].digest is not"),
-    (without("tensors", "w", "source_digest"), "tensors[0].source_digest is missing"),
-    (at("tensors", "ids", "reason", to="because"), ".reason is"),
-    (at("tensors", "ids", "reason", to="empty"), "is empty, which its dtype and shape are not"),
-    (at("tensors", "left", "reason", to="not-float"), "is not-float, which"),
-    (at("tensors", "left", "reason", to="constant"), "std does not fit"),
-    (at("tensors", "left", "std", to=0.5), "std does not fit"),
-    (at("tensors", "constant", "std", to=None), "std does not fit"),
-    (at("tensors", "left", "lambda", to=0.15), "is a copy, but"),
-    (at("tensors", "left", "unchanged", to=1), "is a copy, but"),
-    (at("tensors", "left", "digest", to=D0), "is a copy, but"),
-    (swapped("tensors", 4, 5), "not in the order of source.files"),
-    (at("copied", 0, "name", to="../x"), "no plain name"),
-    (at("copied", 0, "name", to="~/../x"), "no plain name"),
-    (at("copied", 0, "name", to="noisytune.json"), "two files of the name"),
-    (at("copied", 0, "name", to="sub"), "a folder of that name"),
-    (at("copied", 0, "name", to="noisytune.json/x"), "a folder of that name"),
-    (at("copied", 0, "name", to="model-00001-of-00002.safetensors"), "two files of the name"),
-    (at("copied", 1, "name", to="model.safetensors.index.json"), "two files of the name"),
-    (at("copied", 0, "digest", to=None), "copied[0].digest is not a string"),
-    (at("copied", 0, "mode", to=7), 'copied[0] has an unknown key "mode"'),
-    (at("left_out", 0, "why", to=None), "left_out[0].why is not a string"),
-    (at("totals", "tensors", to=11), "totals.tensors"),
-    (at("totals", "perturbed", to=0), "totals.perturbed"),
-    (at("totals", "bytes", to=1.5), "totals.bytes is not an integer"),
-    (without("totals", "bytes"), "totals.bytes is missing"),
-    (without("totals"), '"totals"'),
-    (without("noise"), 'stands where "noise" is due'),
-    (at("extra", to=1), "more members"),
-]
-
-
 @pytest.mark.parametrize(("change", "words"), FIELDS, ids=[f"{i}-{w}" for i, (_, w) in enumerate(FIELDS)])
 def test_a_field_that_lies(change: Callable[[Any], Any], words: str, written: bytes, tmp_path: Path) -> None:
     document = json.loads(written)
     change(document)
     refused(json.dumps(document).encode(), words, tmp_path)
-
-
-def replaced(old: str, new: str) -> Callable[[bytes], bytes]:
-    def change(content: bytes) -> bytes:
-        assert old.encode() in content
-        return content.replace(old.encode(), new.encode("utf-8", "surrogatepass"), 1)
-
-    return change
-
-
-TEXT: list[tuple[Callable[[bytes], bytes], str]] = [
-    (lambda content: b"", "no JSON object"),
-    (lambda content: b"null", "no JSON object"),
-    (lambda content: b"[]", "no JSON object"),
-    (lambda content: b"{}", 'has no "schema"'),
-    (lambda content: content[:-3], "not valid JSON"),
-    (lambda content: content[: len(content) // 2], "not valid JSON"),
-    (lambda content: content + content, "something follows"),
-    (lambda content: content.decode().encode("utf-16"), "not ASCII"),
-    (lambda content: b"\xef\xbb\xbf" + content, "not ASCII"),
-    (lambda content: b'{"schema": ' + b"[" * 100_000, "nested too deep"),
-    (lambda content: b'{"schema": ' + b"9" * 5000 + b"}", "more than 20 digits"),
-    (lambda content: b'{"schema": 1' + b" " * 9000 + b'"tool"', '"," is due'),
-    (lambda content: b'{"schema" 1}', "no colon"),
-    (replaced('"schema": 1,', '"schema": 1, "schema": 1,'), 'stands where "tool" is due'),
-    (replaced('"revision": null', '"revision": null, "revision": null'), 'key "revision" twice'),
-    (replaced('"revision": null', '"revision": null, "\\u0072evision": null'), 'key "revision" twice'),
-    (replaced('"lambda": 0.15', '"lambda": NaN'), "NaN, which is no number"),
-    (replaced('"lambda": 0.15', '"lambda": Infinity'), "Infinity, which is no number"),
-    (replaced('"lambda": 0.15', '"lambda": 1e999'), "too large"),
-    (replaced('"clamped": 0', '"clamped": -0'), "-0 for an integer"),
-    (replaced('"id": "in"', '"id": "i\nn"'), "not valid JSON"),
-    (replaced('"id": "in"', '"id": "é"'), "not ASCII"),
-    (replaced('"tensors": [', '"tensors": [,'), "not valid JSON"),
-    (replaced('"why": "optimizer and trainer state"}', '"why": ""} {}'), "no comma"),
-]
 
 
 @pytest.mark.parametrize(("change", "words"), TEXT, ids=[f"{i}-{w}" for i, (_, w) in enumerate(TEXT)])

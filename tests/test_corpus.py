@@ -1,0 +1,118 @@
+"""Every malformed input, through the command line: its exit code, its one line, and nothing done.
+
+Each may take 256 MB and two seconds of CPU time (`limited.py`). All run once, before the first test; the
+tests look at what came of each.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from corpus import ACCEPTED, CORPUS, REFUSED, fingerprint
+from hostile import Hostile, tree
+from limited import CPU_SECONDS, Ended, Limited
+from malformed_outputs import output
+
+pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="limits need Linux's /proc")
+
+_ONE_LINE = re.compile(r"noisytune: error: [^\n]+\. [^\n]+\.\n")
+
+#: What of an input is shown is cut: nobody reads a longer line.
+_LONGEST_LINE = 2000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a row: how the run ended, what lay there, and whether it left anything."""
+
+    ended: Ended
+    fingerprint: str
+    changed: bool
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """Run every row."""
+    good = tree(output())(tmp_path_factory.mktemp("good"))
+    root = tmp_path_factory.mktemp("rows") / "row"
+    found = {}
+    with Limited([["verify", str(good)], ["inspect", str(good), "--headers-only"]]) as limited:
+        for row in CORPUS:
+            root.mkdir()
+            source = row.lay(root)
+            before = fingerprint(root, source)
+            ended = limited.run(row.argv(source, root / "out"))
+            found[row.name] = Outcome(ended, before + row.command, fingerprint(root, source) != before)
+            shutil.rmtree(root)
+    return found
+
+
+def by_row(rows: tuple[Hostile, ...]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("row", rows, ids=[ascii(row.name)[1:-1][:80] for row in rows])
+
+
+def test_there_are_more_than_600_and_no_two_are_alike(outcomes: dict[str, Outcome]) -> None:
+    assert [name for name, count in Counter(row.name for row in CORPUS).items() if count > 1] == []
+    assert len(REFUSED) > 600
+    seen = Counter(outcome.fingerprint for outcome in outcomes.values())
+    assert [name for name, outcome in outcomes.items() if seen[outcome.fingerprint] > 1] == []
+
+
+@by_row(REFUSED)
+def test_refused_in_one_line(row: Hostile, outcomes: dict[str, Outcome]) -> None:
+    ended = outcomes[row.name].ended
+    assert ended.code == row.code, ended
+    assert ended.cpu < CPU_SECONDS
+    assert ended.stdout == ""
+    *warnings, line = ended.stderr.splitlines(keepends=True)
+    assert all(warning.startswith("noisytune: warning: ") for warning in warnings)
+    assert [word for word in row.words if word not in line] == []
+    assert _ONE_LINE.fullmatch(line)
+    assert line[:-1].isprintable()
+    assert len(line) < _LONGEST_LINE
+    assert not outcomes[row.name].changed
+
+
+@by_row(ACCEPTED)
+def test_what_only_looks_wrong_is_taken(row: Hostile, outcomes: dict[str, Outcome]) -> None:
+    ended = outcomes[row.name].ended
+    assert ended.code == 0, ended
+    assert all(line.isprintable() for line in (ended.stdout + ended.stderr).splitlines())
+    assert all(len(line) < _LONGEST_LINE for line in ended.stderr.splitlines())
+    assert not outcomes[row.name].changed
+
+
+#: A few whole processes, from Python's start on.
+SAMPLE = ("safetensors: N is 2^63", "shards: a FIFO", "quantised: GPTQ")
+
+
+@pytest.mark.parametrize("command", ["inspect", "perturb"])
+def test_whole_processes_end_alike(command: str, tmp_path: Path) -> None:
+    rows = [row for row in REFUSED if row.name in SAMPLE and command in ("perturb", row.command)]
+    assert len(rows) == len(SAMPLE) - (command == "inspect")
+    running = []
+    for number, row in enumerate(rows):
+        root = tmp_path / str(number)
+        root.mkdir()
+        argv = [command, str(row.lay(root)), *(["-o", str(root / "out")] if command == "perturb" else [])]
+        running.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "noisytune_cli", *argv],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    for row, process in zip(rows, running, strict=True):
+        stdout, stderr = process.communicate()
+        assert (process.returncode, stdout) == (row.code, "")
+        assert _ONE_LINE.fullmatch(stderr)
+        assert [word for word in row.words if word not in stderr] == []
