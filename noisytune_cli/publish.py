@@ -285,9 +285,10 @@ def _swap(first: Path, second: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_SUCH_RENAME:
             raise
-        aside = first.with_name(first.name + "-replaced")
+        aside = first.with_name(first.name + staging.ASIDE)
         with ExitStack() as undo:
-            os.rename(second, aside)
+            # A file keeps its name meanwhile; a directory cannot, so the next run puts it back if we end here.
+            (os.rename if second.is_dir() else os.link)(second, aside)
             undo.callback(os.rename, aside, second)
             os.rename(first, second)
             undo.callback(os.rename, second, first)

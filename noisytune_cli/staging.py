@@ -29,6 +29,9 @@ from noisytune_cli.errors import OutputUnsafe, unwritable
 #: What every staging directory's name begins with.
 PREFIX = ".noisytune-"
 
+#: What follows a staging directory's name in that of an old output which is just being replaced.
+ASIDE = "-replaced"
+
 #: In a staging directory: the names about to be moved out of it.
 _MOVES = f"{PREFIX}moves"
 
@@ -121,8 +124,20 @@ def clear_dead(place: Path, output: Path) -> tuple[str, ...]:
     except OSError as error:
         raise unwritable(error, place) from error
     for name in names:
-        _remove_dead(place / name, output)
+        if name.endswith(ASIDE) and not os.path.lexists(output):
+            _put_back(place / name, output)
+        else:
+            _remove_dead(place / name, output)
     return tuple(names)
+
+
+def _put_back(path: Path, output: Path) -> None:
+    """Give an old output its name back: its replacement never got there."""
+    try:
+        os.rename(path, output)
+        sync_directory(output.parent)
+    except OSError as error:
+        raise unwritable(error, output) from error
 
 
 def _remove_dead(path: Path, output: Path) -> None:
