@@ -1,0 +1,30 @@
+"""Real noisytune processes, from the first instruction of Python to the last: what a warm fork cannot show."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import IO
+
+COMMAND = (sys.executable, "-m", "noisytune_cli")
+
+
+def start(
+    argv: Sequence[str],
+    *,
+    before: Sequence[str] = (),
+    stdout: int | IO[bytes] = subprocess.PIPE,
+    setup: Callable[[], None] | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start `noisytune ARGV`, under the command `before` (prlimit, setpriv…), after `setup` in the child."""
+    return subprocess.Popen(
+        [*before, *COMMAND, *argv], stdout=stdout, stderr=subprocess.PIPE, env=dict(os.environ), preexec_fn=setup
+    )
+
+
+def finish(process: subprocess.Popen[bytes], timeout: float = 60) -> tuple[int, str]:
+    """Wait for a process, and return its exit code and what it wrote to stderr."""
+    _, stderr = process.communicate(timeout=timeout)
+    return process.returncode, stderr.decode()

@@ -1,0 +1,177 @@
+"""The full run: every fault on every call of every scenario, thousands of kills, hundreds of signals.
+
+    python tests/faults/run.py --budget 900
+
+Each worker has a sandbox and a warm server of its own. What must be in any run of some minutes comes first
+(all kills and signals, and a sample of the faults), in an order that `--seed` decides; then the rest. Every
+outcome goes to the journal at once, so a run that was stopped is resumed by naming the same one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import faults
+import kills
+import strace
+from invariants import Fault
+from scenarios import Expected, Scenario, learn, scenarios
+from warm import Warm
+
+_KILLS, _STOPS, _FIRST_FAULTS = 2600, 800, 6000
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to try; `key` names it in the journal."""
+
+    scenario: int
+    kind: str
+    always: tuple[str, ...] = ()
+    fault: Fault | None = None
+    number: int = 0
+
+    @property
+    def key(self) -> str:
+        return f"{self.scenario} {self.kind} {len(self.always)} {self.fault or self.number}"
+
+
+class Worker:
+    """Carries out its share of the tasks until the time is over."""
+
+    def __init__(self, sandbox: Path, seed: int, share: tuple[int, int]) -> None:
+        """Prepare share `share[0]` of `share[1]`."""
+        self._sandbox, self._seed, self._share = sandbox, seed, share
+        self._scenarios = scenarios(sandbox)
+
+    def work(self, until: float, journal: Path, done: set[str]) -> None:
+        """Write the outcome of each task that is not `done` to the journal."""
+        for scenario in self._scenarios:
+            scenario.reset()
+        with (
+            Warm(self._sandbox, [scenario.argv for scenario in self._scenarios]) as warm,
+            journal.open("a", buffering=1) as file,
+        ):
+            expected = [learn(scenario, warm) for scenario in self._scenarios]
+            seconds = [kills.duration(scenario, warm) for scenario in self._scenarios]
+            for task in self._tasks(warm):
+                if time.monotonic() > until:
+                    return
+                if task.key not in done:
+                    scenario = self._scenarios[task.scenario]
+                    outcome = self._try(task, scenario, expected[task.scenario], seconds[task.scenario], warm)
+                    file.write(json.dumps({"key": task.key, "kind": task.kind, **outcome}) + "\n")
+
+    def _tasks(self, warm: Warm) -> Iterator[Task]:
+        choose = random.Random(self._seed)
+        injected = [
+            Task(index, "fault", always, fault)
+            for index, scenario in enumerate(self._scenarios)
+            for always in ((), faults.WITHOUT_RENAMEAT2)
+            for name, number in faults.targets(scenario, faults.count(scenario, warm, self._log, always))
+            for fault in faults.faults_of(name, number)
+        ]
+        choose.shuffle(injected)
+        count = len(self._scenarios)
+        stopped = [Task(n % count, "kill", number=n) for n in range(_KILLS)]
+        stopped += [Task(n % count, "signal", number=n) for n in range(_STOPS)]
+        first = injected[:_FIRST_FAULTS] + stopped
+        choose.shuffle(first)
+        mine, workers = self._share
+        yield from (first + injected[_FIRST_FAULTS:])[mine::workers]
+
+    @property
+    def _log(self) -> Path:
+        return self._sandbox / "strace.log"
+
+    def _try(
+        self, task: Task, scenario: Scenario, expected: Expected, seconds: float, warm: Warm
+    ) -> dict[str, object]:
+        choose = random.Random(f"{self._seed} {task.key}")
+        what = scenario.name
+        if task.fault is not None:
+            result = faults.try_fault(scenario, expected, warm, self._log, task.fault, task.always)
+            what += " without renameat2" * bool(task.always)
+            outcome = asdict(result) | {"what": f"{what}: {task.fault}", "hit": result.injected > 0}
+            return {name: outcome[name] for name in ("what", "hit", "code", "breaches")}
+        if task.kind == "kill":
+            delay = choose.uniform(0, seconds)
+            hit, found = kills.kill(scenario, expected, warm, delay)
+            what = f"{what}: killed after {delay * 1e3:.1f} ms"
+        else:
+            stop = kills.random_stop(choose, seconds)
+            hit, found = kills.ask(scenario, expected, warm, stop)
+            what = f"{what}: {stop}"
+        return {"what": what, "hit": hit, "breaches": found}
+
+
+def _run_worker(place: Path, seed: int, share: tuple[int, int], until: float, journal: Path, done: set[str]) -> None:
+    with tempfile.TemporaryDirectory(dir=place, prefix="faults-") as sandbox:
+        Worker(Path(sandbox), seed, share).work(until, journal, done)
+
+
+def main() -> int:
+    """Run until the budget is spent or nothing is left; return 1 if anything did not hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", type=float, default=900, metavar="SECONDS")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
+    parser.add_argument("--place", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR")
+    parser.add_argument("--journal", type=Path, metavar="FILE", help="outcomes; an existing one is resumed")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if why := strace.available():
+        print(f"cannot run: {why}", file=sys.stderr)
+        return 2
+    journal = options.journal or Path(tempfile.mkdtemp()) / "journal.jsonl"
+    done = {record["key"] for record in _records(journal)}
+    started = time.monotonic()
+    workers = [
+        multiprocessing.Process(
+            target=_run_worker,
+            args=(options.place, options.seed, (n, options.workers), started + options.budget, journal, done),
+        )
+        for n in range(options.workers)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    broken = sum(worker.exitcode != 0 for worker in workers)
+    return _report(journal, time.monotonic() - started, broken)
+
+
+def _records(journal: Path) -> list[dict[str, object]]:
+    if not journal.exists():
+        return []
+    return [json.loads(line) for line in journal.read_text().splitlines() if line.endswith("}")]
+
+
+def _report(journal: Path, seconds: float, broken: int) -> int:
+    records = _records(journal)
+    tried = Counter(str(record["kind"]) for record in records)
+    hit = Counter(str(record["kind"]) for record in records if record["hit"])
+    failed = [record for record in records if record["breaches"]]
+    for record in failed:
+        print(f"{record['what']} (exit {record.get('code', '?')}): {record['breaches']}")
+    print(f"{platform.system()} {platform.release()}, Python {platform.python_version()}, {seconds:.0f} s")
+    print(f"journal: {journal}")
+    for kind in ("fault", "kill", "signal"):
+        print(f"{kind:>8}s: {tried[kind]:6} tried, {hit[kind]:6} hit a running process")
+    print(f"{len(failed)} of {len(records)} broke a promise" + f"; {broken} workers failed" * bool(broken))
+    return 1 if failed or broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

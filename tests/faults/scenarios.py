@@ -1,0 +1,175 @@
+"""The ways to write output: what is there before, what is asked for, and what may be there afterwards.
+
+A `Scenario` has a sandbox: the source, which no run may change, and the place, a folder that is made anew
+for every run. What is in the place before and after an undisturbed run are the only two states that a fault
+may leave behind; a left-over of the staging (`.noisytune-*`) is counted apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from warm import Warm
+
+#: path below the folder -> what it is: kind, mode and digest (and mtime where nothing may touch it).
+Tree = Mapping[str, tuple[object, ...]]
+
+LEFT_OVER = ".noisytune-"
+
+_SHARDS = {
+    "model-00001-of-00002.safetensors": {"a.weight": ("F32", 64), "b.weight": ("BF16", 96)},
+    "model-00002-of-00002.safetensors": {"c.weight": ("F16", 32), "d.count": ("I64", 2)},
+}
+_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One way to write output, in its sandbox."""
+
+    name: str
+    source: Path
+    place: Path
+    out: str
+    options: tuple[str, ...]
+    prepare: Callable[[Path], None]
+    #: Whether it takes several renames, of which the manifest's is the last and says that the rest is there.
+    piecewise: bool
+
+    @property
+    def argv(self) -> list[str]:
+        """The command line; one thread, so that every run makes the same system calls in the same order."""
+        out = str(self.place / self.out)
+        return ["perturb", str(self.source), "-o", out, "-q", "--threads", "1", *self.options]
+
+    def reset(self) -> None:
+        """Make the place as it is before a run."""
+        shutil.rmtree(self.place, ignore_errors=True)
+        self.place.mkdir(parents=True)
+        self.prepare(self.place)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The states of a scenario: the source for ever, the place before and after."""
+
+    source: Tree
+    before: Tree
+    after: Tree
+
+
+def scenarios(sandbox: Path) -> tuple[Scenario, ...]:
+    """Build all sources below `sandbox`, and return the ways to write what is made of them."""
+    folder, file = sandbox / "source" / "model", sandbox / "source" / "single.safetensors"
+    build_folder(folder)
+    file.write_bytes(weights({"w": ("F32", 300), "v": ("F64", 40)}))
+
+    def scenario(
+        name: str,
+        source: Path,
+        out: str,
+        *options: str,
+        prepare: Callable[[Path], None] = lambda place: None,
+        piecewise: bool = False,
+    ) -> Scenario:
+        return Scenario(name, source, sandbox / "places" / name, out, options, prepare, piecewise)
+
+    return (
+        scenario("folder", folder, "parent/out"),
+        scenario("empty-folder", folder, "out", prepare=_empty_folder, piecewise=True),
+        scenario("replaced-folder", folder, "out", "--overwrite", prepare=_old_folder),
+        scenario("file", file, "out.safetensors", piecewise=True),
+        scenario("replaced-file", file, "out.safetensors", "--overwrite", prepare=_old_file, piecewise=True),
+    )
+
+
+def learn(scenario: Scenario, warm: Warm) -> Expected:
+    """Run a scenario undisturbed, twice, and return its states; RuntimeError unless both agree."""
+    scenario.reset()
+    before = tree(scenario.place)
+    source = tree(scenario.source.parent, mtime=True)
+    seen = []
+    for _ in range(2):
+        scenario.reset()
+        ended = warm.run(scenario.argv)
+        if ended.code != 0:
+            raise RuntimeError(f"{scenario.name}: undisturbed, it ends with {ended.code}: {ended.stderr}")
+        seen.append(tree(scenario.place))
+    if seen[0] != seen[1] or seen[0] == before:
+        raise RuntimeError(f"{scenario.name}: two undisturbed runs do not agree")
+    if left_overs(scenario.place):
+        raise RuntimeError(f"{scenario.name}: an undisturbed run leaves {left_overs(scenario.place)}")
+    return Expected(source, before, seen[0])
+
+
+def tree(root: Path, *, mtime: bool = False) -> Tree:
+    """Describe everything below `root` but left-overs; with `mtime`, when it was last modified too."""
+    found: dict[str, tuple[object, ...]] = {}
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(LEFT_OVER)]
+        for name in (*folders, *files):
+            path = Path(folder, name)
+            status = path.lstat()
+            times = (status.st_mtime_ns,) if mtime else ()
+            content = hashlib.sha256(path.read_bytes()).hexdigest() if stat.S_ISREG(status.st_mode) else ""
+            found[str(path.relative_to(root))] = (stat.filemode(status.st_mode), content, *times)
+    return found
+
+
+def left_overs(root: Path) -> list[str]:
+    """Return the names of the staging directories anywhere below `root`."""
+    found = []
+    for _, folders, files in os.walk(root):
+        found += [name for name in (*folders, *files) if name.startswith(LEFT_OVER)]
+        folders[:] = [name for name in folders if not name.startswith(LEFT_OVER)]
+    return sorted(found)
+
+
+def weights(tensors: Mapping[str, tuple[str, int]]) -> bytes:
+    """Return a safetensors file of vectors whose bytes depend on their names alone; all values are finite."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    data = b""
+    for name, (dtype, count) in tensors.items():
+        nbytes = count * _BYTES.get(dtype, 8)
+        body = bytearray(hashlib.shake_128(name.encode()).digest(nbytes))
+        step = _BYTES.get(dtype, 8)
+        for last in range(step - 1, nbytes, step):
+            body[last] = 0x3C  # sign and top of the exponent: small, positive, finite in every float dtype
+        header[name] = {"dtype": dtype, "shape": [count], "data_offsets": [len(data), len(data) + nbytes]}
+        data += body
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def build_folder(root: Path) -> None:
+    """Make a small sharded checkpoint with a config and a subfolder."""
+    (root / "1_Pooling").mkdir(parents=True)
+    (root / "1_Pooling" / "config.json").write_text('{"pooling": "mean"}')
+    (root / "config.json").write_text('{"model_type": "bert"}')
+    for name, tensors in _SHARDS.items():
+        (root / name).write_bytes(weights(tensors))
+    weight_map = {tensor: name for name, tensors in _SHARDS.items() for tensor in tensors}
+    (root / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def _empty_folder(place: Path) -> None:
+    (place / "out").mkdir()
+
+
+def _old_folder(place: Path) -> None:
+    (place / "out" / "sub").mkdir(parents=True)
+    (place / "out" / "sub" / "old.bin").write_bytes(b"what was there before")
+    (place / "out" / "config.json").write_text("{}")
+
+
+def _old_file(place: Path) -> None:
+    (place / "out.safetensors").write_bytes(b"what was there before")
+    (place / "out.safetensors.noisytune.json").write_text("{}")

@@ -1,0 +1,31 @@
+"""Kills and signals at random moments, small enough for every run of the tests."""
+
+from __future__ import annotations
+
+import random
+import signal
+
+import kills
+from scenarios import Expected, Scenario
+from warm import Warm
+
+
+def test_killed_at_random_moments(scenario: Scenario, expected: Expected, warm: Warm) -> None:
+    seconds, choose = kills.duration(scenario, warm), random.Random(0)
+    for _ in range(6):
+        delay = choose.uniform(0, seconds)
+        assert kills.kill(scenario, expected, warm, delay)[1] == [], f"killed after {delay} s"
+
+
+def test_asked_to_stop_at_random_moments(scenario: Scenario, expected: Expected, warm: Warm) -> None:
+    seconds, choose = kills.duration(scenario, warm), random.Random(0)
+    for _ in range(10):
+        stop = kills.random_stop(choose, seconds)
+        assert kills.ask(scenario, expected, warm, stop)[1] == [], str(stop)
+
+
+def test_a_second_signal_in_the_clean_up(scenario: Scenario, expected: Expected, warm: Warm) -> None:
+    half = kills.duration(scenario, warm) / 2
+    for pause in (0, 0.0005, 0.001, 0.002):
+        stop = kills.Stop(((half, signal.SIGINT), (pause, signal.SIGINT)))
+        assert kills.ask(scenario, expected, warm, stop)[1] == [], str(stop)

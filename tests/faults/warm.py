@@ -1,0 +1,124 @@
+"""Running noisytune many times: the harness's side of `warm_server.py`.
+
+A `Warm` starts one server and gives out one run at a time: held before its first instruction, so that a
+tracer or a timer can be set up, then released, then waited for. A run that does not end in time is killed
+and reported as a hang. Signals go through a pidfd, so they can never reach another process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+_SERVER = Path(__file__).with_name("warm_server.py")
+_HANG_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: its exit code, or minus the signal that killed it; and what it printed."""
+
+    code: int
+    stdout: str
+    stderr: str
+    hung: bool = False
+
+
+class Run:
+    """One run: held until `release`, then on its way until `wait`."""
+
+    def __init__(self, server: Warm, pid: int) -> None:
+        """Take charge of the process `pid`, which still waits."""
+        self.pid = pid
+        self._server = server
+        self._pidfd = os.pidfd_open(pid)
+
+    def release(self) -> None:
+        """Let the run start."""
+        self._server.say("go")
+
+    def send(self, signum: signal.Signals) -> None:
+        """Send a signal, if the run is still there."""
+        try:
+            signal.pidfd_send_signal(self._pidfd, signum)
+        except ProcessLookupError:
+            return
+
+    def wait(self, timeout: float = _HANG_SECONDS) -> Ended:
+        """Wait for the end; after `timeout` seconds kill the run, and say that it hung."""
+        hung = not self._server.has_answer(timeout)
+        if hung:
+            self.send(signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(int(self._server.hear()))
+        os.close(self._pidfd)
+        return Ended(code, self._server.stdout.read_text(), self._server.stderr.read_text(), hung)
+
+
+class Warm:
+    """A server of runs; use as a context. `folder` takes what the runs print."""
+
+    def __init__(self, folder: Path, warm_up: Sequence[Sequence[str]], package: Path | None = None) -> None:
+        """Prepare; `package` is the folder to import noisytune from (where it is installed, if None)."""
+        self.stdout, self.stderr = folder / "stdout", folder / "stderr"
+        self._warm_up = [list(argv) for argv in warm_up]
+        self._environment = dict(os.environ)
+        if package is not None:
+            self._environment["PYTHONPATH"] = str(package)
+
+    def __enter__(self) -> Warm:
+        """Start the server and wait until it is warm."""
+        command = [sys.executable, str(_SERVER), json.dumps(self._warm_up)]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, bufsize=1, env=self._environment
+        )
+        if (answer := self.hear()) != "ready":
+            raise RuntimeError(f"the server did not start: {answer}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the server; a run that is still held goes with it."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def hold(self, argv: Sequence[str], *, stdout: str | None = None) -> Run:
+        """Fork a run of `noisytune ARGV` that waits to be released; `stdout` instead of a file that is read."""
+        self.stdout.write_text("")
+        request = {"argv": list(argv), "stdout": stdout or str(self.stdout), "stderr": str(self.stderr)}
+        self.say(json.dumps(request))
+        return Run(self, int(self.hear()))
+
+    def run(self, argv: Sequence[str], *, stdout: str | None = None) -> Ended:
+        """Run `noisytune ARGV` to its end."""
+        run = self.hold(argv, stdout=stdout)
+        run.release()
+        return run.wait()
+
+    def say(self, line: str) -> None:
+        """Send the server a line."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+
+    def hear(self) -> str:
+        """Return the server's next line."""
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def has_answer(self, timeout: float) -> bool:
+        """Tell whether a line comes within `timeout` seconds."""
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], timeout)
+        return bool(ready)
