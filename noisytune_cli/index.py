@@ -96,8 +96,13 @@ def check_tensors(index: ShardIndex, sources: Sequence[Source]) -> list[str]:
     # Of names that are stored as one, writers count every name or only one.
     stored = total - sum(_repeated_bytes(source) for source in sources)
     if index.total_size is not None and index.total_size not in (total, stored):
-        return [f"{index.name}: total_size is {index.total_size}, the shards hold {total}"]
+        return [f"{index.name}: total_size is {_shown(index.total_size)}, the shards hold {total}"]
     return []
+
+
+def _shown(value: object) -> str:
+    """Return a value that may be anything as a message shows it."""
+    return str(value)[:_MAX_SHOWN] if isinstance(value, (int, float, str)) else "no number"
 
 
 def _repeated_bytes(source: Source) -> int:
