@@ -32,8 +32,15 @@ _INDEX = np.uint64
 
 
 @register_jitable
-def _draw_words(words: Any, counter: Any, counters: Any, k0: Any, k1: Any, s0: Any, s1: Any) -> None:
-    """Write the words of `counters` consecutive counters."""
+def _draw_words(
+    words: Any, planes: Any, counter: Any, counters: Any, k0: Any, k1: Any, s0: Any, s1: Any
+) -> None:
+    """Write the words of `counters` consecutive counters, by way of four planes of scratch.
+
+    A counter's words go to a plane each, and from there to their places: two loops that vectorise well,
+    where a single one would have to store every fourth word.
+    """
+    n = _INDEX(counters)
     for t in range(counters):
         i = counter + np.uint64(t)
         c0, c1, c2, c3, q0, q1 = i & _MASK, i >> _HIGH, s0, s1, k0, k1
@@ -42,10 +49,15 @@ def _draw_words(words: Any, counter: Any, counters: Any, k0: Any, k1: Any, s0: A
             c0, c1 = (p1 >> _HIGH) ^ c1 ^ q0, p1 & _MASK
             c2, c3 = (p0 >> _HIGH) ^ c3 ^ q1, p0 & _MASK
             q0, q1 = (q0 + _W0) & _MASK, (q1 + _W1) & _MASK
-        words[4 * t] = _U32(c0)
-        words[4 * t + 1] = _U32(c1)
-        words[4 * t + 2] = _U32(c2)
-        words[4 * t + 3] = _U32(c3)
+        planes[_INDEX(t)] = _U32(c0)
+        planes[n + _INDEX(t)] = _U32(c1)
+        planes[n + n + _INDEX(t)] = _U32(c2)
+        planes[n + n + n + _INDEX(t)] = _U32(c3)
+    for t in range(counters):
+        words[4 * t] = planes[_INDEX(t)]
+        words[4 * t + 1] = planes[n + _INDEX(t)]
+        words[4 * t + 2] = planes[n + n + _INDEX(t)]
+        words[4 * t + 3] = planes[n + n + n + _INDEX(t)]
 
 
 # One function a dtype: y[b + i] = x[i] + c[skip + i] · a for i < count, where x is a copy of the block. Each
@@ -93,11 +105,11 @@ def _add_half(load: Callable[..., Any], round_to: Callable[..., Any]) -> Callabl
 
 
 def noise_loop(distribution: Distribution, dtype: str, block: int) -> Callable[..., None]:
-    """Build the loop (source, out, n, first, k0, k1, s0, s1, amplitude, w, coefficients, held, counts).
+    """Build the loop (source, out, n, first, k0, k1, s0, s1, amplitude, w, p, coefficients, held, counts).
 
     It writes n stored values + noise to `out`, which is the source itself or does not overlap it. `first` is
-    the logical index of the first value; `w`, `coefficients` and `held` are scratch for `block` u32, float32
-    and stored values; `counts` gets i64 [unchanged, clamped].
+    the logical index of the first value; `w`, `p`, `coefficients` and `held` are scratch for `block` u32,
+    u32, float32 and stored values; `counts` gets i64 [unchanged, clamped].
     """
     for part in (*distribution.PARTS, distribution.fill):
         register_jitable(part)
@@ -115,17 +127,18 @@ def noise_loop(distribution: Distribution, dtype: str, block: int) -> Callable[.
     infinite = {"F32": 0x7F800000, "F64": 0x7FF0000000000000, "BF16": 0x7F80, "F16": 0x7C00}[dtype]
     magnitude_mask = bits(np.iinfo(bits).max)
 
-    def loop(source, out, n, first, k0, k1, s0, s1, amplitude, w, coefficients, held, counts):  # type: ignore[no-untyped-def]
+    def loop(source, out, n, first, k0, k1, s0, s1, amplitude, w, p, coefficients, held, counts):  # type: ignore[no-untyped-def]
         source_values, y = carray(source, (n,), stored), carray(out, (n,), stored)
         x = carray(held, (block,), stored)
         y_bits = carray(out, (n,), bits)
-        words, c = carray(w, (block,), _U32), carray(coefficients, (block,), _F32)
+        words, planes = carray(w, (block,), _U32), carray(p, (block,), _U32)
+        c = carray(coefficients, (block,), _F32)
         count = carray(counts, (2,), np.int64)
         counter, skip = first >> np.uint64(2), np.int64(first & np.uint64(3))
         same, clamped, b = np.int64(0), np.int64(0), np.int64(0)
         while b < n:
             m = min(block - skip, n - b)
-            _draw_words(words, counter, (skip + m + 3) // 4, k0, k1, s0, s1)
+            _draw_words(words, planes, counter, (skip + m + 3) // 4, k0, k1, s0, s1)
             fill(c, words)
             # From a copy in the L1 cache the sums vectorise, and are right where out is the source.
             for i in range(m):

@@ -58,7 +58,6 @@ class Cpu:
         """Write tile + noise to `out`, the tile itself or apart from it; return (unchanged, clamped)."""
         if out.readonly or len(out) != len(tile):  # the loop would write past it, or into a mapping
             raise ValueError("out must be writable and as long as the tile")
-        words, c, held = self._scratch()
         counts = np.empty(2, np.int64)
         _loop("noise", dtype, distribution)(
             _address(tile),
@@ -67,9 +66,7 @@ class Cpu:
             first,
             *stream,
             amplitude,
-            words.ctypes.data,
-            c.ctypes.data,
-            held.ctypes.data,
+            *self._scratch(),
             counts.ctypes.data,
         )
         unchanged, clamped = counts.tolist()
@@ -82,12 +79,12 @@ class Cpu:
         low, high, absolute, zeros, nans, infinities = out.tolist()
         return Summary(low, high, absolute, int(zeros), int(nans), int(infinities))
 
-    def _scratch(self) -> tuple[NDArray[np.uint32], NDArray[np.float32], NDArray[np.float64]]:
-        if not hasattr(self._local, "words"):
-            self._local.words = np.zeros(NOISE_BLOCK, np.uint32)
-            self._local.c = np.zeros(NOISE_BLOCK, np.float32)
-            self._local.held = np.zeros(NOISE_BLOCK, np.float64)
-        return self._local.words, self._local.c, self._local.held
+    def _scratch(self) -> list[int]:
+        """Return the addresses of this thread's room for words, planes, coefficients and held values."""
+        if not hasattr(self._local, "scratch"):
+            types = (np.uint32, np.uint32, np.float32, np.float64)
+            self._local.scratch = [np.zeros(NOISE_BLOCK, dtype) for dtype in types]
+        return [array.ctypes.data for array in self._local.scratch]
 
 
 def open_device(name: str) -> Device:
@@ -113,4 +110,4 @@ def _loop(kind: str, dtype: str, distribution: str | None = None) -> Callable[..
         return build(dtype)
 
     name = "/".join(part for part in (kind, distribution, dtype) if part)
-    return compile_loop(name, "ppiuuuuufpppp" if distribution is not None else "pip", make)
+    return compile_loop(name, "ppiuuuuufppppp" if distribution is not None else "pip", make)
