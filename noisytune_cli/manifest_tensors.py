@@ -152,7 +152,7 @@ class _Reader:
             or (reason == "one-element" and (tensor.elements != 1 or self._scope == "global"))
         ):
             raise fields.fault("reason", f"is {reason}, which its dtype and shape are not")
-        # An unrepresentable amplitude comes of a std of 0 (too small for a float32), null (too large), or any.
+        # An unrepresentable amplitude: std may be 0 (too small for a float32), null (too large), or any.
         fits = {"constant": std == 0.0, "unrepresentable": True}.get(reason, std is None)
         if not fits:
             raise fields.fault("std", f"does not fit the reason {reason}")

@@ -16,7 +16,7 @@ from noisytune_cli import __version__, distributions, in_place
 from noisytune_cli.errors import UsageError
 from noisytune_cli.manifest_reader import read_manifest
 from noisytune_cli.memory_plan import Parameter, leave_out, plan_parameters, recorded_parameters
-from noisytune_cli.moments import exact_std, round_std
+from noisytune_cli.moments import all_equal, exact_std, exactly_equal, round_std
 from noisytune_cli.plan import check_outcomes
 from noisytune_cli.records import Action, Manifest, NoiseSpec, Receipt, Scope, SourceRecord
 from noisytune_cli.resident import Names, residents_of
@@ -159,14 +159,18 @@ def _settle(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int | No
     sums = {i: in_place.exact_sums(parts[i]) for i in undecided}
     share_exact_sums(parts, sums)
     for group, count, std in zip(groups, counts, stds, strict=True):
-        exact = exact_std(sum(sums[i] for i in group[1:]) + sums[group[0]], count) if std is None else std
+        if std is None:
+            total = sum(sums[i] for i in group[1:]) + sums[group[0]]
+            std, constant = exact_std(total, count), exactly_equal(total, count)
+        else:
+            constant = all(all_equal(moments[i]) for i in group)
         for i in group:
-            _take(wanted[i], noise, exact)
+            _take(wanted[i], noise, std, constant=constant and noise.scope == "matrix")
 
 
-def _take(parameter: Parameter, noise: NoiseSpec, std: float) -> None:
+def _take(parameter: Parameter, noise: NoiseSpec, std: float, *, constant: bool) -> None:
     parameter.std = std
-    if std == 0.0:
+    if constant:
         parameter.reason = "constant"
         return
     amplitude = float(distributions.load(noise.distribution).amplitude(parameter.steps[0].lam, std))

@@ -221,6 +221,17 @@ def exact_std(sums: NDArray[np.int64], count: int) -> float:
     return nearest_sqrt(Fraction(count * squares - total * total, count) / unit, count - 1)
 
 
+def all_equal(parts: Sequence[Moments]) -> bool:
+    """Say whether all values are equal, where `round_std` has an answer; a std32 of 0 may only be tiny."""
+    return len({p.pivot for p in parts if p.count}) == 1 and all(p.s2[0] == 0.0 for p in parts)
+
+
+def exactly_equal(sums: NDArray[np.int64], count: int) -> bool:
+    """Say from exact sums whether all values are equal."""
+    total, squares = _totals(sums)
+    return count * squares == total * total
+
+
 def _totals(sums: NDArray[np.int64]) -> tuple[int, int]:
     """Return Σx in units of 2^-1075 and Σx² in units of 2^-2150."""
     total = squares = 0

@@ -22,7 +22,14 @@ from noisytune_cli import distributions
 from noisytune_cli.crew import Crew, Hands, Pass, Task
 from noisytune_cli.devices import Device
 from noisytune_cli.formats import Sink, Source
-from noisytune_cli.moments import Moments, exact_std, new_exact_sums, round_std
+from noisytune_cli.moments import (
+    Moments,
+    all_equal,
+    exact_std,
+    exactly_equal,
+    new_exact_sums,
+    round_std,
+)
 from noisytune_cli.records import FLOAT_DTYPES, NoiseSpec, Plan, Reason, Receipt, Step
 from noisytune_cli.stream import stream_words
 
@@ -132,8 +139,8 @@ class _Job:
                 self._slab = hands.slab[: self.step.tensor.nbytes]
             self.measure(hands, report=False)
             if self.reason is None:
-                std = self._own_std(hands)
-                self.settle(std, constant=std == 0.0 and self._is_constant(hands))
+                std, constant = self._own_std(hands)
+                self.settle(std, constant=constant)
         self.write(hands)
         self._slab = None
 
@@ -215,22 +222,15 @@ class _Job:
             self._clamped += clamped
         self._walk.progress(len(data))
 
-    def _own_std(self, hands: Hands) -> float:
-        """Return std32 of this tensor alone."""
+    def _own_std(self, hands: Hands) -> tuple[float, bool]:
+        """Return std32 of this tensor alone, and whether all its values are equal."""
         std = round_std(self.moments)
-        if std is None:
-            sums = new_exact_sums()
-            self.add_exact_sums(sums, hands)
-            std = exact_std(sums, self.step.tensor.elements)
-        return std
-
-    def _is_constant(self, hands: Hands) -> bool:
-        """Say whether all values are equal: a std32 of 0 may also be one too small for a float32."""
-        summaries = [
-            self._walk.device.summarize(self._data(hands, index), self.step.tensor.dtype)
-            for index in range(len(self._tiles))
-        ]
-        return min(s.minimum for s in summaries) == max(s.maximum for s in summaries)
+        if std is not None:
+            return std, all_equal(self.moments)
+        sums = new_exact_sums()
+        self.add_exact_sums(sums, hands)
+        count = self.step.tensor.elements
+        return exact_std(sums, count), exactly_equal(sums, count)
 
     def add_exact_sums(self, sums: NDArray[np.int64], hands: Hands) -> None:
         """Add the tensor's values to exact sums."""
