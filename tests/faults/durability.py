@@ -21,6 +21,7 @@ _WRITES = {"write", "pwrite64", "ftruncate", "fallocate", "copy_file_range"}
 _FLUSHES = {"fsync", "fdatasync"}
 _RENAMES = {"rename", "renameat", "renameat2", "link", "linkat"}
 _MANIFEST = "noisytune.json"
+_ANNOUNCEMENT = f"{LEFT_OVER}moves"
 
 
 class _Ledger:
@@ -77,7 +78,8 @@ def unordered(scenario: Scenario, calls: Sequence[Call]) -> list[str]:
 
 
 def _before_publishing(ledger: _Ledger, source: str, target: str) -> Iterator[str]:
-    for path in ledger.unflushed(source):
+    announced = [path for path in ledger.unflushed(os.path.dirname(source)) if path.endswith(_ANNOUNCEMENT)]
+    for path in ledger.unflushed(source) + announced:
         yield f"{path} was not flushed before {os.path.basename(target)} was published"
     if target.endswith(_MANIFEST):
         place = os.path.dirname(target)

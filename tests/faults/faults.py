@@ -46,9 +46,11 @@ class Result:
 
 
 def targets(scenario: Scenario, calls: Sequence[Call]) -> tuple[tuple[str, int], ...]:
-    """Return (name, number) of every call on the scenario's files; the same number of two threads counts once."""
+    """Return (name, number) of every call on the scenario's files, one for all threads."""
     ours = (str(scenario.source), str(scenario.place))
-    found = {(c.name, c.number): None for c in calls if any(path in c.text for path in ours) and not c.injected}
+    found = {
+        (c.name, c.number): None for c in calls if any(path in c.text for path in ours) and not c.injected
+    }
     return tuple(found)
 
 

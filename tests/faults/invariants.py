@@ -77,7 +77,9 @@ def breaches_after_rerun(scenario: Scenario, expected: Expected, warm: Warm) -> 
         found.append("the rerun's output is not whole")
     if left_overs(scenario.place):
         found.append(f"the rerun leaves {left_overs(scenario.place)}")
-    found += [f"the rerun does not name {name}" for name in left if name not in ended.stderr and name not in within]
+    found += [
+        f"the rerun does not name {name}" for name in left if name not in ended.stderr and name not in within
+    ]
     return found
 
 
@@ -148,7 +150,7 @@ def allowed_codes(fault: Fault, injected: Sequence[Call]) -> set[int]:
         repeated = {"openat", "write", "pwrite64", "fallocate", "fsync", "flock", "read", "preadv2"}
         return {0} if fault.call in repeated and fault.kind == "EINTR" else {0, *_FAILED}
     durable = {"fsync", "fdatasync", "write", "pwrite64"}
-    if any(call.name in durable and LEFT_OVER in call.text or _closes_output(call) for call in injected):
+    if any((call.name in durable and LEFT_OVER in call.text) or _closes_output(call) for call in injected):
         return {6}
     return {0, *_FAILED}
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from invariants import Fault, breaches, breaches_after_rerun
@@ -89,10 +88,12 @@ def ask(scenario: Scenario, expected: Expected, warm: Warm, stop: Stop) -> tuple
 
 def _is_pythons(stop: Stop, ended: Ended) -> bool:
     """Tell whether the signal came before noisytune had set its handlers, and took Python's own way."""
-    return -ended.code in [signum for _, signum in stop.signals] or ended.stderr.endswith("KeyboardInterrupt\n")
+    return -ended.code in [signum for _, signum in stop.signals] or ended.stderr.endswith(
+        "KeyboardInterrupt\n"
+    )
 
 
-def _of_a_stop(scenario: Scenario, expected: Expected, code: int, codes: Sequence[int] | set[int]) -> list[str]:
+def _of_a_stop(scenario: Scenario, expected: Expected, code: int, codes: set[int]) -> list[str]:
     state = tree(scenario.place)
     found = []
     if code == 0 or (code in codes and state == expected.after):

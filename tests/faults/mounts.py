@@ -1,7 +1,7 @@
 """File systems made for a test: small, read-only, or on a device whose power can be cut.
 
-Each is a context that mounts and always unmounts. `Unavailable` says why this machine cannot: no root, no loop
-devices, a container without the right to mount.
+Each is a context that mounts and always unmounts. `Unavailable` says why this machine cannot: no root, no
+loop devices, a container without the right to mount.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Real noisytune processes, from the first instruction of Python to the last: what a warm fork cannot show."""
+"""Real noisytune processes, from Python's first instruction to its last: what a warm fork cannot show."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +19,10 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start `noisytune ARGV`, under the command `before` (prlimit, setpriv…), after `setup` in the child."""
     return subprocess.Popen(
-        [*before, *COMMAND, *argv], stdout=stdout, stderr=subprocess.PIPE, env=dict(os.environ), preexec_fn=setup
+        [*before, *COMMAND, *argv],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        preexec_fn=setup,
     )
 
 

@@ -117,14 +117,18 @@ class Worker:
         return {"what": what, "hit": hit, "breaches": found}
 
 
-def _run_worker(place: Path, seed: int, share: tuple[int, int], until: float, journal: Path, done: set[str]) -> None:
+def _run_worker(
+    place: Path, seed: int, share: tuple[int, int], until: float, journal: Path, done: set[str]
+) -> None:
     with tempfile.TemporaryDirectory(dir=place, prefix="faults-") as sandbox:
         Worker(Path(sandbox), seed, share).work(until, journal, done)
 
 
 def main() -> int:
     """Run until the budget is spent or nothing is left; return 1 if anything did not hold."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--budget", type=float, default=900, metavar="SECONDS")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
     parser.add_argument("--place", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR")

@@ -56,7 +56,12 @@ def available() -> str | None:
 
 
 def trace(
-    warm: Warm, argv: Sequence[str], log: Path, *, calls: Sequence[str] = CALLS, injections: Sequence[str] = ()
+    warm: Warm,
+    argv: Sequence[str],
+    log: Path,
+    *,
+    calls: Sequence[str] = CALLS,
+    injections: Sequence[str] = (),
 ) -> tuple[Ended, tuple[Call, ...]]:
     """Run `noisytune ARGV` and return how it ended and its calls, in order.
 
@@ -102,4 +107,3 @@ def parse(log: Path) -> tuple[Call, ...]:
                 rest = rest.removesuffix(_UNFINISHED)
             calls.append(Call(tid, name, numbers[tid, name], rest))
     return tuple(calls)
-

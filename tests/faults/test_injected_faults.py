@@ -36,6 +36,7 @@ def test_promises_hold_after_a_fault(
     targets = faults.targets(scenario, faults.count(scenario, warm, log, always))
     flushes = [n for name, n in targets if name == "fsync"]
     chosen = [Fault("fsync", n, "EIO") for n in flushes[-2:]]
+    chosen += [Fault("renameat2", n, "KILL") for name, n in targets if name == "renameat2"]
     changing = [target for target in targets if target[0] in _CHANGING]
     choose = random.Random(0)
     chosen += [Fault(*target, "KILL") for target in choose.sample(changing, _SAMPLE)]

@@ -75,7 +75,9 @@ def test_a_read_only_file_system(source: Path, tmp_path: Path) -> None:
     assert nothing_but(tmp_path / "place")
 
 
-@pytest.mark.parametrize("limit", ["--fsize=1000", "--fsize=100000", "--nofile=16", "--nofile=10", "--as=900000000"])
+@pytest.mark.parametrize(
+    "limit", ["--fsize=1000", "--fsize=100000", "--nofile=16", "--nofile=10", "--as=900000000"]
+)
 def test_a_limit(limit: str, source: Path, tmp_path: Path) -> None:
     if shutil.which("prlimit") is None:
         pytest.skip("there is no prlimit")
@@ -149,7 +151,9 @@ def test_an_input_that_changes_while_it_is_read(
     assert nothing_but(place)
 
 
-def test_exit_0_survives_a_power_cut(scenario: Scenario, expected: Expected, warm: Warm, tmp_path: Path) -> None:
+def test_exit_0_survives_a_power_cut(
+    scenario: Scenario, expected: Expected, warm: Warm, tmp_path: Path
+) -> None:
     try:
         with mounts.device(tmp_path) as device:
             disk = replace(scenario, place=tmp_path / "disk" / "place")

@@ -65,21 +65,16 @@ class Run:
 class Warm:
     """A server of runs; use as a context. `folder` takes what the runs print."""
 
-    def __init__(self, folder: Path, warm_up: Sequence[Sequence[str]], package: Path | None = None) -> None:
-        """Prepare; `package` is the folder to import noisytune from (where it is installed, if None)."""
+    def __init__(self, folder: Path, warm_up: Sequence[Sequence[str]]) -> None:
+        """Prepare a server that runs each of `warm_up` once before it is ready."""
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
         self._warm_up = [list(argv) for argv in warm_up]
-        self._environment = dict(os.environ)
-        if package is not None:
-            self._environment["PYTHONPATH"] = str(package)
 
     def __enter__(self) -> Warm:
         """Start the server and wait until it is warm."""
         command = [sys.executable, str(_SERVER), json.dumps(self._warm_up)]
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, text=True, bufsize=1, env=self._environment
-        )
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1)
         if (answer := self.hear()) != "ready":
             raise RuntimeError(f"the server did not start: {answer}")
         return self
@@ -94,16 +89,15 @@ class Warm:
         self._process.wait()
         self._process.stdout.close()
 
-    def hold(self, argv: Sequence[str], *, stdout: str | None = None) -> Run:
-        """Fork a run of `noisytune ARGV` that waits to be released; `stdout` instead of a file that is read."""
-        self.stdout.write_text("")
-        request = {"argv": list(argv), "stdout": stdout or str(self.stdout), "stderr": str(self.stderr)}
+    def hold(self, argv: Sequence[str]) -> Run:
+        """Fork a run of `noisytune ARGV` that waits to be released."""
+        request = {"argv": list(argv), "stdout": str(self.stdout), "stderr": str(self.stderr)}
         self.say(json.dumps(request))
         return Run(self, int(self.hear()))
 
-    def run(self, argv: Sequence[str], *, stdout: str | None = None) -> Ended:
+    def run(self, argv: Sequence[str]) -> Ended:
         """Run `noisytune ARGV` to its end."""
-        run = self.hold(argv, stdout=stdout)
+        run = self.hold(argv)
         run.release()
         return run.wait()
 

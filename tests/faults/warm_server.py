@@ -11,6 +11,7 @@ its status as `waitpid` gave it.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -67,7 +68,8 @@ def _answer(request: dict[str, Any]) -> None:
     os.close(gate)
     _say(str(pid))
     sys.stdin.readline()
-    os.write(opener, b"\n")
+    with contextlib.suppress(BrokenPipeError):  # killed while it waited
+        os.write(opener, b"\n")
     os.close(opener)
     _, status = os.waitpid(pid, 0)
     _say(str(status))

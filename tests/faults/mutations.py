@@ -1,0 +1,182 @@
+"""The ways in which `prove.py` breaks the product: each takes away one thing that a promise rests on.
+
+`old` stands in the file exactly once; `suite` is what pytest is given: the tests that must fail then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_INJECTED = "tests/faults/test_injected_faults.py"
+_ORDER = (f"{_INJECTED}::test_everything_is_flushed_in_order",)
+_FAULTS = (f"{_INJECTED}::test_promises_hold_after_a_fault",)
+_MACHINE = "tests/faults/test_machine.py"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One thing taken away, and the tests that guard it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    suite: tuple[str, ...]
+
+
+MUTATIONS = (
+    Mutation(
+        "weights are not flushed",
+        "formats/_file.py",
+        "                os.fsync(fd)\n",
+        "                pass\n",
+        _ORDER,
+    ),
+    Mutation(
+        "manifest and copied files are not flushed",
+        "publish.py",
+        "                os.fsync(file.fileno())\n",
+        "                pass\n",
+        _ORDER,
+    ),
+    Mutation(
+        "staging directories are not flushed",
+        "publish.py",
+        "                    sync_directory(Path(folder))\n",
+        "                    pass\n",
+        _ORDER,
+    ),
+    Mutation(
+        "parents that were made are not flushed",
+        "publish.py",
+        "                    sync_directory(parent.parent)\n",
+        "                    pass\n",
+        _ORDER,
+    ),
+    Mutation(
+        "the folder of a new directory is not flushed",
+        "publish.py",
+        "            sync_directory(self.output.parent)\n            undo",
+        "            undo",
+        _ORDER,
+    ),
+    Mutation(
+        "replaced weights are not flushed before the manifest",
+        "publish.py",
+        "                sync_directory(place)\n",
+        "                pass\n",
+        _ORDER,
+    ),
+    Mutation(
+        "a filled directory is not flushed before the manifest",
+        "publish.py",
+        "            sync_directory(self.output)\n",
+        "",
+        _ORDER,
+    ),
+    Mutation(
+        "a manifest's name is not flushed",
+        "publish.py",
+        "        sync_directory(self.output if self._in_place else self.output.parent)\n",
+        "",
+        _ORDER,
+    ),
+    Mutation(
+        "the announcement of moves is not flushed",
+        "staging.py",
+        "        os.fsync(file.fileno())\n",
+        "",
+        _ORDER,
+    ),
+    Mutation(
+        "the manifest is published among the others",
+        "publish.py",
+        "if name != MANIFEST]",
+        "]",
+        _ORDER,
+    ),
+    Mutation(
+        "a failed flush is passed over",
+        "formats/_file.py",
+        "                os.fsync(fd)\n",
+        "                with contextlib.suppress(OSError):\n                    os.fsync(fd)\n",
+        (f"{_INJECTED}::test_a_failed_flush_is_never_published",),
+    ),
+    Mutation(
+        "moves are not announced",
+        "staging.py",
+        'json.dump({"manifest": manifest, "inodes": inodes}, file)',
+        'json.dump({"manifest": manifest, "inodes": {}}, file)',
+        _FAULTS,
+    ),
+    Mutation(
+        "what a failed run has made is not removed",
+        "publish.py",
+        "                shutil.rmtree(self._stage, ignore_errors=True)\n",
+        "                pass\n",
+        _FAULTS,
+    ),
+    Mutation(
+        "a rename is not undone when its flush fails",
+        "publish.py",
+        "        undo.callback(_rename_back, target, source)\n",
+        "",
+        _FAULTS,
+    ),
+    Mutation(
+        "what a killed run left is not removed",
+        "staging.py",
+        "            _remove_dead(place / name, output)\n",
+        "            continue\n",
+        ("tests/faults/test_stopped_runs.py::test_killed_at_random_moments",),
+    ),
+    Mutation(
+        "a plain rename, which replaces",
+        "system.py",
+        "_rename(source, target, _RENAME_NOREPLACE)",
+        "_rename(source, target, 0)",
+        (f"{_INJECTED}::test_what_appears_at_the_last_moment_is_not_replaced",),
+    ),
+    Mutation(
+        "no lock",
+        "staging.py",
+        "        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "        pass\n",
+        (f"{_MACHINE}::test_eight_writers_of_one_output",),
+    ),
+    Mutation(
+        "signals are not waited out while cleaning up",
+        "signals.py",
+        "    _deferring += 1\n",
+        "    _deferring += 0\n",
+        ("tests/test_publish.py", "tests/faults/test_stopped_runs.py"),
+    ),
+    Mutation(
+        "a changed input goes unnoticed",
+        "commands/perturb.py",
+        "            file.check_unchanged()\n",
+        "            pass\n",
+        (f"{_MACHINE}::test_an_input_that_changes_while_it_is_read",),
+    ),
+    Mutation(
+        "the rest of a short write is forgotten",
+        "formats/_file.py",
+        "                done += wrote\n",
+        "                done = len(view)\n",
+        ("tests/test_safetensors.py",),
+    ),
+    Mutation(
+        "names are printed as they are",
+        "escape.py",
+        '"".join(_escape_character(c) for c in shown)',
+        "shown",
+        (f"{_MACHINE}::test_names_from_files_are_printed_escaped",),
+    ),
+    Mutation(
+        "verify does not compare the tensors' digests",
+        "commands/verify.py",
+        "        if receipt.digest != recorded[receipt.step.tensor.name].digest\n",
+        "        if False\n",
+        ("tests/test_verify.py",),
+    ),
+)
