@@ -1,0 +1,1 @@
+"""Fuzzing of everything that reads a stranger's bytes: valid documents, mutated, and what must hold."""
