@@ -125,8 +125,8 @@ def open_checkpoint(
     path = Path(os.path.expanduser(source))
     try:
         is_folder = stat.S_ISDIR(os.stat(path).st_mode)
-    except OSError as error:
-        raise unreadable(error, source) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL, which no path has
+        raise unreadable(error if isinstance(error, OSError) else OSError(str(error)), source) from error
     name, commit = _identify(path, is_folder)
     if is_folder:
         return _open_folder(path, list_folder(path), name, commit, weights, mmap, check_config)

@@ -459,7 +459,7 @@ def test_a_path_into_the_hub_cache_tells_id_and_commit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["./nothing", "/nothing/at/all", "~/nothing-of-this-name", "a/b/c", "x.safetensors"]
+    "source", ["./nothing", "./a\0b", "/nothing/at/all", "~/nothing-of-this-name", "a/b/c", "x.safetensors"]
 )
 def test_a_missing_path_is_unreadable_and_never_a_hub_id(
     monkeypatch: pytest.MonkeyPatch, source: str
