@@ -16,22 +16,20 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 from blake3 import blake3
 
-from noisytune_cli import signals, staging, system
+from noisytune_cli import signals, staging
 from noisytune_cli.errors import NoisytuneError, OutputUnsafe, unreadable, unwritable
 from noisytune_cli.layout import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.reading import open_regular
+from noisytune_cli.renames import Steps, rename_any, rename_back, rename_directory, rename_file, swap, undoing
 from noisytune_cli.staging import sync_directory
 
 _CHUNK = 1 << 20
-
-#: What a file system answers that has no such rename (NFS, FUSE, old kernels).
-_NO_SUCH_RENAME = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class Publication:
@@ -135,49 +133,46 @@ class Publication:
         return (self.output if self._directory else self.output.parent) / name
 
     def _publish_directory(self, stage: Path) -> None:
-        with ExitStack() as undo:
+        with undoing() as undo:
             if self._overwrite and os.path.lexists(self.output):
                 # What was there before then bears the staging directory's name, and goes with it.
-                _swap(stage, self.output)
-                undo.callback(_swap, stage, self.output)
+                swap(stage, self.output)
+                undo.append(partial(swap, stage, self.output))
             else:
-                _rename_directory(stage, self.output)
-                undo.callback(os.rename, self.output, stage)
+                rename_directory(stage, self.output)
+                undo.append(partial(os.rename, self.output, stage))
             sync_directory(self.output.parent)
-            undo.pop_all()
 
     def _publish_file(self, stage: Path, manifest: str) -> None:
         weights, place = self.output.name, self.output.parent
-        with ExitStack() as undo:
+        with undoing() as undo:
             if self._overwrite and os.path.lexists(place / manifest):
                 # From here until the new manifest is there the weights are whole, but unverified.
                 self._move(place / manifest, stage / "replaced", undo)
             if self._overwrite and os.path.lexists(self.output):
-                _swap(stage / weights, self.output)
-                undo.callback(_swap, stage / weights, self.output)
+                swap(stage / weights, self.output)
+                undo.append(partial(swap, stage / weights, self.output))
                 sync_directory(place)
             else:
                 staging.announce_moves(stage, [weights], manifest=manifest)
                 self._move(stage / weights, self.output, undo)
             self._move(stage / manifest, place / manifest, undo)
-            undo.pop_all()
 
     def _fill_in_place(self, stage: Path) -> None:
         """Move everything out of the staging directory into the one it lies in, the manifest last."""
         names = [name for name in sorted(os.listdir(stage)) if name != MANIFEST]
         staging.announce_moves(stage, names, manifest=MANIFEST)
-        with ExitStack() as undo:
+        with undoing() as undo:
             for name in names:
-                _rename_any(stage / name, self.output / name)
-                undo.callback(_rename_back, self.output / name, stage / name)
+                rename_any(stage / name, self.output / name)
+                undo.append(partial(rename_back, self.output / name, stage / name))
             sync_directory(self.output)
             self._move(stage / MANIFEST, self.output / MANIFEST, undo)
-            undo.pop_all()
 
-    def _move(self, source: Path, target: Path, undo: ExitStack) -> None:
+    def _move(self, source: Path, target: Path, undo: Steps) -> None:
         """Rename a file into, or out of, the output's folder, durably."""
-        _rename_file(source, target)
-        undo.callback(_rename_back, target, source)
+        rename_file(source, target)
+        undo.append(partial(rename_back, target, source))
         sync_directory(self.output if self._in_place else self.output.parent)
 
     def _require_empty(self) -> None:
@@ -240,57 +235,3 @@ def exists(output: Path) -> OutputUnsafe:
         why="it would have to be replaced",
         next_step="Choose another with -o, or pass --overwrite to replace it",
     )
-
-
-def _rename_directory(source: Path, target: Path) -> None:
-    try:
-        system.rename_without_replacing(str(source), str(target))
-    except OSError as error:
-        if error.errno not in _NO_SUCH_RENAME:
-            raise
-        # Making the directory claims the name; renaming over an empty directory is atomic.
-        os.mkdir(target, 0o777)
-        with ExitStack() as undo:
-            undo.callback(os.rmdir, target)
-            os.rename(source, target)
-            undo.pop_all()
-
-
-def _rename_file(source: Path, target: Path) -> None:
-    try:
-        system.rename_without_replacing(str(source), str(target))
-    except OSError as error:
-        if error.errno not in _NO_SUCH_RENAME:
-            raise
-        os.link(source, target)
-        # One that stays goes with the staging directory.
-        with contextlib.suppress(OSError):
-            os.unlink(source)
-
-
-def _rename_back(target: Path, source: Path) -> None:
-    if os.path.lexists(source):  # still there as another name of the same file: a rename would do nothing
-        os.unlink(target)
-    else:
-        os.rename(target, source)
-
-
-def _rename_any(source: Path, target: Path) -> None:
-    (_rename_directory if source.is_dir() else _rename_file)(source, target)
-
-
-def _swap(first: Path, second: Path) -> None:
-    try:
-        system.exchange(str(first), str(second))
-    except OSError as error:
-        if error.errno not in _NO_SUCH_RENAME:
-            raise
-        aside = first.with_name(first.name + staging.ASIDE)
-        with ExitStack() as undo:
-            # A file keeps its name meanwhile; a directory cannot, so the next run puts it back if we end here.
-            (os.rename if second.is_dir() else os.link)(second, aside)
-            undo.callback(os.rename, aside, second)
-            os.rename(first, second)
-            undo.callback(os.rename, second, first)
-            os.rename(aside, first)
-            undo.pop_all()

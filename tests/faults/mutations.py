@@ -119,7 +119,7 @@ MUTATIONS = (
     Mutation(
         "a rename is not undone when its flush fails",
         "publish.py",
-        "        undo.callback(_rename_back, target, source)\n",
+        "        undo.append(partial(rename_back, target, source))\n",
         "",
         _FAULTS,
     ),
