@@ -18,7 +18,7 @@ from noisytune_cli.layout import is_plain_name
 from noisytune_cli.reading import read_json
 
 #: The index of the largest open models (100,000 tensors) is about 10 MB.
-_MAX_BYTES = 64 << 20
+_MAX_BYTES = 16 << 20
 
 _MAX_SHOWN = 40  # characters of a wrong total_size that a warning quotes
 

@@ -26,6 +26,9 @@ _KINDS = {
 
 _CHUNK = 1 << 20
 
+#: Values in a JSON document, or what looks like one inside a string: 16 MB of `[],` would unfold to 400 MB.
+_MAX_VALUES = 1_000_000
+
 
 def open_regular(path: Path) -> int:
     """Return a descriptor of the regular file at `path` (symlinks followed), without ever waiting for one.
@@ -70,11 +73,13 @@ def read_small(path: Path, limit: int) -> bytes:
 
 
 def read_json(path: Path, limit: int) -> object:
-    """Return the JSON document at `path`, strictly UTF-8; InputInvalid if it is none, or over `limit` bytes.
+    """Return the JSON document at `path`, strictly UTF-8; InputInvalid if it is none, or too large.
 
     As in most readers, of a key given twice the last counts, and NaN and Infinity are numbers.
     """
     content = read_small(path, limit)
+    if sum(map(content.count, (b",", b"[", b"{"))) > _MAX_VALUES:
+        raise _not_json(path, f"it holds more than {_MAX_VALUES:,} values, which no file of its kind does")
     try:
         document: object = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:

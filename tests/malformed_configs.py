@@ -41,6 +41,7 @@ TEXT = tuple(
         ("Python", b"import os\nos.system('true')\n", ("not valid JSON",)),
         ("single quotes", b"{'a': 1}", ("not valid JSON",)),
         ("a line break in a string", b'{"a": "\n"}', ("not valid JSON",)),
+        ("2 million objects", b'{"a":[' + b'{"":0},' * 2_000_000 + b"0]}", ("more than 1,000,000 values",)),
         ("17 MB", sparse(17 << 20), ("larger than 16,777,216",)),
         ("a folder", folder, ("a directory",)),
         ("a FIFO", fifo, ("a FIFO",)),

@@ -61,7 +61,9 @@ TEXT = tuple(
         ("an HTML page", b"<!DOCTYPE html><html></html>", ("not valid JSON",)),
         ("a git-LFS pointer", _POINTER, ("not valid JSON",)),
         ("a safetensors file", frame(HEADER), ("not valid JSON",)),
-        ("70 MB", sparse(70 << 20), ("larger than 67,108,864",)),
+        ("17 MB", sparse(17 << 20), ("larger than 16,777,216",)),
+        ("5 million lists", b'{"a":[' + b"[]," * 5_000_000 + b"[]]}", ("more than 1,000,000 values",)),
+        ("a text of 16 MB that is wide", '{"a":"😀' + "a" * 16_700_000 + '"}', ("no weight_map",)),
         ("a FIFO", fifo, ("a FIFO",)),
         ("a folder", folder, ("no index",)),
     )

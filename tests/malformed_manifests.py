@@ -241,6 +241,7 @@ TEXT: list[tuple[Callable[[bytes], bytes], str]] = [
     (lambda content: b'{"schema": ' + b"9" * 5000 + b"}", "more than 20 digits"),
     (lambda content: b'{"schema": 1' + b" " * 9000 + b'"tool"', '"," is due'),
     (lambda content: b'{"schema" 1}', "no colon"),
+    (lambda content: b'{"schema": 1, "tool": [' + b"[]," * 5_000_000 + b"[]]}", "not valid JSON"),
     (replaced('"schema": 1,', '"schema": 1, "schema": 1,'), 'stands where "tool" is due'),
     (replaced('"revision": null', '"revision": null, "revision": null'), 'key "revision" twice'),
     (replaced('"revision": null', '"revision": null, "\\u0072evision": null'), 'key "revision" twice'),
