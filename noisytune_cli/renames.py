@@ -1,8 +1,8 @@
 """Renames that replace nothing and can be undone, also where the file system cannot promise that itself.
 
 Where it has no such rename (NFS, FUSE, old kernels), a name is claimed first: a file's by a link, a
-directory's by an empty one. Every step of publishing leaves what undoes it, to be run backwards if a later one
-fails.
+directory's by an empty one. Every step of publishing leaves what undoes it, to be run backwards if a
+later one fails.
 """
 
 from __future__ import annotations
