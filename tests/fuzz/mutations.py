@@ -42,7 +42,8 @@ VALUES = st.one_of(
     st.lists(st.integers(0, 20), max_size=4),
 )
 
-#: How many mutations: few enough that some documents stay valid.
+#: How many mutations: few enough that some documents stay valid. As everywhere here, what hypothesis tries
+#: first comes first: the document as it is.
 _FEW = st.sampled_from([0, 1, 1, 1, 2, 2, 3, 4])
 
 _SPACES = st.sampled_from(["", "", "", " ", "\n", "\t\r\n  "])
@@ -81,7 +82,7 @@ def json_texts(draw: st.DrawFn, document: Any) -> bytes:
     for _ in range(draw(_FEW)):
         _mutate(draw, root)
     text = spelt(root, draw(_SPACES)).encode("utf-8", "surrogatepass")
-    return draw(stretched(text)) if draw(st.integers(0, 3)) == 0 else text
+    return draw(stretched(text)) if draw(st.integers(0, 3)) == 3 else text
 
 
 def _mutate(draw: st.DrawFn, root: Any) -> None:
