@@ -28,7 +28,7 @@ _FAILURES = Path(os.environ.get("FUZZ_FAILURES", "fuzz-failures"))
 _REPLAY = os.environ.get("FUZZ_REPLAY")
 
 #: Examples of one batch: what an ordinary run tries.
-_EXAMPLES = 150
+_EXAMPLES = 100
 
 _TENSORS = json.loads(HEADER) | {
     "b": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [16, 24]},
