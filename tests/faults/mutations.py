@@ -56,8 +56,8 @@ MUTATIONS = (
     Mutation(
         "the folder of a new directory is not flushed",
         "publish.py",
-        "            sync_directory(self.output.parent)\n            undo",
-        "            undo",
+        "            sync_directory(self.output.parent)\n",
+        "",
         _ORDER,
     ),
     Mutation(
