@@ -20,7 +20,7 @@ from noisytune_cli import system
 from noisytune_cli.errors import Mismatch, NoisytuneError, ResourceExhausted, unreadable, unwritable
 from noisytune_cli.reading import open_regular
 
-_WRITEBACK_BYTES = 32 << 20
+_WRITEBACK_BYTES = 64 << 20
 
 _Opened = TypeVar("_Opened")
 
