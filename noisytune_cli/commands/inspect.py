@@ -8,8 +8,8 @@ A checkpoint that perturb would refuse as quantised is listed all the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from noisytune_cli import devices, distributions
 from noisytune_cli.buffers import find_buffers
 from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.confirm import settle_ties
+from noisytune_cli.crew import Progress
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.measure import measure
 from noisytune_cli.patterns import check_matched, match_names
@@ -24,9 +25,6 @@ from noisytune_cli.plan import check_noise, make_plan
 from noisytune_cli.quantized import refuse_quantized
 from noisytune_cli.records import FLOAT_DTYPES, NoiseSpec, Plan, Step
 from noisytune_cli.report import Inspection, Statistics, TensorReport, Totals
-
-#: Given the bytes to come, a context that yields what to call with the bytes just done.
-Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
 SORT_KEYS = tuple(field.name for field in fields(TensorReport) if field.name != "unsure")
 

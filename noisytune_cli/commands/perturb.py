@@ -6,15 +6,14 @@ the output, the space it needs. Then tensors walk from source to staging, and pu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from noisytune_cli import __version__
 from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.confirm import settle_ties
-from noisytune_cli.crew import default_threads
+from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.devices import open_device
 from noisytune_cli.errors import InputInvalid, unreadable
 from noisytune_cli.escape import escape
@@ -26,9 +25,6 @@ from noisytune_cli.publish import Publication
 from noisytune_cli.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.records import FileRecord, Manifest, NoiseSpec, Plan, Receipt, SourceRecord
 from noisytune_cli.walk import Walk, work_bytes
-
-#: Given the bytes to come, a context that yields what to call with the bytes just done.
-Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
 #: Room for the manifest in the check for space: a fixed part, and that of each tensor.
 _MANIFEST_BYTES, _MANIFEST_BYTES_A_TENSOR = 4096, 1024

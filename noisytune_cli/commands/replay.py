@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from noisytune_cli.checkpoint import Checkpoint
-from noisytune_cli.commands.perturb import Progress, carry_out, needed_bytes
-from noisytune_cli.crew import default_threads
+from noisytune_cli.commands.perturb import carry_out, needed_bytes
+from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.devices import open_device
 from noisytune_cli.differences import Difference, compare_receipts, recorded_steps
 from noisytune_cli.manifest_reader import RecordedManifest, read_manifest

@@ -20,8 +20,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from noisytune_cli.commands.perturb import Progress
-from noisytune_cli.crew import default_threads
+from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.devices import open_device
 from noisytune_cli.differences import Difference, compare_receipts, recorded_steps
 from noisytune_cli.errors import InputInvalid, InputUnreadable, unreadable
