@@ -63,6 +63,17 @@ def breaches(
     ]
 
 
+def breaches_after_a_power_cut(scenario: Scenario, expected: Expected, code: int) -> list[str]:
+    """Return what does not hold on a disk that lost its power during a run that ended with `code`."""
+    state = tree(scenario.place)
+    if code == 0:
+        return [] if state == expected.after else ["exit 0, but the output did not survive"]
+    found = [] if _is_sound(scenario, expected, files(state)) else [f"exit {code}, and left {sorted(state)}"]
+    if len(left_overs(scenario.place)) > 1:
+        found.append(f"left {left_overs(scenario.place)}")
+    return found
+
+
 def breaches_after_rerun(scenario: Scenario, expected: Expected, warm: Warm) -> list[str]:
     """Run again over whatever a fault left, and return what does not hold then."""
     left = left_overs(scenario.place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 from collections.abc import Callable
@@ -13,9 +14,13 @@ from pathlib import Path
 import mounts
 import pytest
 import strace
+from invariants import breaches_after_a_power_cut, breaches_after_rerun
 from processes import COMMAND, finish, start
 from scenarios import Expected, Scenario, left_overs, tree, weights
 from warm import Warm
+
+#: The calls between which the state on a disk differs.
+_FLUSHES_AND_RENAMES = ("fsync", "rename", "renameat", "renameat2", "link")
 
 
 @pytest.fixture
@@ -168,6 +173,43 @@ def test_exit_0_survives_a_power_cut(
             assert len(left_overs(disk.place)) <= 1
     except mounts.Unavailable as why:
         pytest.skip(str(why))
+
+
+def test_a_power_cut_leaves_the_old_state_or_the_new(
+    scenario: Scenario, expected: Expected, warm: Warm, log: Path, tmp_path: Path
+) -> None:
+    try:
+        with mounts.device(tmp_path) as device:
+            disk = replace(scenario, place=tmp_path / "disk" / "place")
+            disk.reset()
+            _, calls = strace.trace(warm, disk.argv, log, calls=_FLUSHES_AND_RENAMES)
+            moments = [(call.name, call.number) for call in calls if str(disk.place) in call.text]
+            assert moments
+            for name, number in moments:
+                disk.reset()
+                os.sync()
+                code = _run_until_power_is_cut(disk, warm, log, device, f"{name}:signal=STOP:when={number}")
+                found = breaches_after_a_power_cut(disk, expected, code)
+                found += breaches_after_rerun(disk, expected, warm)
+                assert found == [], f"power cut after {name} {number}"
+    except mounts.Unavailable as why:
+        pytest.skip(str(why))
+
+
+def _run_until_power_is_cut(disk: Scenario, warm: Warm, log: Path, device: mounts.Device, stop: str) -> int:
+    """Cut the power while the run is stopped at a call, start the machine again, and return the exit code."""
+    run = warm.hold(disk.argv)
+    tracer = strace.attach(run, log, [f"trace={','.join(_FLUSHES_AND_RENAMES)}", f"inject={stop}"])
+    run.release()
+    while "--- stopped by SIGSTOP ---" not in log.read_text(errors="replace"):
+        assert not warm.has_answer(0.002), run.wait().stderr
+    device.cut_power()
+    run.send(signal.SIGCONT)
+    ended = run.wait()
+    tracer.communicate()
+    device.unmount()
+    device.mount()
+    return ended.code
 
 
 def test_names_from_files_are_printed_escaped(tmp_path: Path) -> None:
