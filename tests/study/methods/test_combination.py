@@ -1,0 +1,98 @@
+"""Methods by name, their options from the command line, and which of them go together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from noisytune_cli.errors import UsageError
+from noisytune_cli.study import methods
+from noisytune_cli.study.combination import combine, read_settings
+
+from .runs import batch_of, run, tiny_bert, training_of
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_is_named_as_its_file_and_its_defaults_are_valid(name: str) -> None:
+    method = methods.load(name)
+    assert method.name == name
+    assert method().options == dict(method.defaults)
+    assert combine(name).name == name
+
+
+def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UsageError, match=r"no such method: noizytune: the methods are .*noisytune, plain"):
+        combine("noizytune")
+
+
+def test_options_are_read_as_the_type_of_their_default() -> None:
+    settings = read_settings(
+        ["noisytune.lambda=1", "noisytune.fresh=true", "noisytune.exclude=*.bias,@norm", "noisytune.lambda=2"]
+    )
+    assert settings == {"noisytune.lambda": 2.0, "noisytune.fresh": True, "noisytune.exclude": "*.bias,@norm"}
+    assert type(settings["noisytune.lambda"]) is float
+    combination = combine("noisytune", {**settings, "other.key": 3})
+    assert combination.options["noisytune.lambda"] == 2.0
+    assert combination.options["noisytune.noise"] == "uniform"
+    assert "other.key" not in combination.options
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("noisytune.lamda=1", "noisytune has no such option. Its options are: noisytune.lambda,"),
+        ("plain.p=1", "plain has no such option. Leave it out"),
+        ("noisytune.lambda=big", "it must be a number. The default is noisytune.lambda=0.15"),
+        ("noisytune.lambda=nan", "it must be a number"),
+        ("noisytune.fresh=2", "it must be true or false"),
+        ("noisytune.lambda", "is written METHOD.KEY=VALUE"),
+        ("lambda=0.1", "is written METHOD.KEY=VALUE"),
+        ("nothing.lambda=0.1", "no such method: nothing"),
+    ],
+)
+def test_a_wrong_option_is_named(text: str, line: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        read_settings([text])
+    assert line in raised.value.line()
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"noisytune.lambda": -0.1}, "must be at least 0"),
+        ({"noisytune.noise": "normal"}, "Use one of: uniform, gaussian"),
+        ({"noisytune.width": 1.0}, "no such option"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(settings: dict[str, methods.Value], line: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        combine("noisytune", settings)
+    assert line in raised.value.line()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"), [("noisytune+noisytune", "one method twice"), ("plain+noisytune", "without any method")]
+)
+def test_what_does_not_go_together_is_refused(text: str, why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        combine(text)
+
+
+def test_plain_is_finetuning_and_nothing_else() -> None:
+    model, batches = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), [batch_of()] * 3
+    by_hand = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    training = training_of(model)
+    before = training.generator.get_state()
+    run(combine("plain"), training, batches)
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
+    for batch in batches:
+        inputs: Any = {k: v for k, v in batch.items() if k != "labels"}
+        nn.functional.cross_entropy(by_hand(**inputs).logits, batch["labels"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for got, expected in zip(model.parameters(), by_hand.parameters(), strict=True):
+        assert torch.equal(got, expected)
+    assert torch.equal(training.generator.get_state(), before)
