@@ -1,9 +1,9 @@
 """The compiled noise loop: draw, add and round over a run of stored bytes.
 
-It is written once for float32 and once for float64 values and compiled for every stored dtype and
-distribution. It works through blocks of values that stay in the L1 cache: words, then coefficients, then the
-sum and the rounding. It is written for LLVM's vectoriser: 32-bit words in 64-bit lanes, selects in place of
-branches, every integer cast back to its width where Numba would have widened it.
+It is compiled for every pair of a source's and a target's dtype and every distribution. It works through
+blocks of values that stay in the L1 cache: words, then coefficients, then the sum and the rounding. It is
+written for LLVM's vectoriser: 32-bit words in 64-bit lanes, selects in place of branches, every integer cast
+back to its width where Numba would have widened it.
 
 Floating-point contraction is off (Numba's default): c · a and x + c · a are two roundings.
 
@@ -21,7 +21,17 @@ from numba.extending import register_jitable
 from numba.np.numpy_support import carray
 
 from noisytune_cli.distributions import Distribution
-from noisytune_cli.stored import STORED, load_bf16, load_f16, round_bf16, round_f16
+from noisytune_cli.stored import (
+    INFINITE,
+    LOAD,
+    NAN,
+    ROUND,
+    STORED,
+    load_bf16,
+    load_f16,
+    round_bf16,
+    round_f16,
+)
 from noisytune_cli.stream import M0, M1, MASK, ROUNDS, W0, W1
 
 _MASK, _HIGH = np.uint64(MASK), np.uint64(32)
@@ -60,9 +70,9 @@ def _draw_words(
         words[4 * t + 3] = planes[n + n + n + _INDEX(t)]
 
 
-# One function a dtype: y[b + i] = x[i] + c[skip + i] · a for i < count, where x is a copy of the block. Each
-# returns how many values stayed as they were and the largest magnitude's bits, by which the caller knows
-# whether to clamp.
+# One function a pair of dtypes: y[b + i] = x[i] + c[skip + i] · a for i < count, where x is a copy of the
+# block. Each returns how many values are what they would be without noise, and the largest magnitude's bits,
+# by which the caller knows whether to clamp.
 
 
 def _add_f32(x: Any, y: Any, b: Any, count: Any, c: Any, skip: Any, a: Any) -> Any:
@@ -104,31 +114,85 @@ def _add_half(load: Callable[..., Any], round_to: Callable[..., Any]) -> Callabl
     return add
 
 
-def noise_loop(distribution: Distribution, dtype: str, block: int) -> Callable[..., None]:
+def _add_converted(dtype: str, out_dtype: str) -> Callable[..., Any]:
+    load, round_to = LOAD[dtype], ROUND[computed_in(dtype), out_dtype]
+    wide = _F64 if dtype == "F64" else _F32
+    bits = np.int64 if "F64" in (dtype, out_dtype) else _I32
+    mask = bits(np.iinfo(_signed(out_dtype)).max)
+
+    def add(x: Any, y: Any, b: Any, count: Any, c: Any, skip: Any, a: Any) -> Any:
+        same, largest = bits(0), bits(0)
+        for i in range(count):
+            value = wide(load(x, i))
+            rounded = round_to(wide(value + wide(c[skip + _INDEX(i)]) * wide(a)))
+            same = bits(same + bits(rounded == round_to(value)))
+            magnitude = bits(bits(rounded) & mask)
+            largest = magnitude if magnitude > largest else largest
+            y[b + _INDEX(i)] = rounded
+        return same, largest
+
+    return add
+
+
+def computed_in(dtype: str) -> str:
+    """Return the dtype that sums of stored values of a dtype are computed in."""
+    return "F64" if dtype == "F64" else "F32"
+
+
+def _signed(dtype: str) -> Any:
+    """Return the signed integer type as wide as a dtype."""
+    return np.dtype(f"i{np.dtype(STORED[dtype]).itemsize}").type
+
+
+def _bits(dtype: str) -> Any:
+    """Return the unsigned integer type as wide as a dtype."""
+    return np.dtype(f"u{np.dtype(STORED[dtype]).itemsize}").type
+
+
+def _adding(dtype: str, out_dtype: str) -> Callable[..., Any]:
+    """Return the function that adds for a pair of dtypes."""
+    if dtype != out_dtype:
+        return _add_converted(dtype, out_dtype)
+    if dtype in ("F32", "F64"):
+        return {"F32": _add_f32, "F64": _add_f64}[dtype]
+    return _add_half(*{"BF16": (load_bf16, round_bf16), "F16": (load_f16, round_f16)}[dtype])
+
+
+def _plain(dtype: str, out_dtype: str) -> Callable[..., Any]:
+    """Return the function (source values, index) -> the target's stored value without noise."""
+    load, round_to = LOAD[dtype], ROUND[computed_in(dtype), out_dtype]
+
+    def same(x: Any, i: Any) -> Any:
+        return x[i]
+
+    def converted(x: Any, i: Any) -> Any:
+        return round_to(load(x, i))
+
+    return same if dtype == out_dtype else converted
+
+
+def noise_loop(distribution: Distribution, dtype: str, out_dtype: str, block: int) -> Callable[..., None]:
     """Build the loop (source, out, n, first, k0, k1, s0, s1, amplitude, w, p, coefficients, held, counts).
 
-    It writes n stored values + noise to `out`, which is the source itself or does not overlap it. `first` is
-    the logical index of the first value; `w`, `p`, `coefficients` and `held` are scratch for `block` u32,
-    u32, float32 and stored values; `counts` gets i64 [unchanged, clamped].
+    It writes n stored values + noise to `out`, which does not overlap the source, or is the source itself
+    where the two dtypes are one. `first` is the logical index of the first value; `w`, `p`, `coefficients`
+    and `held` are scratch for `block` u32, u32, float32 and stored values; `counts` gets i64 [unchanged,
+    clamped].
     """
     for part in (*distribution.PARTS, distribution.fill):
         register_jitable(part)
     fill = distribution.fill
-    add = njit(error_model="numpy", inline="always")(
-        {
-            "F32": _add_f32,
-            "F64": _add_f64,
-            "BF16": _add_half(load_bf16, round_bf16),
-            "F16": _add_half(load_f16, round_f16),
-        }[dtype]
-    )
+    add = njit(error_model="numpy", inline="always")(_adding(dtype, out_dtype))
+    plain = register_jitable(_plain(dtype, out_dtype))
     stored = STORED[dtype]
-    bits = np.dtype(f"i{np.dtype(stored).itemsize}").type
-    infinite = {"F32": 0x7F800000, "F64": 0x7FF0000000000000, "BF16": 0x7F80, "F16": 0x7C00}[dtype]
+    out_stored = stored if dtype == out_dtype else _bits(out_dtype)
+    bits, infinite = _signed(out_dtype), INFINITE[out_dtype]
     magnitude_mask = bits(np.iinfo(bits).max)
+    # One below infinity's bits is the largest finite value. A sum computed in float32 stays within its range.
+    within = bits(0x47EFFFFFE0000000 if (computed_in(dtype), out_dtype) == ("F32", "F64") else infinite - 1)
 
     def loop(source, out, n, first, k0, k1, s0, s1, amplitude, w, p, coefficients, held, counts):  # type: ignore[no-untyped-def]
-        source_values, y = carray(source, (n,), stored), carray(out, (n,), stored)
+        source_values, y = carray(source, (n,), stored), carray(out, (n,), out_stored)
         x = carray(held, (block,), stored)
         y_bits = carray(out, (n,), bits)
         words, planes = carray(w, (block,), _U32), carray(p, (block,), _U32)
@@ -147,14 +211,44 @@ def noise_loop(distribution: Distribution, dtype: str, block: int) -> Callable[.
             if largest >= infinite:
                 for i in range(b, b + m):
                     if y_bits[i] & magnitude_mask >= infinite:
-                        # One below infinity's bits is the largest finite value; the sign stays.
-                        y_bits[i] = bits((y_bits[i] & ~magnitude_mask) | bits(infinite - 1))
+                        kept -= np.int64(y[i] == plain(x, i - b))  # of a value that overflows by itself
+                        y_bits[i] = bits((y_bits[i] & ~magnitude_mask) | within)  # the sign stays
                         clamped += 1
-                        kept += np.int64(y[i] == x[i - b])
+                        kept += np.int64(y[i] == plain(x, i - b))
             same += kept
             b += m
             counter += np.uint64(block // 4)
             skip = np.int64(0)
         count[0], count[1] = same, clamped
+
+    return loop
+
+
+def convert_loop(dtype: str, out_dtype: str) -> Callable[..., None]:
+    """Build the loop (source, out, n, overflowed): n stored values in another dtype, rounded once.
+
+    Infinities stay, NaNs become the target's one NaN; `overflowed` gets i64 [finite values turned infinite].
+    """
+    load, round_to = LOAD[dtype], ROUND[computed_in(dtype), out_dtype]
+    stored, bits = STORED[dtype], _bits(out_dtype)
+    nan, infinite, magnitude_mask = (
+        bits(NAN[out_dtype]),
+        bits(INFINITE[out_dtype]),
+        bits(np.iinfo(bits).max >> 1),
+    )
+
+    def loop(source, out, n, overflowed):  # type: ignore[no-untyped-def]
+        x, y, count = (
+            carray(source, (n,), stored),
+            carray(out, (n,), bits),
+            carray(overflowed, (1,), np.int64),
+        )
+        lost = np.int64(0)
+        for i in range(n):
+            value = load(x, _INDEX(i))
+            rounded = bits(nan if value != value else round_to(value))
+            lost += np.int64((bits(rounded & magnitude_mask) == infinite) & (abs(value) < np.inf))
+            y[_INDEX(i)] = rounded
+        count[0] = lost
 
     return loop

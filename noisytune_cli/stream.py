@@ -99,34 +99,65 @@ def upcast(stored: NDArray[np.generic], dtype: str) -> NDArray[np.float32] | NDA
 
 
 def add_noise(
-    stored: NDArray[np.generic], dtype: str, coefficient: NDArray[np.float32], amplitude: np.float32
+    stored: NDArray[np.generic],
+    dtype: str,
+    coefficient: NDArray[np.float32],
+    amplitude: np.float32,
+    out_dtype: str | None = None,
 ) -> tuple[NDArray[np.generic], int, int]:
     """Return (noised stored values, elements left unchanged, elements clamped); stored values are finite.
 
-    The sum is two roundings in float32 (float64 for F64), then one nearest-even to the stored dtype;
-    a result past the dtype's largest finite value is clamped to it.
+    The sum is two roundings in float32 (float64 for F64), then one nearest-even to `out_dtype` (None: that of
+    the stored values). A result past its largest finite value is clamped to it, or to that of float32 where
+    the sum was computed in float32. An element that is what `convert` gives is unchanged.
     """
+    out_dtype = out_dtype or dtype
     with np.errstate(over="ignore"):  # an overflow is what the clamp is for
         x = upcast(stored, dtype)
         if dtype == "F64":
             y = x + coefficient.astype(np.float64) * np.float64(amplitude)
         else:
             y = x + coefficient * amplitude
-        rounded = _round_to(y, dtype)
-        largest = np.asarray(LARGEST[dtype], dtype=y.dtype)
-        clamped = ~np.isfinite(upcast(rounded, dtype))
-        rounded = np.where(clamped, _round_to(np.copysign(largest, y), dtype), rounded)
-    bits = np.dtype(f"u{stored.dtype.itemsize}")
-    unchanged = int(np.count_nonzero(rounded.view(bits) == stored.view(bits)))
+        rounded = _round_to(y, out_dtype)
+        largest = np.asarray(min(LARGEST[out_dtype], float(np.finfo(y.dtype).max)), dtype=y.dtype)
+        clamped = ~np.isfinite(upcast(rounded, out_dtype))
+        rounded = np.where(clamped, _round_to(np.copysign(largest, y), out_dtype), rounded)
+        plain = stored if out_dtype == dtype else _round_to(x, out_dtype)
+    bits = np.dtype(f"u{rounded.dtype.itemsize}")
+    unchanged = int(np.count_nonzero(rounded.view(bits) == plain.view(bits)))
     return rounded, unchanged, int(np.count_nonzero(clamped))
 
 
+def convert(stored: NDArray[np.generic], dtype: str, out_dtype: str) -> tuple[NDArray[np.generic], int]:
+    """Return (stored values in another dtype, how many finite ones overflowed to infinity).
+
+    One rounding, nearest-even; infinities stay, and every NaN becomes the target's quiet NaN without a sign.
+    """
+    x = upcast(stored, dtype)
+    with np.errstate(over="ignore"):
+        rounded = _round_to(np.where(np.isnan(x), np.asarray(0, x.dtype), x), out_dtype)
+    overflowed = np.isfinite(x) & np.isinf(upcast(rounded, out_dtype))
+    # NumPy's own NaN is the quiet one, and BF16's is its upper half.
+    nan = np.asarray(0x7FC0, np.uint16) if out_dtype == "BF16" else np.asarray(np.nan, rounded.dtype)
+    return np.where(np.isnan(x), nan, rounded), int(np.count_nonzero(overflowed))
+
+
 def _round_to(y: NDArray[np.float32] | NDArray[np.float64], dtype: str) -> NDArray[np.generic]:
-    """Round float32 (float64) values to a stored dtype, nearest-even, overflowing to infinity."""
+    """Round float32 (float64) values once to a stored dtype, nearest-even, overflowing to infinity."""
     if dtype == "BF16":
-        bits = y.view(np.uint32)
+        bits = _round_to_odd(y).view(np.uint32)
         even = (bits >> np.uint32(16)) & np.uint32(1)
         return ((bits + np.uint32(0x7FFF) + even) >> np.uint32(16)).astype(np.uint16)
-    if dtype == "F16":
-        return y.astype(np.float16)
-    return y
+    return y.astype({"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype], copy=False)
+
+
+def _round_to_odd(y: NDArray[np.float32] | NDArray[np.float64]) -> NDArray[np.float32]:
+    """Cut float64 off to float32, and set the last bit where something was lost (float32 stays as it is).
+
+    That bit keeps what a second rounding, to a much shorter dtype, has to know: so the two are one rounding.
+    """
+    nearest = y.astype(np.float32)
+    back = nearest.astype(np.float64)
+    bits = nearest.view(np.uint32) - (np.abs(back) > np.abs(y)).astype(np.uint32)
+    odd: NDArray[np.float32] = (bits | (back != y).astype(np.uint32)).view(np.float32)
+    return odd

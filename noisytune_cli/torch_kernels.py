@@ -39,6 +39,9 @@ BITS = {
     torch.float16: (torch.int16, 0x7C00),
 }
 
+#: The largest float32 as a float64's bits.
+LARGEST_F32_IN_F64 = 0x47EFFFFFE0000000
+
 
 def words(stream: StreamWords, first: int, count: int, device: torch.device) -> Tensor:
     """Return words `first` … `first + count - 1` of a stream as [count] int64; `first` is any u64."""
@@ -81,31 +84,46 @@ def add_noise(
 ) -> Tensor:
     """Write `stored` + noise to `out` ([n], contiguous, finite, without grad; `out` may be `stored`).
 
-    Returns [unchanged, clamped] elements as an int64 tensor on the same device, so that nothing waits for it.
+    The sum is rounded once, to the dtype of `out`. Returns [unchanged, clamped] elements as an int64 tensor
+    on the same device, so that nothing waits for it.
     """
-    bits_dtype, infinity = BITS[stored.dtype]
+    bits_dtype, infinity = BITS[out.dtype]
     wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
     magnitude = torch.iinfo(bits_dtype).max
+    # One below infinity's bits is the largest finite value. A sum computed in float32 stays within its range.
+    excess = infinity - LARGEST_F32_IN_F64 if out.dtype == torch.float64 and wide == torch.float32 else 1
     counts = torch.zeros(2, dtype=torch.int64, device=stored.device)
     for begin, values in _chunks(stored):
         c = coefficients(distribution, stream, first + begin, values.numel(), stored.device)
-        bits = round_bits(c.to(wide).mul_(amplitude).add_(values.to(wide)), stored.dtype)
+        bits = round_bits(c.to(wide).mul_(amplitude).add_(values.to(wide)), out.dtype)
         clamped = (bits & magnitude) >= infinity
-        # One below infinity's bits is the largest finite value; the sign is a bit of its own.
-        bits.sub_(clamped.to(bits_dtype))
-        counts += torch.stack(((bits == values.view(bits_dtype)).sum(), clamped.sum()))
+        bits.sub_(clamped.to(bits_dtype).mul_(excess))  # the sign is a bit of its own
+        same_dtype = out.dtype == stored.dtype
+        plain = values.view(bits_dtype) if same_dtype else round_bits(values.to(wide), out.dtype)
+        counts += torch.stack(((bits == plain).sum(), clamped.sum()))
         out[begin : begin + values.numel()].view(bits_dtype).copy_(bits)
     return counts
 
 
 def round_bits(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the bits of float32 (float64) rounded to a dtype, nearest-even; infinity past its range."""
+    """Return the bits of float32 (float64) rounded once to a dtype, nearest-even; infinity past its range."""
     bits_dtype = BITS[dtype][0]
+    if y.dtype == torch.float64 and dtype in (torch.bfloat16, torch.float16):
+        y = _round_to_odd(y)
     if dtype == torch.bfloat16:
         bits = y.view(torch.int32)
         even = (bits >> 16) & 1
         return (bits + 0x7FFF).add_(even).bitwise_right_shift_(16).to(bits_dtype)
     return y.to(dtype).view(bits_dtype)
+
+
+def _round_to_odd(y: Tensor) -> Tensor:
+    """Return float64 cut off to float32, the last bit set where something was lost (`stored.py` says why)."""
+    nearest = y.float()
+    back = nearest.double()
+    bits = nearest.view(torch.int32)
+    bits.sub_((back.abs() > y.abs()).int()).bitwise_or_((back != y).int())
+    return nearest
 
 
 def block_sums(stored: Tensor) -> Tensor:

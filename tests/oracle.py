@@ -49,19 +49,21 @@ def nearest(value: Fraction, dtype: str) -> Fraction | float:
     return rounded if value > 0 else -rounded
 
 
-def noised(x: float, c: float, a: float, dtype: str) -> Fraction:
-    """Return x + c · a as noise stream v1 rounds it, clamped to the dtype's largest."""
+def noised(x: float, c: float, a: float, dtype: str, out_dtype: str | None = None) -> Fraction:
+    """Return x + c · a as noise stream v1 rounds it to `out_dtype` (None: its own), clamped."""
     wide = "F64" if dtype == "F64" else "F32"
+    out_dtype = out_dtype or dtype
+    limit = min(LARGEST[wide], LARGEST[out_dtype])
     y: Fraction | float = Fraction(c) * Fraction(a)
     roundings = (
         lambda product: nearest(product, wide),
         lambda product: nearest(Fraction(x) + product, wide),
-        lambda total: nearest(total, dtype),
+        lambda total: nearest(total, out_dtype),
     )
     for rounding in roundings:
         y = rounding(y)
         if isinstance(y, float):
-            return LARGEST[dtype] if y > 0 else -LARGEST[dtype]
+            return limit if y > 0 else -limit
     assert isinstance(y, Fraction)
     return y
 

@@ -51,6 +51,7 @@ class Device(Protocol):
         tile: memoryview,
         out: memoryview,
         dtype: str,
+        out_dtype: str | None = None,
         *,
         distribution: str,
         stream: StreamWords,
@@ -59,7 +60,14 @@ class Device(Protocol):
     ) -> tuple[int, int]:
         """Write tile + noise to `out`, which must not overlap it; return (unchanged, clamped) elements.
 
-        `stream` is `stream.stream_words`, `first` the logical index of the tile's first element.
+        `stream` is `stream.stream_words`, `first` the logical index of the tile's first element. The sum
+        is rounded once, to `out_dtype` (None: the tile's); what `convert` gives counts as unchanged.
+        """
+
+    def convert(self, tile: memoryview, out: memoryview, dtype: str, out_dtype: str) -> int:
+        """Write the tile in another dtype to `out`, rounded once; return how many finite values overflowed.
+
+        Those become infinite. Infinities stay, and every NaN becomes the target's one quiet NaN.
         """
 
     def summarize(self, tile: memoryview, dtype: str) -> Summary:

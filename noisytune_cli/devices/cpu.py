@@ -49,20 +49,20 @@ class Cpu:
         tile: memoryview,
         out: memoryview,
         dtype: str,
+        out_dtype: str | None = None,
         *,
         distribution: str,
         stream: StreamWords,
         first: int,
         amplitude: float,
     ) -> tuple[int, int]:
-        """Write tile + noise to `out`, the tile itself or apart from it; return (unchanged, clamped)."""
-        if out.readonly or len(out) != len(tile):  # the loop would write past it, or into a mapping
-            raise ValueError("out must be writable and as long as the tile")
+        """Write tile + noise to `out`, apart from the tile or, in the tile's dtype, the tile itself."""
+        count = _count(tile, out, dtype, out_dtype or dtype)
         counts = np.empty(2, np.int64)
-        _loop("noise", dtype, distribution)(
+        _noise_loop(distribution, dtype, out_dtype or dtype)(
             _address(tile),
             _address(out),
-            len(tile) // FLOAT_DTYPES[dtype],
+            count,
             first,
             *stream,
             amplitude,
@@ -71,6 +71,13 @@ class Cpu:
         )
         unchanged, clamped = counts.tolist()
         return unchanged, clamped
+
+    def convert(self, tile: memoryview, out: memoryview, dtype: str, out_dtype: str) -> int:
+        """Write the tile in another dtype to `out`; return how many finite values overflowed."""
+        overflowed = np.empty(1, np.int64)
+        count = _count(tile, out, dtype, out_dtype)
+        _convert_loop(dtype, out_dtype)(_address(tile), _address(out), count, overflowed.ctypes.data)
+        return int(overflowed[0])
 
     def summarize(self, tile: memoryview, dtype: str) -> Summary:
         """Return the statistics of a tile that moments do not hold."""
@@ -98,16 +105,47 @@ def _address(tile: memoryview) -> int:
     return int(np.frombuffer(tile, np.uint8).ctypes.data)
 
 
-def _loop(kind: str, dtype: str, distribution: str | None = None) -> Callable[..., None]:
-    """Return a compiled loop, for a distribution where the kind needs one."""
+def _count(tile: memoryview, out: memoryview, dtype: str, out_dtype: str) -> int:
+    """Return the elements of a tile, which `out` must have room for."""
+    count = len(tile) // FLOAT_DTYPES[dtype]
+    if out.readonly or len(out) != count * FLOAT_DTYPES[out_dtype]:  # the loop would write past it
+        raise ValueError("out must be writable and have room for just the tile")
+    return count
+
+
+def _loop(kind: str, dtype: str) -> Callable[..., None]:
+    """Return a compiled loop that reads only."""
 
     def make() -> Callable[..., None]:
-        from noisytune_cli import kernels, sums
+        from noisytune_cli import sums
 
-        if distribution is not None:
-            return kernels.noise_loop(distributions.load(distribution), dtype, NOISE_BLOCK)
         build = {"moments": sums.moments_loop, "exact": sums.exact_loop, "summary": sums.summary_loop}[kind]
         return build(dtype)
 
-    name = "/".join(part for part in (kind, distribution, dtype) if part)
-    return compile_loop(name, "ppiuuuuufppppp" if distribution is not None else "pip", make)
+    return compile_loop(f"{kind}/{dtype}", "pip", make)
+
+
+def _noise_loop(distribution: str, dtype: str, out_dtype: str) -> Callable[..., None]:
+    """Return the compiled noise loop of a distribution for a pair of dtypes."""
+
+    def make() -> Callable[..., None]:
+        from noisytune_cli import kernels
+
+        return kernels.noise_loop(distributions.load(distribution), dtype, out_dtype, NOISE_BLOCK)
+
+    return compile_loop(f"noise/{distribution}/{_pair(dtype, out_dtype)}", "ppiuuuuufppppp", make)
+
+
+def _convert_loop(dtype: str, out_dtype: str) -> Callable[..., None]:
+    """Return the compiled loop that converts."""
+
+    def make() -> Callable[..., None]:
+        from noisytune_cli import kernels
+
+        return kernels.convert_loop(dtype, out_dtype)
+
+    return compile_loop(f"convert/{_pair(dtype, out_dtype)}", "ppip", make)
+
+
+def _pair(dtype: str, out_dtype: str) -> str:
+    return dtype if dtype == out_dtype else f"{dtype}/{out_dtype}"

@@ -10,7 +10,6 @@ of the NumPy reference. Hardware or a driver that is not exact is refused, so it
 
 from __future__ import annotations
 
-import itertools
 import re
 import threading
 from collections.abc import Iterator
@@ -60,6 +59,7 @@ class Torch:
         tile: memoryview,
         out: memoryview,
         dtype: str,
+        out_dtype: str | None = None,
         *,
         distribution: str,
         stream: StreamWords,
@@ -67,27 +67,36 @@ class Torch:
         amplitude: float,
     ) -> tuple[int, int]:
         """Write tile + noise to `out`; return (unchanged, clamped) elements."""
-        needs_float64 = dtype == "F64" or distributions.load(distribution).FLOAT64
+        needs_float64 = "F64" in (dtype, out_dtype) or distributions.load(distribution).FLOAT64
         if needs_float64 and not self.has_float64:
             return self._cpu.add_noise(
                 tile,
                 out,
                 dtype,
+                out_dtype,
                 distribution=distribution,
                 stream=stream,
                 first=first,
                 amplitude=amplitude,
             )
         with self._enough_memory():
+            self._staging(max(len(tile), len(out)))
             values = self._to_device(tile, dtype)
+            noised = values
+            if out_dtype not in (None, dtype):
+                noised = torch.empty_like(values, dtype=torch_kernels.DTYPES[out_dtype])
             counts = torch_kernels.add_noise(
-                values, values, distribution=distribution, stream=stream, first=first, amplitude=amplitude
+                values, noised, distribution=distribution, stream=stream, first=first, amplitude=amplitude
             )
-            staging = self._staging(len(tile))
-            staging.copy_(values.view(torch.uint8))
+            staging = self._staging(noised.nbytes)
+            staging.copy_(noised.view(torch.uint8))
             unchanged, clamped = counts.tolist()
         np.frombuffer(out, np.uint8)[:] = staging.numpy()
         return unchanged, clamped
+
+    def convert(self, tile: memoryview, out: memoryview, dtype: str, out_dtype: str) -> int:
+        """Write the tile in another dtype to `out`, on the CPU: it costs less than the way to the device."""
+        return self._cpu.convert(tile, out, dtype, out_dtype)
 
     def summarize(self, tile: memoryview, dtype: str) -> Summary:
         """Return the statistics of a tile that moments do not hold, from the CPU."""
@@ -166,17 +175,21 @@ def is_exact(device: Torch) -> bool:
     """Say whether a device adds noise to a few thousand values as the NumPy reference does."""
     name, seed, first, count = "w", 2**64 - 1, 2**63 + 1, 4099
     values = torch.linspace(-2.0, 2.0, count, dtype=torch.float32, device="cpu")
-    numpy_dtypes = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-    for dtype, distribution in itertools.product(numpy_dtypes, distributions.names()):
+    numpy_dtypes = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}
+    checks = [(d, d, distribution) for d in ("F32", "F16", "BF16") for distribution in distributions.names()]
+    # Other pairs are these roundings again, after sums that are checked above.
+    checks += [(dtype, out, "uniform") for dtype in ("F32", "F64") for out in numpy_dtypes if out != dtype]
+    for dtype, out_dtype, distribution in checks:
         as_bytes = values.to(torch_kernels.DTYPES[dtype]).view(torch.uint8).numpy()
         c = stream.coefficients(distribution, seed, name, first, count)
         stored = as_bytes.view(numpy_dtypes[dtype])
-        expected, *counts = stream.add_noise(stored, dtype, c, np.float32(0.3))
-        out = np.empty_like(as_bytes)
+        expected, *counts = stream.add_noise(stored, dtype, c, np.float32(0.3), out_dtype)
+        out = np.empty(expected.nbytes, np.uint8)
         got = device.add_noise(
             as_bytes.data,
             out.data,
             dtype,
+            out_dtype,
             distribution=distribution,
             stream=stream.stream_words(seed, name),
             first=first,
