@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from noisytune_cli import distributions
-from noisytune_cli.records import Manifest, NoiseSpec, Receipt
+from noisytune_cli.records import Manifest, NoiseSpec, Receipt, SourceRecord
 from noisytune_cli.stream import STREAM
 
 #: The version of the manifest's layout.
@@ -22,8 +22,13 @@ SCHEMA = 1
 
 def encode(manifest: Manifest) -> bytes:
     """Return the manifest as JSON in ASCII, one line for each tensor and file."""
+    return lay_out(to_json(manifest))
+
+
+def lay_out(document: Mapping[str, Any]) -> bytes:
+    """Return a manifest's document as JSON in ASCII, one line for each entry of its lists."""
     members = []
-    for key, value in to_json(manifest).items():
+    for key, value in document.items():
         if isinstance(value, list) and value:
             lines = ",\n".join(f"  {_dump(entry)}" for entry in value)
             members.append(f' "{key}": [\n{lines}\n ]')
@@ -39,14 +44,7 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "tool": {"name": manifest.tool_name, "version": manifest.tool_version},
-        "source": {
-            "id": manifest.source.id,
-            "revision": manifest.source.revision,
-            "files": [
-                {"name": f.name, "size": f.size, "header_digest": f.header_digest}
-                for f in manifest.source.files
-            ],
-        },
+        "source": source_json(manifest.source),
         "noise": _noise(manifest.noise),
         "tensors": [_tensor(receipt, range_keys) for receipt in manifest.receipts],
         "copied": [{"name": name, "digest": digest} for name, digest in manifest.copied],
@@ -57,6 +55,18 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
             "parameters": sum(r.step.tensor.elements for r in manifest.receipts),
             "bytes": sum(r.step.tensor.nbytes for r in manifest.receipts),
         },
+    }
+
+
+def source_json(source: SourceRecord) -> dict[str, Any]:
+    """Return a source as it stands in a manifest."""
+    return {
+        "id": source.id,
+        "revision": source.revision,
+        "files": [
+            {"name": file.name, "size": file.size, "header_digest": file.header_digest}
+            for file in source.files
+        ],
     }
 
 

@@ -44,6 +44,14 @@ def check_name(value: Any, where: str) -> str:
     return name
 
 
+def check_digest(value: Any, where: str) -> str:
+    """Return `value` if it is a digest `blake3:HEX`."""
+    digest = check_string(value, where)
+    if not _DIGEST.fullmatch(digest):
+        raise ManifestFault(f"{where} is not blake3: and 64 hexadecimal digits")
+    return digest
+
+
 class Fields:
     """One object of the manifest, which has `required` keys and may have `optional` ones, and no others."""
 
@@ -80,10 +88,7 @@ class Fields:
 
     def digest(self, key: str) -> str:
         """Return a digest `blake3:HEX`."""
-        value = self.string(key)
-        if not _DIGEST.fullmatch(value):
-            raise self.fault(key, "is not blake3: and 64 hexadecimal digits")
-        return value
+        return check_digest(self._value[key], f"{self._where}.{key}")
 
     def commit(self, key: str) -> str | None:
         """Return a full commit, or None."""

@@ -8,7 +8,7 @@ them. `manifest.py` writes what this reads, and `docs/manifest.md` explains ever
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from noisytune_cli.strict_json import Document, JsonFault
 _MAX_BYTES = 64 << 20
 
 #: The longest list in a manifest.
-_MAX_ENTRIES = 1_000_000
+MAX_ENTRIES = 1_000_000
 
 _MAX_SIZE = 2**63 - 1
 _SMALLEST_FILE = 10  # a header's length, and `{}`
@@ -95,16 +95,12 @@ def parse(content: bytes) -> Manifest:
     tool = Fields(document.value(), "tool", ("name", "version"))
     tool.choice("name", ("noisytune",))
     document.member("source")
-    source = _source(document.value())
+    source = read_source(document.value(), "source")
     document.member("noise")
     noise = _noise(document.value())
     document.member("tensors")
-    receipts = read_tensors(document.entries(_MAX_ENTRIES), noise, source.files)
-    document.member("copied")
-    copied = tuple(_copied(entry, i) for i, entry in enumerate(document.entries(_MAX_ENTRIES)))
-    _check_names([*(file.name for file in source.files), *(name for name, _ in copied)])
-    document.member("left_out")
-    left_out = tuple(_left_out(entry, i) for i, entry in enumerate(document.entries(_MAX_ENTRIES)))
+    receipts = read_tensors(document.entries(MAX_ENTRIES), noise, source.files)
+    copied, left_out = read_other_files(document, source.files)
     document.member("totals")
     totals = document.value()
     document.end()
@@ -113,17 +109,30 @@ def parse(content: bytes) -> Manifest:
     return manifest
 
 
-def _source(value: Any) -> SourceRecord:
-    fields = Fields(value, "source", ("id", "revision", "files"))
+def read_other_files(
+    document: Document, files: Sequence[FileRecord]
+) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
+    """Read what was copied beside the weight files (name, digest), and what was left out (name, why)."""
+    document.member("copied")
+    copied = tuple(_copied(entry, i) for i, entry in enumerate(document.entries(MAX_ENTRIES)))
+    _check_names([*(file.name for file in files), *(name for name, _ in copied)])
+    document.member("left_out")
+    left_out = tuple(_left_out(entry, i) for i, entry in enumerate(document.entries(MAX_ENTRIES)))
+    return copied, left_out
+
+
+def read_source(value: Any, where: str) -> SourceRecord:
+    """Return the source that an object at `where` in the manifest describes."""
+    fields = Fields(value, where, ("id", "revision", "files"))
     entries = fields.list("files")
     if not entries:
-        raise ManifestFault("source.files is empty")
+        raise ManifestFault(f"{where}.files is empty")
     files = []
     for i, entry in enumerate(entries):
-        file = Fields(entry, f"source.files[{i}]", ("name", "size", "header_digest"))
+        file = Fields(entry, f"{where}.files[{i}]", ("name", "size", "header_digest"))
         size = file.count("size", _MAX_SIZE)
         if size < _SMALLEST_FILE:
-            raise ManifestFault(f"source.files[{i}].size is less than any weight file's")
+            raise ManifestFault(f"{where}.files[{i}].size is less than any weight file's")
         files.append(FileRecord(file.name("name"), size, file.digest("header_digest")))
     revision = fields.commit("revision")
     return SourceRecord(fields.string("id"), revision, tuple(files))

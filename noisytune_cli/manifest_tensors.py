@@ -6,7 +6,7 @@ does: the `offset` of these tensors is 0 and means nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from noisytune_cli import distributions
@@ -63,6 +63,25 @@ def _check_files(receipts: Sequence[Receipt], files: Sequence[FileRecord]) -> No
             raise ManifestFault(f"source.files[{place}].size is less than its tensors need")
 
 
+def read_tensor(fields: Fields, where: str, files: Mapping[str, str]) -> TensorSpec:
+    """Return the tensor that an entry describes; `files` holds each name that its file may have."""
+    name = fields.string("name")
+    file = files.get(fields.string("file"))
+    if file is None:
+        raise fields.fault("file", "is not one of source.files")
+    dtype = ALL_DTYPES.get(fields.string("dtype"))
+    if dtype is None:
+        raise fields.fault("dtype", "is no dtype of any format")
+    shape = fields.list("shape")
+    if not all(type(n) is int and 0 <= n <= _MAX_DIMENSION for n in shape):
+        raise fields.fault("shape", "is not a list of integers from 0 to 2^63 - 1")
+    try:
+        nbytes = stored_bytes(name, dtype, shape)
+    except HeaderFault as fault:
+        raise ManifestFault(f"{where}: {fault.why}") from fault
+    return TensorSpec(name, dtype, tuple(shape), file, 0, nbytes)
+
+
 class _Reader:
     """What an entry is read against: the noise and the weight files."""
 
@@ -76,7 +95,7 @@ class _Reader:
     def read(self, entry: Any, where: str) -> Receipt:
         """Return the receipt that an entry stands for; where its tensor lies (offset) it does not say."""
         fields = Fields(entry, where, (*_KEYS, *self._range), ("reason",))
-        tensor = self._tensor(fields, where)
+        tensor = read_tensor(fields, where, self._files)
         lam, std = fields.strength("lambda"), fields.float32("std")
         amplitude = fields.float32("amplitude")
         unchanged = fields.count("unchanged", tensor.elements)
@@ -109,23 +128,6 @@ class _Reader:
             source_digest=source_digest,
             digest=digest,
         )
-
-    def _tensor(self, fields: Fields, where: str) -> TensorSpec:
-        name = fields.string("name")
-        file = self._files.get(fields.string("file"))
-        if file is None:
-            raise fields.fault("file", "is not one of source.files")
-        dtype = ALL_DTYPES.get(fields.string("dtype"))
-        if dtype is None:
-            raise fields.fault("dtype", "is no dtype of any format")
-        shape = fields.list("shape")
-        if not all(type(n) is int and 0 <= n <= _MAX_DIMENSION for n in shape):
-            raise fields.fault("shape", "is not a list of integers from 0 to 2^63 - 1")
-        try:
-            nbytes = stored_bytes(name, dtype, shape)
-        except HeaderFault as fault:
-            raise ManifestFault(f"{where}: {fault.why}") from fault
-        return TensorSpec(name, dtype, tuple(shape), file, 0, nbytes)
 
     def _check_perturbed(
         self, fields: Fields, tensor: TensorSpec, lam: float, std: float | None, amplitude: float | None

@@ -42,6 +42,11 @@ def resolve_output(out: str, source: Checkpoint) -> Path:
 def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
     """Raise OutputUnsafe unless `output` can be written without touching anything that must stay."""
     _check_kind(output, source.single_file, overwrite)
+    check_apart(output, source, overwrite=overwrite, single_file=source.single_file)
+
+
+def check_apart(output: Path, source: Checkpoint, *, overwrite: bool, single_file: bool) -> None:
+    """Raise OutputUnsafe if `output`, a file where `single_file`, is, holds or lies in an input."""
     protected = _protected(source)
     for ancestor in _ancestors(output):
         if _identity(ancestor) in protected:
@@ -51,7 +56,7 @@ def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
         for path in [source.root, *(s.path for s in source.sources), *_inhabited()]:
             if any(_identity(ancestor) == ours for ancestor in _ancestors(path)):
                 raise _unsafe(output, "the input, the current directory or the home directory lies in it")
-    if not source.single_file:
+    if not single_file:
         return
     inputs = {_identity(s.path) for s in source.sources}
     for path in (output, _manifest_of(output)):

@@ -45,15 +45,20 @@ class Document:
 
     def member(self, key: str) -> None:
         """Go to the value of the next member, which must be `key`."""
+        found = self.key(key)
+        if found != key:
+            raise JsonFault(f'"{found[:_MAX_SHOWN]}" stands where "{key}" is due')
+
+    def key(self, due: str) -> str:
+        """Go to the value of the next member, and return its key; `due` is named where there is none."""
         if self._first or self._peek() != "}":
             self._take("{" if self._first else ",", "it is no JSON object, or not a whole one:")
         self._first = False
         if self._peek() == "}":
-            raise JsonFault(f'it has no "{key}"')
-        found = self.value()
-        if found != key:
-            raise JsonFault(f'"{str(found)[:_MAX_SHOWN]}" stands where "{key}" is due')
+            raise JsonFault(f'it has no "{due}"')
+        found = str(self.value())
         self._take(":", "it is not valid JSON: no colon:")
+        return found
 
     def value(self) -> Any:
         """Read one value."""

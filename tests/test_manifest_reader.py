@@ -86,7 +86,7 @@ def test_a_text_that_is_no_manifest(
 
 
 def test_a_long_list_is_refused(written: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest_reader, "_MAX_ENTRIES", 5)
+    monkeypatch.setattr(manifest_reader, "MAX_ENTRIES", 5)
     refused(written, "more than 5 entries", tmp_path)
 
 
