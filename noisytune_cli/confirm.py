@@ -7,7 +7,7 @@ with it so far. So an output layer that is not tied costs one tile, and only a r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from blake3 import blake3
 
@@ -19,16 +19,19 @@ from noisytune_cli.ties import split_tie
 _TILE_BYTES = 1 << 20
 
 
-def settle_ties(plan: Plan, sources: Mapping[str, Source]) -> Plan:
-    """Return the plan with its candidate ties confirmed or dropped; `sources` are keyed by file name."""
-    candidates = [tie for tie in plan.ties if tie.evidence == "equal-bytes"]
+def settle_ties(plans: Sequence[Plan], sources: Mapping[str, Source]) -> list[Plan]:
+    """Return the plans, all of the same tensors, with their candidate ties confirmed or dropped.
+
+    `sources` are keyed by file name.
+    """
+    candidates = [tie for tie in plans[0].ties if tie.evidence == "equal-bytes"]
     if not candidates:
-        return plan
-    tensors = {step.tensor.name: step.tensor for step in plan.steps}
+        return list(plans)
+    tensors = {step.tensor.name: step.tensor for step in plans[0].steps}
     confirmed: list[Tie] = []
     for tie in candidates:
         confirmed += split_tie(tie, _digest([tensors[name] for name in tie.names], sources))
-    return confirm_ties(plan, confirmed)
+    return [confirm_ties(plan, confirmed) for plan in plans]
 
 
 def _digest(tensors: list[TensorSpec], sources: Mapping[str, Source]) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -46,14 +47,16 @@ class Abandoned(Exception):
 class Pass:
     """One pass over `count` tiles, which several threads may share: `work(hands, tile index)`.
 
-    Tiles are handed out in order; `in_turn` lets their threads through a gate in the same order.
+    Tiles are handed out in order; `in_turn` lets their threads through a gate in the same order. There may be
+    several gates (`lane`), if every tile goes through the same ones.
     """
 
     def __init__(self, count: int, work: Callable[[Hands, int], None]) -> None:
         self._count = count
         self._work = work
         self._change = threading.Condition()
-        self._taken = self._passed = self._finished = 0
+        self._taken = self._finished = 0
+        self._passed: Counter[int] = Counter()
         self._broken = False
 
     def has_tiles(self) -> bool:
@@ -80,12 +83,12 @@ class Pass:
         self._wait_for(lambda: self._finished == self._count)
 
     @contextmanager
-    def in_turn(self, index: int) -> Iterator[None]:
+    def in_turn(self, index: int, lane: int = 0) -> Iterator[None]:
         """Enter once tile `index - 1` has left."""
-        self._wait_for(lambda: self._passed == index)
+        self._wait_for(lambda: self._passed[lane] == index)
         yield
         with self._change:
-            self._passed += 1
+            self._passed[lane] += 1
             self._change.notify_all()
 
     def _wait_for(self, ready: Callable[[], bool]) -> None:

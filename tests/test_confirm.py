@@ -37,7 +37,7 @@ def settle(path: Path, tensors: dict[str, np.ndarray], **noise: Any) -> tuple[Pl
     save(path, {name: Tensor("F32", array) for name, array in tensors.items()})
     source = Counting(open_source(path, "w", False))
     plan = make_plan(source.tensors, NoiseSpec(**noise))
-    settled = settle_ties(plan, {"w": source})
+    (settled,) = settle_ties([plan], {"w": source})
     source.close()
     return settled, source.read_bytes
 

@@ -66,7 +66,7 @@ def inspect(
             files = {file.name: file for file in checkpoint.sources}
             # A tie that shows in no row need not be read.
             shown = tuple(tie for tie in plan.ties if not names.isdisjoint(tie.names))
-            plan = settle_ties(replace(plan, ties=shown), files)
+            (plan,) = settle_ties([replace(plan, ties=shown)], files)
             floats = [t for t in checkpoint.tensors if t.name in names and t.dtype in FLOAT_DTYPES]
             with progress(sum(tensor.nbytes for tensor in floats)) as report:
                 device = devices.load("cpu").open_device("cpu")

@@ -6,6 +6,7 @@ the output, the space it needs. Then tensors walk from source to staging, and pu
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from noisytune_cli.plan import check_not_empty, check_outcomes, make_plan
 from noisytune_cli.publish import Publication
 from noisytune_cli.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.records import FileRecord, Manifest, NoiseSpec, Plan, Receipt, SourceRecord
-from noisytune_cli.walk import Walk, work_bytes
+from noisytune_cli.walk import Variant, Walk, work_bytes
 
 #: Room for the manifest in the check for space: a fixed part, and that of each tensor.
 _MANIFEST_BYTES, _MANIFEST_BYTES_A_TENSOR = 4096, 1024
@@ -87,9 +88,9 @@ def perturb(
         check_output(output, source, overwrite=overwrite)
         check_space(output, needed_bytes(source), len(source.sources) + len(source.others) + 1)
         with Publication(output, directory=not source.single_file, overwrite=overwrite) as publication:
-            plan = settle_ties(plan, {file.name: file for file in source.sources})
+            (plan,) = settle_ties([plan], {file.name: file for file in source.sources})
             check_not_empty(plan, path=request.source)
-            receipts = carry_out(walk, plan, source, publication, progress)
+            (receipts,) = carry_out(walk, [(plan, publication)], source, progress)
             check_outcomes(plan.noise, ((r.action, r.reason) for r in receipts), path=request.source)
             copied = tuple((name, publication.copy(source.root / name, name)) for name in source.others)
             manifest = Manifest(
@@ -147,23 +148,31 @@ def _plan(source: Checkpoint, noise: NoiseSpec) -> Plan:
 
 
 def carry_out(
-    walk: Walk, plan: Plan, source: Checkpoint, publication: Publication, progress: Progress
-) -> tuple[Receipt, ...]:
-    """Fill every weight file and flush it; the source must be as it was throughout."""
+    walk: Walk,
+    wanted: Sequence[tuple[Plan, Publication]],
+    source: Checkpoint,
+    progress: Progress,
+    recorded: Mapping[str, Receipt] | None = None,
+) -> tuple[tuple[Receipt, ...], ...]:
+    """Fill every weight file of every output and flush it; the source must be as it was throughout."""
     with ExitStack() as opened:
-        sinks: dict[str, Sink] = {}
-        for file in source.sources:
-            name = publication.output.name if source.single_file else file.name
-            sinks[file.name] = file.create_sink(publication.path(name))
-            opened.callback(sinks[file.name].abort)
-        with progress(work_bytes(plan, recorded=bool(walk.recorded))) as report:
+        variants = []
+        for plan, publication in wanted:
+            sinks: dict[str, Sink] = {}
+            for file in source.sources:
+                name = publication.output.name if source.single_file else file.name
+                sinks[file.name] = file.create_sink(publication.path(name))
+                opened.callback(sinks[file.name].abort)
+            variants.append(Variant(plan, sinks, recorded=recorded or {}))
+        with progress(work_bytes(variants)) as report:
             sources = {file.name: file for file in source.sources}
-            receipts = replace(walk, progress=report).carry_out(plan, sources, sinks)
+            receipts = replace(walk, progress=report).carry_out(variants, sources)
         for file in source.sources:
             file.check_unchanged()
             file.check_sums()
-        for sink in sinks.values():
-            sink.finish()
+        for variant in variants:
+            for sink in variant.sinks.values():
+                sink.finish()
     return receipts
 
 

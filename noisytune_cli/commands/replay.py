@@ -56,7 +56,7 @@ def replay(
     with open_original(recorded, base, mmap=mmap, quiet=quiet) as source:
         files, found = match_files(manifest, source)
         _refuse([*found, *_missing_copies(manifest, source)], recorded, source)
-        walk = Walk(open_device(device), threads or default_threads(), recorded=receipts)
+        walk = Walk(open_device(device), threads or default_threads())
         output = resolve_output(out, source)
         check_output(output, source, overwrite=overwrite)
         check_space(output, needed_bytes(source), len(source.sources) + len(source.others) + 1)
@@ -66,7 +66,7 @@ def replay(
             found = [Difference(name, None, "its bytes are not those recorded") for name in changed]
             _refuse(found, recorded, source)
             plan = Plan(manifest.noise, recorded_steps(manifest.receipts, files))
-            done = carry_out(walk, plan, source, publication, progress)
+            (done,) = carry_out(walk, [(plan, publication)], source, progress, recorded=receipts)
             _refuse(compare_receipts(receipts, done), recorded, source)
             publication.publish(recorded.content)
             return Replayed(output, manifest, publication.cleared)

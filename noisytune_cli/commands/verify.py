@@ -26,13 +26,13 @@ from noisytune_cli.differences import Difference, compare_receipts, recorded_ste
 from noisytune_cli.errors import InputInvalid, InputUnreadable, unreadable
 from noisytune_cli.escape import escape
 from noisytune_cli.folder import list_folder
-from noisytune_cli.formats import Source, open_source
+from noisytune_cli.formats import Nowhere, Source, open_source
 from noisytune_cli.layout import INDEX_SUFFIXES, MANIFEST, MANIFEST_SUFFIX, WEIGHTS_SUFFIXES
 from noisytune_cli.manifest_reader import REFORMATTED, RecordedManifest, read_manifest
 from noisytune_cli.original import compare_files, match_files, open_original
 from noisytune_cli.reading import open_regular
-from noisytune_cli.records import Manifest, NoiseSpec, Plan, Receipt, TensorSpec
-from noisytune_cli.walk import Walk
+from noisytune_cli.records import Manifest, NoiseSpec, Plan, Receipt
+from noisytune_cli.walk import Variant, Walk
 
 _CHUNK = 1 << 20
 
@@ -96,7 +96,7 @@ def verify(
             walk = replace(walk, progress=report)
             found += _compare_digests(receipts, _redo(walk, plans[0], matched))
             for plan in plans[1:]:
-                remade = _redo(replace(walk, recorded=receipts), plan, originals)
+                remade = _redo(walk, plan, originals, recorded=receipts)
                 found += compare_receipts(receipts, remade)
         for file in [*matched.values(), *originals.values()]:
             file.check_unchanged()
@@ -168,19 +168,6 @@ def locate(out: str) -> Output:
         raise unreadable(error if isinstance(error, OSError) else OSError(str(error)), out) from error
 
 
-class _Nowhere:
-    """A sink for what only has to be computed."""
-
-    def write(self, tensor: TensorSpec, start: int, buffer: bytes | memoryview) -> None:
-        """Keep nothing."""
-
-    def finish(self) -> None:
-        """Have nothing to flush."""
-
-    def abort(self) -> None:
-        """Have nothing to close."""
-
-
 def _open_files(
     manifest: Manifest, output: Output, mmap: bool, opened: ExitStack
 ) -> tuple[dict[str, Source], list[Difference]]:
@@ -212,10 +199,14 @@ def _plan_digests(manifest: Manifest, files: Mapping[str, Source]) -> Plan:
     return Plan(NoiseSpec(), tuple(replace(step, action="copy", reason="excluded") for step in steps))
 
 
-def _redo(walk: Walk, plan: Plan, files: Mapping[str, Source]) -> tuple[Receipt, ...]:
+def _redo(
+    walk: Walk, plan: Plan, files: Mapping[str, Source], recorded: Mapping[str, Receipt] | None = None
+) -> tuple[Receipt, ...]:
     """Carry out a plan on `files` (by recorded name) for its receipts alone."""
     sources = {file.name: file for file in files.values()}
-    return walk.carry_out(plan, sources, dict.fromkeys(sources, _Nowhere()))
+    variant = Variant(plan, dict.fromkeys(sources, Nowhere()), recorded=recorded or {})
+    (receipts,) = walk.carry_out([variant], sources)
+    return receipts
 
 
 def _compare_digests(recorded: Mapping[str, Receipt], read: Iterable[Receipt]) -> list[Difference]:

@@ -73,6 +73,19 @@ class Sink(Protocol):
         """Close without a promise (twice is fine)."""
 
 
+class Nowhere:
+    """A sink for what only has to be computed."""
+
+    def write(self, tensor: TensorSpec, start: int, buffer: bytes | memoryview) -> None:
+        """Keep nothing."""
+
+    def finish(self) -> None:
+        """Have nothing to flush."""
+
+    def abort(self) -> None:
+        """Have nothing to close."""
+
+
 def open_source(path: Path, name: str, mmap: bool) -> Source:
     """Open the weight file at `path` in its format: the name's where it is plain, else the content's.
 
