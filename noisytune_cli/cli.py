@@ -369,6 +369,63 @@ def replay(
     show_verify.show_replayed(result, quiet=quiet)
 
 
+@app.command(cls=_Command)
+def average(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Two or more checkpoints of one model: files, folders or hub ids.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="OUT",
+            help="Where to write: a folder, or a file where the first SOURCE is a file.",
+            show_default=False,
+        ),
+    ],
+    coefficients: Annotated[
+        str | None,
+        typer.Option(
+            metavar="C,C,…",
+            help="How much each SOURCE counts, in their order; only ratios matter. [default: all alike]",
+        ),
+    ] = None,
+    threads: _Threads = None,
+    mmap: _Mmap = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress and no summary on stderr.")
+    ] = False,
+) -> None:
+    """Write the mean of several checkpoints' weights (a model soup), and a manifest of what was done.
+
+    The mean is taken in float64, in the order of the sources, and rounded once to the stored dtype. The
+    output has the first SOURCE's format, layout and other files; tensors that are not floats are its own.
+    """
+    from noisytune_cli import show, show_average
+    from noisytune_cli.commands import average as command
+    from noisytune_cli.options import numbers
+
+    result = command.average(
+        sources,
+        out,
+        coefficients=() if coefficients is None else numbers("--coefficients", coefficients),
+        overwrite=overwrite,
+        threads=threads,
+        mmap=mmap,
+        quiet=quiet,
+        progress=lambda nbytes: show.progress(nbytes, "average", enabled=not quiet),
+    )
+    show_average.show_averaged(result, as_json=as_json, quiet=quiet)
+
+
 def run() -> None:
     """Run the command line and end the process with its exit code."""
     app(prog_name="noisytune", args=sys.argv[1:])

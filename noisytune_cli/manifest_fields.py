@@ -18,11 +18,13 @@ _LONGEST_NAME = 4096  # bytes of a path, PATH_MAX
 
 
 class ManifestFault(Exception):
-    """What is wrong with a manifest; `newer` says that a newer noisytune may understand it."""
+    """What is wrong with a manifest, and what its user can do about it."""
 
-    def __init__(self, why: str, *, newer: bool = False) -> None:
+    def __init__(
+        self, why: str, *, next_step: str = "Fetch the manifest again; it is not meant to be edited"
+    ) -> None:
         super().__init__(why)
-        self.why, self.newer = why, newer
+        self.why, self.next_step = why, next_step
 
 
 def check_string(value: Any, where: str) -> str:

@@ -8,7 +8,8 @@ them. `manifest.py` writes what this reads, and `docs/manifest.md` explains ever
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,23 +68,55 @@ def read_manifest(path: Path) -> RecordedManifest:
 
     Raises InputInvalid that names the field, InputUnreadable where it is missing or cannot be read.
     """
-    content = read_small(path, _MAX_BYTES)
-    try:
+    content = read_content(path)
+    with refusing(path):
         return RecordedManifest(path, content, parse(content))
+
+
+def read_content(path: Path) -> bytes:
+    """Return a manifest's bytes; InputUnreadable, or InputInvalid where they are too many."""
+    return read_small(path, _MAX_BYTES)
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Turn what is wrong with the manifest at `path` into the error the user sees."""
+    try:
+        yield
     except (JsonFault, ManifestFault) as fault:
-        newer = isinstance(fault, ManifestFault) and fault.newer
         raise InputInvalid(
             "cannot use the manifest",
             path=path,
             why=fault.why,
-            next_step="Upgrade noisytune"
-            if newer
+            next_step=fault.next_step
+            if isinstance(fault, ManifestFault)
             else "Fetch the manifest again; it is not meant to be edited",
         ) from fault
 
 
 def parse(content: bytes) -> Manifest:
     """Return what a manifest's bytes say; raises JsonFault or ManifestFault."""
+    document, version = begin(content)
+    if (key := document.key("source")) != "source":
+        if key == "operation":
+            raise ManifestFault("it is that of an average", next_step="Average its members again")
+        raise ManifestFault(f'"{key[:40]}" stands where "source" is due')
+    source = read_source(document.value(), "source")
+    document.member("noise")
+    noise = _noise(document.value())
+    document.member("tensors")
+    receipts = read_tensors(document.entries(MAX_ENTRIES), noise, source.files)
+    copied, left_out = read_other_files(document, source.files)
+    document.member("totals")
+    totals = document.value()
+    document.end()
+    manifest = Manifest("noisytune", version, source, noise, receipts, copied, left_out)
+    _check_totals(totals, manifest)
+    return manifest
+
+
+def begin(content: bytes) -> tuple[Document, str]:
+    """Read the members that every manifest begins with; return the document and the tool's version."""
     document = Document(content)
     document.member("schema")
     schema = document.value()
@@ -94,19 +127,7 @@ def parse(content: bytes) -> Manifest:
     document.member("tool")
     tool = Fields(document.value(), "tool", ("name", "version"))
     tool.choice("name", ("noisytune",))
-    document.member("source")
-    source = read_source(document.value(), "source")
-    document.member("noise")
-    noise = _noise(document.value())
-    document.member("tensors")
-    receipts = read_tensors(document.entries(MAX_ENTRIES), noise, source.files)
-    copied, left_out = read_other_files(document, source.files)
-    document.member("totals")
-    totals = document.value()
-    document.end()
-    manifest = Manifest("noisytune", tool.string("version"), source, noise, receipts, copied, left_out)
-    _check_totals(totals, manifest)
-    return manifest
+    return document, tool.string("version")
 
 
 def read_other_files(
@@ -207,4 +228,4 @@ def _check_totals(value: Any, manifest: Manifest) -> None:
 
 
 def _newer(what: str) -> ManifestFault:
-    return ManifestFault(f"{what}, so it was written by a newer noisytune", newer=True)
+    return ManifestFault(f"{what}, so it was written by a newer noisytune", next_step="Upgrade noisytune")

@@ -80,3 +80,18 @@ def _rule(text: str) -> tuple[str, float]:
             why="it is not PATTERN=VALUE with a number as the value",
             next_step="Write for example --lambda-for '@attention=0.1'",
         ) from None
+
+
+def numbers(option: str, text: str) -> tuple[float, ...]:
+    """Return the numbers of a comma list; UsageError that names the one that is none."""
+    found = []
+    for part in text.split(","):
+        try:
+            found.append(float(part))
+        except ValueError:
+            raise UsageError(
+                f"{option} {text}",
+                why=f'"{part}" is no number',
+                next_step="Write numbers with commas between them, such as 0.5,0.25,0.25",
+            ) from None
+    return tuple(found)

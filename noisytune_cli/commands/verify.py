@@ -20,15 +20,16 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from noisytune_cli.averages import RecordedAverage, read_any_manifest
 from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.devices import open_device
 from noisytune_cli.differences import Difference, compare_receipts, recorded_steps
-from noisytune_cli.errors import InputInvalid, InputUnreadable, unreadable
+from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
 from noisytune_cli.escape import escape
 from noisytune_cli.folder import list_folder
 from noisytune_cli.formats import Nowhere, Source, open_source
 from noisytune_cli.layout import INDEX_SUFFIXES, MANIFEST, MANIFEST_SUFFIX, WEIGHTS_SUFFIXES
-from noisytune_cli.manifest_reader import REFORMATTED, RecordedManifest, read_manifest
+from noisytune_cli.manifest_reader import REFORMATTED, RecordedManifest
 from noisytune_cli.original import compare_files, match_files, open_original
 from noisytune_cli.reading import open_regular
 from noisytune_cli.records import Manifest, NoiseSpec, Plan, Receipt
@@ -77,6 +78,12 @@ def verify(
     """Hold the output `out`, a folder or a file, against its manifest and, where given, against the base."""
     output = locate(out)
     recorded = output.read_manifest()
+    if base is not None and isinstance(recorded, RecordedAverage):
+        raise UsageError(
+            "--base",
+            why="an average is of several checkpoints",
+            next_step="Average them again, and compare the two manifests",
+        )
     manifest = recorded.manifest
     receipts = {receipt.step.tensor.name: receipt for receipt in manifest.receipts}
     walk = Walk(open_device("cpu"), threads or default_threads())
@@ -136,7 +143,7 @@ class Output:
                 why="there is no manifest, which noisytune writes last",
                 next_step="Without one an output is unfinished or not noisytune's: perturb or replay again",
             )
-        recorded = read_manifest(path)
+        recorded = read_any_manifest(path)
         if not self.is_folder and (len(recorded.manifest.source.files) > 1 or recorded.manifest.copied):
             raise InputInvalid(
                 "cannot verify the file alone",

@@ -1,0 +1,213 @@
+"""The manifest of an average: what was averaged, with which coefficients, and what came of each tensor.
+
+It lies where a perturbed checkpoint's does, under the same name, and tells itself apart by `operation`.
+Like that it is deterministic and written last, and from a stranger it is read believing nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from noisytune_cli import __version__
+from noisytune_cli.manifest import SCHEMA, lay_out, source_json
+from noisytune_cli.manifest_fields import Fields, ManifestFault, check_digest
+from noisytune_cli.manifest_reader import (
+    MAX_ENTRIES,
+    RecordedManifest,
+    begin,
+    parse,
+    read_content,
+    read_other_files,
+    read_source,
+    refusing,
+)
+from noisytune_cli.manifest_tensors import read_tensor
+from noisytune_cli.records import (
+    FLOAT_DTYPES,
+    Manifest,
+    NoiseSpec,
+    Receipt,
+    SourceRecord,
+    Step,
+    TensorSpec,
+)
+from noisytune_cli.strict_json import Document
+
+OPERATION = "average"
+
+_MAX_MEMBERS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class AveragedTensor:
+    """What was done to one tensor; digests are `blake3:HEX` over stored bytes, one for each member."""
+
+    tensor: TensorSpec
+    action: Literal["average", "copy"]
+    source_digests: tuple[str, ...]
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class AverageManifest:
+    """The members with their coefficients, in order, and the tensors, copied and left-out files."""
+
+    members: tuple[tuple[float, SourceRecord], ...]
+    tensors: tuple[AveragedTensor, ...]
+    copied: tuple[tuple[str, str], ...]
+    left_out: tuple[tuple[str, str], ...]
+    tool_version: str = __version__
+
+    def as_copies(self) -> Manifest:
+        """Return the manifest of the output as it is, every tensor a copy: what `verify` holds it against.
+
+        The output has the first member's files, headers and order of tensors.
+        """
+        receipts = tuple(
+            Receipt(
+                step=Step(done.tensor, "copy", "excluded", 0.0, done.tensor.name),
+                action="copy",
+                reason="excluded",
+                lam=0.0,
+                std=None,
+                amplitude=None,
+                low=None,
+                high=None,
+                noise_std=None,
+                unchanged=0,
+                clamped=0,
+                source_digest=done.digest,
+                digest=done.digest,
+            )
+            for done in self.tensors
+        )
+        first = self.members[0][1]
+        return Manifest("noisytune", self.tool_version, first, NoiseSpec(), receipts, self.copied)
+
+
+def to_json(manifest: AverageManifest) -> dict[str, Any]:
+    """Return the manifest as the JSON document it is stored as."""
+    tensors = [done.tensor for done in manifest.tensors]
+    return {
+        "schema": SCHEMA,
+        "tool": {"name": "noisytune", "version": manifest.tool_version},
+        "operation": OPERATION,
+        "members": [
+            {"coefficient": float(coefficient), **source_json(source)}
+            for coefficient, source in manifest.members
+        ],
+        "tensors": [
+            {
+                "name": done.tensor.name,
+                "file": done.tensor.file,
+                "dtype": done.tensor.dtype,
+                "shape": list(done.tensor.shape),
+                "action": done.action,
+                "source_digests": list(done.source_digests),
+                "digest": done.digest,
+            }
+            for done in manifest.tensors
+        ],
+        "copied": [{"name": name, "digest": digest} for name, digest in manifest.copied],
+        "left_out": [{"name": name, "why": why} for name, why in manifest.left_out],
+        "totals": {
+            "tensors": len(tensors),
+            "averaged": sum(done.action == "average" for done in manifest.tensors),
+            "parameters": sum(tensor.elements for tensor in tensors),
+            "bytes": sum(tensor.nbytes for tensor in tensors),
+        },
+    }
+
+
+def encode(manifest: AverageManifest) -> bytes:
+    """Return the manifest as JSON in ASCII, one line for each tensor and file."""
+    return lay_out(to_json(manifest))
+
+
+@dataclass(frozen=True)
+class RecordedAverage(RecordedManifest):
+    """An average's manifest as it was read; `manifest` is what its output has to be."""
+
+    average: AverageManifest
+
+    @property
+    def is_original(self) -> bool:
+        """Whether the bytes are those that noisytune writes for this content."""
+        return encode(self.average) == self.content
+
+
+def read_any_manifest(path: Path) -> RecordedManifest:
+    """Read and validate the manifest at `path`, of noise or of an average; raises as `read_manifest`."""
+    content = read_content(path)
+    with refusing(path):
+        document, version = begin(content)
+        if document.key("source") != "operation":
+            return RecordedManifest(path, content, parse(content))
+        if (operation := document.value()) != OPERATION:
+            raise ManifestFault(f'its operation is "{str(operation)[:40]}"', next_step="Upgrade noisytune")
+        average = _parse(document, version)
+        return RecordedAverage(path, content, average.as_copies(), average)
+
+
+def _parse(document: Document, version: str) -> AverageManifest:
+    """Read on after the `operation` of a manifest by noisytune `version`; JsonFault or ManifestFault."""
+    document.member("members")
+    members = tuple(_member(entry, i) for i, entry in enumerate(document.entries(_MAX_MEMBERS)))
+    if len(members) < 2:
+        raise ManifestFault("it has fewer than two members")
+    files = members[0][1].files
+    document.member("tensors")
+    reader = _Reader({file.name: file.name for file in files}, len(members))
+    tensors = tuple(
+        reader.read(entry, f"tensors[{i}]") for i, entry in enumerate(document.entries(MAX_ENTRIES))
+    )
+    if len({done.tensor.name for done in tensors}) < len(tensors):
+        raise ManifestFault("it has two tensors of one name")
+    copied, left_out = read_other_files(document, files)
+    manifest = AverageManifest(members, tensors, copied, left_out, version)
+    document.member("totals")
+    totals = document.value()
+    document.end()
+    if totals != to_json(manifest)["totals"]:
+        raise ManifestFault("totals are not what its tensors add up to")
+    return manifest
+
+
+def _member(value: Any, index: int) -> tuple[float, SourceRecord]:
+    where = f"members[{index}]"
+    fields = Fields(value, where, ("coefficient", "id", "revision", "files"))
+    coefficient = fields.number("coefficient")
+    if coefficient is None or not 0 < coefficient < math.inf:
+        raise fields.fault("coefficient", "is not a number > 0")
+    return coefficient, read_source({k: v for k, v in value.items() if k != "coefficient"}, where)
+
+
+class _Reader:
+    """What an entry is read against: the first member's files, and how many members there are."""
+
+    def __init__(self, files: Mapping[str, str], members: int) -> None:
+        self._files, self._members = files, members
+
+    def read(self, entry: Any, where: str) -> AveragedTensor:
+        """Return what an entry stands for; where its tensor lies (offset) it does not say."""
+        fields = Fields(
+            entry, where, ("name", "file", "dtype", "shape", "action", "source_digests", "digest")
+        )
+        tensor = read_tensor(fields, where, self._files)
+        action = fields.choice("action", ("average", "copy"))
+        if (action == "average") != (tensor.dtype in FLOAT_DTYPES):
+            raise fields.fault("action", "does not fit the dtype")
+        digests = tuple(
+            check_digest(digest, f"{where}.source_digests") for digest in fields.list("source_digests")
+        )
+        if len(digests) != self._members:
+            raise fields.fault("source_digests", f"are not {self._members}, one for each member")
+        if action == "copy" and fields.digest("digest") != digests[0]:
+            raise fields.fault("digest", "is not that of the first member, of which it is a copy")
+        return AveragedTensor(
+            tensor, "average" if action == "average" else "copy", digests, fields.digest("digest")
+        )

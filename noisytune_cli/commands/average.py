@@ -1,0 +1,212 @@
+"""average: several checkpoints of one model in, their mean and its manifest out.
+
+The output has the first source's format, layout and other files. As with perturb everything that can be
+refused is refused before a weight is read, memory holds a few tiles, and publishing is the last step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from noisytune_cli import means
+from noisytune_cli.averages import AverageManifest, encode
+from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.commands.perturb import needed_bytes
+from noisytune_cli.crew import Progress, default_threads
+from noisytune_cli.devices import open_device
+from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.escape import escape
+from noisytune_cli.output import check_apart, check_output, check_space, resolve_output
+from noisytune_cli.publish import Publication
+from noisytune_cli.quantized import refuse_quantized, refuse_quantized_config
+from noisytune_cli.records import FLOAT_DTYPES, FileRecord, SourceRecord, TensorSpec
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """What was published: the manifest, where it and the output are, and what the user should know."""
+
+    output: Path
+    manifest_path: Path
+    manifest: AverageManifest
+    cleared: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def average(
+    sources: Sequence[str],
+    out: str,
+    *,
+    coefficients: Sequence[float] = (),
+    overwrite: bool = False,
+    threads: int | None = None,
+    mmap: bool = False,
+    quiet: bool = False,
+    progress: Progress = lambda nbytes: nullcontext(lambda done: None),
+) -> Averaged:
+    """Write the mean of `sources` and its manifest to `out`, durably, or change nothing.
+
+    `coefficients` are the sources' weights, finite and > 0, by default all alike; they are divided by their
+    sum. Raises UsageError for those, InputInvalid where the sources are not checkpoints of one model.
+    """
+    weights = _check_coefficients(sources, coefficients)
+    with ExitStack() as opened:
+        members = []
+        for source in sources:
+            members.append(_open(source, mmap=mmap, quiet=quiet))
+            opened.callback(members[-1].close)
+        first = members[0]
+        for name, member in zip(sources[1:], members[1:], strict=True):
+            _check_same_tensors(first, sources[0], member, name)
+        _check_has_floats(first.tensors, sources[0])
+        output = resolve_output(out, first)
+        check_output(output, first, overwrite=overwrite)
+        for member in members[1:]:
+            check_apart(output, member, overwrite=overwrite, single_file=first.single_file)
+        check_space(output, needed_bytes(first), len(first.sources) + len(first.others) + 1)
+        publication = opened.enter_context(
+            Publication(output, directory=not first.single_file, overwrite=overwrite)
+        )
+        done = _carry_out(members, weights, publication, threads or default_threads(), progress)
+        manifest = AverageManifest(
+            members=tuple((weight, _record(member)) for weight, member in zip(weights, members, strict=True)),
+            tensors=tuple(one.tensor for one in done),
+            copied=tuple((name, publication.copy(first.root / name, name)) for name in first.others),
+            left_out=first.left_out,
+        )
+        manifest_path = publication.publish(encode(manifest))
+        warnings = [warning for member in members for warning in member.warnings]
+        return Averaged(output, manifest_path, manifest, publication.cleared, (*warnings, *_warnings(done)))
+
+
+def _check_coefficients(sources: Sequence[str], coefficients: Sequence[float]) -> list[float]:
+    if len(sources) < 2:
+        raise UsageError(
+            "an average of one checkpoint",
+            why="it would be a copy of it",
+            next_step="Name at least two checkpoints of one model",
+        )
+    if not coefficients:
+        return [1.0] * len(sources)
+    if len(coefficients) != len(sources):
+        raise UsageError(
+            "--coefficients",
+            why=f"there are {len(coefficients)} for {len(sources)} checkpoints",
+            next_step="Give one for each, in their order",
+        )
+    for coefficient in coefficients:
+        if not (math.isfinite(coefficient) and coefficient > 0):
+            raise UsageError(
+                f"--coefficients: {coefficient:g}",
+                why="a coefficient is a finite number greater than 0",
+                next_step="Leave out the checkpoints that shall not count",
+            )
+    return list(coefficients)
+
+
+def _open(source: str, *, mmap: bool, quiet: bool) -> Checkpoint:
+    member = open_checkpoint(source, mmap=mmap, check_config=refuse_quantized_config, quiet=quiet)
+    try:
+        refuse_quantized(member.tensors, config=member.config, metadata=member.metadata, path=source)
+    except BaseException:
+        member.close()
+        raise
+    return member
+
+
+def _check_same_tensors(first: Checkpoint, first_name: str, other: Checkpoint, name: str) -> None:
+    """Raise InputInvalid unless `other` has just the tensors that `first` has, wherever they are stored."""
+    ours = {tensor.name: tensor for tensor in first.tensors}
+    theirs = {tensor.name: tensor for tensor in other.tensors}
+    for tensor in (*first.tensors, *other.tensors):
+        a, b = ours.get(tensor.name), theirs.get(tensor.name)
+        if a is None or b is None:
+            why = f"{escape(first_name if b is None else name)} alone has it"
+        elif a.shape != b.shape:
+            why = f"its shape is {list(b.shape)}, and {list(a.shape)} in {escape(first_name)}"
+        elif a.dtype != b.dtype:
+            why = f"its dtype is {b.dtype}, and {a.dtype} in {escape(first_name)}"
+        else:
+            continue
+        raise InputInvalid(
+            "not checkpoints of one model",
+            path=name,
+            tensor=tensor.name,
+            why=why,
+            next_step="Average checkpoints with the same tensors, such as finetuned copies of one base",
+        )
+
+
+def _check_has_floats(tensors: Sequence[TensorSpec], path: str) -> None:
+    if not any(tensor.dtype in FLOAT_DTYPES and tensor.elements for tensor in tensors):
+        raise InputInvalid(
+            "nothing to average",
+            path=path,
+            why="it holds no floating-point values",
+            next_step="Check that these are the weights",
+        )
+
+
+def _carry_out(
+    members: Sequence[Checkpoint],
+    weights: Sequence[float],
+    publication: Publication,
+    threads: int,
+    progress: Progress,
+) -> list[means.Done]:
+    """Fill every weight file and flush it; the sources must be as they were throughout."""
+    first, total = members[0], math.fsum(weights)
+    with ExitStack() as opened:
+        sinks = {}
+        for file in first.sources:
+            name = publication.output.name if first.single_file else file.name
+            sinks[file.name] = file.create_sink(publication.path(name))
+            opened.callback(sinks[file.name].abort)
+        shares = [
+            means.Member(
+                weight / total,
+                {file.name: file for file in member.sources},
+                {tensor.name: tensor for tensor in member.tensors},
+            )
+            for weight, member in zip(weights, members, strict=True)
+        ]
+        with progress(sum(tensor.nbytes for tensor in first.tensors) * len(members)) as report:
+            done = means.average(
+                first.tensors, shares, sinks, open_device("cpu"), threads=threads, progress=report
+            )
+        for member in members:
+            for file in member.sources:
+                file.check_unchanged()
+                file.check_sums()
+        for sink in sinks.values():
+            sink.finish()
+    return done
+
+
+def _record(member: Checkpoint) -> SourceRecord:
+    files = tuple(FileRecord(file.name, file.size, file.header_digest) for file in member.sources)
+    return SourceRecord(member.id, member.revision, files)
+
+
+def _warnings(done: Sequence[means.Done]) -> list[str]:
+    """Say which tensors hold what is no number, and which could not be averaged though they differ."""
+    broken = [one.tensor.tensor.name for one in done if one.strange]
+    apart = [one.tensor.tensor.name for one in done if one.tensor.action == "copy" and one.differs]
+    warnings = []
+    if broken:
+        warnings.append(f"{_some(broken)}: NaN or infinite values came of the average")
+    if apart:
+        warnings.append(
+            f"{_some(apart)}: no floats, and not the same everywhere: the first checkpoint's are kept"
+        )
+    return warnings
+
+
+def _some(names: Sequence[str]) -> str:
+    """Name the first three, and count the rest."""
+    shown = ", ".join(escape(name) for name in names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

@@ -1,0 +1,304 @@
+"""average: the mean of checkpoints, and everything that perturb promises too."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from fractions import Fraction
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from checkpoints import FLOATS, STORED, Tensor, Tensors, floats, numbers, save, save_sharded, split, weights
+from typer.testing import CliRunner
+
+from noisytune_cli.averages import read_any_manifest
+from noisytune_cli.cli import app
+from noisytune_cli.commands import average as command
+from noisytune_cli.commands.average import average
+from noisytune_cli.commands.replay import replay
+from noisytune_cli.commands.verify import verify
+from noisytune_cli.devices.cpu import Cpu
+from noisytune_cli.errors import InputInvalid, OutputUnsafe, ResourceExhausted, UsageError
+
+SCHEMA = json.loads(files("noisytune_cli").joinpath("average.schema.json").read_text())
+
+#: More than one tile of 1 MiB in every dtype.
+_LARGE = 600_000
+
+
+def member(seed: int, *shape: int) -> Tensors:
+    return {
+        **{dtype: weights(dtype, *shape, seed=seed) for dtype in FLOATS},
+        "scalar": numbers("F32", seed + 0.5),
+        "empty": Tensor("F32", np.zeros((0, 3), np.float32)),
+        "count": Tensor("I64", np.arange(3)),
+    }
+
+
+def rounded(value: Fraction, dtype: str) -> bytes:
+    """The stored value nearest to an exact number, ties to even: by comparing both its neighbours."""
+    near = torch.tensor([float(value)], dtype=torch.float64).to(
+        {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
+    )
+    candidates = [near, torch.nextafter(near.cpu(), near + 1), torch.nextafter(near.cpu(), near - 1)]
+    exact = [abs(Fraction(float(c)) - value) for c in candidates]
+    best = min(exact)
+    winners = [c for c, distance in zip(candidates, exact, strict=True) if distance == best]
+    even = min(winners, key=lambda c: c.view(torch.uint8).numpy()[0] & 1)
+    return bytes(even.view(torch.uint8).numpy().tobytes())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_mean_of_two_is_the_nearest_value(dtype: str, tmp_path: Path) -> None:
+    members = [{"w": weights(dtype, 300, seed=seed)} for seed in (1, 2)]
+    paths = [save(tmp_path / f"{i}.safetensors", tensors) for i, tensors in enumerate(members)]
+    average([str(path) for path in paths], str(tmp_path / "out.safetensors"))
+    _, found = split((tmp_path / "out.safetensors").read_bytes())
+    pairs = zip(*(floats(tensors["w"]) for tensors in members), strict=True)
+    assert found["w"] == b"".join(rounded((Fraction(a) + Fraction(b)) / 2, dtype) for a, b in pairs)
+
+
+@pytest.mark.parametrize("shape", [(7, 11), (_LARGE,)])
+def test_coefficients_weigh_in_float64(shape: tuple[int, ...], tmp_path: Path) -> None:
+    members = [member(seed, *shape) for seed in (1, 2, 3)]
+    paths = [save(tmp_path / f"{i}.safetensors", tensors) for i, tensors in enumerate(members)]
+    average([str(path) for path in paths], str(tmp_path / "out.safetensors"), coefficients=(2, 1, 1))
+    _, found = split((tmp_path / "out.safetensors").read_bytes())
+    for name in ("F32", "F64", "scalar"):
+        values = [m[name].values.astype(np.float64).ravel() for m in members]
+        expected = values[0] * 0.5 + values[1] * 0.25 + values[2] * 0.25
+        assert found[name] == expected.astype(STORED[members[0][name].dtype]).tobytes(), name
+    assert found["count"] == members[0]["count"].data
+    assert found["empty"] == b""
+
+
+def test_threads_and_mapping_change_nothing(tmp_path: Path) -> None:
+    paths = [str(save(tmp_path / f"{i}.safetensors", member(i, 800, 901))) for i in range(3)]
+    ways: list[dict[str, Any]] = [{"threads": 1}, {"threads": 5}, {"mmap": True}]
+    outputs = []
+    for i, options in enumerate(ways):
+        average(paths, f"{tmp_path}/out{i}/", **options)
+        folder = tmp_path / f"out{i}"
+        outputs.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_the_average_of_a_checkpoint_with_itself_is_itself(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.safetensors", member(4, 50, 3), {"format": "pt"})
+    average([str(path)] * 3, str(tmp_path / "out.safetensors"))
+    assert (tmp_path / "out.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_members_may_be_stored_in_different_ways(tmp_path: Path) -> None:
+    a, b = {"w": weights("F32", 5, 4, seed=1)}, {"v": weights("BF16", 6, seed=2)}
+    save_sharded(tmp_path / "sharded", a, b)
+    (tmp_path / "sharded" / "config.json").write_text("{}")
+    state = {
+        "v": torch.from_numpy(b["v"].values.view(np.int16)).view(torch.bfloat16),
+        "w": torch.from_numpy(a["w"].values),
+    }
+    (tmp_path / "pickled").mkdir()
+    torch.save({"state_dict": state}, tmp_path / "pickled" / "pytorch_model.bin")
+    result = average([str(tmp_path / "sharded"), str(tmp_path / "pickled")], str(tmp_path / "out"))
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "sharded" / name).read_bytes()
+    assert verify(str(tmp_path / "out")).ok
+    average([str(tmp_path / "pickled"), str(tmp_path / "sharded")], str(tmp_path / "back"))
+    loaded = torch.load(tmp_path / "back" / "pytorch_model.bin", weights_only=True)["state_dict"]
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+    assert [source.id for _, source in result.manifest.members] == ["sharded", "pickled"]
+
+
+def test_tied_names_stay_tied_in_a_pickle(tmp_path: Path) -> None:
+    for i in range(2):
+        w = torch.full((3, 2), float(i))
+        torch.save({"embed": w, "head": w}, tmp_path / f"{i}.bin")
+    average([str(tmp_path / "0.bin"), str(tmp_path / "1.bin")], str(tmp_path / "out.bin"))
+    loaded = torch.load(tmp_path / "out.bin", weights_only=True)
+    assert loaded["embed"].data_ptr() == loaded["head"].data_ptr()
+    assert torch.equal(loaded["embed"], torch.full((3, 2), 0.5))
+
+
+def test_warns_of_what_cannot_be_averaged(tmp_path: Path) -> None:
+    a = {"w": numbers("F32", 1, 2), "broken": numbers("F32", math.inf, 1), "n": Tensor("I64", np.arange(2))}
+    b = {"w": numbers("F32", 3, 4), "broken": numbers("F32", -math.inf, 1), "n": Tensor("I64", np.ones(2))}
+    paths = [str(save(tmp_path / f"{i}.safetensors", tensors)) for i, tensors in enumerate((a, b))]
+    result = average(paths, str(tmp_path / "out.safetensors"))
+    assert [warning.split(":")[0] for warning in result.warnings] == ["broken", "n"]
+    _, found = split((tmp_path / "out.safetensors").read_bytes())
+    assert np.isnan(np.frombuffer(found["broken"], np.float32)[0])
+    assert found["n"] == a["n"].data
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"v": numbers("F32", 1, 2)}, "alone has it"),
+        ({"w": numbers("F32", 1, 2), "v": numbers("F32", 1)}, "alone has it"),
+        ({"w": numbers("F32", 1, 2, 3)}, "its shape is [3], and [2]"),
+        ({"w": numbers("F64", 1, 2)}, "its dtype is F64, and F32"),
+    ],
+)
+def test_refuses_what_is_another_model(other: Tensors, words: str, tmp_path: Path) -> None:
+    a = save(tmp_path / "a.safetensors", {"w": numbers("F32", 1, 2)})
+    b = save(tmp_path / "b.safetensors", other)
+    with pytest.raises(InputInvalid, match="not checkpoints of one model") as refused:
+        average([str(a), str(b)], str(tmp_path / "out"))
+    assert words in refused.value.why
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "b.safetensors"]
+
+
+def test_refuses_what_holds_nothing_to_average(tmp_path: Path) -> None:
+    a = save(tmp_path / "a.safetensors", {"n": Tensor("I64", np.arange(2))})
+    with pytest.raises(InputInvalid, match="nothing to average"):
+        average([str(a), str(a)], str(tmp_path / "out"))
+
+
+def test_refuses_a_quantised_member(tmp_path: Path) -> None:
+    for name in "ab":
+        save(tmp_path / name / "model.safetensors", {"w": numbers("F32", 1, 2)})
+    (tmp_path / "b" / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    with pytest.raises(InputInvalid, match="GPTQ"):
+        average([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("coefficients", [(1.0,), (1, 2, 3), (1, 0), (1, -1), (1, math.nan), (1, math.inf)])
+def test_refuses_bad_coefficients(coefficients: tuple[float, ...], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--coefficients"):
+        average(["a", "b"], str(tmp_path / "out"), coefficients=coefficients)
+
+
+def test_refuses_a_single_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="at least two"):
+        average(["a"], str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("out", ["a/out", "b/out"])
+def test_never_writes_into_a_member(out: str, tmp_path: Path) -> None:
+    for name in "ab":
+        save(tmp_path / name / "model.safetensors", {"w": numbers("F32", 1, 2)})
+    with pytest.raises(OutputUnsafe):
+        average([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / out))
+
+
+def test_needs_room_before_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = save(tmp_path / "a.safetensors", {"w": numbers("F32", 1, 2)})
+    monkeypatch.setattr(command, "needed_bytes", lambda source: 2**60)
+    with pytest.raises(ResourceExhausted, match="not enough space"):
+        average([str(a), str(a)], str(tmp_path / "out"))
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = save(tmp_path / "a.safetensors", {"w": numbers("F32", 1, 2)})
+
+    def fail(*arguments: object) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr(Cpu, "convert", fail)
+    with pytest.raises(MemoryError):
+        average([str(a), str(a)], str(tmp_path / "out"))
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+@pytest.fixture
+def averaged(tmp_path: Path) -> Path:
+    for name in "ab":
+        save(
+            tmp_path / name / "model.safetensors", {"w": weights("F32", 9, seed=ord(name))}, {"format": "pt"}
+        )
+        (tmp_path / name / "config.json").write_text("{}")
+    average([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "out"))
+    return tmp_path / "out"
+
+
+def test_the_manifest_follows_its_schema_and_reads_back(averaged: Path) -> None:
+    path = averaged / "noisytune.json"
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.Draft202012Validator(SCHEMA).validate(json.loads(path.read_text()))
+    recorded = read_any_manifest(path)
+    assert recorded.is_original
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    assert not read_any_manifest(path).is_original
+
+
+def test_verify_finds_every_changed_byte(averaged: Path) -> None:
+    assert verify(str(averaged)).ok
+    for name in ("model.safetensors", "config.json"):
+        content = (averaged / name).read_bytes()
+        for at in range(len(content)):
+            (averaged / name).write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+            assert not verify(str(averaged)).ok, (name, at)
+        (averaged / name).write_bytes(content)
+    assert verify(str(averaged)).ok
+
+
+def test_an_average_has_no_one_base(averaged: Path) -> None:
+    with pytest.raises(UsageError, match="several checkpoints"):
+        verify(str(averaged), base=str(averaged.parent / "a"))
+    with pytest.raises(InputInvalid, match="it is that of an average"):
+        replay(
+            str(averaged / "noisytune.json"), str(averaged.parent / "again"), base=str(averaged.parent / "a")
+        )
+
+
+def _change(path: tuple[str | int, ...], value: object) -> Callable[[Any], None]:
+    def change(document: Any) -> None:
+        for key in path[:-1]:
+            document = document[key]
+        document[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_change(("operation",), "soup"), 'its operation is "soup"'),
+        (_change(("members",), []), "fewer than two members"),
+        (_change(("members", 0, "coefficient"), 0), "coefficient is not a number > 0"),
+        (_change(("members", 0, "coefficient"), "1"), "coefficient is not a number"),
+        (_change(("members", 1, "files"), []), "members[1].files is empty"),
+        (_change(("members", 1, "path"), "/"), "unknown key"),
+        (_change(("tensors", 0, "file"), "../x"), "is not one of source.files"),
+        (_change(("tensors", 0, "action"), "copy"), "does not fit the dtype"),
+        (_change(("tensors", 0, "source_digests"), []), "one for each member"),
+        (_change(("tensors", 0, "source_digests", 1), "blake3:"), "hexadecimal"),
+        (_change(("tensors", 0, "digest"), None), "digest is not a string"),
+        (_change(("copied", 0, "name"), "../config.json"), "no plain name"),
+        (_change(("totals", "bytes"), 1), "totals are not"),
+    ],
+)
+def test_a_manifest_is_read_believing_nothing(
+    change: Callable[[Any], None], words: str, averaged: Path
+) -> None:
+    path = averaged / "noisytune.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputInvalid) as refused:
+        verify(str(averaged))
+    assert words in refused.value.why
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    paths = [str(save(tmp_path / f"{i}.safetensors", {"w": numbers("F32", i, 4)})) for i in range(2)]
+    out = str(tmp_path / "out.safetensors")
+    runner = CliRunner()
+    ended = runner.invoke(app, ["average", *paths, "-o", out, "--coefficients", "3,1", "--json", "-q"])
+    assert ended.exit_code == 0, ended.output
+    said = json.loads(ended.stdout)
+    assert [one["coefficient"] for one in said["members"]] == [3.0, 1.0]
+    assert (said["tensors"], said["averaged"]) == (1, 1)
+    _, found = split(Path(out).read_bytes())
+    assert np.frombuffer(found["w"], np.float32).tolist() == [0.25, 4.0]
+    assert runner.invoke(app, ["average", *paths, "-o", out]).exit_code == 5
+    assert runner.invoke(app, ["average", *paths, "-o", out, "--coefficients", "1;2"]).exit_code == 2
+    assert runner.invoke(app, ["average", paths[0], "-o", out]).exit_code == 2
