@@ -1,0 +1,87 @@
+"""Paired statistics against numbers by hand and against scipy."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from noisytune_cli.study import statistics
+
+
+def test_a_sample_has_the_unbiased_std_and_the_interval_of_its_mean() -> None:
+    sample = statistics.describe([1.0, 2.0, 4.0, 5.0])
+    assert sample.mean == 3.0
+    assert sample.std == pytest.approx((10 / 3) ** 0.5)
+    assert sample.interval is not None
+    low, high = sample.interval
+    assert 1.0 < low < 3.0 < high < 5.0
+
+
+def test_a_single_value_has_no_spread() -> None:
+    assert statistics.describe([0.25]) == statistics.Sample(0.25, None, None)
+
+
+def test_the_interval_holds_the_middle_of_all_resamples() -> None:
+    # Five values have 3,125 resamples in all: the exact percentiles, which 9,999 random ones come near to.
+    values = [0.0, 1.0, 2.5, 3.25, 5.0]
+    means = [sum(resample) / 5 for resample in itertools.product(values, repeat=5)]
+    exact = np.percentile(means, [2.5, 97.5])
+    assert statistics.bootstrap_interval(values) == pytest.approx(tuple(exact), abs=0.1)
+    assert statistics.bootstrap_interval(values) == statistics.bootstrap_interval(values)
+
+
+def test_the_interval_comes_near_the_normal_one_where_there_are_many_values() -> None:
+    values = np.random.default_rng(7).normal(2.0, 3.0, 400)
+    half = 1.96 * values.std(ddof=1) / 20
+    low, high = statistics.bootstrap_interval(values.tolist())
+    assert low == pytest.approx(values.mean() - half, abs=0.04)
+    assert high == pytest.approx(values.mean() + half, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [
+        # All of one sign: only the flips of none and of all reach the mean, 2 of 32.
+        ([1.0, 2.0, 3.0, 4.0, 5.0], 2 / 32),
+        ([-1.0, -2.0, -3.0, -4.0, -5.0], 2 / 32),
+        # |sums| of ±1 ±2 ±3: 6, 4, 2, 0, 0, 2, 4, 6; with 2 observed six of eight are as far.
+        # Those of ±1 ±0 ±3: 4 and 2, four times each, and 2 is observed.
+        ([-1.0, 0.0, 3.0], 1.0),
+        ([1.0, -2.0, 3.0], 6 / 8),
+        ([0.0, 0.0, 0.0], 1.0),
+        ([0.3], 1.0),
+    ],
+)
+def test_the_permutation_test_by_hand(differences: list[float], p: float) -> None:
+    assert statistics.permutation_p(differences) == pytest.approx(p)
+
+
+def test_the_permutation_test_is_exact_for_sixteen_seeds() -> None:
+    differences = [float(i + 1) for i in range(16)]
+    assert statistics.permutation_p(differences) == 2 / 2**16 == statistics.smallest_p(16)
+
+
+def test_the_permutation_test_of_many_seeds_is_near_the_t_test() -> None:
+    differences = np.random.default_rng(3).normal(0.3, 1.0, 40)
+    p = statistics.permutation_p(differences.tolist())
+    assert p == pytest.approx(stats.ttest_1samp(differences, 0.0).pvalue, abs=0.01)
+    assert p == statistics.permutation_p(differences.tolist())
+
+
+def test_few_seeds_cannot_reach_a_small_p() -> None:
+    assert statistics.smallest_p(5) == 0.0625
+    assert statistics.smallest_p(6) == 0.03125
+    assert statistics.pairs_needed(1) == 6
+    # 7 · 2/2⁸ = 0.0547, 7 · 2/2⁹ = 0.0273
+    assert statistics.pairs_needed(7) == 9
+
+
+def test_holm_by_hand() -> None:
+    # Sorted .01 .02 .03 .04 times 4 3 2 1: .04 .06 .06 .04, and never less than the one before.
+    assert statistics.holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert statistics.holm([0.5, 0.6]) == [1.0, 1.0]
+    assert statistics.holm([0.02]) == [0.02]
+    assert statistics.holm([]) == []
