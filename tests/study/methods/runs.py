@@ -57,7 +57,7 @@ def training_of(model: Any, *, fresh: frozenset[str] | None = None, **settings: 
         "regression": False,
         "task_loss": nn.functional.cross_entropy,
         "steps": 10,
-        "learning_rate": 1e-3,
+        "learning_rate": 1e-4,
         "weight_decay": 0.0,
         "warmup": 0.1,
         "peft": False,

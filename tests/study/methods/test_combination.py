@@ -74,7 +74,12 @@ def test_a_value_out_of_range_is_refused(settings: dict[str, methods.Value], lin
 
 
 @pytest.mark.parametrize(
-    ("text", "why"), [("noisytune+noisytune", "one method twice"), ("plain+noisytune", "without any method")]
+    ("text", "why"),
+    [
+        ("noisytune+noisytune", "one method twice"),
+        ("plain+noisytune", "without any method"),
+        ("neftune+r3f", "each of neftune and r3f changes the loss"),
+    ],
 )
 def test_what_does_not_go_together_is_refused(text: str, why: str) -> None:
     with pytest.raises(UsageError, match=why):
@@ -96,3 +101,20 @@ def test_plain_is_finetuning_and_nothing_else() -> None:
     for got, expected in zip(model.parameters(), by_hand.parameters(), strict=True):
         assert torch.equal(got, expected)
     assert torch.equal(training.generator.get_state(), before)
+
+
+@pytest.mark.parametrize("name", [name for name in methods.names() if name not in ("plain", "noisytune")])
+def test_noisytune_combines_with_each_and_its_noise_is_there_first(name: str) -> None:
+    combination = combine(f"{name}+noisytune")
+    assert combination.name == f"noisytune+{name}" == combine(f"noisytune+{name}").name
+    model = tiny_bert()
+    training = training_of(model)
+    start = model.bert.pooler.dense.weight.detach().clone()
+    combination.prepare(training)
+    assert not torch.equal(model.bert.pooler.dense.weight, start)
+    noised = model.bert.pooler.dense.weight.detach().clone()
+    model = tiny_bert()
+    run(combine(f"{name}+noisytune"), training_of(model), [batch_of(seed=i) for i in range(4)])
+    assert not torch.equal(model.bert.pooler.dense.weight, noised)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
