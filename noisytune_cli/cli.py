@@ -103,6 +103,16 @@ _Mmap = Annotated[
 ]
 
 
+_BuffersFrom = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|names|model",
+        help="What tells buffers from parameters: their names, a model that transformers builds from "
+        "config.json without weights, or the model only where the names leave a doubt.",
+    ),
+]
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         from noisytune_cli import show
@@ -158,6 +168,7 @@ def perturb(
     lambda_for: Annotated[
         _Patterns, typer.Option(metavar="PATTERN=VALUE", help="Another λ for these; the last match wins.")
     ] = None,
+    buffers_from: _BuffersFrom = "auto",
     preset: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Settings by name: xtreme (λ 0.1, @embeddings excluded)."),
@@ -210,6 +221,7 @@ def perturb(
         mmap=mmap,
         again=again,
         quiet=quiet,
+        buffers_from=buffers_from,
     )
     if dry_run:
         show_perturb.show_planned(command.plan_perturb(request), as_json=as_json)
@@ -246,6 +258,7 @@ def inspect(
     headers_only: Annotated[
         bool, typer.Option("--headers-only", help="Read no weights: names, shapes and the plan.")
     ] = False,
+    buffers_from: _BuffersFrom = "auto",
     threads: _Threads = None,
     mmap: _Mmap = False,
     weights: _Weights = None,
@@ -268,6 +281,7 @@ def inspect(
         exclude=exclude or (),
         sort=sort,
         headers_only=headers_only,
+        buffers_from=buffers_from,
         weights=weights,
         revision=revision,
         mmap=mmap,

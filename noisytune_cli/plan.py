@@ -77,10 +77,12 @@ def make_plan(
     metadata: Mapping[str, str] | None = None,
     stored_as_one: Iterable[Sequence[str]] = (),
     buffers: Mapping[str, str] | None = None,
+    by_model: Collection[str] = (),
 ) -> Plan:
     """Decide for each of `tensors` whether it gets noise.
 
-    `buffers` are the names known to be buffers; without it their names and shapes tell them.
+    `buffers` are the names known to be buffers; without it their names and shapes tell them. `by_model` are
+    those of which a model told whether they are.
     Ties by equal bytes are candidates: their names stand alone, marked `tied`, until `confirm_ties`.
     Raises UsageError for a bad λ or seed, and for a pattern that is wrong or matches nothing.
     """
@@ -99,6 +101,8 @@ def make_plan(
         tie = certain.get(tensor.name)
         is_buffer = not buffers.keys().isdisjoint((tensor.name,) if tie is None else tie.names)
         step = _decide(tensor, tie, is_buffer, noise, filters)
+        if tensor.name in by_model:
+            step = replace(step, told_by="model")
         if tensor.name in candidates and step.reason not in _SAFETY:
             step = replace(step, unsure=(*step.unsure, "tied"))
         steps.append(step)
@@ -118,7 +122,10 @@ def confirm_ties(plan: Plan, confirmed: Collection[Tie]) -> Plan:
     settled = frozenset(names)
     steps = tuple(
         # No known pair has a buffer in it.
-        _decide(step.tensor, tie_of.get(step.tensor.name), False, plan.noise, filters)
+        replace(
+            _decide(step.tensor, tie_of.get(step.tensor.name), False, plan.noise, filters),
+            told_by=step.told_by,
+        )
         if step.tensor.name in settled
         else step
         for step in plan.steps

@@ -75,7 +75,8 @@ class Step:
 
     `stream` names the noise stream (the tensor's own name, or that of the tie it belongs to). `lam` is 0
     for a copy. `unsure` says what only the values can tell (`constant`, `non-finite`) of a tensor that is
-    to be perturbed.
+    to be perturbed. `told_by` says what decided whether it is a buffer: its name, or a model built from the
+    config.
     """
 
     tensor: TensorSpec
@@ -84,6 +85,7 @@ class Step:
     lam: float
     stream: str
     unsure: tuple[str, ...] = ()
+    told_by: Literal["names", "model"] = "names"
 
 
 @dataclass(frozen=True, slots=True)

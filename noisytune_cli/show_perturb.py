@@ -12,6 +12,8 @@ from noisytune_cli.escape import escape
 from noisytune_cli.records import NoiseSpec, Step
 from noisytune_cli.show import note, warn, write_out
 
+_TOLD_BY = {"names": "its name", "model": "the model"}
+
 
 def show_planned(planned: Planned, *, as_json: bool) -> None:
     """Print a dry run's plan on stdout, a tensor a line."""
@@ -74,6 +76,8 @@ def _plan_lines(steps: tuple[Step, ...]) -> Iterator[str]:
         tensor = step.tensor
         shape = "x".join(map(str, tensor.shape)) or "scalar"
         what = f"perturb λ={step.lam:g}" if step.reason is None else f"copy ({step.reason})"
+        if step.reason == "buffer":
+            what = f"copy (buffer, told by {_TOLD_BY[step.told_by]})"
         if step.stream != tensor.name:
             what += f", tied to {escape(step.stream)}"
         if "tied" in step.unsure:
@@ -103,4 +107,5 @@ def _step(step: Step) -> dict[str, Any]:
         "lambda": step.lam,
         "stream": step.stream,
         "unsure": list(step.unsure),
+        "told_by": step.told_by,
     }

@@ -14,12 +14,12 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from noisytune_cli import devices, distributions
-from noisytune_cli.buffers import find_buffers
 from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.confirm import settle_ties
 from noisytune_cli.crew import Progress
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.measure import measure
+from noisytune_cli.parameters import tell_buffers
 from noisytune_cli.patterns import check_matched, match_names
 from noisytune_cli.plan import check_noise, make_plan
 from noisytune_cli.quantized import refuse_quantized
@@ -42,6 +42,7 @@ def inspect(
     mmap: bool = False,
     threads: int = 1,
     quiet: bool = False,
+    buffers_from: str = "auto",
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
 ) -> Inspection:
     """Report the tensors of `source` that `include` and `exclude` leave, in file order or sorted.
@@ -52,14 +53,17 @@ def inspect(
     check_noise(noise)
     _check_sort(sort)
     with open_checkpoint(source, weights=weights, revision=revision, mmap=mmap, quiet=quiet) as checkpoint:
+        told = tell_buffers(checkpoint.tensors, config=checkpoint.config, decider=buffers_from)
         plan = make_plan(
             checkpoint.tensors,
             noise,
             config=checkpoint.config,
             metadata=checkpoint.metadata,
             stored_as_one=checkpoint.stored_as_one,
+            buffers=told.buffers,
+            by_model=told.by_model,
         )
-        names = _select(checkpoint, include, exclude)
+        names = _select(checkpoint, told.buffers, include, exclude)
         quantized = _refusal(checkpoint, source)
         measured: dict[str, Statistics] = {}
         if not headers_only:
@@ -83,15 +87,17 @@ def inspect(
             quantized=quantized,
             tensors=tuple(rows if sort is None else _sort(rows, sort)),
             totals=_total(rows, counted=not headers_only),
-            warnings=(*checkpoint.warnings, *_noised_before(checkpoint)),
+            warnings=(*checkpoint.warnings, *told.warnings, *_noised_before(checkpoint)),
         )
 
 
-def _select(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str]) -> frozenset[str]:
+def _select(
+    checkpoint: Checkpoint, buffers: Mapping[str, str], include: Sequence[str], exclude: Sequence[str]
+) -> frozenset[str]:
     """Return the names of the tensors to list; UsageError for a pattern that matches none."""
     patterns = [*include, *exclude]
     names = [tensor.name for tensor in checkpoint.tensors]
-    matched = match_names(patterns, names, find_buffers(checkpoint.tensors, config=checkpoint.config))
+    matched = match_names(patterns, names, buffers)
     check_matched(patterns, matched, names)
     included = frozenset().union(*matched[: len(include)]) if include else frozenset(names)
     return included.difference(*matched[len(include) :])

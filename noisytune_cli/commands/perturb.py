@@ -21,6 +21,7 @@ from noisytune_cli.escape import escape
 from noisytune_cli.formats import Sink
 from noisytune_cli.manifest import encode
 from noisytune_cli.output import check_output, check_space, resolve_output
+from noisytune_cli.parameters import Told, tell_buffers
 from noisytune_cli.plan import check_not_empty, check_outcomes, make_plan
 from noisytune_cli.publish import Publication
 from noisytune_cli.quantized import refuse_quantized, refuse_quantized_config
@@ -42,6 +43,7 @@ class Request:
     mmap: bool = False
     again: bool = False
     quiet: bool = False
+    buffers_from: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class Planned:
 def plan_perturb(request: Request) -> Planned:
     """Say what `perturb` would do, without reading a weight."""
     with _open(request) as source:
-        return Planned(source.id, source.revision, _plan(source, request.noise), source.warnings)
+        told = tell_buffers(source.tensors, config=source.config, decider=request.buffers_from)
+        plan = _plan(source, request.noise, told)
+        return Planned(source.id, source.revision, plan, (*source.warnings, *told.warnings))
 
 
 def perturb(
@@ -82,7 +86,8 @@ def perturb(
 ) -> Perturbed:
     """Write the noisy checkpoint and its manifest to `out`, durably, or change nothing."""
     with _open(request) as source:
-        plan = _plan(source, request.noise)
+        told = tell_buffers(source.tensors, config=source.config, decider=request.buffers_from)
+        plan = _plan(source, request.noise, told)
         walk = Walk(open_device(device), threads or default_threads())
         output = resolve_output(out, source)
         check_output(output, source, overwrite=overwrite)
@@ -107,7 +112,7 @@ def perturb(
                 left_out=source.left_out,
             )
             manifest_path = publication.publish(encode(manifest))
-            warnings = (*source.warnings, *_warnings(receipts))
+            warnings = (*source.warnings, *told.warnings, *_warnings(receipts))
             return Perturbed(output, manifest_path, manifest, publication.cleared, warnings)
 
 
@@ -135,13 +140,15 @@ def _open(request: Request) -> Checkpoint:
     return source
 
 
-def _plan(source: Checkpoint, noise: NoiseSpec) -> Plan:
+def _plan(source: Checkpoint, noise: NoiseSpec, told: Told) -> Plan:
     plan = make_plan(
         source.tensors,
         noise,
         config=source.config,
         metadata=source.metadata,
         stored_as_one=source.stored_as_one,
+        buffers=told.buffers,
+        by_model=told.by_model,
     )
     check_not_empty(plan, path=source.root)
     return plan

@@ -1,0 +1,96 @@
+"""A process of its own that builds a model without weights and tells its parameters from its buffers.
+
+    stdin    {"config": {…}, "names": […]}     the checkpoint's config.json and its tensors' names
+    stdout   {NAME: "parameter" | "buffer"}     of those that the model knows
+
+torch's meta device allocates no weights. The architecture is one of transformers' own classes, so nothing
+that comes with the checkpoint is imported, and the hub is told to be offline. A config is a stranger's all the
+same: time and memory are limited, and whatever goes wrong is an exit code other than 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+#: What building may take. The largest models have some 100,000 modules, which take a tenth of this.
+_CPU_SECONDS, _DATA_BYTES = 120, 8 << 30
+
+#: Keys of a config that are not the architecture's: they could fetch weights, or ask for packages.
+_LEFT_OUT = frozenset({"auto_map", "quantization_config", "attn_implementation", "_attn_implementation"})
+_OFF = {"use_pretrained_backbone": False, "use_kernels": False}
+
+
+def main() -> None:
+    """Read a request, build the model, and answer."""
+    for limit, most in ((resource.RLIMIT_CPU, _CPU_SECONDS), (resource.RLIMIT_DATA, _DATA_BYTES)):
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(limit, (most, most))
+    request = json.load(sys.stdin)
+    answer = os.dup(1)
+    os.dup2(2, 1)  # what a library prints is no part of the answer
+    with os.fdopen(answer, "w") as file:
+        json.dump(_kinds(_build(request["config"]), request["names"]), file)
+
+
+def _build(config: Mapping[str, Any]) -> Any:
+    """Return the model that a config names, on the meta device."""
+    import torch
+    import transformers
+
+    kind = getattr(transformers, config["architectures"][0])
+    if not issubclass(kind, transformers.PreTrainedModel):
+        raise TypeError("the architecture is no model")
+    known = transformers.AutoConfig.for_model(**_without_effects(config))
+    with torch.device("meta"), transformers.initialization.no_init_weights():
+        return kind(known)
+
+
+def _without_effects(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config, and the configs inside it, without what is not the architecture's."""
+    kept = {
+        key: _without_effects(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _LEFT_OUT
+    }
+    return kept | {key: value for key, value in _OFF.items() if key in kept}
+
+
+def _kinds(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return the kind of each name that is the model's, under a base model's prefix or without one."""
+    kinds = {name: "buffer" for name, _ in model.named_buffers(remove_duplicate=False)}
+    kinds |= {name: "parameter" for name, _ in model.named_parameters(remove_duplicate=False)}
+    rename, prefix = _renaming(model), f"{model.base_model_prefix}."
+    found = {}
+    for name in names:
+        renamed = rename(name)
+        for candidate in (name, renamed, prefix + renamed, renamed.removeprefix(prefix)):
+            if candidate in kinds:
+                found[name] = kinds[candidate]
+                break
+    return found
+
+
+def _renaming(model: Any) -> Callable[[str], str]:
+    """Return how transformers, when it loads this model, renames what a checkpoint holds."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    steps = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+
+    def rename(name: str) -> str:
+        renamed: str = rename_source_key(name, renamings, converters)[0]
+        return renamed
+
+    return rename
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Who decides what is a buffer: names, or a model built without weights; and that asking it is safe."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import save, weights
+
+from noisytune_cli import meta_model, parameters
+from noisytune_cli.commands.inspect import inspect
+from noisytune_cli.commands.perturb import Request, plan_perturb
+from noisytune_cli.errors import UsageError
+from noisytune_cli.parameters import REGISTERED, tell_buffers
+from noisytune_cli.records import NoiseSpec, TensorSpec
+
+CONFIG: dict[str, Any] = {"architectures": ["BertModel"], "model_type": "bert", "num_hidden_layers": 2}
+
+#: A small detection model: its backbone has frozen batch norms, whose weights are buffers.
+FROZEN: dict[str, Any] = {
+    "architectures": ["DetrModel"],
+    "model_type": "detr",
+    "use_timm_backbone": False,
+    "backbone": None,
+    "use_pretrained_backbone": True,
+    "backbone_config": {
+        "model_type": "resnet",
+        "embedding_size": 4,
+        "hidden_sizes": [4],
+        "depths": [1],
+        "out_features": ["stage1"],
+        "layer_type": "basic",
+    },
+    "d_model": 8,
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 1),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 8),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
+}
+
+
+def specs(*names: str, dtype: str = "F32") -> list[TensorSpec]:
+    return [TensorSpec(name, dtype, (4,), "model.safetensors", 0, 16) for name in names]
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, answer: Mapping[str, str] | str) -> list[Any]:
+    """Put an answer in the place of the process that builds models; return what it is asked."""
+    asked: list[Any] = []
+
+    def run(request: Any) -> Any:
+        asked.append(request)
+        return answer
+
+    monkeypatch.setattr(parameters, "_run", run)
+    return asked
+
+
+def test_names_without_a_doubt_ask_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = answering(monkeypatch, {})
+    plain = specs("layer.weight", "layer.bias", "mlp.experts.gate_up_proj", "mixer.A_log", "rope.inv_freq")
+    told = tell_buffers(plain, config=CONFIG)
+    assert asked == []
+    assert list(told.buffers) == ["rope.inv_freq"]
+    assert told.by_model == frozenset()
+
+
+def test_a_doubt_is_put_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = answering(
+        monkeypatch, {"x.table": "buffer", "rope.inv_freq": "parameter", "x.weight": "parameter"}
+    )
+    told = tell_buffers(specs("x.table", "rope.inv_freq", "x.weight", "y.weight"), config=CONFIG)
+    assert asked == [{"config": CONFIG, "names": ["x.table", "rope.inv_freq", "x.weight", "y.weight"]}]
+    assert told.buffers == {"x.table": REGISTERED}
+    assert told.by_model == {"x.table", "rope.inv_freq", "x.weight"}
+    assert told.warnings == ()
+
+
+def test_a_batch_norm_that_counts_nothing_is_a_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = answering(monkeypatch, {})
+    frozen = specs("bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
+    tell_buffers([*frozen, *specs("bn.num_batches_tracked", dtype="I64")], config=CONFIG)
+    assert asked == []
+    tell_buffers(frozen, config=CONFIG)
+    assert len(asked) == 1
+
+
+def test_what_the_model_does_not_know_the_names_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, {"x.table": "parameter"})
+    told = tell_buffers(specs("x.table", "h.rope.inv_freq"), config=CONFIG)
+    assert list(told.buffers) == ["h.rope.inv_freq"]
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({}, "names no architecture"),
+        ({"architectures": None, "model_type": "bert"}, "names no architecture"),
+        ({"architectures": ["A", "B"], "model_type": "bert"}, "names no architecture"),
+        (CONFIG | {"auto_map": {"AutoModel": "x.Y"}}, "never run"),
+        (CONFIG | {"architectures": ["os.system"]}, "none of transformers'"),
+        (CONFIG | {"model_type": None}, "none of transformers'"),
+        (CONFIG | {"num_hidden_layers": 10**9}, "more than 1,000 parts"),
+        (CONFIG | {"vision_config": {"depths": [2, 10**6]}}, "more than 1,000 parts"),
+        (CONFIG | {"text_config": {"num_local_experts": 1e18}}, "more than 1,000 parts"),
+    ],
+)
+def test_a_config_that_no_model_is_built_from(
+    config: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = answering(monkeypatch, {})
+    tensors = specs("x.table")
+    with pytest.raises(UsageError, match=why):
+        tell_buffers(tensors, config=config, decider="model")
+    told = tell_buffers(tensors, config=config)
+    assert told.buffers == {}
+    assert [why in warning for warning in told.warnings] == ([True] if config.get("architectures") else [])
+    assert tell_buffers(tensors, config=config, decider="names").warnings == ()
+    assert asked == []
+
+
+def test_a_warning_names_what_is_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, "no reason")
+    tensors = specs(*(f"x.{i}.table\x1b" for i in range(5)))
+    (warning,) = tell_buffers(tensors, config=CONFIG).warnings
+    assert warning.startswith(
+        "x.0.table\\x1b, x.1.table\\x1b, x.2.table\\x1b and 2 more: taken for parameters"
+    )
+
+
+def test_an_unknown_decider() -> None:
+    with pytest.raises(UsageError, match="auto, names, model"):
+        tell_buffers(specs("w"), decider="oracle")
+
+
+def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = parameters.importlib.util.find_spec
+    monkeypatch.setattr(
+        parameters.importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name)
+    )
+    with pytest.raises(UsageError, match=r"noisytune\[transformers\]"):
+        tell_buffers(specs("w"), config=CONFIG, decider="model")
+
+
+@pytest.mark.parametrize("script", ["raise SystemExit(1)", "print('no JSON')", "import time; time.sleep(60)"])
+def test_a_process_that_gives_no_answer(script: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "stand_in.py").write_text(script)
+    monkeypatch.setattr(meta_model, "__file__", os.fspath(tmp_path / "stand_in.py"))
+    monkeypatch.setattr(parameters, "_SECONDS", 1)
+    with pytest.raises(UsageError, match="cannot build its architecture"):
+        tell_buffers(specs("w"), config=CONFIG, decider="model")
+
+
+def test_the_current_folder_has_no_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("open('ran', 'w')")
+    (tmp_path / "stand_in.py").write_text(
+        "import json, sys; print(json.dumps({'w': 'buffer', 'other': 'x'}))"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(meta_model, "__file__", os.fspath(tmp_path / "stand_in.py"))
+    assert tell_buffers(specs("w"), config=CONFIG, decider="model").by_model == {"w"}
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_of_transformers_knows_its_frozen_batch_norms() -> None:
+    pytest.importorskip("transformers")
+    model = meta_model._build(FROZEN)
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    norm = "backbone.conv_encoder.model.embedder.embedder.normalization"
+    names = [f"{norm}.weight", f"{norm}.running_mean", "query_position_embeddings.weight", "no.such"]
+    expected = {names[0]: "buffer", names[1]: "buffer", names[2]: "parameter"}
+    assert meta_model._kinds(model, names) == expected
+    prefixed = meta_model._kinds(model, [f"model.{name}" for name in names])
+    assert prefixed == {f"model.{name}": kind for name, kind in expected.items()}
+
+
+@pytest.mark.parametrize("architecture", ["AutoConfig", "NoSuchModel", "pipeline"])
+def test_only_models_of_transformers_are_built(architecture: str) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises((TypeError, AttributeError)):
+        meta_model._build({"architectures": [architecture], "model_type": "bert"})
+
+
+def test_the_plan_says_who_decided(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    norm = "backbone.conv_encoder.model.embedder.embedder.normalization"
+    names = [f"{norm}.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+    tensors = {name: weights("F32", 4) for name in (*names, "query_position_embeddings.weight")}
+    save(tmp_path / "model.safetensors", tensors | {"other.rope.inv_freq": weights("F32", 4)})
+    (tmp_path / "config.json").write_text(json.dumps(FROZEN))
+    asked = plan_perturb(Request(str(tmp_path), NoiseSpec(), buffers_from="model"))
+    assert {step.tensor.name: (step.reason, step.told_by) for step in asked.plan.steps} == {
+        **dict.fromkeys(names, ("buffer", "model")),
+        "query_position_embeddings.weight": (None, "model"),
+        "other.rope.inv_freq": ("buffer", "names"),
+    }
+    rows = inspect(str(tmp_path), headers_only=True, buffers_from="names").tensors
+    assert {row.name: row.reason for row in rows}["other.rope.inv_freq"] == "buffer"
