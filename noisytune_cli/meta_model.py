@@ -4,8 +4,8 @@
     stdout   {NAME: "parameter" | "buffer"}     of those that the model knows
 
 torch's meta device allocates no weights. The architecture is one of transformers' own classes, so nothing
-that comes with the checkpoint is imported, and the hub is told to be offline. A config is a stranger's all the
-same: time and memory are limited, and whatever goes wrong is an exit code other than 0.
+that comes with the checkpoint is imported, and the hub is told to be offline. A config is a stranger's all
+the same: time and memory are limited, and whatever goes wrong is an exit code other than 0.
 """
 
 from __future__ import annotations
