@@ -17,9 +17,13 @@ from noisytune_cli.study.methods.r3f import R3F
 
 
 class R4F(R3F):
-    """R3F's loss and options; the head's output projection is under spectral norm while it is trained."""
+    """R3F's loss and options; the head's output projection is under spectral norm while it is trained.
+
+    torch cannot take the norm out of several copies of one layer, so there is one model.
+    """
 
     name = "r4f"
+    one_model = True
 
     def prepare(self, training: Training) -> None:
         """Put the output projection under spectral norm; the weights trained stay the same parameters."""
@@ -31,8 +35,7 @@ class R4F(R3F):
 
     def finish(self, training: Training) -> None:
         """Leave W / σ_max(W) as the weight."""
-        for member in training.members:
-            parametrize.remove_parametrizations(output_projection(member.model), "weight")
+        parametrize.remove_parametrizations(output_projection(training.model), "weight")
 
 
 def output_projection(model: PreTrainedModel) -> nn.Linear:
