@@ -1,4 +1,4 @@
-"""The command line: the only file that knows Typer.
+"""The command line: with `cli_*.py`, which hold a command of many options each, all that knows Typer.
 
 A command here turns options into records, calls the function of its name in `commands/`, and hands what
 comes back to `show.py`. Everything heavy is imported inside the commands, so `--help` stays quick. Errors
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from noisytune_cli import __version__, distributions
+from noisytune_cli import __version__, cli_study, distributions
 from noisytune_cli.errors import NoisytuneError, UsageError, exhausted
 
 
@@ -438,6 +438,9 @@ def average(
         progress=lambda nbytes: show.progress(nbytes, "average", enabled=not quiet),
     )
     show_average.show_averaged(result, as_json=as_json, quiet=quiet)
+
+
+app.command(cls=_Command)(cli_study.study)
 
 
 def run() -> None:

@@ -1,0 +1,269 @@
+"""The options of `noisytune study`, which are many, and lists that a user types: `0-4,7` and `0.05,0.1`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Annotated, TypeVar
+
+import typer
+
+from noisytune_cli.errors import UsageError
+
+_T = TypeVar("_T")
+
+_MAX_SEED = 2**63 - 1
+
+
+class _Anchor(StrEnum):
+    original = "original"
+    noised = "noised"
+
+
+def study(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A checkpoint's folder with its tokenizer, or a hub id.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="OUT",
+            help="The study's folder; one that holds this study is continued.",
+            show_default=False,
+        ),
+    ],
+    task: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A GLUE task: cola, mrpc, rte, sst2, stsb, wnli.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The folder of the GLUE tasks, or of this one.")
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Rows to train on: .tsv, .csv or .jsonl.")
+    ] = None,
+    dev: Annotated[str | None, typer.Option(metavar="FILE", help="Rows to report the score of.")] = None,
+    text: Annotated[
+        str, typer.Option(metavar="A[,B]", help="The column of the text, or two of a pair.")
+    ] = "",
+    label: Annotated[str | None, typer.Option(metavar="C", help="The column of the label.")] = None,
+    metric: Annotated[
+        str,
+        typer.Option(
+            metavar="M,…",
+            help="accuracy, f1, macro_f1, matthews; or, for numbers, pearson, spearman. The first counts. "
+            "[default: the task's, else accuracy]",
+            show_default=False,
+        ),
+    ] = "",
+    method: Annotated[
+        str,
+        typer.Option(metavar="NAME,…", help="Methods to compare; A+B is both together (noisytune+mixout)."),
+    ] = "plain,noisytune",
+    lam: Annotated[str, typer.Option("--lambda", metavar="λ,…", help="noisytune's λ.")] = "0.15",
+    noise: Annotated[
+        str, typer.Option(metavar="NAME,…", help="noisytune's noise: uniform, gaussian.")
+    ] = "uniform",
+    scope: Annotated[
+        str, typer.Option(metavar="NAME,…", help="noisytune's scope: matrix, global.")
+    ] = "matrix",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="METHOD.KEY=VALUE", help="A constant of a method, such as r3f.lambda=0.7."
+        ),
+    ] = None,
+    seed: Annotated[
+        str, typer.Option(metavar="N,N-M,…", help="Seeds; every method gets the same ones.")
+    ] = "0-4",
+    init_seed: Annotated[
+        int | None, typer.Option(min=0, max=_MAX_SEED, metavar="N", help="One seed of the head for all.")
+    ] = None,
+    order_seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=_MAX_SEED, metavar="N", help="One seed of batches and dropout for all."),
+    ] = None,
+    noise_seed: Annotated[
+        int | None, typer.Option(min=0, max=_MAX_SEED, metavar="N", help="One seed of the noise for all.")
+    ] = None,
+    share: Annotated[
+        str, typer.Option(metavar="X,…", help="Shares of the training rows, each a study of its own.")
+    ] = "1",
+    train_rows: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Train on N rows, drawn once. [default: all]")
+    ] = None,
+    held_out: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Rows of the training file that λ is chosen on. [default: 500, at most a fifth]",
+        ),
+    ] = None,
+    data_seed: Annotated[
+        int, typer.Option(min=0, max=_MAX_SEED, metavar="N", help="Seed of the choice of rows.")
+    ] = 0,
+    probe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Also learn this GLUE task from each finetuned encoder, frozen, and score it.",
+        ),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, metavar="N", help="Passes over the rows.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Rows of a step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(min=0.0, metavar="X", help="AdamW's peak rate.")] = 2e-5,
+    weight_decay: Annotated[float, typer.Option(min=0.0, metavar="X", help="AdamW's decay.")] = 0.01,
+    warmup: Annotated[
+        float, typer.Option(min=0.0, max=1.0, metavar="X", help="Share of the steps with a rising rate.")
+    ] = 0.1,
+    max_length: Annotated[int, typer.Option(min=4, metavar="N", help="Tokens of a row.")] = 128,
+    anchor: Annotated[
+        _Anchor, typer.Option(help="The weights that mixout and recadam hold on to, with noisytune.")
+    ] = _Anchor.original,
+    lora: Annotated[bool, typer.Option("--lora", help="Train low-rank adapters and the head only.")] = False,
+    lora_rank: Annotated[int, typer.Option(min=1, metavar="N", help="Rank of the adapters.")] = 8,
+    lora_alpha: Annotated[int, typer.Option(min=1, metavar="N", help="Scale of the adapters.")] = 16,
+    lora_dropout: Annotated[
+        float, typer.Option(min=0.0, max=0.99, metavar="X", help="Dropout before the adapters.")
+    ] = 0.1,
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N (bf16 autocast).")
+    ] = "cpu",
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=256, metavar="N", help="Threads of each job. [default: the CPUs, up to 8, shared]"
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, max=64, metavar="N", help="Runs at once, a process each.")] = 1,
+    revision: Annotated[
+        str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub id.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress and no summary on stderr.")
+    ] = False,
+) -> None:
+    """Finetune with several methods and the same seeds, and tell what differs by more than chance.
+
+    Every finished run is kept, so a study that was stopped continues with the same command; more methods, λ,
+    shares and seeds may be asked for later. Needs the extra: pip install 'noisytune[study]'.
+    """
+    from noisytune_cli import show, show_study_progress
+    from noisytune_cli.commands import study as command
+    from noisytune_cli.study.settings import Recipe
+
+    request = command.Request(
+        model=model,
+        out=out,
+        methods=_words("--method", method),
+        task=task,
+        data=data,
+        train=train,
+        dev=dev,
+        text=_words("--text", text) if text else (),
+        label=label,
+        metrics=_words("--metric", metric) if metric else (),
+        lambdas=_numbers("--lambda", lam, low=0.0),
+        noises=_choices("--noise", noise, ("uniform", "gaussian")),
+        scopes=_choices("--scope", scope, ("matrix", "global")),
+        shares=_numbers("--share", share, low=0.0, high=1.0),
+        seeds=parse_seeds(seed),
+        init_seed=init_seed,
+        order_seed=order_seed,
+        noise_seed=noise_seed,
+        settings=settings or (),
+        train_rows=train_rows,
+        held_out=held_out,
+        data_seed=data_seed,
+        probe=probe,
+        recipe=Recipe(
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            warmup=warmup,
+            max_length=max_length,
+            anchor=anchor.value,
+            lora_rank=lora_rank if lora else 0,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+        ),
+        revision=revision,
+        device=device,
+        threads=threads,
+        jobs=jobs,
+        quiet=quiet,
+    )
+    result = command.study(
+        request, progress=lambda steps: show_study_progress.progress(steps, enabled=not quiet)
+    )
+    if not quiet:
+        show.note(f"{len(result.runs)} runs recorded in {result.folder}, {result.carried_out} of them now")
+
+
+def _list(option: str, text: str, convert: Callable[[str], _T], kind: str) -> tuple[_T, ...]:
+    """Return the items of a list with commas, each once; UsageError for one that is none of its kind."""
+    items: dict[_T, None] = {}
+    for part in text.split(","):
+        try:
+            items[convert(part.strip())] = None
+        except ValueError:
+            raise UsageError(
+                f"{option} {text}",
+                why=f"'{part.strip()}' is not {kind}",
+                next_step=f"Write {kind}, or several with commas between them",
+            ) from None
+    return tuple(items)
+
+
+def _words(option: str, text: str) -> tuple[str, ...]:
+    def word(part: str) -> str:
+        if not part:
+            raise ValueError
+        return part
+
+    return _list(option, text, word, "a name")
+
+
+def _choices(option: str, text: str, choices: tuple[str, ...]) -> tuple[str, ...]:
+    def choice(part: str) -> str:
+        if part not in choices:
+            raise ValueError
+        return part
+
+    return _list(option, text, choice, " or ".join(choices))
+
+
+def _numbers(option: str, text: str, *, low: float, high: float = float("inf")) -> tuple[float, ...]:
+    def number(part: str) -> float:
+        value = float(part)
+        if not low <= value <= high or value == float("inf"):
+            raise ValueError
+        return value
+
+    kind = f"a number of at least {low:g}" if high == float("inf") else f"a number from {low:g} to {high:g}"
+    return _list(option, text, number, kind)
+
+
+#: More pairs than anybody has waited for.
+_MOST_SEEDS = 1000
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Return the seeds that `0-4,7` names, in their order; UsageError for what is no such list."""
+
+    def span(part: str) -> range:
+        first, dash, last = part.partition("-")
+        found = range(int(first), int(last if dash else first) + 1)
+        if not (found and found[0] >= 0 and found[-1] <= _MAX_SEED and len(found) <= _MOST_SEEDS):
+            raise ValueError
+        return found
+
+    spans = _list("--seed", text, span, "a seed or a range such as 0-4")
+    return tuple(dict.fromkeys(seed for span_ in spans for seed in span_))

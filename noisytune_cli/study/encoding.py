@@ -1,0 +1,71 @@
+"""Rows as a model reads them: token ids, cut to a length, padded batch by batch.
+
+A row is encoded once for the whole study. Batches are padded to their own longest row, on the right, so the
+padding costs little where rows are short; evaluation takes rows of one length together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from noisytune_cli.study.tasks import Rows
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """[n] rows: for each input of the model its [n] lists of ids, what they are padded with, and labels."""
+
+    inputs: dict[str, list[list[int]]]
+    padding: dict[str, int]
+    labels: tuple[float, ...]
+    regression: bool
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, places: Sequence[int]) -> Encoded:
+        """Return the rows at `places`, in that order."""
+        inputs = {name: [rows[i] for i in places] for name, rows in self.inputs.items()}
+        return Encoded(inputs, self.padding, tuple(self.labels[i] for i in places), self.regression)
+
+    def batch(self, places: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
+        """Return the inputs [B, L] int64 and `labels` [B] (int64 classes, or float32) of some rows."""
+        batch = {}
+        for name, rows in self.inputs.items():
+            length = max(len(rows[i]) for i in places)
+            pad = self.padding[name]
+            padded = [rows[i] + [pad] * (length - len(rows[i])) for i in places]
+            batch[name] = torch.tensor(padded, dtype=torch.int64)
+        kind = torch.float32 if self.regression else torch.int64
+        batch["labels"] = torch.tensor([self.labels[i] for i in places], dtype=kind)
+        if device.type == "cpu":
+            return batch
+        return {name: values.pin_memory().to(device, non_blocking=True) for name, values in batch.items()}
+
+    def by_length(self, batch_size: int) -> Iterator[list[int]]:
+        """Yield the places of all rows, batch by batch, the shortest first."""
+        lengths = [len(row) for row in self.inputs["input_ids"]]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, rows: Rows, *, max_length: int, regression: bool) -> Encoded:
+    """Return rows as token ids, the longer text cut first where a row has more than `max_length`."""
+    first = [texts[0] for texts in rows.texts]
+    second = [texts[1] for texts in rows.texts] if len(rows.texts[0]) > 1 else None
+    found = tokenizer(first, second, truncation=True, max_length=max_length, padding=False)
+    padding = {
+        "input_ids": tokenizer.pad_token_id,
+        "attention_mask": 0,
+        "token_type_ids": tokenizer.pad_token_type_id,
+    }
+    inputs = {name: list(found[name]) for name in padding if name in found}
+    return Encoded(inputs, {name: padding[name] for name in inputs}, rows.labels, regression)

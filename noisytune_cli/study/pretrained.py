@@ -1,0 +1,174 @@
+"""The checkpoint as runs start from it: loaded once, copied for each run, its head drawn from the run's seed.
+
+The weights are float32 whatever they are stored as. What the checkpoint lacks, the task's head, is fresh: it
+is initialised for each run as transformers initialises it, from the run's seed of initialisation alone, and
+so are the adapters where LoRA is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from noisytune_cli.errors import InputInvalid, UsageError
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters in place of full finetuning: peft's rank, alpha and dropout."""
+
+    rank: int
+    alpha: int
+    dropout: float
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model to train: with the pretrained values by parameter name, and the names of what is fresh.
+
+    `anchor` holds neither fresh parameters nor adapters; on the CPU its tensors are shared between runs.
+    """
+
+    model: PreTrainedModel
+    anchor: dict[str, Tensor]
+    fresh: frozenset[str]
+
+
+class Pretrained:
+    """A checkpoint's model with a head of `outputs` numbers, and its tokenizer (`tokenizer`)."""
+
+    def __init__(self, folder: Path, outputs: int, lora: Lora | None = None) -> None:
+        """Load from a folder; InputInvalid where transformers cannot make a classifier of what is there."""
+        self.lora = lora
+        with _quiet(), _explained(folder):
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._model, info = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                num_labels=outputs,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                local_files_only=True,
+            )
+        missing = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
+        self._fresh = frozenset(missing & {name for name, _ in self._model.named_parameters()})
+        # A decoder may know of no padding; its model then needs to be told what the rows are padded with.
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if self.tokenizer.pad_token_id is None:
+            raise InputInvalid(
+                "cannot pad rows of text",
+                path=folder,
+                why="the tokenizer has neither a padding nor an end-of-text token",
+                next_step="Give its tokenizer_config.json a pad_token",
+            )
+        if self._model.config.pad_token_id is None:
+            self._model.config.pad_token_id = self.tokenizer.pad_token_id
+        self._values = {name: p.detach() for name, p in self._model.named_parameters()}
+
+    @property
+    def longest(self) -> int:
+        """How many tokens a row may have: what the model has positions for."""
+        positions = getattr(self._model.config, "max_position_embeddings", None)
+        return int(min(positions or 1 << 20, self.tokenizer.model_max_length))
+
+    def start(self, init_seed: int, device: torch.device) -> Start:
+        """Return a copy on the device, with a head (and adapters) drawn from `init_seed`."""
+        model = copy.deepcopy(self._model)
+        torch.manual_seed(init_seed)
+        self._draw_fresh(model)
+        names = {name: name for name in self._values}
+        if self.lora is not None:
+            model = _with_adapters(model, self.lora)
+            names = {name: _without_adapters(name) for name, _ in model.named_parameters()}
+        model.to(device)
+        anchor = {
+            name: self._values[own].to(device)
+            for name, own in names.items()
+            if own in self._values and own not in self._fresh
+        }
+        return Start(model, anchor, frozenset(name for name, own in names.items() if own in self._fresh))
+
+    def _draw_fresh(self, model: Any) -> None:
+        """Initialise what the checkpoint lacked, module by module in the model's order."""
+        with torch.no_grad():
+            for prefix, module in model.named_modules():
+                own = {f"{prefix}.{name}": p for name, p in module.named_parameters(recurse=False)}
+                if not own.keys() & self._fresh:
+                    continue
+                model._init_weights(module)
+                for name in own.keys() - self._fresh:
+                    own[name].copy_(self._values[name])
+
+
+def _with_adapters(model: PreTrainedModel, lora: Lora) -> Any:
+    """Return the model with LoRA adapters, which train with the head."""
+    from peft import LoraConfig, get_peft_model
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    config = LoraConfig(
+        task_type="SEQ_CLS",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        # Where peft knows no layers of its own choice for an architecture: all but the head.
+        target_modules=None if model.config.model_type in KNOWN else "all-linear",
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return get_peft_model(model, config)
+    except ValueError as error:
+        raise UsageError(
+            "--lora", why=f"peft refuses this model: {error}", next_step="Finetune it in full"
+        ) from error
+
+
+def _without_adapters(name: str) -> str:
+    """Return a parameter's name as it was before peft wrapped the model."""
+    plain = name.removeprefix("base_model.model.")
+    for wrapper in (".base_layer", ".modules_to_save.default", ".original_module"):
+        plain = plain.replace(wrapper, "")
+    return plain
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' remarks and progress bars off stderr."""
+    logging: Any = transformers_logging  # whose functions have no types
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    restore: Callable[[], None] = logging.enable_progress_bar if bars else logging.disable_progress_bar
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        restore()
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turn whatever transformers raises about a checkpoint into the error the user sees."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+        lines = str(error).strip().splitlines()
+        raise InputInvalid(
+            "cannot load a classifier",
+            path=folder,
+            why=lines[0] if lines else type(error).__name__,
+            next_step="Give a folder with the model's config.json, its weights and its tokenizer",
+        ) from error

@@ -1,0 +1,67 @@
+"""What all runs of a study share: model, rows, and the recipe of training. Plain data, fit for study.json."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from noisytune_cli.study.tasks import Task
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every run is trained: AdamW, a linear schedule with warm-up, gradients clipped at norm 1.
+
+    `warmup` is a share of the steps; `anchor` says which weights methods hold on to; `lora_rank` 0 is full
+    finetuning.
+    """
+
+    epochs: int = 3
+    batch_size: int = 16
+    learning_rate: float = 2e-5
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    max_length: int = 128
+    anchor: str = "original"
+    lora_rank: int = 0
+    lora_alpha: int = 16
+    lora_dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class Material:
+    """Where the model and the rows lie, and which rows are used (`design.split_rows`)."""
+
+    model: Path
+    task: Task
+    train: Path
+    dev: Path
+    train_rows: int | None = None
+    held_out: int | None = None
+    data_seed: int = 0
+    probe: Task | None = None
+    probe_train: Path | None = None
+    probe_dev: Path | None = None
+    probe_rows: int = 1000
+
+
+def record(material: Material, recipe: Recipe, digests: dict[str, str], device: str) -> dict[str, Any]:
+    """Return the settings that change a study's numbers, without paths of this machine."""
+    task = material.task
+    return {
+        "model": digests["model"],
+        "task": task.name,
+        "text": list(task.text),
+        "label": task.label,
+        "metrics": list(task.metrics),
+        "train": digests["train"],
+        "dev": digests["dev"],
+        "train_rows": material.train_rows,
+        "held_out": material.held_out,
+        "data_seed": material.data_seed,
+        "probe": None if material.probe is None else material.probe.name,
+        "probe_rows": material.probe_rows if material.probe is not None else None,
+        "device": device,
+        **asdict(recipe),
+    }

@@ -1,0 +1,179 @@
+"""A task: which columns hold text and label, what is predicted, and how it is scored.
+
+The six small GLUE tasks are known by name and lie in a folder each; any other task is two files and the
+names of their columns. The metrics tell the kind: pearson and spearman are regression, the others
+classification. Labels become class indices in the order of the label names (numbers by value, else text).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from noisytune_cli.errors import InputUnreadable, UsageError
+from noisytune_cli.study import metrics
+from noisytune_cli.study.tables import TableRow, malformed, read_table
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learnt: `text` has one column, or two for a pair; `metrics[0]` is the one that counts.
+
+    `header` names the columns of files that have no header line.
+    """
+
+    name: str
+    text: tuple[str, ...]
+    label: str
+    metrics: tuple[str, ...]
+    header: tuple[str, ...] | None = None
+
+    @property
+    def regression(self) -> bool:
+        """Whether a number is predicted, not a class."""
+        return self.metrics[0] in metrics.REGRESSION
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a task: [n] tuples of one or two texts, and [n] class indices or numbers."""
+
+    texts: tuple[tuple[str, ...], ...]
+    labels: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, places: Sequence[int]) -> Rows:
+        """Return the rows at `places`, in that order."""
+        return Rows(tuple(self.texts[i] for i in places), tuple(self.labels[i] for i in places))
+
+
+@dataclass(frozen=True)
+class Data:
+    """A task's rows; `label_names` in the order of the class indices, empty for regression."""
+
+    task: Task
+    train: Rows
+    dev: Rows
+    label_names: tuple[str, ...]
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers a model gives for a row: one for each class, or one."""
+        return len(self.label_names) or 1
+
+
+_PAIR = ("sentence1", "sentence2")
+
+#: GLUE (Wang et al., 2019), with the metrics it reports; the folder's name in the official download is the
+#: task's in capitals, with a dash where `_FOLDERS` says so.
+GLUE = {
+    "cola": Task(
+        "cola", ("sentence",), "label", ("matthews", "accuracy"), ("source", "label", "mark", "sentence")
+    ),
+    "mrpc": Task("mrpc", ("#1 String", "#2 String"), "Quality", ("accuracy", "f1")),
+    "rte": Task("rte", _PAIR, "label", ("accuracy",)),
+    "sst2": Task("sst2", ("sentence",), "label", ("accuracy",)),
+    "stsb": Task("stsb", _PAIR, "score", ("pearson", "spearman")),
+    "wnli": Task("wnli", _PAIR, "label", ("accuracy",)),
+}
+_FOLDERS = {
+    "cola": "CoLA",
+    "mrpc": "MRPC",
+    "rte": "RTE",
+    "sst2": "SST-2",
+    "stsb": "STS-B",
+    "wnli": "WNLI",
+}
+
+
+def glue_task(name: str) -> Task:
+    """Return a GLUE task by name (sst2, sst-2, SST-2); UsageError for another."""
+    known = name.lower().replace("-", "").replace("_", "")
+    if known not in GLUE:
+        raise UsageError(
+            f"--task {name}",
+            why="there is no such task",
+            next_step=f"Use one of {', '.join(GLUE)}, or give --train, --dev, --text and --label",
+        )
+    return GLUE[known]
+
+
+def glue_files(task: Task, folder: Path) -> tuple[Path, Path]:
+    """Return a GLUE task's train and dev file in `folder`, or in the task's own folder there."""
+    known = _FOLDERS[task.name]
+    for place in (folder, folder / known, folder / task.name, folder / task.name.upper()):
+        if (place / "train.tsv").is_file():
+            return place / "train.tsv", place / "dev.tsv"
+    raise InputUnreadable(
+        "cannot find the task's data",
+        path=folder,
+        why=f"neither train.tsv nor {known}/train.tsv lies there",
+        next_step="Name the folder of the GLUE tasks, or of this one, with --data",
+    )
+
+
+def read_data(task: Task, train: Path, dev: Path) -> Data:
+    """Read a task's files; InputInvalid, with line and column, for labels that make no sense."""
+    columns = (*task.text, task.label)
+    tables = {path: read_table(path, columns, header=task.header) for path in (train, dev)}
+    if task.regression:
+        numbers = {path: [_number(path, task.label, row) for row in table] for path, table in tables.items()}
+        return Data(
+            task, _rows(tables[train], numbers[train]), _rows(tables[dev], numbers[dev]), label_names=()
+        )
+    names = _label_names(train, task.label, tables[train])
+    index = {name: float(i) for i, name in enumerate(names)}
+    for row in tables[dev]:
+        if row.values[-1] not in index:
+            raise malformed(
+                dev,
+                f'column "{task.label}" has the label "{row.values[-1]}", which no row of {train.name} has',
+                "Correct the label, or the column's name with --label",
+                row.line,
+            )
+    labels = {path: [index[row.values[-1]] for row in table] for path, table in tables.items()}
+    return Data(task, _rows(tables[train], labels[train]), _rows(tables[dev], labels[dev]), names)
+
+
+def _rows(table: Sequence[TableRow], labels: Sequence[float]) -> Rows:
+    return Rows(tuple(row.values[:-1] for row in table), tuple(labels))
+
+
+def _number(path: Path, column: str, row: TableRow) -> float:
+    try:
+        value = float(row.values[-1])
+        if not math.isfinite(value):
+            raise ValueError
+        return value
+    except ValueError:
+        raise malformed(
+            path,
+            f'column "{column}" has "{row.values[-1]}", which is no number',
+            "Correct it, or choose a classification metric with --metric",
+            row.line,
+        ) from None
+
+
+#: More classes than any benchmark has; a column of numbers or of text given by mistake has.
+_MOST_CLASSES = 1000
+
+
+def _label_names(path: Path, column: str, table: Sequence[TableRow]) -> tuple[str, ...]:
+    names = {row.values[-1] for row in table}
+    if "" in names:
+        line = next(row.line for row in table if not row.values[-1])
+        raise malformed(path, f'column "{column}" has no label', "Correct the line", line)
+    if not 2 <= len(names) <= _MOST_CLASSES:
+        raise malformed(
+            path,
+            f'column "{column}" has {len(names)} different labels',
+            f"Classes are 2 to {_MOST_CLASSES}; for numbers choose --metric pearson or spearman",
+        )
+    try:
+        return tuple(sorted(names, key=lambda name: (float(name), name)))
+    except ValueError:
+        return tuple(sorted(names))
