@@ -19,7 +19,7 @@ from noisytune_cli import formats
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.formats import torch as format_module
+from noisytune_cli.formats import _storages
 from noisytune_cli.formats.torch import TorchSource, open_source
 from noisytune_cli.records import NoiseSpec
 
@@ -278,14 +278,14 @@ def test_dictionaries_that_multiply(tmp_path: Path) -> None:
 
 
 def test_tensors_in_more_pieces_than_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(format_module, "MAX_RUNS", 30)
+    monkeypatch.setattr(_storages, "MAX_RUNS", 30)
     content = saved({"a": torch.randn(40)[::2], "b": torch.randn(40)[::2]})
     with pytest.raises(InputInvalid, match="too many pieces"):
         opened(tmp_path / "m.pt", content)
 
 
 def test_tensors_out_of_order_leave_memory_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(format_module, "_HELD_BYTES", 100)
+    monkeypatch.setattr(_storages, "_HELD_BYTES", 100)
     tensors = {name: torch.randn(4, 5).t() for name in "abc"}
     source = opened(tmp_path / "m.pt", saved(tensors))
     for _ in range(2):

@@ -23,6 +23,7 @@ class RangeSums:
     def __init__(self, fill: Callable[[int, int], bytes | memoryview]) -> None:
         self._fill = fill
         self._ranges: dict[int, tuple[int, int]] = {}
+        self._starts: list[int] | None = None  # sorted, until a range is added
         self._lock = threading.Lock()
 
     def has(self, start: int, length: int) -> bool:
@@ -35,16 +36,17 @@ class RangeSums:
         crc = zlib.crc32(data)
         with self._lock:
             self._ranges[start] = (len(data), crc)
+            self._starts = None
 
     def touched(self, spans: Iterable[tuple[int, int]]) -> list[bool]:
         """Tell of each (start, end) whether a range begins in it."""
-        starts = sorted(self._ranges)
+        starts = self._sorted()
         return [bisect.bisect_left(starts, a) < bisect.bisect_left(starts, b) for a, b in spans]
 
     def over(self, start: int, end: int) -> int:
         """Return the CRC-32 of the bytes from `start` to `end`, reading those not yet added."""
-        with self._lock:
-            inside = sorted(at for at in self._ranges if start <= at < end)
+        starts = self._sorted()
+        inside = starts[bisect.bisect_left(starts, start) : bisect.bisect_left(starts, end)]
         crc, place = 0, start
         for at in [*inside, end]:
             if at < place:
@@ -58,6 +60,12 @@ class RangeSums:
                 if at + length <= end:
                     crc, place = combine(crc, other, length), at + length
         return crc
+
+    def _sorted(self) -> list[int]:
+        with self._lock:
+            if self._starts is None:
+                self._starts = sorted(self._ranges)
+            return self._starts
 
 
 def combine(first: int, second: int, length: int) -> int:

@@ -14,9 +14,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from noisytune_cli.formats._pickle import PickleFault
-from noisytune_cli.formats._tensors import StoredTensor
+
+_Leaf = TypeVar("_Leaf")
 
 #: Deeper than any training loop nests its checkpoints.
 _MAX_DEPTH = 16
@@ -30,27 +32,34 @@ _MODELS = re.compile(r"(model_)?state(_dict)?|(model|net|network|module|params)(
 #: What else it keeps: never descended into.
 _TRAINING = re.compile(
     r".*optim.*|.*sched.*|.*scal(er|ing).*|.*rng.*|callbacks|loops|.*sampler.*|criterion|(train_)?(loss|losses)"
+    r"|train(er|ing)?_state|data_?loader.*"
 )
+
+#: An optimizer's state where a state dict was flattened before it was saved.
+_FLAT_TRAINING = re.compile(r"(chained_\d+\.)?optim(izer)?\.(state|param_groups)\..*", re.DOTALL)
 
 _NOT_A_STATE_DICT = "Save the model's state dict: torch.save(model.state_dict(), FILE)"
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Found(Generic[_Leaf]):
     """A tensor of a state dict: the dictionaries on the way to it, and its key in the innermost."""
 
     path: tuple[str, ...]
     key: str
-    tensor: StoredTensor
+    tensor: _Leaf
 
     @property
     def full_name(self) -> str:
         return ".".join((*self.path, self.key))
 
 
-def find_weights(root: object) -> list[tuple[str, StoredTensor]]:
-    """Return name and tensor of every weight in what was unpickled, in its order; raises PickleFault."""
-    if isinstance(root, StoredTensor):
+def find_weights(root: object, leaf: type[_Leaf]) -> list[tuple[str, _Leaf]]:
+    """Return name and tensor of every weight in what was unpickled, in its order; raises PickleFault.
+
+    `leaf` is what tensors are there.
+    """
+    if isinstance(root, leaf):
         raise PickleFault("it holds one tensor without a name, not a state dict", _NOT_A_STATE_DICT)
     if type(root) is not dict:
         kind = "a list" if type(root) in (list, tuple) else "no dictionary"
@@ -59,7 +68,7 @@ def find_weights(root: object) -> list[tuple[str, StoredTensor]]:
         raise PickleFault(
             "it is an optimizer's state, not a model's", "Name the file with the model's weights"
         )
-    found = list(_Search().walk(root, (), frozenset()))
+    found = list(_Search(leaf).walk(root, (), frozenset()))
     names = [item.key for item in found]
     if len(set(names)) < len(names):
         names = [item.full_name for item in found]
@@ -71,15 +80,16 @@ def find_weights(root: object) -> list[tuple[str, StoredTensor]]:
     return [(name, item.tensor) for name, item in zip(names, found, strict=True)]
 
 
-class _Search:
+class _Search(Generic[_Leaf]):
     """A walk through nested dictionaries that ends, however often they hold each other."""
 
-    def __init__(self) -> None:
+    def __init__(self, leaf: type[_Leaf]) -> None:
+        self._leaf = leaf
         self._left = _MAX_ITEMS
 
     def walk(
         self, mapping: Mapping[object, object], path: tuple[str, ...], above: frozenset[int]
-    ) -> Iterator[_Found]:
+    ) -> Iterator[_Found[_Leaf]]:
         """Yield the weights in a dictionary and those below it."""
         self._left -= 1 + len(mapping)
         if len(path) > _MAX_DEPTH or id(mapping) in above or self._left < 0:
@@ -94,7 +104,7 @@ class _Search:
         for key, value in mapping.items():
             if type(key) is not str:
                 continue
-            if isinstance(value, StoredTensor) and not in_training:
+            if isinstance(value, self._leaf) and not in_training and not _FLAT_TRAINING.fullmatch(key):
                 yield _Found(path, key, value)
             elif key in below:
                 yield from below[key]

@@ -209,7 +209,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a pickle's checksums are not checked",
-        "formats/torch.py",
+        "formats/_storages.py",
         "            if read and self._sums.over(",
         "            if False and self._sums.over(",
         ("tests/test_torch_format.py", "tests/test_corpus.py"),
