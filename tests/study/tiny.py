@@ -1,4 +1,4 @@
-"""A task and a model that train in a second: real sentences, and a random BERT with a tokenizer of their words."""
+"""What trains in a second: real sentences, and a random BERT with a tokenizer of their words."""
 
 from __future__ import annotations
 
