@@ -68,11 +68,37 @@ def runs(method: str, dev: Iterable[float], **others: Any) -> list[dict[str, Any
     return [run(method, seed, score, **others) for seed, score in enumerate(dev)]
 
 
-def study(made: Iterable[Mapping[str, Any]], labels: Sequence[float] = LABELS) -> dict[str, Any]:
+def study(
+    planned: Iterable[Mapping[str, Any]], labels: Sequence[float] = LABELS, **others: Any
+) -> dict[str, Any]:
     """Return the study.json of a study that planned these runs."""
     return {
         "schema": 1,
-        "settings": {"model": "minilm", "task": "cola", "epochs": 5},
-        "design": [dict(record) for record in made],
+        "tool": {"name": "noisytune", "version": "0.1.0"},
+        "settings": {"train_rows": 1000, "held_out": 500, "epochs": 5, "learning_rate": 2e-5, "probe": None},
+        "model": {"id": "minilm", "revision": None, "parameters": 22_700_000},
+        "task": "cola",
+        "primary": "matthews",
+        "regression": False,
+        "label_names": ["0", "1"],
         "dev_labels": list(labels),
+        "machine": {"cpu": "a processor", "cpus": 2, "device": "cpu", "threads": 2, "torch": "2.13.0"},
+        "design": [{field: record[field] for field in _PLANNED} for record in planned],
+        **others,
     }
+
+
+#: What is known of a run before it is carried out.
+_PLANNED = (
+    "key",
+    "method",
+    "lambda",
+    "noise",
+    "scope",
+    "options",
+    "share",
+    "seed",
+    "init_seed",
+    "order_seed",
+    "noise_seed",
+)

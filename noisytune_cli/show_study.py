@@ -1,0 +1,113 @@
+"""What a study tells: a table of the methods on stdout, or the results as JSON, and the findings' limits."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from noisytune_cli.escape import escape
+from noisytune_cli.show import is_terminal, note, warn, write_out
+from noisytune_cli.study import wording
+from noisytune_cli.study.results import NO_EVIDENCE, encode, whole
+
+#: The columns, and those that a narrow terminal does without, the first to go first.
+_COLUMNS = ("method", "λ", "seeds", "mean ± std", "difference from plain [95 %]", "p", "p (Holm)", "verdict")
+_DISPENSABLE = ("p", "seeds", "p (Holm)", "λ")
+_LEFT = {"method", "verdict"}
+_GAP = "  "
+
+
+def show_studied(results: Mapping[str, Any], folder: Path, *, as_json: bool, quiet: bool) -> None:
+    """Print the results; on stderr, unless `quiet`, where the rest lies and what the seeds cannot show."""
+    write_out(encode(results) if as_json else _table(results))
+    if results["missing"]:
+        warn(f"the study is not finished: {results['finished']} of {results['planned']} runs are done")
+    if results["lambda_chosen_on"] == "dev":
+        warn(wording.choice("dev"))
+    if quiet:
+        return
+    compared = whole(results, "comparisons")
+    if compared and (weak := wording.power(compared)):
+        note(weak)
+    note(f"report, results and figures: {folder}")
+
+
+def _table(results: Mapping[str, Any]) -> Iterator[str]:
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.text import Text
+
+    on_terminal = is_terminal(sys.stdout)
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=on_terminal or None)
+    metric = wording.METRICS[results["study"]["primary"]]
+    rows = [dict(zip(_COLUMNS, _COLUMNS, strict=True)), *_rows(results)]
+    widths = {key: max(cell_len(row[key]) for row in rows) for key in _COLUMNS}
+    dropped = _drop(widths, console.width) if on_terminal else []
+    lines = [f"{escape(results['study']['task'])}: {metric} × 100 on the dev rows"]
+    lines += [
+        _GAP.join(_pad(row[key], width - cell_len(row[key]), key) for key, width in widths.items()).rstrip()
+        for row in rows
+    ]
+    styles = ["", "bold", *("green" if row["verdict"] not in ("", NO_EVIDENCE) else "" for row in rows[1:])]
+    if dropped:
+        lines.append(f"(too narrow for {', '.join(dropped)}; --json has all)")
+        styles.append("dim")
+    for line, style in zip(lines, styles, strict=True):
+        console.print(Text(line, style), soft_wrap=True)
+    yield out.getvalue()
+
+
+def _rows(results: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Yield a row for each method at its λ; for each share of the training rows where there are several."""
+    primary = results["study"]["primary"]
+    compared = {(c["name"], c["share"]): c for c in results["comparisons"]}
+    several = len({entry["share"] for entry in results["conditions"]}) > 1
+    for entry in results["conditions"]:
+        if entry["reported"]:
+            where = f", {entry['train_rows']:,} rows" if several else ""
+            yield _row(
+                f"{escape(entry['name'], None)}{where}",
+                entry["lambda"],
+                str(len(entry["seeds"])),
+                wording.spread(entry["dev"][primary]),
+                compared.get((entry["name"], entry["share"])),
+            )
+    for entry in whole(results, "ensembles"):
+        name = f"ensemble of {entry['members']} plain runs"
+        yield _row(name, None, "", wording.score(entry["dev"][primary]), None)
+    for comparison in whole(results, "combinations"):
+        name = f"{escape(comparison['name'], None)} against {escape(comparison['against'], None)}"
+        yield _row(name, comparison["lambda"], str(len(comparison["seeds"])), "", comparison)
+
+
+def _row(
+    method: str, lam: float | None, seeds: str, score: str, comparison: Mapping[str, Any] | None
+) -> dict[str, str]:
+    told = [""] * 4
+    if comparison is not None:
+        told = [
+            wording.difference(comparison),
+            wording.probability(comparison["p"]),
+            wording.probability(comparison["p_holm"]),
+            comparison["verdict"],
+        ]
+    return dict(zip(_COLUMNS, [method, wording.strength(lam), seeds, score, *told], strict=True))
+
+
+def _drop(widths: dict[str, int], available: int) -> list[str]:
+    """Take columns out of `widths` until the rest fits; return their names."""
+    dropped: list[str] = []
+    for key in _DISPENSABLE:
+        if sum(widths.values()) + len(_GAP) * (len(widths) - 1) <= available:
+            break
+        del widths[key]
+        dropped.append(key)
+    return sorted(dropped, key=_COLUMNS.index)
+
+
+def _pad(cell: str, by: int, key: str) -> str:
+    return cell + " " * by if key in _LEFT else " " * by + cell

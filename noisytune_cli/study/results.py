@@ -1,0 +1,254 @@
+"""From runs to results: everything that the table, the report and the figures say, as one JSON document.
+
+`summarise` is a pure function of study.json and the lines of runs.jsonl, so results can be made again from
+them at any time, also of a study that is not finished. `docs/results-format.md` explains every field.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any, Literal
+
+from noisytune_cli.study import ensemble, metrics, statistics
+from noisytune_cli.study.conditions import (
+    Condition,
+    Family,
+    Kind,
+    Run,
+    common_pairs,
+    families,
+    gather,
+    kind_of,
+    name_kinds,
+)
+
+#: The version of the document's layout.
+SCHEMA = 1
+
+#: What a comparison comes to; the first whenever the adjusted p-value is not small, whatever the mean.
+NO_EVIDENCE = "no evidence of a difference"
+BETTER = "evidence that it is better"
+WORSE = "evidence that it is worse"
+
+#: What study.json holds that is of no use beside the results.
+_LEFT_OUT = ("schema", "design", "dev_labels")
+
+
+def summarise(study: Mapping[str, Any], runs: Iterable[Run]) -> dict[str, Any]:
+    """Return the results of a study's finished runs; `study` and `runs` are as its files hold them."""
+    finished = {run["key"]: run for run in runs}
+    conditions = gather(finished.values())
+    planned = [run for run in study["design"] if run["key"] not in finished]
+    names = name_kinds([*(c.kind for c in conditions), *map(kind_of, planned)])
+    primary = str(study["primary"])
+    found = families(conditions, primary)
+    reported = [family.chosen for family in found]
+    plain = {c.share: c for c in reported if c.kind.method == "plain"}
+    return {
+        "schema": SCHEMA,
+        "study": {key: value for key, value in study.items() if key not in _LEFT_OUT},
+        "finished": len(finished),
+        "planned": len(study["design"]),
+        "missing": _missing(planned, names),
+        "lambda_chosen_on": _chosen_on(found),
+        "conditions": [
+            _condition(c, names[c.kind], family, plain.get(c.share))
+            for family in found
+            for c in family.conditions
+        ],
+        "comparisons": _compare(
+            [(c, plain[c.share]) for c in reported if c.share in plain and c.kind.method != "plain"],
+            names,
+            primary,
+        ),
+        "combinations": _compare(_noise_added(reported), names, primary),
+        "ensembles": [_ensemble(condition, study) for condition in plain.values() if len(condition.runs) > 1],
+    }
+
+
+def encode(results: Mapping[str, Any]) -> str:
+    """Return the results as JSON, one line for each entry of a list; floats round-trip."""
+    members = []
+    for key, value in results.items():
+        if isinstance(value, list) and value:
+            lines = ",\n".join(f"  {json.dumps(entry, allow_nan=False)}" for entry in value)
+            members.append(f' "{key}": [\n{lines}\n ]')
+        else:
+            members.append(f' "{key}": {json.dumps(value, allow_nan=False)}')
+    return "{\n" + ",\n".join(members) + "\n}\n"
+
+
+def whole(results: Mapping[str, Any], key: str = "conditions") -> list[Any]:
+    """Return the entries of a list of the results that belong to the largest share of the training rows."""
+    largest = max((entry["share"] for entry in results["conditions"]), default=1.0)
+    return [entry for entry in results[key] if entry["share"] == largest]
+
+
+def _missing(planned: Iterable[Run], names: Mapping[Kind, str]) -> list[dict[str, Any]]:
+    """Return the planned runs that are not finished, by condition."""
+    found: dict[tuple[str, float | None, float], list[int]] = {}
+    for run in planned:
+        found.setdefault((names[kind_of(run)], run["lambda"], run["share"]), []).append(run["seed"])
+    return [
+        {"name": name, "lambda": lam, "share": share, "seeds": seeds}
+        for (name, lam, share), seeds in found.items()
+    ]
+
+
+def _chosen_on(found: Sequence[Family]) -> str:
+    """Tell where λ was chosen: `dev` if it was so for any family, `given` if there was nothing to choose."""
+    ways = {family.chosen_on for family in found}
+    return next((way for way in ("dev", "held_out") if way in ways), "given")
+
+
+def _condition(condition: Condition, name: str, family: Family, plain: Condition | None) -> dict[str, Any]:
+    runs = list(condition.runs.values())
+    kind = condition.kind
+    return {
+        "name": name,
+        "method": kind.method,
+        "lambda": condition.lam,
+        "noise": kind.noise,
+        "scope": kind.scope,
+        "options": dict(kind.options),
+        "share": condition.share,
+        "train_rows": runs[0]["train_rows"],
+        "reported": condition is family.chosen,
+        "lambda_chosen_on": family.chosen_on,
+        "seeds": [list(pair) for pair in condition.runs],
+        "dev": _scores(condition, "dev"),
+        "held_out": _scores(condition, "held_out"),
+        "drift": _drift(runs),
+        "probe": _probe(runs),
+        "cost": _cost(runs, list(plain.runs.values()) if plain is not None else []),
+    }
+
+
+def _scores(condition: Condition, split: Literal["dev", "held_out"]) -> dict[str, Any] | None:
+    """Return mean, std, interval and values of each metric; None where a run was not scored on the split."""
+    runs = list(condition.runs.values())
+    if any(run[split] is None for run in runs):
+        return None
+    return {metric: _sample([run[split][metric] for run in runs]) for metric in runs[0][split]}
+
+
+def _sample(values: Sequence[float]) -> dict[str, Any]:
+    """Return mean, std, interval (a list of two, or None) and the values themselves."""
+    sample = statistics.describe(values)
+    bounds = None if sample.interval is None else list(sample.interval)
+    return {"mean": sample.mean, "std": sample.std, "interval": bounds, "values": list(values)}
+
+
+def _drift(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """Return both measures for each kind of parameter, of all runs that measured them."""
+    measured = [run["drift"] for run in runs if run["drift"]]
+    if not measured:
+        return None
+    return {
+        kind: {
+            measure: _sample([drift[kind][measure] for drift in measured])
+            for measure in ("norm_change", "change_norm")
+        }
+        for kind in measured[0]
+    }
+
+
+def _probe(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """Return the scores of the probes, and the name of their task."""
+    probes = [run["probe"] for run in runs if run["probe"]]
+    if not probes:
+        return None
+    scores = [metric for metric in probes[0] if metric != "task"]
+    return {
+        "task": probes[0]["task"],
+        **{metric: _sample([probe[metric] for probe in probes]) for metric in scores},
+    }
+
+
+def _cost(runs: Sequence[Run], plain: Sequence[Run]) -> dict[str, Any]:
+    """Return mean counts and seconds of a run; `relative` to the mean plain run's at the same share."""
+    measures = ("member_steps", "forwards", "seconds")
+    own = {measure: fmean(run[measure] for run in runs) for measure in measures}
+    return {**own, "relative": _relative(own, plain)}
+
+
+def _relative(own: Mapping[str, float], plain: Sequence[Run]) -> dict[str, float] | None:
+    reference = {measure: fmean(run[measure] for run in plain) for measure in own} if plain else {}
+    return {m: own[m] / reference[m] for m in own} if all(reference.values()) and reference else None
+
+
+def _noise_added(reported: Sequence[Condition]) -> list[tuple[Condition, Condition]]:
+    """Return each combination with noise beside the method that the noise was added to, where both are there.
+
+    Noise alone is no combination: it is compared with plain anyway.
+    """
+    without = {(c.kind, c.share): c for c in reported if not c.kind.noisy and c.kind.method != "plain"}
+    places = [(c, (c.kind.without_noise(), c.share)) for c in reported if c.kind.noisy]
+    return [(condition, without[place]) for condition, place in places if place in without]
+
+
+def _compare(
+    couples: Iterable[tuple[Condition, Condition]], names: Mapping[Kind, str], metric: str
+) -> list[dict[str, Any]]:
+    """Return the comparisons of couples that have seeds in common, adjusted among those of one share."""
+    found = [_comparison(one, other, names, metric) for one, other in couples if common_pairs((one, other))]
+    for share in {comparison["share"] for comparison in found}:
+        together = [comparison for comparison in found if comparison["share"] == share]
+        adjusted = statistics.holm([comparison["p"] for comparison in together])
+        for comparison, p in zip(together, adjusted, strict=True):
+            comparison["p_holm"] = p
+            comparison["comparisons"] = len(together)
+            comparison["verdict"] = _verdict(p, comparison["mean"])
+    return found
+
+
+def _comparison(one: Condition, other: Condition, names: Mapping[Kind, str], metric: str) -> dict[str, Any]:
+    pairs = common_pairs((one, other))
+    differences = [
+        ours - theirs
+        for ours, theirs in zip(
+            one.scores("dev", metric, pairs), other.scores("dev", metric, pairs), strict=True
+        )
+    ]
+    return {
+        "name": names[one.kind],
+        "against": names[other.kind],
+        "lambda": one.lam,
+        "share": one.share,
+        "seeds": [list(pair) for pair in pairs],
+        "left_out": len({*one.runs, *other.runs}) - len(pairs),
+        **_sample(differences),
+        "higher": sum(difference > 0 for difference in differences),
+        "p": statistics.permutation_p(differences),
+        "smallest_p": statistics.smallest_p(len(differences)),
+    }
+
+
+def _verdict(p: float, mean: float) -> str:
+    if p >= statistics.SIGNIFICANCE:
+        return NO_EVIDENCE
+    return BETTER if mean > 0 else WORSE
+
+
+def _ensemble(plain: Condition, study: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the score of the plain runs' vote, and of the votes without one of them."""
+    runs = list(plain.runs.values())
+    predictions = [run["predictions"] for run in runs]
+    names = list(runs[0]["dev"])
+    primary = study["primary"]
+
+    def score(members: Sequence[Sequence[float]], wanted: Sequence[str]) -> dict[str, float]:
+        voted = ensemble.vote(members, regression=study["regression"])
+        return metrics.score(wanted, voted, study["dev_labels"])
+
+    total = {m: sum(run[m] for run in runs) for m in ("member_steps", "forwards", "seconds")}
+    return {
+        "share": plain.share,
+        "members": len(runs),
+        "seeds": [list(pair) for pair in plain.runs],
+        "dev": score(predictions, names),
+        "leave_one_out": [score(rest, [primary])[primary] for rest in ensemble.leave_one_out(predictions)],
+        "cost": {**total, "relative": _relative(total, runs)},
+    }

@@ -1,0 +1,117 @@
+"""A study's numbers and findings as people read them: the same words in table, report and figures.
+
+Scores are shown times 100, as GLUE's are; `results.json` has them as they are. A difference has its sign.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from noisytune_cli.study import statistics
+
+#: What metrics are called.
+METRICS = {
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "macro_f1": "macro-F1",
+    "matthews": "Matthews correlation",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
+}
+
+_MINUS = "−"
+
+
+def score(value: float) -> str:
+    """Return a score times 100: 41.23."""
+    return f"{100 * value:.2f}".replace("-", _MINUS)
+
+
+def spread(sample: Mapping[str, Any]) -> str:
+    """Return mean and std of scores: 41.23 ± 1.20, or the mean alone where there is one value."""
+    return score(sample["mean"]) + ("" if sample["std"] is None else f" ± {score(sample['std'])}")
+
+
+def change(value: float) -> str:
+    """Return a difference of scores, times 100, with its sign: +0.41."""
+    return f"{100 * value:+.2f}".replace("-", _MINUS)
+
+
+def interval(sample: Mapping[str, Any]) -> str:
+    """Return the interval of a difference: [−0.40, +1.20], or nothing where there is one value."""
+    return "" if sample["interval"] is None else "[{}, {}]".format(*map(change, sample["interval"]))
+
+
+def difference(comparison: Mapping[str, Any]) -> str:
+    """Return a mean difference and its interval: +0.41 [−0.40, +1.20]."""
+    return f"{change(comparison['mean'])} {interval(comparison)}".rstrip()
+
+
+def probability(p: float) -> str:
+    """Return a p-value: 0.0625, 0.312, < 0.0001."""
+    return "< 0.0001" if p < 0.0001 else f"{p:.3g}"
+
+
+def strength(lam: float | None) -> str:
+    """Return λ, blank where noisytune takes no part."""
+    return "" if lam is None else f"{lam:g}"
+
+
+def times(factor: float | None) -> str:
+    """Return a cost relative to plain: ×2.00."""
+    return "" if factor is None else f"×{factor:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a span of time: 43 s, 2 min 5 s, 3 h 12 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 seed, 5 seeds."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def finding(comparison: Mapping[str, Any]) -> str:
+    """Return one sentence for a comparison, which begins with its name."""
+    lam = f" (λ {strength(comparison['lambda'])})" if comparison["lambda"] is not None else ""
+    seeds = len(comparison["values"])
+    return (
+        f"{comparison['name']}{lam} against {comparison['against']}: {difference(comparison)} over "
+        f"{count(seeds, 'paired seed')}, higher in {comparison['higher']} of them, "
+        f"p = {probability(comparison['p'])} ({probability(comparison['p_holm'])} adjusted): "
+        f"{comparison['verdict']}."
+    ).replace("= <", "<")
+
+
+def power(comparisons: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return what so few seeds cannot show in these comparisons, None where each could be evidence."""
+    number = max(comparison["comparisons"] for comparison in comparisons)
+    seeds = min(len(comparison["values"]) for comparison in comparisons)
+    smallest = statistics.smallest_p(seeds)
+    if number * smallest < statistics.SIGNIFICANCE:
+        return None
+    alone = f"{count(seeds, 'paired seed')} cannot give a two-sided p below {probability(smallest)}" + (
+        f", which {count(number, 'comparison')} adjust to {probability(min(1.0, number * smallest))}"
+        * (number > 1)
+    )
+    return (
+        f"{alone}: no difference, however large, can count as evidence at {statistics.SIGNIFICANCE:g} here. "
+        f"It takes {count(statistics.pairs_needed(number), 'seed')}."
+    )
+
+
+def choice(chosen_on: str) -> str:
+    """Return on which rows λ was chosen, in one sentence."""
+    return {
+        "held_out": "λ was chosen by the mean score on a held-out part of the training rows, "
+        "on which nothing is trained and nothing else is reported.",
+        "dev": "λ was chosen on the very rows that the scores are reported on (there is no held-out part), "
+        "so the score at that λ is too good.",
+        "given": "Each method had a single λ or none: there was nothing to choose.",
+    }[chosen_on]

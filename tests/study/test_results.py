@@ -1,0 +1,211 @@
+"""What runs come to together, with scores that are known."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from noisytune_cli.study import results
+
+from .records import LABELS, run, runs, study
+
+UP = [0.02, 0.01, 0.04, 0.03, 0.05, 0.06]
+
+
+def summarise(made: list[dict[str, Any]], **others: Any) -> dict[str, Any]:
+    return results.summarise(study(made, **others), made)
+
+
+def beside_plain(differences: list[float], method: str = "r3f") -> list[dict[str, Any]]:
+    plain = [0.40, 0.42, 0.39, 0.41, 0.43, 0.40, 0.44, 0.38][: len(differences)]
+    return [*runs("plain", plain), *runs(method, [a + b for a, b in zip(plain, differences, strict=True)])]
+
+
+def test_a_comparison_is_of_paired_differences() -> None:
+    (comparison,) = summarise(beside_plain(UP))["comparisons"]
+    assert comparison["values"] == pytest.approx(UP)
+    assert comparison["mean"] == pytest.approx(0.035)
+    assert comparison["std"] == pytest.approx(0.0187082869)
+    assert comparison["interval"][0] > 0
+    assert comparison["higher"] == 6
+    assert comparison["p"] == comparison["p_holm"] == comparison["smallest_p"] == 2 / 64
+    assert comparison["comparisons"] == 1
+    assert (comparison["name"], comparison["against"], comparison["left_out"]) == ("r3f", "plain", 0)
+    assert comparison["verdict"] == results.BETTER
+
+
+def test_the_other_direction_is_evidence_too() -> None:
+    (comparison,) = summarise(beside_plain([-value for value in UP]))["comparisons"]
+    assert (comparison["verdict"], comparison["higher"]) == (results.WORSE, 0)
+
+
+@pytest.mark.parametrize(
+    "differences",
+    [
+        UP[:5],  # all of one sign, and yet five pairs cannot show it
+        [0.02, -0.03, 0.01, -0.01, 0.02, 0.03],
+        [0.0] * 6,
+        [0.3],
+    ],
+)
+def test_no_evidence_is_said_where_there_is_none(differences: list[float]) -> None:
+    (comparison,) = summarise(beside_plain(differences))["comparisons"]
+    assert comparison["verdict"] == "no evidence of a difference"
+
+
+def test_several_comparisons_take_the_evidence_away() -> None:
+    made = beside_plain(UP)
+    made += [{**record, "method": "mixout", "key": f"mixout{record['seed']}"} for record in made[6:]]
+    found = summarise(made)["comparisons"]
+    assert [c["p"] for c in found] == [2 / 64, 2 / 64]
+    assert [c["p_holm"] for c in found] == [4 / 64, 4 / 64]
+    assert [c["comparisons"] for c in found] == [2, 2]
+    assert {c["verdict"] for c in found} == {results.NO_EVIDENCE}
+
+
+def test_only_seeds_that_both_have_are_compared() -> None:
+    made = beside_plain(UP)
+    del made[0], made[-1]
+    (comparison,) = summarise(made)["comparisons"]
+    assert comparison["seeds"] == [[1, 1, 1], [2, 2, 2], [3, 3, 3], [4, 4, 4]]
+    assert comparison["left_out"] == 2
+    assert comparison["values"] == pytest.approx(UP[1:5])
+
+
+def test_methods_without_a_seed_in_common_are_not_compared() -> None:
+    assert summarise([run("plain", 0), run("r3f", 1)])["comparisons"] == []
+
+
+def test_each_share_is_compared_with_its_own_plain() -> None:
+    made = [
+        *runs("plain", [0.4, 0.5]),
+        *runs("noisytune", [0.5, 0.6]),
+        *runs("plain", [0.2, 0.3], share=0.2),
+        *runs("noisytune", [0.1, 0.2], share=0.2),
+        *runs("r3f", [0.3, 0.4], share=0.4),
+    ]
+    found = summarise(made)["comparisons"]
+    assert [(c["share"], round(c["mean"], 9), c["comparisons"]) for c in found] == [
+        (1.0, 0.1, 1),
+        (0.2, -0.1, 1),
+    ]
+
+
+def test_noise_is_compared_with_what_it_is_added_to() -> None:
+    options = {"mixout.p": 0.7}
+    made = [
+        *runs("plain", [0.4, 0.4]),
+        *runs("mixout", [0.5, 0.6], options=options),
+        *runs("noisytune+mixout", [0.52, 0.66], options=options),
+        *runs("noisytune", [0.41, 0.42]),
+        *runs("noisytune+r3f", [0.3, 0.3]),
+    ]
+    (added,) = summarise(made)["combinations"]
+    assert (added["name"], added["against"]) == ("noisytune+mixout", "mixout")
+    assert added["values"] == pytest.approx([0.02, 0.06])
+
+
+def test_the_score_is_reported_at_the_lambda_that_was_chosen_elsewhere() -> None:
+    made = [
+        *runs("plain", [0.4, 0.4]),
+        *runs("noisytune", [0.9, 0.9], lam=0.1, held_out=0.1),
+        *runs("noisytune", [0.5, 0.5], lam=0.2, held_out=0.2),
+    ]
+    found = summarise(made)
+    assert [(c["lambda"], c["reported"]) for c in found["conditions"]] == [
+        (None, True),
+        (0.1, False),
+        (0.2, True),
+    ]
+    (comparison,) = found["comparisons"]
+    assert comparison["lambda"] == 0.2
+    assert comparison["mean"] == pytest.approx(0.1)
+    assert found["lambda_chosen_on"] == "held_out"
+
+
+def test_a_choice_on_the_reported_rows_is_told() -> None:
+    made = [
+        *runs("noisytune", [0.4], lam=0.1, held_out=None),
+        *runs("noisytune", [0.5], lam=0.2, held_out=None),
+    ]
+    assert summarise(made)["lambda_chosen_on"] == "dev"
+    assert summarise(made[:1])["lambda_chosen_on"] == "given"
+
+
+def test_the_ensemble_is_the_vote_of_the_plain_runs() -> None:
+    votes = [LABELS, LABELS, [1 - label for label in LABELS]]
+    made = [run("plain", seed, predictions=vote) for seed, vote in enumerate(votes)]
+    (ensemble,) = summarise(made)["ensembles"]
+    assert ensemble["members"] == 3
+    assert ensemble["dev"] == {"matthews": 1.0, "accuracy": 1.0}
+    # Without the first, or the second: one vote each way, and the first of those left decides.
+    assert ensemble["leave_one_out"] == [1.0, 1.0, 1.0]
+    assert ensemble["cost"]["member_steps"] == 945
+    assert ensemble["cost"]["relative"] == {"member_steps": 3.0, "forwards": 3.0, "seconds": 3.0}
+
+
+def test_the_ensemble_of_numbers_is_their_mean() -> None:
+    labels = [0.0, 1.0, 2.0, 5.0]
+    predictions = [[0.0, 1.5, 2.0, 4.0], [0.0, 0.5, 2.0, 6.0]]
+    made = [run("plain", seed, predictions=p, metric="pearson") for seed, p in enumerate(predictions)]
+    for record in made:
+        record["dev"] = {"pearson": 0.9}
+    (ensemble,) = results.summarise(study(made, labels, primary="pearson", regression=True), made)[
+        "ensembles"
+    ]
+    assert ensemble["dev"]["pearson"] == pytest.approx(1.0)
+
+
+def test_cost_is_relative_to_plain() -> None:
+    made = [
+        *runs("plain", [0.4, 0.4], seconds=50.0),
+        *runs("deni", [0.5, 0.5], member_steps=1165, forwards=1165, seconds=200.0),
+    ]
+    plain, deni = (condition["cost"] for condition in summarise(made)["conditions"])
+    assert plain["relative"] == {"member_steps": 1.0, "forwards": 1.0, "seconds": 1.0}
+    assert deni["relative"]["member_steps"] == pytest.approx(1165 / 315)
+    assert deni["relative"]["seconds"] == 4.0
+    (alone,) = summarise(runs("deni", [0.5]))["conditions"]
+    assert alone["cost"]["relative"] is None
+
+
+def test_drift_and_probes_are_averaged_over_seeds() -> None:
+    made = [
+        run(
+            seed=seed,
+            drift={"norm": {"norm_change": change, "change_norm": 2 * change}},
+            probe={"task": "rte", "accuracy": 0.5 + change},
+        )
+        for seed, change in enumerate([0.1, 0.3])
+    ]
+    (condition,) = summarise(made)["conditions"]
+    assert condition["drift"]["norm"]["norm_change"]["mean"] == pytest.approx(0.2)
+    assert condition["drift"]["norm"]["change_norm"]["mean"] == pytest.approx(0.4)
+    assert condition["probe"]["task"] == "rte"
+    assert condition["probe"]["accuracy"]["mean"] == pytest.approx(0.7)
+
+
+def test_what_is_planned_and_not_finished_is_named() -> None:
+    made = [*beside_plain(UP), *runs("noisytune", [0.5, 0.5], share=0.2)]
+    found = results.summarise(study(made), [record for record in made if record["seed"] < 1])
+    assert (found["finished"], found["planned"]) == (3, 14)
+    assert {"name": "plain", "lambda": None, "share": 1.0, "seeds": [1, 2, 3, 4, 5]} in found["missing"]
+    assert {"name": "noisytune", "lambda": 0.15, "share": 0.2, "seeds": [1]} in found["missing"]
+
+
+def test_a_study_without_runs_has_results_all_the_same() -> None:
+    found = results.summarise(study(beside_plain(UP)), [])
+    assert (found["finished"], found["conditions"], found["comparisons"]) == (0, [], [])
+    assert len(found["missing"]) == 2
+
+
+def test_results_are_the_same_bytes_and_their_floats_round_trip() -> None:
+    made = [*beside_plain(UP), *runs("noisytune", [0.1 + 0.2], lam=0.15)]
+    text = results.encode(summarise(made))
+    assert text == results.encode(summarise(list(reversed(made))) | {"study": summarise(made)["study"]})
+    assert text.isascii()
+    assert json.loads(text) == json.loads(json.dumps(summarise(made)))
+    assert json.loads(text)["conditions"][1]["dev"]["matthews"]["values"] == [0.1 + 0.2]
+    assert json.loads(text)["schema"] == results.SCHEMA == 1
