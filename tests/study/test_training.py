@@ -1,0 +1,163 @@
+"""Runs by themselves: every method, regression, LoRA, a decoder, the probe, and what a run must not change."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2Model
+
+from noisytune_cli.study import methods
+from noisytune_cli.study.design import Run, Seeds, plan_runs
+from noisytune_cli.study.settings import Material, Recipe
+from noisytune_cli.study.tasks import Task
+from noisytune_cli.study.training import Bench
+
+from .conftest import Tiny
+from .tiny import save_model
+
+TASK = Task("tiny", ("sentence",), "label", ("accuracy", "matthews"))
+RECIPE = Recipe(epochs=2, batch_size=8, learning_rate=1e-3)
+
+
+def bench(tiny: Tiny, recipe: Recipe = RECIPE, **changed: Any) -> Bench:
+    material = Material(tiny.model, TASK, tiny.train, tiny.dev, train_rows=24, held_out=8)
+    return Bench(dataclasses.replace(material, **changed), recipe, "cpu", 1)
+
+
+def a_run(method: str, **seeds: int) -> Run:
+    (run,) = plan_runs(
+        [method],
+        lambdas=[0.15],
+        noises=["uniform"],
+        scopes=["matrix"],
+        shares=[1.0],
+        seeds=Seeds([3], **seeds),
+        settings={"deni.members": 3, "recadam.gamma": 100.0},  # what so few steps at so high a rate allow
+    )
+    return run
+
+
+@pytest.mark.parametrize("method", [*methods.names(), "noisytune+mixout", "noisytune+recadam"])
+def test_every_method_runs_to_its_end_and_gives_the_same_numbers_again(tiny: Tiny, method: str) -> None:
+    place = bench(tiny)
+    pretrained = {name: p.clone() for name, p in place.pretrained.start(0, place.device).anchor.items()}
+    first, second = place.carry_out(a_run(method)), place.carry_out(a_run(method))
+    first.pop("seconds"), second.pop("seconds")
+    assert first == second
+    assert math.isfinite(first["loss"])
+    assert first["method"] == method
+    assert first["steps"] == 6
+    assert first["member_steps"] >= 6
+    assert first["forwards"] >= first["member_steps"]
+    assert set(first["dev"]) == set(first["held_out"]) == {"accuracy", "matthews"}
+    after = place.pretrained.start(0, place.device).anchor
+    assert all(torch.equal(after[name], values) for name, values in pretrained.items())
+
+
+def test_methods_differ_from_plain(tiny: Tiny) -> None:
+    place = bench(tiny)
+    losses = {name: place.carry_out(a_run(name))["loss"] for name in ("plain", "noisytune", "neftune", "r3f")}
+    assert len(set(losses.values())) == 4
+
+
+def test_the_cost_is_counted(tiny: Tiny) -> None:
+    place = bench(tiny)
+    counted = {name: place.carry_out(a_run(name)) for name in ("plain", "r3f")}
+    assert [counted["plain"][k] for k in ("member_steps", "forwards")] == [6, 6]
+    assert [counted["r3f"][k] for k in ("member_steps", "forwards")] == [6, 12]
+
+
+def test_the_head_is_drawn_from_its_seed_alone(tiny: Tiny) -> None:
+    place = bench(tiny)
+    one, same, other = (place.pretrained.start(seed, place.device) for seed in (1, 1, 2))
+    assert one.fresh == {"classifier.weight", "classifier.bias"}
+    assert not one.fresh & one.anchor.keys()
+    heads = [start.model.get_parameter("classifier.weight") for start in (one, same, other)]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    assert 0.1 < float(heads[0].detach().std()) < 0.3  # the config's initializer_range is 0.2
+
+
+def test_the_order_of_rows_is_its_seed_s_and_every_epoch_has_all_of_them(tiny: Tiny) -> None:
+    place = bench(tiny)
+    batches = list(place._batches(24, order_seed=5))
+    assert [len(batch) for batch in batches] == [8] * 6
+    epochs = [sum(batches[:3], []), sum(batches[3:], [])]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(24))
+    assert epochs[0] != epochs[1]
+    assert batches == list(place._batches(24, order_seed=5)) != list(place._batches(24, order_seed=6))
+
+
+def test_the_rate_rises_and_falls_to_0(tiny: Tiny) -> None:
+    from noisytune_cli.study.training import _linear_schedule
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=2.0)
+    schedule = _linear_schedule(optimizer, 2, 6)
+    rates = []
+    for _ in range(7):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.0, 1.0, 2.0, 1.5, 1.0, 0.5, 0.0])
+
+
+def test_biases_and_norms_do_not_decay(tiny: Tiny) -> None:
+    place = bench(tiny)
+    model = place.pretrained.start(0, place.device).model
+    decayed, spared = place._optimizer(model).param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all(names[id(p)].endswith(".bias") or "LayerNorm" in names[id(p)] for p in spared["params"])
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+def test_regression_predicts_numbers(tiny: Tiny) -> None:
+    task = dataclasses.replace(TASK, metrics=("pearson", "spearman"))
+    run = bench(tiny, task=task).carry_out(a_run("plain"))
+    assert set(run["dev"]) == {"pearson", "spearman"}
+    assert len({type(value) for value in run["predictions"]} | {float}) == 1
+    assert len(set(run["predictions"])) > 2
+
+
+def test_lora_trains_adapters_and_head_and_has_the_noise_of_a_full_run(tiny: Tiny) -> None:
+    place = bench(tiny, dataclasses.replace(RECIPE, lora_rank=2, learning_rate=1e-2))
+    start = place.pretrained.start(0, place.device)
+    trained = {name for name, p in start.model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in name or "classifier" in name for name in trained)
+    assert not any("lora_" in name or "classifier" in name for name in start.anchor)
+    full = bench(tiny).pretrained.start(0, place.device)
+    assert len(start.anchor) == len(full.anchor)
+    record = place.carry_out(a_run("noisytune"))
+    assert record["drift"] is None
+    assert record["loss"] != place.carry_out(a_run("plain"))["loss"]
+
+
+def test_a_decoder_without_a_padding_token_is_trained_too(tiny: Tiny, tmp_path: Path) -> None:
+    folder = save_model(tmp_path)
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace('"pad_token": "[PAD]"', '"eos_token": "[SEP]"'))
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    GPT2Model(config).save_pretrained(folder)
+    place = bench(tiny, model=folder)
+    assert place.train.padding["input_ids"] == place.pretrained.tokenizer.eos_token_id
+    for method in ("plain", "noisytune", "r3f"):
+        assert math.isfinite(place.carry_out(a_run(method))["loss"])
+
+
+def test_the_probe_reads_the_finetuned_encoder_and_changes_nothing(tiny: Tiny) -> None:
+    plain = bench(tiny).carry_out(a_run("plain"))
+    probed = bench(tiny, probe=TASK, probe_train=tiny.train, probe_dev=tiny.dev).carry_out(a_run("plain"))
+    assert plain["probe"] is None
+    assert probed["probe"]["task"] == "tiny"
+    # The adjective alone gives the label, so a linear model finds it in the mean of the tokens.
+    assert probed["probe"]["accuracy"] > 0.9
+    assert (probed["loss"], probed["predictions"]) == (plain["loss"], plain["predictions"])
