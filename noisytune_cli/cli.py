@@ -63,6 +63,17 @@ class _Scope(StrEnum):
     global_ = "global"
 
 
+class _DType(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+class _To(StrEnum):
+    safetensors = "safetensors"
+
+
 class _Format(StrEnum):
     table = "table"
     json = "json"
@@ -173,6 +184,16 @@ def perturb(
         str | None,
         typer.Option(metavar="NAME", help="Settings by name: xtreme (λ 0.1, @embeddings excluded)."),
     ] = None,
+    dtype: Annotated[
+        _DType | None,
+        typer.Option(
+            help="Write parameters in this dtype, rounded once from the noisy sum; index and config follow."
+        ),
+    ] = None,
+    to: Annotated[
+        _To | None,
+        typer.Option(help="Write pickled weights as safetensors; the model's weights alone."),
+    ] = None,
     device: Annotated[
         str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:N, mps.")
     ] = "cpu",
@@ -200,7 +221,7 @@ def perturb(
     """
     from noisytune_cli import show, show_perturb
     from noisytune_cli.commands import perturb as command
-    from noisytune_cli.options import make_noise
+    from noisytune_cli.options import make_conversion, make_noise
 
     started = time.monotonic()
     request = command.Request(
@@ -216,6 +237,7 @@ def perturb(
             rules=lambda_for or (),
             preset=preset,
         ),
+        conversion=make_conversion(dtype, to, None),
         weights=weights,
         revision=revision,
         mmap=mmap,

@@ -8,6 +8,7 @@ is spelt as an escape, and the text is cut to a length that fits an error line.
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
 #: Unicode categories that are never shown as they are: controls, formats (bidi overrides among them),
 #: surrogates, private use, unassigned, and line and paragraph separators.
@@ -31,3 +32,9 @@ def _escape_character(c: str) -> str:
     if code < 0x100:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def enumerate_some(names: Sequence[str], limit: int = 6) -> str:
+    """Return the first names, escaped, and how many there are more."""
+    shown = ", ".join(escape(name) for name in names[:limit])
+    return f"{shown} and {len(names) - limit:,} more" if len(names) > limit else shown

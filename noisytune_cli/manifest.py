@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from noisytune_cli import distributions
-from noisytune_cli.records import Manifest, NoiseSpec, Receipt, SourceRecord
+from noisytune_cli.records import FileRecord, Manifest, NoiseSpec, OutputRecord, Receipt, SourceRecord
 from noisytune_cli.stream import STREAM
 
 #: The version of the manifest's layout.
@@ -40,11 +40,13 @@ def lay_out(document: Mapping[str, Any]) -> bytes:
 def to_json(manifest: Manifest) -> dict[str, Any]:
     """Return the manifest as the JSON document it is stored as."""
     perturbed = sum(r.action == "perturb" for r in manifest.receipts)
+    output = {} if manifest.output is None else {"output": _output(manifest.output)}
     range_keys = distributions.load(manifest.noise.distribution).noise_range(0.0).keys()
     return {
         "schema": SCHEMA,
         "tool": {"name": manifest.tool_name, "version": manifest.tool_version},
         "source": source_json(manifest.source),
+        **output,
         "noise": _noise(manifest.noise),
         "tensors": [_tensor(receipt, range_keys) for receipt in manifest.receipts],
         "copied": [{"name": name, "digest": digest} for name, digest in manifest.copied],
@@ -63,9 +65,23 @@ def source_json(source: SourceRecord) -> dict[str, Any]:
     return {
         "id": source.id,
         "revision": source.revision,
-        "files": [
-            {"name": file.name, "size": file.size, "header_digest": file.header_digest}
-            for file in source.files
+        "files": [_file(file) for file in source.files],
+    }
+
+
+def _file(file: FileRecord) -> dict[str, Any]:
+    return {"name": file.name, "size": file.size, "header_digest": file.header_digest}
+
+
+def _output(output: OutputRecord) -> dict[str, Any]:
+    conversion = output.conversion
+    return {
+        "dtype": conversion.dtype,
+        "format": conversion.format,
+        "dequantized": conversion.dequantized,
+        "files": [_file(file) for file in output.files],
+        "rewritten": [
+            {"name": name, "source": source, "digest": digest} for name, source, digest in output.rewritten
         ],
     }
 
@@ -95,6 +111,7 @@ def _tensor(receipt: Receipt, range_keys: Iterable[str]) -> dict[str, Any]:
         "stream": receipt.step.stream,
         "file": tensor.file,
         "dtype": tensor.dtype,
+        **({} if receipt.step.out_dtype is None else {"out_dtype": receipt.step.out_dtype}),
         "shape": list(tensor.shape),
         "action": receipt.action,
     }

@@ -88,6 +88,10 @@ class Fields:
             raise self.fault(key, f'is "{value[:100]}", not one of: {", ".join(choices)}')
         return value
 
+    def optional_choice(self, key: str, choices: Sequence[str]) -> str | None:
+        """Return one of `choices`, or None for null."""
+        return None if self._value[key] is None else self.choice(key, choices)
+
     def digest(self, key: str) -> str:
         """Return a digest `blake3:HEX`."""
         return check_digest(self._value[key], f"{self._where}.{key}")

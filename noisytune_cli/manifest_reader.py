@@ -21,7 +21,15 @@ from noisytune_cli.manifest import SCHEMA, encode
 from noisytune_cli.manifest_fields import Fields, ManifestFault, check_string
 from noisytune_cli.manifest_tensors import read_tensors
 from noisytune_cli.reading import read_small
-from noisytune_cli.records import FileRecord, Manifest, NoiseSpec, SourceRecord
+from noisytune_cli.records import (
+    FLOAT_DTYPES,
+    Conversion,
+    FileRecord,
+    Manifest,
+    NoiseSpec,
+    OutputRecord,
+    SourceRecord,
+)
 from noisytune_cli.stream import STREAM
 from noisytune_cli.strict_json import Document, JsonFault
 
@@ -102,15 +110,22 @@ def parse(content: bytes) -> Manifest:
             raise ManifestFault("it is that of an average", next_step="Average its members again")
         raise ManifestFault(f'"{key[:40]}" stands where "source" is due')
     source = read_source(document.value(), "source")
-    document.member("noise")
+    output = None
+    if (key := document.key("noise")) == "output":
+        output = _output(document.value(), source)
+        document.member("noise")
+    elif key != "noise":
+        raise ManifestFault(f'"{key[:40]}" stands where "noise" is due')
     noise = _noise(document.value())
     document.member("tensors")
-    receipts = read_tensors(document.entries(MAX_ENTRIES), noise, source.files)
+    receipts = read_tensors(document.entries(MAX_ENTRIES), noise, source.files, output)
     copied, left_out = read_other_files(document, source.files)
+    if output is not None:
+        _check_output_names(source, output, copied)
     document.member("totals")
     totals = document.value()
     document.end()
-    manifest = Manifest("noisytune", version, source, noise, receipts, copied, left_out)
+    manifest = Manifest("noisytune", version, source, noise, receipts, copied, left_out, output)
     _check_totals(totals, manifest)
     return manifest
 
@@ -145,6 +160,12 @@ def read_other_files(
 def read_source(value: Any, where: str) -> SourceRecord:
     """Return the source that an object at `where` in the manifest describes."""
     fields = Fields(value, where, ("id", "revision", "files"))
+    files = _files(fields, where)
+    revision = fields.commit("revision")
+    return SourceRecord(fields.string("id"), revision, files)
+
+
+def _files(fields: Fields, where: str) -> tuple[FileRecord, ...]:
     entries = fields.list("files")
     if not entries:
         raise ManifestFault(f"{where}.files is empty")
@@ -155,8 +176,37 @@ def read_source(value: Any, where: str) -> SourceRecord:
         if size < _SMALLEST_FILE:
             raise ManifestFault(f"{where}.files[{i}].size is less than any weight file's")
         files.append(FileRecord(file.name("name"), size, file.digest("header_digest")))
-    revision = fields.commit("revision")
-    return SourceRecord(fields.string("id"), revision, tuple(files))
+    return tuple(files)
+
+
+def _output(value: Any, source: SourceRecord) -> OutputRecord:
+    fields = Fields(value, "output", ("dtype", "format", "dequantized", "files", "rewritten"))
+    dtype = fields.optional_choice("dtype", tuple(FLOAT_DTYPES))
+    conversion = Conversion(
+        dtype=dtype,
+        format="safetensors" if fields.optional_choice("format", ("safetensors",)) else None,
+        dequantized="BF16" if fields.optional_choice("dequantized", ("BF16",)) else None,
+    )
+    if conversion == Conversion():
+        raise ManifestFault("output converts nothing")
+    files = _files(fields, "output")
+    if len(files) != len(source.files):
+        raise ManifestFault("output.files are not as many as source.files")
+    rewritten = tuple(_rewritten(entry, i) for i, entry in enumerate(fields.list("rewritten")))
+    return OutputRecord(conversion, files, rewritten)
+
+
+def _rewritten(value: Any, index: int) -> tuple[str, str, str]:
+    fields = Fields(value, f"output.rewritten[{index}]", ("name", "source", "digest"))
+    return fields.name("name"), fields.name("source"), fields.digest("digest")
+
+
+def _check_output_names(
+    source: SourceRecord, output: OutputRecord, copied: Sequence[tuple[str, str]]
+) -> None:
+    others = [name for name, _ in copied]
+    _check_names([*(file.name for file in source.files), *(old for _, old, _ in output.rewritten), *others])
+    _check_names([*(file.name for file in output.files), *(new for new, _, _ in output.rewritten), *others])
 
 
 def _noise(value: Any) -> NoiseSpec:

@@ -12,11 +12,14 @@ from typing import Any, get_args
 from noisytune_cli import distributions
 from noisytune_cli.formats._header import ALL_DTYPES, HeaderFault, stored_bytes
 from noisytune_cli.manifest_fields import Fields, ManifestFault
+from noisytune_cli.plan import out_dtype_of
 from noisytune_cli.records import (
     FLOAT_DTYPES,
     Action,
+    Conversion,
     FileRecord,
     NoiseSpec,
+    OutputRecord,
     Reason,
     Receipt,
     Step,
@@ -33,10 +36,14 @@ _SMALLEST_HEADER = 10  # a length, and `{}`
 
 
 def read_tensors(
-    entries: Iterable[Any], noise: NoiseSpec, files: Sequence[FileRecord]
+    entries: Iterable[Any],
+    noise: NoiseSpec,
+    files: Sequence[FileRecord],
+    output: OutputRecord | None = None,
 ) -> tuple[Receipt, ...]:
     """Return a receipt for each entry: file by file, no name twice, every stream that of a tensor."""
-    reader = _Reader(noise, files)
+    conversion = Conversion() if output is None else output.conversion
+    reader = _Reader(noise, files, conversion)
     receipts = [reader.read(entry, f"tensors[{i}]") for i, entry in enumerate(entries)]
     names = {receipt.step.tensor.name for receipt in receipts}
     if len(names) < len(receipts):
@@ -44,14 +51,15 @@ def read_tensors(
     for i, receipt in enumerate(receipts):
         if receipt.step.stream not in names:
             raise ManifestFault(f"tensors[{i}].stream is no tensor's name")
-    _check_files(receipts, files)
+    _check_files(receipts, files, packed=2 if conversion.dequantized else 1)
     return tuple(receipts)
 
 
-def _check_files(receipts: Sequence[Receipt], files: Sequence[FileRecord]) -> None:
+def _check_files(receipts: Sequence[Receipt], files: Sequence[FileRecord], *, packed: int) -> None:
     """Refuse tensors out of the order of their files, and any that its file has no room for.
 
-    Their sum may be larger than the file: names that a pickle stores as one share their bytes.
+    Their sum may be larger than the file: names that a pickle stores as one share their bytes. A quantised
+    tensor has `packed` times fewer bytes there.
     """
     order = {file.name: place for place, file in enumerate(files)}
     places = [order[receipt.step.tensor.file] for receipt in receipts]
@@ -59,7 +67,7 @@ def _check_files(receipts: Sequence[Receipt], files: Sequence[FileRecord]) -> No
         raise ManifestFault("its tensors are not in the order of source.files")
     room = [file.size - _SMALLEST_HEADER for file in files]
     for place, receipt in zip(places, receipts, strict=True):
-        if receipt.step.tensor.nbytes > room[place]:
+        if receipt.step.tensor.nbytes > room[place] * packed:
             raise ManifestFault(f"source.files[{place}].size is less than its tensors need")
 
 
@@ -83,18 +91,19 @@ def read_tensor(fields: Fields, where: str, files: Mapping[str, str]) -> TensorS
 
 
 class _Reader:
-    """What an entry is read against: the noise and the weight files."""
+    """What an entry is read against: the noise, the weight files, and what the output converts."""
 
-    def __init__(self, noise: NoiseSpec, files: Sequence[FileRecord]) -> None:
+    def __init__(self, noise: NoiseSpec, files: Sequence[FileRecord], conversion: Conversion) -> None:
         self._scope = noise.scope
         self._files = {file.name: file.name for file in files}
         self._strengths = {noise.lam, *(lam for _, lam in noise.rules)}
         self._distribution = distributions.load(noise.distribution)
         self._range = tuple(self._distribution.noise_range(0.0))
+        self._conversion = conversion
 
     def read(self, entry: Any, where: str) -> Receipt:
         """Return the receipt that an entry stands for; where its tensor lies (offset) it does not say."""
-        fields = Fields(entry, where, (*_KEYS, *self._range), ("reason",))
+        fields = Fields(entry, where, (*_KEYS, *self._range), ("reason", "out_dtype"))
         tensor = read_tensor(fields, where, self._files)
         lam, std = fields.strength("lambda"), fields.float32("std")
         amplitude = fields.float32("amplitude")
@@ -109,12 +118,16 @@ class _Reader:
                 raise fields.fault("reason", "is missing from a copy")
             reason = _REASONS[fields.choice("reason", tuple(_REASONS))]
             self._check_reason(fields, tensor, reason, std)
-            if lam or amplitude is not None or unchanged or clamped or source_digest != digest:
+            changed = source_digest != digest and not fields.has("out_dtype")
+            if lam or amplitude is not None or unchanged or clamped or changed:
                 raise ManifestFault(f"{where} is a copy, but its fields are those of a perturbed tensor")
         noise_range = self._check_range(fields, amplitude)
+        out_dtype = out_dtype_of(tensor, reason, self._conversion)
+        if (fields.string("out_dtype") if fields.has("out_dtype") else None) != out_dtype:
+            raise ManifestFault(f"{where} is not written in the dtype that output.dtype asks for")
         action: Action = "perturb" if reason is None else "copy"
         return Receipt(
-            step=Step(tensor, action, reason, lam, fields.string("stream")),
+            step=Step(tensor, action, reason, lam, fields.string("stream"), out_dtype=out_dtype),
             action=action,
             reason=reason,
             lam=lam,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from noisytune_cli.errors import UsageError
-from noisytune_cli.records import NoiseSpec, Scope
+from noisytune_cli.records import Conversion, NoiseSpec, Scope
 
 #: λ of the paper on GLUE.
 DEFAULT_LAMBDA = 0.15
@@ -25,6 +25,20 @@ PRESETS: Mapping[str, Preset] = {
     # The paper's setting for multilingual models: no noise on token embeddings (nor on a head tied to them).
     "xtreme": Preset(lam=0.1, exclude=("@embeddings",)),
 }
+
+
+#: The dtypes that --dtype names, as torch spells them.
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def make_conversion(dtype: str | None, to: str | None, dequantize: str | None) -> Conversion | None:
+    """Return in what the output's weights are to differ from the source's, None where in nothing."""
+    conversion = Conversion(
+        dtype=None if dtype is None else DTYPES[dtype],
+        format="safetensors" if to == "safetensors" else None,
+        dequantized="BF16" if dequantize == "bf16" else None,
+    )
+    return None if conversion == Conversion() else conversion
 
 
 def make_noise(

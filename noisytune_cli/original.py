@@ -98,11 +98,9 @@ def _weights(recorded: RecordedManifest) -> str:
     manifest = recorded.manifest
     names = [file.name for file in manifest.source.files]
     home = posixpath.dirname(names[0])
-    indexes = [
-        name
-        for name, _ in manifest.copied
-        if name.endswith(INDEX_SUFFIXES) and posixpath.dirname(name) == home
-    ]
+    rewritten = () if manifest.output is None else manifest.output.rewritten
+    others = [*(name for name, _ in manifest.copied), *(source for _, source, _ in rewritten)]
+    indexes = [name for name in others if name.endswith(INDEX_SUFFIXES) and posixpath.dirname(name) == home]
     if len(indexes) == 1:
         return indexes[0]
     if len(names) == 1 and not indexes:

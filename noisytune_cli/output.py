@@ -24,8 +24,11 @@ from noisytune_cli.staging import remains
 _CACHED_REPOSITORY = re.compile(r"(?:models|datasets|spaces)--.")
 
 
-def resolve_output(out: str, source: Checkpoint) -> Path:
-    """Return the output's absolute path; for a single file and an `out` that ends in `/`, a file in it."""
+def resolve_output(out: str, source: Checkpoint, name_in_folder: str | None = None) -> Path:
+    """Return the output's absolute path; for a single file and an `out` that ends in `/`, a file in it.
+
+    That bears the source's name, or `name_in_folder`.
+    """
     expanded = os.path.expanduser(out)
     folder, name = os.path.split(expanded.rstrip("/"))
     # Links in the folder are resolved as the kernel would (`link/..` is not `.`), the last name is kept.
@@ -35,7 +38,7 @@ def resolve_output(out: str, source: Checkpoint) -> Path:
     except FileNotFoundError as error:  # the current directory was removed
         raise unwritable(error, out) from error
     if source.single_file and out.endswith("/"):
-        return path / source.sources[0].path.name
+        return path / (name_in_folder or source.sources[0].path.name)
     return path
 
 

@@ -94,6 +94,7 @@ class Outcome:
             data,
             out,
             self._step.tensor.dtype,
+            self._step.out_dtype,
             distribution=self._noise.distribution,
             stream=self._stream,
             first=first,

@@ -20,7 +20,17 @@ from typing import Any
 from noisytune_cli.buffers import find_buffers
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.patterns import check_matched, match_names
-from noisytune_cli.records import FLOAT_DTYPES, Action, NoiseSpec, Plan, Reason, Step, TensorSpec, Tie
+from noisytune_cli.records import (
+    FLOAT_DTYPES,
+    Action,
+    Conversion,
+    NoiseSpec,
+    Plan,
+    Reason,
+    Step,
+    TensorSpec,
+    Tie,
+)
 from noisytune_cli.ties import find_ties
 
 _SEED_LIMIT = 2**64
@@ -209,3 +219,20 @@ def check_outcomes(
         why=f"no tensor can take noise ({found})" if found else "the checkpoint has no tensors",
         next_step="Check that this is the file with the weights; inspect shows the reason for each tensor",
     )
+
+
+def convert(plan: Plan, conversion: Conversion) -> Plan:
+    """Return the plan with the dtype that each tensor is to be written in."""
+    return replace(
+        plan,
+        steps=tuple(
+            replace(step, out_dtype=out_dtype_of(step.tensor, step.reason, conversion)) for step in plan.steps
+        ),
+    )
+
+
+def out_dtype_of(tensor: TensorSpec, reason: Reason | None, conversion: Conversion) -> str | None:
+    """Return the dtype that a tensor is to be written in, or None where it keeps its own, as buffers do."""
+    if tensor.dtype not in FLOAT_DTYPES or reason == "buffer" or conversion.dtype == tensor.dtype:
+        return None
+    return conversion.dtype

@@ -105,6 +105,11 @@ class Publication:
         self._write(self.path(name), chunks())
         return f"blake3:{digest.hexdigest()}"
 
+    def write(self, name: str, content: bytes) -> str:
+        """Write a small file, flushed, and return its digest `blake3:HEX`."""
+        self._write(self.path(name), iter([content]))
+        return f"blake3:{blake3(content).hexdigest()}"
+
     def publish(self, manifest: bytes) -> Path:
         """Seal the staging directory with the manifest and put it in place, durably.
 

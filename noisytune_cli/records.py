@@ -70,13 +70,26 @@ class NoiseSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Conversion:
+    """In what the output's weights differ from the source's beside the noise; None where they do not.
+
+    `dtype` is that of all parameters, one of FLOAT_DTYPES; `format` that of the files; `dequantized` the
+    dtype that quantised weights were turned into before anything else.
+    """
+
+    dtype: str | None = None
+    format: Literal["safetensors"] | None = None
+    dequantized: Literal["BF16"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """What will happen to one tensor, decided from headers alone.
 
     `stream` names the noise stream (the tensor's own name, or that of the tie it belongs to). `lam` is 0
     for a copy. `unsure` says what only the values can tell (`constant`, `non-finite`) of a tensor that is
     to be perturbed. `told_by` says what decided whether it is a buffer: its name, or a model built from the
-    config.
+    config. `out_dtype` is the dtype it is written in, None where that is its own.
     """
 
     tensor: TensorSpec
@@ -86,6 +99,7 @@ class Step:
     stream: str
     unsure: tuple[str, ...] = ()
     told_by: Literal["names", "model"] = "names"
+    out_dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +129,9 @@ class Receipt:
     """What was done to one tensor.
 
     `std` and `amplitude` are float32 values held in Python floats; `low`/`high` bound the uniform noise,
-    `noise_std` is the std of Gaussian noise. `unchanged` counts elements that rounding left as they were,
-    `clamped` those held back at the dtype's largest finite value. Digests are `blake3:HEX` over the
-    stored bytes; empty where the noise was added in memory.
+    `noise_std` is the std of Gaussian noise. `unchanged` counts elements that rounding left as they would be
+    without noise, `clamped` those held back at the dtype's largest finite value. Digests are `blake3:HEX`
+    over the stored bytes; empty where the noise was added in memory.
     """
 
     step: Step
@@ -154,6 +168,18 @@ class SourceRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputRecord:
+    """The output's weight files where they are not like the source's: one for each of these, in order.
+
+    `rewritten` are the small files that had to follow (index, config): name, the source's name, digest.
+    """
+
+    conversion: Conversion
+    files: tuple[FileRecord, ...]
+    rewritten: tuple[tuple[str, str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """All that is needed to check the output, or to rebuild it from the source (`docs/manifest.md`)."""
 
@@ -164,4 +190,5 @@ class Manifest:
     receipts: tuple[Receipt, ...]
     copied: tuple[tuple[str, str], ...] = ()
     left_out: tuple[tuple[str, str], ...] = ()
+    output: OutputRecord | None = None
     warnings: tuple[str, ...] = field(default=(), compare=False)

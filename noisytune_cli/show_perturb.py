@@ -47,7 +47,8 @@ def show_perturbed(result: Perturbed, *, as_json: bool, quiet: bool, seconds: fl
         warn(warning)
     manifest = result.manifest
     perturbed = sum(receipt.action == "perturb" for receipt in manifest.receipts)
-    nbytes = sum(file.size for file in manifest.source.files)
+    files = manifest.source.files if manifest.output is None else manifest.output.files
+    nbytes = sum(file.size for file in files)
     if as_json:
         document = {
             "output": str(result.output),
@@ -84,7 +85,8 @@ def _plan_lines(steps: tuple[Step, ...]) -> Iterator[str]:
             what += ", tied if the bytes agree"
         if unless := [word for word in step.unsure if word != "tied"]:
             what += f"; unless {' or '.join(unless)}"
-        yield f"{escape(tensor.name)}  {tensor.dtype} {shape}  {what}\n"
+        dtype = tensor.dtype if step.out_dtype is None else f"{tensor.dtype} -> {step.out_dtype}"
+        yield f"{escape(tensor.name)}  {dtype} {shape}  {what}\n"
 
 
 def _noise(noise: NoiseSpec) -> dict[str, Any]:
@@ -101,6 +103,7 @@ def _step(step: Step) -> dict[str, Any]:
         "name": step.tensor.name,
         "file": step.tensor.file,
         "dtype": step.tensor.dtype,
+        "out_dtype": step.out_dtype,
         "shape": list(step.tensor.shape),
         "action": step.action,
         "reason": step.reason,

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from noisytune_cli.crew import Hands, Pass
+from noisytune_cli.errors import InputInvalid
 from noisytune_cli.formats import Sink, Source
 from noisytune_cli.moments import new_exact_sums
 from noisytune_cli.part import Outcome, Part, Spread
-from noisytune_cli.records import FLOAT_DTYPES, Receipt, TensorSpec
+from noisytune_cli.records import FLOAT_DTYPES, Receipt, Step, TensorSpec
+from noisytune_cli.stream import LARGEST
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +42,7 @@ class TensorWalk:
         self.spreads: Sequence[Spread | None] = [None] * len(outputs)
         self._walk, self._outputs, self._index, self._source = walk, outputs, index, source
         self._size = _unit(self.tensor)
-        self._tiles = self._divide([output.target(step) for step, output in zip(steps, outputs, strict=True)])
+        self._tiles = self._divide(max(self._size, *(_out_unit(step) for step in steps)))
         self.part = Part(walk.device, self.tensor.dtype, self.tensor.elements, len(self._tiles))
         self._slab: memoryview | None = None
         self._source_hash = blake3()
@@ -79,6 +81,8 @@ class TensorWalk:
         ]
         work = Pass(len(self._tiles), lambda hands, index: self._write_tile(hands, work, index, written))
         self._do(work, hands)
+        for one in written:
+            one.check_range(self._source)
         source_digest = f"blake3:{self._source_hash.hexdigest()}"
         self.receipts = tuple(one.receipt(source_digest) for one in written)
 
@@ -101,21 +105,22 @@ class TensorWalk:
             with work.in_turn(index):
                 self._source_hash.update(data)
         for lane, one in enumerate(written, start=1):
-            if one.outcome.amplitude is None:
+            if one.is_plain_copy:
                 one.write(first, data)
             else:
-                out, unchanged, clamped = one.add(self._walk, hands, data, first)
+                out, unchanged, clamped, overflowed = one.make(self._walk, hands, data, first)
                 one.write(first, out)
                 with work.in_turn(index, lane):
                     one.hash.update(out)
                     one.outcome.unchanged += unchanged
                     one.outcome.clamped += clamped
+                    one.overflowed += overflowed
             self._walk.progress(len(data))
 
-    def _divide(self, targets: Sequence[TensorSpec]) -> list[tuple[int, int]]:
-        """Return (first element, elements) of each tile: none has more bytes than a tile may, anywhere."""
+    def _divide(self, unit: int) -> list[tuple[int, int]]:
+        """Return (first element, elements) of each tile; `unit` is the most bytes of an element, anywhere."""
         count = self.tensor.nbytes // self._size
-        most = self._walk.tile_bytes // max(map(_unit, (self.tensor, *targets)))
+        most = self._walk.tile_bytes // unit
         return [(first, min(most, count - first)) for first in range(0, count, most)]
 
     def _slab_tile(self, index: int) -> memoryview:
@@ -145,30 +150,68 @@ class _Written:
     """One output's tensor while it is written."""
 
     def __init__(self, output: Variant, index: int, spread: Spread | None) -> None:
-        step = output.plan.steps[index]
+        self._step = step = output.plan.steps[index]
         self.outcome = Outcome(output.plan.noise, step, output.recorded.get(step.tensor.name))
         self.outcome.settle(spread)
         self.hash = blake3()
+        #: How many of the source's finite values the output's dtype cannot hold.
+        self.overflowed = 0
+        self._unit = _out_unit(step)
         self._target = output.target(step)
         self._sink: Sink = output.sinks[step.tensor.file]
 
-    def add(self, walk: Walk, hands: Hands, data: memoryview, first: int) -> tuple[memoryview, int, int]:
-        """Return the elements from `first` with their noise, and how many are (unchanged, clamped)."""
-        out = hands.out[: len(data)]
-        return out, *self.outcome.add(walk.device, data, out, first)
+    @property
+    def is_plain_copy(self) -> bool:
+        """Whether the output has the source's bytes."""
+        return self.outcome.amplitude is None and self._step.out_dtype is None
+
+    def make(
+        self, walk: Walk, hands: Hands, data: memoryview, first: int
+    ) -> tuple[memoryview, int, int, int]:
+        """Return the elements from `first` as the output has them, and (unchanged, clamped, overflowed)."""
+        dtype, out_dtype = self._step.tensor.dtype, self._step.out_dtype
+        out = hands.out[: len(data) // _unit(self._step.tensor) * self._unit]
+        overflowed = 0
+        if out_dtype is not None and (self.outcome.amplitude is None or _narrows(dtype, out_dtype)):
+            overflowed = walk.device.convert(data, out, dtype, out_dtype)
+        if self.outcome.amplitude is None:
+            return out, 0, 0, overflowed
+        return out, *self.outcome.add(walk.device, data, out, first), overflowed
 
     def write(self, first: int, data: memoryview) -> None:
         """Write elements from `first` to their place."""
-        self._sink.write(self._target, first * _unit(self._target), data)
+        self._sink.write(self._target, first * self._unit, data)
+
+    def check_range(self, source: Source) -> None:
+        """Raise InputInvalid if the source has a value that overflows by itself, noise or none."""
+        if not self.overflowed:
+            return
+        tensor, dtype = self._step.tensor, self._step.out_dtype or ""
+        raise InputInvalid(
+            f"cannot convert to {dtype}",
+            path=source.path,
+            tensor=tensor.name,
+            why=f"{self.overflowed:,} of its {tensor.elements:,} values are beyond {LARGEST[dtype]:g}, "
+            "the largest of that dtype",
+            next_step="Choose a --dtype of a larger range, such as bfloat16 or float32",
+        )
 
     def receipt(self, source_digest: str) -> Receipt:
-        """Return what was done; a copy has the source's digest."""
-        copied = self.outcome.amplitude is None
+        """Return what was done; a plain copy has the source's digest."""
         return self.outcome.receipt(
-            source_digest, source_digest if copied else f"blake3:{self.hash.hexdigest()}"
+            source_digest, source_digest if self.is_plain_copy else f"blake3:{self.hash.hexdigest()}"
         )
 
 
 def _unit(tensor: TensorSpec) -> int:
     """Return the bytes of an element; of what takes no noise, bytes are the elements."""
     return FLOAT_DTYPES.get(tensor.dtype, 1)
+
+
+def _out_unit(step: Step) -> int:
+    """Return the bytes of an element in the output."""
+    return _unit(step.tensor) if step.out_dtype is None else FLOAT_DTYPES[step.out_dtype]
+
+
+def _narrows(dtype: str, out_dtype: str) -> bool:
+    return LARGEST[dtype] > LARGEST[out_dtype]

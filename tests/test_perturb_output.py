@@ -258,13 +258,13 @@ def test_an_input_that_changes_while_it_is_read(change: Any, mmap: bool, source:
 def test_a_file_beside_the_weights_that_vanishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "in/model.safetensors", {"w": weights("F32", 99)})
     (tmp_path / "in/config.json").write_text("{}")
-    resolve = command.resolve_output
+    resolve = command.resolve_rewritten
 
-    def vanish(out: str, checkpoint: Any) -> Path:
+    def vanish(out: str, checkpoint: Any, files: Any) -> Path:
         (tmp_path / "in/config.json").unlink()
-        return resolve(out, checkpoint)
+        return resolve(out, checkpoint, files)
 
-    monkeypatch.setattr(command, "resolve_output", vanish)
+    monkeypatch.setattr(command, "resolve_rewritten", vanish)
     with pytest.raises(InputUnreadable):
         run(tmp_path / "in")
 

@@ -17,7 +17,7 @@ from malformed import DATA, HEADER, frame
 from noisytune_cli import system
 from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch, ResourceExhausted
 from noisytune_cli.formats import _file as file_module
-from noisytune_cli.formats.safetensors import SafetensorsSource, create_sink, open_source
+from noisytune_cli.formats.safetensors import SafetensorsSource, open_source
 
 
 def opened(path: Path, content: bytes, mmap: bool = False) -> SafetensorsSource:
@@ -131,7 +131,7 @@ def test_refusals_close_the_descriptor(tmp_path: Path) -> None:
 
 
 def test_the_header_is_the_sources_byte_for_byte(source: SafetensorsSource, tmp_path: Path) -> None:
-    sink = create_sink(tmp_path / "out", source)
+    sink = source.create_sink(tmp_path / "out")
     (tensor,) = source.tensors
     sink.write(tensor, 8, memoryview(bytes(range(8, 16))))
     sink.write(tensor, 0, bytes(range(8)))
@@ -143,14 +143,14 @@ def test_the_header_is_the_sources_byte_for_byte(source: SafetensorsSource, tmp_
 def test_the_mode_follows_the_umask(source: SafetensorsSource, tmp_path: Path, mask: int) -> None:
     before = os.umask(mask)
     try:
-        create_sink(tmp_path / "out", source).finish()
+        source.create_sink(tmp_path / "out").finish()
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o666 & ~mask
 
 
 def test_the_whole_size_is_there_from_the_start(source: SafetensorsSource, tmp_path: Path) -> None:
-    sink = create_sink(tmp_path / "out", source)
+    sink = source.create_sink(tmp_path / "out")
     assert (tmp_path / "out").stat().st_size == source.size
     sink.abort()
     sink.abort()
@@ -160,7 +160,7 @@ def test_an_existing_file_is_never_opened(source: SafetensorsSource, tmp_path: P
     (tmp_path / "target").write_bytes(b"precious")
     (tmp_path / "out").symlink_to("target")
     with pytest.raises(ResourceExhausted, match="File exists"):
-        create_sink(tmp_path / "out", source)
+        source.create_sink(tmp_path / "out")
     assert (tmp_path / "target").read_bytes() == b"precious"
 
 
@@ -169,7 +169,7 @@ def test_short_writes_are_continued(
 ) -> None:
     real = os.pwrite
     monkeypatch.setattr(file_module.os, "pwrite", lambda fd, view, offset: real(fd, view[:3], offset))
-    sink = create_sink(tmp_path / "out", source)
+    sink = source.create_sink(tmp_path / "out")
     sink.write(source.tensors[0], 0, bytes(range(16)))
     sink.finish()
     assert (tmp_path / "out").read_bytes() == source.path.read_bytes()
@@ -184,7 +184,7 @@ def test_failed_writes_are_reported(
             raise returned
         return returned
 
-    sink = create_sink(tmp_path / "out", source)
+    sink = source.create_sink(tmp_path / "out")
     monkeypatch.setattr(file_module.os, "pwrite", broken)
     with pytest.raises(ResourceExhausted, match="nothing was published"):
         sink.write(source.tensors[0], 0, bytes(16))
@@ -204,7 +204,7 @@ def test_a_failed_flush_is_reported_and_not_retried(
             real_close(fd)
         raise OSError(errno.EIO, "Input/output error")
 
-    sink = create_sink(tmp_path / "out", source)
+    sink = source.create_sink(tmp_path / "out")
     monkeypatch.setattr(file_module.os, call, broken)
     with pytest.raises(ResourceExhausted, match="Input/output error"):
         sink.finish()
@@ -223,7 +223,7 @@ def test_a_full_disk_is_found_before_anything_is_written(
 
     monkeypatch.setattr(system, "reserve", full)
     with pytest.raises(ResourceExhausted, match=rf"needs {source.size:,} bytes and [\d,]+ are free"):
-        create_sink(tmp_path / "out", source)
+        source.create_sink(tmp_path / "out")
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
@@ -234,7 +234,7 @@ def test_a_file_system_that_cannot_reserve_still_gets_the_file(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(system, "reserve", unable)
-    sink = create_sink(tmp_path / "out", source)
+    sink = source.create_sink(tmp_path / "out")
     sink.write(source.tensors[0], 0, bytes(range(16)))
     sink.finish()
     assert (tmp_path / "out").read_bytes() == source.path.read_bytes()
@@ -245,7 +245,7 @@ def test_a_file_size_limit_is_a_lack_of_a_resource(source: SafetensorsSource, tm
     resource.setrlimit(resource.RLIMIT_FSIZE, (source.size - 1, hard))
     try:
         with pytest.raises(ResourceExhausted, match="File too large"):
-            create_sink(tmp_path / "out", source)
+            source.create_sink(tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -258,7 +258,7 @@ def test_write_back_starts_early_whoever_writes(
         system, "start_writeback", lambda fd, offset, length: started.append((offset, length))
     )
     monkeypatch.setattr(file_module, "_WRITEBACK_BYTES", 1000)
-    sink = create_sink(tmp_path / "out", source)
+    sink = source.create_sink(tmp_path / "out")
     writers = [
         threading.Thread(target=lambda: [sink.write(source.tensors[0], 4, bytes(100)) for _ in range(50)])
         for _ in range(4)

@@ -13,19 +13,30 @@ from pathlib import Path
 
 from noisytune_cli import __version__
 from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.companions import companions, left_behind
 from noisytune_cli.confirm import settle_ties
 from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.devices import open_device
 from noisytune_cli.errors import InputInvalid, unreadable
 from noisytune_cli.escape import escape
-from noisytune_cli.formats import Sink
+from noisytune_cli.formats import Sink, Source
 from noisytune_cli.manifest import encode
-from noisytune_cli.output import check_output, check_space, resolve_output
+from noisytune_cli.output import check_output, check_space
 from noisytune_cli.parameters import Told, tell_buffers
-from noisytune_cli.plan import check_not_empty, check_outcomes, make_plan
+from noisytune_cli.plan import check_not_empty, check_outcomes, convert, make_plan
 from noisytune_cli.publish import Publication
 from noisytune_cli.quantized import refuse_quantized, refuse_quantized_config
-from noisytune_cli.records import FileRecord, Manifest, NoiseSpec, Plan, Receipt, SourceRecord
+from noisytune_cli.records import (
+    Conversion,
+    FileRecord,
+    Manifest,
+    NoiseSpec,
+    OutputRecord,
+    Plan,
+    Receipt,
+    SourceRecord,
+)
+from noisytune_cli.rewrite import OutputFile, lay_out, resolve_rewritten
 from noisytune_cli.walk import Variant, Walk, work_bytes
 
 #: Room for the manifest in the check for space: a fixed part, and that of each tensor.
@@ -38,6 +49,7 @@ class Request:
 
     source: str
     noise: NoiseSpec
+    conversion: Conversion | None = None
     weights: str | None = None
     revision: str | None = None
     mmap: bool = False
@@ -71,7 +83,7 @@ def plan_perturb(request: Request) -> Planned:
     """Say what `perturb` would do, without reading a weight."""
     with _open(request) as source:
         told = tell_buffers(source.tensors, config=source.config, decider=request.buffers_from)
-        plan = _plan(source, request.noise, told)
+        plan, _ = _plan(source, request, told)
         return Planned(source.id, source.revision, plan, (*source.warnings, *told.warnings))
 
 
@@ -87,17 +99,25 @@ def perturb(
     """Write the noisy checkpoint and its manifest to `out`, durably, or change nothing."""
     with _open(request) as source:
         told = tell_buffers(source.tensors, config=source.config, decider=request.buffers_from)
-        plan = _plan(source, request.noise, told)
+        plan, files = _plan(source, request, told)
         walk = Walk(open_device(device), threads or default_threads())
-        output = resolve_output(out, source)
+        output = resolve_rewritten(out, source, files)
         check_output(output, source, overwrite=overwrite)
-        check_space(output, needed_bytes(source), len(source.sources) + len(source.others) + 1)
+        check_space(output, needed_bytes(source, files), len(source.sources) + len(source.others) + 1)
         with Publication(output, directory=not source.single_file, overwrite=overwrite) as publication:
             (plan,) = settle_ties([plan], {file.name: file for file in source.sources})
             check_not_empty(plan, path=request.source)
-            (receipts,) = carry_out(walk, [(plan, publication)], source, progress)
+            plan = convert(plan, request.conversion or Conversion())
+            (receipts,) = carry_out(walk, [(plan, publication)], source, progress, files)
             check_outcomes(plan.noise, ((r.action, r.reason) for r in receipts), path=request.source)
-            copied = tuple((name, publication.copy(source.root / name, name)) for name in source.others)
+            anew = [] if request.conversion is None else companions(source, files, request.conversion)
+            kept = [name for name in source.others if name not in {one.source for one in anew}]
+            copied = tuple((name, publication.copy(source.root / name, name)) for name in kept)
+            rewritten = tuple((c.name, c.source, publication.write(c.name, c.content)) for c in anew)
+            converted = None
+            if request.conversion is not None:
+                records = tuple(file.record for file in files)
+                converted = OutputRecord(request.conversion, records, rewritten)
             manifest = Manifest(
                 tool_name="noisytune",
                 tool_version=__version__,
@@ -109,7 +129,8 @@ def perturb(
                 noise=plan.noise,
                 receipts=receipts,
                 copied=copied,
-                left_out=source.left_out,
+                left_out=(*source.left_out, *left_behind(source, files)),
+                output=converted,
             )
             manifest_path = publication.publish(encode(manifest))
             warnings = (*source.warnings, *told.warnings, *_warnings(receipts))
@@ -140,10 +161,11 @@ def _open(request: Request) -> Checkpoint:
     return source
 
 
-def _plan(source: Checkpoint, noise: NoiseSpec, told: Told) -> Plan:
+def _plan(source: Checkpoint, request: Request, told: Told) -> tuple[Plan, tuple[OutputFile, ...]]:
+    """Return the plan, and the output's weight files where they are not like the source's."""
     plan = make_plan(
         source.tensors,
-        noise,
+        request.noise,
         config=source.config,
         metadata=source.metadata,
         stored_as_one=source.stored_as_one,
@@ -151,7 +173,10 @@ def _plan(source: Checkpoint, noise: NoiseSpec, told: Told) -> Plan:
         by_model=told.by_model,
     )
     check_not_empty(plan, path=source.root)
-    return plan
+    if request.conversion is None:
+        return plan, ()
+    plan = convert(plan, request.conversion)
+    return plan, lay_out(source.sources, plan, request.conversion)
 
 
 def carry_out(
@@ -159,18 +184,24 @@ def carry_out(
     wanted: Sequence[tuple[Plan, Publication]],
     source: Checkpoint,
     progress: Progress,
+    files: Sequence[OutputFile] = (),
     recorded: Mapping[str, Receipt] | None = None,
 ) -> tuple[tuple[Receipt, ...], ...]:
-    """Fill every weight file of every output and flush it; the source must be as it was throughout."""
+    """Fill every weight file of every output and flush it; the source must be as it was throughout.
+
+    `files` are those of each output where they are not like the source's.
+    """
+    models: Sequence[Source | OutputFile] = files or source.sources
+    targets = {name: slot for file in files for name, slot in file.slots.items()}
     with ExitStack() as opened:
         variants = []
         for plan, publication in wanted:
             sinks: dict[str, Sink] = {}
-            for file in source.sources:
-                name = publication.output.name if source.single_file else file.name
-                sinks[file.name] = file.create_sink(publication.path(name))
+            for file, made in zip(source.sources, models, strict=True):
+                name = publication.output.name if source.single_file else made.name
+                sinks[file.name] = made.create_sink(publication.path(name))
                 opened.callback(sinks[file.name].abort)
-            variants.append(Variant(plan, sinks, recorded=recorded or {}))
+            variants.append(Variant(plan, sinks, targets, recorded=recorded or {}))
         with progress(work_bytes(variants)) as report:
             sources = {file.name: file for file in source.sources}
             receipts = replace(walk, progress=report).carry_out(variants, sources)
@@ -190,9 +221,9 @@ def _size(path: Path) -> int:
         raise unreadable(error, path) from error
 
 
-def needed_bytes(source: Checkpoint) -> int:
+def needed_bytes(source: Checkpoint, files: Sequence[OutputFile] = ()) -> int:
     """Return how many bytes an output of this source takes, its manifest included (an estimate)."""
-    weights = sum(file.size for file in source.sources)
+    weights = sum(file.size for file in files or source.sources)
     others = sum(_size(source.root / name) for name in source.others)
     return weights + others + _MANIFEST_BYTES + _MANIFEST_BYTES_A_TENSOR * len(source.tensors)
 
@@ -200,15 +231,15 @@ def needed_bytes(source: Checkpoint) -> int:
 def _warnings(receipts: tuple[Receipt, ...]) -> list[str]:
     """Say which tensors the noise could not reach, or hardly; a line for each kind, not for each tensor."""
     broken = [r.step.tensor.name for r in receipts if r.reason == "non-finite"]
-    numb = [r.step.tensor for r in receipts if r.unchanged * 2 > r.step.tensor.elements]
+    numb = [r.step for r in receipts if r.unchanged * 2 > r.step.tensor.elements]
     warnings = []
     if broken:
         warnings.append(f"{_some(broken)}: copied as they are, because they hold NaN or infinite values")
     if numb:
-        dtypes = "/".join(sorted({tensor.dtype for tensor in numb}))
+        dtypes = "/".join(sorted({step.out_dtype or step.tensor.dtype for step in numb}))
         warnings.append(
-            f"{_some([tensor.name for tensor in numb])}: rounding to {dtypes} left more than half of the "
-            "elements as they were (the manifest has the counts)"
+            f"{_some([step.tensor.name for step in numb])}: rounding to {dtypes} left more than half of the "
+            "elements without noise (the manifest has the counts)"
         )
     return warnings
 

@@ -8,19 +8,21 @@ before a weight is read; one whose bytes differ, or an output that did, before a
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from noisytune_cli.checkpoint import Checkpoint
 from noisytune_cli.commands.perturb import carry_out, needed_bytes
+from noisytune_cli.companions import companions
 from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.devices import open_device
 from noisytune_cli.differences import Difference, compare_receipts, recorded_steps
 from noisytune_cli.manifest_reader import RecordedManifest, read_manifest
 from noisytune_cli.original import match_files, not_the_base, open_original
-from noisytune_cli.output import check_output, check_space, resolve_output
+from noisytune_cli.output import check_output, check_space
 from noisytune_cli.publish import Publication
-from noisytune_cli.records import Manifest, Plan
+from noisytune_cli.records import Manifest, OutputRecord, Plan
+from noisytune_cli.rewrite import OutputFile, lay_out, resolve_rewritten
 from noisytune_cli.walk import Walk
 
 
@@ -57,16 +59,19 @@ def replay(
         files, found = match_files(manifest, source)
         _refuse([*found, *_missing_copies(manifest, source)], recorded, source)
         walk = Walk(open_device(device), threads or default_threads())
-        output = resolve_output(out, source)
+        plan = Plan(manifest.noise, recorded_steps(manifest.receipts, files))
+        rewritten = () if manifest.output is None else _rewrite(manifest.output, plan, source, recorded)
+        output = resolve_rewritten(out, source, rewritten)
         check_output(output, source, overwrite=overwrite)
-        check_space(output, needed_bytes(source), len(source.sources) + len(source.others) + 1)
+        check_space(output, needed_bytes(source, rewritten), len(source.sources) + len(source.others) + 1)
         with Publication(output, directory=not source.single_file, overwrite=overwrite) as publication:
             digests = {name: publication.copy(source.root / name, name) for name, _ in manifest.copied}
             changed = [name for name, digest in manifest.copied if digests[name] != digest]
             found = [Difference(name, None, "its bytes are not those recorded") for name in changed]
+            if manifest.output is not None:
+                found += _write_anew(manifest.output, source, rewritten, publication)
             _refuse(found, recorded, source)
-            plan = Plan(manifest.noise, recorded_steps(manifest.receipts, files))
-            (done,) = carry_out(walk, [(plan, publication)], source, progress, recorded=receipts)
+            (done,) = carry_out(walk, [(plan, publication)], source, progress, rewritten, receipts)
             _refuse(compare_receipts(receipts, done), recorded, source)
             publication.publish(recorded.content)
             return Replayed(output, manifest, publication.cleared)
@@ -75,7 +80,38 @@ def replay(
 def _missing_copies(manifest: Manifest, source: Checkpoint) -> list[Difference]:
     """Say which of the recorded other files the base does not have."""
     there = set(source.others)
-    return [Difference(name, None, "it is absent") for name, _ in manifest.copied if name not in there]
+    rewritten = () if manifest.output is None else manifest.output.rewritten
+    names = [*(name for name, _ in manifest.copied), *(name for _, name, _ in rewritten)]
+    return [Difference(name, None, "it is absent") for name in names if name not in there]
+
+
+def _rewrite(
+    output: OutputRecord, plan: Plan, source: Checkpoint, recorded: RecordedManifest
+) -> tuple[OutputFile, ...]:
+    """Return the output's weight files, which must be those that the manifest records."""
+    files = lay_out(source.sources, plan, output.conversion)
+    found = []
+    for file, record in zip(files, output.files, strict=True):
+        made = file.record if not source.single_file else replace(file.record, name=record.name)
+        if made != record:
+            found.append(Difference(record.name, None, "the base gives another header than recorded"))
+    _refuse(found, recorded, source)
+    return files
+
+
+def _write_anew(
+    output: OutputRecord, source: Checkpoint, files: tuple[OutputFile, ...], publication: Publication
+) -> list[Difference]:
+    """Write the small files that follow the weights, and say which are not as recorded."""
+    made = tuple(
+        (one.name, one.source, publication.write(one.name, one.content))
+        for one in companions(source, files, output.conversion)
+    )
+    differing = set(made) ^ set(output.rewritten)
+    return [
+        Difference(name, None, "the base gives other bytes than recorded")
+        for name in sorted({name for name, _, _ in differing})
+    ]
 
 
 def _refuse(found: list[Difference], recorded: RecordedManifest, source: Checkpoint) -> None:

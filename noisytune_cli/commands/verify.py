@@ -31,6 +31,7 @@ from noisytune_cli.formats import Nowhere, Source, open_source
 from noisytune_cli.layout import INDEX_SUFFIXES, MANIFEST, MANIFEST_SUFFIX, WEIGHTS_SUFFIXES
 from noisytune_cli.manifest_reader import REFORMATTED, RecordedManifest
 from noisytune_cli.original import compare_files, match_files, open_original
+from noisytune_cli.produced import as_produced, with_output_files
 from noisytune_cli.reading import open_regular
 from noisytune_cli.records import Manifest, NoiseSpec, Plan, Receipt
 from noisytune_cli.walk import Variant, Walk
@@ -89,10 +90,11 @@ def verify(
     walk = Walk(open_device("cpu"), threads or default_threads())
     found = [] if recorded.is_original else [Difference(recorded.path.name, None, REFORMATTED)]
     with ExitStack() as opened:
-        files, broken = _open_files(manifest, output, mmap, opened)
-        matched, headers = compare_files(manifest, files)
-        found += [*broken, *(d for d in headers if d.file in files)]
-        plans = [_plan_digests(manifest, matched)]
+        files, broken = _open_files(with_output_files(manifest), output, mmap, opened)
+        produced, contradictions = as_produced(manifest, files)
+        matched, headers = compare_files(produced, files)
+        found += [*broken, *contradictions, *(d for d in headers if d.file in files)]
+        plans = [_plan_digests(produced, matched)]
         originals: dict[str, Source] = {}
         if base is not None:
             original = opened.enter_context(open_original(recorded, base, mmap=mmap, quiet=quiet))
@@ -110,11 +112,12 @@ def verify(
         for file in originals.values():
             file.check_sums()
         found += [difference for name, file in matched.items() for difference in _compare_sums(name, file)]
-    found += [d for name, digest in manifest.copied for d in _compare_copy(output.path(name), name, digest)]
+    others = _other_files(manifest)
+    found += [d for name, digest in others.items() for d in _compare_copy(output.path(name), name, digest)]
     checked = Checked(
         tensors=len(manifest.receipts),
-        files=len(manifest.source.files) + len(manifest.copied),
-        bytes=sum(file.size for file in manifest.source.files),
+        files=len(produced.source.files) + len(others),
+        bytes=sum(file.size for file in produced.source.files),
         base=base is not None,
     )
     return Verified(output.place, checked, tuple(found), tuple(output.strays(manifest)))
@@ -144,7 +147,9 @@ class Output:
                 next_step="Without one an output is unfinished or not noisytune's: perturb or replay again",
             )
         recorded = read_any_manifest(path)
-        if not self.is_folder and (len(recorded.manifest.source.files) > 1 or recorded.manifest.copied):
+        if not self.is_folder and (
+            len(recorded.manifest.source.files) > 1 or _other_files(recorded.manifest)
+        ):
             raise InputInvalid(
                 "cannot verify the file alone",
                 path=self.place,
@@ -157,13 +162,20 @@ class Output:
         """Return a warning for each file that might be taken for weights, but is not recorded."""
         if not self.is_folder:
             return []
-        known = {*(file.name for file in manifest.source.files), *(name for name, _ in manifest.copied)}
+        files = with_output_files(manifest).source.files
+        known = {*(file.name for file in files), *_other_files(manifest)}
         names = [name for name in list_folder(self.place).files if name not in known]
         return [
             f"{escape(name)} is not in the manifest, and was not verified"
             for name in names
             if name.endswith(_STRAY)
         ]
+
+
+def _other_files(manifest: Manifest) -> dict[str, str]:
+    """Return the digests of the output's files that are no weights."""
+    rewritten = () if manifest.output is None else manifest.output.rewritten
+    return {**dict(manifest.copied), **{name: digest for name, _, digest in rewritten}}
 
 
 def locate(out: str) -> Output:

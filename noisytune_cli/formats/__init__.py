@@ -31,6 +31,8 @@ class Source(Protocol):
     tensors: tuple[TensorSpec, ...]
     metadata: Mapping[str, str]
     warnings: tuple[str, ...]
+    #: What the file holds beside the model's tensors (an optimizer's state), by name.
+    beside: tuple[str, ...]
 
     @property
     def header_digest(self) -> str:

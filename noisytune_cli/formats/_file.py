@@ -37,6 +37,8 @@ class InputFile:
         self.identity = self._at_open[:2]
         self.size = self._at_open[2]
         self._mapped: memoryview | None = None
+        #: What the file holds beside the model's tensors, by name.
+        self.beside: tuple[str, ...] = ()
 
     def fileno(self) -> int:
         """Return the open descriptor."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -37,6 +37,9 @@ _TRAINING = re.compile(
 
 #: An optimizer's state where a state dict was flattened before it was saved.
 _FLAT_TRAINING = re.compile(r"(chained_\d+\.)?optim(izer)?\.(state|param_groups)\..*", re.DOTALL)
+
+#: Of what lies beside the weights, how much is named.
+_MAX_REST = 1000
 
 _NOT_A_STATE_DICT = "Save the model's state dict: torch.save(model.state_dict(), FILE)"
 
@@ -78,6 +81,32 @@ def find_weights(root: object, leaf: type[_Leaf]) -> list[tuple[str, _Leaf]]:
     for name in names:
         _check_name(name)
     return [(name, item.tensor) for name, item in zip(names, found, strict=True)]
+
+
+def rest_of(root: object, weights: Iterable[object]) -> tuple[str, ...]:
+    """Return what else was unpickled: the paths, joined by dots, below which there is no weight."""
+    assert type(root) is dict  # or `find_weights` had refused it
+    ours = {id(tensor) for tensor in weights}
+    left = [_MAX_ITEMS]
+
+    def look(mapping: Mapping[object, object], path: tuple[str, ...]) -> tuple[bool, list[str]]:
+        left[0] -= 1 + len(mapping)
+        found = False
+        rest: list[str] = []
+        for key, value in mapping.items():
+            if id(value) in ours:
+                found = True
+                continue
+            here = (*path, str(key))
+            below: tuple[bool, list[str]] = False, []
+            if type(value) is dict and len(path) < _MAX_DEPTH and left[0] > 0:
+                below = look(value, here)
+            found |= below[0]
+            if len(rest) < _MAX_REST:
+                rest += below[1] if below[0] else [".".join(here)]
+        return found, rest
+
+    return tuple(look(root, ())[1])
 
 
 class _Search(Generic[_Leaf]):

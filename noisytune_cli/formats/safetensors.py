@@ -3,7 +3,8 @@
     u64 little-endian N | N bytes of JSON, padded with spaces | data
 
 Noise keeps dtype and shape, so the output's first 8 + N bytes are the source's, copied as they are: tensor
-order, offsets, `__metadata__` and padding cannot change.
+order, offsets, `__metadata__` and padding cannot change. Where dtypes change on the way, or the source is a
+pickle, `rewrite.py` makes the header.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SUFFIX = ".safetensors"
 
 #: A header that names 100,000 tensors. As text it takes four times as much, and once more while it is read:
 #: what the safetensors package allows (100 MB) would take nearly 1 GB to refuse.
-_MAX_HEADER = 16 << 20
+MAX_HEADER = 16 << 20
 
 _FETCH = "The file is damaged or unfinished: fetch it again"
 _REWRITE = (
@@ -70,7 +71,7 @@ class SafetensorsSource(InputFile):
 
     def create_sink(self, path: Path) -> SafetensorsSink:
         """Create the file at `path`, which must not exist, with this file's header and empty slots."""
-        return create_sink(path, self)
+        return create_file(path, self.header, self.size)
 
     def _read_header(self) -> bytearray:
         if self.size == 0:
@@ -82,9 +83,9 @@ class SafetensorsSource(InputFile):
         length = int.from_bytes(head[:PREFIX], "little")
         if length == 0:
             raise self._not_safetensors("it says that its header has 0 bytes", head)
-        if length > _MAX_HEADER:
+        if length > MAX_HEADER:
             raise self._not_safetensors(
-                f"it says that its header has {length:,} bytes; {_MAX_HEADER:,} is the limit", head
+                f"it says that its header has {length:,} bytes; {MAX_HEADER:,} is the limit", head
             )
         if length > self.size - PREFIX:
             raise self._not_safetensors(
@@ -103,12 +104,12 @@ class SafetensorsSource(InputFile):
 
 
 class SafetensorsSink(OutputFile):
-    """One safetensors file being written (see `formats.Sink`): the source's header, and its slots."""
+    """One safetensors file being written (see `formats.Sink`): a header, and its slots."""
 
-    def __init__(self, fd: int, path: Path, source: SafetensorsSource) -> None:
+    def __init__(self, fd: int, path: Path, header: bytes | bytearray, size: int) -> None:
         """Take over `fd`; where this raises, an OSError included, the caller closes it."""
-        super().__init__(fd, path, source.size)
-        self.write_at(0, source.header)
+        super().__init__(fd, path, size)
+        self.write_at(0, header)
 
     def write(self, tensor: TensorSpec, start: int, buffer: bytes | memoryview) -> None:
         """Write `buffer` from byte `start` of `tensor`, whole or not at all (an error otherwise)."""
@@ -117,7 +118,7 @@ class SafetensorsSink(OutputFile):
 
 def recognise(head: bytes) -> bool:
     """Tell whether a file that begins with `head` has a header's length and its opening brace."""
-    return int.from_bytes(head[:PREFIX], "little") <= _MAX_HEADER and head[PREFIX : PREFIX + 1] == b"{"
+    return int.from_bytes(head[:PREFIX], "little") <= MAX_HEADER and head[PREFIX : PREFIX + 1] == b"{"
 
 
 def open_source(path: Path, name: str, mmap: bool) -> SafetensorsSource:
@@ -129,6 +130,6 @@ def open_source(path: Path, name: str, mmap: bool) -> SafetensorsSource:
     return open_input(path, lambda fd: SafetensorsSource(fd, path, name, mmap))
 
 
-def create_sink(path: Path, source: SafetensorsSource) -> SafetensorsSink:
-    """Create the file at `path`, which must not exist, with the source's header and room for its tensors."""
-    return create_output(path, lambda fd: SafetensorsSink(fd, path, source))
+def create_file(path: Path, header: bytes | bytearray, size: int) -> SafetensorsSink:
+    """Create the file at `path`, which must not exist: `size` bytes that begin with the whole `header`."""
+    return create_output(path, lambda fd: SafetensorsSink(fd, path, header, size))

@@ -15,7 +15,7 @@ from noisytune_cli.formats._archive import Archive, read_legacy, read_zip
 from noisytune_cli.formats._file import open_input
 from noisytune_cli.formats._pickle import PickleFault
 from noisytune_cli.formats._storages import StoredSource
-from noisytune_cli.formats._structure import find_weights
+from noisytune_cli.formats._structure import find_weights, rest_of
 from noisytune_cli.formats._tensors import StoredTensor
 from noisytune_cli.signatures import HEAD
 from noisytune_cli.signatures import recognise as recognise_other
@@ -39,7 +39,9 @@ class TorchSource(StoredSource):
 
     def _find(self) -> tuple[Archive, list[tuple[str, StoredTensor]]]:
         archive = self._read_archive()
-        return archive, find_weights(archive.root, StoredTensor)
+        weights = find_weights(archive.root, StoredTensor)
+        self.beside = rest_of(archive.root, (stored for _, stored in weights))
+        return archive, weights
 
     def _read_archive(self) -> Archive:
         head = self._bytes(0, min(self.size, HEAD))

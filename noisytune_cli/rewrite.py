@@ -1,0 +1,194 @@
+"""The output's weight files where they are no twins of the source's: other dtypes, names or format.
+
+Everything follows from headers. A rewritten file is safetensors with the source's tensors in the source's
+order, and it is a pure function of what the source's header says and of the dtypes: `verify` and `replay`
+make the same header again.
+
+Names that a pickle stores as one become one tensor, under the name whose noise they get; `__metadata__` maps
+the others to it, as safetensors' own `save_model` writes and transformers and torch loaders expect.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from blake3 import blake3
+
+from noisytune_cli.checkpoint import Checkpoint
+from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.formats import Sink, Source
+from noisytune_cli.formats._header import DTYPES, MAX_ENTRIES, PREFIX
+from noisytune_cli.formats.safetensors import MAX_HEADER, SafetensorsSource, create_file
+from noisytune_cli.layout import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
+from noisytune_cli.output import resolve_output
+from noisytune_cli.records import FLOAT_DTYPES, Conversion, FileRecord, Plan, Step, TensorSpec
+from noisytune_cli.ties import stream_of
+
+_METADATA = "__metadata__"
+
+#: What transformers calls the weights as a pickle and as safetensors.
+_STEMS = ("pytorch_model", "model")
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One weight file of the output: its header, and for each tensor of the source the slot it goes to.
+
+    `aliases` maps names that are stored under another one to that.
+    """
+
+    name: str
+    header: bytes
+    slots: Mapping[str, TensorSpec]
+    aliases: Mapping[str, str]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return max((slot.offset + slot.nbytes for slot in self.slots.values()), default=len(self.header))
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """What the file holds, in its order."""
+        stored = (slot for name, slot in self.slots.items() if name not in self.aliases)
+        return tuple(sorted(stored, key=lambda slot: (slot.offset, slot.nbytes)))
+
+    @cached_property
+    def record(self) -> FileRecord:
+        """The file as a manifest records it."""
+        return FileRecord(self.name, self.size, f"blake3:{blake3(self.header).hexdigest()}")
+
+    def create_sink(self, path: Path) -> Sink:
+        """Create the file at `path`, which must not exist, with its header and empty slots."""
+        return create_file(path, self.header, self.size)
+
+
+def lay_out(sources: Sequence[Source], plan: Plan, conversion: Conversion) -> tuple[OutputFile, ...]:
+    """Return the output's file for each weight file; `plan` says in which dtype each tensor is written.
+
+    Raises UsageError where a file's own format cannot be kept, InputInvalid where safetensors cannot hold it.
+    """
+    steps: dict[str, list[Step]] = {source.name: [] for source in sources}
+    for step in plan.steps:
+        steps[step.tensor.file].append(step)
+    return tuple(_lay_out(source, steps[source.name], conversion) for source in sources)
+
+
+def _lay_out(source: Source, steps: Iterable[Step], conversion: Conversion) -> OutputFile:
+    dtypes = {step.tensor.name: step.out_dtype or step.tensor.dtype for step in steps}
+    same_dtypes = all(dtypes[tensor.name] == tensor.dtype for tensor in source.tensors)
+    if isinstance(source, SafetensorsSource):
+        if same_dtypes:
+            slots = {tensor.name: tensor for tensor in source.tensors}
+            return OutputFile(source.name, bytes(source.header), slots, {})
+    elif conversion.format is None:
+        raise UsageError(
+            "--dtype needs --to safetensors",
+            path=source.path,
+            why="the weights are pickled, and a pickle is written back as it is but for the noise",
+            next_step="Add --to safetensors",
+        )
+    kept = {name: stream_of(names) for names in source.ties for name in names}
+    aliases = {name: keep for name, keep in kept.items() if name != keep}
+    stored = [
+        replace(tensor, dtype=dtypes[tensor.name], nbytes=_nbytes(tensor, dtypes[tensor.name]))
+        for tensor in source.tensors
+        if tensor.name not in aliases
+    ]
+    for tensor in stored:
+        if tensor.dtype not in DTYPES:
+            raise _cannot_hold(source, f"safetensors has no dtype {tensor.dtype}", tensor.name)
+        if tensor.name == _METADATA:
+            raise _cannot_hold(source, "safetensors keeps this name for itself", tensor.name)
+    metadata = source.metadata
+    if not isinstance(source, SafetensorsSource):
+        metadata = {**dict(sorted(aliases.items())), "format": "pt"}
+    head, slots = _build(aligned(stored), metadata)
+    if len(head) - PREFIX > MAX_HEADER or len(stored) > MAX_ENTRIES:
+        raise _cannot_hold(source, "its tensors' names need a header larger than readers accept")
+    name = output_name(source.name, conversion)
+    slots |= {alias: slots[keep] for alias, keep in aliases.items()}
+    return OutputFile(name, head, slots, aliases)
+
+
+def output_name(name: str, conversion: Conversion) -> str:
+    """Return what a weight file (relative to the checkpoint) is called in the output."""
+    if conversion.format is None or not name.endswith(PICKLE_SUFFIXES):
+        return name
+    folder, base = posixpath.split(name)
+    stem = base[: base.rindex(".")]
+    if stem.startswith(_STEMS[0]):
+        stem = _STEMS[1] + stem.removeprefix(_STEMS[0])
+    return posixpath.join(folder, stem + SAFETENSORS_SUFFIX)
+
+
+def resolve_rewritten(out: str, source: Checkpoint, files: Sequence[OutputFile]) -> Path:
+    """Return the output's absolute path (`output.resolve_output`); a single file keeps a fitting name."""
+    if not (files and source.single_file):
+        return resolve_output(out, source)
+    if out.endswith(PICKLE_SUFFIXES):
+        raise UsageError(
+            "--out has the wrong ending",
+            path=out,
+            why="what is written is safetensors, and loaders go by the name",
+            next_step=f"Give a name that ends in {SAFETENSORS_SUFFIX}",
+        )
+    return resolve_output(
+        out, source, output_name(source.sources[0].path.name, Conversion(format="safetensors"))
+    )
+
+
+def _nbytes(tensor: TensorSpec, dtype: str) -> int:
+    return tensor.nbytes if dtype == tensor.dtype else tensor.elements * FLOAT_DTYPES[dtype]
+
+
+def aligned(tensors: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """Return a file's tensors in an order in which each begins at a multiple of its elements' size.
+
+    That is their own, unless a new dtype leaves one unaligned, which torch could not view: then the larger
+    elements come first, as the safetensors package lays out every file.
+    """
+    at = 0
+    for tensor in tensors:
+        if at % _itemsize(tensor):
+            return sorted(tensors, key=_itemsize, reverse=True)
+        at += tensor.nbytes
+    return list(tensors)
+
+
+def _itemsize(tensor: TensorSpec) -> int:
+    return max(1, tensor.nbytes // tensor.elements) if tensor.nbytes else 1
+
+
+def _build(tensors: Iterable[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, TensorSpec]]:
+    """Return the header of a safetensors file with these tensors in this order, and where each lies."""
+    entries: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
+    at = 0
+    begins = []
+    for tensor in tensors:
+        begins.append((tensor, at))
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(PREFIX, "little") + text
+    return header, {tensor.name: replace(tensor, offset=len(header) + begin) for tensor, begin in begins}
+
+
+def _cannot_hold(source: Source, why: str, tensor: str | None = None) -> InputInvalid:
+    return InputInvalid(
+        "cannot write safetensors",
+        path=source.path,
+        tensor=tensor,
+        why=why,
+        next_step="Leave --to safetensors out, which keeps the file's own format",
+    )
