@@ -144,6 +144,10 @@ def study(
     revision: Annotated[
         str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub id.")
     ] = None,
+    report_only: Annotated[
+        bool,
+        typer.Option("--report-only", help="Carry out no runs: report those that are finished."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No progress and no summary on stderr.")
@@ -154,7 +158,7 @@ def study(
     Every finished run is kept, so a study that was stopped continues with the same command; more methods, λ,
     shares and seeds may be asked for later. Needs the extra: pip install 'noisytune[study]'.
     """
-    from noisytune_cli import show, show_study_progress
+    from noisytune_cli import show, show_study, show_study_progress
     from noisytune_cli.commands import study as command
     from noisytune_cli.study.settings import Recipe
 
@@ -198,11 +202,13 @@ def study(
         device=device,
         threads=threads,
         jobs=jobs,
+        report_only=report_only,
         quiet=quiet,
     )
     result = command.study(
         request, progress=lambda steps: show_study_progress.progress(steps, enabled=not quiet)
     )
+    show_study.show_studied(result.results, result.folder, as_json=as_json, quiet=quiet)
     if not quiet:
         show.note(f"{len(result.runs)} runs recorded in {result.folder}, {result.carried_out} of them now")
 

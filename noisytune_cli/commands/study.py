@@ -65,15 +65,16 @@ class Request:
     device: str = "cpu"
     threads: int | None = None
     jobs: int = 1
+    report_only: bool = False
     quiet: bool = False
 
 
 @dataclass(frozen=True)
 class Studied:
-    """A study's outcome: the folder, its study.json, the runs in their order, and how many were new."""
+    """A study's outcome: the folder, its results, the runs in their order, and how many were new."""
 
     folder: Path
-    study: dict[str, Any]
+    results: dict[str, Any]
     runs: tuple[dict[str, Any], ...]
     carried_out: int
 
@@ -84,6 +85,7 @@ def study(request: Request, *, progress: Progress = lambda steps: nullcontext(la
     from noisytune_cli.study.combination import read_settings
     from noisytune_cli.study.design import Seeds, plan_runs, split_rows
     from noisytune_cli.study.journal import Journal
+    from noisytune_cli.study.outputs import write_outputs
 
     task, train, dev = _task(request)
     runs = plan_runs(
@@ -144,13 +146,14 @@ def study(request: Request, *, progress: Progress = lambda steps: nullcontext(la
         "design": [run.record() for run in runs],
     }
     with Journal(Path(request.out), document) as journal:
-        lacking = [run for run in runs if run.key not in journal.runs]
+        lacking = [run for run in runs if run.key not in journal.runs and not request.report_only]
         if lacking:
             _carry_out(request, material, lacking, parameters, threads, journal.add, progress)
         finished = tuple(
             journal.runs[run["key"]] for run in journal.study["design"] if run["key"] in journal.runs
         )
-        return Studied(journal.folder, journal.study, finished, len(lacking))
+        results = write_outputs(journal.folder, journal.study, finished)
+        return Studied(journal.folder, results, finished, len(lacking))
 
 
 def _carry_out(

@@ -19,14 +19,14 @@ def drift(results: Results, figure: str | None) -> list[str]:
     entries = [entry for entry in whole(results) if entry["reported"] and entry["drift"]]
     if not entries:
         return []
-    kinds = list(entries[0]["drift"])
+    kinds = list(dict.fromkeys(kind for entry in entries for kind in entry["drift"]))
 
     def measured(measure: str) -> str:
-        rows = [
-            [text(entry["name"]), *(f"{100 * entry['drift'][kind][measure]['mean']:.3f}" for kind in kinds)]
-            for entry in entries
-        ]
-        return table(["method", *kinds], rows)
+        return table(["method", *kinds], [[text(e["name"]), *cells(e["drift"], measure)] for e in entries])
+
+    def cells(found: Mapping[str, Any], measure: str) -> list[str]:
+        # Parameters that are all 0 at the start, as biases can be, have no relative change.
+        return [f"{100 * found[kind][measure]['mean']:.3f}" if kind in found else "" for kind in kinds]
 
     caption = "Relative L1 change of each kind of parameter, with and without noise (lines: std over seeds)"
     return [

@@ -133,7 +133,7 @@ def drift(results: Results) -> Figure | None:
     if not entries:
         return None
     entries = entries[: len(_COLOURS) + 1]
-    kinds = list(entries[0]["drift"])
+    kinds = list(dict.fromkeys(kind for entry in entries for kind in entry["drift"]))
     figure, left, right = _double(results, len(kinds) * (1 + len(entries)) / 2, "lines: std")
     panels = (
         (left, "norm_change", "|‖w₁‖₁ − ‖w₀‖₁| / ‖w₀‖₁ (%)", "change of the norm"),
@@ -142,8 +142,10 @@ def drift(results: Results) -> Figure | None:
     height = 0.8 / len(entries)
     for axes, measure, unit, title in panels:
         for place, (name, colour, _) in enumerate(_styles(entry["name"] for entry in entries)):
-            samples = [entries[place]["drift"][kind][measure] for kind in kinds]
-            at = [row + (place - (len(entries) - 1) / 2) * height for row in range(len(kinds))]
+            own = {row: entries[place]["drift"].get(kind) for row, kind in enumerate(kinds)}
+            samples = [changes[measure] for changes in own.values() if changes]
+            shift = (place - (len(entries) - 1) / 2) * height
+            at = [row + shift for row, changes in own.items() if changes]
             means = [100 * sample["mean"] for sample in samples]
             errors = [100 * (sample["std"] or 0.0) for sample in samples]
             axes.barh(at, means, height, xerr=errors, color=colour, label=_label(name), error_kw=_ERROR)

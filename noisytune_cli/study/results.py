@@ -148,10 +148,10 @@ def _drift(runs: Sequence[Run]) -> dict[str, Any] | None:
         return None
     return {
         kind: {
-            measure: _sample([drift[kind][measure] for drift in measured])
+            measure: _sample([drift[kind][measure] for drift in measured if kind in drift])
             for measure in ("norm_change", "change_norm")
         }
-        for kind in measured[0]
+        for kind in dict.fromkeys(kind for drift in measured for kind in drift)
     }
 
 

@@ -116,18 +116,16 @@ def test_the_cost_of_every_method_and_of_the_ensemble_is_shown() -> None:
 
 
 def test_drift_and_probe_have_tables() -> None:
+    change = {"norm_change": 0.004, "change_norm": 0.02}
     made = [
-        run(
-            seed=seed,
-            drift={"mlp": {"norm_change": 0.004, "change_norm": 0.02}},
-            probe={"task": "rte", "accuracy": 0.6},
-        )
-        for seed in range(2)
+        run(seed=seed, drift={"mlp": change}, probe={"task": "rte", "accuracy": 0.6}) for seed in range(2)
     ]
+    # Where noise made biases of 0 something else, their change is relative to something.
+    made.append(run("noisytune", scope="global", drift={"bias": change, "mlp": change}))
     text = report(made)
     norm, moved = text.partition("The L1 norm of the change")[::2]
-    assert "| plain | 0.400 |" in norm
-    assert "| plain | 2.000 |" in moved
+    assert "| plain | 0.400 |  |" in norm
+    assert "| noisytune | 2.000 | 2.000 |" in moved
     assert "learns rte from it" in text
     assert "| plain | 2 | 60.00 ± 0.00 |" in text
 
