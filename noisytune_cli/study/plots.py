@@ -134,7 +134,7 @@ def drift(results: Results) -> Figure | None:
         return None
     entries = entries[: len(_COLOURS) + 1]
     kinds = list(dict.fromkeys(kind for entry in entries for kind in entry["drift"]))
-    figure, left, right = _double(results, len(kinds) * (1 + len(entries)) / 2, "lines: std")
+    figure, left, right = _double(results, len(kinds) * (1 + len(entries)) / 2, "lines: std over seeds")
     panels = (
         (left, "norm_change", "|‖w₁‖₁ − ‖w₀‖₁| / ‖w₀‖₁ (%)", "change of the norm"),
         (right, "change_norm", "‖w₁ − w₀‖₁ / ‖w₀‖₁ (%)", "norm of the change"),
@@ -260,15 +260,13 @@ def _caption(figure: Figure, results: Results, bars: str) -> None:
     numbers = sorted({len(entry["seeds"]) for entry in results["conditions"]})
     seeds = "–".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
     study = results["study"]
-    what = f"{escape(study['model']['id'], 40)} on {escape(study['task'], 40)}, dev"
-    figure.supxlabel(
-        f"{what}; n = {seeds} seeds; bars: 95 % bootstrap intervals", fontsize=7, color="#555555"
-    )
+    of = f"{_label(study['model']['id'])} on {_label(study['task'])}"
+    figure.supxlabel(f"{of}; n = {seeds} seeds; {bars}", fontsize=7, color="#555555")
 
 
 def _score_axis(results: Results) -> str:
     name = wording.METRICS[results["study"]["primary"]]
-    return f"{name[0].upper()}{name[1:]} × 100"
+    return f"{name[0].upper()}{name[1:]} × 100, dev"
 
 
 def _label(name: str) -> str:

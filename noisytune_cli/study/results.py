@@ -135,20 +135,24 @@ def _scores(condition: Condition, split: Literal["dev", "held_out"]) -> dict[str
 
 
 def _sample(values: Sequence[float]) -> dict[str, Any]:
-    """Return mean, std, interval (a list of two, or None) and the values themselves."""
-    sample = statistics.describe(values)
-    bounds = None if sample.interval is None else list(sample.interval)
-    return {"mean": sample.mean, "std": sample.std, "interval": bounds, "values": list(values)}
+    """Return mean, std, interval of the mean (a list of two, or None) and the values themselves."""
+    bounds = statistics.bootstrap_interval(values)
+    return {**_spread(values), "interval": None if bounds is None else list(bounds), "values": list(values)}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    mean, std = statistics.moments(values)
+    return {"mean": mean, "std": std}
 
 
 def _drift(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """Return both measures for each kind of parameter, of all runs that measured them."""
+    """Return mean and std of both measures for each kind of parameter, of all runs that measured them."""
     measured = [run["drift"] for run in runs if run["drift"]]
     if not measured:
         return None
     return {
         kind: {
-            measure: _sample([drift[kind][measure] for drift in measured if kind in drift])
+            measure: _spread([drift[kind][measure] for drift in measured if kind in drift])
             for measure in ("norm_change", "change_norm")
         }
         for kind in dict.fromkeys(kind for drift in measured for kind in drift)

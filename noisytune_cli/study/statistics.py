@@ -11,7 +11,6 @@ are adjusted after Holm (1979).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,27 +28,18 @@ _MOST_FLIPS = 2**16
 _SEED = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """What [n] values say: `std` is unbiased, `interval` that of the mean; both None for a single value."""
-
-    mean: float
-    std: float | None
-    interval: tuple[float, float] | None
-
-
-def describe(values: Sequence[float]) -> Sample:
-    """Return mean, std and 95 % interval of [n] values, n at least 1."""
+def moments(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return mean and unbiased std of [n] values; a single value has no std."""
     array = np.asarray(values, dtype=np.float64)
-    if len(array) == 1:
-        return Sample(float(array[0]), None, None)
-    return Sample(float(array.mean()), float(array.std(ddof=1)), bootstrap_interval(values))
+    return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None
 
 
-def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of the mean of [n] values, n at least 2 (Efron 1979)."""
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95 % percentile bootstrap interval of the mean of [n] values (Efron 1979), None for one."""
     from scipy import stats
 
+    if len(values) == 1:
+        return None
     interval = stats.bootstrap(
         (np.asarray(values, dtype=np.float64),),
         np.mean,

@@ -83,14 +83,14 @@ def test_figures_say_what_they_are_of() -> None:
     figure = plots.methods(summary)
     assert figure is not None
     left, right = figure.axes
-    assert left.get_xlabel() == "Matthews correlation × 100"
+    assert left.get_xlabel() == "Matthews correlation × 100, dev"
     assert right.get_xlabel() == "paired difference from plain"
     assert [label.get_text() for label in left.get_yticklabels()] == [
         "plain",
         "noisytune, λ 0.15",
         "vote of 2 plain",
     ]
-    assert figure.get_supxlabel() == "minilm on cola, dev; n = 2 seeds; bars: 95 % bootstrap intervals"
+    assert figure.get_supxlabel() == "minilm on cola; n = 2 seeds; bars: 95 % bootstrap intervals"
     # The mean of the two paired differences, in points, on the row of noisytune.
     means = [line.get_xydata().tolist() for line in right.lines if line.get_marker() == "s"]
     assert means == [[[pytest.approx(4.0), 1.0]]]

@@ -11,17 +11,15 @@ from scipy import stats
 from noisytune_cli.study import statistics
 
 
-def test_a_sample_has_the_unbiased_std_and_the_interval_of_its_mean() -> None:
-    sample = statistics.describe([1.0, 2.0, 4.0, 5.0])
-    assert sample.mean == 3.0
-    assert sample.std == pytest.approx((10 / 3) ** 0.5)
-    assert sample.interval is not None
-    low, high = sample.interval
-    assert 1.0 < low < 3.0 < high < 5.0
+def test_mean_and_unbiased_std() -> None:
+    mean, std = statistics.moments([1.0, 2.0, 4.0, 5.0])
+    assert mean == 3.0
+    assert std == pytest.approx((10 / 3) ** 0.5)
 
 
 def test_a_single_value_has_no_spread() -> None:
-    assert statistics.describe([0.25]) == statistics.Sample(0.25, None, None)
+    assert statistics.moments([0.25]) == (0.25, None)
+    assert statistics.bootstrap_interval([0.25]) is None
 
 
 def test_the_interval_holds_the_middle_of_all_resamples() -> None:
@@ -33,10 +31,18 @@ def test_the_interval_holds_the_middle_of_all_resamples() -> None:
     assert statistics.bootstrap_interval(values) == statistics.bootstrap_interval(values)
 
 
+def test_the_interval_of_five_values_is_as_much_too_narrow_as_the_report_says() -> None:
+    # 4,000 samples were measured at 82.8 %; 300 of them are within 6 points of that.
+    samples = np.random.default_rng(11).normal(size=(300, 5))
+    bounds = [statistics.bootstrap_interval(sample.tolist()) for sample in samples]
+    covered = [bound is not None and bound[0] <= 0.0 <= bound[1] for bound in bounds]
+    assert 0.77 < sum(covered) / 300 < 0.89
+
+
 def test_the_interval_comes_near_the_normal_one_where_there_are_many_values() -> None:
     values = np.random.default_rng(7).normal(2.0, 3.0, 400)
     half = 1.96 * values.std(ddof=1) / 20
-    low, high = statistics.bootstrap_interval(values.tolist())
+    low, high = statistics.bootstrap_interval(values.tolist()) or (0.0, 0.0)
     assert low == pytest.approx(values.mean() - half, abs=0.04)
     assert high == pytest.approx(values.mean() + half, abs=0.04)
 
