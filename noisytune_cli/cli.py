@@ -74,6 +74,11 @@ class _To(StrEnum):
     safetensors = "safetensors"
 
 
+class _Granularity(StrEnum):
+    tensor = "tensor"
+    matrix = "matrix"
+
+
 class _Format(StrEnum):
     table = "table"
     json = "json"
@@ -90,6 +95,21 @@ _Source = Annotated[
     ),
 ]
 _Patterns = list[str] | None
+_GranularityOption = Annotated[
+    _Granularity,
+    typer.Option(
+        help="What has a std of its own: each tensor, or each matrix of those that hold several "
+        "(fused attention, stacked experts)."
+    ),
+]
+_Splits = Annotated[
+    _Patterns,
+    typer.Option(
+        metavar="PATTERN=DIM:SIZES",
+        help="With --granularity matrix: the matrices in these tensors, such as 0:4096,1024,1024 or 0:/3 "
+        "(three equal ones); beats what is known of the model.",
+    ),
+]
 _Weights = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="The weights or index in the folder, where there are several."),
@@ -167,6 +187,8 @@ def perturb(
     scope: Annotated[
         _Scope, typer.Option(help="One std for each matrix, or one for all perturbed tensors together.")
     ] = _Scope.matrix,
+    granularity: _GranularityOption = _Granularity.tensor,
+    split: _Splits = None,
     include: Annotated[
         _Patterns,
         typer.Option(
@@ -218,6 +240,11 @@ def perturb(
 
     PATTERN is a shell pattern (`*`, `?`, `[…]`; `*` crosses dots) or a kind: @embeddings, @head, @norm,
     @bias, @attention, @mlp.
+
+    With --granularity matrix, tensors that hold several matrices get one std for each of these, where the
+    layout is known or --split gives it; --dry-run shows which. SIZES are numbers that add up to the
+    dimension, /N for N equal ones, or A,B,C*N for A, B and C in turn, N times; `;` joins cuts of several
+    dimensions, as in 0:/8;2:/2.
     """
     from noisytune_cli import show, show_perturb
     from noisytune_cli.commands import perturb as command
@@ -232,6 +259,8 @@ def perturb(
             seed=seed,
             distribution=noise.value,
             scope=scope.value,
+            granularity=granularity.value,
+            splits=split or (),
             include=include or (),
             exclude=exclude or (),
             rules=lambda_for or (),
@@ -271,6 +300,8 @@ def inspect(
         _Patterns, typer.Option(metavar="PATTERN", help="List only these: a shell pattern or a kind.")
     ] = None,
     exclude: Annotated[_Patterns, typer.Option(metavar="PATTERN", help="Do not list these.")] = None,
+    granularity: _GranularityOption = _Granularity.tensor,
+    split: _Splits = None,
     sort: Annotated[
         str | None, typer.Option(metavar="KEY", help="Sort by a column, with - before it descending.")
     ] = None,
@@ -301,6 +332,8 @@ def inspect(
         lam=lam,
         include=include or (),
         exclude=exclude or (),
+        granularity=granularity.value,
+        splits=split or (),
         sort=sort,
         headers_only=headers_only,
         buffers_from=buffers_from,

@@ -74,12 +74,17 @@ def compare_receipts(recorded: Mapping[str, Receipt], done: Iterable[Receipt]) -
             what = "the base's bytes are not those recorded"
         elif receipt.digest != expected.digest:
             what = "the base with the recorded noise gives other bytes than recorded"
-        elif (receipt.unchanged, receipt.clamped) != (expected.unchanged, expected.clamped):
+        elif _counts(receipt) != _counts(expected):
             what = "the counts of unchanged and clamped elements are not those recorded"
         else:
             continue
         found.append(Difference(expected.step.tensor.file, expected.step.tensor.name, what))
     return found
+
+
+def _counts(receipt: Receipt) -> list[tuple[int, int]]:
+    """Return how many elements of a tensor, and of each part of it, are unchanged and clamped."""
+    return [(receipt.unchanged, receipt.clamped), *((p.unchanged, p.clamped) for p in receipt.parts)]
 
 
 def mismatch(

@@ -13,7 +13,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from noisytune_cli import distributions
-from noisytune_cli.records import FileRecord, Manifest, NoiseSpec, OutputRecord, Receipt, SourceRecord
+from noisytune_cli.records import (
+    FileRecord,
+    Manifest,
+    NoiseSpec,
+    OutputRecord,
+    PartReceipt,
+    Receipt,
+    SourceRecord,
+)
 from noisytune_cli.stream import STREAM
 
 #: The version of the manifest's layout.
@@ -113,21 +121,42 @@ def _tensor(receipt: Receipt, range_keys: Iterable[str]) -> dict[str, Any]:
         "dtype": tensor.dtype,
         **({} if receipt.step.out_dtype is None else {"out_dtype": receipt.step.out_dtype}),
         "shape": list(tensor.shape),
-        "action": receipt.action,
     }
-    if receipt.reason is not None:
-        entry["reason"] = receipt.reason
-    entry["lambda"] = float(receipt.lam)
-    entry["std"] = _finite(receipt.std)
-    entry["amplitude"] = receipt.amplitude
-    for key in range_keys:
-        entry[key] = getattr(receipt, key)
-    entry["unchanged"] = receipt.unchanged
-    entry["clamped"] = receipt.clamped
+    entry |= _done(receipt, range_keys)
     if receipt.digest:  # noise in memory has no stored bytes to digest
         entry["source_digest"] = receipt.source_digest
         entry["digest"] = receipt.digest
+    if receipt.parts:
+        entry["parts"] = [_part(part, range_keys) for part in receipt.parts]
     return entry
+
+
+def _part(receipt: PartReceipt, range_keys: Iterable[str]) -> dict[str, Any]:
+    part = receipt.part
+    return {
+        "name": part.name,
+        "shape": list(part.shape),
+        "first": part.first,
+        "length": part.length,
+        "stride": part.stride,
+        "repeat": part.repeat,
+        **_done(receipt, range_keys),
+    }
+
+
+def _done(receipt: Receipt | PartReceipt, range_keys: Iterable[str]) -> dict[str, Any]:
+    """Return what was done to a tensor or to a part of one."""
+    reason = {} if receipt.reason is None else {"reason": receipt.reason}
+    return {
+        "action": receipt.action,
+        **reason,
+        "lambda": float(receipt.lam),
+        "std": _finite(receipt.std),
+        "amplitude": receipt.amplitude,
+        **{key: getattr(receipt, key) for key in range_keys},
+        "unchanged": receipt.unchanged,
+        "clamped": receipt.clamped,
+    }
 
 
 def _finite(value: float | None) -> float | None:

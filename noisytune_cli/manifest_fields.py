@@ -73,6 +73,11 @@ class Fields:
         """Tell whether an optional key is there."""
         return key in self._value
 
+    def equals(self, key: str, value: str | float | None) -> bool:
+        """Tell whether a field has this value."""
+        found = self._value[key]
+        return not isinstance(found, bool) and bool(found == value)
+
     def string(self, key: str) -> str:
         """Return a string."""
         return check_string(self._value[key], f"{self._where}.{key}")

@@ -219,13 +219,14 @@ def _noise(value: Any) -> NoiseSpec:
         raise _newer(f'its noise stream is "{stream}"')
     if (distribution := fields.string("distribution")) not in distributions.names():
         raise _newer(f'its noise is "{distribution}"')
-    if (granularity := fields.string("granularity")) != "tensor":
+    if (granularity := fields.string("granularity")) not in ("tensor", "matrix"):
         raise _newer(f'its granularity is "{granularity}"')
     return NoiseSpec(
         lam=fields.strength("lambda"),
         seed=fields.seed("seed"),
         distribution=distribution,
         scope="global" if fields.choice("scope", ("matrix", "global")) == "global" else "matrix",
+        granularity="matrix" if granularity == "matrix" else "tensor",
         rules=tuple(_rule(rule, f"noise.rules[{i}]") for i, rule in enumerate(fields.list("rules"))),
         include=tuple(check_string(p, "noise.include") for p in fields.list("include")),
         exclude=tuple(check_string(p, "noise.exclude") for p in fields.list("exclude")),

@@ -1,17 +1,22 @@
 """The tensors of a manifest, read and held against everything else that it says of them.
 
 A manifest says what a tensor is and which file it is in, not where it lies there, which that file's header
-does: the `offset` of these tensors is 0 and means nothing.
+does: the `offset` of these tensors is 0 and means nothing. Parts must be all of their tensor and lie apart:
+then adding noise to each adds it to every element once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, get_args
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, get_args
 
 from noisytune_cli import distributions
 from noisytune_cli.formats._header import ALL_DTYPES, HeaderFault, stored_bytes
 from noisytune_cli.manifest_fields import Fields, ManifestFault
+from noisytune_cli.part import summed
 from noisytune_cli.plan import out_dtype_of
 from noisytune_cli.records import (
     FLOAT_DTYPES,
@@ -20,18 +25,24 @@ from noisytune_cli.records import (
     FileRecord,
     NoiseSpec,
     OutputRecord,
+    Part,
+    PartReceipt,
     Reason,
     Receipt,
     Step,
     TensorSpec,
 )
+from noisytune_cli.runs import MAX_PARTS, cover_exactly
 
-_KEYS = (
-    *("name", "stream", "file", "dtype", "shape", "action", "lambda", "std", "amplitude"),
-    *("unchanged", "clamped", "source_digest", "digest"),
-)
+_DONE_KEYS = ("action", "lambda", "std", "amplitude", "unchanged", "clamped")
+_KEYS = ("name", "stream", "file", "dtype", "shape", "source_digest", "digest", *_DONE_KEYS)
+_PART_KEYS = ("name", "shape", "first", "length", "stride", "repeat", *_DONE_KEYS)
 _REASONS: dict[str, Reason] = {reason: reason for reason in get_args(Reason)}
 _MAX_DIMENSION = 2**63 - 1
+_PART_NAME = re.compile(r"(?=.{1,64}\Z)[a-z0-9_]+(?:\.[a-z0-9_]+)*", re.ASCII)
+
+#: What a part can be copied for: the rest is known of its tensor, which then has no parts.
+_PART_REASONS = ("one-element", "constant", "non-finite", "unrepresentable")
 _SMALLEST_HEADER = 10  # a length, and `{}`
 
 
@@ -80,9 +91,7 @@ def read_tensor(fields: Fields, where: str, files: Mapping[str, str]) -> TensorS
     dtype = ALL_DTYPES.get(fields.string("dtype"))
     if dtype is None:
         raise fields.fault("dtype", "is no dtype of any format")
-    shape = fields.list("shape")
-    if not all(type(n) is int and 0 <= n <= _MAX_DIMENSION for n in shape):
-        raise fields.fault("shape", "is not a list of integers from 0 to 2^63 - 1")
+    shape = _shape(fields)
     try:
         nbytes = stored_bytes(name, dtype, shape)
     except HeaderFault as fault:
@@ -90,11 +99,33 @@ def read_tensor(fields: Fields, where: str, files: Mapping[str, str]) -> TensorS
     return TensorSpec(name, dtype, tuple(shape), file, 0, nbytes)
 
 
+def _shape(fields: Fields) -> list[int]:
+    shape = fields.list("shape")
+    if not all(type(n) is int and 0 <= n <= _MAX_DIMENSION for n in shape):
+        raise fields.fault("shape", "is not a list of integers from 0 to 2^63 - 1")
+    return shape
+
+
+class _Done(NamedTuple):
+    """What was done to a tensor or to a part of one."""
+
+    action: Action
+    reason: Reason | None
+    lam: float
+    std: float | None
+    amplitude: float | None
+    low: float | None
+    high: float | None
+    noise_std: float | None
+    unchanged: int
+    clamped: int
+
+
 class _Reader:
     """What an entry is read against: the noise, the weight files, and what the output converts."""
 
     def __init__(self, noise: NoiseSpec, files: Sequence[FileRecord], conversion: Conversion) -> None:
-        self._scope = noise.scope
+        self._noise = noise
         self._files = {file.name: file.name for file in files}
         self._strengths = {noise.lam, *(lam for _, lam in noise.rules)}
         self._distribution = distributions.load(noise.distribution)
@@ -103,32 +134,91 @@ class _Reader:
 
     def read(self, entry: Any, where: str) -> Receipt:
         """Return the receipt that an entry stands for; where its tensor lies (offset) it does not say."""
-        fields = Fields(entry, where, (*_KEYS, *self._range), ("reason", "out_dtype"))
+        fields = Fields(entry, where, (*_KEYS, *self._range), ("reason", "out_dtype", "parts"))
         tensor = read_tensor(fields, where, self._files)
+        source_digest, digest = fields.digest("source_digest"), fields.digest("digest")
+        if fields.has("parts"):
+            receipt = self._with_parts(fields, where, tensor, source_digest, digest)
+        else:
+            done = self._done(fields, where, tensor.dtype, tensor.elements, tuple(_REASONS))
+            step = Step(tensor, done.action, done.reason, done.lam, fields.string("stream"))
+            receipt = Receipt(step=step, source_digest=source_digest, digest=digest, **done._asdict())
+        if receipt.action == "copy" and source_digest != digest and not fields.has("out_dtype"):
+            raise ManifestFault(f"{where} is a copy, but its fields are those of a perturbed tensor")
+        out_dtype = out_dtype_of(tensor, receipt.reason, self._conversion)
+        if (fields.string("out_dtype") if fields.has("out_dtype") else None) != out_dtype:
+            raise ManifestFault(f"{where} is not written in the dtype that output.dtype asks for")
+        return replace(receipt, step=replace(receipt.step, out_dtype=out_dtype))
+
+    def _with_parts(
+        self, fields: Fields, where: str, tensor: TensorSpec, source_digest: str, digest: str
+    ) -> Receipt:
+        """Return the receipt of a tensor whose matrices had a std each."""
+        if self._noise.granularity != "matrix" or tensor.dtype not in FLOAT_DTYPES:
+            raise fields.fault("parts", "is given for a tensor that has one std, or none")
+        entries = fields.list("parts")
+        if not 2 <= len(entries) <= MAX_PARTS:
+            raise fields.fault("parts", f"is not a list of 2 to {MAX_PARTS:,} parts")
+        receipts = tuple(self._part(entry, f"{where}.parts[{i}]", tensor) for i, entry in enumerate(entries))
+        parts = tuple(receipt.part for receipt in receipts)
+        if len({part.name for part in parts}) < len(parts):
+            raise fields.fault("parts", "has two parts of one name")
+        firsts = [part.first for part in parts]
+        if firsts != sorted(firsts) or not cover_exactly(parts, tensor.elements):
+            raise fields.fault("parts", "do not lie one after the other, or are not all of the tensor")
+        lam = max(receipt.lam for receipt in receipts)
+        if any(receipt.lam not in (0.0, lam) for receipt in receipts):
+            raise fields.fault("parts", "have more than one lambda")
+        step = Step(tensor, "perturb", None, lam, fields.string("stream"), parts=parts)
+        receipt = summed(step, receipts, source_digest, digest)
+        if fields.has("reason") != (receipt.reason is not None):
+            raise fields.fault("reason", "is not that of its parts")
+        expected = {
+            "action": receipt.action,
+            "reason": receipt.reason,
+            "lambda": receipt.lam,
+            "unchanged": receipt.unchanged,
+            "clamped": receipt.clamped,
+            **dict.fromkeys(("std", "amplitude", *self._range)),
+        }
+        for key, value in expected.items():
+            if fields.has(key) and not fields.equals(key, value):
+                raise fields.fault(key, "is not what its parts make it")
+        return receipt
+
+    def _part(self, entry: Any, where: str, tensor: TensorSpec) -> PartReceipt:
+        fields = Fields(entry, where, (*_PART_KEYS, *self._range), ("reason",))
+        name, shape = fields.string("name"), _shape(fields)
+        if not _PART_NAME.fullmatch(name):
+            raise fields.fault("name", "is not made of small letters, digits, underscores and dots")
+        first, length, stride, repeat = (
+            fields.count(key, tensor.elements) for key in ("first", "length", "stride", "repeat")
+        )
+        if not (length and repeat) or (stride != length if repeat == 1 else stride <= length):
+            raise ManifestFault(f"{where} has no runs that lie apart")
+        if len(shape) > len(tensor.shape) or math.prod(shape) != length * repeat:
+            raise fields.fault("shape", "is not that of its elements")
+        done = self._done(fields, where, tensor.dtype, length * repeat, _PART_REASONS)
+        return PartReceipt(part=Part(name, tuple(shape), first, length, stride, repeat), **done._asdict())
+
+    def _done(self, fields: Fields, where: str, dtype: str, elements: int, reasons: Collection[str]) -> _Done:
+        """Return what was done to a tensor or part of so many elements, which may be copied for `reasons`."""
         lam, std = fields.strength("lambda"), fields.float32("std")
         amplitude = fields.float32("amplitude")
-        unchanged = fields.count("unchanged", tensor.elements)
-        clamped = fields.count("clamped", tensor.elements)
-        source_digest, digest = fields.digest("source_digest"), fields.digest("digest")
+        unchanged, clamped = fields.count("unchanged", elements), fields.count("clamped", elements)
+        reason: Reason | None = None
         if fields.choice("action", ("perturb", "copy")) == "perturb":
-            reason = None
-            self._check_perturbed(fields, tensor, lam, std, amplitude)
+            self._check_perturbed(fields, dtype, elements, lam, std, amplitude)
         else:
             if not fields.has("reason"):
                 raise fields.fault("reason", "is missing from a copy")
-            reason = _REASONS[fields.choice("reason", tuple(_REASONS))]
-            self._check_reason(fields, tensor, reason, std)
-            changed = source_digest != digest and not fields.has("out_dtype")
-            if lam or amplitude is not None or unchanged or clamped or changed:
+            reason = _REASONS[fields.choice("reason", tuple(reasons))]
+            self._check_reason(fields, dtype, elements, reason, std)
+            if lam or amplitude is not None or unchanged or clamped:
                 raise ManifestFault(f"{where} is a copy, but its fields are those of a perturbed tensor")
         noise_range = self._check_range(fields, amplitude)
-        out_dtype = out_dtype_of(tensor, reason, self._conversion)
-        if (fields.string("out_dtype") if fields.has("out_dtype") else None) != out_dtype:
-            raise ManifestFault(f"{where} is not written in the dtype that output.dtype asks for")
-        action: Action = "perturb" if reason is None else "copy"
-        return Receipt(
-            step=Step(tensor, action, reason, lam, fields.string("stream"), out_dtype=out_dtype),
-            action=action,
+        return _Done(
+            action="perturb" if reason is None else "copy",
             reason=reason,
             lam=lam,
             std=std,
@@ -138,18 +228,22 @@ class _Reader:
             noise_std=noise_range.get("noise_std"),
             unchanged=unchanged,
             clamped=clamped,
-            source_digest=source_digest,
-            digest=digest,
         )
 
     def _check_perturbed(
-        self, fields: Fields, tensor: TensorSpec, lam: float, std: float | None, amplitude: float | None
+        self,
+        fields: Fields,
+        dtype: str,
+        elements: int,
+        lam: float,
+        std: float | None,
+        amplitude: float | None,
     ) -> None:
         if fields.has("reason"):
             raise fields.fault("reason", "is given for a tensor that is perturbed")
-        if tensor.dtype not in FLOAT_DTYPES:
+        if dtype not in FLOAT_DTYPES:
             raise fields.fault("action", "is perturb for a dtype that takes no noise")
-        if tensor.elements < (1 if self._scope == "global" else 2):
+        if elements < (1 if self._noise.scope == "global" else 2):
             raise fields.fault("action", "is perturb for a tensor that has no std")
         if not lam or lam not in self._strengths:
             raise fields.fault("lambda", "is none of those in noise")
@@ -158,13 +252,15 @@ class _Reader:
         if not amplitude or amplitude != float(self._distribution.amplitude(lam, std)):
             raise fields.fault("amplitude", "is not that of lambda and std")
 
-    def _check_reason(self, fields: Fields, tensor: TensorSpec, reason: Reason, std: float | None) -> None:
+    def _check_reason(
+        self, fields: Fields, dtype: str, elements: int, reason: Reason, std: float | None
+    ) -> None:
         """Refuse a reason that does not fit its tensor, and a std that does not fit its reason."""
-        is_float = tensor.dtype in FLOAT_DTYPES
+        is_float = dtype in FLOAT_DTYPES
         if (
             (reason == "not-float") == is_float
-            or (reason == "empty") != (is_float and tensor.elements == 0)
-            or (reason == "one-element" and (tensor.elements != 1 or self._scope == "global"))
+            or (reason == "empty") != (is_float and elements == 0)
+            or (reason == "one-element" and (elements != 1 or self._noise.scope == "global"))
         ):
             raise fields.fault("reason", f"is {reason}, which its dtype and shape are not")
         # An unrepresentable amplitude: std may be 0 (too small for a float32), null (too large), or any.

@@ -1,4 +1,4 @@
-"""Statistics of tensors, from one read of their values.
+"""Statistics of tensors, or of the matrices in them, from one read of their values.
 
 Each tensor is one task of a crew of threads, which share the tiles of a large one. Tiles have a fixed size
 and their sums are merged in order, so every number is the same for any count of threads. Where the float64
@@ -8,8 +8,10 @@ sums cannot decide std32, or overflow, the tensor is read again for exact sums.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
+from noisytune_cli import tiles
 from noisytune_cli.crew import Crew, Hands, Pass
 from noisytune_cli.devices import Device, Summary
 from noisytune_cli.formats import Source
@@ -23,7 +25,7 @@ from noisytune_cli.moments import (
     norm,
     round_std,
 )
-from noisytune_cli.records import FLOAT_DTYPES, TensorSpec
+from noisytune_cli.records import FLOAT_DTYPES, Part, TensorSpec
 from noisytune_cli.report import Statistics
 
 _TILE_BYTES = 1 << 20
@@ -36,12 +38,16 @@ def measure(
     *,
     threads: int,
     progress: Callable[[int], None],
-) -> list[Statistics]:
+    parts: Mapping[str, Sequence[Part]] = MappingProxyType({}),
+) -> list[list[Statistics]]:
     """Return the statistics of `tensors`, whose dtypes must be FLOAT_DTYPES; `sources` are keyed by file.
 
-    `progress` is called, from any thread, with the bytes just done.
+    Those of a tensor that has `parts` are theirs, in order; of any other there is one. `progress` is called,
+    from any thread, with the bytes just done.
     """
-    jobs = [_Job(tensor, sources[tensor.file], device, progress) for tensor in tensors]
+    jobs = [
+        _Job(tensor, parts.get(tensor.name, ()), sources[tensor.file], device, progress) for tensor in tensors
+    ]
     Crew([job.run for job in jobs], tile_bytes=_TILE_BYTES, slab_bytes=0).run(threads)
     return [job.statistics for job in jobs]
 
@@ -50,32 +56,54 @@ class _Job:
     """One tensor, and once run its statistics."""
 
     def __init__(
-        self, tensor: TensorSpec, source: Source, device: Device, progress: Callable[[int], None]
+        self,
+        tensor: TensorSpec,
+        parts: Sequence[Part],
+        source: Source,
+        device: Device,
+        progress: Callable[[int], None],
     ) -> None:
         self._tensor, self._source, self._device, self._progress = tensor, source, device, progress
-        self.statistics = Statistics()
+        self._places = tiles.Places(parts) if parts else None
+        self._counts = [part.elements for part in parts] or [tensor.elements]
+        self.statistics: list[Statistics] = []
 
     def run(self, hands: Hands) -> None:
         """Read the tensor and take its statistics."""
         tensor = self._tensor
         starts = range(0, tensor.nbytes, _TILE_BYTES)
-        sums: list[tuple[Moments, Summary] | None] = [None] * len(starts)
+        sums: list[dict[int, tuple[Moments, Summary]]] = [{} for _ in self._counts]
 
         def tile(hands: Hands, index: int) -> None:
             data = self._read(hands, starts[index])
-            sums[index] = (
-                self._device.moments(data, tensor.dtype),
-                self._device.summarize(data, tensor.dtype),
-            )
+            for part, values in self._matrices(starts[index], data):
+                sums[part][index] = (
+                    self._device.moments(values, tensor.dtype),
+                    self._device.summarize(values, tensor.dtype),
+                )
             self._progress(len(data))
 
         hands.crew.share(Pass(len(starts), tile), hands)
-        done = [pair for pair in sums if pair is not None]
-        self.statistics = self._merge([m for m, _ in done], [s for _, s in done], hands)
+        for part, found in enumerate(sums):
+            done = [found[index] for index in sorted(found)]
+            self.statistics.append(self._merge(part, [m for m, _ in done], [s for _, s in done], hands))
 
-    def _merge(self, moments: list[Moments], summaries: list[Summary], hands: Hands) -> Statistics:
-        """Return the statistics of the whole from those of its tiles, in order."""
-        count = self._tensor.elements
+    def _matrices(
+        self, start: int, data: memoryview, only: int | None = None
+    ) -> Iterator[tuple[int, memoryview]]:
+        """Yield each matrix that a tile, from byte `start`, has some of, with its values there."""
+        if self._places is None:
+            yield 0, data
+            return
+        dtype = self._tensor.dtype
+        first = start // FLOAT_DTYPES[dtype]
+        for part, blocks in self._places.in_tile(first, tiles.count(data, dtype)):
+            if only is None or part == only:
+                yield part, tiles.gather(data, dtype, blocks)
+
+    def _merge(self, part: int, moments: list[Moments], summaries: list[Summary], hands: Hands) -> Statistics:
+        """Return the statistics of a matrix from those of its tiles, in order."""
+        count = self._counts[part]
         if count == 0:
             return Statistics(l1=0.0, l2=0.0, nan=0, inf=0)
         zeros = sum(s.zeros for s in summaries) / count
@@ -86,7 +114,7 @@ class _Job:
         if count > 1:
             std = round_std(moments)
         if average is None or l2 is None or (std is None and count > 1):
-            average, std, l2 = self._exact(hands)
+            average, std, l2 = self._exact(part, hands)
         return Statistics(
             mean=average,
             std=std,
@@ -99,13 +127,14 @@ class _Job:
             inf=inf,
         )
 
-    def _exact(self, hands: Hands) -> tuple[float, float | None, float]:
+    def _exact(self, part: int, hands: Hands) -> tuple[float, float | None, float]:
         """Return mean, std32 (None of one element) and L2 norm from exact sums, reading the tensor again."""
         sums = new_exact_sums()
         for start in range(0, self._tensor.nbytes, _TILE_BYTES):
             hands.crew.check()
-            self._device.add_exact_sums(self._read(hands, start), self._tensor.dtype, sums)
-        count = self._tensor.elements
+            for _, values in self._matrices(start, self._read(hands, start), part):
+                self._device.add_exact_sums(values, self._tensor.dtype, sums)
+        count = self._counts[part]
         return exact_mean(sums, count), exact_std(sums, count) if count > 1 else None, exact_norm(sums)
 
     def _read(self, hands: Hands, start: int) -> memoryview:

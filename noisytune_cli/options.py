@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from noisytune_cli.errors import UsageError
-from noisytune_cli.records import Conversion, NoiseSpec, Scope
+from noisytune_cli.records import Conversion, Granularity, NoiseSpec, Scope
 
 #: λ of the paper on GLUE.
 DEFAULT_LAMBDA = 0.15
@@ -52,6 +52,8 @@ def make_noise(
     exclude: Sequence[str],
     rules: Sequence[str],
     preset: str | None,
+    granularity: Granularity = "tensor",
+    splits: Sequence[str] = (),
 ) -> NoiseSpec:
     """Return the noise that the options ask for; UsageError where they contradict each other."""
     if lam is not None and noise_std is not None:
@@ -75,10 +77,24 @@ def make_noise(
         seed=seed,
         distribution=distribution,
         scope=scope,
+        granularity=granularity,
         rules=tuple(_rule(text) for text in rules),
         include=tuple(include),
         exclude=filters,
+        splits=tuple(parse_split(text) for text in splits),
     )
+
+
+def parse_split(text: str) -> tuple[str, str]:
+    """Split PATTERN=DIVISION at its last `=`; `split.check_splits` reads the division."""
+    pattern, equals, division = text.rpartition("=")
+    if not (equals and pattern):
+        raise UsageError(
+            f"--split {text}",
+            why="it is not PATTERN=DIM:SIZES",
+            next_step="Write for example --split '*.qkv_proj.weight=0:4096,1024,1024'",
+        )
+    return pattern, division
 
 
 def _rule(text: str) -> tuple[str, float]:

@@ -1,19 +1,17 @@
-"""A part of a tensor: values that share one standard deviation (for now a tensor is one part).
+"""A part of a tensor: values that share one standard deviation.
 
-A part is measured once, whatever the number of outputs (`Part`). What each output makes of it, an amplitude
-or the reason why there is none, and the counts of what was added, is an `Outcome`.
+A tensor is one part, or has one for each of its matrices. A part is measured once, whatever the number of
+outputs (`Sums`). What each output makes of it, an amplitude or the reason why there is none, and the counts
+of what was added, is an `Outcome`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from noisytune_cli import distributions
-from noisytune_cli.devices import Device
 from noisytune_cli.moments import Moments, all_equal, exact_std, exactly_equal, round_std
-from noisytune_cli.records import NoiseSpec, Reason, Receipt, Step
-from noisytune_cli.stream import stream_words
+from noisytune_cli.records import NoiseSpec, Part, PartReceipt, Reason, Receipt, Step
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,54 +25,65 @@ class Spread(NamedTuple):
     constant: bool = False
 
 
-class Part:
+class Sums:
     """The sums of a part's values, tile by tile."""
 
-    def __init__(self, device: Device, dtype: str, elements: int, tiles: int) -> None:
+    def __init__(self, elements: int) -> None:
         self.elements = elements
-        self._device, self._dtype = device, dtype
-        self._moments: list[Moments | None] = [None] * tiles
+        self._moments: dict[int, Moments] = {}
 
-    def measure(self, index: int, data: memoryview) -> None:
-        """Take the sums of tile `index`."""
-        self._moments[index] = self._device.moments(data, self._dtype)
+    def add(self, tile: int, moments: Moments) -> None:
+        """Take the sums of what a tile has of the part."""
+        self._moments[tile] = moments
 
     @property
     def moments(self) -> list[Moments]:
-        """The sums of every tile, once measured."""
-        return [m for m in self._moments if m is not None]
+        """The sums of every tile that has some of the part, once measured."""
+        return list(self._moments.values())
 
     @property
     def finite(self) -> bool:
         """Whether no value is NaN or infinite, once measured."""
-        return all(m.finite for m in self.moments)
+        return all(m.finite for m in self._moments.values())
 
-    def spread(self, exact_sums: Callable[[], NDArray[np.int64]]) -> Spread:
-        """Return the spread of the part alone; `exact_sums` adds values up where float64 cannot decide."""
+    @property
+    def has_std(self) -> bool:
+        """Whether the part has a standard deviation of its own, once measured."""
+        return self.finite and self.elements > 1
+
+    def spread(self) -> Spread | None:
+        """Return the spread of the part alone, or None where float64 cannot decide it."""
         std = round_std(self.moments)
-        if std is not None:
-            return Spread(std, all_equal(self.moments))
-        sums = exact_sums()
+        return None if std is None else Spread(std, all_equal(self.moments))
+
+    def exact_spread(self, sums: NDArray[np.int64]) -> Spread:
+        """Return the spread from the exact sums of all values."""
         return Spread(exact_std(sums, self.elements), exactly_equal(sums, self.elements))
 
 
 class Outcome:
-    """What one output makes of a part; `recorded` is an earlier run's receipt, whose numbers then hold."""
+    """What one output makes of a part (None: of the whole tensor).
 
-    def __init__(self, noise: NoiseSpec, step: Step, recorded: Receipt | None) -> None:
-        self._noise, self._step, self._recorded = noise, step, recorded
-        self._stream = stream_words(noise.seed, step.stream)
-        self.reason: Reason | None = step.reason
+    `recorded` is what an earlier run made of it, whose numbers then hold.
+    """
+
+    def __init__(
+        self, noise: NoiseSpec, step: Step, part: Part | None, recorded: Receipt | PartReceipt | None
+    ) -> None:
+        self._noise, self._step, self._part, self._recorded = noise, step, part, recorded
+        self.reason: Reason | None = step.reason if recorded is None else recorded.reason
         self.std: float | None = None
         self.amplitude: float | None = None
         self.unchanged = self.clamped = 0
 
     def settle(self, spread: Spread | None) -> None:
-        """Take the amplitude from the spread of the part's values, which is None where one is not finite."""
+        """Take the amplitude from the spread of the part's values, which is None where there is none."""
         if self._recorded is not None:
             self.std, self.amplitude = self._recorded.std, self._recorded.amplitude
         elif self._step.action == "copy":
             return
+        elif self._part is not None and self._part.elements == 1 and self._noise.scope == "matrix":
+            self.reason = "one-element"
         elif spread is None:
             self.reason = "non-finite"
         else:
@@ -87,39 +96,56 @@ class Outcome:
             else:
                 self.amplitude = amplitude
 
-    def add(self, device: Device, data: memoryview, out: memoryview, first: int) -> tuple[int, int]:
-        """Write elements `first`… of the part with their noise to `out`; return (unchanged, clamped)."""
-        assert self.amplitude is not None
-        return device.add_noise(
-            data,
-            out,
-            self._step.tensor.dtype,
-            self._step.out_dtype,
-            distribution=self._noise.distribution,
-            stream=self._stream,
-            first=first,
-            amplitude=self.amplitude,
-        )
-
     def receipt(self, source_digest: str, digest: str) -> Receipt:
-        """Return what was done."""
+        """Return what was done to the whole tensor."""
+        return Receipt(step=self._step, source_digest=source_digest, digest=digest, **self._done())
+
+    def part_receipt(self) -> PartReceipt:
+        """Return what was done to the part."""
+        assert self._part is not None
+        return PartReceipt(part=self._part, **self._done())
+
+    def _done(self) -> dict[str, Any]:
         perturbed = self.amplitude is not None
-        noise_range = self._distribution().noise_range(self.amplitude) if self.amplitude is not None else {}
-        return Receipt(
-            step=self._step,
-            action="perturb" if perturbed else "copy",
-            reason=self.reason,
-            lam=self._step.lam if perturbed else 0.0,
-            std=self.std,
-            amplitude=self.amplitude,
-            low=noise_range.get("low"),
-            high=noise_range.get("high"),
-            noise_std=noise_range.get("noise_std"),
-            unchanged=self.unchanged,
-            clamped=self.clamped,
-            source_digest=source_digest,
-            digest=digest,
-        )
+        noise_range = {} if self.amplitude is None else self._distribution().noise_range(self.amplitude)
+        return {
+            "action": "perturb" if perturbed else "copy",
+            "reason": self.reason,
+            "lam": self._step.lam if perturbed else 0.0,
+            "std": self.std,
+            "amplitude": self.amplitude,
+            "low": noise_range.get("low"),
+            "high": noise_range.get("high"),
+            "noise_std": noise_range.get("noise_std"),
+            "unchanged": self.unchanged,
+            "clamped": self.clamped,
+        }
 
     def _distribution(self) -> distributions.Distribution:
         return distributions.load(self._noise.distribution)
+
+
+def summed(step: Step, parts: tuple[PartReceipt, ...], source_digest: str, digest: str) -> Receipt:
+    """Return the receipt of a tensor from those of its parts; it is perturbed if any of them is.
+
+    The reason for a tensor that is copied is that of its first part, unless another part is not finite.
+    """
+    perturbed = any(part.action == "perturb" for part in parts)
+    reasons = [part.reason for part in parts]
+    reason = None if perturbed else "non-finite" if "non-finite" in reasons else reasons[0]
+    return Receipt(
+        step=step,
+        action="perturb" if perturbed else "copy",
+        reason=reason,
+        lam=step.lam if perturbed else 0.0,
+        std=None,
+        amplitude=None,
+        low=None,
+        high=None,
+        noise_std=None,
+        unchanged=sum(part.unchanged for part in parts),
+        clamped=sum(part.clamped for part in parts),
+        source_digest=source_digest,
+        digest=digest,
+        parts=parts,
+    )

@@ -5,7 +5,8 @@ element cannot take noise), then buffers, then the user's filters, then λ. What
 (constant, non-finite, a tie by equal bytes) is marked on the step, and `confirm_ties` settles the ties.
 
 All names of a tie share one decision: one excluded name excludes all, one included name includes all,
-and the last `--lambda-for` rule that matches any of them gives λ.
+the last `--lambda-for` rule that matches any of them gives λ, and the first that is divided into matrices
+divides all.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from noisytune_cli.records import (
     TensorSpec,
     Tie,
 )
+from noisytune_cli.split import Division, check_splits, divide
 from noisytune_cli.ties import find_ties
 
 _SEED_LIMIT = 2**64
@@ -40,7 +42,7 @@ _SAFETY = frozenset({"not-float", "empty", "one-element"})
 
 
 def check_noise(noise: NoiseSpec) -> None:
-    """Raise UsageError unless every λ is finite and >= 0 and the seed is a u64."""
+    """Raise UsageError unless every λ is finite and >= 0, the seed is a u64 and the splits can be read."""
     for option, lam in [("--lambda", noise.lam), *((f"--lambda-for {p}", lam) for p, lam in noise.rules)]:
         if not (math.isfinite(lam) and lam >= 0):
             raise UsageError(
@@ -54,6 +56,7 @@ def check_noise(noise: NoiseSpec) -> None:
             why="a seed is a whole number from 0 to 2^64-1",
             next_step="Give a seed in that range, such as 0",
         )
+    check_splits(noise.splits, noise.granularity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +69,17 @@ class _Filters:
 
 
 def _patterns(noise: NoiseSpec) -> list[str]:
-    return [*noise.exclude, *noise.include, *(pattern for pattern, _ in noise.rules)]
+    return [*noise.exclude, *noise.include, *(pattern for pattern, _ in (*noise.rules, *noise.splits))]
 
 
 def _filters(noise: NoiseSpec, matched: Sequence[frozenset[str]]) -> _Filters:
     """Sort what each of `_patterns` matches by what it is for."""
     excludes, includes = len(noise.exclude), len(noise.include)
+    rules = matched[excludes + includes :][: len(noise.rules)]
     return _Filters(
         excluded=frozenset().union(*matched[:excludes]),
         included=frozenset().union(*matched[excludes : excludes + includes]) if includes else None,
-        rule_of={name: rule for rule, found in enumerate(matched[excludes + includes :]) for name in found},
+        rule_of={name: rule for rule, found in enumerate(rules) for name in found},
     )
 
 
@@ -94,7 +98,8 @@ def make_plan(
     `buffers` are the names known to be buffers; without it their names and shapes tell them. `by_model` are
     those of which a model told whether they are.
     Ties by equal bytes are candidates: their names stand alone, marked `tied`, until `confirm_ties`.
-    Raises UsageError for a bad λ or seed, and for a pattern that is wrong or matches nothing.
+    Raises UsageError for a bad λ or seed, for a pattern that is wrong or matches nothing, and for a split
+    that does not fit a tensor.
     """
     check_noise(noise)
     if buffers is None:
@@ -106,11 +111,14 @@ def make_plan(
     ties = find_ties(tensors, config=config, metadata=metadata, stored_as_one=stored_as_one)
     certain = {name: tie for tie in ties if tie.evidence != "equal-bytes" for name in tie.names}
     candidates = {name for tie in ties if tie.evidence == "equal-bytes" for name in tie.names}
+    divisions: dict[str, Division] = {}
+    if noise.granularity == "matrix":
+        divisions = divide(tensors, noise.splits, matched[len(matched) - len(noise.splits) :], config)
     steps = []
     for tensor in tensors:
         tie = certain.get(tensor.name)
         is_buffer = not buffers.keys().isdisjoint((tensor.name,) if tie is None else tie.names)
-        step = _decide(tensor, tie, is_buffer, noise, filters)
+        step = _divided(_decide(tensor, tie, is_buffer, noise, filters), tie, divisions)
         if tensor.name in by_model:
             step = replace(step, told_by="model")
         if tensor.name in candidates and step.reason not in _SAFETY:
@@ -130,17 +138,16 @@ def confirm_ties(plan: Plan, confirmed: Collection[Tie]) -> Plan:
     filters = _filters(plan.noise, match_names(_patterns(plan.noise), names))
     tie_of = {name: tie for tie in confirmed for name in tie.names}
     settled = frozenset(names)
-    steps = tuple(
-        # No known pair has a buffer in it.
-        replace(
-            _decide(step.tensor, tie_of.get(step.tensor.name), False, plan.noise, filters),
-            told_by=step.told_by,
-        )
-        if step.tensor.name in settled
-        else step
-        for step in plan.steps
-    )
-    return Plan(plan.noise, steps, certain + tuple(tie for tie in confirmed if tie not in certain))
+    divisions = {step.tensor.name: Division(step.parts, step.undivided) for step in plan.steps}
+    steps = []
+    for step in plan.steps:
+        if step.tensor.name in settled:
+            tie = tie_of.get(step.tensor.name)
+            # No known pair has a buffer in it.
+            decided = _decide(step.tensor, tie, False, plan.noise, filters)
+            step = _divided(replace(decided, told_by=step.told_by), tie, divisions)
+        steps.append(step)
+    return Plan(plan.noise, tuple(steps), certain + tuple(tie for tie in confirmed if tie not in certain))
 
 
 def _decide(
@@ -156,6 +163,14 @@ def _decide(
         return Step(tensor, "copy", reason, 0.0, stream)
     unsure = ("non-finite",) if noise.scope == "global" else ("constant", "non-finite")
     return Step(tensor, "perturb", None, lam, stream, unsure)
+
+
+def _divided(step: Step, tie: Tie | None, divisions: Mapping[str, Division]) -> Step:
+    """Return the step with the parts of its tensor; all names of `tie` count."""
+    names = (step.tensor.name,) if tie is None else tie.names
+    found = [divisions[name] for name in names if name in divisions]
+    division = next((d for d in found if d.parts), found[0] if found else Division())
+    return replace(step, parts=division.parts, undivided=division.undivided)
 
 
 def _reason_to_copy(

@@ -1,9 +1,10 @@
 """The frozen records that flow through noisytune. Read this first.
 
-A checkpoint is a set of weight files; a weight file is a header and a run of tensors (`TensorSpec`).
-What the user asks for is a `NoiseSpec`. From both, and before any weight is read, comes a `Plan`: one
-`Step` for each tensor, an action and a reason. Carrying a step out leaves a `Receipt`; the receipts, in
-file order, are the `Manifest`. Records are plain data: no record reads, writes or prints.
+A checkpoint is a set of weight files; a weight file is a header and a run of tensors (`TensorSpec`), some of
+which hold several matrices (`Part`). What the user asks for is a `NoiseSpec`. From both, and before any
+weight is read, comes a `Plan`: one `Step` for each tensor, an action and a reason. Carrying a step out leaves
+a `Receipt`; the receipts, in file order, are the `Manifest`. Records are plain data: no record reads, writes
+or prints.
 """
 
 from __future__ import annotations
@@ -56,8 +57,33 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """One of the matrices that a tensor holds: its name there (`k`, `expert.3.gate`), and where it lies.
+
+    It is `repeat` runs of `length` elements, the first from element `first` of the tensor (row-major), each
+    `stride` elements after the one before. `shape` is the matrix's own.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    first: int
+    length: int
+    stride: int
+    repeat: int
+
+    @property
+    def elements(self) -> int:
+        """The number of elements."""
+        return self.length * self.repeat
+
+
+@dataclass(frozen=True, slots=True)
 class NoiseSpec:
-    """What noise the user asks for. λ is the full width of the uniform noise in units of std(W)."""
+    """What noise the user asks for. λ is the full width of the uniform noise in units of std(W).
+
+    `splits` (pattern, division) are the user's own divisions of tensors; a manifest has the parts that came
+    of them instead.
+    """
 
     lam: float = 0.15
     seed: int = 0
@@ -67,6 +93,7 @@ class NoiseSpec:
     rules: tuple[tuple[str, float], ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    splits: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +116,9 @@ class Step:
     `stream` names the noise stream (the tensor's own name, or that of the tie it belongs to). `lam` is 0
     for a copy. `unsure` says what only the values can tell (`constant`, `non-finite`) of a tensor that is
     to be perturbed. `told_by` says what decided whether it is a buffer: its name, or a model built from the
-    config. `out_dtype` is the dtype it is written in, None where that is its own.
+    config. `out_dtype` is the dtype it is written in, None where that is its own. `parts` are its matrices
+    if they are to have a std each, two at least; `undivided` says why a tensor that looks like several
+    matrices is taken as one.
     """
 
     tensor: TensorSpec
@@ -100,6 +129,8 @@ class Step:
     unsure: tuple[str, ...] = ()
     told_by: Literal["names", "model"] = "names"
     out_dtype: str | None = None
+    parts: tuple[Part, ...] = ()
+    undivided: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +156,31 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class PartReceipt:
+    """What was done to one part of a tensor; the fields mean what they mean on a `Receipt`."""
+
+    part: Part
+    action: Action
+    reason: Reason | None
+    lam: float
+    std: float | None
+    amplitude: float | None
+    low: float | None
+    high: float | None
+    noise_std: float | None
+    unchanged: int
+    clamped: int
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """What was done to one tensor.
 
     `std` and `amplitude` are float32 values held in Python floats; `low`/`high` bound the uniform noise,
     `noise_std` is the std of Gaussian noise. `unchanged` counts elements that rounding left as they would be
     without noise, `clamped` those held back at the dtype's largest finite value. Digests are `blake3:HEX`
-    over the stored bytes; empty where the noise was added in memory.
+    over the stored bytes; empty where the noise was added in memory. A tensor whose `parts` had a std each is
+    perturbed if any of them is; std, amplitude and range are then theirs and None here, the counts are sums.
     """
 
     step: Step
@@ -147,6 +196,7 @@ class Receipt:
     clamped: int
     source_digest: str
     digest: str
+    parts: tuple[PartReceipt, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

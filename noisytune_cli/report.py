@@ -12,7 +12,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What the values of one tensor say.
+    """What the values of one tensor, or of one of its matrices, say.
 
     `std` is std32, the very number that perturb scales noise with; the other floats are float64. `l1` and
     `l2` are vector norms, `zeros` a share of the elements (0 to 1), `nan` and `inf` are counts.
@@ -34,7 +34,9 @@ class TensorReport:
     """One tensor: what it is, its statistics, and what perturb would do with it and why.
 
     `stream` names the noise stream; `low` and `high` bound the noise. `unsure` says what perturb would look
-    for in values that were not read (`constant`, `non-finite`, `tied`).
+    for in values that were not read (`constant`, `non-finite`, `tied`). Of a tensor whose matrices have a std
+    each there is a record for each `part`, with its own shape; `undivided` says why one that looks like
+    several matrices is taken as one.
     """
 
     name: str
@@ -58,6 +60,8 @@ class TensorReport:
     low: float | None
     high: float | None
     unsure: tuple[str, ...] = ()
+    part: str | None = None
+    undivided: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,8 +168,10 @@ def _row(row: TensorReport) -> dict[str, str]:
         action += f", unless {' or '.join(row.unsure)}"
     if row.stream != row.name:
         action += f", noise of {escape(row.stream)}"
+    if row.undivided is not None:
+        action += f"; one matrix: {escape(row.undivided)}"
     return {
-        "name": escape(row.name),
+        "name": escape(row.name) if row.part is None else f"{escape(row.name)}[{escape(row.part)}]",
         "file": escape(row.file),
         "dtype": row.dtype,
         "shape": str(list(row.shape)),

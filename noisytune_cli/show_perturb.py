@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from noisytune_cli.commands.perturb import Perturbed, Planned
@@ -85,14 +86,22 @@ def _plan_lines(steps: tuple[Step, ...]) -> Iterator[str]:
             what += ", tied if the bytes agree"
         if unless := [word for word in step.unsure if word != "tied"]:
             what += f"; unless {' or '.join(unless)}"
+        if step.reason is None and step.undivided is not None:
+            what += f"; one matrix: {escape(step.undivided)}"
+        if step.reason is None and step.parts:
+            what += f"; {len(step.parts)} matrices"
         dtype = tensor.dtype if step.out_dtype is None else f"{tensor.dtype} -> {step.out_dtype}"
         yield f"{escape(tensor.name)}  {dtype} {shape}  {what}\n"
+        for part in step.parts if step.reason is None else ():
+            shape = "x".join(map(str, part.shape))
+            yield f"{escape(tensor.name)}[{escape(part.name)}]  {dtype} {shape}\n"
 
 
 def _noise(noise: NoiseSpec) -> dict[str, Any]:
     return {
         "distribution": noise.distribution,
         "scope": noise.scope,
+        "granularity": noise.granularity,
         "seed": str(noise.seed),
         "lambda": noise.lam,
     }
@@ -110,5 +119,7 @@ def _step(step: Step) -> dict[str, Any]:
         "lambda": step.lam,
         "stream": step.stream,
         "unsure": list(step.unsure),
+        "parts": [asdict(part) for part in step.parts] if step.reason is None else [],
+        "undivided": step.undivided,
         "told_by": step.told_by,
     }

@@ -73,7 +73,11 @@ def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.
 
 def words(seed: int, name: str, start: int, count: int) -> NDArray[np.uint32]:
     """Return words `start` … `start + count - 1` of a stream, as [count] u32."""
-    k0, k1, s0, s1 = stream_words(seed, name)
+    return _words(stream_words(seed, name), start, count)
+
+
+def _words(stream: StreamWords, start: int, count: int) -> NDArray[np.uint32]:
+    k0, k1, s0, s1 = stream
     first, last = start // 4, (start + count + 3) // 4
     i = np.arange(last - first, dtype=np.uint64) + np.uint64(first)
     counter = np.empty((last - first, 4), dtype=np.uint64)
@@ -84,8 +88,13 @@ def words(seed: int, name: str, start: int, count: int) -> NDArray[np.uint32]:
 
 def coefficients(distribution: str, seed: int, name: str, start: int, count: int) -> NDArray[np.float32]:
     """Return the noise of unit amplitude for elements `start` … `start + count - 1`, as [count] float32."""
+    return draw(distribution, stream_words(seed, name), start, count)
+
+
+def draw(distribution: str, stream: StreamWords, start: int, count: int) -> NDArray[np.float32]:
+    """Return `coefficients` of the stream with these words."""
     first, last = start // 4 * 4, (start + count + 3) // 4 * 4
-    drawn = distributions.load(distribution).coefficients(words(seed, name, first, last - first))
+    drawn = distributions.load(distribution).coefficients(_words(stream, first, last - first))
     return drawn[start - first :][:count]
 
 

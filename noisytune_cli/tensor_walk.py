@@ -8,7 +8,7 @@ tile is hashed in its turn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
@@ -16,8 +16,9 @@ from blake3 import blake3
 from noisytune_cli.crew import Hands, Pass
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.formats import Sink, Source
+from noisytune_cli.matrices import EXACT_AT_ONCE, Counts, Matrices, Outcomes
 from noisytune_cli.moments import new_exact_sums
-from noisytune_cli.part import Outcome, Part, Spread
+from noisytune_cli.part import Spread
 from noisytune_cli.records import FLOAT_DTYPES, Receipt, Step, TensorSpec
 from noisytune_cli.stream import LARGEST
 
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 class TensorWalk:
     """One tensor, the `index`-th of every output's plan: what is known of it, and the passes over its tiles.
 
-    `spreads` are what each output scales its noise with: to be set between `measure` and `write`.
+    `spreads` are, for each output, what it scales the noise of each matrix with: to be set between `measure`
+    and `write`.
     """
 
     def __init__(self, walk: Walk, outputs: Sequence[Variant], index: int, source: Source) -> None:
@@ -39,11 +41,11 @@ class TensorWalk:
         self.tensor = steps[0].tensor
         #: Whether an output needs its std.
         self.is_measured = any(output.measures(index) for output in outputs)
-        self.spreads: Sequence[Spread | None] = [None] * len(outputs)
+        self.spreads: Sequence[Sequence[Spread | None]] = [()] * len(outputs)
         self._walk, self._outputs, self._index, self._source = walk, outputs, index, source
         self._size = _unit(self.tensor)
         self._tiles = self._divide(max(self._size, *(_out_unit(step) for step in steps)))
-        self.part = Part(walk.device, self.tensor.dtype, self.tensor.elements, len(self._tiles))
+        self.matrices = Matrices(walk.device, self.tensor, steps[0].parts)
         self._slab: memoryview | None = None
         self._source_hash = blake3()
         self.receipts: tuple[Receipt, ...] = ()
@@ -54,8 +56,7 @@ class TensorWalk:
             if self.tensor.nbytes <= len(hands.slab):
                 self._slab = hands.slab[: self.tensor.nbytes]
             self.measure(hands, report=False)
-            if self.part.finite:
-                self.spreads = [self.part.spread(lambda: self._exact_sums(hands))] * len(self._outputs)
+            self.spreads = [self._own_spreads(hands)] * len(self._outputs)
         self.write(hands)
         self._slab = None
 
@@ -64,7 +65,7 @@ class TensorWalk:
 
         def tile(hands: Hands, index: int) -> None:
             data = self._read(hands, index)
-            self.part.measure(index, data)
+            self.matrices.measure(index, self._tiles[index][0], data)
             with work.in_turn(index):
                 self._source_hash.update(data)
             if report:
@@ -76,8 +77,8 @@ class TensorWalk:
     def write(self, hands: Hands) -> None:
         """Write every output's tensor with its noise, or as it is, and leave the receipts."""
         written = [
-            _Written(output, self._index, spread)
-            for output, spread in zip(self._outputs, self.spreads, strict=True)
+            _Written(output, self._index, spreads)
+            for output, spreads in zip(self._outputs, self.spreads, strict=True)
         ]
         work = Pass(len(self._tiles), lambda hands, index: self._write_tile(hands, work, index, written))
         self._do(work, hands)
@@ -86,16 +87,24 @@ class TensorWalk:
         source_digest = f"blake3:{self._source_hash.hexdigest()}"
         self.receipts = tuple(one.receipt(source_digest) for one in written)
 
-    def add_exact_sums(self, sums: NDArray[np.int64], hands: Hands) -> None:
-        """Add the tensor's values to exact sums."""
-        for index in range(len(self._tiles)):
+    def add_exact_sums(self, sums: Mapping[int, NDArray[np.int64]], hands: Hands) -> None:
+        """Add the values of each matrix that `sums` has exact sums for to these."""
+        for index, (first, _) in enumerate(self._tiles):
+            hands.crew.check()
             data = self._slab_tile(index) if self._slab is not None else self._read(hands, index)
-            self._walk.device.add_exact_sums(data, self.tensor.dtype, sums)
+            self.matrices.add_exact_sums(sums, first, data)
 
-    def _exact_sums(self, hands: Hands) -> NDArray[np.int64]:
-        sums = new_exact_sums()
-        self.add_exact_sums(sums, hands)
-        return sums
+    def _own_spreads(self, hands: Hands) -> list[Spread | None]:
+        """Return the spread of each matrix alone, None for one that has none."""
+        sums = self.matrices.sums
+        spreads = [one.spread() if one.has_std else None for one in sums]
+        undecided = [i for i, spread in enumerate(spreads) if spread is None and sums[i].has_std]
+        for at in range(0, len(undecided), EXACT_AT_ONCE):
+            exact = {i: new_exact_sums() for i in undecided[at : at + EXACT_AT_ONCE]}
+            self.add_exact_sums(exact, hands)
+            for i, found in exact.items():
+                spreads[i] = sums[i].exact_spread(found)
+        return spreads
 
     def _write_tile(self, hands: Hands, work: Pass, index: int, written: Sequence[_Written]) -> None:
         """Write a tile to every output; each has a turn of its own, so that threads follow one another."""
@@ -108,12 +117,11 @@ class TensorWalk:
             if one.is_plain_copy:
                 one.write(first, data)
             else:
-                out, unchanged, clamped, overflowed = one.make(self._walk, hands, data, first)
+                out, counts, overflowed = one.make(self._walk, hands, data, first)
                 one.write(first, out)
                 with work.in_turn(index, lane):
                     one.hash.update(out)
-                    one.outcome.unchanged += unchanged
-                    one.outcome.clamped += clamped
+                    one.outcomes.count(counts)
                     one.overflowed += overflowed
             self._walk.progress(len(data))
 
@@ -149,10 +157,10 @@ class TensorWalk:
 class _Written:
     """One output's tensor while it is written."""
 
-    def __init__(self, output: Variant, index: int, spread: Spread | None) -> None:
+    def __init__(self, output: Variant, index: int, spreads: Sequence[Spread | None]) -> None:
         self._step = step = output.plan.steps[index]
-        self.outcome = Outcome(output.plan.noise, step, output.recorded.get(step.tensor.name))
-        self.outcome.settle(spread)
+        recorded = output.recorded.get(step.tensor.name)
+        self.outcomes = Outcomes(output.plan.noise, step, recorded, spreads)
         self.hash = blake3()
         #: How many of the source's finite values the output's dtype cannot hold.
         self.overflowed = 0
@@ -163,20 +171,20 @@ class _Written:
     @property
     def is_plain_copy(self) -> bool:
         """Whether the output has the source's bytes."""
-        return self.outcome.amplitude is None and self._step.out_dtype is None
+        return not self.outcomes.perturbs and self._step.out_dtype is None
 
     def make(
         self, walk: Walk, hands: Hands, data: memoryview, first: int
-    ) -> tuple[memoryview, int, int, int]:
-        """Return the elements from `first` as the output has them, and (unchanged, clamped, overflowed)."""
+    ) -> tuple[memoryview, list[Counts], int]:
+        """Return the elements from `first` as the output has them, their counts, and how many overflowed."""
         dtype, out_dtype = self._step.tensor.dtype, self._step.out_dtype
         out = hands.out[: len(data) // _unit(self._step.tensor) * self._unit]
         overflowed = 0
-        if out_dtype is not None and (self.outcome.amplitude is None or _narrows(dtype, out_dtype)):
+        if out_dtype is not None and (not self.outcomes.perturbs or _narrows(dtype, out_dtype)):
             overflowed = walk.device.convert(data, out, dtype, out_dtype)
-        if self.outcome.amplitude is None:
-            return out, 0, 0, overflowed
-        return out, *self.outcome.add(walk.device, data, out, first), overflowed
+        if not self.outcomes.perturbs:
+            return out, [], overflowed
+        return out, self.outcomes.add(walk.device, data, out, first), overflowed
 
     def write(self, first: int, data: memoryview) -> None:
         """Write elements from `first` to their place."""
@@ -198,9 +206,8 @@ class _Written:
 
     def receipt(self, source_digest: str) -> Receipt:
         """Return what was done; a plain copy has the source's digest."""
-        return self.outcome.receipt(
-            source_digest, source_digest if self.is_plain_copy else f"blake3:{self.hash.hexdigest()}"
-        )
+        digest = source_digest if self.is_plain_copy else f"blake3:{self.hash.hexdigest()}"
+        return self.outcomes.receipt(source_digest, digest)
 
 
 def _unit(tensor: TensorSpec) -> int:

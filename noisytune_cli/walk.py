@@ -97,31 +97,33 @@ class Walk:
         return tuple(tuple(one[i] for one in receipts) for i in range(len(outputs)))
 
     def _settle_together(self, outputs: Sequence[Variant], walks: Sequence[TensorWalk]) -> None:
-        """Give all tensors that an output perturbs the std of the concatenation of their finite values."""
+        """Give all matrices that an output perturbs the std of the concatenation of their finite values."""
         stds: dict[tuple[int, ...], float] = {}
         spreads = []
         for output in outputs:
             # λ rules can leave outputs with different tensors, but most have the same.
-            chosen = tuple(
-                index
-                for index, step in enumerate(output.plan.steps)
-                if step.action == "perturb" and walks[index].part.finite
-            )
+            chosen = tuple(i for i, step in enumerate(output.plan.steps) if step.action == "perturb")
             if chosen not in stds:
                 stds[chosen] = self._std_together([walks[index] for index in chosen])
             spreads.append(Spread(stds[chosen]))
         for walk in walks:
-            walk.spreads = spreads if walk.part.finite else [None] * len(outputs)
+            finite = [sums.finite for sums in walk.matrices.sums]
+            walk.spreads = [[spread if known else None for known in finite] for spread in spreads]
 
     def _std_together(self, walks: Sequence[TensorWalk]) -> float:
-        count = sum(walk.part.elements for walk in walks)
+        finite = [sums for walk in walks for sums in walk.matrices.sums if sums.finite]
+        count = sum(sums.elements for sums in finite)
         if count < 2:
             return 0.0  # of fewer than two values there is none, and nothing to scale noise with
-        std = round_std(m for walk in walks for m in walk.part.moments)
+        std = round_std(m for sums in finite for m in sums.moments)
         if std is None:
-            sums = new_exact_sums()
-            self._run((partial(walk.add_exact_sums, sums) for walk in walks), threads=1)
-            std = exact_std(sums, count)
+            exact = new_exact_sums()
+            tasks = (
+                partial(walk.add_exact_sums, {i: exact for i, s in enumerate(walk.matrices.sums) if s.finite})
+                for walk in walks
+            )
+            self._run(tasks, threads=1)
+            std = exact_std(exact, count)
         return std
 
     def _run(self, tasks: Iterable[Task], threads: int | None = None) -> None:

@@ -19,11 +19,12 @@ from noisytune_cli.confirm import settle_ties
 from noisytune_cli.crew import Progress
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.measure import measure
+from noisytune_cli.options import parse_split
 from noisytune_cli.parameters import tell_buffers
 from noisytune_cli.patterns import check_matched, match_names
 from noisytune_cli.plan import check_noise, make_plan
 from noisytune_cli.quantized import refuse_quantized
-from noisytune_cli.records import FLOAT_DTYPES, NoiseSpec, Plan, Step
+from noisytune_cli.records import FLOAT_DTYPES, Granularity, NoiseSpec, Part, Plan, Step
 from noisytune_cli.report import Inspection, Statistics, TensorReport, Totals
 
 SORT_KEYS = tuple(field.name for field in fields(TensorReport) if field.name != "unsure")
@@ -35,6 +36,8 @@ def inspect(
     lam: float = 0.15,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    granularity: Granularity = "tensor",
+    splits: Sequence[str] = (),
     sort: str | None = None,
     headers_only: bool = False,
     weights: str | None = None,
@@ -48,8 +51,10 @@ def inspect(
     """Report the tensors of `source` that `include` and `exclude` leave, in file order or sorted.
 
     `sort` is one of SORT_KEYS, descending with a `-` before it. `lam` is the λ whose noise ranges are given.
+    With granularity `matrix` the matrices of a tensor are reported in its place, as known or as `splits`
+    (PATTERN=DIM:SIZES) say.
     """
-    noise = NoiseSpec(lam=lam)
+    noise = NoiseSpec(lam=lam, granularity=granularity, splits=tuple(map(parse_split, splits)))
     check_noise(noise)
     _check_sort(sort)
     with open_checkpoint(source, weights=weights, revision=revision, mmap=mmap, quiet=quiet) as checkpoint:
@@ -65,16 +70,17 @@ def inspect(
         )
         names = _select(checkpoint, told.buffers, include, exclude)
         quantized = _refusal(checkpoint, source)
-        measured: dict[str, Statistics] = {}
+        measured: dict[str, list[Statistics]] = {}
         if not headers_only:
             files = {file.name: file for file in checkpoint.sources}
             # A tie that shows in no row need not be read.
             shown = tuple(tie for tie in plan.ties if not names.isdisjoint(tie.names))
             (plan,) = settle_ties([replace(plan, ties=shown)], files)
             floats = [t for t in checkpoint.tensors if t.name in names and t.dtype in FLOAT_DTYPES]
+            parts = {step.tensor.name: step.parts for step in plan.steps if step.action == "perturb"}
             with progress(sum(tensor.nbytes for tensor in floats)) as report:
                 device = devices.load("cpu").open_device("cpu")
-                statistics = measure(floats, files, device, threads=threads, progress=report)
+                statistics = measure(floats, files, device, threads=threads, progress=report, parts=parts)
             measured = {tensor.name: found for tensor, found in zip(floats, statistics, strict=True)}
         for file in checkpoint.sources:
             file.check_unchanged()
@@ -121,7 +127,7 @@ def _noised_before(checkpoint: Checkpoint) -> list[str]:
 
 
 def _report(
-    plan: Plan, names: frozenset[str], measured: Mapping[str, Statistics], refused: bool
+    plan: Plan, names: frozenset[str], measured: Mapping[str, Sequence[Statistics]], refused: bool
 ) -> list[TensorReport]:
     distribution = distributions.load(plan.noise.distribution)
     rows = []
@@ -129,30 +135,40 @@ def _report(
         tensor = step.tensor
         if tensor.name not in names:
             continue
-        found = measured.get(tensor.name)
-        rows.append(
-            TensorReport(
-                name=tensor.name,
-                file=tensor.file,
-                dtype=tensor.dtype,
-                shape=tensor.shape,
-                elements=tensor.elements,
-                bytes=tensor.nbytes,
-                **asdict(found or Statistics()),
-                **_outcome(step, found, distribution, refused),
-                stream=step.stream,
+        parts: Sequence[Part | None] = (step.action == "perturb" and step.parts) or (None,)
+        for part, found in zip(parts, measured.get(tensor.name, [None] * len(parts)), strict=True):
+            elements = tensor.elements if part is None else part.elements
+            rows.append(
+                TensorReport(
+                    name=tensor.name,
+                    file=tensor.file,
+                    dtype=tensor.dtype,
+                    shape=tensor.shape if part is None else part.shape,
+                    elements=elements,
+                    bytes=tensor.nbytes if part is None else elements * FLOAT_DTYPES[tensor.dtype],
+                    **asdict(found or Statistics()),
+                    **_outcome(step, part, found, distribution, refused),
+                    stream=step.stream,
+                    part=None if part is None else part.name,
+                    undivided=step.undivided,
+                )
             )
-        )
     return rows
 
 
 def _outcome(
-    step: Step, found: Statistics | None, distribution: distributions.Distribution, refused: bool
+    step: Step,
+    part: Part | None,
+    found: Statistics | None,
+    distribution: distributions.Distribution,
+    refused: bool,
 ) -> dict[str, Any]:
     """Return action, reason, low, high and unsure: what perturb would do, as far as the values are known."""
     outcome: dict[str, Any] = {"action": step.action, "reason": step.reason, "low": None, "high": None}
     if refused:
         return {**outcome, "action": "refuse", "reason": "quantized", "unsure": ()}
+    if part is not None and part.elements == 1:
+        return {**outcome, "action": "copy", "reason": "one-element", "unsure": ()}
     if found is None:
         return {**outcome, "unsure": step.unsure}
     outcome["unsure"] = ()
@@ -171,8 +187,8 @@ def _outcome(
 
 def _total(rows: Sequence[TensorReport], *, counted: bool) -> Totals:
     return Totals(
-        tensors=len(rows),
-        perturbed=sum(row.action == "perturb" for row in rows),
+        tensors=len({row.name for row in rows}),
+        perturbed=len({row.name for row in rows if row.action == "perturb"}),
         parameters=sum(row.elements for row in rows),
         bytes=sum(row.bytes for row in rows),
         nan=sum(row.nan or 0 for row in rows) if counted else None,

@@ -230,7 +230,10 @@ def needed_bytes(source: Checkpoint, files: Sequence[OutputFile] = ()) -> int:
 
 def _warnings(receipts: tuple[Receipt, ...]) -> list[str]:
     """Say which tensors the noise could not reach, or hardly; a line for each kind, not for each tensor."""
-    broken = [r.step.tensor.name for r in receipts if r.reason == "non-finite"]
+    broken = [r.step.tensor.name for r in receipts if r.reason == "non-finite" and not r.parts]
+    broken += [
+        f"{r.step.tensor.name}[{p.part.name}]" for r in receipts for p in r.parts if p.reason == "non-finite"
+    ]
     numb = [r.step for r in receipts if r.unchanged * 2 > r.step.tensor.elements]
     warnings = []
     if broken:
