@@ -158,7 +158,7 @@ def study(
     Every finished run is kept, so a study that was stopped continues with the same command; more methods, λ,
     shares and seeds may be asked for later. Needs the extra: pip install 'noisytune[study]'.
     """
-    from noisytune_cli import show, show_study, show_study_progress
+    from noisytune_cli import show_study, show_study_progress
     from noisytune_cli.commands import study as command
     from noisytune_cli.study.settings import Recipe
 
@@ -209,8 +209,6 @@ def study(
         request, progress=lambda steps: show_study_progress.progress(steps, enabled=not quiet)
     )
     show_study.show_studied(result.results, result.folder, as_json=as_json, quiet=quiet)
-    if not quiet:
-        show.note(f"{len(result.runs)} runs recorded in {result.folder}, {result.carried_out} of them now")
 
 
 def _list(option: str, text: str, convert: Callable[[str], _T], kind: str) -> tuple[_T, ...]:

@@ -57,10 +57,6 @@ class Journal:
             raise unwritable(error, self.folder / RUNS) from error
         self.runs[run["key"]] = dict(run)
 
-    def write(self, name: str, text: str) -> None:
-        """Write a file of the folder, whole or not at all."""
-        write_durably(self.folder / name, text)
-
     def close(self) -> None:
         """Let go of the folder (twice is fine)."""
         with contextlib.suppress(OSError):  # every line was flushed when it was added

@@ -181,10 +181,12 @@ class _Steps:
 
 @contextlib.contextmanager
 def _enough_memory(device: str) -> Iterator[None]:
-    """Turn a device's running out of memory into the error the user sees."""
+    """Turn running out of memory, on the host or a device, into the error the user sees."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate" not in str(error):
+            raise
         raise ResourceExhausted(
             f"cannot train on {device}",
             why="it is out of memory; finished runs are kept",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +49,25 @@ def refused(tiny: Tiny, out: Path, code: int, *arguments: str) -> str:
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
     return " ".join(result.output.split())
+
+
+def start(tiny: Tiny, out: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start a study in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "noisytune_cli", *tiny.arguments, "-o", str(out), *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_a_run(process: subprocess.Popen[str], out: Path) -> None:
+    """Wait until a study has recorded a run, or has ended."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if (out / "runs.jsonl").exists() and (out / "runs.jsonl").stat().st_size:
+            return
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -124,18 +146,10 @@ def test_a_finished_study_is_not_done_again_and_may_grow(tiny: Tiny, finished: P
 
 def test_a_killed_study_continues_where_it_stopped(tiny: Tiny, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = [*tiny.arguments, "-o", str(out), "--seed", "0-1", "--lambda", "0.15"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "noisytune_cli", *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    try:
-        for _ in range(2400):
-            if process.poll() is not None or ((out / "runs.jsonl").exists() and lines(out)):
-                break
-            time.sleep(0.05)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    process = start(tiny, out, "--seed", "0-1", "--lambda", "0.15")
+    wait_for_a_run(process, out)
+    process.kill()
+    process.communicate()
     kept = (out / "runs.jsonl").read_bytes()
     assert kept.count(b"\n") >= 1
     with open(out / "runs.jsonl", "ab") as file:
@@ -143,3 +157,135 @@ def test_a_killed_study_continues_where_it_stopped(tiny: Tiny, finished: Path, t
     runs = done(tiny, out, "--seed", "0-1", "--lambda", "0.15")
     assert (out / "runs.jsonl").read_bytes().startswith(kept)
     assert [numbers(run) for run in runs] == [numbers(run) for run in lines(finished)]
+
+
+def test_the_outputs_are_there_and_the_table_is_printed(tiny: Tiny, finished: Path) -> None:
+    names = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
+    assert names >= {"study.json", "runs.jsonl", "results.json", "report.md"}
+    for figure in ("methods", "drift"):
+        assert (finished / f"figures/{figure}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (finished / f"figures/{figure}.svg").read_text()
+    result = study(tiny, finished, "--seed", "0-1")
+    assert result.exit_code == 0
+    assert re.search(r"^noisytune +0\.15 ", result.stdout, re.MULTILINE), result.stdout
+    as_json = study(tiny, finished, "--seed", "0-1", "--json")
+    assert json.loads(as_json.stdout) == json.loads((finished / "results.json").read_text())
+
+
+def test_another_study_in_the_folder_is_refused(tiny: Tiny, finished: Path) -> None:
+    before = (finished / "runs.jsonl").read_bytes()
+    said = refused(tiny, finished, 5, "--weight-decay", "0.5")
+    assert "its weight_decay is 0.01, now 0.5 is asked for" in said
+    assert (finished / "runs.jsonl").read_bytes() == before
+
+
+def test_a_study_that_is_interrupted_keeps_its_runs(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(tiny, out, "--seed", "0-99")
+    wait_for_a_run(process, out)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert 1 <= len(lines(out)) < 200
+
+
+def test_columns_and_labels_that_are_wrong_are_named(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for option in ("--text", "--label"):
+        said = refused(tiny, out, 3, option, "colour")
+        assert 'there is no column "colour"; the columns are sentence, label' in said
+    strange = tmp_path / "strange.tsv"
+    strange.write_text("sentence\tlabel\nthe film was fine\t2\n")
+    said = refused(tiny, out, 3, "--dev", str(strange))
+    assert f'{strange}: line 2: column "label" has the label "2", which no row of train.tsv has' in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments", "said"),
+    [
+        (2, ("--method", "magic"), "no such method: magic"),
+        (2, ("--method", "plain,"), "is not a name"),
+        (2, ("--method", "noisytune+plain"), "plain is finetuning without any method"),
+        (2, ("--set", "r3f.lambda=x"), "r3f.lambda"),
+        (2, ("--set", "r3f.colour=1"), "r3f.lambda"),
+        (2, ("--lambda", "0.1,x"), "'x' is not a number"),
+        (2, ("--lambda", "nan"), "'nan' is not a number"),
+        (2, ("--seed", "4-0"), "is not a seed or a range"),
+        (2, ("--seed", "-1"), "is not a seed or a range"),
+        (2, ("--noise", "pink"), "is not uniform or gaussian"),
+        (2, ("--share", "1.5"), "is not a number from 0 to 1"),
+        (2, ("--metric", "bleu"), "there is no such metric"),
+        (2, ("--metric", "f1,pearson"), "some are of classes and some of numbers"),
+        (2, ("--task", "rte"), "the task's files and columns are known"),
+        (2, ("--text", "a,b,c"), "a row is one text or a pair"),
+        (2, ("--probe", "rte"), "--probe rte without --data"),
+        (2, ("--train-rows", "100"), "the training file has 64 rows"),
+        (2, ("--device", "tpu"), "a study runs on cpu, cuda or cuda:N"),
+        (3, ("--metric", "pearson", "--label", "sentence"), "which is no number"),
+        (4, ("--dev", "/nowhere/dev.tsv"), "No such file"),
+        (4, ("--probe", "rte", "--data", "/nowhere"), "neither train.tsv nor RTE/train.tsv"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    tiny: Tiny, tmp_path: Path, code: int, arguments: tuple[str, ...], said: str
+) -> None:
+    assert said in re.sub(r"[│╭╰─╮╯]| +(?=│)", "", refused(tiny, tmp_path / "out", code, *arguments))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_no_classifier_s_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.model, folder)
+    (folder / "config.json").write_text('{"model_type": "none-such"}')
+    arguments = [str(folder) if a == str(tiny.model) else a for a in tiny.arguments]
+    result = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "out")])
+    assert result.exit_code == 3
+    assert re.fullmatch(r"noisytune: error: cannot load a classifier: [^\n]+\n", result.stderr)
+
+
+def test_a_weight_file_alone_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    file = str(tiny.model / "model.safetensors")
+    arguments = [file if a == str(tiny.model) else a for a in tiny.arguments]
+    result = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "out")])
+    assert result.exit_code == 3
+    assert "a study needs the model's config and tokenizer too" in result.stderr
+
+
+def test_without_the_extra_the_next_step_is_said(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else found(name))
+    said = refused(tiny, tmp_path / "out", 6)
+    assert said == (
+        "noisytune: error: cannot study: not installed: sklearn. "
+        "Install the extra: pip install 'noisytune[study]'."
+    )
+
+
+def test_more_processes_than_fit_are_refused(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from noisytune_cli.study import workers
+
+    monkeypatch.setattr(workers, "_free_memory", lambda: 2 << 30)
+    said = refused(tiny, tmp_path / "out", 6, "--jobs", "8")
+    assert "and 2.0 GiB are free. Use --jobs 2." in said
+
+
+def test_a_process_that_dies_is_said_and_finished_runs_are_kept(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from noisytune_cli.study import workers
+
+    monkeypatch.setattr(workers, "_work", dies)
+    said = refused(tiny, tmp_path / "out", 6, "--jobs", "2")
+    assert "a process of the study died" in said
+    assert (tmp_path / "out" / "runs.jsonl").read_bytes() == b""
+
+
+def dies(*arguments: object) -> None:
+    """Stand in for a worker that the system ends."""
+    os.kill(os.getpid(), signal.SIGKILL)
