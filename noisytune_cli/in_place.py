@@ -1,10 +1,11 @@
 """Measure tensors where they lie, and add noise to them in place.
 
-Host memory goes through the compiled loops without a copy, a CUDA device through torch operations queued
-there, all of them before the first result is fetched: so a device is waited for once for the sums and once
-for the counts, whatever the number of tensors. What cannot be worked on where it lies takes a detour, one
-tensor at a time: values that are not contiguous by way of a contiguous copy; those of devices without
-float64 or of a kind not proven exact, and parts in several runs on a device, by way of the host.
+Host memory goes through the compiled loops without a copy. On a CUDA device a few launches of fused kernels,
+or else torch operations, are queued for all tensors before the first result is fetched: so it is waited for
+once for the sums and once for the counts, whatever the number of tensors. What cannot be worked on where it
+lies takes a detour, one tensor at a time: values that are not contiguous by way of a contiguous copy; those
+of devices without float64 or of a kind not proven exact, and parts in several runs on a device, by way of the
+host.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from noisytune_cli import torch_kernels
 from noisytune_cli.crew import Crew, Hands, Pass, Task, default_threads
+from noisytune_cli.devices import cuda
 from noisytune_cli.devices.cpu import Cpu
 from noisytune_cli.errors import ResourceExhausted
 from noisytune_cli.moments import Moments, new_exact_sums
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
 #: Bytes of a tile in host memory: Python's part of the work on one is then below 1 %.
 _TILE_BYTES = 4 << 20
 
-_DTYPES = {dtype: name for name, dtype in torch_kernels.DTYPES.items()}
+#: Rows of results on a device, and the indices of the parts that they belong to.
+_Queued = tuple[Sequence[int], Tensor]
 
 _CPU = Cpu()
 
@@ -52,21 +55,18 @@ class Dose:
 def measure(parts: Sequence[Held], threads: int | None = None) -> list[list[Moments]]:
     """Return the moments of each part; one Moments, or none if it is empty, of a sharded part."""
     found: list[list[Moments]] = [[] for _ in parts]
-    queued: list[tuple[int, Tensor]] = []
+    here, elsewhere = _split(parts)
     with torch.no_grad(), _enough_memory():
-        for i, part in enumerate(parts):
-            if part.values.numel() and _stays_on_device(part):
-                queued.append((i, _device_sums(_flat(part.values))))
+        queued = list(_queue_sums(parts, here))
         _on_host(
             [
-                functools.partial(_measure, part.values, found[i], whole=part.mesh is not None)
-                for i, part in enumerate(parts)
-                if part.values.numel() and not _stays_on_device(part)
+                functools.partial(_measure, parts[i].values, found[i], whole=parts[i].mesh is not None)
+                for i in elsewhere
             ],
             threads,
         )
-        for (i, _), sums in zip(queued, _fetch([sums for _, sums in queued]), strict=True):
-            found[i] = [_device_moments(sums, parts[i].values)]
+        for i, row in _fetch(queued):
+            found[i] = [torch_kernels.moments_of(row, parts[i].values)]
     return found
 
 
@@ -76,33 +76,31 @@ def exact_sums(part: Held) -> NDArray[np.int64]:
     with torch.no_grad():
         values = _host_values(part.values)
         for data, _ in _tiles(values, 0, values.numel()):
-            _CPU.add_exact_sums(data, _DTYPES[values.dtype], sums)
+            _CPU.add_exact_sums(data, torch_kernels.NAMES[values.dtype], sums)
     return sums
 
 
 def add_noise(doses: Sequence[Dose], threads: int | None = None) -> list[tuple[int, int]]:
     """Add the noise of each dose to its part; return (unchanged, clamped) elements of each."""
     counts: list[list[int]] = [[0, 0] for _ in doses]
-    queued: list[tuple[int, Tensor]] = []
+    here, elsewhere = _split([dose.held for dose in doses])
     with torch.no_grad(), _enough_memory():
-        for i, dose in enumerate(doses):
-            if dose.held.values.numel() and _stays_on_device(dose.held):
-                queued.append((i, _add_on_device(dose)))
-        _on_host(
-            [
-                functools.partial(_add, dose, counts[i])
-                for i, dose in enumerate(doses)
-                if dose.held.values.numel() and not _stays_on_device(dose.held)
-            ],
-            threads,
-        )
-        for (i, _), fetched in zip(queued, _fetch([c for _, c in queued]), strict=True):
-            counts[i] = [int(count) for count in fetched]
+        queued = list(_queue_noise(doses, here))
+        _on_host([functools.partial(_add, doses[i], counts[i]) for i in elsewhere], threads)
+        for i, row in _fetch(queued):
+            counts[i] = [int(count) for count in row]
     return [(unchanged, clamped) for unchanged, clamped in counts]
 
 
-def _stays_on_device(part: Held) -> bool:
-    return len(part.runs) == 1 and _is_exact_device(str(part.values.device))
+def _split(parts: Sequence[Held]) -> tuple[list[int], list[int]]:
+    """Return the indices of the parts to work on where they are, and of the rest; not of empty ones."""
+    here: list[int] = []
+    elsewhere: list[int] = []
+    for i, part in enumerate(parts):
+        if part.values.numel():
+            stays = len(part.runs) == 1 and _is_exact_device(str(part.values.device))
+            (here if stays else elsewhere).append(i)
+    return here, elsewhere
 
 
 @functools.cache
@@ -115,40 +113,51 @@ def _is_exact_device(name: str) -> bool:
     )
 
 
-def _fetch(results: Sequence[Tensor]) -> list[list[float]]:
-    """Return small tensors of one length as lists, waiting for each device once."""
-    fetched: list[list[float]] = [[] for _ in results]
-    by_device: dict[torch.device, list[int]] = {}
-    for i, result in enumerate(results):
-        by_device.setdefault(result.device, []).append(i)
-    for indices in by_device.values():
-        for i, row in zip(indices, torch.stack([results[i] for i in indices]).tolist(), strict=True):
-            fetched[i] = row
-    return fetched
+def _queue_sums(parts: Sequence[Held], indices: Sequence[int]) -> Iterator[_Queued]:
+    """Measure parts on their devices."""
+    fused: dict[torch.device, list[int]] = {}
+    for i in indices:
+        values = parts[i].values
+        if _lies_flat(values) and cuda.sums_exactly(values.device, values.dtype):
+            fused.setdefault(values.device, []).append(i)
+        else:
+            yield [i], torch_kernels.sums([_flat(values)])
+    for group in fused.values():
+        from noisytune_cli import triton_sums
+
+        yield group, triton_sums.sums([_flat(parts[i].values) for i in group])
 
 
-def _device_sums(values: Tensor) -> Tensor:
-    """Return float64 [pivot, finite, Σd, Σd², and what rounding took from these two] of [n] values.
+def _queue_noise(doses: Sequence[Dose], indices: Sequence[int]) -> Iterator[_Queued]:
+    """Add noise to parts on their devices."""
+    fused: dict[tuple[torch.device, str], list[int]] = {}
+    for i in indices:
+        values, distribution = doses[i].held.values, doses[i].distribution
+        if _lies_flat(values) and cuda.adds_exactly(values.device, values.dtype, distribution):
+            fused.setdefault((values.device, distribution), []).append(i)
+        else:
+            yield [i], _add_on_device(doses[i]).view(1, -1)
+    for (_, distribution), group in fused.items():
+        from noisytune_cli import triton_noise
+        from noisytune_cli.triton_tables import Row
 
-    The sums of blocks are added in pairs, with compensation: so few numbers have to leave the device.
-    """
-    sums = torch_kernels.block_sums(values)
-    high = sums[2:].view(2, -1)
-    low = torch.zeros_like(high)
-    while high.shape[1] > 1:
-        if high.shape[1] % 2:
-            high, low = (torch.nn.functional.pad(t, (0, 1)) for t in (high, low))
-        a, b = high[:, 0::2], high[:, 1::2]
-        high = a + b
-        part = high - a
-        low = low[:, 0::2] + low[:, 1::2] + ((a - (high - part)) + (b - part))
-    return torch.cat((sums[:2], high.flatten(), low.flatten()))
+        rows = [
+            Row(_flat(d.held.values), d.stream, d.held.runs[0].first, d.amplitude)
+            for d in (doses[i] for i in group)
+        ]
+        yield group, triton_noise.add_noise(rows, distribution)
+        for i in group:
+            _tell_autograd(doses[i].held.values)
 
 
-def _device_moments(sums: Sequence[float], values: Tensor) -> Moments:
-    pivot, finite, s1, s2, low1, low2 = sums
-    wide = values.dtype == torch.float64
-    return Moments(values.numel(), pivot, (s1, low1), (s2, low2), finite == 1.0, wide)
+def _fetch(queued: Sequence[_Queued]) -> Iterator[tuple[int, list[float]]]:
+    """Yield each index with its row of the results, waiting for each device once."""
+    by_device: dict[torch.device, list[_Queued]] = {}
+    for indices, rows in queued:
+        by_device.setdefault(rows.device, []).append((indices, rows))
+    for results in by_device.values():
+        order = [i for indices, _ in results for i in indices]
+        yield from zip(order, torch.cat([rows for _, rows in results]).tolist(), strict=True)
 
 
 def _add_on_device(dose: Dose) -> Tensor:
@@ -168,6 +177,12 @@ def _add_on_device(dose: Dose) -> Tensor:
     return counts
 
 
+def _tell_autograd(values: Tensor) -> None:
+    """Count a change that torch did not see."""
+    with torch.inference_mode(True) if values.is_inference() else torch.no_grad():
+        torch.autograd.graph.increment_version(values)
+
+
 def _on_host(tasks: Sequence[Task], threads: int | None) -> None:
     if tasks:
         Crew(tasks, tile_bytes=0, slab_bytes=0).run(threads or default_threads())
@@ -176,7 +191,7 @@ def _on_host(tasks: Sequence[Task], threads: int | None) -> None:
 def _measure(values: Tensor, found: list[Moments], hands: Hands, *, whole: bool) -> None:
     """Append the moments of a tensor's tiles, or of all of it as one."""
     values = _host_values(values)
-    dtype = _DTYPES[values.dtype]
+    dtype = torch_kernels.NAMES[values.dtype]
     tiles = [_memory(values)] if whole else [data for data, _ in _tiles(values, 0, values.numel())]
     moments: list[Moments | None] = [None] * len(tiles)
 
@@ -191,7 +206,7 @@ def _add(dose: Dose, counts: list[int], hands: Hands) -> None:
     """Add noise to a part, run by run, and its (unchanged, clamped) elements to `counts`."""
     target = dose.held.values
     values = _host_values(target)
-    dtype = _DTYPES[values.dtype]
+    dtype = torch_kernels.NAMES[values.dtype]
     tiles = [
         (data, run.first + at) for run in dose.held.runs for data, at in _tiles(values, run.start, run.count)
     ]
@@ -211,10 +226,10 @@ def _add(dose: Dose, counts: list[int], hands: Hands) -> None:
 
     hands.crew.share(Pass(len(tiles), tile), hands)
     # Autograd is a thread's own setting, and this is not the caller's thread.
-    with torch.inference_mode(True) if target.is_inference() else torch.no_grad():
-        if _lies_flat(target) and target.device.type == "cpu":
-            torch.autograd.graph.increment_version(target)  # torch did not see the values change
-        else:
+    if _lies_flat(target) and target.device.type == "cpu":
+        _tell_autograd(target)
+    else:
+        with torch.inference_mode(True) if target.is_inference() else torch.no_grad():
             target.copy_(values.view(target.shape))
     for unchanged, clamped in done:
         counts[0] += unchanged

@@ -13,7 +13,7 @@ neither the moments, nor F64 tensors, nor the distributions that say FLOAT64.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,11 +25,17 @@ from noisytune_cli.stream import M0, M1, MASK, ROUNDS, W0, W1, StreamWords
 #: The tensor dtype of each stored dtype.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
+#: The stored dtype of each tensor dtype.
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 #: Values worked on at a time, which bounds the scratch memory (about 40 bytes a value); a multiple of BLOCK.
 CHUNK = 2**24
 
 #: Values whose mean is the pivot of the moments.
-_PIVOT_VALUES = 64
+PIVOT_VALUES = 64
+
+#: Columns of `sums`: pivot, 1.0 if all is finite, Σd, Σd², and what rounding took from these two.
+SUMS = 6
 
 #: The integer dtype as wide as each floating dtype, and the bits of its infinity.
 BITS = {
@@ -132,7 +138,7 @@ def block_sums(stored: Tensor) -> Tensor:
     The result is on the same device, of size 2 + 2 · (blocks of at most BLOCK values). torch does not say in
     which order it sums; in a row of BLOCK values the order makes no difference to the error bound.
     """
-    pivot = stored[:_PIVOT_VALUES].double().mean()
+    pivot = stored[:PIVOT_VALUES].double().mean()
     finite = torch.ones((), dtype=torch.bool, device=stored.device)
     first: list[Tensor] = []
     second: list[Tensor] = []
@@ -144,6 +150,36 @@ def block_sums(stored: Tensor) -> Tensor:
             first.append(rows.sum(dim=1))
             second.append((rows * rows).sum(dim=1))
     return torch.cat((torch.stack((pivot, finite.double())), *first, *second))
+
+
+def sums(values: Sequence[Tensor]) -> Tensor:
+    """Return float64 [tensors, SUMS] of tensors of one device, each [n] and not empty.
+
+    Where one of a sum's blocks overflowed, that sum is not finite. Nothing waits for the result.
+    """
+    return torch.stack([_sums(v) for v in values])
+
+
+def _sums(values: Tensor) -> Tensor:
+    """Return a row of `sums`: those of blocks are added in pairs, with compensation."""
+    found = block_sums(values)
+    high = found[2:].view(2, -1)
+    low = torch.zeros_like(high)
+    while high.shape[1] > 1:
+        if high.shape[1] % 2:
+            high, low = (torch.nn.functional.pad(t, (0, 1)) for t in (high, low))
+        a, b = high[:, 0::2], high[:, 1::2]
+        high = a + b
+        part = high - a
+        low = low[:, 0::2] + low[:, 1::2] + ((a - (high - part)) + (b - part))
+    return torch.cat((found[:2], high.flatten(), low.flatten()))
+
+
+def moments_of(row: Sequence[float], values: Tensor) -> Moments:
+    """Return the moments of a tensor from its row of `sums`."""
+    pivot, finite, s1, s2, low1, low2 = row
+    wide = values.dtype == torch.float64
+    return Moments(values.numel(), pivot, (s1, low1), (s2, low2), finite == 1.0, wide)
 
 
 def moments(sums: list[float], count: int, *, wide: bool) -> Moments:

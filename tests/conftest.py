@@ -10,6 +10,10 @@ from publications import KINDS, Kind, refuse
 
 from noisytune_cli import system
 
+# Triton reads this once, as it is imported. Where there is no GPU, its kernels run in its interpreter.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 _ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from noisytune_cli.stream import StreamWords
 
 #: Kinds of device that have no module of their own, and the one that serves them.
-_SHARED = {"cuda": "torch", "mps": "torch"}
+_SHARED = {"mps": "torch"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""GPUs through plain torch operations: `cuda`, `cuda:N`, `mps`; for tests, any torch device as `torch:NAME`.
+"""GPUs through plain torch operations: `mps`; for tests, any torch device as `torch:NAME`.
 
 A tile goes through a staging buffer of its thread (pinned for CUDA, so that the GPU copies it by itself) to
 the device and back. Moments and noise are computed there. Exact sums, which are rarely needed, and the
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,15 @@ if TYPE_CHECKING:
     from noisytune_cli.stream import StreamWords
 
 
+#: NumPy's view of each stored dtype, as the reference takes it.
+NUMPY: dict[str, type[np.generic]] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "F64": np.float64,
+}
+
+
 class Torch:
     """A torch device; its state is one staging buffer for each thread."""
 
@@ -46,9 +55,7 @@ class Torch:
         if not self.has_float64:
             return self._cpu.moments(tile, dtype)
         with self._enough_memory():
-            values = self._to_device(tile, dtype)
-            sums: list[float] = torch_kernels.block_sums(values).tolist()
-        return torch_kernels.moments(sums, values.numel(), wide=dtype == "F64")
+            return self._moments(self._to_device(tile, dtype))
 
     def add_exact_sums(self, tile: memoryview, dtype: str, sums: NDArray[np.int64]) -> None:
         """Add a tile's values to exact sums, on the CPU."""
@@ -85,7 +92,7 @@ class Torch:
             noised = values
             if out_dtype not in (None, dtype):
                 noised = torch.empty_like(values, dtype=torch_kernels.DTYPES[out_dtype])
-            counts = torch_kernels.add_noise(
+            counts = self._add_noise(
                 values, noised, distribution=distribution, stream=stream, first=first, amplitude=amplitude
             )
             staging = self._staging(noised.nbytes)
@@ -101,6 +108,26 @@ class Torch:
     def summarize(self, tile: memoryview, dtype: str) -> Summary:
         """Return the statistics of a tile that moments do not hold, from the CPU."""
         return self._cpu.summarize(tile, dtype)
+
+    def _moments(self, values: Tensor) -> Moments:
+        """Return the moments of values on the device."""
+        sums: list[float] = torch_kernels.block_sums(values).tolist()
+        return torch_kernels.moments(sums, values.numel(), wide=values.dtype == torch.float64)
+
+    def _add_noise(
+        self,
+        values: Tensor,
+        out: Tensor,
+        *,
+        distribution: str,
+        stream: StreamWords,
+        first: int,
+        amplitude: float,
+    ) -> Tensor:
+        """Write values + noise to `out`, which may be the values themselves; return [unchanged, clamped]."""
+        return torch_kernels.add_noise(
+            values, out, distribution=distribution, stream=stream, first=first, amplitude=amplitude
+        )
 
     def _to_device(self, tile: memoryview, dtype: str) -> Tensor:
         """Return a tile's values on the device; the copy may still be under way."""
@@ -132,10 +159,15 @@ class Torch:
 
 
 def open_device(name: str) -> Device:
-    """Return the device that `cuda`, `cuda:N` or `mps` names; after `torch:`, `cpu` (the default) too.
+    """Return the device that `mps` names; after `torch:`, that or `cpu` (the default), `cuda`, `cuda:N`.
 
     Raises UsageError where the name is none of these, or where this machine lacks the device.
     """
+    return open_torch(name, Torch)
+
+
+def open_torch(name: str, kind_of_device: Callable[[torch.device], Torch]) -> Torch:
+    """Return a torch device by name, as an object that has proven to be exact; UsageError as above."""
     kind, _, rest = name.partition(":")
     spelling = (rest or "cpu") if kind == "torch" else name
     if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,3})?", spelling):
@@ -148,7 +180,7 @@ def open_device(name: str) -> Device:
             why=missing,
             next_step="Use --device cpu, which gives the same bytes",
         )
-    opened = Torch(device)
+    opened = kind_of_device(device)
     if not is_exact(opened):
         raise UsageError(
             f"cannot use the device {name}",
@@ -175,14 +207,13 @@ def is_exact(device: Torch) -> bool:
     """Say whether a device adds noise to a few thousand values as the NumPy reference does."""
     name, seed, first, count = "w", 2**64 - 1, 2**63 + 1, 4099
     values = torch.linspace(-2.0, 2.0, count, dtype=torch.float32, device="cpu")
-    numpy_dtypes = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}
     checks = [(d, d, distribution) for d in ("F32", "F16", "BF16") for distribution in distributions.names()]
     # Other pairs are these roundings again, after sums that are checked above.
-    checks += [(dtype, out, "uniform") for dtype in ("F32", "F64") for out in numpy_dtypes if out != dtype]
+    checks += [(dtype, out, "uniform") for dtype in ("F32", "F64") for out in NUMPY if out != dtype]
     for dtype, out_dtype, distribution in checks:
         as_bytes = values.to(torch_kernels.DTYPES[dtype]).view(torch.uint8).numpy()
         c = stream.coefficients(distribution, seed, name, first, count)
-        stored = as_bytes.view(numpy_dtypes[dtype])
+        stored = as_bytes.view(NUMPY[dtype])
         expected, *counts = stream.add_noise(stored, dtype, c, np.float32(0.3), out_dtype)
         out = np.empty(expected.nbytes, np.uint8)
         got = device.add_noise(

@@ -1,0 +1,149 @@
+"""CUDA GPUs, `cuda` and `cuda:N`: fused Triton kernels where they can run, torch operations otherwise.
+
+A fused kernel has to prove itself the first time that a dtype (and distribution) asks for it, on values of
+both alignments, of whole and cut tiles, subnormal sums among them: its bits must be those of the NumPy
+reference. Where Triton, its compiler or these bits are missing, and for what the kernels do not offer (sums
+rounded to another dtype), the torch operations, which prove themselves likewise, do the work.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from noisytune_cli import stream, torch_kernels
+from noisytune_cli.devices import Device
+from noisytune_cli.devices.cpu import Cpu
+from noisytune_cli.devices.torch import NUMPY, Torch, open_torch
+from noisytune_cli.moments import round_std
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from noisytune_cli.moments import Moments
+    from noisytune_cli.stream import StreamWords
+
+
+class Cuda(Torch):
+    """A CUDA device; what it has beside `Torch` are the fused kernels."""
+
+    def _moments(self, values: Tensor) -> Moments:
+        if not values.numel() or not sums_exactly(self.device, values.dtype):
+            return super()._moments(values)
+        from noisytune_cli import triton_sums
+
+        return torch_kernels.moments_of(triton_sums.sums([values])[0].tolist(), values)
+
+    def _add_noise(
+        self,
+        values: Tensor,
+        out: Tensor,
+        *,
+        distribution: str,
+        stream: StreamWords,
+        first: int,
+        amplitude: float,
+    ) -> Tensor:
+        fits = out is values and values.numel()
+        if not fits or not adds_exactly(self.device, values.dtype, distribution):
+            return super()._add_noise(
+                values, out, distribution=distribution, stream=stream, first=first, amplitude=amplitude
+            )
+        from noisytune_cli import triton_noise
+        from noisytune_cli.triton_tables import Row
+
+        return triton_noise.add_noise([Row(values, stream, first, amplitude)], distribution)[0]
+
+
+def open_device(name: str) -> Device:
+    """Return the device that `cuda` or `cuda:N` names; UsageError where it names none, or none is here."""
+    return open_torch(name, Cuda)
+
+
+@functools.cache
+def adds_exactly(device: torch.device, dtype: torch.dtype, distribution: str) -> bool:
+    """Say whether the fused kernel can add noise of a distribution, with the bits of the reference."""
+    if not _can_run(device):
+        return False
+    from noisytune_cli import triton_noise
+    from noisytune_cli.triton_tables import Row
+
+    if not triton_noise.offers(distribution):
+        return False
+    seed, name = 2**64 - 1, "w"
+    try:
+        for first in (2**63, 2**63 + 1):
+            for scale in (1.0, 2.0**-126):
+                values = _samples(dtype, scale)
+                c = stream.coefficients(distribution, seed, name, first, values.numel())
+                stored, label = _stored(values), torch_kernels.NAMES[dtype]
+                expected, *counts = stream.add_noise(stored, label, c, np.float32(0.3 * scale))
+                noised = values.to(device)
+                row = Row(noised, stream.stream_words(seed, name), first, float(np.float32(0.3 * scale)))
+                (got,) = triton_noise.add_noise([row], distribution).tolist()
+                if got != counts or _stored(noised.cpu()).tobytes() != expected.tobytes():
+                    return False
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever Triton, its compiler or the driver may raise, torch operations remain
+        return False
+    return True
+
+
+@functools.cache
+def sums_exactly(device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether the fused kernels give moments from which the std is what the CPU makes of the values."""
+    if not _can_run(device):
+        return False
+    from noisytune_cli import triton_sums
+
+    values = _samples(dtype, 1.0)
+    wild = values.clone()
+    wild[-1] = float("nan")
+    tile = values.view(torch.uint8).numpy().data
+    try:
+        # Of two alignments, so that each kernel is run.
+        tensors = [values.to(device), wild.to(device), values.to(device)[1:]]
+        rows = triton_sums.sums(tensors).tolist()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # as above
+        return False
+    whole, with_nan, rest = (torch_kernels.moments_of(row, t) for row, t in zip(rows, tensors, strict=True))
+    size = values.element_size()
+    cpu, label = Cpu(), torch_kernels.NAMES[dtype]
+    return (
+        not with_nan.finite
+        and whole.finite
+        and rest.finite
+        and round_std([whole]) == round_std([cpu.moments(tile, label)])
+        and round_std([rest]) == round_std([cpu.moments(tile[size:], label)])
+    )
+
+
+def _can_run(device: torch.device) -> bool:
+    """Say whether Triton is here and works on a kind of device."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from noisytune_cli.triton_tables import INTERPRETED
+
+    return device.type == ("cpu" if INTERPRETED else "cuda")
+
+
+def _samples(dtype: torch.dtype, scale: float) -> Tensor:
+    """Return values for more than two tiles in host memory."""
+    from noisytune_cli.triton_tables import TILE
+
+    return (
+        torch.linspace(-2.0, 2.0, 2 * TILE.value + 5, dtype=torch.float64, device="cpu").mul_(scale).to(dtype)
+    )
+
+
+def _stored(values: Tensor) -> NDArray[np.generic]:
+    """Return values in host memory as the reference takes them."""
+    return values.view(torch.uint8).numpy().view(NUMPY[torch_kernels.NAMES[values.dtype]])

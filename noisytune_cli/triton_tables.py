@@ -1,0 +1,149 @@
+"""Which tensors a Triton launch works through: a table on the device, a row for each tensor.
+
+All tensors of a dtype that are aligned alike go into one launch, so a model of many small tensors costs a few
+launches. Each program takes one tile of one tensor; `owners` says of which. Where a tensor's first element is
+not the first of its counter, its row begins up to three elements before it, and these are masked.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from noisytune_cli.stream import StreamWords
+from noisytune_cli.torch_kernels import BITS
+
+#: Values that a program works on at a time, and how often: a tile. Sums first add up each lane's values, then
+#: the lanes: together fewer additions in a chain than `moments.BLOCK` and the slack of RELATIVE_ERROR allow.
+LANES, STEPS = tl.constexpr(1024), tl.constexpr(8)
+TILE = tl.constexpr(LANES.value * STEPS.value)
+
+#: How every kernel is launched; c · a and x + c · a are two roundings.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+#: Whether Triton's interpreter stands in for a GPU, with the CPU as the device.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+#: Bytes that tensors have to be aligned to for loads of full width.
+ALIGNMENT = tl.constexpr(16)
+
+#: The numbers of a row, all int64.
+POINTER, SLOT, TILES, FIRST_TILE, SKIP, END, COUNTER, KEY, SID, AMPLITUDE = map(tl.constexpr, range(10))
+_COLUMNS = tl.constexpr(10)
+
+_TYPES: dict[torch.dtype, Any] = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+_INTEGERS = {torch.int64: tl.uint64, torch.int32: tl.uint32, torch.int16: tl.uint16}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A tensor to work on, [n] and contiguous, and its noise; none where it is only measured."""
+
+    values: Tensor
+    stream: StreamWords = (0, 0, 0, 0)
+    first: int = 0
+    amplitude: float = 0.0
+
+    @property
+    def skip(self) -> int:
+        """Elements of the first counter before the tensor's own."""
+        return self.first % 4
+
+    def is_aligned(self) -> bool:
+        """Say whether every tile can be loaded and stored at full width."""
+        return self.skip == 0 and self.values.data_ptr() % ALIGNMENT.value == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Tensors of one dtype and device, in the form that the kernels take them."""
+
+    table: Tensor
+    owners: Tensor
+    kind: dict[str, Any]
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors there are."""
+        return self.table.shape[0]
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles they have in all."""
+        return self.owners.shape[0]
+
+
+def launches(rows: Sequence[Row]) -> Iterator[Launch]:
+    """Yield the launches that work through tensors of one device, which is made the current one meanwhile.
+
+    The results of `rows[i]` go to row i of the kernel's result.
+    """
+    device = rows[0].values.device
+    groups: dict[tuple[torch.dtype, bool], list[int]] = {}
+    for slot, row in enumerate(rows):
+        groups.setdefault((row.values.dtype, row.is_aligned()), []).append(slot)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        for (dtype, aligned), slots in groups.items():
+            yield _launch(rows, slots, dtype, aligned)
+
+
+def _launch(rows: Sequence[Row], slots: Sequence[int], dtype: torch.dtype, aligned: bool) -> Launch:
+    table = np.empty((len(slots), _COLUMNS.value), np.int64)
+    first_tile = 0
+    for line, slot in zip(table, slots, strict=True):
+        row = rows[slot]
+        end = row.skip + row.values.numel()
+        tiles = -(-end // TILE.value)
+        pointer = row.values.data_ptr() - row.skip * row.values.element_size()
+        k0, k1, s0, s1 = row.stream
+        # In the order of the columns; the amplitude, and words past 2^63, as the bits that they are.
+        whole = np.array([row.first // 4, k0 | k1 << 32, s0 | s1 << 32], np.uint64)
+        line[:] = (pointer, slot, tiles, first_tile, row.skip, end, *whole.view(np.int64), 0)
+        line.view(np.float64)[AMPLITUDE.value] = row.amplitude
+        first_tile += tiles
+    device = rows[slots[0]].values.device
+    host = torch.from_numpy(table)
+    # Pinned, because a copy from other memory would wait for the device.
+    held = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+    owners = torch.repeat_interleave(held[:, TILES.value].contiguous(), output_size=first_tile)
+    integer, infinity = BITS[dtype]
+    kind = {"dtype": _TYPES[dtype], "bits_type": _INTEGERS[integer], "infinity": infinity, "aligned": aligned}
+    return Launch(held, owners, kind)
+
+
+@triton.jit
+def column(table, tensor, index: tl.constexpr):
+    """Return a number of a tensor's row."""
+    return tl.load(table + tensor * _COLUMNS + index)
+
+
+@triton.jit
+def values_of(table, tensor, bits_type: tl.constexpr, alignment: tl.constexpr):
+    """Return a pointer, aligned to so many bytes, to stored bits SKIP elements before a tensor's first."""
+    return tl.multiple_of(column(table, tensor, POINTER).to(tl.pointer_type(bits_type)), alignment)
+
+
+@triton.jit
+def upcast(bits, dtype: tl.constexpr):
+    """Return stored bits as float32, those of F64 as float64."""
+    if dtype == tl.bfloat16:
+        return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif dtype == tl.float16:
+        return bits.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return bits.to(dtype, bitcast=True)
