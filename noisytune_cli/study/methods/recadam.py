@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.adam import adam
 
 from noisytune_cli.errors import UsageError
 from noisytune_cli.study.methods import Method, Training, Value
@@ -121,26 +122,47 @@ class RecAdam(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             group["t"] += 1
-            for parameter, anchor in zip(group["params"], group["anchors"], strict=True):
-                if parameter.grad is not None:
-                    self._update(parameter, anchor, group["lr"], group["weight_decay"], group["t"])
+            held = [
+                (p, anchor)
+                for p, anchor in zip(group["params"], group["anchors"], strict=True)
+                if p.grad is not None
+            ]
+            share = task_share(group["t"], self.k, self.t0)
+            pull = group["lr"] * (1 - share) * self.gamma
+            self._adam([p for p, anchor in held if anchor is not None], group["lr"] * share, group["t"])
+            self._adam([p for p, anchor in held if anchor is None], group["lr"], group["t"])
+            for p, anchor in held:
+                if anchor is not None:
+                    p.lerp_(anchor, pull)
+                if group["weight_decay"]:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
         return loss
 
-    def _update(self, parameter: Tensor, anchor: Tensor | None, lr: float, decay: float, t: int) -> None:
-        state, gradient, (beta1, beta2) = self.state[parameter], parameter.grad, self.betas
-        assert gradient is not None
-        if not state:
-            state["m"], state["v"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        m, v = state["m"], state["v"]
-        m.lerp_(gradient, 1 - beta1)
-        v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        share = 1.0 if anchor is None else task_share(t, self.k, self.t0)
-        size = lr * math.sqrt(1 - beta2**t) / (1 - beta1**t)
-        parameter.addcdiv_(m, v.sqrt().add_(self.eps), value=-size * share)
-        if anchor is not None:
-            parameter.lerp_(anchor, lr * (1 - share) * self.gamma)
-        if decay:
-            parameter.mul_(1 - lr * decay)
+    def _adam(self, parameters: list[Tensor], lr: float, t: int) -> None:
+        """Take Adam's step number t. torch adds its ε to √(v / (1-β₂ᵗ)), the paper's stands beside √v."""
+        if not parameters:
+            return
+        states = [self.state[p] for p in parameters]
+        for p, state in zip(parameters, states, strict=True):
+            if not state:
+                state["m"], state["v"] = torch.zeros_like(p), torch.zeros_like(p)
+        beta1, beta2 = self.betas
+        adam(
+            parameters,
+            [p.grad for p in parameters if p.grad is not None],
+            [state["m"] for state in states],
+            [state["v"] for state in states],
+            [],
+            list(torch.full((len(parameters),), t - 1.0, device=parameters[0].device).unbind()),
+            fused=True,  # one pass over the memory, in place of nine
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=0.0,
+            eps=self.eps / math.sqrt(1 - beta2**t),
+            maximize=False,
+        )
 
 
 def task_share(t: float, k: float, t0: float) -> float:
