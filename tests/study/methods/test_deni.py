@@ -175,8 +175,8 @@ def test_under_lora_the_adapters_get_noise_and_the_frozen_weights_are_shared() -
 def test_with_another_method_each_copy_is_whole() -> None:
     for other in ("mixout", "r3f", "neftune"):
         training = training_of(tiny_bert(), steps=10)
-        run(combine(f"deni+{other}"), training, [batch_of(seed=i) for i in range(10)])
-        assert len(training.members) == 10
+        run(combine(f"deni+{other}", {"deni.members": 3}), training, [batch_of(seed=i) for i in range(10)])
+        assert len(training.members) == 3
         for member in training.members:
             logits = member.model.eval()(**{k: v for k, v in batch_of().items() if k != "labels"}).logits
             assert torch.isfinite(logits).all()
