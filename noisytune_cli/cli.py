@@ -79,6 +79,10 @@ class _Granularity(StrEnum):
     matrix = "matrix"
 
 
+class _Dequantize(StrEnum):
+    bf16 = "bf16"
+
+
 class _Format(StrEnum):
     table = "table"
     json = "json"
@@ -216,6 +220,10 @@ def perturb(
         _To | None,
         typer.Option(help="Write pickled weights as safetensors; the model's weights alone."),
     ] = None,
+    dequantize: Annotated[
+        _Dequantize | None,
+        typer.Option(help="Read fp8 weights, block-wise or per tensor, as the BF16 they stand for."),
+    ] = None,
     device: Annotated[
         str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:N, mps.")
     ] = "cpu",
@@ -266,7 +274,7 @@ def perturb(
             rules=lambda_for or (),
             preset=preset,
         ),
-        conversion=make_conversion(dtype, to, None),
+        conversion=make_conversion(dtype, to, dequantize),
         weights=weights,
         revision=revision,
         mmap=mmap,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from noisytune_cli import hub
 from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.dequantize import dequantize
 from noisytune_cli.differences import Difference, compare_header, mismatch
 from noisytune_cli.errors import InputInvalid, Mismatch, UsageError
 from noisytune_cli.formats import Source
@@ -40,13 +41,21 @@ def open_original(
     weights = None if is_file else _weights(recorded)
     if weights is not None and os.path.isdir(local) and not os.path.lexists(os.path.join(local, weights)):
         raise not_the_base([Difference(weights, None, "it is absent")], recorded, local)
-    return open_checkpoint(
+    original = open_checkpoint(
         base,
         weights=weights,
         revision=source.revision if at_hub and base == source.id else None,
         mmap=mmap,
         quiet=quiet,
     )
+    output = recorded.manifest.output
+    if output is None or output.conversion.dequantized is None:
+        return original
+    try:
+        return dequantize(original, base)
+    except BaseException:
+        original.close()
+        raise
 
 
 def not_the_base(

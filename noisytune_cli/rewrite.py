@@ -20,6 +20,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from noisytune_cli.checkpoint import Checkpoint
+from noisytune_cli.dequantize import Dequantized
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.formats import Sink, Source
 from noisytune_cli.formats._header import DTYPES, MAX_ENTRIES, PREFIX
@@ -82,13 +83,14 @@ def lay_out(sources: Sequence[Source], plan: Plan, conversion: Conversion) -> tu
 def _lay_out(source: Source, steps: Iterable[Step], conversion: Conversion) -> OutputFile:
     dtypes = {step.tensor.name: step.out_dtype or step.tensor.dtype for step in steps}
     same_dtypes = all(dtypes[tensor.name] == tensor.dtype for tensor in source.tensors)
-    if isinstance(source, SafetensorsSource):
-        if same_dtypes:
+    file = source.inner if isinstance(source, Dequantized) else source
+    if isinstance(file, SafetensorsSource):
+        if same_dtypes and file is source:
             slots = {tensor.name: tensor for tensor in source.tensors}
-            return OutputFile(source.name, bytes(source.header), slots, {})
+            return OutputFile(source.name, bytes(file.header), slots, {})
     elif conversion.format is None:
         raise UsageError(
-            "--dtype needs --to safetensors",
+            "--to safetensors is missing",
             path=source.path,
             why="the weights are pickled, and a pickle is written back as it is but for the noise",
             next_step="Add --to safetensors",
@@ -106,7 +108,7 @@ def _lay_out(source: Source, steps: Iterable[Step], conversion: Conversion) -> O
         if tensor.name == _METADATA:
             raise _cannot_hold(source, "safetensors keeps this name for itself", tensor.name)
     metadata = source.metadata
-    if not isinstance(source, SafetensorsSource):
+    if not isinstance(file, SafetensorsSource):
         metadata = {**dict(sorted(aliases.items())), "format": "pt"}
     head, slots = _build(aligned(stored), metadata)
     if len(head) - PREFIX > MAX_HEADER or len(stored) > MAX_ENTRIES:

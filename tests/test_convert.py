@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.records import Conversion, NoiseSpec
+from noisytune_cli.walk import Walk
 
 TENSORS = {
     **{f"w.{dtype}": weights(dtype, 70, 45, seed=i) for i, dtype in enumerate(FLOATS)},
@@ -113,6 +115,7 @@ def test_tiles_and_threads_do_not_matter(tmp_path: Path, monkeypatch: pytest.Mon
     folder = base(tmp_path)
     run(folder, tmp_path / "out", NOISE, conversion=Conversion(dtype="F64"))
     monkeypatch.setattr("noisytune_cli.walk._LARGEST_SLAB", 64)
+    monkeypatch.setattr("noisytune_cli.commands.perturb.Walk", partial(Walk, tile_bytes=96))
     for threads in (1, 3):
         again = tmp_path / f"again-{threads}"
         run(folder, again, NOISE, conversion=Conversion(dtype="F64"), threads=threads, mmap=threads == 3)

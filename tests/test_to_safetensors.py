@@ -75,7 +75,7 @@ def test_with_another_dtype(tmp_path: Path) -> None:
         "torch.float64"
     }
     check(tmp_path / "out.safetensors", source, tmp_path / "again")
-    with pytest.raises(UsageError, match="--to safetensors"):
+    with pytest.raises(UsageError, match="--to safetensors is missing"):
         run(source, tmp_path / "out.bin", conversion=Conversion(dtype="F64"))
 
 

@@ -16,6 +16,7 @@ from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.companions import companions, left_behind
 from noisytune_cli.confirm import settle_ties
 from noisytune_cli.crew import Progress, default_threads
+from noisytune_cli.dequantize import check_config, dequantize
 from noisytune_cli.devices import open_device
 from noisytune_cli.errors import InputInvalid, unreadable
 from noisytune_cli.escape import escape
@@ -138,12 +139,13 @@ def perturb(
 
 
 def _open(request: Request) -> Checkpoint:
+    dequantizes = request.conversion is not None and request.conversion.dequantized is not None
     source = open_checkpoint(
         request.source,
         weights=request.weights,
         revision=request.revision,
         mmap=request.mmap,
-        check_config=refuse_quantized_config,
+        check_config=check_config if dequantizes else refuse_quantized_config,
         quiet=request.quiet,
     )
     try:
@@ -154,6 +156,8 @@ def _open(request: Request) -> Checkpoint:
                 why="a manifest of noisytune lies beside its weights, and noise on noise is rarely meant",
                 next_step="Give the original checkpoint, or pass --again",
             )
+        if dequantizes:
+            return dequantize(source, request.source)
         refuse_quantized(source.tensors, config=source.config, metadata=source.metadata, path=request.source)
     except BaseException:
         source.close()
