@@ -44,25 +44,30 @@ def lambdas(results: Results) -> Figure | None:
     entries = [entry for entry in whole(results) if entry["lambda_chosen_on"] != "given"]
     if not entries:
         return None
+    lines: dict[str, list[Entry]] = {}
+    for entry in entries:
+        lines.setdefault(entry["name"], []).append(entry)
     figure, axes = _single(results)
-    names = list(dict.fromkeys(entry["name"] for entry in entries))
-    for name, colour, mark in zip(names, _COLOURS, _MARKS, strict=False):
-        line = [entry for entry in entries if entry["name"] == name]
-        places = [entry["lambda"] for entry in line]
-        held_out = [entry["held_out"] for entry in line]
-        if all(held_out):
-            means = [100 * scores[primary]["mean"] for scores in held_out]
-            axes.plot(places, means, "--", color=colour, alpha=0.6, label=f"{_label(name)}, held out")
-        _points(axes, places, [entry["dev"][primary] for entry in line], colour, mark, "-", _label(name))
-        chosen = next((entry for entry in line if entry["reported"]), None)
-        if chosen is not None:
-            at = (chosen["lambda"], 100 * chosen["dev"][primary]["mean"])
-            axes.plot(*at, "o", markersize=13, markerfacecolor="none", markeredgecolor=colour)
-    for plain in _plain(whole(results)):
-        _points(axes, [0.0], [plain["dev"][primary]], _BLACK, "o", "", "plain")
+    for plain in (entry for entry in whole(results) if entry["method"] == "plain"):
+        _line(axes, [0.0], [plain["dev"][primary]], _BLACK, "o", "plain")
         axes.axhline(100 * plain["dev"][primary]["mean"], color=_GREY, linewidth=0.8, zorder=0)
+    for (name, colour, mark), shift in zip(_styles(lines), _shifts(len(lines)), strict=True):
+        line = lines[name]
+        places = [entry["lambda"] + shift * max(e["lambda"] for e in entries) for entry in line]
+        if all(entry["held_out"] for entry in line):
+            means = [100 * entry["held_out"][primary]["mean"] for entry in line]
+            axes.plot(places, means, "--", color=colour, alpha=0.6)
+        _line(axes, places, [entry["dev"][primary] for entry in line], colour, mark, _label(name))
+        for place, entry in zip(places, line, strict=True):
+            if entry["reported"]:
+                at = (place, 100 * entry["dev"][primary]["mean"])
+                axes.plot(*at, "o", markersize=13, markerfacecolor="none", markeredgecolor=colour)
+    if any(entry["held_out"] for entry in entries):
+        axes.plot([], [], "--", color=_GREY, label="mean on the held-out rows")
+    axes.set_xticks(sorted({0.0, *(entry["lambda"] for entry in entries)}))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("λ (width of the noise in units of std; ringed: chosen)")
-    axes.legend()
+    _legend(figure, axes)
     return figure
 
 
@@ -116,12 +121,13 @@ def shares(results: Results) -> Figure | None:
     if not lines:
         return None
     figure, axes = _single(results)
-    for name, colour, mark in _styles(lines):
-        line = lines[name]
-        places = [entry["train_rows"] for entry in line]
-        _points(axes, places, [entry["dev"][primary] for entry in line], colour, mark, "-", _label(name))
+    largest = max(entry["train_rows"] for line in lines.values() for entry in line)
+    for (name, colour, mark), shift in zip(_styles(lines), _shifts(len(lines)), strict=True):
+        places = [entry["train_rows"] + shift * largest for entry in lines[name]]
+        _line(axes, places, [entry["dev"][primary] for entry in lines[name]], colour, mark, _label(name))
+    axes.set_xticks(sorted({entry["train_rows"] for line in lines.values() for entry in line}))
     axes.set_xlabel("training rows")
-    axes.legend()
+    _legend(figure, axes)
     return figure
 
 
@@ -129,12 +135,13 @@ def drift(results: Results) -> Figure | None:
     """Draw the relative L1 change of each kind of parameter with and without noise (figure 5), both ways."""
     measured = [entry for entry in whole(results) if entry["reported"] and entry["drift"]]
     noise = [entry for entry in measured if entry["method"] in ("plain", "noisytune")]
-    entries = noise if len(noise) > 1 else measured
-    if not entries:
+    found = noise if len(noise) > 1 else measured
+    if not found:
         return None
-    entries = entries[: len(_COLOURS) + 1]
+    entries = found[: len(_COLOURS)]
     kinds = list(dict.fromkeys(kind for entry in entries for kind in entry["drift"]))
-    figure, left, right = _double(results, len(kinds) * (1 + len(entries)) / 2, "lines: std over seeds")
+    bars = "lines: std over seeds" + "; the report has all methods" * (len(found) > len(entries))
+    figure, left, right = _double(results, len(kinds) * (1 + len(entries)) / 2, bars)
     panels = (
         (left, "norm_change", "|‖w₁‖₁ − ‖w₀‖₁| / ‖w₀‖₁ (%)", "change of the norm"),
         (right, "change_norm", "‖w₁ − w₀‖₁ / ‖w₀‖₁ (%)", "norm of the change"),
@@ -210,21 +217,24 @@ def _bar(axes: Axes, sample: Entry, row: float, colour: str, mark: str, *, seeds
     axes.plot(100 * sample["mean"], row, mark, color=colour, markersize=5)
 
 
-def _points(
-    axes: Axes,
-    places: Sequence[float],
-    samples: Sequence[Entry],
-    colour: str,
-    mark: str,
-    line: str,
-    label: str,
+def _line(
+    axes: Axes, places: Sequence[float], samples: Sequence[Entry], colour: str, mark: str, label: str
 ) -> None:
     """Draw means with their intervals along the x axis."""
-    axes.plot(places, [100 * s["mean"] for s in samples], mark + line, color=colour, label=label)
+    axes.plot(places, [100 * s["mean"] for s in samples], f"{mark}-", color=colour, label=label)
     for place, sample in zip(places, samples, strict=True):
         if sample["interval"]:
             low, high = (100 * bound for bound in sample["interval"])
             axes.vlines(place, low, high, color=colour, linewidth=1.2)
+
+
+def _shifts(lines: int) -> list[float]:
+    """Return how far each line is moved aside, so that no interval hides another: shares of the axis."""
+    return [0.012 * (place - (lines - 1) / 2) for place in range(lines)]
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
 
 
 def _single(results: Results) -> tuple[Figure, Axes]:
@@ -273,14 +283,15 @@ def _label(name: str) -> str:
     return escape(name, 60)
 
 
-def _plain(entries: Iterable[Entry]) -> list[Entry]:
-    return [entry for entry in entries if entry["method"] == "plain"]
-
-
 def _styles(names: Iterable[str]) -> list[tuple[str, str, str]]:
-    """Return a colour and a mark for each name: black for plain; names beyond the palette are left out."""
-    listed = list(names)
-    others = [name for name in listed if name != "plain"]
-    own = {n: (c, m) for n, c, m in zip(others, _COLOURS, _MARKS, strict=False)}
-    own["plain"] = (_BLACK, "o")
-    return [(name, *own[name]) for name in listed if name in own]
+    """Return a colour and a mark for each name, no two of 36 the same: black for plain."""
+    styles = []
+    others = 0
+    for name in names:
+        if name == "plain":
+            styles.append((name, _BLACK, "o"))
+        else:
+            turn, place = divmod(others, len(_COLOURS))
+            styles.append((name, _COLOURS[place], _MARKS[(place + turn) % len(_MARKS)]))
+            others += 1
+    return styles

@@ -99,7 +99,8 @@ def _methods(results: Results, figures: Mapping[str, str]) -> list[str]:
             "sign-flip permutation test over the pairs; `p (Holm)` is adjusted for the "
             f"{wording.count(compared[0]['comparisons'], 'comparison')} with plain. Evidence is an adjusted "
             "p below 0.05. Intervals are percentile bootstrap intervals of the mean, which few seeds make "
-            "too narrow: of five normal differences they hold the true mean 83 times in 100, not 95."
+            "too narrow: of five normal differences they hold the true mean 83 times in 100, not 95. Both "
+            "are about other seeds on these very rows, not about other rows."
         )
     if apart := [entry for entry in compared if entry["left_out"]]:
         uneven = (

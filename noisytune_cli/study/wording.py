@@ -35,7 +35,8 @@ def spread(sample: Mapping[str, Any]) -> str:
 
 def change(value: float) -> str:
     """Return a difference of scores, times 100, with its sign: +0.41."""
-    return f"{100 * value:+.2f}".replace("-", _MINUS)
+    # Adding 0 takes the sign from what rounding made -0.
+    return f"{round(100 * value, 2) + 0.0:+.2f}".replace("-", _MINUS)
 
 
 def interval(sample: Mapping[str, Any]) -> str:

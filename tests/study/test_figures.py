@@ -106,3 +106,18 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "figures").write_text("in the way")
     with pytest.raises(ResourceExhausted, match="cannot write"):
         figures.draw(summarise([run("plain"), run("r3f")]), tmp_path / "figures")
+
+
+def test_no_method_is_left_out_or_looks_like_another() -> None:
+    made = [
+        run(f"method{number}", share=share, dev=0.4 + number / 100)
+        for number in range(9)
+        for share in (1.0, 0.5)
+    ]
+    figure = plots.shares(summarise(made))
+    assert figure is not None
+    (axes,) = figure.axes
+    looks = {(line.get_color(), line.get_marker()) for line in axes.lines}
+    assert len(looks) == 9
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"method{n}" for n in range(9)]
+    assert list(axes.get_xticks()) == [500, 1000]
