@@ -19,7 +19,7 @@ from noisytune_cli.records import NoiseSpec, Receipt, TensorSpec
 from noisytune_cli.walk import Variant, Walk, work_bytes
 
 TENSORS = {
-    **{f"{dtype}.weight": weights(dtype, 41, 30, seed=i) for i, dtype in enumerate(("F32", "F64", "BF16"))},
+    **{f"{dtype}.weight": weights(dtype, 11, 30, seed=i) for i, dtype in enumerate(("F32", "F64", "BF16"))},
     "small.weight": weights("F16", 7),
     "constant.weight": numbers("F32", *[1.0] * 9),
     "infinite.weight": numbers("F32", 1.0, math.inf),
