@@ -39,6 +39,10 @@ def main() -> NoReturn:
     except Stopped as stopped:
         # Not sys.exit: that would wait for threads that are still in the middle of a transfer.
         signals.ignore()
+        if stopped.left is not None:
+            from noisytune_cli import show
+
+            show.note(f"noisytune: stopped: {stopped.left}")
         _flush()
         os._exit(stopped.exit_code)
     sys.exit(0)

@@ -173,20 +173,33 @@ def perturb(
     out: Annotated[
         str | None,
         typer.Option(
-            "--out", "-o", metavar="OUT", help="Where to write: a folder, or a file where SOURCE is a file."
+            "--out",
+            "-o",
+            metavar="OUT",
+            help="Where to write: a folder, or a file where SOURCE is a file. {lambda} and {seed} in it "
+            "stand for the values.",
         ),
     ] = None,
     lam: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            "--lambda", metavar="λ", help="Width of the noise in units of each matrix's std. [default: 0.15]"
+            "--lambda",
+            metavar="λ,…",
+            help="Width of the noise in units of each matrix's std; of a list, an output for each. "
+            "[default: 0.15]",
         ),
     ] = None,
     noise_std: Annotated[
-        float | None,
-        typer.Option(metavar="S", help="Strength as the noise's own std in units of std(W): λ = √12 · S."),
+        str | None,
+        typer.Option(metavar="S,…", help="Strength as the noise's own std in units of std(W): λ = √12 · S."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, metavar="N", help="Seed, 0 to 2^64-1.")] = 0,
+    seed: Annotated[
+        str,
+        typer.Option(
+            metavar="N,N-M,…",
+            help="Seed, 0 to 2^64-1; of a list, or a range such as 0-4, an output for each.",
+        ),
+    ] = "0",
     noise: Annotated[_Noise, typer.Option(help="Distribution of the noise.")] = _UNIFORM,
     scope: Annotated[
         _Scope, typer.Option(help="One std for each matrix, or one for all perturbed tensors together.")
@@ -231,6 +244,13 @@ def perturb(
     mmap: _Mmap = False,
     weights: _Weights = None,
     revision: _Revision = None,
+    recipe_only: Annotated[
+        bool,
+        typer.Option(
+            "--recipe-only",
+            help="Write the manifest alone, to the file OUT (or into the folder OUT), for replay later.",
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     again: Annotated[
@@ -253,27 +273,38 @@ def perturb(
     layout is known or --split gives it; --dry-run shows which. SIZES are numbers that add up to the
     dimension, /N for N equal ones, or A,B,C*N for A, B and C in turn, N times; `;` joins cuts of several
     dimensions, as in 0:/8;2:/2.
+
+    Lists such as --lambda 0.05,0.1 --seed 0-4 -o 'out-l{lambda}-s{seed}' make an output for each
+    combination, as single runs would, from one pass over SOURCE. {lambda}, {seed} (and {noise-std}) in OUT
+    stand for the values as they are written, in a single run too. All outputs are complete before the first
+    is published. With --json there is a line for each.
+
+    With --recipe-only the weights are not written, only the manifest that would lie with them: as the file
+    OUT, or as noisytune.json in OUT where that is a folder or ends in /. `replay` makes the rest of it.
     """
     from noisytune_cli import show, show_perturb
+    from noisytune_cli.combinations import combine
     from noisytune_cli.commands import perturb as command
-    from noisytune_cli.options import make_conversion, make_noise
+    from noisytune_cli.options import make_conversion, make_noise, numbers
 
     started = time.monotonic()
+    spec = make_noise(
+        lam=None if lam is None else numbers("--lambda", lam)[0],
+        noise_std=None if noise_std is None else numbers("--noise-std", noise_std)[0],
+        seed=0,
+        distribution=noise.value,
+        scope=scope.value,
+        granularity=granularity.value,
+        splits=split or (),
+        include=include or (),
+        exclude=exclude or (),
+        rules=lambda_for or (),
+        preset=preset,
+    )
+    wanted = combine(out, lam=lam, noise_std=noise_std, seed=seed, default=spec.lam)
     request = command.Request(
         source=source,
-        noise=make_noise(
-            lam=lam,
-            noise_std=noise_std,
-            seed=seed,
-            distribution=noise.value,
-            scope=scope.value,
-            granularity=granularity.value,
-            splits=split or (),
-            include=include or (),
-            exclude=exclude or (),
-            rules=lambda_for or (),
-            preset=preset,
-        ),
+        noise=spec,
         conversion=make_conversion(dtype, to, dequantize),
         weights=weights,
         revision=revision,
@@ -283,21 +314,22 @@ def perturb(
         buffers_from=buffers_from,
     )
     if dry_run:
-        show_perturb.show_planned(command.plan_perturb(request), as_json=as_json)
+        show_perturb.show_planned(command.plan_perturb(request, wanted), as_json=as_json)
         return
     if out is None:
         raise UsageError(
             "--out is missing", why="there is nowhere to write to", next_step="Give -o OUT, or --dry-run"
         )
-    result = command.perturb(
+    results = command.perturb_each(
         request,
-        out,
+        wanted,
+        recipe_only=recipe_only,
         overwrite=overwrite,
         device=device,
         threads=threads,
         progress=lambda nbytes: show.progress(nbytes, "perturb", enabled=not quiet),
     )
-    show_perturb.show_perturbed(result, as_json=as_json, quiet=quiet, seconds=time.monotonic() - started)
+    show_perturb.show_perturbed(results, as_json=as_json, quiet=quiet, seconds=time.monotonic() - started)
 
 
 @app.command(cls=_Command)

@@ -23,6 +23,9 @@ from typing import ClassVar
 
 from noisytune_cli.escape import escape
 
+#: What ends the cause of a failed write, unless an earlier output of the same run is there already.
+NOTHING_PUBLISHED = "nothing was published"
+
 
 class NoisytuneError(Exception):
     """The base of all expected errors; `exit_code` is what the process ends with.
@@ -99,10 +102,14 @@ class Mismatch(NoisytuneError):
 
 
 class Stopped(BaseException):
-    """A signal asked the process to stop; a BaseException so that no `except Exception` swallows it."""
+    """A signal asked the process to stop; a BaseException so that no `except Exception` swallows it.
+
+    `left` says what it leaves behind, where that is not nothing.
+    """
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
+        self.left: str | None = None
         super().__init__(f"stopped by {signal.Signals(signum).name}")
 
     @property
@@ -143,7 +150,7 @@ def unwritable(error: OSError, path: str | os.PathLike[str]) -> NoisytuneError:
     return ResourceExhausted(
         "cannot write",
         path=path,
-        why=f"{why}; nothing was published",
+        why=f"{why}; {NOTHING_PUBLISHED}",
         next_step="Free space or choose another place with -o, then run again",
     )
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from noisytune_cli.checkpoint import Checkpoint
 from noisytune_cli.errors import OutputUnsafe, ResourceExhausted, unwritable
-from noisytune_cli.layout import MANIFEST_SUFFIX
+from noisytune_cli.layout import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.publish import exists
 from noisytune_cli.staging import remains
 
@@ -40,6 +41,13 @@ def resolve_output(out: str, source: Checkpoint, name_in_folder: str | None = No
     if source.single_file and out.endswith("/"):
         return path / (name_in_folder or source.sources[0].path.name)
     return path
+
+
+def resolve_recipe(out: str, source: Checkpoint) -> Path:
+    """Return a recipe's absolute path: `out` itself, or a manifest in it where it names a folder."""
+    expanded = os.path.expanduser(out)
+    folder = out.endswith("/") or os.path.isdir(expanded)
+    return resolve_output(os.path.join(out, MANIFEST) if folder else out, source)
 
 
 def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
@@ -67,23 +75,88 @@ def check_apart(output: Path, source: Checkpoint, *, overwrite: bool, single_fil
             raise _unsafe(output, "it is the input, or a link to it")
 
 
-def check_space(output: Path, nbytes: int, files: int) -> None:
-    """Raise ResourceExhausted unless `nbytes` in `files` new files fit where `output` will be."""
-    place = next(p for p in (output, *output.parents) if p.is_dir())
+def check_recipe(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
+    """Raise OutputUnsafe unless the manifest `output` can be written alone, as `check_output` does."""
     try:
-        status = os.statvfs(place)
+        mode = os.lstat(output).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = None
     except OSError as error:
         raise unwritable(error, output) from error
+    if mode is not None and not stat.S_ISREG(mode):
+        raise _unsafe(output, "it is not a regular file")
+    if mode is not None and not overwrite:
+        raise exists(output)
+    check_apart(output, source, overwrite=overwrite, single_file=True)
+    if source.single_file and _identity(output.parent) == _identity(source.root):
+        weights = source.sources[0].path
+        if output.name in (MANIFEST, weights.name + MANIFEST_SUFFIX):
+            raise _unsafe(output, "there it would say that the input was noised")
+
+
+def check_distinct(outputs: Sequence[Path]) -> None:
+    """Raise OutputUnsafe where one of a run's outputs is, or lies in, another."""
+    places: set[Path] = set()
+    for output in outputs:
+        if output in places:
+            raise _unsafe(output, "two outputs of this run would be written there")
+        places.add(output)
+    for output in outputs:
+        if holder := next((place for place in output.parents if place in places), None):
+            raise _unsafe(output, f"it lies in {holder}, another output of this run")
+
+
+def check_space(outputs: Sequence[Path], nbytes: int, files: int) -> None:
+    """Raise ResourceExhausted unless `nbytes` in `files` new files fit where each of `outputs` will be.
+
+    What goes to one file system is added up.
+    """
+    together: dict[int, list[Path]] = {}
+    for output in outputs:
+        try:
+            together.setdefault(os.stat(_nearest(output)).st_dev, []).append(output)
+        except OSError as error:
+            raise unwritable(error, output) from error
+    for on_one in together.values():
+        _check_space_of(on_one, nbytes * len(on_one), files * len(on_one))
+
+
+def check_descriptors(count: int) -> None:
+    """Make sure that `count` files can be open at once, raising the soft limit where it has to be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or count <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise ResourceExhausted(
+            "too many open files",
+            why=f"the outputs need {count:,} at once, and the limit is {hard:,}; nothing was written",
+            next_step="Give shorter lists of values, or raise the limit (ulimit -Hn)",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+
+
+def _nearest(output: Path) -> Path:
+    """Return the output, or the nearest folder above it that there is."""
+    return next(p for p in (output, *output.parents) if p.is_dir())
+
+
+def _check_space_of(outputs: Sequence[Path], nbytes: int, files: int) -> None:
+    """Raise ResourceExhausted unless all that `outputs`, on one file system, need in all is free there."""
+    try:
+        status = os.statvfs(_nearest(outputs[0]))
+    except OSError as error:
+        raise unwritable(error, outputs[0]) from error
     free = status.f_bavail * status.f_frsize
+    needs = "it needs" if len(outputs) == 1 else f"with {len(outputs) - 1} more outputs it needs"
     if nbytes > free:
-        why = f"it needs {nbytes:,} bytes and {free:,} are free"
+        why = f"{needs} {nbytes:,} bytes and {free:,} are free"
     elif status.f_files and files > status.f_favail:
-        why = f"it needs {files:,} files and {status.f_favail:,} more can be made"
+        why = f"{needs} {files:,} files and {status.f_favail:,} more can be made"
     else:
         return
     raise ResourceExhausted(
         "not enough space",
-        path=output,
+        path=outputs[0],
         why=f"{why}; nothing was written",
         next_step="Free space or choose another place with -o, then run again",
     )

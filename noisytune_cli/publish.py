@@ -15,7 +15,8 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +24,7 @@ from types import TracebackType
 from blake3 import blake3
 
 from noisytune_cli import signals, staging
-from noisytune_cli.errors import NoisytuneError, OutputUnsafe, unreadable, unwritable
+from noisytune_cli.errors import OutputUnsafe, unreadable, unwritable
 from noisytune_cli.layout import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.reading import open_regular
 from noisytune_cli.renames import Steps, rename_any, rename_back, rename_directory, rename_file, swap, undoing
@@ -36,13 +37,18 @@ class Publication:
     """Output on its way: `with Publication(...) as p`, write to `p.path(name)`, then `p.publish(manifest)`.
 
     Leaving the block without having published removes everything. `cleared` names the left-overs of killed
-    runs that were removed on the way in.
+    runs that were removed on the way in, `published` tells whether the output is in its place.
     """
 
-    def __init__(self, output: Path, *, directory: bool, overwrite: bool) -> None:
-        """Prepare for an output that `output.check_output` has passed; nothing is touched yet."""
+    def __init__(self, output: Path, *, directory: bool, overwrite: bool, recipe: bool = False) -> None:
+        """Prepare for an output that `output.check_output` has passed; nothing is touched yet.
+
+        It is a directory, or a file with its manifest beside it; with `recipe` it is the manifest alone.
+        """
         self.output = output
         self.cleared: tuple[str, ...] = ()
+        self.published = False
+        self._recipe = recipe
         self._directory = directory
         self._overwrite = overwrite
         self._in_place = False
@@ -89,43 +95,58 @@ class Publication:
 
     def copy(self, source: Path, name: str) -> str:
         """Copy a regular file to `name`, flushed, and return its digest `blake3:HEX`."""
-        digest = blake3()
+        return copy_file(source, name, [self])
 
-        def chunks() -> Iterator[bytes]:
-            fd = open_regular(source)
+    @contextmanager
+    def create(self, name: str) -> Iterator[Callable[[bytes], None]]:
+        """Create the file `name`; yield what writes to it, and flush it at the end."""
+
+        def write(chunk: bytes) -> None:
+            view = memoryview(chunk)
             try:
-                while chunk := os.read(fd, _CHUNK):
-                    digest.update(chunk)
-                    yield chunk
+                while view:
+                    view = view[file.write(view) :]
             except OSError as error:
-                raise unreadable(error, source) from error
-            finally:
-                os.close(fd)
+                raise unwritable(error, self.output) from error
 
-        self._write(self.path(name), chunks())
-        return f"blake3:{digest.hexdigest()}"
+        path = self.path(name)
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            with os.fdopen(fd, "wb", buffering=0) as file:
+                yield write
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise unwritable(error, self.output) from error
 
     def write(self, name: str, content: bytes) -> str:
         """Write a small file, flushed, and return its digest `blake3:HEX`."""
-        self._write(self.path(name), iter([content]))
-        return f"blake3:{blake3(content).hexdigest()}"
+        return write_file(content, name, [self])
 
     def publish(self, manifest: bytes) -> Path:
-        """Seal the staging directory with the manifest and put it in place, durably.
+        """Seal the output with its manifest and put it in place; return the manifest's path."""
+        self.seal(manifest)
+        return self.commit()
 
-        Returns the manifest's path. Whatever fails is undone before the error is raised.
+    def seal(self, manifest: bytes) -> None:
+        """Complete the staging directory with the manifest."""
+        self.write(self._manifest_name, manifest)
+
+    def commit(self) -> Path:
+        """Put what was sealed in place, durably, and return the manifest's path.
+
+        Whatever fails is undone before the error is raised.
         """
         assert self._stage is not None
-        name = MANIFEST if self._directory else self.output.name + MANIFEST_SUFFIX
-        self._write(self.path(name), iter([manifest]))
         with signals.deferred():
             try:
                 for folder, _, _ in os.walk(self._stage, topdown=False):
                     sync_directory(Path(folder))
                 for parent in self._made_parents:
                     sync_directory(parent.parent)
-                if not self._directory:
-                    self._publish_file(self._stage, name)
+                if self._recipe:
+                    self._publish_recipe(self._stage)
+                elif not self._directory:
+                    self._publish_file(self._stage, self._manifest_name)
                 elif self._in_place:
                     self._fill_in_place(self._stage)
                 else:
@@ -135,7 +156,14 @@ class Publication:
                     raise exists(self.output) from error
                 raise unwritable(error, self.output) from error
             self._made_parents.clear()
-        return (self.output if self._directory else self.output.parent) / name
+            self.published = True
+        return (self.output if self._directory else self.output.parent) / self._manifest_name
+
+    @property
+    def _manifest_name(self) -> str:
+        if self._directory:
+            return MANIFEST
+        return self.output.name if self._recipe else self.output.name + MANIFEST_SUFFIX
 
     def _publish_directory(self, stage: Path) -> None:
         with undoing() as undo:
@@ -154,14 +182,14 @@ class Publication:
             if self._overwrite and os.path.lexists(place / manifest):
                 # From here until the new manifest is there the weights are whole, but unverified.
                 self._move(place / manifest, stage / "replaced", undo)
-            if self._overwrite and os.path.lexists(self.output):
-                swap(stage / weights, self.output)
-                undo.append(partial(swap, stage / weights, self.output))
-                sync_directory(place)
-            else:
+            if not (self._overwrite and os.path.lexists(self.output)):
                 staging.announce_moves(stage, [weights], manifest=manifest)
-                self._move(stage / weights, self.output, undo)
+            self._put(stage / weights, undo)
             self._move(stage / manifest, place / manifest, undo)
+
+    def _publish_recipe(self, stage: Path) -> None:
+        with undoing() as undo:
+            self._put(stage / self.output.name, undo)
 
     def _fill_in_place(self, stage: Path) -> None:
         """Move everything out of the staging directory into the one it lies in, the manifest last."""
@@ -173,6 +201,15 @@ class Publication:
                 undo.append(partial(rename_back, self.output / name, stage / name))
             sync_directory(self.output)
             self._move(stage / MANIFEST, self.output / MANIFEST, undo)
+
+    def _put(self, staged: Path, undo: Steps) -> None:
+        """Put a file in the output's place, durably; what it may replace goes with the staging directory."""
+        if self._overwrite and os.path.lexists(self.output):
+            swap(staged, self.output)
+            undo.append(partial(swap, staged, self.output))
+            sync_directory(self.output.parent)
+        else:
+            self._move(staged, self.output, undo)
 
     def _move(self, source: Path, target: Path, undo: Steps) -> None:
         """Rename a file into, or out of, the output's folder, durably."""
@@ -202,20 +239,6 @@ class Publication:
                 raise unwritable(error, folder) from error
             self._made_parents.append(folder)
 
-    def _write(self, path: Path, chunks: Iterator[bytes]) -> None:
-        try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            with os.fdopen(fd, "wb", buffering=0) as file:
-                for chunk in chunks:
-                    view = memoryview(chunk)
-                    while view:
-                        view = view[file.write(view) :]
-                os.fsync(file.fileno())
-        except NoisytuneError:
-            raise
-        except OSError as error:
-            raise unwritable(error, self.output) from error
-
     def _discard(self) -> None:
         """Remove the staging directory and the parents made for it, as far as that goes."""
         if self._stage is not None:
@@ -230,6 +253,40 @@ class Publication:
             with contextlib.suppress(OSError):
                 os.rmdir(folder)
         self._made_parents.clear()
+
+
+def copy_file(source: Path, name: str, publications: Sequence[Publication]) -> str:
+    """Copy a regular file to `name` in each publication, flushed, and return its digest `blake3:HEX`.
+
+    It is read once, also where there is no publication.
+    """
+    digest = blake3()
+    fd = open_regular(source)
+    try:
+        with ExitStack() as created:
+            writers = [created.enter_context(publication.create(name)) for publication in publications]
+            while chunk := _read(fd, source):
+                digest.update(chunk)
+                for write in writers:
+                    write(chunk)
+    finally:
+        os.close(fd)
+    return f"blake3:{digest.hexdigest()}"
+
+
+def write_file(content: bytes, name: str, publications: Sequence[Publication]) -> str:
+    """Write a small file to `name` in each publication, flushed, and return its digest `blake3:HEX`."""
+    for publication in publications:
+        with publication.create(name) as write:
+            write(content)
+    return f"blake3:{blake3(content).hexdigest()}"
+
+
+def _read(fd: int, source: Path) -> bytes:
+    try:
+        return os.read(fd, _CHUNK)
+    except OSError as error:
+        raise unreadable(error, source) from error
 
 
 def exists(output: Path) -> OutputUnsafe:

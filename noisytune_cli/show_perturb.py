@@ -4,97 +4,150 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from noisytune_cli.commands.perturb import Perturbed, Planned
 from noisytune_cli.escape import escape
-from noisytune_cli.records import NoiseSpec, Step
+from noisytune_cli.records import Manifest, NoiseSpec, Step
 from noisytune_cli.show import note, warn, write_out
 
 _TOLD_BY = {"names": "its name", "model": "the model"}
 
 
 def show_planned(planned: Planned, *, as_json: bool) -> None:
-    """Print a dry run's plan on stdout, a tensor a line."""
+    """Print a dry run's plan on stdout, a tensor a line, then the outputs where there are several."""
     for warning in planned.warnings:
         warn(warning)
-    steps = planned.plan.steps
+    by_tensor = _by_tensor(planned)
+    several = len(planned.plans) > 1
     if as_json:
         document = {
             "dry_run": True,
             "source": {"id": planned.id, "revision": planned.revision},
             "noise": _noise(planned.plan.noise),
-            "tensors": [_step(step) for step in steps],
+            "tensors": [_step(steps[0]) for steps in by_tensor],
             "ties": [
                 {"stream": tie.stream, "names": list(tie.names), "evidence": tie.evidence}
                 for tie in planned.plan.ties
             ],
         }
+        if several:
+            document["tensors"] = [
+                _step(steps[0]) | {"lambdas": [step.lam for step in steps]} for steps in by_tensor
+            ]
+            document["outputs"] = [
+                {"output": out, "noise": _noise(plan.noise)}
+                for out, plan in zip(planned.outs, planned.plans, strict=True)
+            ]
         write_out(json.dumps(document, indent=1) + "\n")
         return
-    write_out(_plan_lines(steps))
-    counts = Counter("perturb" if step.reason is None else str(step.reason) for step in steps)
+    write_out(line for steps in by_tensor for line in _plan_lines(steps))
+    if several:
+        write_out(_output_lines(planned))
+    counts = Counter(str(_telling(steps).reason or "perturb") for steps in by_tensor)
     found = ", ".join(f"{count} {what}" for what, count in counts.most_common())
-    note(f"dry run: {len(steps)} tensors: {found}; nothing was written")
+    outputs = f"; {len(planned.plans)} outputs" if several else ""
+    note(f"dry run: {len(by_tensor)} tensors: {found}{outputs}; nothing was written")
 
 
-def show_perturbed(result: Perturbed, *, as_json: bool, quiet: bool, seconds: float) -> None:
-    """Print the summary: one line on stderr, or with `as_json` a document on stdout."""
-    for name in result.cleared:
+def show_perturbed(results: Sequence[Perturbed], *, as_json: bool, quiet: bool, seconds: float) -> None:
+    """Print the summary: a line for each output on stderr, or with `as_json` a document on stdout.
+
+    Of several outputs the documents are a line each, in the outputs' order.
+    """
+    for name in dict.fromkeys(name for result in results for name in result.cleared):
         note(f"noisytune: removed {escape(name)}, which a run that was killed had left")
-    for warning in result.warnings:
+    for warning in dict.fromkeys(warning for result in results for warning in result.warnings):
         warn(warning)
-    manifest = result.manifest
-    perturbed = sum(receipt.action == "perturb" for receipt in manifest.receipts)
-    files = manifest.source.files if manifest.output is None else manifest.output.files
-    nbytes = sum(file.size for file in files)
     if as_json:
-        document = {
-            "output": str(result.output),
-            "manifest": str(result.manifest_path),
-            "source": {"id": manifest.source.id, "revision": manifest.source.revision},
-            "noise": _noise(manifest.noise),
-            "tensors": len(manifest.receipts),
-            "perturbed": perturbed,
-            "unchanged": sum(receipt.unchanged for receipt in manifest.receipts),
-            "clamped": sum(receipt.clamped for receipt in manifest.receipts),
-            "bytes": nbytes,
-            "warnings": list(result.warnings),
-        }
-        write_out(json.dumps(document, indent=1) + "\n")
-    if not quiet:
-        noise = manifest.noise
-        note(
-            f"perturbed {perturbed} of {len(manifest.receipts)} tensors "
-            f"(λ {noise.lam:g}, seed {noise.seed}, {noise.distribution}) "
-            f"-> {result.output}: {nbytes / 1e6:,.1f} MB in {seconds:.1f} s"
-        )
+        indent = 1 if len(results) == 1 else None
+        write_out(f"{json.dumps(_document(result), indent=indent)}\n" for result in results)
+    if quiet:
+        return
+    for result in results:
+        took = f" in {seconds:.1f} s" if len(results) == 1 else ""
+        note(f"{_summary(result)}{took}")
+    if len(results) > 1:
+        note(f"{len(results)} outputs in {seconds:.1f} s")
 
 
-def _plan_lines(steps: tuple[Step, ...]) -> Iterator[str]:
-    for step in steps:
-        tensor = step.tensor
-        shape = "x".join(map(str, tensor.shape)) or "scalar"
-        what = f"perturb λ={step.lam:g}" if step.reason is None else f"copy ({step.reason})"
-        if step.reason == "buffer":
-            what = f"copy (buffer, told by {_TOLD_BY[step.told_by]})"
-        if step.stream != tensor.name:
-            what += f", tied to {escape(step.stream)}"
-        if "tied" in step.unsure:
-            what += ", tied if the bytes agree"
-        if unless := [word for word in step.unsure if word != "tied"]:
-            what += f"; unless {' or '.join(unless)}"
-        if step.reason is None and step.undivided is not None:
-            what += f"; one matrix: {escape(step.undivided)}"
-        if step.reason is None and step.parts:
-            what += f"; {len(step.parts)} matrices"
-        dtype = tensor.dtype if step.out_dtype is None else f"{tensor.dtype} -> {step.out_dtype}"
-        yield f"{escape(tensor.name)}  {dtype} {shape}  {what}\n"
-        for part in step.parts if step.reason is None else ():
-            shape = "x".join(map(str, part.shape))
-            yield f"{escape(tensor.name)}[{escape(part.name)}]  {dtype} {shape}\n"
+def _document(result: Perturbed) -> dict[str, Any]:
+    manifest = result.manifest
+    return {
+        "output": None if result.recipe else str(result.output),
+        "manifest": str(result.manifest_path),
+        "source": {"id": manifest.source.id, "revision": manifest.source.revision},
+        "noise": _noise(manifest.noise),
+        "tensors": len(manifest.receipts),
+        "perturbed": sum(receipt.action == "perturb" for receipt in manifest.receipts),
+        "unchanged": sum(receipt.unchanged for receipt in manifest.receipts),
+        "clamped": sum(receipt.clamped for receipt in manifest.receipts),
+        "bytes": _bytes(manifest),
+        "warnings": list(result.warnings),
+    }
+
+
+def _summary(result: Perturbed) -> str:
+    """Say what was done to how many tensors, and where it went."""
+    manifest, noise = result.manifest, result.manifest.noise
+    perturbed = sum(receipt.action == "perturb" for receipt in manifest.receipts)
+    what = (
+        f"{perturbed} of {len(manifest.receipts)} tensors "
+        f"(λ {noise.lam:g}, seed {noise.seed}, {noise.distribution}) -> {result.output}"
+    )
+    if result.recipe:
+        return f"wrote the recipe alone for {what}"
+    return f"perturbed {what}: {_bytes(manifest) / 1e6:,.1f} MB"
+
+
+def _bytes(manifest: Manifest) -> int:
+    files = manifest.source.files if manifest.output is None else manifest.output.files
+    return sum(file.size for file in files)
+
+
+def _by_tensor(planned: Planned) -> list[tuple[Step, ...]]:
+    """Return for each tensor its steps, one for each λ: a seed changes nothing in them."""
+    plans = {plan.noise.lam: plan for plan in planned.plans}
+    return list(zip(*(plan.steps for plan in plans.values()), strict=True))
+
+
+def _telling(steps: Sequence[Step]) -> Step:
+    """Return the step that tells most of a tensor: one that perturbs it, if any does."""
+    return next((step for step in steps if step.reason is None), steps[0])
+
+
+def _output_lines(planned: Planned) -> Iterator[str]:
+    for out, plan in zip(planned.outs, planned.plans, strict=True):
+        name = "" if out is None else f"  {escape(out, None)}"
+        yield f"output λ={plan.noise.lam:g} seed={plan.noise.seed}{name}\n"
+
+
+def _plan_lines(steps: Sequence[Step]) -> Iterator[str]:
+    """Yield what happens to one tensor, whose steps differ in λ alone, and to its parts."""
+    step = _telling(steps)
+    tensor = step.tensor
+    shape = "x".join(map(str, tensor.shape)) or "scalar"
+    lams = ",".join(dict.fromkeys(f"{one.lam:g}" for one in steps))
+    what = f"perturb λ={lams}" if step.reason is None else f"copy ({step.reason})"
+    if step.reason == "buffer":
+        what = f"copy (buffer, told by {_TOLD_BY[step.told_by]})"
+    if step.stream != tensor.name:
+        what += f", tied to {escape(step.stream)}"
+    if "tied" in step.unsure:
+        what += ", tied if the bytes agree"
+    if unless := [word for word in step.unsure if word != "tied"]:
+        what += f"; unless {' or '.join(unless)}"
+    if step.reason is None and step.undivided is not None:
+        what += f"; one matrix: {escape(step.undivided)}"
+    if step.reason is None and step.parts:
+        what += f"; {len(step.parts)} matrices"
+    dtype = tensor.dtype if step.out_dtype is None else f"{tensor.dtype} -> {step.out_dtype}"
+    yield f"{escape(tensor.name)}  {dtype} {shape}  {what}\n"
+    for part in step.parts if step.reason is None else ():
+        shape = "x".join(map(str, part.shape))
+        yield f"{escape(tensor.name)}[{escape(part.name)}]  {dtype} {shape}\n"
 
 
 def _noise(noise: NoiseSpec) -> dict[str, Any]:

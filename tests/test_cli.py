@@ -124,6 +124,51 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(source: Path) -> None:
     assert os.listdir(source.parent) == [source.name]
 
 
+def test_lists_make_an_output_and_a_line_for_each(source: Path, tmp_path: Path) -> None:
+    lists = ("--lambda", "0.10,0.2", "--seed", "3-4", "-o", f"{tmp_path}/l{{lambda}}-s{{seed}}")
+    result = invoke("perturb", source, *lists, "--json")
+    assert result.exit_code == 0, result.output
+    documents = [json.loads(line) for line in result.stdout.splitlines()]
+    names = [f"l{lam}-s{seed}" for lam in ("0.10", "0.2") for seed in (3, 4)]
+    assert [document["output"] for document in documents] == [str(tmp_path / name) for name in names]
+    assert [document["noise"]["seed"] for document in documents] == ["3", "4", "3", "4"]
+    assert [line.split(" -> ")[0] for line in result.stderr.splitlines()[:-1]] == [
+        f"perturbed 2 of 2 tensors (λ {lam}, seed {seed}, uniform)" for lam in (0.1, 0.2) for seed in (3, 4)
+    ]
+    assert result.stderr.splitlines()[-1].startswith("4 outputs in ")
+
+
+def test_a_dry_run_of_lists_prints_the_plan_once_and_the_outputs(source: Path) -> None:
+    lists = ("--lambda", "0,0.2", "--seed", "3-4", "--lambda-for", "embeddings*=0.5")
+    result = invoke("perturb", source, *lists, "-o", "l{lambda}-s{seed}", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [
+        f"{NAME}  F32 30x10  perturb λ=0,0.2; unless constant or non-finite",
+        "embeddings.weight  F32 9x9  perturb λ=0.5; unless constant or non-finite",
+        "output λ=0 seed=3  l0-s3",
+        "output λ=0 seed=4  l0-s4",
+        "output λ=0.2 seed=3  l0.2-s3",
+        "output λ=0.2 seed=4  l0.2-s4",
+    ]
+    assert "2 tensors: 2 perturb; 4 outputs; nothing was written" in result.stderr
+    document = json.loads(invoke("perturb", source, *lists, "--dry-run", "--json").stdout)
+    assert [tensor["lambdas"] for tensor in document["tensors"]] == [[0.0, 0.2], [0.5, 0.5]]
+    assert [one["output"] for one in document["outputs"]] == [None] * 4
+    assert [one["noise"]["lambda"] for one in document["outputs"]] == [0.0, 0.0, 0.2, 0.2]
+    assert os.listdir(source.parent) == [source.name]
+
+
+def test_a_recipe_only_run_says_so(source: Path, tmp_path: Path) -> None:
+    result = invoke("perturb", source, "--recipe-only", "-o", tmp_path / "r.json", "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert (document["output"], document["manifest"]) == (None, str(tmp_path / "r.json"))
+    assert result.stderr.startswith("wrote the recipe alone for 2 of 2 tensors (λ 0.15, seed 0, uniform) -> ")
+    assert sorted(os.listdir(tmp_path)) == ["in.safetensors", "r.json"]
+    assert invoke("replay", tmp_path / "r.json", "--base", source, "-o", tmp_path / "out").exit_code == 0
+    assert (tmp_path / "out.noisytune.json").read_bytes() == (tmp_path / "r.json").read_bytes()
+
+
 def test_names_are_printed_escaped(tmp_path: Path) -> None:
     source = save(tmp_path / "in.safetensors", {"\x1b[2J\n[red]x": weights("F32", 30)})
     result = invoke("perturb", source, "--dry-run")
@@ -137,10 +182,12 @@ def test_names_are_printed_escaped(tmp_path: Path) -> None:
         (["perturb", "{}"], "-o OUT"),
         (["perturb", "{}", "-o", "x", "--lambda", "-1"], "not negative"),
         (["perturb", "{}", "-o", "x", "--lambda", "nan"], "finite"),
-        (["perturb", "{}", "-o", "x", "--lambda", "wide"], "valid number"),
+        (["perturb", "{}", "-o", "x", "--lambda", "wide"], "is no number"),
         (["perturb", "{}", "-o", "x", "--lambda", "1", "--noise-std", "1"], "--noise-std"),
         (["perturb", "{}", "-o", "x", "--seed", "-1"], "--seed"),
         (["perturb", "{}", "-o", "x", "--seed", str(2**64)], "--seed"),
+        (["perturb", "{}", "-o", "x", "--seed", "0-1"], "{seed} is missing"),
+        (["perturb", "{}", "--dry-run", "--lambda", "1,1"], "twice"),
         (["perturb", "{}", "-o", "x", "--noise", "pink"], "gaussian"),
         (["perturb", "{}", "-o", "x", "--scope", "layer"], "global"),
         (["perturb", "{}", "-o", "x", "--exclude", "nowhere"], "nowhere"),
@@ -201,7 +248,7 @@ def test_memory_that_gives_out(source: Path, tmp_path: Path, monkeypatch: pytest
     def perturb(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(command, "perturb", perturb)
+    monkeypatch.setattr(command, "perturb_each", perturb)
     assert "out of memory" in error(6, "perturb", source, "-o", tmp_path / "out")
 
 
@@ -216,7 +263,7 @@ def test_a_bug_keeps_its_traceback(source: Path, tmp_path: Path, monkeypatch: py
     def perturb(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(command, "perturb", perturb)
+    monkeypatch.setattr(command, "perturb_each", perturb)
     result = invoke("perturb", source, "-o", tmp_path / "out")
     assert result.exit_code == 1
     assert isinstance(result.exception, ZeroDivisionError)

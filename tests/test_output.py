@@ -186,9 +186,9 @@ def test_the_hubs_cache_is_refused(tmp_path: Path) -> None:
 
 
 def test_space_is_asked_of_the_file_system(tmp_path: Path) -> None:
-    check_space(tmp_path / "a/b/c", 1, 1)
+    check_space([tmp_path / "a/b/c"], 1, 1)
     with pytest.raises(ResourceExhausted, match=r"bytes and .* are free; nothing was written"):
-        check_space(tmp_path / "a/b/c", 1 << 62, 1)
+        check_space([tmp_path / "a/b/c"], 1 << 62, 1)
 
 
 def test_inodes_are_asked_of_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,8 +196,8 @@ def test_inodes_are_asked_of_the_file_system(tmp_path: Path, monkeypatch: pytest
         f_bavail, f_frsize, f_files, f_favail = 1 << 30, 4096, 100, 2
 
     monkeypatch.setattr(output_module.os, "statvfs", lambda path: Full)
-    check_space(tmp_path, 1, 2)
+    check_space([tmp_path], 1, 2)
     with pytest.raises(ResourceExhausted, match="3 files and 2 more"):
-        check_space(tmp_path, 1, 3)
+        check_space([tmp_path], 1, 3)
     monkeypatch.setattr(Full, "f_files", 0)  # a file system without a count of its inodes
-    check_space(tmp_path, 1, 3)
+    check_space([tmp_path], 1, 3)

@@ -15,11 +15,11 @@ from pathlib import Path
 from noisytune_cli import means
 from noisytune_cli.averages import AverageManifest, encode
 from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
-from noisytune_cli.commands.perturb import needed_bytes
 from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.devices import open_device
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import escape
+from noisytune_cli.fill import needed_bytes
 from noisytune_cli.output import check_apart, check_output, check_space, resolve_output
 from noisytune_cli.publish import Publication
 from noisytune_cli.quantized import refuse_quantized, refuse_quantized_config
@@ -67,7 +67,7 @@ def average(
         check_output(output, first, overwrite=overwrite)
         for member in members[1:]:
             check_apart(output, member, overwrite=overwrite, single_file=first.single_file)
-        check_space(output, needed_bytes(first), len(first.sources) + len(first.others) + 1)
+        check_space([output], needed_bytes(first), len(first.sources) + len(first.others) + 1)
         publication = opened.enter_context(
             Publication(output, directory=not first.single_file, overwrite=overwrite)
         )

@@ -6,26 +6,35 @@ the output, the space it needs. Then tensors walk from source to staging, and pu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from noisytune_cli import __version__
 from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.combinations import Combination
+from noisytune_cli.commits import all_staged, commit_all
 from noisytune_cli.companions import companions, left_behind
-from noisytune_cli.confirm import settle_ties
 from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.dequantize import check_config, dequantize
 from noisytune_cli.devices import open_device
-from noisytune_cli.errors import InputInvalid, unreadable
+from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import escape
-from noisytune_cli.formats import Sink, Source
+from noisytune_cli.fill import fill, manifest_bytes, needed_bytes
 from noisytune_cli.manifest import encode
-from noisytune_cli.output import check_output, check_space
-from noisytune_cli.parameters import Told, tell_buffers
-from noisytune_cli.plan import check_not_empty, check_outcomes, convert, make_plan
-from noisytune_cli.publish import Publication
+from noisytune_cli.output import (
+    check_descriptors,
+    check_distinct,
+    check_output,
+    check_recipe,
+    check_space,
+    resolve_recipe,
+)
+from noisytune_cli.parameters import tell_buffers
+from noisytune_cli.plan import check_outcomes
+from noisytune_cli.plans import make_plans, settle_plans
+from noisytune_cli.publish import Publication, copy_file, write_file
 from noisytune_cli.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.records import (
     Conversion,
@@ -38,10 +47,10 @@ from noisytune_cli.records import (
     SourceRecord,
 )
 from noisytune_cli.rewrite import OutputFile, lay_out, resolve_rewritten
-from noisytune_cli.walk import Variant, Walk, work_bytes
+from noisytune_cli.walk import Walk
 
-#: Room for the manifest in the check for space: a fixed part, and that of each tensor.
-_MANIFEST_BYTES, _MANIFEST_BYTES_A_TENSOR = 4096, 1024
+#: Descriptors that are open beside those of the weight files.
+_DESCRIPTORS = 64
 
 
 @dataclass(frozen=True)
@@ -61,81 +70,186 @@ class Request:
 
 @dataclass(frozen=True)
 class Perturbed:
-    """What was published: the manifest, where it and the output are, and what the user should know."""
+    """What was published: the manifest, where it and the output are, and what the user should know.
+
+    Of a `recipe` the manifest is the output.
+    """
 
     output: Path
     manifest_path: Path
     manifest: Manifest
     cleared: tuple[str, ...]
     warnings: tuple[str, ...]
+    recipe: bool = False
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A dry run's answer: the plan, made from headers alone."""
+    """A dry run's answer: the plan of each combination, made from headers alone, and where it would go."""
 
     id: str
     revision: str | None
-    plan: Plan
+    plans: tuple[Plan, ...]
+    outs: tuple[str | None, ...]
     warnings: tuple[str, ...]
 
+    @property
+    def plan(self) -> Plan:
+        """The plan of the first combination."""
+        return self.plans[0]
 
-def plan_perturb(request: Request) -> Planned:
-    """Say what `perturb` would do, without reading a weight."""
+
+def plan_perturb(request: Request, wanted: Sequence[Combination] = ()) -> Planned:
+    """Say what `perturb` (with combinations, `perturb_each`) would do, without reading a weight."""
+    wanted = wanted or [_only(request, None)]
     with _open(request) as source:
         told = tell_buffers(source.tensors, config=source.config, decider=request.buffers_from)
-        plan, _ = _plan(source, request, told)
-        return Planned(source.id, source.revision, plan, (*source.warnings, *told.warnings))
+        plans = make_plans(source, request.noise, wanted, told, request.conversion)
+        _lay_out(source, plans, request.conversion)
+        outs = tuple(one.out for one in wanted)
+        return Planned(source.id, source.revision, tuple(plans), outs, (*source.warnings, *told.warnings))
 
 
 def perturb(
     request: Request,
     out: str,
     *,
+    recipe_only: bool = False,
     overwrite: bool = False,
     device: str = "cpu",
     threads: int | None = None,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
 ) -> Perturbed:
     """Write the noisy checkpoint and its manifest to `out`, durably, or change nothing."""
+    (done,) = perturb_each(
+        request,
+        [_only(request, out)],
+        recipe_only=recipe_only,
+        overwrite=overwrite,
+        device=device,
+        threads=threads,
+        progress=progress,
+    )
+    return done
+
+
+def perturb_each(
+    request: Request,
+    wanted: Sequence[Combination],
+    *,
+    recipe_only: bool = False,
+    overwrite: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    progress: Progress = lambda nbytes: nullcontext(lambda done: None),
+) -> tuple[Perturbed, ...]:
+    """Write what `perturb` would for each λ and seed of `wanted`, from one pass over the source.
+
+    All are complete before the first is published. With `recipe_only` the manifests alone are written.
+    """
     with _open(request) as source:
         told = tell_buffers(source.tensors, config=source.config, decider=request.buffers_from)
-        plan, files = _plan(source, request, told)
+        plans = make_plans(source, request.noise, wanted, told, request.conversion)
+        files = _lay_out(source, plans, request.conversion)
         walk = Walk(open_device(device), threads or default_threads())
-        output = resolve_rewritten(out, source, files)
-        check_output(output, source, overwrite=overwrite)
-        check_space(output, needed_bytes(source, files), len(source.sources) + len(source.others) + 1)
-        with Publication(output, directory=not source.single_file, overwrite=overwrite) as publication:
-            (plan,) = settle_ties([plan], {file.name: file for file in source.sources})
-            check_not_empty(plan, path=request.source)
-            plan = convert(plan, request.conversion or Conversion())
-            (receipts,) = carry_out(walk, [(plan, publication)], source, progress, files)
-            check_outcomes(plan.noise, ((r.action, r.reason) for r in receipts), path=request.source)
-            anew = [] if request.conversion is None else companions(source, files, request.conversion)
-            kept = [name for name in source.others if name not in {one.source for one in anew}]
-            copied = tuple((name, publication.copy(source.root / name, name)) for name in kept)
-            rewritten = tuple((c.name, c.source, publication.write(c.name, c.content)) for c in anew)
-            converted = None
-            if request.conversion is not None:
-                records = tuple(file.record for file in files)
-                converted = OutputRecord(request.conversion, records, rewritten)
-            manifest = Manifest(
-                tool_name="noisytune",
-                tool_version=__version__,
-                source=SourceRecord(
-                    source.id,
-                    source.revision,
-                    tuple(FileRecord(s.name, s.size, s.header_digest) for s in source.sources),
-                ),
-                noise=plan.noise,
-                receipts=receipts,
-                copied=copied,
-                left_out=(*source.left_out, *left_behind(source, files)),
-                output=converted,
+        outputs = _check_outputs(source, files, wanted, recipe_only=recipe_only, overwrite=overwrite)
+        is_folder = not (source.single_file or recipe_only)
+        publications = [
+            Publication(output, directory=is_folder, overwrite=overwrite, recipe=recipe_only)
+            for output in outputs
+        ]
+        filled = [] if recipe_only else publications
+        with all_staged(publications):
+            plans = settle_plans(plans, source, request.conversion)
+            receipts = fill(walk, plans, source, filled, progress, files)
+            for plan, done in zip(plans, receipts, strict=True):
+                check_outcomes(plan.noise, ((r.action, r.reason) for r in done), path=request.source)
+            copied, converted = _write_beside(source, request.conversion, files, filled)
+            manifests = [
+                Manifest(
+                    tool_name="noisytune",
+                    tool_version=__version__,
+                    source=SourceRecord(
+                        source.id,
+                        source.revision,
+                        tuple(FileRecord(s.name, s.size, s.header_digest) for s in source.sources),
+                    ),
+                    noise=plan.noise,
+                    receipts=done,
+                    copied=copied,
+                    left_out=(*source.left_out, *left_behind(source, files)),
+                    output=converted,
+                )
+                for plan, done in zip(plans, receipts, strict=True)
+            ]
+            for publication, manifest in zip(publications, manifests, strict=True):
+                publication.seal(encode(manifest))
+            paths = commit_all(publications)
+            warnings = (*source.warnings, *told.warnings)
+            return tuple(
+                Perturbed(
+                    publication.output,
+                    path,
+                    manifest,
+                    publication.cleared,
+                    (*warnings, *_warnings(manifest.receipts)),
+                    recipe_only,
+                )
+                for publication, path, manifest in zip(publications, paths, manifests, strict=True)
             )
-            manifest_path = publication.publish(encode(manifest))
-            warnings = (*source.warnings, *told.warnings, *_warnings(receipts))
-            return Perturbed(output, manifest_path, manifest, publication.cleared, warnings)
+
+
+def _lay_out(
+    source: Checkpoint, plans: Sequence[Plan], conversion: Conversion | None
+) -> tuple[OutputFile, ...]:
+    """Return the outputs' weight files where they are not like the source's; λ makes no difference."""
+    return () if conversion is None else lay_out(source.sources, plans[0], conversion)
+
+
+def _check_outputs(
+    source: Checkpoint,
+    files: Sequence[OutputFile],
+    wanted: Sequence[Combination],
+    *,
+    recipe_only: bool,
+    overwrite: bool,
+) -> list[Path]:
+    """Return where the outputs go; raises unless all of them can be written, and there is room for all."""
+    outs = [one.out for one in wanted if one.out is not None]
+    if recipe_only:
+        outputs = [resolve_recipe(out, source) for out in outs]
+    else:
+        outputs = [resolve_rewritten(out, source, files) for out in outs]
+    for output in outputs:
+        (check_recipe if recipe_only else check_output)(output, source, overwrite=overwrite)
+    check_distinct(outputs)
+    if recipe_only:
+        check_space(outputs, manifest_bytes(source), 1)
+    else:
+        check_space(outputs, needed_bytes(source, files), len(source.sources) + len(source.others) + 1)
+    check_descriptors(_DESCRIPTORS + len(source.sources) + len(outputs) * (len(source.sources) + 1))
+    return outputs
+
+
+def _write_beside(
+    source: Checkpoint,
+    conversion: Conversion | None,
+    files: Sequence[OutputFile],
+    publications: Sequence[Publication],
+) -> tuple[tuple[tuple[str, str], ...], OutputRecord | None]:
+    """Write what lies beside the weights to every output: return what was copied, and what was converted."""
+    anew = [] if conversion is None else companions(source, files, conversion)
+    kept = [name for name in source.others if name not in {one.source for one in anew}]
+    copied = tuple((name, copy_file(source.root / name, name, publications)) for name in kept)
+    rewritten = tuple((c.name, c.source, write_file(c.content, c.name, publications)) for c in anew)
+    if conversion is None:
+        return copied, None
+    return copied, OutputRecord(conversion, tuple(file.record for file in files), rewritten)
+
+
+def _only(request: Request, out: str | None) -> Combination:
+    """Return the one combination of a request without lists."""
+    return Combination(request.noise.lam, request.noise.seed, out)
 
 
 def _open(request: Request) -> Checkpoint:
@@ -163,73 +277,6 @@ def _open(request: Request) -> Checkpoint:
         source.close()
         raise
     return source
-
-
-def _plan(source: Checkpoint, request: Request, told: Told) -> tuple[Plan, tuple[OutputFile, ...]]:
-    """Return the plan, and the output's weight files where they are not like the source's."""
-    plan = make_plan(
-        source.tensors,
-        request.noise,
-        config=source.config,
-        metadata=source.metadata,
-        stored_as_one=source.stored_as_one,
-        buffers=told.buffers,
-        by_model=told.by_model,
-    )
-    check_not_empty(plan, path=source.root)
-    if request.conversion is None:
-        return plan, ()
-    plan = convert(plan, request.conversion)
-    return plan, lay_out(source.sources, plan, request.conversion)
-
-
-def carry_out(
-    walk: Walk,
-    wanted: Sequence[tuple[Plan, Publication]],
-    source: Checkpoint,
-    progress: Progress,
-    files: Sequence[OutputFile] = (),
-    recorded: Mapping[str, Receipt] | None = None,
-) -> tuple[tuple[Receipt, ...], ...]:
-    """Fill every weight file of every output and flush it; the source must be as it was throughout.
-
-    `files` are those of each output where they are not like the source's.
-    """
-    models: Sequence[Source | OutputFile] = files or source.sources
-    targets = {name: slot for file in files for name, slot in file.slots.items()}
-    with ExitStack() as opened:
-        variants = []
-        for plan, publication in wanted:
-            sinks: dict[str, Sink] = {}
-            for file, made in zip(source.sources, models, strict=True):
-                name = publication.output.name if source.single_file else made.name
-                sinks[file.name] = made.create_sink(publication.path(name))
-                opened.callback(sinks[file.name].abort)
-            variants.append(Variant(plan, sinks, targets, recorded=recorded or {}))
-        with progress(work_bytes(variants)) as report:
-            sources = {file.name: file for file in source.sources}
-            receipts = replace(walk, progress=report).carry_out(variants, sources)
-        for file in source.sources:
-            file.check_unchanged()
-            file.check_sums()
-        for variant in variants:
-            for sink in variant.sinks.values():
-                sink.finish()
-    return receipts
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise unreadable(error, path) from error
-
-
-def needed_bytes(source: Checkpoint, files: Sequence[OutputFile] = ()) -> int:
-    """Return how many bytes an output of this source takes, its manifest included (an estimate)."""
-    weights = sum(file.size for file in files or source.sources)
-    others = sum(_size(source.root / name) for name in source.others)
-    return weights + others + _MANIFEST_BYTES + _MANIFEST_BYTES_A_TENSOR * len(source.tensors)
 
 
 def _warnings(receipts: tuple[Receipt, ...]) -> list[str]:

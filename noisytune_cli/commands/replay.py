@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from noisytune_cli.checkpoint import Checkpoint
-from noisytune_cli.commands.perturb import carry_out, needed_bytes
 from noisytune_cli.companions import companions
 from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.devices import open_device
 from noisytune_cli.differences import Difference, compare_receipts, recorded_steps
+from noisytune_cli.fill import fill, needed_bytes
 from noisytune_cli.manifest_reader import RecordedManifest, read_manifest
 from noisytune_cli.original import match_files, not_the_base, open_original
 from noisytune_cli.output import check_output, check_space
@@ -63,7 +63,7 @@ def replay(
         rewritten = () if manifest.output is None else _rewrite(manifest.output, plan, source, recorded)
         output = resolve_rewritten(out, source, rewritten)
         check_output(output, source, overwrite=overwrite)
-        check_space(output, needed_bytes(source, rewritten), len(source.sources) + len(source.others) + 1)
+        check_space([output], needed_bytes(source, rewritten), len(source.sources) + len(source.others) + 1)
         with Publication(output, directory=not source.single_file, overwrite=overwrite) as publication:
             digests = {name: publication.copy(source.root / name, name) for name, _ in manifest.copied}
             changed = [name for name, digest in manifest.copied if digests[name] != digest]
@@ -71,7 +71,7 @@ def replay(
             if manifest.output is not None:
                 found += _write_anew(manifest.output, source, rewritten, publication)
             _refuse(found, recorded, source)
-            (done,) = carry_out(walk, [(plan, publication)], source, progress, rewritten, receipts)
+            (done,) = fill(walk, [plan], source, [publication], progress, rewritten, receipts)
             _refuse(compare_receipts(receipts, done), recorded, source)
             publication.publish(recorded.content)
             return Replayed(output, manifest, publication.cleared)

@@ -1,0 +1,149 @@
+"""Lists of λ and seeds: the combinations that they stand for, and what the output of each is called.
+
+A name holds placeholders, `{lambda}` (or `{noise-std}`) and `{seed}`, which are replaced by each value as the
+user wrote it. Names that would not tell two outputs apart are refused before anything is opened.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from noisytune_cli.errors import UsageError
+from noisytune_cli.options import numbers
+
+#: The most outputs of one run: what it remembers of them grows with their number.
+MOST = 1000
+
+_SEED_RANGE = re.compile(r"([0-9]+)(?:-([0-9]+))?", re.ASCII)
+_LARGEST_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """One output: its λ and seed, and where it goes (None where nothing is to be written)."""
+
+    lam: float
+    seed: int
+    out: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Strength:
+    """A λ, and what stands for each placeholder that it fills."""
+
+    lam: float
+    names: Mapping[str, str]
+
+
+def combine(
+    out: str | None, *, lam: str | None, noise_std: str | None, seed: str, default: float
+) -> tuple[Combination, ...]:
+    """Return every combination of the lists, λ by λ and within it seed by seed, with its output's name.
+
+    `lam` and `noise_std`, of which one is None, are the options as written; without both λ is `default`.
+    Raises UsageError for a list that makes no sense, and for an `out` that names two outputs alike.
+    """
+    strengths = _read_strengths(lam, noise_std, default)
+    seeds = _read_seeds(seed)
+    if len(strengths) * len(seeds) > MOST:
+        raise UsageError(
+            f"{len(strengths) * len(seeds):,} outputs",
+            why=f"one run makes {MOST:,} at most",
+            next_step="Give shorter lists, and run again for the rest",
+        )
+    pairs = list(product(strengths, seeds))
+    if out is None:
+        return tuple(Combination(strength.lam, number, None) for strength, number in pairs)
+    outs = [_fill(out, {**strength.names, "seed": str(number)}) for strength, number in pairs]
+    if len(set(outs)) < len(outs):
+        raise _alike(out, strengths, seeds)
+    return tuple(
+        Combination(strength.lam, number, name) for (strength, number), name in zip(pairs, outs, strict=True)
+    )
+
+
+def _fill(out: str, names: Mapping[str, str]) -> str:
+    """Replace the placeholders that are known; other braces stay as they are."""
+    return re.sub(r"\{([a-z-]+)\}", lambda found: names.get(found[1], found[0]), out)
+
+
+def _read_strengths(lam: str | None, noise_std: str | None, default: float) -> list[_Strength]:
+    if noise_std is not None:
+        values = numbers("--noise-std", noise_std)
+        _refuse_twice("--noise-std", noise_std, values)
+        # The uniform distribution of width λ has std λ/√12, and Gaussian noise is scaled to match it.
+        lams = [math.sqrt(12) * value for value in values]
+        written = [text.strip() for text in noise_std.split(",")]
+        return [
+            _Strength(value, {"lambda": repr(value), "noise-std": text})
+            for value, text in zip(lams, written, strict=True)
+        ]
+    if lam is None:
+        return [_Strength(default, {"lambda": repr(default)})]
+    values = numbers("--lambda", lam)
+    _refuse_twice("--lambda", lam, values)
+    return [
+        _Strength(value, {"lambda": text.strip()}) for value, text in zip(values, lam.split(","), strict=True)
+    ]
+
+
+def _read_seeds(text: str) -> list[int]:
+    """Return the seeds of a comma list of numbers and ranges such as `0-4`, both ends included."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        found = _SEED_RANGE.fullmatch(part.strip())
+        # 20 digits hold every seed; Python refuses to read thousands of them.
+        if found is None or max(map(len, filter(None, found.groups()))) > 20:
+            raise _bad_seed(text, f'"{part}" is neither a seed (0 to 2^64-1) nor a range of seeds')
+        first = int(found[1])
+        last = first if found[2] is None else int(found[2])
+        if max(first, last) > _LARGEST_SEED:
+            raise _bad_seed(text, f'in "{part}" a seed is larger than 2^64-1')
+        if last < first:
+            raise _bad_seed(text, f'the range "{part}" ends before it begins')
+        if last - first >= MOST:
+            raise _bad_seed(text, f'the range "{part}" has {last - first + 1:,} seeds; {MOST:,} is the most')
+        seeds += range(first, last + 1)
+    _refuse_twice("--seed", text, seeds)
+    return seeds
+
+
+def _bad_seed(text: str, why: str) -> UsageError:
+    return UsageError(f"--seed {text}", why=why, next_step="Write for example --seed 7, or --seed 0-4,9")
+
+
+def _refuse_twice(option: str, text: str, values: Sequence[Hashable]) -> None:
+    seen = set()
+    for value in values:
+        if value in seen:
+            raise UsageError(
+                f"{option} {text}",
+                why=f"{value} is in it twice",
+                next_step="Name each value once: the second output would be the first again",
+            )
+        seen.add(value)
+
+
+def _alike(out: str, strengths: Sequence[_Strength], seeds: Sequence[int]) -> UsageError:
+    """Return the error for outputs that would bear one name: most often a placeholder is missing."""
+    missing = []
+    if len(strengths) > 1 and not any(f"{{{name}}}" in out for name in strengths[0].names):
+        missing.append("{noise-std}" if "noise-std" in strengths[0].names else "{lambda}")
+    if len(seeds) > 1 and "{seed}" not in out:
+        missing.append("{seed}")
+    count = len(strengths) * len(seeds)
+    if not missing:
+        return UsageError(
+            f"--out {out}",
+            why=f"two of the {count:,} outputs would bear one name",
+            next_step="Put something between the placeholders, such as l{lambda}-s{seed}",
+        )
+    return UsageError(
+        f"--out {out}",
+        why=f"it names all of {count:,} outputs alike: {' and '.join(missing)} is missing",
+        next_step="Write for example -o 'out-l{lambda}-s{seed}'",
+    )

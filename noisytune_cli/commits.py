@@ -1,0 +1,70 @@
+"""Committing several outputs: all are staged and sealed before the first, then each is put in place in turn.
+
+Where one fails, or a signal comes, those before it stay, for they are complete; those after it leave nothing;
+and the error, or what is told of the signal, says which is which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from noisytune_cli import signals
+from noisytune_cli.errors import NOTHING_PUBLISHED, NoisytuneError, Stopped
+from noisytune_cli.publish import Publication
+
+#: Characters of a list of names that an error line has room for.
+_ROOM = 160
+
+
+@contextmanager
+def all_staged(publications: Sequence[Publication]) -> Iterator[None]:
+    """Enter all publications, and leave them together: a signal cannot come between two of them."""
+    with ExitStack() as staged:
+        with signals.deferred():
+            for publication in publications:
+                staged.enter_context(publication)
+        try:
+            yield
+        finally:
+            with signals.deferred():
+                staged.close()
+
+
+def commit_all(publications: Sequence[Publication]) -> list[Path]:
+    """Commit sealed outputs in their order; return the paths of their manifests."""
+    try:
+        return [publication.commit() for publication in publications]
+    except Stopped as stopped:
+        if any(publication.published for publication in publications):
+            stopped.left = _which(publications)
+        raise
+    except NoisytuneError as error:
+        if not any(publication.published for publication in publications):
+            raise
+        raise type(error)(
+            error.what,
+            path=error.path,
+            why=f"{error.why.removesuffix(NOTHING_PUBLISHED).removesuffix('; ')}; {_which(publications)}",
+            next_step=f"{error.next_step} for those that are not",
+        ) from error
+
+
+def _which(publications: Sequence[Publication]) -> str:
+    done = [publication.output for publication in publications if publication.published]
+    rest = [publication.output for publication in publications if not publication.published]
+    told = f"{_named(done)} published"
+    return f"{told}, {_named(rest)} not" if rest else told
+
+
+def _named(outputs: Sequence[Path]) -> str:
+    """Name the outputs; of many, which come in a known order, the first and the last."""
+    verb = "is" if len(outputs) == 1 else "are"
+    names = [output.name for output in outputs]
+    if len({output.parent for output in outputs}) > 1:
+        names = [str(output) for output in outputs]
+    text = ", ".join(names)
+    if len(text) > _ROOM:
+        text = f"{names[0]} … {names[-1]} ({len(names)})"
+    return f"{text} {verb}"

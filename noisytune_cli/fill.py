@@ -1,0 +1,83 @@
+"""From a checkpoint and plans to whole weight files: every output's, in its staging directory.
+
+Publishing is not decided here: what is filled is flushed, and is as the source was from beginning to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from noisytune_cli.checkpoint import Checkpoint
+from noisytune_cli.crew import Progress
+from noisytune_cli.errors import unreadable
+from noisytune_cli.formats import Nowhere, Sink, Source
+from noisytune_cli.publish import Publication
+from noisytune_cli.records import Plan, Receipt
+from noisytune_cli.rewrite import OutputFile
+from noisytune_cli.walk import Variant, Walk, work_bytes
+
+#: Room for the manifest in the check for space: a fixed part, and that of each tensor.
+_MANIFEST_BYTES, _MANIFEST_BYTES_A_TENSOR = 4096, 1024
+
+
+def fill(
+    walk: Walk,
+    plans: Sequence[Plan],
+    source: Checkpoint,
+    publications: Sequence[Publication],
+    progress: Progress,
+    files: Sequence[OutputFile] = (),
+    recorded: Mapping[str, Receipt] | None = None,
+) -> tuple[tuple[Receipt, ...], ...]:
+    """Fill every weight file of every plan's output and flush it; the source must be as it was throughout.
+
+    Without publications the plans are carried out for their receipts alone. `files` are those of each output
+    where they are not like the source's; `recorded` are earlier receipts by tensor name, whose std and
+    amplitude hold.
+    """
+    models: Sequence[Source | OutputFile] = files or source.sources
+    targets = {name: slot for file in files for name, slot in file.slots.items()}
+    places: Sequence[Publication | None] = publications or [None] * len(plans)
+    with ExitStack() as opened:
+        variants = []
+        for plan, publication in zip(plans, places, strict=True):
+            sinks: dict[str, Sink] = {}
+            for file, made in zip(source.sources, models, strict=True):
+                sinks[file.name] = Nowhere()
+                if publication is not None:
+                    name = publication.output.name if source.single_file else made.name
+                    sinks[file.name] = made.create_sink(publication.path(name))
+                opened.callback(sinks[file.name].abort)
+            variants.append(Variant(plan, sinks, targets, recorded=recorded or {}))
+        with progress(work_bytes(variants)) as report:
+            sources = {file.name: file for file in source.sources}
+            receipts = replace(walk, progress=report).carry_out(variants, sources)
+        for file in source.sources:
+            file.check_unchanged()
+            file.check_sums()
+        for variant in variants:
+            for sink in variant.sinks.values():
+                sink.finish()
+    return receipts
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise unreadable(error, path) from error
+
+
+def needed_bytes(source: Checkpoint, files: Sequence[OutputFile] = ()) -> int:
+    """Return how many bytes an output of this source takes, its manifest included (an estimate)."""
+    weights = sum(file.size for file in files or source.sources)
+    others = sum(_size(source.root / name) for name in source.others)
+    return weights + others + manifest_bytes(source)
+
+
+def manifest_bytes(source: Checkpoint) -> int:
+    """Return how many bytes the manifest of an output of this source takes (an estimate)."""
+    return _MANIFEST_BYTES + _MANIFEST_BYTES_A_TENSOR * len(source.tensors)
