@@ -32,9 +32,12 @@ def as_produced(manifest: Manifest, files: Mapping[str, Source]) -> tuple[Manife
         return manifest, []
     receipts: list[Receipt] = []
     found: list[Difference] = []
+    by_file: dict[str, list[Receipt]] = {file.name: [] for file in manifest.source.files}
+    for receipt in manifest.receipts:
+        by_file[receipt.step.tensor.file].append(receipt)
     digests = {receipt.step.tensor.name: receipt.digest for receipt in manifest.receipts}
     for base, made in zip(manifest.source.files, manifest.output.files, strict=True):
-        own = [_as_written(r, made.name) for r in manifest.receipts if r.step.tensor.file == base.name]
+        own = [_as_written(receipt, made.name) for receipt in by_file[base.name]]
         source = files.get(made.name)
         present = {tensor.name for tensor in source.tensors} if source is not None else set()
         stored = []

@@ -220,3 +220,16 @@ def test_names_of_other_weights() -> None:
     }
     assert {name: output_name(name, TO) for name in names} == names
     assert output_name("pytorch_model.bin", Conversion(dtype="F32")) == "pytorch_model.bin"
+
+
+def test_training_state_that_holds_itself_is_named_and_not_followed(tmp_path: Path) -> None:
+    state: dict[object, object] = {"w": 1}
+    state["again"] = state
+    keys: dict[object, object] = {(1, 2): state, 3: state, "x" * 10_000: 4}
+    source = write(tmp_path / "last.ckpt", {"state_dict": {"w": to_torch(W)}, "optimizer": state, **keys})
+    result = run(source, f"{tmp_path}/out/", conversion=TO)
+    ((name, why),) = result.manifest.left_out
+    assert (name, why) == (
+        "last.ckpt",
+        f"its weights alone were taken, without optimizer, …, …, {'x' * 60}",
+    )

@@ -39,7 +39,7 @@ _TRAINING = re.compile(
 _FLAT_TRAINING = re.compile(r"(chained_\d+\.)?optim(izer)?\.(state|param_groups)\..*", re.DOTALL)
 
 #: Of what lies beside the weights, how much is named.
-_MAX_REST = 1000
+_MAX_REST, _LONGEST_SHOWN = 1000, 60
 
 _NOT_A_STATE_DICT = "Save the model's state dict: torch.save(model.state_dict(), FILE)"
 
@@ -87,19 +87,18 @@ def rest_of(root: object, weights: Iterable[object]) -> tuple[str, ...]:
     """Return what else was unpickled: the paths, joined by dots, below which there is no weight."""
     assert type(root) is dict  # or `find_weights` had refused it
     ours = {id(tensor) for tensor in weights}
-    left = [_MAX_ITEMS]
 
     def look(mapping: Mapping[object, object], path: tuple[str, ...]) -> tuple[bool, list[str]]:
-        left[0] -= 1 + len(mapping)
+        # It goes where the search for the weights went, which has an end.
         found = False
         rest: list[str] = []
         for key, value in mapping.items():
             if id(value) in ours:
                 found = True
                 continue
-            here = (*path, str(key))
+            here = (*path, key[:_LONGEST_SHOWN] if type(key) is str else "…")
             below: tuple[bool, list[str]] = False, []
-            if type(value) is dict and len(path) < _MAX_DEPTH and left[0] > 0:
+            if type(key) is str and type(value) is dict and not _is_training_state(key, value):
                 below = look(value, here)
             found |= below[0]
             if len(rest) < _MAX_REST:
