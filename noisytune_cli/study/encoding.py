@@ -35,6 +35,10 @@ class Encoded:
         inputs = {name: [rows[i] for i in places] for name, rows in self.inputs.items()}
         return Encoded(inputs, self.padding, tuple(self.labels[i] for i in places), self.regression)
 
+    def length(self, place: int) -> int:
+        """Return how many tokens a row has."""
+        return len(self.inputs["input_ids"][place])
+
     def batch(self, places: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
         """Return the inputs [B, L] int64 and `labels` [B] (int64 classes, or float32) of some rows."""
         batch = {}
@@ -51,8 +55,7 @@ class Encoded:
 
     def by_length(self, batch_size: int) -> Iterator[list[int]]:
         """Yield the places of all rows, batch by batch, the shortest first."""
-        lengths = [len(row) for row in self.inputs["input_ids"]]
-        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        order = sorted(range(len(self)), key=self.length)
         for start in range(0, len(order), batch_size):
             yield order[start : start + batch_size]
 

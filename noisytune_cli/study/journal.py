@@ -209,7 +209,8 @@ def _read_study(path: Path) -> dict[str, Any]:
 def _check_same(known: Mapping[str, Any], asked: Mapping[str, Any], folder: Path) -> None:
     """Raise OutputUnsafe where a setting differs from the one that the study was begun with."""
     for name in sorted({*known, *asked}):
-        if known.get(name) != asked.get(name):
+        # A setting that an earlier version did not know was off.
+        if (known.get(name) or None) != (asked.get(name) or None):
             raise OutputUnsafe(
                 "the folder holds another study",
                 path=folder,

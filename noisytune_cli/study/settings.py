@@ -13,8 +13,8 @@ from noisytune_cli.study.tasks import Task
 class Recipe:
     """How every run is trained: AdamW, a linear schedule with warm-up, gradients clipped at norm 1.
 
-    `warmup` is a share of the steps; `anchor` says which weights methods hold on to; `lora_rank` 0 is full
-    finetuning.
+    `warmup` is a share of the steps; `group_by_length` makes batches of rows of similar length; `anchor` says
+    which weights methods hold on to; `lora_rank` 0 is full finetuning.
     """
 
     epochs: int = 3
@@ -23,6 +23,7 @@ class Recipe:
     weight_decay: float = 0.01
     warmup: float = 0.1
     max_length: int = 128
+    group_by_length: bool = False
     anchor: str = "original"
     lora_rank: int = 0
     lora_alpha: int = 16

@@ -36,6 +36,9 @@ _CLIP = 1.0
 #: Rows of a batch in evaluation, times what a batch in training has.
 _EVALUATION = 4
 
+#: Batches of a stretch of rows that are sorted by length.
+_STRETCH = 16
+
 #: Called after each step.
 Step = Callable[[], None]
 
@@ -170,7 +173,7 @@ class Bench:
         total = torch.zeros((), device=self.device)
         summed = 0
         last_epoch = training.steps - training.steps // self.recipe.epochs
-        for step, places in enumerate(self._batches(len(rows), training.order_seed)):
+        for step, places in enumerate(self._batches(rows, training.order_seed)):
             batch = rows.batch(places, self.device)
             method.before_step(training, step)
             for member in training.members:
@@ -192,13 +195,20 @@ class Bench:
         mean = float(total) / max(summed, 1)
         return mean if math.isfinite(mean) else None
 
-    def _batches(self, rows: int, order_seed: int) -> Iterator[list[int]]:
-        """Yield the places of each batch, every epoch in an order of its own; the last one may be short."""
+    def _batches(self, rows: Encoded, order_seed: int) -> Iterator[list[int]]:
+        """Yield the places of each batch, every epoch in an order of its own; one of them may be short."""
         generator = torch.Generator().manual_seed(_derive(order_seed, "order"))
+        size = self.recipe.batch_size
         for _ in range(self.recipe.epochs):
-            order = torch.randperm(rows, generator=generator).tolist()
-            for start in range(0, rows, self.recipe.batch_size):
-                yield order[start : start + self.recipe.batch_size]
+            order = torch.randperm(len(rows), generator=generator).tolist()
+            if not self.recipe.group_by_length:
+                yield from _cut(order, size)
+                continue
+            # Sorted within stretches of the random order: so batches are not the same in every epoch.
+            stretches = [sorted(s, key=rows.length) for s in _cut(order, size * _STRETCH)]
+            batches = [batch for stretch in stretches for batch in _cut(stretch, size)]
+            for index in torch.randperm(len(batches), generator=generator).tolist():
+                yield batches[index]
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return AdamW over what is to be trained, without decay for biases and norms."""
@@ -252,6 +262,11 @@ class _Forward:
         if self._device.type == "cuda":
             return torch.autocast("cuda", dtype=torch.bfloat16)
         return nullcontext()
+
+
+def _cut(places: list[int], size: int) -> list[list[int]]:
+    """Return places in pieces of `size`; the last one may be shorter."""
+    return [places[start : start + size] for start in range(0, len(places), size)]
 
 
 def _linear_schedule(

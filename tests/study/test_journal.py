@@ -67,6 +67,14 @@ def test_another_study_is_refused_and_nothing_is_changed(tmp_path: Path) -> None
     assert (tmp_path / "study.json").read_bytes() == before
 
 
+def test_a_setting_that_is_new_and_off_is_no_other_study(tmp_path: Path) -> None:
+    with Journal(tmp_path, study("a")):
+        pass
+    with Journal(tmp_path, study("a", new=False)):
+        pass
+    assert "its new is null, now true" in refusal(OutputUnsafe, tmp_path, study("a", new=True))
+
+
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     with Journal(tmp_path, study("a")):
         assert "another process is at work" in refusal(OutputUnsafe, tmp_path, study("a"))

@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2Model
 
 from noisytune_cli.study import methods
 from noisytune_cli.study.design import Run, Seeds, plan_runs
+from noisytune_cli.study.encoding import Encoded
 from noisytune_cli.study.settings import Material, Recipe
 from noisytune_cli.study.tasks import Task
 from noisytune_cli.study.training import Bench
@@ -85,12 +86,32 @@ def test_the_head_is_drawn_from_its_seed_alone(tiny: Tiny) -> None:
 
 def test_the_order_of_rows_is_its_seed_s_and_every_epoch_has_all_of_them(tiny: Tiny) -> None:
     place = bench(tiny)
-    batches = list(place._batches(24, order_seed=5))
+    batches = list(place._batches(place.train, order_seed=5))
     assert [len(batch) for batch in batches] == [8] * 6
     epochs = [[i for batch in part for i in batch] for part in (batches[:3], batches[3:])]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(24))
     assert epochs[0] != epochs[1]
-    assert batches == list(place._batches(24, order_seed=5)) != list(place._batches(24, order_seed=6))
+    assert batches == list(place._batches(place.train, order_seed=5))
+    assert batches != list(place._batches(place.train, order_seed=6))
+
+
+def test_batches_of_similar_length_have_less_padding_and_every_row(tiny: Tiny) -> None:
+    place = bench(tiny, dataclasses.replace(RECIPE, group_by_length=True))
+    lengths = [3, 30, 9] * 100
+    rows = Encoded(
+        {"input_ids": [[1] * n for n in lengths]}, {"input_ids": 0}, (0.0,) * len(lengths), regression=False
+    )
+    batches = list(place._batches(rows, order_seed=5))
+    assert [sorted(i for b in part for i in b) for part in (batches[:38], batches[38:])] == [
+        list(range(300))
+    ] * 2
+    assert batches == list(place._batches(rows, order_seed=5))
+    assert batches[:38] != batches[38:]
+
+    def padded(found: list[list[int]]) -> int:
+        return sum(len(batch) * max(lengths[i] for i in batch) for batch in found)
+
+    assert padded(batches) < 0.7 * padded(list(bench(tiny)._batches(rows, order_seed=5)))
 
 
 def test_the_rate_rises_and_falls_to_0(tiny: Tiny) -> None:
