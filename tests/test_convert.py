@@ -347,3 +347,37 @@ def test_transformers_loads_the_dtype_and_the_noise(tmp_path: Path) -> None:
     for name, value in model.state_dict().items():
         assert value.dtype == torch.bfloat16
         assert value.view(torch.uint8).numpy().tobytes() == found[name]
+
+
+def test_many_outputs_and_a_recipe_are_those_of_single_runs(tmp_path: Path) -> None:
+    folder = base(tmp_path)
+    arguments = ["perturb", str(folder), "--dtype", "bfloat16", "-q"]
+    for more in (
+        ["--seed", "0-2", "-o", f"{tmp_path}/many-{{seed}}"],
+        ["--seed", "1", "-o", f"{tmp_path}/one"],
+    ):
+        assert CliRunner().invoke(app, [*arguments, *more]).exit_code == 0
+    assert tree(tmp_path / "many-1") == tree(tmp_path / "one")
+    recipe = tmp_path / "recipe.json"
+    done = CliRunner().invoke(app, [*arguments, "--seed", "1", "--recipe-only", "-o", str(recipe)])
+    assert done.exit_code == 0
+    assert recipe.read_bytes() == (tmp_path / "one" / "noisytune.json").read_bytes()
+    replay(str(recipe), str(tmp_path / "again"), base=str(folder))
+    assert tree(tmp_path / "again") == tree(tmp_path / "one")
+
+
+def test_each_matrix_of_a_tensor_is_rounded_once(tmp_path: Path) -> None:
+    upper, lower = weights("F32", 30, 7, seed=1), weights("F32", 30, 7, seed=2, width=0.5)
+    fused = Tensor("F32", np.concatenate([upper.values, lower.values, np.full((30, 7), 0.1, np.float32)]))
+    source = save(tmp_path / "in.safetensors", {"w": fused})
+    out = tmp_path / "out.safetensors"
+    asked = ["--granularity", "matrix", "--split", "w=0:/3", "--dtype", "bfloat16", "-q"]
+    assert CliRunner().invoke(app, ["perturb", str(source), *asked, "-o", str(out)]).exit_code == 0
+    found = np.frombuffer(split(out.read_bytes())[1]["w"], np.uint16).reshape(3, 210)
+    c = stream.coefficients("uniform", 0, "w", 0, 630).reshape(3, 210)
+    for i, part in enumerate((upper, lower)):
+        amplitude = distributions.load("uniform").amplitude(0.15, std32(part))
+        made, _, _ = stream.add_noise(part.values.ravel(), "F32", c[i], amplitude, "BF16")
+        assert found[i].tobytes() == made.tobytes()
+    assert found[2].tobytes() == stream.convert(np.full(210, 0.1, np.float32), "F32", "BF16")[0].tobytes()
+    assert verify(str(out), base=str(source)).ok
