@@ -41,7 +41,16 @@ _C_TYPES: dict[str, Any] = {
 
 _SYMBOL = "noisytune_loop"
 #: The modules, beside the distributions, whose text decides what a loop is compiled to.
-_SOURCES = ("compiled.py", "devices/cpu.py", "kernels.py", "moments.py", "stored.py", "stream.py", "sums.py")
+_SOURCES = (
+    "compiled.py",
+    "devices/cpu.py",
+    "kernels.py",
+    "moments.py",
+    "stored.py",
+    "stream.py",
+    "sums.py",
+    "vectors.py",
+)
 
 _C_LIBRARY = {"memcpy", "memmove", "memset", "sqrt"}
 _DIGEST_SIZE = 32

@@ -33,6 +33,7 @@ from noisytune_cli.stored import (
     round_f16,
 )
 from noisytune_cli.stream import M0, M1, MASK, ROUNDS, W0, W1
+from noisytune_cli.vectors import prefer_wide_vectors
 
 _MASK, _HIGH = np.uint64(MASK), np.uint64(32)
 _M0, _M1, _W0, _W1 = np.uint64(M0), np.uint64(M1), np.uint64(W0), np.uint64(W1)
@@ -192,6 +193,7 @@ def noise_loop(distribution: Distribution, dtype: str, out_dtype: str, block: in
     within = bits(0x47EFFFFFE0000000 if (computed_in(dtype), out_dtype) == ("F32", "F64") else infinite - 1)
 
     def loop(source, out, n, first, k0, k1, s0, s1, amplitude, w, p, coefficients, held, counts):  # type: ignore[no-untyped-def]
+        prefer_wide_vectors()
         source_values, y = carray(source, (n,), stored), carray(out, (n,), out_stored)
         x = carray(held, (block,), stored)
         y_bits = carray(out, (n,), bits)
@@ -238,6 +240,7 @@ def convert_loop(dtype: str, out_dtype: str) -> Callable[..., None]:
     )
 
     def loop(source, out, n, overflowed):  # type: ignore[no-untyped-def]
+        prefer_wide_vectors()
         x, y, count = (
             carray(source, (n,), stored),
             carray(out, (n,), bits),

@@ -16,6 +16,7 @@ from numba.np.numpy_support import carray
 
 from noisytune_cli.moments import BLOCK, EXACT_BINS, EXACT_SUMS
 from noisytune_cli.stored import LOAD, STORED
+from noisytune_cli.vectors import prefer_wide_vectors
 
 _I32, _F32, _F64 = np.int32, np.float32, np.float64
 # Numba wraps a negative index, which costs a branch and the vectoriser; an unsigned index it takes as it is.
@@ -42,6 +43,7 @@ def moments_loop(dtype: str) -> Callable[..., None]:
 
     @njit(error_model="numpy", fastmath={"reassoc"})
     def block_sums(x: Any, b: Any, count: Any, pivot: Any) -> Any:
+        prefer_wide_vectors()
         s1 = s2 = 0.0
         for i in range(count):
             d = _deviation(_F64(load(x, _INDEX(b) + _INDEX(i))), pivot)
@@ -50,6 +52,7 @@ def moments_loop(dtype: str) -> Callable[..., None]:
         return s1, s2
 
     def loop(source, n, out):  # type: ignore[no-untyped-def]
+        prefer_wide_vectors()
         x, result = carray(source, (n,), stored), carray(out, (6,), np.float64)
         first = min(n, 64)
         pivot, _ = block_sums(x, 0, first, 0.0)
@@ -78,6 +81,7 @@ def exact_loop(dtype: str) -> Callable[..., None]:
     low_bits, low_mask = np.int64(27), np.int64((1 << 27) - 1)
 
     def loop(source, n, sums):  # type: ignore[no-untyped-def]
+        prefer_wide_vectors()
         x, total = carray(source, (n,), stored), carray(sums, (EXACT_BINS, EXACT_SUMS), np.int64)
         for i in range(n):
             bits = _F64(load(x, i)).view(np.int64)
@@ -135,6 +139,7 @@ def summary_loop(dtype: str) -> Callable[..., None]:
         return signed(order ^ signed(signed(order >> sign_shift) & magnitude_mask)).view(real)
 
     def loop(source, n, out):  # type: ignore[no-untyped-def]
+        prefer_wide_vectors()
         x, result = carray(source, (n,), stored), carray(out, (6,), np.float64)
         low, high, total, low_total = np.inf, -np.inf, 0.0, 0.0
         zeros = nans = infinities = np.int64(0)

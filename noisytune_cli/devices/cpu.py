@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from noisytune_cli.stream import StreamWords
 
-#: Values that a noise loop works on at a time; a multiple of 4, small enough for the L1 cache.
-NOISE_BLOCK = 2048
+#: Values that a noise loop works on at a time; a multiple of 4, so few that its scratch fits the L1 cache.
+NOISE_BLOCK = 1024
 
 
 class Cpu:
