@@ -26,9 +26,11 @@ from noisytune_cli.folder import list_folder
 from noisytune_cli.formats import Source, open_source
 from noisytune_cli.index import ShardIndex, check_present, check_tensors, read_index
 from noisytune_cli.layout import (
+    CHUNKS_SUFFIX,
     INDEX_SUFFIXES,
     MANIFEST,
     MANIFEST_SUFFIX,
+    METADATA,
     OTHER_WEIGHTS,
     Listing,
     arrange,
@@ -188,12 +190,12 @@ def _open_folder(
                 why=f"it is {listing.special[file]}",
                 next_step="Put the regular file in its place",
             )
-    others, left_out = arrange(listing, chosen, files)
     with ExitStack() as opened:
         sources: list[Source] = []
         for file in files:
             sources.append(open_source(root / file, file, mmap))
             opened.callback(sources[-1].close)
+        others, left_out = arrange(listing, chosen, {name for source in sources for name in source.files})
         warnings = [warning for source in sources for warning in source.warnings]
         if index is not None:
             warnings += check_tensors(index, sources) + _strays(index, left_out)
@@ -222,6 +224,13 @@ def _open_file(
             path=path,
             why="this is an index, the weights are in its shards",
             next_step=f"Give the folder, with --weights {path.name} if it has other weights too",
+        )
+    if path.name == METADATA or path.name.endswith(CHUNKS_SUFFIX):
+        raise InputInvalid(
+            "cannot read the checkpoint",
+            path=path,
+            why="it is one file of a torch.distributed.checkpoint, whose weights are in all of them",
+            next_step="Give the folder",
         )
     warnings: list[str] = []
     config_path = path.parent / CONFIG

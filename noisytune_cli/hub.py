@@ -28,7 +28,9 @@ from noisytune_cli.folder import list_folder
 from noisytune_cli.hub_errors import CANNOT_FETCH, mapped_errors
 from noisytune_cli.index import check_present, read_index
 from noisytune_cli.layout import (
+    CHUNKS_SUFFIX,
     INDEX_SUFFIXES,
+    METADATA,
     Listing,
     arrange,
     choose_weights,
@@ -102,6 +104,11 @@ def download(
         if sizes is None and (missing := set(files).difference(listing.files)):
             raise _not_cached(repo_id, f"{min(missing)} is not in the cache")
         check_present(index, listing.files, repo_id)
+
+    elif posixpath.basename(chosen) == METADATA:
+        home = posixpath.dirname(chosen)
+        chunks = (name for name in listing.files if name.endswith(CHUNKS_SUFFIX))
+        files += tuple(name for name in chunks if posixpath.dirname(name) == home)
 
     others, _ = arrange(listing, chosen, files)
     needed = [*files, *others]

@@ -29,6 +29,11 @@ WEIGHTS_SUFFIXES = (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES)
 #: What the name of an index ends in, and the shards' names with it.
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 
+#: The file that makes a folder a checkpoint of torch.distributed.checkpoint, which writes it last; and what
+#: the names of the files with the weights end in.
+METADATA = ".metadata"
+CHUNKS_SUFFIX = ".distcp"
+
 #: Why weights that were not chosen are left out.
 OTHER_WEIGHTS = "other weights than those chosen (--weights chooses)"
 
@@ -56,6 +61,8 @@ _TRAINER_STATE = (
     *("optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin", "scaler.pt", "training_args.bin"),
     *("trainer_state.json", "rng_state*.pth", "random_states_*.pkl"),
 )
+
+_CHUNKED = "torch.distributed.checkpoint"
 
 #: What is made from a model's weights, wherever it lies.
 _EXPORTS = (
@@ -127,14 +134,32 @@ def choose_weights(listing: Listing, requested: str | None, where: str) -> str:
     if requested is not None:
         return _check_requested(requested, names, where)
     root = sorted(name for name in names if "/" not in name and not _is_no_model(name))
+    chunks = [name for name in root if name.endswith(CHUNKS_SUFFIX)]
     for index_suffix, suffixes in zip(INDEX_SUFFIXES, ((SAFETENSORS_SUFFIX,), PICKLE_SUFFIXES), strict=True):
         if chosen := _choose_among(root, index_suffix, suffixes, where):
             return chosen
+        if chunks:
+            # Before pickles: those beside it hold what is left of the training state.
+            return _metadata_of(chunks, names, where)
     for suffixes in ((SAFETENSORS_SUFFIX, INDEX_SUFFIXES[0]), (*PICKLE_SUFFIXES, INDEX_SUFFIXES[1])):
         elsewhere = sorted(name for name in names if name.endswith(suffixes) and not _is_no_model(name))
         if elsewhere:
             raise _ambiguous(elsewhere, where)
+    if inside := sorted(name for name in names if posixpath.basename(name) == METADATA):
+        raise _ambiguous(inside, where)
     raise _no_weights(names, where)
+
+
+def _metadata_of(chunks: list[str], names: Collection[str], where: str) -> str:
+    """Return the name of the `.metadata` that lies with the chunks; InputInvalid where there is none."""
+    if METADATA not in names:
+        raise InputInvalid(
+            "the checkpoint is incomplete",
+            path=where,
+            why=f"it has chunks ({_enumerate(chunks)}) but no {METADATA}, which is written last",
+            next_step="Fetch it too, or wait until the checkpoint is saved",
+        )
+    return METADATA
 
 
 def _choose_among(root: list[str], index_suffix: str, suffixes: tuple[str, ...], where: str) -> str | None:
@@ -203,7 +228,7 @@ def _check_requested(requested: str, names: Collection[str], where: str) -> str:
             why="the checkpoint has no file of this name",
             next_step=f"Choose from {_enumerate(sorted(n for n in names if n.endswith(WEIGHTS_SUFFIXES)))}",
         )
-    if not name.endswith((*WEIGHTS_SUFFIXES, *INDEX_SUFFIXES)):
+    if not name.endswith((*WEIGHTS_SUFFIXES, *INDEX_SUFFIXES)) and posixpath.basename(name) != METADATA:
         raise InputInvalid(
             "cannot read the checkpoint",
             path=f"{where}/{name}",
@@ -224,9 +249,12 @@ def _why_left_out(name: str, home: str, chosen: str) -> str | None:
         return "optimizer and trainer state"
     if label := _export_format(base):
         return f"the weights in another format ({label})"
+    if at_home and (base == METADATA or base.endswith(CHUNKS_SUFFIX)):
+        return OTHER_WEIGHTS if chosen == METADATA else f"the weights in another format ({_CHUNKED})"
     in_safetensors = chosen.endswith((SAFETENSORS_SUFFIX, INDEX_SUFFIXES[0]))
+    in_pickles = chosen != METADATA and not in_safetensors
     if at_home and _is_pickled_twin(base, _stem(chosen)):
-        return "the weights in another format (PyTorch)" if in_safetensors else OTHER_WEIGHTS
+        return OTHER_WEIGHTS if in_pickles else "the weights in another format (PyTorch)"
     if at_home and (base.endswith(SAFETENSORS_SUFFIX) or fnmatchcase(base, "*.safetensors.index*.json")):
         return OTHER_WEIGHTS if in_safetensors else "the weights in another format (safetensors)"
     return None
@@ -234,6 +262,8 @@ def _why_left_out(name: str, home: str, chosen: str) -> str | None:
 
 def _stem(chosen: str) -> str:
     """Return the name of the weights or their index without what it ends in."""
+    if chosen == METADATA:
+        return ""
     suffix = next(s for s in (*INDEX_SUFFIXES, *WEIGHTS_SUFFIXES) if chosen.endswith(s))
     return chosen.removesuffix(suffix)
 

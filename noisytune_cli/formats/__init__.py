@@ -17,13 +17,18 @@ from pathlib import Path
 from typing import Protocol
 
 from noisytune_cli.errors import unreadable
+from noisytune_cli.layout import METADATA
 from noisytune_cli.reading import open_regular
 from noisytune_cli.records import TensorSpec
 from noisytune_cli.signatures import HEAD
 
 
 class Source(Protocol):
-    """One open weight file. Threads may read at once; nothing is ever written to it."""
+    """One open weight file, or a directory that is read as one; `name` is then its main file's.
+
+    `files` are the names of all files it is made of, `size` their bytes. Threads may read at once; nothing is
+    ever written to it.
+    """
 
     path: Path
     name: str
@@ -33,6 +38,10 @@ class Source(Protocol):
     warnings: tuple[str, ...]
     #: What the file holds beside the model's tensors (an optimizer's state), by name.
     beside: tuple[str, ...]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of all files that it is made of, its own first."""
 
     @property
     def header_digest(self) -> str:
@@ -95,6 +104,10 @@ def open_source(path: Path, name: str, mmap: bool) -> Source:
     """
     from noisytune_cli.formats import safetensors
 
+    if path.name == METADATA:
+        from noisytune_cli.formats import dcp
+
+        return dcp.open_source(path, name, mmap)
     if path.name.endswith(safetensors.SUFFIX) or safetensors.recognise(head := _read_head(path)):
         return safetensors.open_source(path, name, mmap)
     from noisytune_cli.formats import torch

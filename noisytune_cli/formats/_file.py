@@ -40,6 +40,11 @@ class InputFile:
         #: What the file holds beside the model's tensors, by name.
         self.beside: tuple[str, ...] = ()
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of all files that it is made of: this one."""
+        return (self.name,)
+
     def fileno(self) -> int:
         """Return the open descriptor."""
         return self._fd

@@ -1,22 +1,23 @@
 """An unpickler that calls nothing: opcodes in, plain data out.
 
 A pickle is a program for a stack machine, and the machine that comes with Python runs whatever it names.
-This one knows the opcodes that torch.load(weights_only=True) knows, and no others. A global is looked up in
-the caller's table, never imported; a call is made only to a `Function` of that table; everything else is
-containers and scalars. Work and memory are bounded by the number of opcodes, so a hostile file is refused
+This one knows the opcodes that torch.load(weights_only=True) knows, and for callers that ask for them the few
+that protocol 4 has for the same. A global is looked up in the caller's table, never imported; a call is made
+only to a `Function` of that table; an object is made only of a `Kind`, and is its state and no more; all else
+is containers and scalars. Work and memory are bounded by the number of opcodes, so a hostile file is refused
 before it can exhaust either.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 #: The longest pickle that is read, in bytes, and the most opcodes: 30,000 tensors have about as many.
 MAX_BYTES = 32 << 20
-_MAX_OPCODES = 1_000_000
+MAX_OPCODES = 1_000_000
 
 _SCALARS = (str, int, float, bool, bytes, type(None))
 _MAX_KEY = 1 << 61  # larger integers hash alike, at the writer's choice
@@ -47,21 +48,47 @@ class Opaque:
     kind: str
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Kind:
+    """A class of which a pickle may make objects, none of whose code runs."""
+
+    name: str
+
+
+@dataclass(eq=False, slots=True)
+class Made:
+    """An object of a kind, as the pickle describes it: `state` is what its class would have been given."""
+
+    kind: str
+    state: Any = None
+
+
+#: What a dictionary's key may be: scalars, and objects, each a key of its own.
+_KEYS = (*_SCALARS, Made)
+
 FindGlobal = Callable[[str, str], object]
 PersistentLoad = Callable[[object], object]
 
 
 def unpickle(
-    data: bytes, start: int, find_global: FindGlobal, persistent_load: PersistentLoad
+    data: bytes,
+    start: int,
+    find_global: FindGlobal,
+    persistent_load: PersistentLoad,
+    *,
+    protocol: int = 2,
+    most: int = MAX_OPCODES,
 ) -> tuple[object, int]:
     """Return the value of the pickle that begins at `start` of `data`, and where it ends.
+
+    `protocol` is the highest whose opcodes it may have, 2 or 4, and `most` the number of them.
 
     `find_global` gets a module and a name, `persistent_load` a persistent id; both raise PickleFault for
     what they do not know, as this does for whatever is malformed.
     """
     machine = _Machine(data, start, find_global, persistent_load)
     try:
-        return machine.run(), machine.at
+        return machine.run(_OPCODES if protocol == 2 else _OPCODES_4, most), machine.at
     except (IndexError, KeyError, TypeError, UnicodeDecodeError, struct.error) as error:
         if machine.at >= len(data) >= MAX_BYTES:
             raise PickleFault(f"its pickle has more than {MAX_BYTES:,} bytes") from error
@@ -80,10 +107,10 @@ class _Machine:
         self._set_aside: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
 
-    def run(self) -> object:
+    def run(self, opcodes: Mapping[int, Callable[[_Machine], None]], most: int) -> object:
         """Run up to STOP and return what is on top of the stack."""
-        data, opcodes = self._data, _OPCODES
-        for _ in range(_MAX_OPCODES):
+        data = self._data
+        for _ in range(most):
             opcode = data[self.at]
             self.at += 1
             if opcode == _STOP:
@@ -95,7 +122,7 @@ class _Machine:
                     "Load it where it was made, and save its state dict with torch.save's default protocol",
                 )
             handler(self)
-        raise PickleFault(f"its pickle has more than {_MAX_OPCODES:,} opcodes")
+        raise PickleFault(f"its pickle has more than {most:,} opcodes")
 
     def _take(self, length: int) -> bytes:
         chunk = self._data[self.at : self.at + length]
@@ -118,6 +145,9 @@ class _Machine:
     def _protocol(self) -> None:
         self._take(1)
 
+    def _frame(self) -> None:
+        self._take(8)
+
     def _global(self) -> None:
         module = self._line()
         self._stack.append(self._find_global(module, self._line()))
@@ -132,9 +162,26 @@ class _Machine:
         except TypeError as error:
             raise PickleFault(f"its pickle calls {function.name} with the wrong arguments") from error
 
+    def _stack_global(self) -> None:
+        name = self._stack.pop()
+        module = self._stack.pop()
+        if type(module) is not str or type(name) is not str:
+            raise TypeError
+        self._stack.append(self._find_global(module, name))
+
+    def _new(self) -> None:
+        arguments = self._stack.pop()
+        kind = self._stack.pop()
+        if not isinstance(kind, Kind) or arguments != ():
+            raise PickleFault("its pickle makes an object of something that is no class")
+        self._stack.append(Made(kind.name))
+
     def _build(self) -> None:
         # torch keeps a state dict's `_metadata` so; other objects have no state that could be set.
-        self._stack.pop()
+        state = self._stack.pop()
+        if type(self._stack[-1]) is Made:
+            self._stack[-1].state = state
+            return
         if type(self._stack[-1]) is not dict:
             raise PickleFault("its pickle sets the state of something other than an OrderedDict")
 
@@ -200,6 +247,9 @@ class _Machine:
     def _long(self) -> None:
         self._stack.append(int.from_bytes(self._take(self._take(1)[0]), "little", signed=True))
 
+    def _memoize(self) -> None:
+        self._memo[len(self._memo)] = self._stack[-1]
+
     def _get(self, length: int) -> None:
         self._stack.append(self._memo[int.from_bytes(self._take(length), "little")])
 
@@ -214,7 +264,7 @@ def check_key(key: object) -> None:
     """Raise PickleFault unless `key` is a scalar or a flat tuple of them: hashing others may never end."""
     parts = key if type(key) is tuple else (key,)
     for part in parts:
-        if type(part) not in _SCALARS or (type(part) is int and abs(part) >= _MAX_KEY):
+        if type(part) not in _KEYS or (type(part) is int and abs(part) >= _MAX_KEY):
             raise PickleFault("a dictionary in its pickle has a key that is no string or number")
 
 
@@ -255,4 +305,14 @@ _OPCODES: dict[int, Callable[[_Machine], None]] = {
     ord("j"): lambda m: m._get(4),  # LONG_BINGET
     ord("q"): lambda m: m._put(1),  # BINPUT
     ord("r"): lambda m: m._put(4),  # LONG_BINPUT
+}
+
+#: And those of protocol 4, which Python's own pickle module writes.
+_OPCODES_4: dict[int, Callable[[_Machine], None]] = {
+    **_OPCODES,
+    0x81: _Machine._new,  # NEWOBJ
+    0x8C: _Machine._string,  # SHORT_BINUNICODE
+    0x93: _Machine._stack_global,  # STACK_GLOBAL
+    0x94: _Machine._memoize,  # MEMOIZE
+    0x95: _Machine._frame,  # FRAME
 }
