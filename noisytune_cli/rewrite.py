@@ -25,7 +25,7 @@ from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.formats import Sink, Source
 from noisytune_cli.formats._header import DTYPES, MAX_ENTRIES, PREFIX
 from noisytune_cli.formats.safetensors import MAX_HEADER, SafetensorsSource, create_file
-from noisytune_cli.layout import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
+from noisytune_cli.layout import METADATA, PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
 from noisytune_cli.output import resolve_output
 from noisytune_cli.records import FLOAT_DTYPES, Conversion, FileRecord, Plan, Step, TensorSpec
 from noisytune_cli.ties import stream_of
@@ -120,9 +120,11 @@ def _lay_out(source: Source, steps: Iterable[Step], conversion: Conversion) -> O
 
 def output_name(name: str, conversion: Conversion) -> str:
     """Return what a weight file (relative to the checkpoint) is called in the output."""
+    folder, base = posixpath.split(name)
+    if conversion.format is not None and base == METADATA:
+        return posixpath.join(folder, _STEMS[1] + SAFETENSORS_SUFFIX)
     if conversion.format is None or not name.endswith(PICKLE_SUFFIXES):
         return name
-    folder, base = posixpath.split(name)
     stem = base[: base.rindex(".")]
     if stem.startswith(_STEMS[0]):
         stem = _STEMS[1] + stem.removeprefix(_STEMS[0])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hostile import Hostile
 from malformed import CASES, Case
+from malformed_chunks import CHUNKS
 from malformed_configs import CONFIGS
 from malformed_folders import FOLDERS
 from malformed_headers import MORE
@@ -43,6 +44,7 @@ CORPUS: tuple[Hostile, ...] = (
     *(_as_file("safetensors", case) for case in SAFETENSORS),
     # A safetensors file under a pickle's name is refused by that format, and read as what it is here.
     *(_as_file("pickle", case) for case in PICKLES if case.name != "safetensors"),
+    *CHUNKS,
     *INDEXES,
     *FOLDERS,
     *CONFIGS,

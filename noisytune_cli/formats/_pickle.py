@@ -241,6 +241,9 @@ class _Machine:
         self.at = start + length
         self._stack.append(text.decode("utf-8", "surrogatepass"))
 
+    def _short_unicode(self) -> None:
+        self._stack.append(self._take(self._take(1)[0]).decode("utf-8", "surrogatepass"))
+
     def _string(self) -> None:
         self._stack.append(self._take(self._take(1)[0]).decode("utf-8"))
 
@@ -311,7 +314,7 @@ _OPCODES: dict[int, Callable[[_Machine], None]] = {
 _OPCODES_4: dict[int, Callable[[_Machine], None]] = {
     **_OPCODES,
     0x81: _Machine._new,  # NEWOBJ
-    0x8C: _Machine._string,  # SHORT_BINUNICODE
+    0x8C: _Machine._short_unicode,  # SHORT_BINUNICODE
     0x93: _Machine._stack_global,  # STACK_GLOBAL
     0x94: _Machine._memoize,  # MEMOIZE
     0x95: _Machine._frame,  # FRAME

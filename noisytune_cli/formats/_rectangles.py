@@ -8,6 +8,7 @@ counted throughout: an element's bytes are one more, innermost dimension.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,13 @@ from numpy.typing import NDArray
 
 from noisytune_cli.formats._pickle import PickleFault
 
-#: Comparisons of two rectangles of one tensor: a grid of 1,000 x 1,000 has no more.
-_MAX_COMPARED = 2_000_000
+#: Comparisons of rectangles that lie in no grid, as no sharding of torch's makes them.
+_MAX_COMPARED = 300_000
+
+_OVERLAP = "two of its chunks overlap"
+
+#: For each dimension, offset and size.
+_Box = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +52,8 @@ def check_tiles(shape: Sequence[int], rectangles: Sequence[Rectangle]) -> None:
         covered += math.prod(rectangle.sizes)
     if covered != math.prod(shape):
         raise PickleFault(f"its chunks have {covered:,} of {math.prod(shape):,} elements")
-    # With as many elements as the shape, chunks that do not overlap leave no hole. Along the first dimension,
-    # only those that begin before another ends can meet it.
-    compared = 0
-    open_ones: list[Rectangle] = []
-    for rectangle in sorted(rectangles, key=lambda r: r.offsets):
-        open_ones = [r for r in open_ones if not r.sizes or r.offsets[0] + r.sizes[0] > rectangle.offsets[0]]
-        compared += len(open_ones)
-        if compared > _MAX_COMPARED:
-            raise PickleFault("its chunks cannot be told apart: there are too many side by side")
-        if any(_overlap(rectangle, other) for other in open_ones):
-            raise PickleFault("two of its chunks overlap")
-        open_ones.append(rectangle)
+    # With as many elements as the shape, chunks that do not overlap leave no hole.
+    _check_apart([tuple(zip(r.offsets, r.sizes, strict=True)) for r in rectangles])
 
 
 def move_run(
@@ -103,6 +99,32 @@ def _inside(rectangles: Sequence[Rectangle], row: int) -> list[Rectangle]:
     ]
 
 
-def _overlap(a: Rectangle, b: Rectangle) -> bool:
-    sides = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
-    return all(p < q + n and q < p + m for p, m, q, n in sides)
+def _check_apart(boxes: list[_Box]) -> None:
+    """Raise PickleFault if two boxes overlap; a grid is taken apart dimension by dimension."""
+    if len(boxes) < 2:
+        return
+    if not boxes[0]:
+        raise PickleFault(_OVERLAP)
+    together: list[_Box] = []  # boxes that may meet, for those before them end before they begin
+    end = 0
+    for box in sorted(boxes):
+        if together and box[0][0] >= end:
+            _check_together(together)
+            together = []
+        end = max(end, sum(box[0])) if together else sum(box[0])
+        together.append(box)
+    if len(together) > 1:
+        _check_together(together)
+
+
+def _check_together(boxes: list[_Box]) -> None:
+    if all(box[0] == boxes[0][0] for box in boxes):
+        _check_apart([box[1:] for box in boxes])
+    elif len(boxes) ** 2 > _MAX_COMPARED:
+        raise PickleFault("its chunks cannot be told apart: there are too many side by side")
+    elif any(_overlap(a, b) for a, b in itertools.combinations(boxes, 2)):
+        raise PickleFault(_OVERLAP)
+
+
+def _overlap(a: _Box, b: _Box) -> bool:
+    return all(p < q + n and q < p + m for (p, m), (q, n) in zip(a, b, strict=True))

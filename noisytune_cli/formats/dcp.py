@@ -26,7 +26,7 @@ from noisytune_cli.formats._file import InputFile, OutputFile, create_output, op
 from noisytune_cli.formats._pickle import MAX_BYTES, MAX_OPCODES, PickleFault
 from noisytune_cli.formats._rectangles import Rectangle, check_tiles, move_run
 from noisytune_cli.formats._storages import StoredSink
-from noisytune_cli.formats._structure import find_weights
+from noisytune_cli.formats._structure import find_weights, rest_of
 from noisytune_cli.formats._tensors import DType
 from noisytune_cli.layout import CHUNKS_SUFFIX
 from noisytune_cli.records import TensorSpec
@@ -45,12 +45,12 @@ class DcpSource:
     def __init__(self, metadata: InputFile, opened: ExitStack, mmap: bool) -> None:
         """Open the files that `metadata` names, and have `opened` close them."""
         self.path, self.name = metadata.path, metadata.name
-        self._content = bytearray(metadata.size)
         self._opened = opened
         try:
             most = MAX_BYTES * (times := _times_larger(self.path.parent))
             if metadata.size > most:
                 raise PickleFault(f"it has {metadata.size:,} bytes; {most:,} is the limit for these chunks")
+            self._content = bytearray(metadata.size)
             metadata.read_into(0, memoryview(self._content))
             saved = read_metadata(bytes(self._content), MAX_OPCODES * times)
             weights = dict(find_weights(saved.root, ChunkedTensor))
@@ -77,6 +77,7 @@ class DcpSource:
             for name, t in weights.items()
         )
         self.metadata: Mapping[str, str] = {}
+        self.beside = rest_of(saved.root, weights.values())
         self.ties: tuple[tuple[str, ...], ...] = ()
         self.warnings: tuple[str, ...] = () if self.tensors else (f"{self.name} names no tensors of a model",)
 
