@@ -124,6 +124,11 @@ class Dequantized:
         )
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """The file's own."""
+        return self.inner.files
+
+    @property
     def header_digest(self) -> str:
         """The file's own."""
         return self.inner.header_digest
