@@ -58,7 +58,7 @@ def measure(parts: Sequence[Held], threads: int | None = None) -> list[list[Mome
     here, elsewhere = _split(parts)
     with torch.no_grad(), _enough_memory():
         queued = list(_queue_sums(parts, here))
-        _on_host(
+        on_host(
             [
                 functools.partial(_measure, parts[i].values, found[i], whole=parts[i].mesh is not None)
                 for i in elsewhere
@@ -74,8 +74,8 @@ def exact_sums(part: Held) -> NDArray[np.int64]:
     """Return the exact sums of a part."""
     sums = new_exact_sums()
     with torch.no_grad():
-        values = _host_values(part.values)
-        for data, _ in _tiles(values, 0, values.numel()):
+        values = host_values(part.values)
+        for data, _ in tiles_of(values, 0, values.numel()):
             _CPU.add_exact_sums(data, torch_kernels.NAMES[values.dtype], sums)
     return sums
 
@@ -86,7 +86,7 @@ def add_noise(doses: Sequence[Dose], threads: int | None = None) -> list[tuple[i
     here, elsewhere = _split([dose.held for dose in doses])
     with torch.no_grad(), _enough_memory():
         queued = list(_queue_noise(doses, here))
-        _on_host([functools.partial(_add, doses[i], counts[i]) for i in elsewhere], threads)
+        on_host([functools.partial(_add, doses[i], counts[i]) for i in elsewhere], threads)
         for i, row in _fetch(queued):
             counts[i] = [int(count) for count in row]
     return [(unchanged, clamped) for unchanged, clamped in counts]
@@ -121,11 +121,11 @@ def _queue_sums(parts: Sequence[Held], indices: Sequence[int]) -> Iterator[_Queu
         if _lies_flat(values) and cuda.sums_exactly(values.device, values.dtype):
             fused.setdefault(values.device, []).append(i)
         else:
-            yield [i], torch_kernels.sums([_flat(values)])
+            yield [i], torch_kernels.sums([flat(values)])
     for group in fused.values():
         from noisytune_cli import triton_sums
 
-        yield group, triton_sums.sums([_flat(parts[i].values) for i in group])
+        yield group, triton_sums.sums([flat(parts[i].values) for i in group])
 
 
 def _queue_noise(doses: Sequence[Dose], indices: Sequence[int]) -> Iterator[_Queued]:
@@ -142,7 +142,7 @@ def _queue_noise(doses: Sequence[Dose], indices: Sequence[int]) -> Iterator[_Que
         from noisytune_cli.triton_tables import Row
 
         rows = [
-            Row(_flat(d.held.values), d.stream, d.held.runs[0].first, d.amplitude)
+            Row(flat(d.held.values), d.stream, d.held.runs[0].first, d.amplitude)
             for d in (doses[i] for i in group)
         ]
         yield group, triton_noise.add_noise(rows, distribution)
@@ -162,18 +162,18 @@ def _fetch(queued: Sequence[_Queued]) -> Iterator[tuple[int, list[float]]]:
 
 def _add_on_device(dose: Dose) -> Tensor:
     values, (run,) = dose.held.values, dose.held.runs
-    flat = _flat(values)
+    every = flat(values)
     with torch.inference_mode(True) if values.is_inference() else torch.no_grad():
         counts = torch_kernels.add_noise(
-            flat,
-            flat,
+            every,
+            every,
             distribution=dose.distribution,
             stream=dose.stream,
             first=run.first,
             amplitude=dose.amplitude,
         )
         if not _lies_flat(values):
-            values.copy_(flat.view(values.shape))
+            values.copy_(every.view(values.shape))
     return counts
 
 
@@ -183,16 +183,17 @@ def _tell_autograd(values: Tensor) -> None:
         torch.autograd.graph.increment_version(values)
 
 
-def _on_host(tasks: Sequence[Task], threads: int | None) -> None:
+def on_host(tasks: Sequence[Task], threads: int | None) -> None:
+    """Do tasks with a crew of threads."""
     if tasks:
         Crew(tasks, tile_bytes=0, slab_bytes=0).run(threads or default_threads())
 
 
 def _measure(values: Tensor, found: list[Moments], hands: Hands, *, whole: bool) -> None:
     """Append the moments of a tensor's tiles, or of all of it as one."""
-    values = _host_values(values)
+    values = host_values(values)
     dtype = torch_kernels.NAMES[values.dtype]
-    tiles = [_memory(values)] if whole else [data for data, _ in _tiles(values, 0, values.numel())]
+    tiles = [_memory(values)] if whole else [data for data, _ in tiles_of(values, 0, values.numel())]
     moments: list[Moments | None] = [None] * len(tiles)
 
     def tile(_: Hands, index: int) -> None:
@@ -205,10 +206,12 @@ def _measure(values: Tensor, found: list[Moments], hands: Hands, *, whole: bool)
 def _add(dose: Dose, counts: list[int], hands: Hands) -> None:
     """Add noise to a part, run by run, and its (unchanged, clamped) elements to `counts`."""
     target = dose.held.values
-    values = _host_values(target)
+    values = host_values(target)
     dtype = torch_kernels.NAMES[values.dtype]
     tiles = [
-        (data, run.first + at) for run in dose.held.runs for data, at in _tiles(values, run.start, run.count)
+        (data, run.first + at)
+        for run in dose.held.runs
+        for data, at in tiles_of(values, run.start, run.count)
     ]
     done = [(0, 0)] * len(tiles)
 
@@ -225,15 +228,20 @@ def _add(dose: Dose, counts: list[int], hands: Hands) -> None:
         )
 
     hands.crew.share(Pass(len(tiles), tile), hands)
-    # Autograd is a thread's own setting, and this is not the caller's thread.
+    put_back(values, target)
+    for unchanged, clamped in done:
+        counts[0] += unchanged
+        counts[1] += clamped
+
+
+def put_back(values: Tensor, target: Tensor) -> None:
+    """Write the `host_values` of a tensor, which have changed, to it where they are a copy."""
+    # Autograd is a thread's own setting, and this may not be the caller's thread.
     if _lies_flat(target) and target.device.type == "cpu":
         _tell_autograd(target)
     else:
         with torch.inference_mode(True) if target.is_inference() else torch.no_grad():
             target.copy_(values.view(target.shape))
-    for unchanged, clamped in done:
-        counts[0] += unchanged
-        counts[1] += clamped
 
 
 def _lies_flat(values: Tensor) -> bool:
@@ -241,23 +249,23 @@ def _lies_flat(values: Tensor) -> bool:
     return values.is_contiguous() and not values.is_neg() and values.data_ptr() % values.element_size() == 0
 
 
-def _flat(values: Tensor) -> Tensor:
+def flat(values: Tensor) -> Tensor:
     """Return values as [n] in row-major order: their own memory if they lie flat, else a copy."""
     if not _lies_flat(values):
         values = torch.empty_like(values, memory_format=torch.contiguous_format).copy_(values)
     return values.view(-1)
 
 
-def _host_values(values: Tensor) -> Tensor:
+def host_values(values: Tensor) -> Tensor:
     """Return values as [n] in host memory: their own, or a copy."""
-    return _flat(values.cpu())
+    return flat(values.cpu())
 
 
 def _memory(values: Tensor) -> memoryview:
     return values.view(torch.uint8).numpy().data
 
 
-def _tiles(values: Tensor, start: int, count: int) -> Iterator[tuple[memoryview, int]]:
+def tiles_of(values: Tensor, start: int, count: int) -> Iterator[tuple[memoryview, int]]:
     """Yield the memory of each tile of `count` elements from `start`, and how far from `start` it begins."""
     size = values.element_size()
     memory = _memory(values)[start * size : (start + count) * size]

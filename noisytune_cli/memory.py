@@ -7,20 +7,32 @@ tensor by tensor, a refusal changes nothing, and sharded tensors need one exchan
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from noisytune_cli import __version__, distributions, in_place
+from noisytune_cli import __version__, distributions, in_place, in_place_parts
 from noisytune_cli.errors import UsageError
 from noisytune_cli.manifest_reader import read_manifest
-from noisytune_cli.memory_plan import Parameter, leave_out, plan_parameters, recorded_parameters
-from noisytune_cli.moments import all_equal, exact_std, exactly_equal, round_std
+from noisytune_cli.memory_plan import Matrix, Parameter, leave_out, plan_parameters, recorded_parameters
+from noisytune_cli.moments import Moments, all_equal, exact_std, exactly_equal, round_std
+from noisytune_cli.part import summed
 from noisytune_cli.plan import check_outcomes
-from noisytune_cli.records import Action, Manifest, NoiseSpec, Receipt, Scope, SourceRecord
+from noisytune_cli.records import (
+    Action,
+    Granularity,
+    Manifest,
+    NoiseSpec,
+    PartReceipt,
+    Receipt,
+    Scope,
+    SourceRecord,
+    Step,
+)
 from noisytune_cli.resident import Names, residents_of
-from noisytune_cli.sharded import share_exact_sums, share_moments
+from noisytune_cli.sharded import Held, share_exact_sums, share_moments
 from noisytune_cli.stream import stream_words
 
 if TYPE_CHECKING:
@@ -37,6 +49,8 @@ def perturb_(
     *,
     noise: str = "uniform",
     scope: Scope = "matrix",
+    granularity: Granularity = "tensor",
+    splits: Mapping[str, str] | Iterable[tuple[str, str]] = (),
     include: Patterns = (),
     exclude: Patterns = (),
     rules: Mapping[str, float] | Iterable[tuple[str, float]] = (),
@@ -50,8 +64,9 @@ def perturb_(
 ) -> Manifest:
     """Add noise to a model's parameters, or to a state dict's, in place; return the manifest's record.
 
-    `include`, `exclude` and `rules` (pattern to λ) are the command line's, on checkpoint names: those of the
-    model after `names` (a map, a function, or a prefix to take away, such as "bert"). `frozen` and `fresh`
+    `include`, `exclude`, `rules` (pattern to λ) and `splits` (pattern to DIM:SIZES, with `granularity`
+    "matrix") are the command line's, on checkpoint names: those of the model after `names` (a map, a
+    function, or a prefix to take away, such as "bert"). `frozen` and `fresh`
     say whether parameters without gradients, and those that `fresh_names` (patterns on the model's own
     names) call freshly initialised, are perturbed or left as they are. `manifest` gives the noise of an
     earlier run, its seed, streams and amplitudes; nothing is measured. `config` is that of a state dict.
@@ -68,9 +83,12 @@ def perturb_(
         rules=tuple(rules.items() if isinstance(rules, Mapping) else rules),
         include=_listed(include),
         exclude=_listed(exclude),
+        granularity=granularity,
+        splits=tuple(splits.items() if isinstance(splits, Mapping) else splits),
     )
     _check_choice("noise", noise, distributions.names())
     _check_choice("scope", scope, ("matrix", "global"))
+    _check_choice("granularity", granularity, ("tensor", "matrix"))
     _check_choice("frozen", frozen, ("perturb", "copy"))
     _check_choice("fresh", fresh, ("perturb", "copy"))
     source = SourceRecord(type(model).__name__, None, ())
@@ -87,9 +105,7 @@ def perturb_(
     leave_out(parameters, frozen=frozen, fresh=fresh, fresh_names=_listed(fresh_names))
     if manifest is None:
         _settle(parameters, spec, threads)
-    check_outcomes(
-        spec, (("perturb" if p.reason is None else "copy", p.reason) for p in parameters), path=source.id
-    )
+    check_outcomes(spec, (parameter.outcome() for parameter in parameters), path=source.id)
     _add(parameters, spec, threads)
     receipts = tuple(receipt for parameter in parameters for receipt in _receipts(parameter, spec))
     return Manifest("noisytune", __version__, source, spec, receipts)
@@ -128,36 +144,41 @@ def _config(model: object, config: Mapping[str, Any] | None) -> Mapping[str, Any
 
 def _read(manifest: Manifest | str | os.PathLike[str], spec: NoiseSpec) -> Manifest:
     """Return the manifest, which says all about the noise: so nothing else may."""
-    if spec != NoiseSpec():
+    if spec != NoiseSpec() or spec.splits:
         raise UsageError(
             "manifest= and other noise",
-            why="the manifest gives λ, seed, distribution, scope and patterns",
+            why="the manifest gives λ, seed, distribution, scope, granularity and patterns",
             next_step="Leave these options out, or the manifest",
         )
     return manifest if isinstance(manifest, Manifest) else read_manifest(Path(manifest)).manifest
 
 
 def _settle(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int | None) -> None:
-    """Give each parameter its std and its amplitude, or the reason why it has none."""
-    wanted = [p for p in parameters if p.reason is None]
-    parts = [p.resident.held for p in wanted]
-    moments = share_moments(parts, in_place.measure(parts, threads))
+    """Give each matrix its std and its amplitude, or the reason why it has none."""
+    wanted: list[tuple[Parameter, Matrix]] = []
+    for parameter in parameters:
+        for matrix in parameter.matrices:
+            if matrix.part is not None and matrix.part.elements == 1 and noise.scope == "matrix":
+                matrix.reason = "one-element"
+            if matrix.reason is None:
+                wanted.append((parameter, matrix))
+    moments = _measure(wanted, threads)
     finite = []
-    for i, parameter in enumerate(wanted):
+    for i, (_, matrix) in enumerate(wanted):
         if all(m.finite for m in moments[i]):
             finite.append(i)
         else:
-            parameter.reason = "non-finite"
+            matrix.reason = "non-finite"
     groups = [finite] if noise.scope == "global" else [[i] for i in finite]
-    counts = [sum(wanted[i].resident.tensor.numel() for i in group) for group in groups]
+    counts = [sum(_elements(*wanted[i]) for i in group) for group in groups]
     stds = [
         # Of fewer than two values there is no std, and nothing to scale noise with.
         round_std(m for i in group for m in moments[i]) if count > 1 else 0.0
         for group, count in zip(groups, counts, strict=True)
     ]
     undecided = [i for group, std in zip(groups, stds, strict=True) if std is None for i in group]
-    sums = {i: in_place.exact_sums(parts[i]) for i in undecided}
-    share_exact_sums(parts, sums)
+    sums = {i: in_place.exact_sums(_held(*wanted[i])) for i in undecided}
+    share_exact_sums([parameter.resident.held for parameter, _ in wanted], sums)
     for group, count, std in zip(groups, counts, stds, strict=True):
         if std is None:
             total = sum(sums[i] for i in group[1:]) + sums[group[0]]
@@ -165,53 +186,101 @@ def _settle(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int | No
         else:
             constant = all(all_equal(moments[i]) for i in group)
         for i in group:
-            _take(wanted[i], noise, std, constant=constant and noise.scope == "matrix")
+            parameter, matrix = wanted[i]
+            _take(matrix, parameter.steps[0].lam, noise, std, constant=constant and noise.scope == "matrix")
 
 
-def _take(parameter: Parameter, noise: NoiseSpec, std: float, *, constant: bool) -> None:
-    parameter.std = std
+def _measure(wanted: Sequence[tuple[Parameter, Matrix]], threads: int | None) -> list[list[Moments]]:
+    """Return the moments of each matrix; of divided parameters, one parameter is measured at a time."""
+    moments: list[list[Moments]] = [[] for _ in wanted]
+    whole = [i for i, (_, matrix) in enumerate(wanted) if matrix.part is None]
+    held = [wanted[i][0].resident.held for i in whole]
+    for i, found in zip(whole, share_moments(held, in_place.measure(held, threads)), strict=True):
+        moments[i] = found
+    divided = (i for i, (_, matrix) in enumerate(wanted) if matrix.part is not None)
+    for _, group in itertools.groupby(divided, key=lambda i: id(wanted[i][0])):
+        indices = list(group)
+        parts = [part for i in indices if (part := wanted[i][1].part) is not None]
+        views = in_place_parts.views(wanted[indices[0]][0].resident.held, parts)
+        for i, found in zip(indices, in_place.measure(views, threads), strict=True):
+            moments[i] = found
+    return moments
+
+
+def _held(parameter: Parameter, matrix: Matrix) -> Held:
+    """Return the values of a matrix that are held here."""
+    if matrix.part is None:
+        return parameter.resident.held
+    return in_place_parts.views(parameter.resident.held, [matrix.part])[0]
+
+
+def _elements(parameter: Parameter, matrix: Matrix) -> int:
+    return parameter.resident.tensor.numel() if matrix.part is None else matrix.part.elements
+
+
+def _take(matrix: Matrix, lam: float, noise: NoiseSpec, std: float, *, constant: bool) -> None:
+    matrix.std = std
     if constant:
-        parameter.reason = "constant"
+        matrix.reason = "constant"
         return
-    amplitude = float(distributions.load(noise.distribution).amplitude(parameter.steps[0].lam, std))
+    amplitude = float(distributions.load(noise.distribution).amplitude(lam, std))
     if amplitude in (0.0, float("inf")):
-        parameter.reason = "unrepresentable"
+        matrix.reason = "unrepresentable"
         return
-    parameter.amplitude = amplitude
+    matrix.amplitude = amplitude
 
 
 def _add(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int | None) -> None:
     noised, doses = [], []
+    divided, parted = [], []
     for parameter in parameters:
-        if parameter.reason is None and parameter.amplitude is not None:
-            stream = stream_words(noise.seed, parameter.steps[0].stream)
-            noised.append(parameter)
-            doses.append(
-                in_place.Dose(parameter.resident.held, noise.distribution, stream, parameter.amplitude)
+        amplitudes = tuple(None if m.reason is not None else m.amplitude for m in parameter.matrices)
+        if amplitudes.count(None) == len(amplitudes):
+            continue
+        held, stream = parameter.resident.held, stream_words(noise.seed, parameter.steps[0].stream)
+        if parameter.parts:
+            divided.append(parameter)
+            parted.append(
+                in_place_parts.PartedDose(held, parameter.parts, noise.distribution, stream, amplitudes)
             )
+        elif amplitudes[0] is not None:
+            noised.append(parameter)
+            doses.append(in_place.Dose(held, noise.distribution, stream, amplitudes[0]))
     for parameter, counts in zip(noised, in_place.add_noise(doses, threads), strict=True):
-        parameter.unchanged, parameter.clamped = counts
+        (matrix,) = parameter.matrices
+        matrix.unchanged, matrix.clamped = counts
+    for parameter, by_part in zip(divided, in_place_parts.add_noise(parted, threads), strict=True):
+        for matrix, counts in zip(parameter.matrices, by_part, strict=True):
+            matrix.unchanged, matrix.clamped = counts
 
 
 def _receipts(parameter: Parameter, noise: NoiseSpec) -> list[Receipt]:
     """Return what was done, once for each name of a parameter."""
-    amplitude = parameter.amplitude
+    receipts = []
+    for step in parameter.steps:
+        done = [_done(matrix, step, noise) for matrix in parameter.matrices]
+        if parameter.parts:
+            parts = tuple(
+                PartReceipt(part=part, **fields) for part, fields in zip(parameter.parts, done, strict=True)
+            )
+            receipts.append(summed(step, parts, "", ""))
+        else:
+            receipts.append(Receipt(step=step, source_digest="", digest="", **done[0]))
+    return receipts
+
+
+def _done(matrix: Matrix, step: Step, noise: NoiseSpec) -> dict[str, Any]:
+    amplitude = matrix.amplitude
     noise_range = {} if amplitude is None else distributions.load(noise.distribution).noise_range(amplitude)
-    return [
-        Receipt(
-            step=step,
-            action="copy" if amplitude is None else "perturb",
-            reason=parameter.reason,
-            lam=0.0 if amplitude is None else step.lam,
-            std=parameter.std,
-            amplitude=amplitude,
-            low=noise_range.get("low"),
-            high=noise_range.get("high"),
-            noise_std=noise_range.get("noise_std"),
-            unchanged=parameter.unchanged,
-            clamped=parameter.clamped,
-            source_digest="",
-            digest="",
-        )
-        for step in parameter.steps
-    ]
+    return {
+        "action": "copy" if amplitude is None else "perturb",
+        "reason": matrix.reason,
+        "lam": 0.0 if amplitude is None else step.lam,
+        "std": matrix.std,
+        "amplitude": amplitude,
+        "low": noise_range.get("low"),
+        "high": noise_range.get("high"),
+        "noise_std": noise_range.get("noise_std"),
+        "unchanged": matrix.unchanged,
+        "clamped": matrix.clamped,
+    }

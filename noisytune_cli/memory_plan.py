@@ -3,32 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from noisytune_cli.errors import Mismatch
+from noisytune_cli.errors import InputInvalid, Mismatch
 from noisytune_cli.patterns import check_matched, match_names
 from noisytune_cli.plan import check_not_empty, confirm_ties, make_plan
 from noisytune_cli.quantized import refuse_quantized
-from noisytune_cli.records import FLOAT_DTYPES, Action, Manifest, NoiseSpec, Reason, Receipt, Step, Tie
+from noisytune_cli.records import (
+    FLOAT_DTYPES,
+    Action,
+    Manifest,
+    NoiseSpec,
+    Part,
+    Reason,
+    Receipt,
+    Step,
+    Tie,
+)
 from noisytune_cli.resident import Resident, same_bytes
 from noisytune_cli.ties import split_tie
 
 
 @dataclass(slots=True)
-class Parameter:
-    """One parameter: a step for each of its names, and what has come of it so far.
+class Matrix:
+    """One matrix of a parameter (`part` None: the parameter is one), and what has come of it so far.
 
     `reason` says why it stays as it is; `std` and `amplitude` are float32 values.
     """
 
-    resident: Resident
-    steps: tuple[Step, ...]
+    part: Part | None
     reason: Reason | None
     std: float | None = None
     amplitude: float | None = None
     unchanged: int = 0
     clamped: int = 0
+
+
+@dataclass(slots=True)
+class Parameter:
+    """One parameter: a step for each of its names, and its matrices."""
+
+    resident: Resident
+    steps: tuple[Step, ...]
+    matrices: list[Matrix] = field(default_factory=list)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts that have a std each, none if the parameter is one matrix."""
+        return tuple(matrix.part for matrix in self.matrices if matrix.part is not None)
+
+    def outcome(self) -> tuple[Action, Reason | None]:
+        """Return what becomes of it: it is perturbed if one of its matrices is."""
+        reasons = [matrix.reason for matrix in self.matrices]
+        return ("perturb", None) if None in reasons else ("copy", reasons[0])
 
 
 def plan_parameters(
@@ -57,7 +85,25 @@ def plan_parameters(
     plan = confirm_ties(plan, confirmed)
     check_not_empty(plan, path=source)
     steps = {step.tensor.name: step for step in plan.steps}
-    return [Parameter(r, tuple(steps[name] for name in r.names), steps[r.names[0]].reason) for r in residents]
+    return [_planned(resident, tuple(steps[name] for name in resident.names)) for resident in residents]
+
+
+def _planned(resident: Resident, steps: tuple[Step, ...]) -> Parameter:
+    step = steps[0]
+    if step.reason is not None or not step.parts:
+        return Parameter(resident, steps, [Matrix(None, step.reason)])
+    _refuse_sharded(resident)
+    return Parameter(resident, steps, [Matrix(part, None) for part in step.parts])
+
+
+def _refuse_sharded(resident: Resident) -> None:
+    if resident.held.mesh is not None:
+        raise InputInvalid(
+            "cannot add noise by matrix in memory",
+            tensor=resident.own[0],
+            why="it is sharded, and holds several matrices",
+            next_step="Perturb the checkpoint on disk, or keep it whole with splits={NAME: '0:/1'}",
+        )
 
 
 def _contents(tie: Tie, resident_of: Mapping[str, Resident], *, compare: bool) -> dict[str, int]:
@@ -86,7 +132,7 @@ def _recorded(resident: Resident, receipt: Receipt | None) -> Parameter:
     specs = list(resident.specs())
     if receipt is None:
         steps = tuple(Step(spec, "copy", "excluded", 0.0, spec.name) for spec in specs)
-        return Parameter(resident, steps, "excluded")
+        return Parameter(resident, steps, [Matrix(None, "excluded")])
     recorded = receipt.step.tensor
     if recorded.shape != specs[0].shape or (recorded.dtype in FLOAT_DTYPES) != (
         specs[0].dtype in FLOAT_DTYPES
@@ -101,7 +147,10 @@ def _recorded(resident: Resident, receipt: Receipt | None) -> Parameter:
     steps = tuple(
         Step(spec, receipt.action, receipt.reason, receipt.lam, receipt.step.stream) for spec in specs
     )
-    return Parameter(resident, steps, receipt.reason, receipt.std, receipt.amplitude)
+    if not receipt.parts:
+        return Parameter(resident, steps, [Matrix(None, receipt.reason, receipt.std, receipt.amplitude)])
+    _refuse_sharded(resident)
+    return Parameter(resident, steps, [Matrix(p.part, p.reason, p.std, p.amplitude) for p in receipt.parts])
 
 
 def leave_out(
@@ -118,8 +167,8 @@ def leave_out(
     are_fresh = frozenset[str]().union(*matched)
     for parameter in parameters:
         resident = parameter.resident
-        if parameter.reason is None and (
+        if parameter.outcome()[0] == "perturb" and (
             (frozen == "copy" and not resident.tensor.requires_grad)
             or (fresh == "copy" and are_fresh.issuperset(resident.own))
         ):
-            parameter.reason, parameter.std, parameter.amplitude = "excluded", None, None
+            parameter.matrices = [Matrix(None, "excluded")]

@@ -1,0 +1,87 @@
+"""The matrices of a tensor in memory: views to measure each, and noise for all of them in one pass.
+
+Sums do not depend on where a matrix lies, so a view of its elements is measured like a tensor. Noise does,
+and is added by way of the host tile by tile, as to a file (`tiles.py`). Whole tensors only: which elements of
+a matrix a process holds of a sharded one is not worked out here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from noisytune_cli import in_place, tiles, torch_kernels
+from noisytune_cli.crew import Hands, Pass
+from noisytune_cli.devices.cpu import Cpu
+from noisytune_cli.records import Part
+from noisytune_cli.sharded import Held, Run
+from noisytune_cli.stream import StreamWords
+
+_CPU = Cpu()
+
+
+@dataclass(frozen=True, slots=True)
+class PartedDose:
+    """The noise for a tensor's matrices: as in `in_place.Dose`, an amplitude for each (None: no noise)."""
+
+    held: Held
+    parts: tuple[Part, ...]
+    distribution: str
+    stream: StreamWords
+    amplitudes: tuple[float | None, ...]
+
+
+def views(held: Held, parts: Sequence[Part]) -> list[Held]:
+    """Return each matrix of a tensor as a tensor of its own, to be measured."""
+    with torch.no_grad():
+        values = in_place.flat(held.values)
+    found = []
+    for part in parts:
+        start = values.storage_offset() + part.first
+        view = values.as_strided((part.repeat, part.length), (part.stride, 1), start)
+        found.append(Held(view, (Run(0, 0, part.elements),)))
+    return found
+
+
+def add_noise(doses: Sequence[PartedDose], threads: int | None = None) -> list[list[tuple[int, int]]]:
+    """Add the noise of each dose to its tensor; return (unchanged, clamped) elements of each matrix."""
+    counts = [[(0, 0) for _ in dose.parts] for dose in doses]
+    with torch.no_grad():
+        tasks = [functools.partial(_add, dose, counts[i]) for i, dose in enumerate(doses)]
+        in_place.on_host(tasks, threads)
+    return counts
+
+
+def _add(dose: PartedDose, counts: list[tuple[int, int]], hands: Hands) -> None:
+    values = in_place.host_values(dose.held.values)
+    dtype = torch_kernels.NAMES[values.dtype]
+    work = list(in_place.tiles_of(values, 0, values.numel()))
+    places = tiles.Places(dose.parts)
+    done: list[list[tuple[int, int, int]]] = [[] for _ in work]
+
+    def tile(_: Hands, index: int) -> None:
+        data, first = work[index]
+        for part, blocks in places.in_tile(first, tiles.count(data, dtype)):
+            amplitude = dose.amplitudes[part]
+            if amplitude is not None:
+                found = tiles.add_noise(
+                    _CPU,
+                    data,
+                    data,
+                    dtype,
+                    dtype,
+                    blocks,
+                    distribution=dose.distribution,
+                    stream=dose.stream,
+                    first=first,
+                    amplitude=amplitude,
+                )
+                done[index].append((part, *found))
+
+    hands.crew.share(Pass(len(work), tile), hands)
+    in_place.put_back(values, dose.held.values)
+    for part, unchanged, clamped in (entry for entries in done for entry in entries):
+        counts[part] = (counts[part][0] + unchanged, counts[part][1] + clamped)

@@ -1,0 +1,131 @@
+"""perturb_ with granularity "matrix": the bits of the command line for every matrix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import noisytune_cli
+from noisytune_cli import tiles
+from noisytune_cli.commands.perturb import Request, perturb
+from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.records import NoiseSpec, Part
+from noisytune_cli.resident import Resident
+from noisytune_cli.sharded import Held, Run
+
+C_ATTN = "h.0.attn.c_attn.weight"
+
+
+def state(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    scale = torch.linspace(1, 5, 48)
+    tensors = {
+        C_ATTN: torch.randn(16, 48) * scale,
+        "h.0.attn.c_attn.bias": torch.randn(48) * scale,
+        "w": torch.randn(12, 7),
+        "plain": torch.randn(9),
+    }
+    tensors["w"][0] = 2.0
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def on_disk(tensors: dict[str, torch.Tensor], folder: Path, noise: NoiseSpec) -> dict[str, Any]:
+    safetensors.torch.save_file(tensors, folder / "a.safetensors", metadata={"format": "pt"})
+    perturb(Request(str(folder / "a.safetensors"), noise), str(folder / "b.safetensors"))
+    return safetensors.torch.load_file(folder / "b.safetensors")
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("scope", ["matrix", "global"])
+@pytest.mark.parametrize("noise", ["uniform", "gaussian"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_state_dict_gets_the_bits_of_the_command_line(
+    dtype: torch.dtype, noise: str, scope: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "_LONG", 32)
+    splits = {"w": "0:1,5,6"}
+    spec = NoiseSpec(
+        distribution=noise, scope=scope, granularity="matrix", splits=tuple(splits.items()), seed=9
+    )
+    expected = on_disk(state(dtype), tmp_path, spec)
+    tensors = state(dtype)
+    manifest = noisytune_cli.perturb_(
+        tensors, seed=9, noise=noise, scope=scope, granularity="matrix", splits=splits
+    )
+    assert same(tensors, expected)
+    parts = {receipt.step.tensor.name: receipt.parts for receipt in manifest.receipts}
+    assert {name: [done.part.name for done in done_to] for name, done_to in parts.items()} == {
+        C_ATTN: ["q", "k", "v"],
+        "h.0.attn.c_attn.bias": ["q", "k", "v"],
+        "w": ["0", "1", "2"],
+        "plain": [],
+    }
+    assert parts["w"][0].reason == (None if scope == "global" else "constant")
+
+
+def test_a_manifest_gives_each_matrix_its_noise_again(tmp_path: Path) -> None:
+    spec = NoiseSpec(granularity="matrix", splits=(("w", "1:/7"),))
+    expected = on_disk(state(), tmp_path, spec)
+    tensors = state()
+    noisytune_cli.perturb_(tensors, manifest=tmp_path / "b.safetensors.noisytune.json")
+    assert same(tensors, expected)
+    with pytest.raises(UsageError, match="manifest= and other noise"):
+        noisytune_cli.perturb_(
+            tensors, manifest=tmp_path / "b.safetensors.noisytune.json", splits={"w": "0:/2"}
+        )
+
+
+def test_values_that_are_not_contiguous_get_the_same(tmp_path: Path) -> None:
+    spec = NoiseSpec(granularity="matrix")
+    expected = on_disk(state(), tmp_path, spec)
+    tensors = state()
+    wide = torch.zeros(48, 16)
+    wide.copy_(tensors[C_ATTN].T)
+    tensors[C_ATTN] = wide.T
+    assert not tensors[C_ATTN].is_contiguous()
+    noisytune_cli.perturb_(tensors, granularity="matrix")
+    assert same(tensors, expected)
+
+
+def test_a_refusal_changes_nothing() -> None:
+    tensors, before = state(), state()
+    with pytest.raises(UsageError, match="is 12, and 5\\+6 is 11"):
+        noisytune_cli.perturb_(tensors, granularity="matrix", splits=[("w", "0:5,6")])
+    with pytest.raises(UsageError, match="granularity"):
+        noisytune_cli.perturb_(tensors, granularity="rows")  # type: ignore[arg-type]
+    assert same(tensors, before)
+
+
+def test_a_sharded_tensor_that_holds_several_matrices_is_refused() -> None:
+    from noisytune_cli.memory_plan import plan_parameters
+
+    values = torch.randn(8, 48)
+    held = Held(values, (Run(0, 0, 384),), mesh=object(), shards=(0,))
+    resident = Resident((C_ATTN,), (C_ATTN,), torch.randn(16, 48), held)
+    noise = NoiseSpec(granularity="matrix")
+    with pytest.raises(InputInvalid, match="it is sharded, and holds several matrices"):
+        plan_parameters([resident], noise, is_module=True, config=None, source="model")
+    (whole,) = plan_parameters(
+        [resident],
+        NoiseSpec(granularity="matrix", splits=((C_ATTN, "0:/1"),)),
+        is_module=True,
+        config=None,
+        source="model",
+    )
+    assert whole.parts == ()
+
+
+def test_what_stays_as_it_is_stays_whole() -> None:
+    tensors, before = state(), state()
+    manifest = noisytune_cli.perturb_(tensors, granularity="matrix", exclude="*c_attn*")
+    assert torch.equal(tensors[C_ATTN], before[C_ATTN])
+    found = {receipt.step.tensor.name: receipt for receipt in manifest.receipts}
+    assert (found[C_ATTN].reason, found[C_ATTN].parts) == ("excluded", ())
+    assert isinstance(found[C_ATTN].step.parts[0], Part)
