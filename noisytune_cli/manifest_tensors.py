@@ -32,7 +32,7 @@ from noisytune_cli.records import (
     Step,
     TensorSpec,
 )
-from noisytune_cli.runs import MAX_PARTS, cover_exactly
+from noisytune_cli.runs import MAX_ALL_PARTS, MAX_PARTS, cover_exactly
 
 _DONE_KEYS = ("action", "lambda", "std", "amplitude", "unchanged", "clamped")
 _KEYS = ("name", "stream", "file", "dtype", "shape", "source_digest", "digest", *_DONE_KEYS)
@@ -55,7 +55,13 @@ def read_tensors(
     """Return a receipt for each entry: file by file, no name twice, every stream that of a tensor."""
     conversion = Conversion() if output is None else output.conversion
     reader = _Reader(noise, files, conversion)
-    receipts = [reader.read(entry, f"tensors[{i}]") for i, entry in enumerate(entries)]
+    receipts: list[Receipt] = []
+    parts = 0
+    for i, entry in enumerate(entries):
+        receipts.append(reader.read(entry, f"tensors[{i}]"))
+        parts += len(receipts[-1].parts)
+        if parts > MAX_ALL_PARTS:
+            raise ManifestFault(f"it has more than {MAX_ALL_PARTS:,} parts")
     names = {receipt.step.tensor.name for receipt in receipts}
     if len(names) < len(receipts):
         raise ManifestFault("it has two tensors of one name")

@@ -23,10 +23,7 @@ from noisytune_cli.errors import UsageError
 from noisytune_cli.families import known_parts
 from noisytune_cli.hyperparameters import Hyperparameters
 from noisytune_cli.records import FLOAT_DTYPES, Part, TensorSpec
-from noisytune_cli.runs import MAX_PARTS, cut, within
-
-#: The most parts in a checkpoint: its manifest would be larger than one that is read.
-_MAX_ALL_PARTS = 150_000
+from noisytune_cli.runs import MAX_ALL_PARTS, MAX_PARTS, cut, within
 
 _LEVEL = re.compile(r"(-?\d{1,2}):(?:/(\d{1,18})|(\d{1,18}(?:,\d{1,18})*)(?:\*(\d{1,18}))?)")
 
@@ -90,10 +87,10 @@ def divide(
             divisions[tensor.name] = Division(undivided=f"it has {len(found):,} matrices, too many to record")
         elif found:
             divisions[tensor.name] = Division(found)
-    if (count := sum(len(division.parts) for division in divisions.values())) > _MAX_ALL_PARTS:
+    if (count := sum(len(division.parts) for division in divisions.values())) > MAX_ALL_PARTS:
         raise UsageError(
             "--granularity matrix",
-            why=f"the checkpoint has {count:,} sub-matrices, more than the {_MAX_ALL_PARTS:,} of a manifest",
+            why=f"the checkpoint has {count:,} sub-matrices, more than the {MAX_ALL_PARTS:,} of a manifest",
             next_step="Keep the tensors with the most of them whole, with --split 'PATTERN=0:/1'",
         )
     return divisions

@@ -1,7 +1,8 @@
 """Manifests that lie: a valid one with one field, or one stretch of text, made wrong.
 
-`written` is the valid one: two shards, every reason for a copy, copied and left-out files. `FIELDS` change
-the document, `TEXT` the bytes, each with the words of the line that refuses it.
+`written` is the valid one: two shards, every reason for a copy, copied and left-out files; `parted` has
+tensors whose matrices had a std each. `FIELDS` change the document of the first, `PARTS` that of the second,
+`TEXT` the bytes, each with the words of the line that refuses it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from checkpoints import Tensor, numbers, save_sharded, weights
+from checkpoints import Tensor, numbers, save, save_sharded, weights
 
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.records import NoiseSpec
@@ -58,6 +59,24 @@ def output() -> dict[str, bytes]:
 def written() -> bytes:
     """The valid manifest."""
     return output()["noisytune.json"]
+
+
+@functools.cache
+def parted() -> bytes:
+    """The manifest of tensors in parts: columns, rows, and one all of whose parts are copied."""
+    tensors = {
+        "columns": weights("F32", 4, 6),
+        "rows": numbers("F16", 1, 2, 3, math.inf, 4, 4, 5),
+        "still": numbers("F32", 1, 1, 2, 2),
+        "whole": weights("F32", 3, 3),
+    }
+    splits = (("columns", "1:2,4"), ("rows", "0:3,1,2,1"), ("still", "0:/2"))
+    with tempfile.TemporaryDirectory() as scratch:
+        source = save(Path(scratch) / "a.safetensors", tensors)
+        out = str(Path(scratch) / "b.safetensors")
+        return perturb(
+            Request(str(source), NoiseSpec(granularity="matrix", splits=splits)), out
+        ).manifest_path.read_bytes()
 
 
 def at(*path: Any, to: Any) -> Callable[[Any], None]:
@@ -226,6 +245,93 @@ def replaced(old: str, new: str) -> Callable[[bytes], bytes]:
 
     return change
 
+
+def parts(name: str, change: Callable[[list[Any]], object]) -> Callable[[Any], None]:
+    """Change a tensor's list of parts."""
+    return lambda document: change(by_name(document["tensors"], name)["parts"])  # type: ignore[func-returns-value]
+
+
+def runs(name: str, index: int, **fields: int) -> Callable[[Any], None]:
+    """Lay a part out in another way, with a shape that fits."""
+
+    def change(document: Any) -> None:
+        part = by_name(document["tensors"], name)["parts"][index]
+        part.update(fields)
+        part["shape"] = [part["length"] * part["repeat"]]
+
+    return change
+
+
+C, R = ("tensors", "columns", "parts"), ("tensors", "rows", "parts")
+
+PARTS: list[tuple[Callable[[Any], None], str]] = [
+    (at("noise", "granularity", to="tensor"), "tensors[0].parts is given for a tensor that has one std"),
+    (at("tensors", "columns", "dtype", to="I32"), "tensors[0].parts is given for a tensor that has one std"),
+    (at(*C, to={}), "tensors[0].parts is not a list"),
+    (at(*C, to=[]), "tensors[0].parts is not a list of 2 to 4,096 parts"),
+    (parts("columns", lambda found: found.pop()), "is not a list of 2 to 4,096 parts"),
+    (parts("columns", lambda found: found.extend(found * 2500)), "is not a list of 2 to 4,096 parts"),
+    (parts("rows", lambda found: found.pop()), "are not all of the tensor"),
+    (parts("rows", lambda found: found.reverse()), "do not lie one after the other"),
+    (parts("columns", lambda found: found.append(found[1] | {"name": "2"})), "are not all of the tensor"),
+    (at(*C, 0, to=1), "tensors[0].parts[0] is not an object"),
+    (at(*C, 0, "more", to=1), 'tensors[0].parts[0] has an unknown key "more"'),
+    (without(*C, 0, "stride"), "tensors[0].parts[0].stride is missing"),
+    (without(*C, 0, "low"), "tensors[0].parts[0].low is missing"),
+    (at(*C, 0, "name", to="1"), "has two parts of one name"),
+    (at(*C, 0, "name", to=""), "tensors[0].parts[0].name is not made of"),
+    (at(*C, 0, "name", to="a..b"), "name is not made of"),
+    (at(*C, 0, "name", to="\x1b[2J"), "name is not made of"),
+    (at(*C, 0, "name", to="a\n"), "name is not made of"),
+    (at(*C, 0, "name", to="a" * 65), "name is not made of"),
+    (at(*C, 0, "name", to=0), "name is not a string"),
+    (at(*C, 0, "shape", to=[4, 3]), "tensors[0].parts[0].shape is not that of its elements"),
+    (at(*C, 0, "shape", to=[4, 2, 1]), "shape is not that of its elements"),
+    (at(*C, 0, "shape", to=[-4, -2]), "shape is not a list of integers"),
+    (at(*C, 0, "shape", to=[]), "shape is not that of its elements"),
+    (at(*C, 0, "first", to=-1), "first is not an integer"),
+    (at(*C, 0, "first", to=1), "are not all of the tensor"),
+    (at(*C, 0, "first", to=0.0), "first is not an integer"),
+    (at(*C, 0, "first", to=2**63), "first is more than 24"),
+    (runs("columns", 0, length=0), "has no runs that lie apart"),
+    (runs("columns", 0, repeat=0), "has no runs that lie apart"),
+    (runs("columns", 0, stride=0), "has no runs that lie apart"),
+    (runs("columns", 0, stride=2), "has no runs that lie apart"),
+    (runs("columns", 0, stride=7), "are not all of the tensor"),
+    (runs("columns", 0, stride=5), "are not all of the tensor"),
+    (runs("columns", 0, repeat=3), "are not all of the tensor"),
+    (runs("columns", 1, length=3), "are not all of the tensor"),
+    (runs("columns", 1, first=1, length=5), "are not all of the tensor"),
+    (runs("rows", 0, length=4, stride=4), "are not all of the tensor"),
+    (runs("rows", 0, stride=4), "has no runs that lie apart"),
+    (runs("rows", 0, length=2**62, stride=2**62), "length is more than 7"),
+    (at(*C, 0, "action", to="copy"), "tensors[0].parts[0].reason is missing"),
+    (at(*C, 0, "reason", to="constant"), "tensors[0].parts[0].reason is given"),
+    (at(*C, 0, "lambda", to=0.2), "tensors[0].parts[0].lambda is none of those"),
+    (at(*C, 0, "std", to=0.5), "tensors[0].parts[0].amplitude is not that of lambda and std"),
+    (at(*C, 0, "high", to=1.0), "tensors[0].parts[0].high is not that of the amplitude"),
+    (at(*C, 0, "unchanged", to=9), "tensors[0].parts[0].unchanged is more than 8"),
+    (at(*C, 0, "unchanged", to=3), "tensors[0].unchanged is not what its parts make it"),
+    (at(*C, 0, "clamped", to=1), "tensors[0].clamped is not what its parts make it"),
+    (at(*R, 1, "reason", to="excluded"), "tensors[1].parts[1].reason is"),
+    (at(*R, 1, "reason", to="constant"), "tensors[1].parts[1].std does not fit"),
+    (at(*R, 0, "reason", to="one-element"), "tensors[1].parts[0].reason is given"),
+    (at(*R, 2, "std", to=1.0), "tensors[1].parts[2].std does not fit"),
+    (at("tensors", "columns", "std", to=0.5), "tensors[0].std is not what its parts make it"),
+    (at("tensors", "columns", "amplitude", to=0.5), "tensors[0].amplitude is not what its parts make it"),
+    (at("tensors", "columns", "low", to=0.5), "tensors[0].low is not what its parts make it"),
+    (at("tensors", "columns", "lambda", to=0.3), "tensors[0].lambda is not what its parts make it"),
+    (at("tensors", "columns", "unchanged", to=1), "tensors[0].unchanged is not what its parts make it"),
+    (at("tensors", "columns", "unchanged", to=False), "tensors[0].unchanged is not what its parts make it"),
+    (at("tensors", "columns", "action", to="copy"), "tensors[0].action is not what its parts make it"),
+    (at("tensors", "columns", "reason", to="constant"), "tensors[0].reason is not that of its parts"),
+    (at("tensors", "still", "reason", to="non-finite"), "tensors[2].reason is not what its parts make it"),
+    (at("tensors", "still", "action", to="perturb"), "tensors[2].action is not what its parts make it"),
+    (at("tensors", "still", "digest", to=D0), "tensors[2] is a copy"),
+    (without("tensors", "still", "reason"), "tensors[2].reason is not that of its parts"),
+    (without("tensors", "columns", "parts"), "tensors[0].std is not a number > 0"),
+    (at("tensors", "whole", "parts", to=[]), "tensors[3].parts is not a list of 2"),
+]
 
 TEXT: list[tuple[Callable[[bytes], bytes], str]] = [
     (lambda content: b"", "no JSON object"),

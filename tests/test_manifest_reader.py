@@ -10,9 +10,9 @@ from typing import Any
 import malformed_manifests
 import pytest
 from checkpoints import save
-from malformed_manifests import FIELDS, TENSORS, TEXT
+from malformed_manifests import FIELDS, PARTS, TENSORS, TEXT
 
-from noisytune_cli import manifest_reader
+from noisytune_cli import manifest_reader, manifest_tensors
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch
 from noisytune_cli.manifest import encode
@@ -76,6 +76,29 @@ def test_a_field_that_lies(change: Callable[[Any], Any], words: str, written: by
     document = json.loads(written)
     change(document)
     refused(json.dumps(document).encode(), words, tmp_path)
+
+
+@pytest.mark.parametrize(("change", "words"), PARTS, ids=[f"{i}-{w}" for i, (_, w) in enumerate(PARTS)])
+def test_parts_that_lie(change: Callable[[Any], Any], words: str, tmp_path: Path) -> None:
+    document = json.loads(malformed_manifests.parted())
+    change(document)
+    refused(json.dumps(document).encode(), words, tmp_path)
+
+
+def test_parts_come_back() -> None:
+    manifest = parse(malformed_manifests.parted())
+    assert encode(manifest) == malformed_manifests.parted()
+    assert [[done.reason for done in receipt.parts] for receipt in manifest.receipts] == [
+        [None, None],
+        [None, "one-element", "constant", "one-element"],
+        ["constant", "constant"],
+        [],
+    ]
+
+
+def test_too_many_parts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_tensors, "MAX_ALL_PARTS", 5)
+    refused(malformed_manifests.parted(), "it has more than 5 parts", tmp_path)
 
 
 @pytest.mark.parametrize(("change", "words"), TEXT, ids=[f"{i}-{w}" for i, (_, w) in enumerate(TEXT)])

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from malformed import DATA, HEADER
 from malformed_indexes import INTACT
-from malformed_manifests import written
+from malformed_manifests import parted, written
 from pickles import Writer, archive, legacy, one
 
 from fuzz import mutations, properties
@@ -73,6 +73,7 @@ TARGETS: dict[str, tuple[properties.Property, Callable[[], st.SearchStrategy[byt
     "config": (properties.config, lambda: mutations.json_texts(_CONFIG)),
     "pickle": (properties.pickle, torch_files),
     "manifest": (properties.manifest, lambda: mutations.json_texts(json.loads(written()))),
+    "parts": (properties.manifest, lambda: mutations.json_texts(json.loads(parted()))),
 }
 
 
