@@ -37,6 +37,7 @@ class Kind:
     directory: bool = False
     overwrite: bool = False
     empty: bool = False
+    recipe: bool = False
 
     def prepare(self, root: Path) -> None:
         root.mkdir()
@@ -50,10 +51,15 @@ class Kind:
         names = {"weights": "model.safetensors", "pooling": "1_Pooling/config.json", "zebra": "zebra.txt"}
         if not self.directory:
             names = {"weights": Path(self.output).name}
-        with Publication(root / self.output, directory=self.directory, overwrite=self.overwrite) as p:
-            for content, name in names.items():
+        with self.publication(root) as p:
+            for content, name in () if self.recipe else names.items():
                 p.copy(source / content, name)
             return p.publish(b"manifest")
+
+    def publication(self, root: Path) -> Publication:
+        return Publication(
+            root / self.output, directory=self.directory, overwrite=self.overwrite, recipe=self.recipe
+        )
 
 
 FILE = {"out.safetensors": b"weights", "out.safetensors.noisytune.json": b"manifest"}
@@ -65,6 +71,9 @@ FOLDER = {
     "out/noisytune.json": b"manifest",
     "out/zebra.txt": b"zebra",
 }
+
+
+RECIPE = {"out.noisytune.json": b"manifest"}
 
 
 BESIDE = {"other": b"beside"}
@@ -90,6 +99,17 @@ KINDS = {
     ),
     "folder not there to replace": Kind("out", {}, FOLDER, directory=True, overwrite=True),
     "empty folder": Kind("out", BESIDE, BESIDE | FOLDER, directory=True, empty=True),
+    "recipe": Kind("out.noisytune.json", BESIDE, BESIDE | RECIPE, recipe=True),
+    "recipe below missing folders": Kind(
+        "a/b/out.noisytune.json", {}, {f"a/b/{n}": c for n, c in RECIPE.items()}, recipe=True
+    ),
+    "recipe replaced": Kind(
+        "out.noisytune.json",
+        BESIDE | {"out.noisytune.json": b"old"},
+        BESIDE | RECIPE,
+        overwrite=True,
+        recipe=True,
+    ),
     "empty folder replaced": Kind("out", {}, FOLDER, directory=True, overwrite=True, empty=True),
 }
 

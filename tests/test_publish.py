@@ -71,7 +71,7 @@ def test_leaving_early_removes_everything(kind: Kind, error: BaseException, tmp_
     before = snapshot(root)
 
     def leave() -> None:
-        with Publication(root / kind.output, directory=kind.directory, overwrite=kind.overwrite) as p:
+        with kind.publication(root) as p:
             p.path("a/b").write_bytes(b"x")
             raise error
 
@@ -201,9 +201,9 @@ def test_a_live_run_is_refused(kind: Kind, tmp_path: Path) -> None:
     root = tmp_path / "root"
     kind.prepare(root)
     with (
-        Publication(root / kind.output, directory=kind.directory, overwrite=kind.overwrite),
+        kind.publication(root),
         pytest.raises(OutputUnsafe, match="in use"),
-        Publication(root / kind.output, directory=kind.directory, overwrite=kind.overwrite),
+        kind.publication(root),
     ):
         pytest.fail("entered twice")
     assert files(root) == kind.before

@@ -20,7 +20,7 @@ from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.dequantize import check_config, dequantize
 from noisytune_cli.devices import open_device
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.escape import escape
+from noisytune_cli.escape import enumerate_some
 from noisytune_cli.fill import fill, manifest_bytes, needed_bytes
 from noisytune_cli.manifest import encode
 from noisytune_cli.output import (
@@ -288,17 +288,14 @@ def _warnings(receipts: tuple[Receipt, ...]) -> list[str]:
     numb = [r.step for r in receipts if r.unchanged * 2 > r.step.tensor.elements]
     warnings = []
     if broken:
-        warnings.append(f"{_some(broken)}: copied as they are, because they hold NaN or infinite values")
+        warnings.append(
+            f"{enumerate_some(broken, 3)}: copied as they are, because they hold NaN or infinite values"
+        )
     if numb:
         dtypes = "/".join(sorted({step.out_dtype or step.tensor.dtype for step in numb}))
+        names = enumerate_some([step.tensor.name for step in numb], 3)
         warnings.append(
-            f"{_some([step.tensor.name for step in numb])}: rounding to {dtypes} left more than half of the "
-            "elements without noise (the manifest has the counts)"
+            f"{names}: rounding to {dtypes} left more than half of the elements without noise "
+            "(the manifest has the counts)"
         )
     return warnings
-
-
-def _some(names: list[str]) -> str:
-    """Name the first three, and count the rest."""
-    shown = ", ".join(escape(name) for name in names[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

@@ -16,6 +16,7 @@ every bit.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -45,6 +46,7 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__))
 
 
+@functools.cache  # asked once a tensor, and names() looks into the folder
 def load(name: str) -> Distribution:
     """Import a distribution by name; KeyError if there is none."""
     if name not in names():
