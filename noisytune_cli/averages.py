@@ -19,6 +19,7 @@ from noisytune_cli.manifest_reader import (
     MAX_ENTRIES,
     RecordedManifest,
     begin,
+    collector_paused,
     parse,
     read_content,
     read_other_files,
@@ -143,7 +144,7 @@ class RecordedAverage(RecordedManifest):
 def read_any_manifest(path: Path) -> RecordedManifest:
     """Read and validate the manifest at `path`, of noise or of an average; raises as `read_manifest`."""
     content = read_content(path)
-    with refusing(path):
+    with refusing(path), collector_paused():
         document, version = begin(content)
         if document.key("source") != "operation":
             return RecordedManifest(path, content, parse(content))

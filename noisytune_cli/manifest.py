@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from noisytune_cli import distributions
+from noisytune_cli.errors import InputInvalid
 from noisytune_cli.records import (
     FileRecord,
     Manifest,
     NoiseSpec,
     OutputRecord,
     PartReceipt,
+    Plan,
     Receipt,
     SourceRecord,
 )
@@ -26,6 +29,12 @@ from noisytune_cli.stream import STREAM
 
 #: The version of the manifest's layout.
 SCHEMA = 1
+
+#: The largest manifest that is written, and read back: some 75,000 tensors.
+MAX_BYTES = 48 << 20
+
+#: What an entry takes at most beside its names and its shape, and a number of its shape.
+_ENTRY_BYTES, _DIMENSION_BYTES = 520, 21
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -43,6 +52,25 @@ def lay_out(document: Mapping[str, Any]) -> bytes:
         else:
             members.append(f' "{key}": {_dump(value)}')
     return ("{\n" + ",\n".join(members) + "\n}\n").encode("ascii")
+
+
+def check_recordable(plan: Plan, *, path: str | os.PathLike[str]) -> None:
+    """Raise InputInvalid where the manifest could be larger than what is read back."""
+    nbytes = 0
+    for step in plan.steps:
+        tensor = step.tensor
+        nbytes += sum(len(_dump(name)) for name in (tensor.name, step.stream, tensor.file))
+        nbytes += _ENTRY_BYTES + _DIMENSION_BYTES * len(tensor.shape)
+        nbytes += sum(
+            _ENTRY_BYTES + len(part.name) + _DIMENSION_BYTES * len(part.shape) for part in step.parts
+        )
+    if nbytes > MAX_BYTES:
+        raise InputInvalid(
+            "too many tensors for one manifest",
+            path=path,
+            why=f"{len(plan.steps):,} tensors can take {nbytes:,} bytes of it; the limit is {MAX_BYTES:,}",
+            next_step="Perturb its weight files one by one, each to its place in a new folder",
+        )
 
 
 def to_json(manifest: Manifest) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import struct
@@ -12,6 +13,8 @@ _DIGEST = re.compile(r"blake3:[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SEED = re.compile(r"0|[1-9][0-9]{0,19}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+_INFINITE = (math.inf, -math.inf)
 
 _SEED_LIMIT = 2**64
 _LONGEST_NAME = 4096  # bytes of a path, PATH_MAX
@@ -54,19 +57,25 @@ def check_digest(value: Any, where: str) -> str:
     return digest
 
 
+@functools.cache
+def _sets(required: tuple[str, ...], optional: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the keys that an object must have, and those that it may have."""
+    return frozenset(required), frozenset((*required, *optional))
+
+
 class Fields:
     """One object of the manifest, which has `required` keys and may have `optional` ones, and no others."""
 
     def __init__(self, value: Any, where: str, required: Sequence[str], optional: Sequence[str] = ()) -> None:
         if not isinstance(value, dict):
             raise ManifestFault(f"{where} is not an object")
-        for key in required:
-            if key not in value:
-                raise ManifestFault(f"{where}.{key} is missing")
-        if len(value) > len(required):
-            for key in value:
-                if key not in required and key not in optional:
-                    raise ManifestFault(f'{where} has an unknown key "{key[:100]}"')
+        needed, known = _sets(tuple(required), tuple(optional))
+        if not needed <= value.keys() <= known:
+            for key in required:
+                if key not in value:
+                    raise ManifestFault(f"{where}.{key} is missing")
+            unknown = next(key for key in value if key not in known)
+            raise ManifestFault(f'{where} has an unknown key "{unknown[:100]}"')
         self._value, self._where = value, where
 
     def has(self, key: str) -> bool:
@@ -80,6 +89,9 @@ class Fields:
 
     def string(self, key: str) -> str:
         """Return a string."""
+        value = self._value[key]
+        if type(value) is str and value.isascii():
+            return value  # most are, and a large manifest has a million
         return check_string(self._value[key], f"{self._where}.{key}")
 
     def name(self, key: str) -> str:
@@ -99,6 +111,9 @@ class Fields:
 
     def digest(self, key: str) -> str:
         """Return a digest `blake3:HEX`."""
+        value = self._value[key]
+        if type(value) is str and _DIGEST.fullmatch(value):
+            return value
         return check_digest(self._value[key], f"{self._where}.{key}")
 
     def commit(self, key: str) -> str | None:
@@ -145,6 +160,8 @@ class Fields:
             return None
         if type(value) not in (int, float):
             raise self.fault(key, "is not a number")
+        if value in _INFINITE:
+            raise self.fault(key, "is too large for a number")
         return float(value)
 
     def strength(self, key: str) -> float:

@@ -8,6 +8,7 @@ them. `manifest.py` writes what this reads, and `docs/manifest.md` explains ever
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 from noisytune_cli import distributions
 from noisytune_cli.errors import InputInvalid, Mismatch
 from noisytune_cli.layout import MANIFEST
-from noisytune_cli.manifest import SCHEMA, encode
+from noisytune_cli.manifest import MAX_BYTES, SCHEMA, encode
 from noisytune_cli.manifest_fields import Fields, ManifestFault, check_string
 from noisytune_cli.manifest_tensors import read_tensors
 from noisytune_cli.reading import read_small
@@ -32,9 +33,6 @@ from noisytune_cli.records import (
 )
 from noisytune_cli.stream import STREAM
 from noisytune_cli.strict_json import Document, JsonFault
-
-#: The largest manifest that is read: that of about 100,000 tensors.
-_MAX_BYTES = 64 << 20
 
 #: The longest list in a manifest.
 MAX_ENTRIES = 1_000_000
@@ -77,13 +75,25 @@ def read_manifest(path: Path) -> RecordedManifest:
     Raises InputInvalid that names the field, InputUnreadable where it is missing or cannot be read.
     """
     content = read_content(path)
-    with refusing(path):
+    with refusing(path), collector_paused():
         return RecordedManifest(path, content, parse(content))
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Keep the garbage collector from looking through records again and again: none of them is a cycle."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def read_content(path: Path) -> bytes:
     """Return a manifest's bytes; InputUnreadable, or InputInvalid where they are too many."""
-    return read_small(path, _MAX_BYTES)
+    return read_small(path, MAX_BYTES)
 
 
 @contextmanager

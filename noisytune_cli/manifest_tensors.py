@@ -113,7 +113,7 @@ def _shape(fields: Fields) -> list[int]:
 
 
 class _Done(NamedTuple):
-    """What was done to a tensor or to a part of one."""
+    """What was done to a tensor or to a part of one, in the order of a Receipt's fields."""
 
     action: Action
     reason: Reason | None
@@ -148,12 +148,14 @@ class _Reader:
         else:
             done = self._done(fields, where, tensor.dtype, tensor.elements, tuple(_REASONS))
             step = Step(tensor, done.action, done.reason, done.lam, fields.string("stream"))
-            receipt = Receipt(step=step, source_digest=source_digest, digest=digest, **done._asdict())
+            receipt = Receipt(step, *done, source_digest, digest)
         if receipt.action == "copy" and source_digest != digest and not fields.has("out_dtype"):
             raise ManifestFault(f"{where} is a copy, but its fields are those of a perturbed tensor")
         out_dtype = out_dtype_of(tensor, receipt.reason, self._conversion)
         if (fields.string("out_dtype") if fields.has("out_dtype") else None) != out_dtype:
             raise ManifestFault(f"{where} is not written in the dtype that output.dtype asks for")
+        if out_dtype is None:
+            return receipt
         return replace(receipt, step=replace(receipt.step, out_dtype=out_dtype))
 
     def _with_parts(

@@ -11,6 +11,7 @@ from dataclasses import replace
 from noisytune_cli.checkpoint import Checkpoint
 from noisytune_cli.combinations import Combination
 from noisytune_cli.confirm import settle_ties
+from noisytune_cli.manifest import check_recordable
 from noisytune_cli.parameters import Told
 from noisytune_cli.plan import check_noise, check_not_empty, convert, make_plan
 from noisytune_cli.records import Conversion, NoiseSpec, Plan
@@ -42,6 +43,7 @@ def make_plans(
                 by_model=told.by_model,
             )
             check_not_empty(plan, path=source.root)
+            check_recordable(plan, path=source.root)
             by_lam[spec.lam] = plan if conversion is None else convert(plan, conversion)
     return _spread(by_lam, specs)
 

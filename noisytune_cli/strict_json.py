@@ -3,13 +3,13 @@
 The document is one object whose members come in a known order; a member is one value, or a list of objects
 that are handed out one at a time. So memory is bounded by the longest piece, not by what the text could
 unfold to, and the reader can refuse a document at its first bad member. Stricter than JSON: no key twice, no
-NaN or Infinity, no number that float64 or 20 digits cannot hold, ASCII only (as `json.dumps` writes).
+NaN or Infinity, no integer of more than 20 digits, ASCII only (as `json.dumps` writes). A number past the
+range of float64 is read as infinite, which is for the reader of the field to refuse.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -22,6 +22,7 @@ _MAX_DIGITS = 20  # of 2^64
 _MAX_SHOWN = 40  # characters of a key or number that a message quotes
 
 _SPACE = re.compile(r"[ \t\n\r]*+")
+_SEPARATOR = re.compile(r"[ \t\n\r]*+([,\]])")
 
 
 class JsonFault(Exception):
@@ -88,10 +89,13 @@ class Document:
             if count == limit:
                 raise JsonFault(f"it has a list of more than {limit:,} entries")
             yield self.value()
-            if self._peek() == "]":
-                self._at += 1
-                return
-            self._take(",", "it is not valid JSON: no comma:")
+            found = _SEPARATOR.match(self._text, self._at)
+            if found is None:
+                self._take(",", "it is not valid JSON: no comma:")
+            else:
+                self._at = found.end()
+                if found[1] == "]":
+                    return
 
     def end(self) -> None:
         """Refuse anything that follows the last member."""
@@ -121,11 +125,11 @@ class Document:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value: dict[str, Any] = {}
-    for key, item in pairs:
-        if key in value:
-            raise JsonFault(f'an object has the key "{key[:_MAX_SHOWN]}" twice')
-        value[key] = item
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for place, key in enumerate(keys) if key in keys[:place])
+        raise JsonFault(f'an object has the key "{twice[:_MAX_SHOWN]}" twice')
     return value
 
 
@@ -137,17 +141,8 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _float(number: str) -> float:
-    value = float(number)
-    if math.isinf(value):
-        raise JsonFault(f"it has the number {number[:_MAX_SHOWN]}, which is too large")
-    return value
-
-
 def _no_number(name: str) -> NoReturn:
     raise JsonFault(f"it has {name}, which is no number in JSON")
 
 
-_decoder = json.JSONDecoder(
-    object_pairs_hook=_unique, parse_int=_integer, parse_float=_float, parse_constant=_no_number
-)
+_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer, parse_constant=_no_number)

@@ -48,6 +48,11 @@ def _laid(name: str, change: Callable[[Path], object], *words: str) -> Hostile:
     return Hostile(f"chunks: {name}", lay, words)
 
 
+def _append_junk(folder: Path) -> None:
+    path = folder / ".metadata"
+    path.write_bytes(path.read_bytes() + b"junk")
+
+
 def _metadata(name: str, content: bytes, *words: str) -> Hostile:
     return _laid(name, lambda folder: (folder / ".metadata").write_bytes(content), *words)
 
@@ -199,7 +204,7 @@ CHUNKS = (
     _laid("metadata of a terabyte", _instead(".metadata", sparse(1 << 40)), "is the limit"),
     _laid("metadata that never answers", _instead(".metadata", fifo), "a FIFO"),
     _laid("metadata cut short", _truncated(".metadata", 1), "cut off"),
-    _laid("junk after the metadata", lambda f: (f / ".metadata").open("ab").write(b"junk"), "4 bytes follow"),
+    _laid("junk after the metadata", _append_junk, "4 bytes follow"),
     _laid("no metadata", lambda f: (f / ".metadata").unlink(), "no .metadata"),
     _laid("chunks cut short", _truncated("__0_0.distcp", 1), "chunk 3 of w", "truncated"),
     _laid("chunks of a terabyte of nothing", _instead("__0_0.distcp", sparse(1 << 40)), "chunk 0 of w"),

@@ -15,6 +15,7 @@ from checkpoints import Tensor, numbers, save, std32, weights
 
 from noisytune_cli import manifest as manifest_module
 from noisytune_cli.commands.perturb import Perturbed, Request, perturb
+from noisytune_cli.errors import InputInvalid
 from noisytune_cli.manifest import encode
 from noisytune_cli.records import NoiseSpec
 
@@ -136,3 +137,25 @@ def test_is_ascii_one_tensor_a_line(tmp_path: Path) -> None:
 def test_a_number_that_json_lacks_is_an_error_not_a_manifest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         manifest_module._dump(math.nan)
+
+
+def test_what_could_not_be_read_back_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = run(tmp_path, NoiseSpec(), "first").manifest_path.stat().st_size
+    monkeypatch.setattr(manifest_module, "MAX_BYTES", written)
+    with pytest.raises(InputInvalid, match="too many tensors for one manifest"):
+        run(tmp_path, NoiseSpec(), "second")
+    assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "matrix"])
+def test_the_estimate_is_no_less_than_the_manifest(
+    granularity: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save(
+        tmp_path / "in.safetensors", {"in_proj_weight": weights("F32", 3000, 2), "experts": TENSORS["w"]}
+    )
+    noise = NoiseSpec(granularity=granularity, lam=1 / 3, seed=2**64 - 1)
+    written = perturb(Request(str(source), noise), str(tmp_path / "out")).manifest_path.stat().st_size
+    monkeypatch.setattr(manifest_module, "MAX_BYTES", written - 1500)  # what stands beside the tensors
+    with pytest.raises(InputInvalid, match="too many tensors"):
+        perturb(Request(str(source), noise), str(tmp_path / "again"))

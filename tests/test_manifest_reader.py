@@ -65,7 +65,7 @@ def test_missing(tmp_path: Path) -> None:
 
 
 def test_too_large(written: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest_reader, "_MAX_BYTES", len(written) - 1)
+    monkeypatch.setattr(manifest_reader, "MAX_BYTES", len(written) - 1)
     (tmp_path / "m").write_bytes(written)
     with pytest.raises(InputInvalid, match="larger than"):
         read_manifest(tmp_path / "m")

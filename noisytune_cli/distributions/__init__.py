@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+#: From here on a number is nearer to 2^128 than to the largest float32, and rounds to infinity.
+PAST_FLOAT32 = 2.0**128 - 2.0**103
+
 
 class Distribution(Protocol):
     """What a distribution module offers (see above)."""

@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from noisytune_cli.distributions import PAST_FLOAT32
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
@@ -133,8 +135,8 @@ def tensor_coefficients(words: Tensor) -> Tensor:
 
 def amplitude(lam: float, std: float) -> np.float32:
     """Return float32(λ · std / sqrt(12)), the noise's std; infinite where float32 cannot hold it."""
-    with np.errstate(over="ignore"):
-        return np.float32((np.float64(lam) * np.float64(std)) / np.float64(_SQRT_12))
+    quotient = float(lam) * float(std) / _SQRT_12
+    return np.float32(quotient if quotient < PAST_FLOAT32 else np.inf)
 
 
 def noise_range(amplitude: float) -> dict[str, float]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from noisytune_cli.distributions import PAST_FLOAT32
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
@@ -33,8 +35,8 @@ def tensor_coefficients(words: Tensor) -> Tensor:
 
 def amplitude(lam: float, std: float) -> np.float32:
     """Return float32(λ · std), the full width of the noise; infinite where float32 cannot hold it."""
-    with np.errstate(over="ignore"):
-        return np.float32(np.float64(lam) * np.float64(std))
+    product = float(lam) * float(std)
+    return np.float32(product if product < PAST_FLOAT32 else np.inf)
 
 
 def noise_range(amplitude: float) -> dict[str, float]:
