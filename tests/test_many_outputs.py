@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,19 @@ def test_each_converted_output_and_recipe_is_that_of_a_single_run(
             recipe = tmp_path / f"recipes/{name}-{seed}/r.json"
             assert recipe.read_bytes() == one.manifest_path.read_bytes()
     assert contents(tmp_path / "many") == contents(tmp_path / "single")
+
+
+@pytest.mark.parametrize("scope", ["matrix", "global"])
+def test_each_output_with_a_std_for_each_matrix_is_that_of_a_single_run(scope: Any, tmp_path: Path) -> None:
+    source = folder(tmp_path)
+    noise = NoiseSpec(scope=scope, granularity="matrix", splits=(("*c_attn*", "-1:/3"),))
+    results = run_each(source, f"{tmp_path}/many/{{lambda}}-{{seed}}", noise, "0.1,0", "5,6")
+    for lam, name in ((0.1, "0.1"), (0.0, "0")):
+        for seed in (5, 6):
+            run(source, tmp_path / f"single/{name}-{seed}", replace(noise, lam=lam, seed=seed))
+    assert contents(tmp_path / "many") == contents(tmp_path / "single")
+    parts = [len(receipt.parts) for receipt in results[0].manifest.receipts]
+    assert sorted(parts)[-2:] == [3, 3]
 
 
 def test_space_is_asked_for_all_outputs_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
