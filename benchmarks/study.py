@@ -11,17 +11,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-#: 1,000 labels, five epochs: the low-resource setting in which the papers report their largest gains.
-LOW = ("--train-rows", "1000", "--epochs", "5")
+#: 1,000 labels: the low-resource setting in which the papers report their largest gains. The rate is the one
+#: of two (1e-4, 3e-4) with the better held-out score on CoLA of a plain run with a seed that no study has.
+LOW = (
+    *("--train-rows", "1000", "--epochs", "5", "--batch-size", "32", "--learning-rate", "1e-4"),
+    *("--group-by-length", "--threads", "1"),
+)
 
 #: Each study's options, in the order in which they are carried out.
 STUDIES: dict[str, tuple[str, ...]] = {
     "cola": ("--task", "cola", *LOW, "--method", "plain,noisytune,r3f,mixout", "--seed", "0-4"),
-    "rte": ("--task", "rte", *LOW, "--method", "plain,noisytune", "--seed", "0-4"),
+    "sst2": ("--task", "sst2", *LOW, "--method", "plain,noisytune", "--seed", "0-4"),
     # In CoLA's folder: the runs at λ 0.15 and the plain ones are there already.
     "cola-lambda": (
-        *("--task", "cola", *LOW, "--method", "plain,noisytune"),
-        *("--lambda", "0.05,0.1,0.15,0.2,0.25,0.3", "--seed", "0-4"),
+        *("--task", "cola", *LOW, "--method", "plain,noisytune,r3f,mixout"),
+        *("--lambda", "0.05,0.1,0.15,0.2", "--seed", "0-4"),
     ),
 }
 
