@@ -1,14 +1,20 @@
 """`noisytune`, and `python -m noisytune_cli`: prepare the process, run the command line, end it.
 
 Descriptors 0 to 2 are made sure of before anything is opened: with one of them closed, the first file opened
-would take its number, and what is meant for the terminal would land in it.
+would take its number, and what is meant for the terminal would land in it. Their number is raised as far as
+the process may: a checkpoint that many processes saved is as many files, each open twice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import sys
 from typing import NoReturn
+
+#: Enough for 4,000 files, and what every system allows.
+_MOST_DESCRIPTORS = 8192
 
 
 def _hold_standard_descriptors() -> None:
@@ -22,9 +28,18 @@ def _hold_standard_descriptors() -> None:
                 os.dup2(opened, fd)
 
 
+def _raise_their_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
+        with contextlib.suppress(OSError, ValueError):  # as it is, it is enough for most
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
 def main() -> NoReturn:
     """Run noisytune as a process."""
     _hold_standard_descriptors()
+    _raise_their_limit()
     from noisytune_cli import signals
     from noisytune_cli.errors import Stopped
 

@@ -316,3 +316,12 @@ def test_as_safetensors_and_in_another_dtype(tmp_path: Path) -> None:
     assert verify(str(result.output), base=str(source)).ok
     with pytest.raises(UsageError, match="--to safetensors"):
         perturb(replace(request, conversion=Conversion(dtype="BF16")), str(tmp_path / "other"))
+
+
+def test_more_files_than_a_process_may_open_at_first(tmp_path: Path) -> None:
+    source = save_chunked(tmp_path / "in", {("w",): torch.randn(60, 2)}, grid=8, files=40)
+    command = [sys.executable, "-m", "noisytune_cli", "perturb", source, "-o", tmp_path / "out", "--quiet"]
+    limited = ["sh", "-c", 'ulimit -S -n 50; exec "$@"', "sh", *map(str, command)]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not torch.equal(load_chunked(tmp_path / "out")["w"], load_chunked(source)["w"])

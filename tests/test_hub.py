@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from chunked import save_chunked
 from hub_server import Hub, Repository, serve
 
 from noisytune_cli import hub as hub_module
@@ -120,6 +122,19 @@ def test_a_sharded_model_is_fetched_by_its_index(hub: Hub) -> None:
         assert [tensor.name for tensor in checkpoint.tensors] == ["a", "b"]
         assert dict(checkpoint.left_out).keys() == {"consolidated.safetensors"}
     assert "consolidated.safetensors" not in hub.fetched()
+
+
+def test_chunks_are_fetched_with_their_metadata(hub: Hub, tmp_path: Path) -> None:
+    folder = save_chunked(tmp_path / "chunks", {("model", "a"): torch.arange(6.0)})
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    hub.repositories["chunks"] = Repository(
+        files | {"train.toml": b"[model]", "optimizer_0/__0_0.distcp": b"x"}
+    )
+    with open_checkpoint("chunks") as checkpoint:
+        assert [source.name for source in checkpoint.sources] == [".metadata"]
+        assert [tensor.name for tensor in checkpoint.tensors] == ["a"]
+        assert checkpoint.others == ("train.toml",)
+    assert hub.fetched() == [".metadata", "__0_0.distcp", "__1_0.distcp", "train.toml"]
 
 
 def test_weights_chooses_what_is_fetched(hub: Hub) -> None:
