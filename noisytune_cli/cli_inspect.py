@@ -1,0 +1,82 @@
+"""The options of `noisytune inspect`: a checkpoint's tensors and what would be done with them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from noisytune_cli.cli_options import (
+    BuffersFrom,
+    Granularity,
+    GranularityOption,
+    Mmap,
+    Patterns,
+    Revision,
+    Source,
+    Splits,
+    Threads,
+    Weights,
+)
+
+
+class _Format(StrEnum):
+    table = "table"
+    json = "json"
+    jsonl = "jsonl"
+    csv = "csv"
+
+
+def inspect(
+    source: Source,
+    output_format: Annotated[_Format, typer.Option("--format", help="How to print.")] = _Format.table,
+    include: Annotated[
+        Patterns, typer.Option(metavar="PATTERN", help="List only these: a shell pattern or a kind.")
+    ] = None,
+    exclude: Annotated[Patterns, typer.Option(metavar="PATTERN", help="Do not list these.")] = None,
+    granularity: GranularityOption = Granularity.tensor,
+    split: Splits = None,
+    sort: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Sort by a column, with - before it descending.")
+    ] = None,
+    lam: Annotated[
+        float, typer.Option("--lambda", metavar="λ", help="The λ whose noise ranges are shown.")
+    ] = 0.15,
+    headers_only: Annotated[
+        bool, typer.Option("--headers-only", help="Read no weights: names, shapes and the plan.")
+    ] = False,
+    buffers_from: BuffersFrom = "auto",
+    threads: Threads = None,
+    mmap: Mmap = False,
+    weights: Weights = None,
+    revision: Revision = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """List a checkpoint's tensors with their statistics, and what perturb would do with each.
+
+    The statistics cover all elements: mean, std (unbiased), min, max, L1 and L2 norm, the share of zeros,
+    and counts of NaN and Inf. No model is loaded.
+    """
+    from noisytune_cli import show, show_inspect
+    from noisytune_cli.commands import inspect as command
+    from noisytune_cli.crew import default_threads
+
+    result = command.inspect(
+        source,
+        lam=lam,
+        include=include or (),
+        exclude=exclude or (),
+        granularity=granularity.value,
+        splits=split or (),
+        sort=sort,
+        headers_only=headers_only,
+        buffers_from=buffers_from,
+        weights=weights,
+        revision=revision,
+        mmap=mmap,
+        threads=threads or default_threads(),
+        quiet=quiet,
+        progress=lambda nbytes: show.progress(nbytes, "inspect", enabled=not quiet),
+    )
+    show_inspect.show_inspection(result, output_format.value)

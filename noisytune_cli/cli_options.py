@@ -1,0 +1,73 @@
+"""Arguments and options that several commands share, as types to annotate a parameter with."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+
+class Granularity(StrEnum):
+    tensor = "tensor"
+    matrix = "matrix"
+
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A .safetensors file, a checkpoint's folder, or a hub id (NAME or OWNER/NAME).",
+        show_default=False,
+    ),
+]
+Patterns = list[str] | None
+GranularityOption = Annotated[
+    Granularity,
+    typer.Option(
+        help="What has a std of its own: each tensor, or each matrix of those that hold several "
+        "(fused attention, stacked experts)."
+    ),
+]
+Splits = Annotated[
+    Patterns,
+    typer.Option(
+        metavar="PATTERN=DIM:SIZES",
+        help="With --granularity matrix: the matrices in these tensors, such as 0:4096,1024,1024 or 0:/3 "
+        "(three equal ones); beats what is known of the model.",
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The weights or index in the folder, where there are several."),
+]
+Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub id.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=256,
+        metavar="N",
+        help="Threads; the result does not depend on it. [default: the CPUs, up to 8]",
+    ),
+]
+Mmap = Annotated[
+    bool,
+    typer.Option(
+        "--mmap/--no-mmap",
+        help="Map the source instead of reading it: a little faster on a local disk, but a file that "
+        "shrinks meanwhile kills the process.",
+    ),
+]
+BuffersFrom = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|names|model",
+        help="What tells buffers from parameters: their names, a model that transformers builds from "
+        "config.json without weights, or the model only where the names leave a doubt.",
+    ),
+]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:N, mps.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary on stderr.")]

@@ -1,0 +1,212 @@
+"""The options of `noisytune perturb`: a noisy copy of a checkpoint, or several from one pass."""
+
+from __future__ import annotations
+
+import time
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from noisytune_cli import distributions
+from noisytune_cli.cli_options import (
+    AsJson,
+    BuffersFrom,
+    Device,
+    Granularity,
+    GranularityOption,
+    Mmap,
+    Overwrite,
+    Patterns,
+    Quiet,
+    Revision,
+    Source,
+    Splits,
+    Threads,
+    Weights,
+)
+from noisytune_cli.errors import UsageError
+
+#: The choices are the file names in `distributions/`.
+_Noise = StrEnum("_Noise", {name: name for name in distributions.names()})  # type: ignore[misc]
+_UNIFORM = _Noise("uniform")
+
+
+class _Scope(StrEnum):
+    matrix = "matrix"
+    global_ = "global"
+
+
+class _DType(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+class _To(StrEnum):
+    safetensors = "safetensors"
+
+
+class _Dequantize(StrEnum):
+    bf16 = "bf16"
+
+
+def perturb(
+    source: Source,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="OUT",
+            help="Where to write: a folder, or a file where SOURCE is a file. {lambda} and {seed} in it "
+            "stand for the values.",
+        ),
+    ] = None,
+    lam: Annotated[
+        str | None,
+        typer.Option(
+            "--lambda",
+            metavar="λ,…",
+            help="Width of the noise in units of each matrix's std; of a list, an output for each. "
+            "[default: 0.15]",
+        ),
+    ] = None,
+    noise_std: Annotated[
+        str | None,
+        typer.Option(metavar="S,…", help="Strength as the noise's own std in units of std(W): λ = √12 · S."),
+    ] = None,
+    seed: Annotated[
+        str,
+        typer.Option(
+            metavar="N,N-M,…",
+            help="Seed, 0 to 2^64-1; of a list, or a range such as 0-4, an output for each.",
+        ),
+    ] = "0",
+    noise: Annotated[_Noise, typer.Option(help="Distribution of the noise.")] = _UNIFORM,
+    scope: Annotated[
+        _Scope, typer.Option(help="One std for each matrix, or one for all perturbed tensors together.")
+    ] = _Scope.matrix,
+    granularity: GranularityOption = Granularity.tensor,
+    split: Splits = None,
+    include: Annotated[
+        Patterns,
+        typer.Option(
+            metavar="PATTERN", help="Perturb only these: a shell pattern on the whole name, or a kind."
+        ),
+    ] = None,
+    exclude: Annotated[
+        Patterns, typer.Option(metavar="PATTERN", help="Leave these as they are; beats --include.")
+    ] = None,
+    lambda_for: Annotated[
+        Patterns, typer.Option(metavar="PATTERN=VALUE", help="Another λ for these; the last match wins.")
+    ] = None,
+    buffers_from: BuffersFrom = "auto",
+    preset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Settings by name: xtreme (λ 0.1, @embeddings excluded)."),
+    ] = None,
+    dtype: Annotated[
+        _DType | None,
+        typer.Option(
+            help="Write parameters in this dtype, rounded once from the noisy sum; index and config follow."
+        ),
+    ] = None,
+    to: Annotated[
+        _To | None,
+        typer.Option(help="Write pickled weights as safetensors; the model's weights alone."),
+    ] = None,
+    dequantize: Annotated[
+        _Dequantize | None,
+        typer.Option(help="Read fp8 weights, block-wise or per tensor, as the BF16 they stand for."),
+    ] = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    mmap: Mmap = False,
+    weights: Weights = None,
+    revision: Revision = None,
+    recipe_only: Annotated[
+        bool,
+        typer.Option(
+            "--recipe-only",
+            help="Write the manifest alone, to the file OUT (or into the folder OUT), for replay later.",
+        ),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    overwrite: Overwrite = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Perturb a checkpoint that noisytune has noised before.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a noisy copy of a checkpoint, and a manifest of what was done.
+
+    For each parameter matrix W' = W + U(-λ/2, λ/2) · std(W). The noise is a function of the seed, the
+    tensor's name and the element's index alone, so the same command gives the same bytes everywhere.
+
+    PATTERN is a shell pattern (`*`, `?`, `[…]`; `*` crosses dots) or a kind: @embeddings, @head, @norm,
+    @bias, @attention, @mlp.
+
+    With --granularity matrix, tensors that hold several matrices get one std for each of these, where the
+    layout is known or --split gives it; --dry-run shows which. SIZES are numbers that add up to the
+    dimension, /N for N equal ones, or A,B,C*N for A, B and C in turn, N times; `;` joins cuts of several
+    dimensions, as in 0:/8;2:/2.
+
+    Lists such as --lambda 0.05,0.1 --seed 0-4 -o 'out-l{lambda}-s{seed}' make an output for each
+    combination, as single runs would, from one pass over SOURCE. {lambda}, {seed} (and {noise-std}) in OUT
+    stand for the values as they are written, in a single run too. All outputs are complete before the first
+    is published. With --json there is a line for each.
+
+    With --recipe-only the weights are not written, only the manifest that would lie with them: as the file
+    OUT, or as noisytune.json in OUT where that is a folder or ends in /. `replay` makes the rest of it.
+    """
+    from noisytune_cli import show, show_perturb
+    from noisytune_cli.combinations import combine
+    from noisytune_cli.commands import perturb as command
+    from noisytune_cli.options import make_conversion, make_noise, numbers
+
+    started = time.monotonic()
+    spec = make_noise(
+        lam=None if lam is None else numbers("--lambda", lam)[0],
+        noise_std=None if noise_std is None else numbers("--noise-std", noise_std)[0],
+        seed=0,
+        distribution=noise.value,
+        scope=scope.value,
+        granularity=granularity.value,
+        splits=split or (),
+        include=include or (),
+        exclude=exclude or (),
+        rules=lambda_for or (),
+        preset=preset,
+    )
+    wanted = combine(out, lam=lam, noise_std=noise_std, seed=seed, default=spec.lam)
+    request = command.Request(
+        source=source,
+        noise=spec,
+        conversion=make_conversion(dtype, to, dequantize),
+        weights=weights,
+        revision=revision,
+        mmap=mmap,
+        again=again,
+        quiet=quiet,
+        buffers_from=buffers_from,
+    )
+    if dry_run:
+        show_perturb.show_planned(command.plan_perturb(request, wanted), as_json=as_json)
+        return
+    if out is None:
+        raise UsageError(
+            "--out is missing", why="there is nowhere to write to", next_step="Give -o OUT, or --dry-run"
+        )
+    results = command.perturb_each(
+        request,
+        wanted,
+        recipe_only=recipe_only,
+        overwrite=overwrite,
+        device=device,
+        threads=threads,
+        progress=lambda nbytes: show.progress(nbytes, "perturb", enabled=not quiet),
+    )
+    show_perturb.show_perturbed(results, as_json=as_json, quiet=quiet, seconds=time.monotonic() - started)
