@@ -2,14 +2,15 @@
 
     python benchmarks/bench.py [--minilm FILE] [--size GIB] [--rounds N] [--folder DIR]
 
-Builds a float32 and a bfloat16 checkpoint of SIZE GiB (the shapes of a Llama-like model) and one of a single
-tensor, then runs every contender in turn, round after round, so that a slow moment of the machine hits all
-of them alike, and prints medians and ratios. Every run is a process of its own, start-up included, with the
-source in the page cache and the output on the same file system.
+Builds a float32 and a bfloat16 checkpoint of SIZE GiB (the shapes of a Llama-like model), the first as a
+pickle too, and one of a single tensor, then runs every contender in turn, round after round, so that a slow
+moment of the machine hits all of them alike, and prints medians and ratios. Every run is a process of its
+own, start-up included, with the source in the page cache and the output on the same file system.
 
     durable copy    cp SOURCE OUT && sync OUT
     before fsync    noisytune up to its first fsync of weights, against cp alone
-    paper's loop    load_file, `p += (rand - 0.5) * λ * std` for every parameter, save_file
+    paper's loop    load_file, `p += (rand - 0.5) * λ * std` for every parameter, save_file (torch.load and
+                    torch.save for the pickle)
 
 A second table sets several outputs of one run against as many runs of one output each.
 """
@@ -40,11 +41,22 @@ OUTPUTS = 4
 LOOP = """
 import sys, torch
 from safetensors.torch import load_file, save_file
-tensors = load_file(sys.argv[1])
+pickled = sys.argv[1].endswith(".bin")
+tensors = torch.load(sys.argv[1]) if pickled else load_file(sys.argv[1])
 for name, p in tensors.items():
     if p.is_floating_point() and p.numel() > 1:
         p += (torch.rand(p.size()) - 0.5) * 0.15 * torch.std(p)
-save_file(tensors, sys.argv[2], metadata={"format": "pt"})
+if pickled:
+    torch.save(tensors, sys.argv[2])
+else:
+    save_file(tensors, sys.argv[2], metadata={"format": "pt"})
+"""
+
+#: Writes the tensors of a safetensors file as torch.save does.
+PICKLE = """
+import sys, torch
+from safetensors.torch import load_file
+torch.save(load_file(sys.argv[1]), sys.argv[2])
 """
 
 #: Runs noisytune and prints when its first fsync of a weight file began, counted from the process's start.
@@ -151,8 +163,8 @@ def noisytune(source: Path, out: Path, *options: str) -> list[str]:
 
 def compare(source: Path, folder: Path, rounds: int) -> dict[str, float]:
     """Return each contender's median seconds for one source."""
-    out = folder / "out.safetensors"
-    manifest = folder / "out.safetensors.noisytune.json"
+    out = folder / f"out{source.suffix}"
+    manifest = folder / f"{out.name}.noisytune.json"
 
     def before_fsync() -> float:
         command = noisytune(source, out)
@@ -222,16 +234,23 @@ def main() -> None:
         columns += ["paper's loop", "ratio"]
         print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
         peaks, several = {}, {}
-        for dtype in BYTES:
+        for dtype, suffix in (("F32", ".safetensors"), ("F32", ".bin"), ("BF16", ".safetensors")):
+            label = f"{options.size:g} GiB {dtype}{', .bin' if suffix == '.bin' else ''}"
             source = folder / f"{dtype}.safetensors"
             build(source, dtype, layout(dtype, size))
+            if suffix == ".bin":
+                pickled = source.with_suffix(suffix)
+                timed([sys.executable, "-c", PICKLE, str(source), str(pickled)])
+                source.unlink()
+                source = pickled
             timed(noisytune(source, folder / "warm"))  # compiles, and fills the page cache
-            peaks[f"{options.size:g} GiB {dtype}"] = peak_memory(noisytune(source, folder / "memory"))
+            peaks[label] = peak_memory(noisytune(source, folder / "memory"))
             for leftover in ("warm", "memory"):
                 (folder / leftover).unlink()
                 (folder / f"{leftover}.noisytune.json").unlink()
-            report(f"{options.size:g} GiB {dtype}", compare(source, folder, options.rounds))
-            several[f"{options.size:g} GiB {dtype}"] = compare_outputs(source, folder, options.rounds)
+            report(label, compare(source, folder, options.rounds))
+            if suffix == ".safetensors":
+                several[label] = compare_outputs(source, folder, options.rounds)
             source.unlink()
         if options.minilm:
             report("MiniLM, 91 MB F32", compare(options.minilm, folder, options.rounds))
