@@ -42,12 +42,13 @@ def _build(config: Mapping[str, Any]) -> Any:
     """Return the model that a config names, on the meta device."""
     import torch
     import transformers
+    from transformers import initialization
 
     kind = getattr(transformers, config["architectures"][0])
     if not issubclass(kind, transformers.PreTrainedModel):
         raise TypeError("the architecture is no model")
     known = transformers.AutoConfig.for_model(**_without_effects(config))
-    with torch.device("meta"), transformers.initialization.no_init_weights():
+    with torch.device("meta"), initialization.no_init_weights():
         return kind(known)
 
 

@@ -25,7 +25,8 @@ def measured(
     source = open_source(save(path, tensors), "w", mmap)
     device = devices.load("cpu").open_device("cpu")
     try:
-        return measure(source.tensors, {"w": source}, device, threads=threads, progress=lambda nbytes: None)
+        found = measure(source.tensors, {"w": source}, device, threads=threads, progress=lambda nbytes: None)
+        return [statistics for (statistics,) in found]
     finally:
         source.close()
 
