@@ -6,8 +6,9 @@ Like that it is deterministic and written last, and from a stranger it is read b
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,9 @@ from noisytune_cli.strict_json import Document
 OPERATION = "average"
 
 _MAX_MEMBERS = 10_000
+
+#: What an entry takes at most beside its names, its shape and its digests; a number of its shape, a digest.
+_ENTRY_BYTES, _DIMENSION_BYTES, _DIGEST_BYTES = 260, 21, 75
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,18 @@ def to_json(manifest: AverageManifest) -> dict[str, Any]:
             "bytes": sum(tensor.nbytes for tensor in tensors),
         },
     }
+
+
+def manifest_bytes(tensors: Sequence[TensorSpec], members: int) -> int:
+    """Return how many bytes the entries of these tensors take at most, for so many members."""
+    return sum(
+        len(json.dumps(tensor.name))
+        + len(json.dumps(tensor.file))
+        + _ENTRY_BYTES
+        + _DIMENSION_BYTES * len(tensor.shape)
+        + _DIGEST_BYTES * members
+        for tensor in tensors
+    )
 
 
 def encode(manifest: AverageManifest) -> bytes:

@@ -71,6 +71,11 @@ class Checkpoint:
         return tuple(tensor for source in self.sources for tensor in source.tensors)
 
     @property
+    def weight_files(self) -> tuple[str, ...]:
+        """The names of all files that the weights lie in; one source may be several."""
+        return tuple(name for source in self.sources for name in source.files)
+
+    @property
     def metadata(self) -> dict[str, str]:
         """The `__metadata__` of all weight files in one; where two disagree the later file wins."""
         return {key: value for source in self.sources for key, value in source.metadata.items()}

@@ -19,8 +19,8 @@ from noisytune_cli.records import Plan, Receipt
 from noisytune_cli.rewrite import OutputFile
 from noisytune_cli.walk import Variant, Walk, work_bytes
 
-#: Room for the manifest in the check for space: a fixed part, and that of each tensor.
-_MANIFEST_BYTES, _MANIFEST_BYTES_A_TENSOR = 4096, 1024
+#: Room for the manifest in the check for space: a fixed part, that of each tensor, and of each part of one.
+_MANIFEST_BYTES, _MANIFEST_BYTES_A_TENSOR, _MANIFEST_BYTES_A_PART = 4096, 1024, 512
 
 
 def fill(
@@ -71,13 +71,18 @@ def _size(path: Path) -> int:
         raise unreadable(error, path) from error
 
 
-def needed_bytes(source: Checkpoint, files: Sequence[OutputFile] = ()) -> int:
+def needed_bytes(source: Checkpoint, plan: Plan, files: Sequence[OutputFile] = ()) -> int:
     """Return how many bytes an output of this source takes, its manifest included (an estimate)."""
+    return copied_bytes(source, files) + manifest_bytes(plan)
+
+
+def copied_bytes(source: Checkpoint, files: Sequence[OutputFile] = ()) -> int:
+    """Return how many bytes the weights and the other files of an output of this source take."""
     weights = sum(file.size for file in files or source.sources)
-    others = sum(_size(source.root / name) for name in source.others)
-    return weights + others + manifest_bytes(source)
+    return weights + sum(_size(source.root / name) for name in source.others)
 
 
-def manifest_bytes(source: Checkpoint) -> int:
-    """Return how many bytes the manifest of an output of this source takes (an estimate)."""
-    return _MANIFEST_BYTES + _MANIFEST_BYTES_A_TENSOR * len(source.tensors)
+def manifest_bytes(plan: Plan) -> int:
+    """Return how many bytes the manifest of a plan takes (an estimate)."""
+    parts = sum(len(step.parts) for step in plan.steps)
+    return _MANIFEST_BYTES + _MANIFEST_BYTES_A_TENSOR * len(plan.steps) + _MANIFEST_BYTES_A_PART * parts

@@ -129,8 +129,8 @@ def check_descriptors(count: int) -> None:
     if hard != resource.RLIM_INFINITY and hard < count:
         raise ResourceExhausted(
             "too many open files",
-            why=f"the outputs need {count:,} at once, and the limit is {hard:,}; nothing was written",
-            next_step="Give shorter lists of values, or raise the limit (ulimit -Hn)",
+            why=f"{count:,} are needed at once, and the limit is {hard:,}; nothing was written",
+            next_step="Ask for less at once (shorter lists), or raise the limit (ulimit -Hn)",
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 

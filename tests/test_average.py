@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 from collections.abc import Callable
 from fractions import Fraction
 from importlib.resources import files
@@ -16,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import FLOATS, STORED, Tensor, Tensors, floats, numbers, save, save_sharded, split, weights
+from chunked import save_chunked
 from typer.testing import CliRunner
 
-from noisytune_cli.averages import read_any_manifest
+from noisytune_cli.averages import manifest_bytes, read_any_manifest
 from noisytune_cli.cli import app
 from noisytune_cli.commands import average as command
 from noisytune_cli.commands.average import average
@@ -190,10 +192,37 @@ def test_never_writes_into_a_member(out: str, tmp_path: Path) -> None:
 
 def test_needs_room_before_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a = save(tmp_path / "a.safetensors", {"w": numbers("F32", 1, 2)})
-    monkeypatch.setattr(command, "needed_bytes", lambda source: 2**60)
+    monkeypatch.setattr(command, "copied_bytes", lambda source: 2**60)
     with pytest.raises(ResourceExhausted, match="not enough space"):
         average([str(a), str(a)], str(tmp_path / "out"))
     assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_a_manifest_that_is_not_read_back_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, out = 'w"é\n' * 20, tmp_path / "out.safetensors"
+    a = save(tmp_path / "a.safetensors", {name: weights("F32", 2, 2, seed=1)})
+    done = average([str(a)] * 50, str(out))
+    nbytes = manifest_bytes([one.tensor for one in done.manifest.tensors], 50)
+    monkeypatch.setattr(command, "MAX_BYTES", nbytes)
+    average([str(a)] * 50, str(tmp_path / "fits.safetensors"))
+    with pytest.raises(InputInvalid, match="1 tensors of 51 checkpoints"):
+        average([str(a)] * 51, str(tmp_path / "other.safetensors"))
+    lines = done.manifest_path.read_text().splitlines()
+    (entry,) = (line for line in lines if "source_digests" in line)
+    assert len(entry) <= nbytes < len(entry) + 200
+    assert not (tmp_path / "other.safetensors").exists()
+
+
+def test_open_files_are_asked_for_all_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members, limits = [save_chunked(tmp_path / n, {("w",): torch.randn(4, 4)}, files=4) for n in "abc"], []
+    monkeypatch.setattr(resource, "setrlimit", lambda what, limit: limits.append(limit))
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (10, 1000))
+    average([str(member) for member in members], str(tmp_path / "out"))
+    # Each holds `.metadata` and four files, and so does the output.
+    assert limits[-1] == (64 + 4 * 5, 1000)
+    assert verify(str(tmp_path / "out")).ok
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

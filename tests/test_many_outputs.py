@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import Tensor, numbers, save, save_sharded, weights
+from chunked import save_chunked
 from pickles import saved
 from runs import run
 
@@ -78,6 +79,12 @@ SOURCES = {"file": file, "folder": folder, "pickle": pickle}
 
 def contents(root: Path) -> dict[str, bytes]:
     return {os.fspath(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def _needed_bytes(source: Path) -> int:
+    request = Request(str(source), NoiseSpec())
+    with command._open(request) as opened:
+        return command.needed_bytes(opened, command.plan_perturb(request).plan)
 
 
 def run_each(
@@ -167,7 +174,7 @@ def test_space_is_asked_for_all_outputs_together(tmp_path: Path, monkeypatch: py
 
     class Disk:
         f_frsize, f_files = 1, 0
-        f_bavail = 3 * command.needed_bytes(command._open(Request(str(source), NoiseSpec()))) - 1
+        f_bavail = 3 * _needed_bytes(source) - 1
 
     monkeypatch.setattr(output_module.os, "statvfs", lambda path: Disk)
     with pytest.raises(ResourceExhausted, match=r"with 2 more outputs it needs .* nothing was written"):
@@ -198,6 +205,56 @@ def test_open_files_are_asked_for_all_outputs_together(
     assert (3 * 2 < soft < 200, hard) == (True, 200)
     with pytest.raises(ResourceExhausted, match="shorter lists"):
         run_each(source, f"{tmp_path}/other-{{seed}}", seed="0-99")
+
+
+def test_each_file_of_a_chunked_checkpoint_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, limits = save_chunked(tmp_path / "in", {("w",): torch.randn(4, 4)}, files=4), []
+
+    class Disk:
+        f_frsize, f_bavail, f_files, f_favail = 4096, 1 << 30, 100, 17
+
+    monkeypatch.setattr(resource, "setrlimit", lambda what, limit: limits.append(limit))
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (10, 1000))
+    monkeypatch.setattr(output_module.os, "statvfs", lambda path: Disk)
+    with pytest.raises(ResourceExhausted, match="18 files and 17 more"):
+        run_each(source, f"{tmp_path}/out-{{seed}}", seed="0-2")
+    assert len(run_each(source, f"{tmp_path}/out-{{seed}}", seed="0-1")) == 2
+    # `.metadata` and four files are open for the source, and with the manifest for each output.
+    assert limits == [(64 + 5 + 2 * 6, 1000)]
+
+
+def test_recipes_hold_no_weight_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, limits = save_chunked(tmp_path / "in", {("w",): torch.randn(4, 4)}, files=4), []
+    monkeypatch.setattr(resource, "setrlimit", lambda what, limit: limits.append(limit))
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (10, 1000))
+    assert len(run_each(source, f"{tmp_path}/r{{seed}}.json", seed="0-9", recipe_only=True)) == 10
+    assert limits == [(64 + 5 + 10, 1000)]
+
+
+def test_room_for_a_manifest_of_many_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save(tmp_path / "in.safetensors", {"w": weights("F32", 400, 4)})
+    noise = NoiseSpec(granularity="matrix", splits=(("w", "0:/200"),))
+    (full,) = run_each(source, f"{tmp_path}/full.json", noise, seed="0", recipe_only=True)
+
+    class Disk:
+        f_frsize, f_bavail, f_files = 1, full.manifest_path.stat().st_size, 0
+
+    monkeypatch.setattr(output_module.os, "statvfs", lambda path: Disk)
+    monkeypatch.setattr(Disk, "f_bavail", Disk.f_bavail - 1)
+    with pytest.raises(ResourceExhausted, match="nothing was written"):
+        run_each(source, f"{tmp_path}/out.json", noise, seed="0", recipe_only=True)
+
+
+@pytest.mark.parametrize("dtype", [None, "F16"])
+def test_says_that_what_is_not_finite_has_no_noise(dtype: str | None, tmp_path: Path) -> None:
+    conversion = None if dtype is None else Conversion(dtype=dtype)
+    request = Request(str(file(tmp_path)), NoiseSpec(), conversion)
+    done = perturb(request, str(tmp_path / "out.safetensors"))
+    assert done.warnings == (
+        "transformer.ln_f.bias: left without noise, because they hold NaN or infinite values",
+    )
 
 
 @pytest.mark.parametrize("taken", [0, 2])

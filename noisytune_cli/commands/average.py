@@ -13,17 +13,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from noisytune_cli import means
-from noisytune_cli.averages import AverageManifest, encode
+from noisytune_cli.averages import AverageManifest, encode, manifest_bytes
 from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.devices import open_device
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import escape
-from noisytune_cli.fill import needed_bytes
-from noisytune_cli.output import check_apart, check_output, check_space, resolve_output
+from noisytune_cli.fill import copied_bytes
+from noisytune_cli.manifest import MAX_BYTES
+from noisytune_cli.output import (
+    check_apart,
+    check_descriptors,
+    check_output,
+    check_space,
+    resolve_output,
+)
 from noisytune_cli.publish import Publication
 from noisytune_cli.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.records import FLOAT_DTYPES, FileRecord, SourceRecord, TensorSpec
+
+#: Descriptors that are open beside those of the weight files.
+_DESCRIPTORS = 64
 
 
 @dataclass(frozen=True)
@@ -55,19 +65,24 @@ def average(
     """
     weights = _check_coefficients(sources, coefficients)
     with ExitStack() as opened:
-        members = []
+        members: list[Checkpoint] = []
         for source in sources:
             members.append(_open(source, mmap=mmap, quiet=quiet))
             opened.callback(members[-1].close)
+            # What is open, and room for as much as the last again: the next one, or the output.
+            held = [len(member.weight_files) for member in members]
+            check_descriptors(_DESCRIPTORS + sum(held) + held[-1])
         first = members[0]
         for name, member in zip(sources[1:], members[1:], strict=True):
             _check_same_tensors(first, sources[0], member, name)
         _check_has_floats(first.tensors, sources[0])
+        recorded = _check_recordable(first.tensors, len(members), sources[0])
         output = resolve_output(out, first)
         check_output(output, first, overwrite=overwrite)
         for member in members[1:]:
             check_apart(output, member, overwrite=overwrite, single_file=first.single_file)
-        check_space([output], needed_bytes(first), len(first.sources) + len(first.others) + 1)
+        files = len(first.weight_files) + len(first.others) + 1
+        check_space([output], copied_bytes(first) + recorded, files)
         publication = opened.enter_context(
             Publication(output, directory=not first.single_file, overwrite=overwrite)
         )
@@ -149,6 +164,20 @@ def _check_has_floats(tensors: Sequence[TensorSpec], path: str) -> None:
             why="it holds no floating-point values",
             next_step="Check that these are the weights",
         )
+
+
+def _check_recordable(tensors: Sequence[TensorSpec], members: int, path: str) -> int:
+    """Return the bytes of the manifest (an estimate); InputInvalid if it could be too large to be read."""
+    nbytes = manifest_bytes(tensors, members)
+    if nbytes > MAX_BYTES:
+        raise InputInvalid(
+            "too many tensors and members for one manifest",
+            path=path,
+            why=f"{len(tensors):,} tensors of {members:,} checkpoints can take {nbytes:,} bytes of it; "
+            f"the limit is {MAX_BYTES:,}",
+            next_step="Average fewer checkpoints, or their weight files one by one",
+        )
+    return nbytes
 
 
 def _carry_out(

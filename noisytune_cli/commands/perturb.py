@@ -152,7 +152,9 @@ def perturb_each(
         plans = make_plans(source, request.noise, wanted, told, request.conversion)
         files = _lay_out(source, plans, request.conversion)
         walk = Walk(open_device(device), threads or default_threads())
-        outputs = _check_outputs(source, files, wanted, recipe_only=recipe_only, overwrite=overwrite)
+        outputs = _check_outputs(
+            source, files, plans[0], wanted, recipe_only=recipe_only, overwrite=overwrite
+        )
         is_folder = not (source.single_file or recipe_only)
         publications = [
             Publication(output, directory=is_folder, overwrite=overwrite, recipe=recipe_only)
@@ -209,6 +211,7 @@ def _lay_out(
 def _check_outputs(
     source: Checkpoint,
     files: Sequence[OutputFile],
+    plan: Plan,
     wanted: Sequence[Combination],
     *,
     recipe_only: bool,
@@ -223,11 +226,13 @@ def _check_outputs(
     for output in outputs:
         (check_recipe if recipe_only else check_output)(output, source, overwrite=overwrite)
     check_distinct(outputs)
+    held = len(source.weight_files)
+    written = 0 if recipe_only else len(files) or held
     if recipe_only:
-        check_space(outputs, manifest_bytes(source), 1)
+        check_space(outputs, manifest_bytes(plan), 1)
     else:
-        check_space(outputs, needed_bytes(source, files), len(source.sources) + len(source.others) + 1)
-    check_descriptors(_DESCRIPTORS + len(source.sources) + len(outputs) * (len(source.sources) + 1))
+        check_space(outputs, needed_bytes(source, plan, files), written + len(source.others) + 1)
+    check_descriptors(_DESCRIPTORS + held + len(outputs) * (written + 1))
     return outputs
 
 
@@ -289,7 +294,7 @@ def _warnings(receipts: tuple[Receipt, ...]) -> list[str]:
     warnings = []
     if broken:
         warnings.append(
-            f"{enumerate_some(broken, 3)}: copied as they are, because they hold NaN or infinite values"
+            f"{enumerate_some(broken, 3)}: left without noise, because they hold NaN or infinite values"
         )
     if numb:
         dtypes = "/".join(sorted({step.out_dtype or step.tensor.dtype for step in numb}))

@@ -63,7 +63,8 @@ def replay(
         rewritten = () if manifest.output is None else _rewrite(manifest.output, plan, source, recorded)
         output = resolve_rewritten(out, source, rewritten)
         check_output(output, source, overwrite=overwrite)
-        check_space([output], needed_bytes(source, rewritten), len(source.sources) + len(source.others) + 1)
+        written = len(rewritten) or len(source.weight_files)
+        check_space([output], needed_bytes(source, plan, rewritten), written + len(source.others) + 1)
         with Publication(output, directory=not source.single_file, overwrite=overwrite) as publication:
             digests = {name: publication.copy(source.root / name, name) for name, _ in manifest.copied}
             changed = [name for name, digest in manifest.copied if digests[name] != digest]
