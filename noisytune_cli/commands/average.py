@@ -18,7 +18,7 @@ from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.devices import open_device
 from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.escape import escape
+from noisytune_cli.escape import enumerate_some, escape
 from noisytune_cli.fill import copied_bytes
 from noisytune_cli.manifest import MAX_BYTES
 from noisytune_cli.output import (
@@ -227,15 +227,10 @@ def _warnings(done: Sequence[means.Done]) -> list[str]:
     apart = [one.tensor.tensor.name for one in done if one.tensor.action == "copy" and one.differs]
     warnings = []
     if broken:
-        warnings.append(f"{_some(broken)}: NaN or infinite values came of the average")
+        warnings.append(f"{enumerate_some(broken, 3)}: NaN or infinite values came of the average")
     if apart:
         warnings.append(
-            f"{_some(apart)}: no floats, and not the same everywhere: the first checkpoint's are kept"
+            f"{enumerate_some(apart, 3)}: no floats, and not the same everywhere: the first checkpoint's "
+            "are kept"
         )
     return warnings
-
-
-def _some(names: Sequence[str]) -> str:
-    """Name the first three, and count the rest."""
-    shown = ", ".join(escape(name) for name in names[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
