@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -72,15 +73,17 @@ def noisytune(
     """Add reproducible noise to a pretrained checkpoint before finetuning it (NoisyTune, ACL 2022)."""
 
 
-for _verb in (
-    cli_perturb.perturb,
-    cli_inspect.inspect,
-    cli_verify.verify,
-    cli_verify.replay,
-    cli_average.average,
-    cli_study.study,
-):
-    app.command(cls=_Command)(_verb)
+#: In the order of `--help`, with what it says of each in one line; a verb's own help says more.
+_VERBS: dict[Callable[..., None], str] = {
+    cli_perturb.perturb: "Write a noisy copy of a checkpoint, and its manifest.",
+    cli_inspect.inspect: "List tensors, their statistics, and what perturb would do.",
+    cli_verify.verify: "Check an output against its manifest, byte for byte.",
+    cli_verify.replay: "Rebuild a noisy checkpoint from its manifest and its base.",
+    cli_average.average: "Write the mean of several checkpoints (a model soup).",
+    cli_study.study: "Finetune with several methods, and tell what differs.",
+}
+for _verb, _line in _VERBS.items():
+    app.command(cls=_Command, short_help=_line)(_verb)
 
 
 def run() -> None:

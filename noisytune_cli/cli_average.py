@@ -13,7 +13,7 @@ def average(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE...",
+            metavar="SOURCE",
             help="Two or more checkpoints of one model: files, folders or hub ids.",
             show_default=False,
         ),

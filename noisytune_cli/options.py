@@ -122,6 +122,6 @@ def numbers(option: str, text: str) -> tuple[float, ...]:
             raise UsageError(
                 f"{option} {text}",
                 why=f'"{part}" is no number',
-                next_step="Write numbers with commas between them, such as 0.5,0.25,0.25",
+                next_step="Write numbers with commas between them, such as 0.1,0.2",
             ) from None
     return tuple(found)

@@ -26,13 +26,17 @@ def open_original(
 ) -> Checkpoint:
     """Open `base`, or where it is None the hub id and commit that the manifest records."""
     source = recorded.manifest.source
-    at_hub = source.revision is not None and hub.is_repo_id(source.id) and not os.path.lexists(source.id)
+    hidden = os.path.lexists(source.id)
+    at_hub = source.revision is not None and hub.is_repo_id(source.id) and not hidden
     if base is None:
         if not at_hub:
+            why = "the manifest records no commit on the hub to take it from"
+            if source.revision is not None and hidden:
+                why = "a file or folder here has the name of the hub id in the manifest"
             raise UsageError(
                 "--base is missing",
                 path=recorded.path,
-                why="the manifest records no commit on the hub, or a local file has the hub id's name",
+                why=why,
                 next_step=f"Give --base SOURCE, the checkpoint that was perturbed ({source.id})",
             )
         base = source.id

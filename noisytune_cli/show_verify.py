@@ -24,11 +24,15 @@ def show_verified(result: Verified, *, as_json: bool, quiet: bool) -> None:
         }
         write_out(json.dumps(answer, indent=1) + "\n")
     if not result.ok:
+        what, next_step = "the output does not match its manifest", "Fetch it again"
+        if result.checked.base:
+            what = "output, manifest and base do not match"
+            next_step = "Give as --base the checkpoint that was perturbed, fetch the output again"
         raise mismatch(
             result.mismatches,
-            what="the output does not match its manifest",
+            what=what,
             path=result.output,
-            next_step="Fetch it again, or write it again with perturb or replay",
+            next_step=f"{next_step}, or write it again with perturb or replay",
         )
     if not quiet:
         made = " and the base gives" if result.checked.base else ""

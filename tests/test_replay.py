@@ -177,7 +177,7 @@ def test_without_a_base_the_recorded_commit_is_fetched(tmp_path: Path) -> None:
         assert tree(tmp_path / name) == tree(made.output)
     assert verify(str(made.output), base="owner/model", quiet=True).ok
     (tmp_path / "owner" / "model").mkdir(parents=True)
-    with pytest.raises(UsageError, match="local file has the hub id's name"):
+    with pytest.raises(UsageError, match="has the name of the hub id"):
         replay(str(made.manifest_path), str(tmp_path / "x"))
 
 

@@ -287,6 +287,14 @@ def test_the_command_says_yes(pristine: tuple[Path, Path]) -> None:
     assert json.loads(result.stdout)["ok"] is True
 
 
+def test_the_command_asks_for_the_right_base(pristine: tuple[Path, Path], tmp_path: Path) -> None:
+    base = save(tmp_path / "model.safetensors", TENSORS)
+    result = run(pristine[1], "--base", base)
+    assert result.exit_code == 8
+    assert "output, manifest and base do not match" in result.stderr
+    assert "Give as --base the checkpoint that was perturbed" in result.stderr
+
+
 def test_the_command_says_no(pristine: tuple[Path, Path], output: Path) -> None:
     edit(output, lambda d: [entry.update(digest=D0) for entry in d["tensors"] if entry["dtype"] == "F64"])
     result = run(output, "--json")
