@@ -60,6 +60,14 @@ class Pretrained:
                 output_loading_info=True,
                 local_files_only=True,
             )
+        # Of a folder without a tokenizer transformers makes one to which every word is unknown.
+        if len(self.tokenizer) <= len(self.tokenizer.all_special_ids):
+            raise InputInvalid(
+                "the tokenizer knows no words",
+                path=folder,
+                why="its files are absent, or hold nothing but special tokens",
+                next_step="Put the model's tokenizer into the folder, as its save_pretrained writes it",
+            )
         missing = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
         self._fresh = frozenset(missing & {name for name, _ in self._model.named_parameters()})
         # A decoder may know of no padding; its model then needs to be told what the rows are padded with.

@@ -11,9 +11,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2Model
 
+from noisytune_cli.errors import InputInvalid
 from noisytune_cli.study import methods
 from noisytune_cli.study.design import Run, Seeds, plan_runs
 from noisytune_cli.study.encoding import Encoded
+from noisytune_cli.study.pretrained import Pretrained
 from noisytune_cli.study.settings import Material, Recipe
 from noisytune_cli.study.tasks import Task
 from noisytune_cli.study.training import Bench
@@ -172,6 +174,14 @@ def test_a_decoder_without_a_padding_token_is_trained_too(tiny: Tiny, tmp_path: 
     assert place.train.padding["input_ids"] == place.pretrained.tokenizer.eos_token_id
     for method in ("plain", "noisytune", "r3f"):
         assert math.isfinite(place.carry_out(a_run(method))["loss"])
+
+
+def test_a_model_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(InputInvalid, match="the tokenizer knows no words"):
+        Pretrained(folder, 2)
 
 
 def test_the_probe_reads_the_finetuned_encoder_and_changes_nothing(tiny: Tiny) -> None:
