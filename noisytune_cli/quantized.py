@@ -129,11 +129,12 @@ def _refusal(
     method: str, evidence: str, path: str | os.PathLike[str], tensor: str | None = None
 ) -> InputInvalid:
     return InputInvalid(
-        "cannot perturb a quantised checkpoint",
+        "cannot use a quantised checkpoint",
         path=path,
         tensor=tensor,
-        why=f"it is quantised: {method} ({evidence}); noise on codes, or only on what is left, means nothing",
-        next_step="Perturb the full-precision checkpoint it was made from, then quantise the result",
+        why=f"it is quantised: {method} ({evidence}); "
+        "noise on codes, a mean of them, or either on what is left alone, means nothing",
+        next_step="Use the full-precision checkpoint it was made from, then quantise the result",
     )
 
 

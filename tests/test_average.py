@@ -167,7 +167,7 @@ def test_refuses_a_quantised_member(tmp_path: Path) -> None:
     for name in "ab":
         save(tmp_path / name / "model.safetensors", {"w": numbers("F32", 1, 2)})
     (tmp_path / "b" / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
-    with pytest.raises(InputInvalid, match="GPTQ"):
+    with pytest.raises(InputInvalid, match=r"cannot use a quantised checkpoint.* GPTQ .* a mean of them"):
         average([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "out"))
 
 
