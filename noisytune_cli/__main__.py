@@ -51,7 +51,11 @@ def main() -> NoReturn:
             run()
         finally:
             signals.ignore()
-    except Stopped as stopped:
+    except (Stopped, RuntimeError) as error:
+        # Python 3.11 wraps what is raised while a class is made, so also a signal during an import.
+        stopped = error if isinstance(error, Stopped) else error.__cause__
+        if not isinstance(stopped, Stopped):
+            raise
         # Not sys.exit: that would wait for threads that are still in the middle of a transfer.
         signals.ignore()
         if stopped.left is not None:

@@ -104,6 +104,28 @@ def test_a_signal_leaves_nothing_behind(signum: int, code: int, slow_source: Pat
     assert os.listdir(tmp_path) == [slow_source.name]
 
 
+_STOPPED_IN_A_CLASS = """
+import os, signal
+from noisytune_cli import cli
+class Hook:
+    def __set_name__(self, owner, name):
+        os.kill(os.getpid(), signal.SIGTERM)
+def stop():
+    class Made:
+        hook = Hook()
+cli.run = stop
+from noisytune_cli.__main__ import main
+main()
+"""
+
+
+def test_a_signal_while_a_class_is_made_is_a_signal_all_the_same() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", _STOPPED_IN_A_CLASS], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (143, "", "")
+
+
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Any]:
     files = {
