@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from noisytune_cli import __version__
-from noisytune_cli.manifest import SCHEMA, lay_out, source_json
+from noisytune_cli.line_patterns import LONGEST_LINE, Shapes, average_pattern, text_of
+from noisytune_cli.manifest import MAX_LINES, SCHEMA, lay_out, source_json
 from noisytune_cli.manifest_fields import Fields, ManifestFault, check_digest
 from noisytune_cli.manifest_reader import (
-    MAX_ENTRIES,
     RecordedManifest,
     begin,
     collector_paused,
@@ -180,7 +180,8 @@ def _parse(document: Document, version: str) -> AverageManifest:
     document.member("tensors")
     reader = _Reader({file.name: file.name for file in files}, len(members))
     tensors = tuple(
-        reader.read(entry, f"tensors[{i}]") for i, entry in enumerate(document.entries(MAX_ENTRIES))
+        entry if isinstance(entry, AveragedTensor) else reader.read(entry, f"tensors[{i}]")
+        for i, entry in enumerate(document.entries(MAX_LINES, reader.read_line))
     )
     if len({done.tensor.name for done in tensors}) < len(tensors):
         raise ManifestFault("it has two tensors of one name")
@@ -208,6 +209,26 @@ class _Reader:
 
     def __init__(self, files: Mapping[str, str], members: int) -> None:
         self._files, self._members = files, members
+        self._line, self._shapes = average_pattern(members), Shapes()
+
+    def read_line(self, text: str, at: int) -> tuple[AveragedTensor, int] | None:
+        """Return what the usual line at `at` stands for, and its end; None leaves it to `read`."""
+        line = self._line.match(text, at)
+        if line is None:
+            return None
+        raw_name, raw_file, dtype, raw_shape, action, raw_digests, digest = line.groups()
+        name, measured = text_of(raw_name), self._shapes.find(dtype, raw_shape)
+        file = self._files.get(text_of(raw_file) or "")
+        if name is None or measured is None or file is None or len(name) > LONGEST_LINE:
+            return None
+        if (action == "average") != (dtype in FLOAT_DTYPES):
+            return None
+        digests = tuple(raw_digests[1:-1].split('", "'))
+        if action == "copy" and digest != digests[0]:
+            return None
+        tensor = TensorSpec(name, measured[0], measured[1], file, 0, measured[3])
+        done: Literal["average", "copy"] = "copy" if action == "copy" else "average"
+        return AveragedTensor(tensor, done, digests, digest), line.end()
 
     def read(self, entry: Any, where: str) -> AveragedTensor:
         """Return what an entry stands for; where its tensor lies (offset) it does not say."""

@@ -30,11 +30,14 @@ from noisytune_cli.stream import STREAM
 #: The version of the manifest's layout.
 SCHEMA = 1
 
-#: The largest manifest that is written, and read back: some 75,000 tensors.
-MAX_BYTES = 48 << 20
+#: The largest manifest that is written, and read back: some 65,000 tensors.
+MAX_BYTES = 40 << 20
 
 #: What an entry takes at most beside its names and its shape, and a number of its shape.
 _ENTRY_BYTES, _DIMENSION_BYTES = 520, 21
+
+#: So many tensors and parts no manifest can have, as they are counted before it is written.
+MAX_LINES = MAX_BYTES // _ENTRY_BYTES
 
 
 def encode(manifest: Manifest) -> bytes:

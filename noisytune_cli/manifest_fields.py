@@ -14,6 +14,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SEED = re.compile(r"0|[1-9][0-9]{0,19}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
+_FLOAT32 = struct.Struct("<f")
 _INFINITE = (math.inf, -math.inf)
 
 _SEED_LIMIT = 2**64
@@ -55,6 +56,14 @@ def check_digest(value: Any, where: str) -> str:
     if not _DIGEST.fullmatch(digest):
         raise ManifestFault(f"{where} is not blake3: and 64 hexadecimal digits")
     return digest
+
+
+def is_float32(value: float) -> bool:
+    """Tell whether float32 holds a number exactly."""
+    try:
+        return bool(_FLOAT32.unpack(_FLOAT32.pack(value))[0] == value)
+    except OverflowError:
+        return False
 
 
 @functools.cache
@@ -178,11 +187,7 @@ class Fields:
             return None
         if value < 0 or math.copysign(1.0, value) < 0:
             raise self.fault(key, "is negative")
-        try:
-            exact = struct.unpack("<f", struct.pack("<f", value))[0] == value
-        except OverflowError:
-            exact = False
-        if not exact:
+        if not is_float32(value):
             raise self.fault(key, "is not a float32 value")
         return value
 

@@ -18,7 +18,7 @@ from typing import Any
 from noisytune_cli import distributions
 from noisytune_cli.errors import InputInvalid, Mismatch
 from noisytune_cli.layout import MANIFEST
-from noisytune_cli.manifest import MAX_BYTES, SCHEMA, encode
+from noisytune_cli.manifest import MAX_BYTES, MAX_LINES, SCHEMA, encode
 from noisytune_cli.manifest_fields import Fields, ManifestFault, check_string
 from noisytune_cli.manifest_tensors import read_tensors
 from noisytune_cli.reading import read_small
@@ -128,7 +128,7 @@ def parse(content: bytes) -> Manifest:
         raise ManifestFault(f'"{key[:40]}" stands where "noise" is due')
     noise = _noise(document.value())
     document.member("tensors")
-    receipts = read_tensors(document.entries(MAX_ENTRIES), noise, source.files, output)
+    receipts = read_tensors(document, MAX_LINES, noise, source.files, output)
     copied, left_out = read_other_files(document, source.files)
     if output is not None:
         _check_output_names(source, output, copied)

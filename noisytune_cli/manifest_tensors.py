@@ -1,22 +1,24 @@
 """The tensors of a manifest, read and held against everything else that it says of them.
 
 A manifest says what a tensor is and which file it is in, not where it lies there, which that file's header
-does: the `offset` of these tensors is 0 and means nothing. Parts must be all of their tensor and lie apart:
-then adding noise to each adds it to every element once.
+does: the `offset` of these tensors is 0 and means nothing. Every entry can be read here, and every refusal is
+worded here; most entries of a large manifest are read by `manifest_lines.py`.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from noisytune_cli import distributions
+from noisytune_cli.copy_reasons import PART_REASONS, REASONS, misfit
 from noisytune_cli.formats._header import ALL_DTYPES, HeaderFault, stored_bytes
+from noisytune_cli.manifest import MAX_LINES
 from noisytune_cli.manifest_fields import Fields, ManifestFault
-from noisytune_cli.part import summed
+from noisytune_cli.manifest_lines import Lines
+from noisytune_cli.manifest_parts import check_runs, joined
 from noisytune_cli.plan import out_dtype_of
 from noisytune_cli.records import (
     FLOAT_DTYPES,
@@ -32,36 +34,35 @@ from noisytune_cli.records import (
     Step,
     TensorSpec,
 )
-from noisytune_cli.runs import MAX_ALL_PARTS, MAX_PARTS, cover_exactly
+from noisytune_cli.runs import MAX_PARTS
+from noisytune_cli.strict_json import Document
 
 _DONE_KEYS = ("action", "lambda", "std", "amplitude", "unchanged", "clamped")
 _KEYS = ("name", "stream", "file", "dtype", "shape", "source_digest", "digest", *_DONE_KEYS)
 _PART_KEYS = ("name", "shape", "first", "length", "stride", "repeat", *_DONE_KEYS)
-_REASONS: dict[str, Reason] = {reason: reason for reason in get_args(Reason)}
 _MAX_DIMENSION = 2**63 - 1
 _PART_NAME = re.compile(r"(?=.{1,64}\Z)[a-z0-9_]+(?:\.[a-z0-9_]+)*", re.ASCII)
-
-#: What a part can be copied for: the rest is known of its tensor, which then has no parts.
-_PART_REASONS = ("one-element", "constant", "non-finite", "unrepresentable")
 _SMALLEST_HEADER = 10  # a length, and `{}`
 
 
 def read_tensors(
-    entries: Iterable[Any],
+    document: Document,
+    limit: int,
     noise: NoiseSpec,
     files: Sequence[FileRecord],
     output: OutputRecord | None = None,
 ) -> tuple[Receipt, ...]:
-    """Return a receipt for each entry: file by file, no name twice, every stream that of a tensor."""
+    """Read at most `limit` entries: file by file, no name twice, every stream that of a tensor."""
     conversion = Conversion() if output is None else output.conversion
     reader = _Reader(noise, files, conversion)
     receipts: list[Receipt] = []
     parts = 0
-    for i, entry in enumerate(entries):
-        receipts.append(reader.read(entry, f"tensors[{i}]"))
+    lines = Lines(noise, files, conversion)
+    for i, entry in enumerate(document.entries(limit, lines.read)):
+        receipts.append(entry if isinstance(entry, Receipt) else reader.read(entry, f"tensors[{i}]"))
         parts += len(receipts[-1].parts)
-        if parts > MAX_ALL_PARTS:
-            raise ManifestFault(f"it has more than {MAX_ALL_PARTS:,} parts")
+        if parts > MAX_LINES:
+            raise ManifestFault(f"it has more than {MAX_LINES:,} parts")
     names = {receipt.step.tensor.name for receipt in receipts}
     if len(names) < len(receipts):
         raise ManifestFault("it has two tensors of one name")
@@ -146,7 +147,7 @@ class _Reader:
         if fields.has("parts"):
             receipt = self._with_parts(fields, where, tensor, source_digest, digest)
         else:
-            done = self._done(fields, where, tensor.dtype, tensor.elements, tuple(_REASONS))
+            done = self._done(fields, where, tensor.dtype, tensor.elements, REASONS)
             step = Step(tensor, done.action, done.reason, done.lam, fields.string("stream"))
             receipt = Receipt(step, *done, source_digest, digest)
         if receipt.action == "copy" and source_digest != digest and not fields.has("out_dtype"):
@@ -168,17 +169,7 @@ class _Reader:
         if not 2 <= len(entries) <= MAX_PARTS:
             raise fields.fault("parts", f"is not a list of 2 to {MAX_PARTS:,} parts")
         receipts = tuple(self._part(entry, f"{where}.parts[{i}]", tensor) for i, entry in enumerate(entries))
-        parts = tuple(receipt.part for receipt in receipts)
-        if len({part.name for part in parts}) < len(parts):
-            raise fields.fault("parts", "has two parts of one name")
-        firsts = [part.first for part in parts]
-        if firsts != sorted(firsts) or not cover_exactly(parts, tensor.elements):
-            raise fields.fault("parts", "do not lie one after the other, or are not all of the tensor")
-        lam = max(receipt.lam for receipt in receipts)
-        if any(receipt.lam not in (0.0, lam) for receipt in receipts):
-            raise fields.fault("parts", "have more than one lambda")
-        step = Step(tensor, "perturb", None, lam, fields.string("stream"), parts=parts)
-        receipt = summed(step, receipts, source_digest, digest)
+        receipt = joined(tensor, fields.string("stream"), receipts, source_digest, digest, where)
         if fields.has("reason") != (receipt.reason is not None):
             raise fields.fault("reason", "is not that of its parts")
         expected = {
@@ -202,14 +193,14 @@ class _Reader:
         first, length, stride, repeat = (
             fields.count(key, tensor.elements) for key in ("first", "length", "stride", "repeat")
         )
-        if not (length and repeat) or (stride != length if repeat == 1 else stride <= length):
-            raise ManifestFault(f"{where} has no runs that lie apart")
-        if len(shape) > len(tensor.shape) or math.prod(shape) != length * repeat:
-            raise fields.fault("shape", "is not that of its elements")
-        done = self._done(fields, where, tensor.dtype, length * repeat, _PART_REASONS)
-        return PartReceipt(part=Part(name, tuple(shape), first, length, stride, repeat), **done._asdict())
+        part = Part(name, tuple(shape), first, length, stride, repeat)
+        check_runs(part, tensor, where)
+        done = self._done(fields, where, tensor.dtype, part.elements, PART_REASONS)
+        return PartReceipt(part=part, **done._asdict())
 
-    def _done(self, fields: Fields, where: str, dtype: str, elements: int, reasons: Collection[str]) -> _Done:
+    def _done(
+        self, fields: Fields, where: str, dtype: str, elements: int, reasons: Mapping[str, Reason]
+    ) -> _Done:
         """Return what was done to a tensor or part of so many elements, which may be copied for `reasons`."""
         lam, std = fields.strength("lambda"), fields.float32("std")
         amplitude = fields.float32("amplitude")
@@ -220,8 +211,9 @@ class _Reader:
         else:
             if not fields.has("reason"):
                 raise fields.fault("reason", "is missing from a copy")
-            reason = _REASONS[fields.choice("reason", tuple(reasons))]
-            self._check_reason(fields, dtype, elements, reason, std)
+            reason = reasons[fields.choice("reason", tuple(reasons))]
+            if fault := misfit(reason, dtype, elements, std, self._noise.scope):
+                raise fields.fault(*fault)
             if lam or amplitude is not None or unchanged or clamped:
                 raise ManifestFault(f"{where} is a copy, but its fields are those of a perturbed tensor")
         noise_range = self._check_range(fields, amplitude)
@@ -259,22 +251,6 @@ class _Reader:
             raise fields.fault("std", "is not a number > 0")
         if not amplitude or amplitude != float(self._distribution.amplitude(lam, std)):
             raise fields.fault("amplitude", "is not that of lambda and std")
-
-    def _check_reason(
-        self, fields: Fields, dtype: str, elements: int, reason: Reason, std: float | None
-    ) -> None:
-        """Refuse a reason that does not fit its tensor, and a std that does not fit its reason."""
-        is_float = dtype in FLOAT_DTYPES
-        if (
-            (reason == "not-float") == is_float
-            or (reason == "empty") != (is_float and elements == 0)
-            or (reason == "one-element" and (elements != 1 or self._noise.scope == "global"))
-        ):
-            raise fields.fault("reason", f"is {reason}, which its dtype and shape are not")
-        # An unrepresentable amplitude: std may be 0 (too small for a float32), null (too large), or any.
-        fits = {"constant": std == 0.0, "unrepresentable": True}.get(reason, std is None)
-        if not fits:
-            raise fields.fault("std", f"does not fit the reason {reason}")
 
     def _check_range(self, fields: Fields, amplitude: float | None) -> dict[str, float]:
         """Return the noise's bounds or std, which must be those of its amplitude."""

@@ -4,25 +4,36 @@ The document is one object whose members come in a known order; a member is one 
 that are handed out one at a time. So memory is bounded by the longest piece, not by what the text could
 unfold to, and the reader can refuse a document at its first bad member. Stricter than JSON: no key twice, no
 NaN or Infinity, no integer of more than 20 digits, ASCII only (as `json.dumps` writes). A number past the
-range of float64 is read as infinite, which is for the reader of the field to refuse.
+range of float64 is read as infinite, which is for the reader of the field to refuse. All this takes time, so
+only so much of a document is read this way; a long list is for a quicker reader of its usual entries.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TypeVar
+
+Record = TypeVar("Record")
+
+#: Reads the entry that begins at a character of the text, where it is spelt as usual and in order; returns
+#: what it stands for and where it ends, or None where that is for the strict reader to say.
+LineReader = Callable[[str, int], tuple[Record, int] | None]
 
 #: Characters that one piece may have (they can unfold to some 50 MB), how many are looked at first, and how
 #: that grows.
 _LONGEST_PIECE, _FIRST_LOOK, _GROWTH = 2 << 20, 4096, 8
 
+#: Characters that are read piece by piece in all, and how many a short piece counts for.
+_MOST_READ, _LEAST_COUNTED = 8 << 20, 256
+
 _MAX_DIGITS = 20  # of 2^64
 _MAX_SHOWN = 40  # characters of a key or number that a message quotes
 
 _SPACE = re.compile(r"[ \t\n\r]*+")
-_SEPARATOR = re.compile(r"[ \t\n\r]*+([,\]])")
+_NEXT_LINE = ",\n  "
+_SEPARATOR = re.compile(r"[ \t\n\r]*+([,\]])[ \t\n\r]*+")
 
 
 class JsonFault(Exception):
@@ -43,6 +54,7 @@ class Document:
             raise JsonFault(f"byte {error.start:,} is not ASCII") from error
         self._at = 0
         self._first = True
+        self._left = _MOST_READ
 
     def member(self, key: str) -> None:
         """Go to the value of the next member, which must be `key`."""
@@ -77,10 +89,13 @@ class Document:
             except RecursionError as error:
                 raise JsonFault("it is nested too deep") from error
             self._at += length
+            self._left -= max(length, _LEAST_COUNTED)
+            if self._left < 0:
+                raise JsonFault("too much of it is laid out in another way than noisytune's")
             return value
 
-    def entries(self, limit: int) -> Iterator[Any]:
-        """Read a list one element at a time, at most `limit` of them."""
+    def entries(self, limit: int, read_line: LineReader[Record] | None = None) -> Iterator[Any | Record]:
+        """Read a list element by element, at most `limit`: what `read_line` makes of one, or its value."""
         self._take("[", "it is no list:")
         if self._peek() == "]":
             self._at += 1
@@ -88,7 +103,15 @@ class Document:
         for count in range(limit + 1):
             if count == limit:
                 raise JsonFault(f"it has a list of more than {limit:,} entries")
-            yield self.value()
+            line = None if read_line is None else read_line(self._text, self._at)
+            if line is None:
+                yield self.value()
+            else:
+                self._at = line[1]
+                yield line[0]
+                if self._text.startswith(_NEXT_LINE, self._at):
+                    self._at += len(_NEXT_LINE)
+                    continue
             found = _SEPARATOR.match(self._text, self._at)
             if found is None:
                 self._take(",", "it is not valid JSON: no comma:")

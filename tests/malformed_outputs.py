@@ -13,6 +13,8 @@ from typing import Any
 from hostile import Content, Hostile, fifo, folder, link, sparse, tree
 from malformed_manifests import FIELDS, TEXT, at, output, written
 
+from noisytune_cli.manifest import MAX_BYTES, lay_out
+
 
 def changed(change: Callable[[Any], Any]) -> bytes:
     """The valid manifest with its document changed."""
@@ -24,6 +26,19 @@ def changed(change: Callable[[Any], Any]) -> bytes:
 def published(manifest: Callable[[], bytes], **more: Content) -> Callable[[Path], Path]:
     """An output with another manifest, made when it is laid out; `more` are files of other content."""
     return lambda root: tree({**output(), "noisytune.json": manifest(), **more})(root)
+
+
+def large() -> bytes:
+    """A manifest nearly as large as may be, every line of it valid, and wrong in its totals."""
+    document = json.loads(written())
+    entry = document["tensors"][0]
+    line = json.dumps(entry | {"name": "N", "stream": "N"}).encode() + b",\n  "
+    name = b"model.layers.12.mlp.experts.%06d.down_proj.weight"
+    count = (MAX_BYTES - len(written())) // (len(line) + 2 * len(name % 0))
+    document["tensors"] = []
+    head, tail = lay_out(document).split(b'"tensors": []')
+    lines = b"".join(line.replace(b'"N"', b'"' + name % place + b'"') for place in range(count))
+    return head + b'"tensors": [\n  ' + lines[:-4] + b"\n ]" + tail
 
 
 def instead(name: str, content: Content) -> Callable[[Path], Path]:
@@ -58,6 +73,7 @@ OTHER_BYTES = tuple(
         ("a folder", lambda root: tree({"noisytune.json": folder})(root), ("a directory",), 3),
         ("a link to nothing", instead("noisytune.json", link("no")), ("No such file",), 4),
         ("a link to a device", instead("noisytune.json", link("/dev/zero")), ("a character device",), 3),
+        ("large, wrong at its end", published(large), ("totals.tensors",), 3),
         ("100 MB", instead("noisytune.json", sparse(100 << 20)), ("larger than",), 3),
         (
             "of a folder, beside a file",

@@ -97,7 +97,7 @@ def test_parts_come_back() -> None:
 
 
 def test_too_many_parts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest_tensors, "MAX_ALL_PARTS", 5)
+    monkeypatch.setattr(manifest_tensors, "MAX_LINES", 5)
     refused(malformed_manifests.parted(), "it has more than 5 parts", tmp_path)
 
 
@@ -109,7 +109,7 @@ def test_a_text_that_is_no_manifest(
 
 
 def test_a_long_list_is_refused(written: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest_reader, "MAX_ENTRIES", 5)
+    monkeypatch.setattr(manifest_reader, "MAX_LINES", 5)
     refused(written, "more than 5 entries", tmp_path)
 
 
