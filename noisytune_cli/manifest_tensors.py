@@ -61,8 +61,8 @@ def read_tensors(
     for i, entry in enumerate(document.entries(limit, lines.read)):
         receipts.append(entry if isinstance(entry, Receipt) else reader.read(entry, f"tensors[{i}]"))
         parts += len(receipts[-1].parts)
-        if parts > MAX_LINES:
-            raise ManifestFault(f"it has more than {MAX_LINES:,} parts")
+        if i + 1 + parts > MAX_LINES:
+            raise ManifestFault(f"it has more than {MAX_LINES:,} tensors and parts")
     names = {receipt.step.tensor.name for receipt in receipts}
     if len(names) < len(receipts):
         raise ManifestFault("it has two tensors of one name")

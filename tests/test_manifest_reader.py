@@ -98,7 +98,7 @@ def test_parts_come_back() -> None:
 
 def test_too_many_parts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest_tensors, "MAX_LINES", 5)
-    refused(malformed_manifests.parted(), "it has more than 5 parts", tmp_path)
+    refused(malformed_manifests.parted(), "it has more than 5 tensors and parts", tmp_path)
 
 
 @pytest.mark.parametrize(("change", "words"), TEXT, ids=[f"{i}-{w}" for i, (_, w) in enumerate(TEXT)])
