@@ -30,8 +30,8 @@ from noisytune_cli.stream import STREAM
 #: The version of the manifest's layout.
 SCHEMA = 1
 
-#: The largest manifest that is written, and read back: some 65,000 tensors.
-MAX_BYTES = 40 << 20
+#: The largest manifest that is written, and read back: some 52,000 tensors.
+MAX_BYTES = 32 << 20
 
 #: What an entry takes at most beside its names and its shape, and a number of its shape.
 _ENTRY_BYTES, _DIMENSION_BYTES = 520, 21
