@@ -56,15 +56,15 @@ MUTATIONS = (
     Mutation(
         "the folder of a new directory is not flushed",
         "publish.py",
-        "            sync_directory(self.output.parent)\n",
-        "",
+        "partial(os.rename, self.output, stage))\n            sync_directory(self.output.parent)\n",
+        "partial(os.rename, self.output, stage))\n",
         _ORDER,
     ),
     Mutation(
         "replaced weights are not flushed before the manifest",
         "publish.py",
-        "                sync_directory(place)\n",
-        "                pass\n",
+        "partial(swap, staged, self.output))\n            sync_directory(self.output.parent)\n",
+        "partial(swap, staged, self.output))\n",
         _ORDER,
     ),
     Mutation(
@@ -153,7 +153,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a changed input goes unnoticed",
-        "commands/perturb.py",
+        "fill.py",
         "            file.check_unchanged()\n",
         "            pass\n",
         (f"{_MACHINE}::test_an_input_that_changes_while_it_is_read",),
