@@ -46,6 +46,8 @@ _SOURCES = (
     "devices/cpu.py",
     "kernels.py",
     "moments.py",
+    "philox_vectors.py",
+    "registers.py",
     "stored.py",
     "stream.py",
     "sums.py",

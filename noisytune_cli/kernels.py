@@ -1,9 +1,10 @@
 """The compiled noise loop: draw, add and round over a run of stored bytes.
 
-It is compiled for every pair of a source's and a target's dtype and every distribution. It works through
-blocks of values that stay in the L1 cache: words, then coefficients, then the sum and the rounding. It is
-written for LLVM's vectoriser: 32-bit words in 64-bit lanes, selects in place of branches, every integer cast
-back to its width where Numba would have widened it.
+It is compiled for every pair of a source's and a target's dtype and every distribution. What `registers.py`
+can do is done there. The rest (other dtypes and distributions, a run's last values, values that overflow)
+goes through blocks that stay in the L1 cache: words, then coefficients, then the sum and the rounding, written
+for LLVM's vectoriser with selects in place of branches and every integer cast back to its width where Numba
+would have widened it.
 
 Floating-point contraction is off (Numba's default): c · a and x + c · a are two roundings.
 
@@ -21,6 +22,8 @@ from numba.extending import register_jitable
 from numba.np.numpy_support import carray
 
 from noisytune_cli.distributions import Distribution
+from noisytune_cli.philox_vectors import COUNTERS, WORDS
+from noisytune_cli.registers import DTYPES, SMALLEST_AMPLITUDE, draw_words, even_noise
 from noisytune_cli.stored import (
     INFINITE,
     LOAD,
@@ -36,6 +39,8 @@ from noisytune_cli.stream import M0, M1, MASK, ROUNDS, W0, W1
 from noisytune_cli.vectors import prefer_wide_vectors
 
 _MASK, _HIGH = np.uint64(MASK), np.uint64(32)
+_HIGHEST = np.uint64(2**32)
+_TURN = COUNTERS
 _M0, _M1, _W0, _W1 = np.uint64(M0), np.uint64(M1), np.uint64(W0), np.uint64(W1)
 _U32, _I32, _F32, _F64 = np.uint32, np.int32, np.float32, np.float64
 # Numba wraps a negative index, which costs a branch and the vectoriser; an unsigned index it takes as it is.
@@ -43,16 +48,16 @@ _INDEX = np.uint64
 
 
 @register_jitable
-def _draw_words(
-    words: Any, planes: Any, counter: Any, counters: Any, k0: Any, k1: Any, s0: Any, s1: Any
-) -> None:
-    """Write the words of `counters` consecutive counters, by way of four planes of scratch.
+def _draw_words(words: Any, counter: Any, counters: Any, k0: Any, k1: Any, s0: Any, s1: Any) -> None:
+    """Write the words of `counters` consecutive counters, and perhaps more, as far as `words` has room.
 
-    A counter's words go to a plane each, and from there to their places: two loops that vectorise well,
-    where a single one would have to store every fourth word.
+    The room is for a multiple of the words that registers hold, and for these counters at least.
     """
-    n = _INDEX(counters)
-    for t in range(counters):
+    turns = (counters + (_TURN - 1)) // _TURN
+    if (counter & _MASK) + np.uint64(turns * _TURN) <= _HIGHEST:
+        draw_words(words, turns, counter, k0, k1, s0, s1)
+        return
+    for t in range(counters):  # the upper word of the counter changes on the way
         i = counter + np.uint64(t)
         c0, c1, c2, c3, q0, q1 = i & _MASK, i >> _HIGH, s0, s1, k0, k1
         for _ in range(ROUNDS):
@@ -60,15 +65,12 @@ def _draw_words(
             c0, c1 = (p1 >> _HIGH) ^ c1 ^ q0, p1 & _MASK
             c2, c3 = (p0 >> _HIGH) ^ c3 ^ q1, p0 & _MASK
             q0, q1 = (q0 + _W0) & _MASK, (q1 + _W1) & _MASK
-        planes[_INDEX(t)] = _U32(c0)
-        planes[n + _INDEX(t)] = _U32(c1)
-        planes[n + n + _INDEX(t)] = _U32(c2)
-        planes[n + n + n + _INDEX(t)] = _U32(c3)
-    for t in range(counters):
-        words[4 * t] = planes[_INDEX(t)]
-        words[4 * t + 1] = planes[n + _INDEX(t)]
-        words[4 * t + 2] = planes[n + n + _INDEX(t)]
-        words[4 * t + 3] = planes[n + n + n + _INDEX(t)]
+        words[4 * t], words[4 * t + 1], words[4 * t + 2], words[4 * t + 3] = (
+            _U32(c0),
+            _U32(c1),
+            _U32(c2),
+            _U32(c3),
+        )
 
 
 # One function a pair of dtypes: y[b + i] = x[i] + c[skip + i] · a for i < count, where x is a copy of the
@@ -172,18 +174,42 @@ def _plain(dtype: str, out_dtype: str) -> Callable[..., Any]:
     return same if dtype == out_dtype else converted
 
 
+def _in_registers(distribution: Distribution, dtype: str, out_dtype: str) -> Callable[..., Any]:
+    """Return the function that adds noise in registers, as far as it can: (turns done, values unchanged)."""
+    if distribution.EVEN_BITS is None or dtype != out_dtype or dtype not in DTYPES:
+        return register_jitable(_not_in_registers)
+    add = even_noise(distribution.EVEN_BITS, dtype)
+
+    def fitting(
+        x: Any, y: Any, b: Any, count: Any, counter: Any, k0: Any, k1: Any, s0: Any, s1: Any, a: Any
+    ) -> Any:
+        turns = min(count // WORDS, np.int64((_HIGHEST - (counter & _MASK)) // np.uint64(COUNTERS)))
+        if a < SMALLEST_AMPLITUDE:
+            turns = np.int64(0)
+        return add(x, y, _INDEX(b), turns, counter, k0, k1, s0, s1, a)
+
+    return register_jitable(fitting)
+
+
+def _not_in_registers(
+    x: Any, y: Any, b: Any, count: Any, counter: Any, k0: Any, k1: Any, s0: Any, s1: Any, a: Any
+) -> Any:
+    return np.int64(0), np.int64(0)
+
+
 def noise_loop(distribution: Distribution, dtype: str, out_dtype: str, block: int) -> Callable[..., None]:
-    """Build the loop (source, out, n, first, k0, k1, s0, s1, amplitude, w, p, coefficients, held, counts).
+    """Build the loop (source, out, n, first, k0, k1, s0, s1, amplitude, w, coefficients, held, counts).
 
     It writes n stored values + noise to `out`, which does not overlap the source, or is the source itself
-    where the two dtypes are one. `first` is the logical index of the first value; `w`, `p`, `coefficients`
-    and `held` are scratch for `block` u32, u32, float32 and stored values; `counts` gets i64 [unchanged,
-    clamped].
+    where the two dtypes are one. `first` is the logical index of the first value; `w`, `coefficients` and
+    `held` are scratch for `block` u32, float32 and stored values, a multiple of WORDS; `counts` gets i64
+    [unchanged, clamped].
     """
     for part in (*distribution.PARTS, distribution.fill):
         register_jitable(part)
     fill = distribution.fill
     add = njit(error_model="numpy", inline="always")(_adding(dtype, out_dtype))
+    add_in_registers = _in_registers(distribution, dtype, out_dtype)
     plain = register_jitable(_plain(dtype, out_dtype))
     stored = STORED[dtype]
     out_stored = stored if dtype == out_dtype else _bits(out_dtype)
@@ -192,19 +218,28 @@ def noise_loop(distribution: Distribution, dtype: str, out_dtype: str, block: in
     # One below infinity's bits is the largest finite value. A sum computed in float32 stays within its range.
     within = bits(0x47EFFFFFE0000000 if (computed_in(dtype), out_dtype) == ("F32", "F64") else infinite - 1)
 
-    def loop(source, out, n, first, k0, k1, s0, s1, amplitude, w, p, coefficients, held, counts):  # type: ignore[no-untyped-def]
+    def loop(source, out, n, first, k0, k1, s0, s1, amplitude, w, coefficients, held, counts):  # type: ignore[no-untyped-def]
         prefer_wide_vectors()
         source_values, y = carray(source, (n,), stored), carray(out, (n,), out_stored)
         x = carray(held, (block,), stored)
         y_bits = carray(out, (n,), bits)
-        words, planes = carray(w, (block,), _U32), carray(p, (block,), _U32)
+        words = carray(w, (block,), _U32)
         c = carray(coefficients, (block,), _F32)
         count = carray(counts, (2,), np.int64)
         counter, skip = first >> np.uint64(2), np.int64(first & np.uint64(3))
         same, clamped, b = np.int64(0), np.int64(0), np.int64(0)
         while b < n:
+            if skip == 0:
+                turns, kept = add_in_registers(
+                    source_values, y, b, n - b, counter, k0, k1, s0, s1, amplitude
+                )
+                same += kept
+                b += turns * WORDS
+                counter += np.uint64(turns * COUNTERS)
+                if b == n:
+                    break
             m = min(block - skip, n - b)
-            _draw_words(words, planes, counter, (skip + m + 3) // 4, k0, k1, s0, s1)
+            _draw_words(words, counter, (skip + m + 3) // 4, k0, k1, s0, s1)
             fill(c, words)
             # From a copy in the L1 cache the sums vectorise, and are right where out is the source.
             for i in range(m):

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from noisytune_cli.stream import StreamWords
 
-#: Values that a noise loop works on at a time; a multiple of 4, so few that its scratch fits the L1 cache.
+#: Values that a noise loop works on at a time: so few that its scratch fits the L1 cache, and a multiple of
+#: what registers hold (`philox_vectors.WORDS`).
 NOISE_BLOCK = 1024
 
 
@@ -87,9 +88,9 @@ class Cpu:
         return Summary(low, high, absolute, int(zeros), int(nans), int(infinities))
 
     def _scratch(self) -> list[int]:
-        """Return the addresses of this thread's room for words, planes, coefficients and held values."""
+        """Return the addresses of this thread's room for words, coefficients and held values."""
         if not hasattr(self._local, "scratch"):
-            types = (np.uint32, np.uint32, np.float32, np.float64)
+            types = (np.uint32, np.float32, np.float64)
             self._local.scratch = [np.zeros(NOISE_BLOCK, dtype) for dtype in types]
         return [array.ctypes.data for array in self._local.scratch]
 
@@ -133,7 +134,7 @@ def _noise_loop(distribution: str, dtype: str, out_dtype: str) -> Callable[..., 
 
         return kernels.noise_loop(distributions.load(distribution), dtype, out_dtype, NOISE_BLOCK)
 
-    return compile_loop(f"noise/{distribution}/{_pair(dtype, out_dtype)}", "ppiuuuuufppppp", make)
+    return compile_loop(f"noise/{distribution}/{_pair(dtype, out_dtype)}", "ppiuuuuufpppp", make)
 
 
 def _convert_loop(dtype: str, out_dtype: str) -> Callable[..., None]:

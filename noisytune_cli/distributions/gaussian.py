@@ -46,6 +46,7 @@ _FRACTION_BITS = np.int64(52)
 _ONE, _TWO, _EIGHTH, _QUARTER_BITS = np.int64(1), np.int64(2), np.int64(1 << 29), np.int64(30)
 _SQRT_12 = 3.4641016151377544
 
+EVEN_BITS = None
 FLOAT64 = True
 
 

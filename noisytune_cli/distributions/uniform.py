@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-_ODD = np.int32(2**24 - 1)
-_STEP = np.float32(2.0**-25)
-
+EVEN_BITS = 24
 FLOAT64 = False
+
+_ODD = np.int32(2**EVEN_BITS - 1)
+_STEP = np.float32(2.0 ** -(EVEN_BITS + 1))
 
 
 def coefficients(words: NDArray[np.uint32]) -> NDArray[np.float32]:
