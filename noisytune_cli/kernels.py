@@ -2,9 +2,9 @@
 
 It is compiled for every pair of a source's and a target's dtype and every distribution. What `registers.py`
 can do is done there. The rest (other dtypes and distributions, a run's last values, values that overflow)
-goes through blocks that stay in the L1 cache: words, then coefficients, then the sum and the rounding, written
-for LLVM's vectoriser with selects in place of branches and every integer cast back to its width where Numba
-would have widened it.
+goes through blocks that stay in the L1 cache: words, then coefficients, then the sum and the rounding. That
+part is written for LLVM's vectoriser, with selects in place of branches and every integer cast back to its
+width where Numba would have widened it.
 
 Floating-point contraction is off (Numba's default): c · a and x + c · a are two roundings.
 
@@ -230,9 +230,7 @@ def noise_loop(distribution: Distribution, dtype: str, out_dtype: str, block: in
         same, clamped, b = np.int64(0), np.int64(0), np.int64(0)
         while b < n:
             if skip == 0:
-                turns, kept = add_in_registers(
-                    source_values, y, b, n - b, counter, k0, k1, s0, s1, amplitude
-                )
+                turns, kept = add_in_registers(source_values, y, b, n - b, counter, k0, k1, s0, s1, amplitude)
                 same += kept
                 b += turns * WORDS
                 counter += np.uint64(turns * COUNTERS)

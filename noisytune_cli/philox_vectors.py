@@ -57,7 +57,7 @@ class Philox:
     """The words of consecutive counters, COUNTERS at a time: what is before a loop, and one turn of it."""
 
     def __init__(self, builder: Any, counter: Any, key: tuple[Any, Any], sid: tuple[Any, Any]) -> None:
-        """Take the first counter and the words of key and stream id, all u64 values; emit what is set up once.
+        """Emit what is set up once, for the first counter and the words of key and stream id, all u64 values.
 
         No turn of the loop may pass a multiple of 2^32 counters: what is above is taken from the first one.
         """

@@ -15,9 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numba
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from noisytune_cli.philox_vectors import (
@@ -40,15 +39,17 @@ from noisytune_cli.stored import INFINITE
 #: The smallest amplitude whose product with 2^-32 is not subnormal.
 SMALLEST_AMPLITUDE = 2.0**-94
 
-_U64, _I64 = types.uint64, types.int64
+_types: Any = numba.types
+_U64, _I64 = _types.uint64, _types.int64
+_TWO_COUNTS = _types.Tuple((_I64, _I64))
 
 
 @intrinsic
-def draw_words(
+def _draw_words(
     typing_context: Any, words: Any, turns: Any, counter: Any, k0: Any, k1: Any, s0: Any, s1: Any
 ) -> Any:
     """Write `turns` · WORDS words from a counter on, which must not pass a multiple of 2^32, to [n] u32."""
-    signature = types.void(words, _I64, _U64, _U64, _U64, _U64, _U64)
+    signature = _types.void(words, _I64, _U64, _U64, _U64, _U64, _U64)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         words, turns, counter, *stream = arguments
@@ -62,6 +63,10 @@ def draw_words(
         return context.get_dummy_value()
 
     return signature, generate
+
+
+#: What a loop calls: to Numba the intrinsic, which types as a function of its first argument alone.
+draw_words: Any = _draw_words
 
 
 def even_noise(bits: int, dtype: str) -> Callable[..., Any]:
@@ -88,9 +93,7 @@ def even_noise(bits: int, dtype: str) -> Callable[..., Any]:
         s1: Any,
         amplitude: Any,
     ) -> Any:
-        signature = types.UniTuple(_I64, 2)(
-            x, y, _U64, _I64, _U64, _U64, _U64, _U64, _U64, types.float32
-        )
+        signature = _TWO_COUNTS(x, y, _U64, _I64, _U64, _U64, _U64, _U64, _U64, _types.float32)
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             x, y, start, turns, counter, *stream, amplitude = arguments
@@ -108,11 +111,11 @@ def even_noise(bits: int, dtype: str) -> Callable[..., Any]:
             for value, place in (one for group in noised for one in group):
                 _store(builder, value, target, place)
             loop.end([builder.add(loop.values[0], Philox.step()), builder.add(loop.values[1], adding.same())])
-            return cgutils.pack_array(builder, [loop.turn, loop.values[1]])
+            return context.make_tuple(builder, _TWO_COUNTS, [loop.turn, loop.values[1]])
 
         return signature, generate
 
-    return add  # type: ignore[no-any-return]
+    return add
 
 
 #: The dtypes that `even_noise` is there for.
@@ -174,9 +177,7 @@ class _AddingF32:
             self._equal.append(b.icmp_unsigned("==", b.bitcast(x, VI32), b.bitcast(y, VI32)))
             # This sum alone may become a fused multiply-add: it is there for its NaN.
             nothing = b.fmul(y, constant(VF32, 0.0), flags=("contract",))
-            self._seen = (
-                nothing if self._seen is None else b.fadd(self._seen, nothing, flags=("contract",))
-            )
+            self._seen = nothing if self._seen is None else b.fadd(self._seen, nothing, flags=("contract",))
             noised.append((y, place))
         return noised
 
@@ -213,8 +214,10 @@ class _AddingBF16(_AddingF32):
             wide = b.bitcast(shuffled(b, x, constant(VI16, 0), lanes), VF32)
             rounded.append(b.bitcast(self._rounded(b.fadd(wide, self.noise(words))), VI16))
         upper = [at + 1 + 2 * i for at in range(0, 32, 8) for i in range(4)]
-        in_place = [lane for at in range(0, 16, 4) for k in (0, 32) for lane in (u + k for u in upper[at : at + 4])]
-        y = shuffled(b, *rounded, in_place)
+        in_place = [
+            lane for at in range(0, 16, 4) for k in (0, 32) for lane in (u + k for u in upper[at : at + 4])
+        ]
+        y = shuffled(b, rounded[0], rounded[1], in_place)
         self._equal.append(b.icmp_unsigned("==", x, y))
         magnitude = b.and_(y, constant(VI16, 0x7FFF))
         if self._seen is None:
@@ -232,7 +235,9 @@ class _AddingBF16(_AddingF32):
 
     def overflows(self) -> Any:
         """Return whether any value so far is infinite or NaN."""
-        return _any(self._builder, self._builder.icmp_unsigned(">=", self._seen, constant(VI16, INFINITE["BF16"])))
+        return _any(
+            self._builder, self._builder.icmp_unsigned(">=", self._seen, constant(VI16, INFINITE["BF16"]))
+        )
 
 
 _Adding = {"F32": _AddingF32, "BF16": _AddingBF16}

@@ -1,8 +1,8 @@
 """The compiled loops that measure: moments, exact sums and statistics over runs of stored bytes.
 
 Numba's floating-point arithmetic is strict. Only the additions inside one block of BLOCK values may be
-reordered, for the vectoriser's sake, and the error bound in `moments.py` covers every order; the sums of
-blocks are then added with compensation.
+reordered, for the vectoriser's sake, and a square may be added without being rounded first; the error bound
+in `moments.py` covers every order and both roundings. The sums of blocks are then added with compensation.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def moments_loop(dtype: str) -> Callable[..., None]:
     """Build the loop (source, n, out): out gets float64 [pivot, s1 and its low part, s2 and its, finite]."""
     load, stored = LOAD[dtype], STORED[dtype]
 
-    @njit(error_model="numpy", fastmath={"reassoc"})
+    @njit(error_model="numpy", fastmath={"reassoc", "contract"})
     def block_sums(x: Any, b: Any, count: Any, pivot: Any) -> Any:
         prefer_wide_vectors()
         s1 = s2 = 0.0
@@ -112,7 +112,7 @@ def summary_loop(dtype: str) -> Callable[..., None]:
     infinite = signed(real(np.inf).view(signed))
     smallest, largest = signed(np.iinfo(signed).min), signed(np.iinfo(signed).max)
 
-    @njit(error_model="numpy", fastmath={"reassoc"})
+    @njit(error_model="numpy", fastmath={"reassoc", "contract"})
     def block_sum(x: Any, b: Any, count: Any) -> Any:
         s = 0.0
         for i in range(count):

@@ -8,7 +8,8 @@ A distribution module offers
     fill(c, words)                `coefficients` as one loop over [n] arrays, in what Numba compiles
     PARTS                         the module's functions that `fill` calls
     tensor_coefficients(words)    `coefficients` in torch's operations: int64 tensor -> float32 tensor
-    EVEN_BITS                     b where c is (2k + 1 - 2^b) · 2^-(b+1), k the top b <= 24 bits of a word; else None
+    EVEN_BITS                     b where c is (2k + 1 - 2^b) · 2^-(b+1), k the top b bits of a word, b <= 24;
+                                  else None
     FLOAT64                       whether `tensor_coefficients` needs a device with float64
 
 `coefficients`, `fill` and `tensor_coefficients` do the same arithmetic in the same order, so they agree in

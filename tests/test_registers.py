@@ -1,0 +1,144 @@
+"""Noise in registers: where it begins, stops and gives way to the general loop, and other CPUs' vectors."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+
+import numpy as np
+import oracle
+import pytest
+from llvmlite import binding
+
+from noisytune_cli import compiled, distributions, kernels, stream
+from noisytune_cli.devices.cpu import NOISE_BLOCK, Cpu
+from noisytune_cli.philox_vectors import WORDS
+from noisytune_cli.registers import DTYPES, SMALLEST_AMPLITUDE
+
+SEED, NAME = 2**63 + 7, "w"
+
+
+def reference(
+    stored: np.ndarray, dtype: str, first: int, amplitude: float
+) -> tuple[np.ndarray, tuple[int, int]]:
+    c = stream.coefficients("uniform", SEED, NAME, first, stored.size)
+    out, unchanged, clamped = stream.add_noise(stored, dtype, c, np.float32(amplitude))
+    return out, (unchanged, clamped)
+
+
+def in_place(
+    stored: np.ndarray, dtype: str, first: int, amplitude: float
+) -> tuple[np.ndarray, tuple[int, int]]:
+    out = stored.copy()
+    tile = oracle.tile(out)
+    counts = Cpu().add_noise(
+        tile,
+        tile,
+        dtype,
+        distribution="uniform",
+        stream=stream.stream_words(SEED, NAME),
+        first=first,
+        amplitude=amplitude,
+    )
+    return out, counts
+
+
+def check(stored: np.ndarray, dtype: str, first: int, amplitude: float) -> tuple[int, int]:
+    """Hold noise in place to the reference, and return its counts."""
+    expected, expected_counts = reference(stored, dtype, first, amplitude)
+    out, counts = in_place(stored, dtype, first, amplitude)
+    assert out.tobytes() == expected.tobytes()
+    assert counts == expected_counts
+    return counts
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("at", [0, WORDS - 1, WORDS, 5 * WORDS + 17, 40 * WORDS - 1, 40 * WORDS + 2])
+def test_one_value_that_overflows_in_place(dtype: str, at: int) -> None:
+    # The noise at this element must go outwards, so its sign decides that of the value.
+    stored = oracle.encode([1e38] * (40 * WORDS + 3), dtype)
+    (c,) = stream.coefficients("uniform", SEED, NAME, at, 1)
+    stored[at] = oracle.encode([float(np.copysign(float(oracle.LARGEST[dtype]), c))], dtype)[0]
+    _, clamped = check(stored, dtype, 0, float(np.float32(1e38)))
+    assert clamped == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_that_overflow_everywhere(dtype: str) -> None:
+    stored = oracle.encode([oracle.LARGEST[dtype], -oracle.LARGEST[dtype], 0.0] * 3000, dtype)
+    _, clamped = check(stored, dtype, 4, float(np.finfo(np.float32).max))
+    assert clamped > 1000
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "first", [2**34 - 4 * k for k in (1, 31, 32, 33, 64, 1000)] + [2**34, 2**34 + 4, 2**63 - 2**34 - 128]
+)
+def test_the_counters_low_word_runs_over(dtype: str, first: int) -> None:
+    check(oracle.weights(np.random.default_rng(3), 40 * WORDS + 5, dtype), dtype, first, 0.003)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "amplitude", [SMALLEST_AMPLITUDE, SMALLEST_AMPLITUDE * (1 - 2.0**-24), 2.0**-126, 2.0**-149]
+)
+def test_the_smallest_amplitudes(dtype: str, amplitude: float) -> None:
+    tiny = np.random.default_rng(5).standard_normal(20 * WORDS) * amplitude
+    check(oracle.encode(tiny.tolist(), dtype), dtype, 0, amplitude)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [0, 1, WORDS - 1, WORDS, WORDS + 1, 9 * WORDS, NOISE_BLOCK + WORDS + 1])
+@pytest.mark.parametrize("first", [0, 1, 2, 3])
+def test_counts_and_starts(dtype: str, count: int, first: int) -> None:
+    check(oracle.weights(np.random.default_rng(count), count, dtype), dtype, first, 0.003)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unchanged_values_are_counted_in_long_runs(dtype: str) -> None:
+    stored = oracle.encode([1.0, 0.0], dtype).repeat(2**20)
+    unchanged, _ = check(stored, dtype, 0, float(np.float32(2.0**-40)))
+    assert unchanged == 2**20
+
+
+def cpus() -> list[str]:
+    """Return kinds of x86-64 CPU with shorter vectors, some without a fused multiply-add."""
+    if platform.machine() != "x86_64":
+        return []
+    features = binding.get_host_cpu_features()
+    return ["x86-64", "x86-64-v2"] + ["x86-64-v3"] * bool(features.get("avx2") and features.get("fma"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cpu", cpus())
+def test_other_cpus_vectors(dtype: str, cpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def machine() -> binding.TargetMachine:
+        target = binding.Target.from_default_triple()
+        return target.create_target_machine(
+            cpu=cpu, features="", opt=3, jit=True, reloc="default", codemodel="jitdefault"
+        )
+
+    code = compile_for(machine, dtype, monkeypatch)
+    loop = compiled._callable(compiled._map(code), "ppiuuuuufpppp")
+    stored = oracle.weights(np.random.default_rng(1), 40 * WORDS + 3, dtype)
+    stored[3 * WORDS] = oracle.encode([oracle.LARGEST[dtype]], dtype)[0]
+    out, counts = np.empty_like(stored), np.empty(2, np.int64)
+    scratch = [np.zeros(NOISE_BLOCK, kind) for kind in (np.uint32, np.float32, np.float64)]
+    addresses = [array.ctypes.data for array in (*scratch, counts)]
+    words = stream.stream_words(SEED, NAME)
+    amplitude = float(np.float32(1e38))
+    loop(stored.ctypes.data, out.ctypes.data, stored.size, 0, *words, amplitude, *addresses)
+    expected, expected_counts = reference(stored, dtype, 0, amplitude)
+    assert out.tobytes() == expected.tobytes()
+    assert tuple(counts.tolist()) == expected_counts
+
+
+def compile_for(
+    machine: Callable[[], binding.TargetMachine], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> bytes:
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    with monkeypatch.context() as patched:
+        patched.setattr(compiled, "_machine", machine)
+        uniform = distributions.load("uniform")
+        return compiled._compile("ppiuuuuufpppp", kernels.noise_loop(uniform, dtype, dtype, NOISE_BLOCK))
