@@ -47,6 +47,7 @@ _SOURCES = (
     "kernels.py",
     "moments.py",
     "philox_vectors.py",
+    "register_sums.py",
     "registers.py",
     "stored.py",
     "stream.py",
@@ -141,6 +142,7 @@ def _compile(signature: str, function: Callable[..., None]) -> bytes:
         "d": numba.types.float64,
     }
     arguments = [types[letter] for letter in signature]
+    binding.initialize_native_asmparser()  # a loop may hold an instruction in assembly
     compiled = numba.cfunc(numba.void(*arguments), error_model="numpy")(function)
     module = binding.parse_assembly(compiled.inspect_llvm())
     # Beside the function stands a wrapper that reports Python exceptions; nothing else needs Python.

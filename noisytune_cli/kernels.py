@@ -23,7 +23,8 @@ from numba.np.numpy_support import carray
 
 from noisytune_cli.distributions import Distribution
 from noisytune_cli.philox_vectors import COUNTERS, WORDS
-from noisytune_cli.registers import DTYPES, SMALLEST_AMPLITUDE, draw_words, even_noise
+from noisytune_cli.register_sums import SMALLEST_AMPLITUDE
+from noisytune_cli.registers import draw_words, even_noise
 from noisytune_cli.stored import (
     INFINITE,
     LOAD,
@@ -176,9 +177,10 @@ def _plain(dtype: str, out_dtype: str) -> Callable[..., Any]:
 
 def _in_registers(distribution: Distribution, dtype: str, out_dtype: str) -> Callable[..., Any]:
     """Return the function that adds noise in registers, as far as it can: (turns done, values unchanged)."""
-    if distribution.EVEN_BITS is None or dtype != out_dtype or dtype not in DTYPES:
+    bits = distribution.EVEN_BITS
+    add = even_noise(bits, dtype) if bits is not None and dtype == out_dtype else None
+    if add is None:
         return register_jitable(_not_in_registers)
-    add = even_noise(distribution.EVEN_BITS, dtype)
 
     def fitting(
         x: Any, y: Any, b: Any, count: Any, counter: Any, k0: Any, k1: Any, s0: Any, s1: Any, a: Any

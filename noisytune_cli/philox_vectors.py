@@ -25,7 +25,7 @@ WORDS = 4 * COUNTERS
 #: The types of scalars and of vectors; a vector is 512 bits long.
 I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 VI16, VI32, VI64 = ir.VectorType(I16, 32), ir.VectorType(I32, 16), ir.VectorType(I64, 8)
-VF32 = ir.VectorType(F32, 16)
+VF16, VF32 = ir.VectorType(ir.HalfType(), 16), ir.VectorType(F32, 16)
 
 #: The order of a vector's counters, by which two of 16 words come out in the words' own order …
 IN_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -66,10 +66,7 @@ class Philox:
         self._keys = []
         for _ in range(ROUNDS):
             self._keys.append(tuple(splat(b, VI64, word) for word in key))
-            key = (
-                b.and_(b.add(key[0], ir.Constant(I64, W0)), low),
-                b.and_(b.add(key[1], ir.Constant(I64, W1)), low),
-            )
+            key = (b.add(key[0], ir.Constant(I64, W0)), b.add(key[1], ir.Constant(I64, W1)))
         self._c1, c2, self._c3 = (
             splat(b, VI64, v) for v in (b.lshr(counter, ir.Constant(I64, 32)), sid[0], sid[1])
         )

@@ -1,4 +1,4 @@
-"""How wide the vectors of a compiled loop are: as wide as the CPU has them.
+"""What a compiled loop may expect of the CPU's vectors: their full width, and conversions of half precisions.
 
 For CPUs with AVX-512 LLVM prefers half of that width, because the first of them slowed down when they used
 all of it. The loops here gain from the full one.
@@ -6,8 +6,10 @@ all of it. The loops here gain from the full one.
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
+from llvmlite import binding
 from numba import types
 from numba.extending import intrinsic
 
@@ -26,3 +28,20 @@ def _prefer_wide_vectors(typing_context: Any) -> Any:
 
 #: What a loop calls: to Numba the intrinsic, which types as a function without arguments.
 prefer_wide_vectors: Any = _prefer_wide_vectors
+
+
+def narrows_to_f16() -> bool:
+    """Say whether the CPU converts F16 to float32 and back, nearest-even."""
+    return _has("f16c") or platform.machine() in ("aarch64", "arm64")
+
+
+def narrows_to_bf16() -> bool:
+    """Say whether the CPU rounds vectors of 512 bits to BF16, nearest-even, with subnormals as zeros."""
+    return _has("avx512bf16") and _has("avx512bw")
+
+
+def _has(feature: str) -> bool:
+    try:
+        return bool(binding.get_host_cpu_features().get(feature))
+    except RuntimeError:  # LLVM cannot tell on every architecture
+        return False
