@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from noisytune_cli import __version__, distributions, in_place, in_place_parts
+from noisytune_cli import __version__, distributions, in_place, in_place_parts, subnormals
 from noisytune_cli.errors import UsageError
 from noisytune_cli.manifest_reader import read_manifest
 from noisytune_cli.memory_plan import Matrix, Parameter, leave_out, plan_parameters, recorded_parameters
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 Patterns = str | Iterable[str]
 
 
+@subnormals.kept()
 def perturb_(
     model: nn.Module | Mapping[str, Tensor],
     lam: float = 0.15,

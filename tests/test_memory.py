@@ -319,6 +319,22 @@ def test_a_devices_operations_give_the_same_and_are_waited_for_twice(
     assert min(waits) > 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_subnormal_numbers_stay_though_torch_flushes_them(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).tiny * torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    plain, flushed = {"w": tiny.to(dtype)}, {"w": tiny.to(dtype)}
+    noisytune_cli.perturb_(plain)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU does not flush subnormal numbers")
+    try:
+        noisytune_cli.perturb_(flushed)
+        still = float(torch.tensor(torch.finfo(torch.float32).tiny) / 2)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(plain["w"].view(torch.uint8), flushed["w"].view(torch.uint8))
+    assert still == 0.0  # the caller's setting is as it was
+
+
 def test_importing_the_package_imports_nothing_heavy_and_every_public_name_is_there() -> None:
     heavy = "{'torch', 'numpy', 'numba', 'transformers', 'huggingface_hub', 'typer'}"
     code = f"import sys, noisytune_cli; print(sorted({heavy} & set(sys.modules)))"
