@@ -1,8 +1,9 @@
 """The stored dtypes inside a compiled loop: how a value is loaded, and how a sum is rounded to any of them.
 
 Half precisions are converted on the integer bits, with selects in place of branches: that needs no hardware
-support, is the same on every machine and vectorises. Every integer is cast back to its width where Numba
-would have widened it.
+support, is the same on every machine and vectorises. F16, of which it takes many operations, is left to the
+CPU where that has an instruction for it. Every integer is cast back to its width where Numba would have
+widened it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from numba.extending import register_jitable
+
+from noisytune_cli.vectors import narrow_f16, narrows_to_f16, widen_f16
 
 _U16, _U32, _U64, _F32, _F64 = np.uint16, np.uint32, np.uint64, np.float32, np.float64
 
@@ -38,7 +41,7 @@ def load_bf16(stored: Any, i: Any) -> Any:
 
 
 @register_jitable
-def load_f16(stored: Any, i: Any) -> Any:
+def load_f16_by_bits(stored: Any, i: Any) -> Any:
     """Return element i of F16 bits as float32."""
     half = _U32(stored[i])
     magnitude = _U32(half & _U32(0x7FFF))
@@ -46,6 +49,14 @@ def load_f16(stored: Any, i: Any) -> Any:
     special = _U32(0x7F800000) if magnitude >= _U32(0x7C00) else _U32(0)  # infinity, or a NaN's exponent
     return _U32(bits | special | _U32(_U32(half & _U32(0x8000)) << _U32(16))).view(_F32)
 
+
+@register_jitable
+def load_f16_by_cpu(stored: Any, i: Any) -> Any:
+    """Return element i of F16 bits as float32; a NaN becomes a quiet one."""
+    return widen_f16(stored[i])
+
+
+load_f16 = load_f16_by_cpu if narrows_to_f16() else load_f16_by_bits
 
 #: How each dtype is loaded: (stored, index) -> float32, or float64 for F64.
 LOAD = {"F32": load_f32, "F64": load_f32, "BF16": load_bf16, "F16": load_f16}
@@ -60,7 +71,7 @@ def round_bf16(y: Any) -> Any:
 
 
 @register_jitable
-def round_f16(y: Any) -> Any:
+def round_f16_by_bits(y: Any) -> Any:
     """Return the F16 bits nearest to a float32 that is not NaN, ties to even."""
     bits = _F32(y).view(_U32)
     sign = _U32(_U32(bits >> _U32(16)) & _U32(0x8000))
@@ -72,6 +83,15 @@ def round_f16(y: Any) -> Any:
     rounded = subnormal if magnitude < _U32(0x38800000) else normal
     rounded = _U32(0x7C00) if magnitude >= _U32(0x47800000) else rounded
     return _U16(rounded | sign)
+
+
+@register_jitable
+def round_f16_by_cpu(y: Any) -> Any:
+    """Return the F16 bits nearest to a float32 that is not NaN, ties to even."""
+    return narrow_f16(_F32(y))
+
+
+round_f16 = round_f16_by_cpu if narrows_to_f16() else round_f16_by_bits
 
 
 @register_jitable

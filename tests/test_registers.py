@@ -11,6 +11,7 @@ import pytest
 from llvmlite import binding
 
 from noisytune_cli import compiled, distributions, kernels, register_sums, stream
+from noisytune_cli import stored as conversions
 from noisytune_cli.devices.cpu import NOISE_BLOCK, Cpu
 from noisytune_cli.philox_vectors import WORDS
 from noisytune_cli.register_sums import SMALLEST_AMPLITUDE
@@ -152,7 +153,10 @@ def compile_for(
     binding.initialize_native_asmprinter()
     with monkeypatch.context() as patched:
         patched.setattr(compiled, "_machine", machine)
-        patched.setattr(register_sums, "narrows_to_f16", lambda: cpu == "x86-64-v3")
+        if cpu != "x86-64-v3":
+            patched.setattr(register_sums, "narrows_to_f16", lambda: False)
+            patched.setattr(kernels, "load_f16", conversions.load_f16_by_bits)
+            patched.setattr(kernels, "round_f16", conversions.round_f16_by_bits)
         patched.setattr(register_sums, "narrows_to_bf16", lambda: False)
         uniform = distributions.load("uniform")
         return compiled._compile("ppiuuuuufpppp", kernels.noise_loop(uniform, dtype, dtype, NOISE_BLOCK))
