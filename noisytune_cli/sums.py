@@ -42,7 +42,17 @@ def moments_loop(dtype: str) -> Callable[..., None]:
     load, stored = LOAD[dtype], STORED[dtype]
 
     @njit(error_model="numpy", fastmath={"reassoc", "contract"})
-    def block_sums(x: Any, b: Any, count: Any, pivot: Any) -> Any:
+    def block_sums(x: Any, b: Any, count: Any) -> Any:
+        prefer_wide_vectors()
+        s1 = s2 = 0.0
+        for i in range(count):
+            value = _F64(load(x, _INDEX(b) + _INDEX(i)))
+            s1 += value
+            s2 += value * value
+        return s1, s2
+
+    @njit(error_model="numpy", fastmath={"reassoc", "contract"})
+    def block_sums_about(x: Any, b: Any, count: Any, pivot: Any) -> Any:
         prefer_wide_vectors()
         s1 = s2 = 0.0
         for i in range(count):
@@ -55,11 +65,16 @@ def moments_loop(dtype: str) -> Callable[..., None]:
         prefer_wide_vectors()
         x, result = carray(source, (n,), stored), carray(out, (6,), np.float64)
         first = min(n, 64)
-        pivot, _ = block_sums(x, 0, first, 0.0)
-        pivot /= max(first, 1)
+        total, squares = block_sums(x, 0, first)
+        # Zero does as well where the values spread wider than their mean is from it, and takes no subtraction.
+        pivot = total / first if 2 * total * total > first * squares else 0.0
         s1 = s2 = low1 = low2 = 0.0
         for b in range(0, n, BLOCK):
-            sum1, sum2 = block_sums(x, b, min(BLOCK, n - b), pivot)
+            count = min(BLOCK, n - b)
+            if pivot == 0.0:
+                sum1, sum2 = block_sums(x, b, count)
+            else:
+                sum1, sum2 = block_sums_about(x, b, count, pivot)
             s1, error = _two_sum(s1, sum1)
             low1 += error
             s2, error = _two_sum(s2, sum2)

@@ -34,7 +34,7 @@ class Cpu:
         self._local = threading.local()
 
     def moments(self, tile: memoryview, dtype: str) -> Moments:
-        """Return the float64 sums of a tile about the mean of its first values."""
+        """Return the float64 sums of a tile about the mean of its first values, or about zero."""
         out = np.empty(6)
         count = len(tile) // FLOAT_DTYPES[dtype]
         _loop("moments", dtype)(_address(tile), count, out.ctypes.data)
