@@ -66,7 +66,7 @@ def moments_loop(dtype: str) -> Callable[..., None]:
         x, result = carray(source, (n,), stored), carray(out, (6,), np.float64)
         first = min(n, 64)
         total, squares = block_sums(x, 0, first)
-        # Zero does as well where the values spread wider than their mean is from it, and takes no subtraction.
+        # Zero does as well where values spread wider than their mean is from it, and takes no subtraction.
         pivot = total / first if 2 * total * total > first * squares else 0.0
         s1 = s2 = low1 = low2 = 0.0
         for b in range(0, n, BLOCK):
