@@ -2,8 +2,8 @@
 
 Descriptors 0 to 2 are made sure of before anything is opened: with one of them closed, the first file opened
 would take its number, and what is meant for the terminal would land in it. Their number is raised as far as
-the process may: a checkpoint that many processes saved is as many files, each open twice. A run on a small model
-takes little longer than Python's start, so what would slow that is kept away.
+the process may: a checkpoint that many processes saved is as many files, each open twice. A run on a small
+model takes little longer than Python takes to start, so what would slow that is kept away.
 """
 
 from __future__ import annotations
