@@ -170,7 +170,7 @@ def _settle(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int | No
             finite.append(i)
         else:
             matrix.reason = "non-finite"
-    groups = [finite] if noise.scope == "global" else [[i] for i in finite]
+    groups = [_once(finite, wanted)] if noise.scope == "global" else [[i] for i in finite]
     counts = [sum(_elements(*wanted[i]) for i in group) for group in groups]
     stds = [
         # Of fewer than two values there is no std, and nothing to scale noise with.
@@ -186,9 +186,15 @@ def _settle(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int | No
             std, constant = exact_std(total, count), exactly_equal(total, count)
         else:
             constant = all(all_equal(moments[i]) for i in group)
-        for i in group:
+        for i in finite if noise.scope == "global" else group:
             parameter, matrix = wanted[i]
             _take(matrix, parameter.steps[0].lam, noise, std, constant=constant and noise.scope == "matrix")
+
+
+def _once(indices: Sequence[int], wanted: Sequence[tuple[Parameter, Matrix]]) -> list[int]:
+    """Return indices without the second storage of a tie: it is one parameter, and its values count once."""
+    keys = ((wanted[i][0].steps[0].stream, wanted[i][1].part) for i in indices)
+    return list(dict(zip(keys, indices, strict=True)).values())
 
 
 def _measure(wanted: Sequence[tuple[Parameter, Matrix]], threads: int | None) -> list[list[Moments]]:

@@ -97,12 +97,17 @@ class Walk:
         return tuple(tuple(one[i] for one in receipts) for i in range(len(outputs)))
 
     def _settle_together(self, outputs: Sequence[Variant], walks: Sequence[TensorWalk]) -> None:
-        """Give all matrices that an output perturbs the std of the concatenation of their finite values."""
+        """Give all matrices that an output perturbs the std of the concatenation of their finite values.
+
+        A tie is one parameter under several names, so its values count once.
+        """
         stds: dict[tuple[int, ...], float] = {}
         spreads = []
         for output in outputs:
             # λ rules can leave outputs with different tensors, but most have the same.
-            chosen = tuple(i for i, step in enumerate(output.plan.steps) if step.action == "perturb")
+            steps = output.plan.steps
+            by_stream = {step.stream: i for i, step in enumerate(steps) if step.action == "perturb"}
+            chosen = tuple(by_stream.values())
             if chosen not in stds:
                 stds[chosen] = self._std_together([walks[index] for index in chosen])
             spreads.append(Spread(stds[chosen]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -136,6 +137,25 @@ def test_equal_bytes_of_a_known_pair_are_a_tie_in_a_state_dict_only() -> None:
     apart["lm_head"].load_state_dict(apart["embed_tokens"].state_dict())
     noisytune_cli.perturb_(apart)
     assert not torch.equal(apart["lm_head"].weight, apart["embed_tokens"].weight)
+
+
+def test_a_tie_counts_once_in_the_std_of_all(tmp_path: Path) -> None:
+    table, rest = torch.randn(20, 4), {"w": 5 * torch.randn(30)}
+    one_storage = {"model.embed_tokens.weight": table, "lm_head.weight": table, **rest}
+    models = {
+        "alone": {"model.embed_tokens.weight": table, **rest},
+        "one storage": one_storage,
+        "equal bytes": {**one_storage, "lm_head.weight": table.clone()},
+    }
+    stds = {}
+    for kind, model in models.items():
+        folder = tmp_path / kind
+        folder.mkdir()
+        _, manifest = on_disk({n: t.clone() for n, t in model.items()}, folder, spec(scope="global"))
+        record = noisytune_cli.perturb_(copy.deepcopy(model), scope="global")
+        stds[kind] = {r.std for r in (*manifest.receipts, *record.receipts)}
+    assert len(stds["alone"]) == 1
+    assert stds["one storage"] == stds["equal bytes"] == stds["alone"]
 
 
 def test_one_storage_is_one_parameter_under_all_its_names() -> None:
