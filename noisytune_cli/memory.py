@@ -9,14 +9,29 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from noisytune_cli import __version__, distributions, in_place, in_place_parts, subnormals
 from noisytune_cli.errors import UsageError
 from noisytune_cli.manifest_reader import read_manifest
-from noisytune_cli.memory_plan import Matrix, Parameter, leave_out, plan_parameters, recorded_parameters
+from noisytune_cli.memory_arguments import (
+    Pairs,
+    Patterns,
+    check_choice,
+    make_spec,
+    patterns,
+    thread_count,
+)
+from noisytune_cli.memory_plan import (
+    OPTIONS_THAT_EXCLUDE,
+    Matrix,
+    Parameter,
+    leave_out,
+    plan_parameters,
+    recorded_parameters,
+)
 from noisytune_cli.moments import Moments, all_equal, exact_std, exactly_equal, round_std
 from noisytune_cli.part import summed
 from noisytune_cli.plan import check_outcomes
@@ -38,9 +53,6 @@ from noisytune_cli.stream import stream_words
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-#: One pattern, or several.
-Patterns = str | Iterable[str]
-
 
 @subnormals.kept()
 def perturb_(
@@ -51,10 +63,10 @@ def perturb_(
     noise: str = "uniform",
     scope: Scope = "matrix",
     granularity: Granularity = "tensor",
-    splits: Mapping[str, str] | Iterable[tuple[str, str]] = (),
+    splits: Pairs[str] = (),
     include: Patterns = (),
     exclude: Patterns = (),
-    rules: Mapping[str, float] | Iterable[tuple[str, float]] = (),
+    rules: Pairs[float] = (),
     names: Names = None,
     frozen: Action = "perturb",
     fresh: Action = "copy",
@@ -67,31 +79,29 @@ def perturb_(
 
     `include`, `exclude`, `rules` (pattern to λ) and `splits` (pattern to DIM:SIZES, with `granularity`
     "matrix") are the command line's, on checkpoint names: those of the model after `names` (a map, a
-    function, or a prefix to take away, such as "bert"). `frozen` and `fresh`
-    say whether parameters without gradients, and those that `fresh_names` (patterns on the model's own
-    names) call freshly initialised, are perturbed or left as they are. `manifest` gives the noise of an
-    earlier run, its seed, streams and amplitudes; nothing is measured. `config` is that of a state dict.
+    function, or a prefix to take away, such as "bert"). `frozen` and `fresh` say whether parameters without
+    gradients, and those that `fresh_names` (patterns on the model's own names) call freshly initialised, are
+    perturbed or left as they are. `manifest` gives the noise of an earlier run, its seed, streams and
+    amplitudes; nothing is measured. `config` is that of a state dict.
 
     The record has no digests; `unchanged` and `clamped` of a sharded parameter count the elements held here.
     All processes that share sharded parameters must call this alike. Raises UsageError, InputInvalid or
     Mismatch before anything is changed; a call that is interrupted later leaves some tensors with noise.
     """
-    spec = NoiseSpec(
+    spec = make_spec(
         lam=lam,
         seed=seed,
-        distribution=noise,
+        noise=noise,
         scope=scope,
-        rules=tuple(rules.items() if isinstance(rules, Mapping) else rules),
-        include=_listed(include),
-        exclude=_listed(exclude),
         granularity=granularity,
-        splits=tuple(splits.items() if isinstance(splits, Mapping) else splits),
+        splits=splits,
+        include=include,
+        exclude=exclude,
+        rules=rules,
     )
-    _check_choice("noise", noise, distributions.names())
-    _check_choice("scope", scope, ("matrix", "global"))
-    _check_choice("granularity", granularity, ("tensor", "matrix"))
-    _check_choice("frozen", frozen, ("perturb", "copy"))
-    _check_choice("fresh", fresh, ("perturb", "copy"))
+    check_choice("frozen", frozen, ("perturb", "copy"))
+    check_choice("fresh", fresh, ("perturb", "copy"))
+    fresh_patterns, count = patterns("fresh_names", fresh_names), thread_count(threads)
     source = SourceRecord(type(model).__name__, None, ())
     tensors, is_module = _named_tensors(model)
     residents = residents_of(tensors, names)
@@ -103,39 +113,37 @@ def perturb_(
         recorded = _read(manifest, spec)
         spec, source = recorded.noise, recorded.source
         parameters = recorded_parameters(residents, recorded)
-    leave_out(parameters, frozen=frozen, fresh=fresh, fresh_names=_listed(fresh_names))
+    leave_out(parameters, frozen=frozen, fresh=fresh, fresh_names=fresh_patterns)
     if manifest is None:
-        _settle(parameters, spec, threads)
-    check_outcomes(spec, (parameter.outcome() for parameter in parameters), path=source.id)
-    _add(parameters, spec, threads)
+        _settle(parameters, spec, count)
+    check_outcomes(spec, (p.outcome() for p in parameters), path=source.id, advice=OPTIONS_THAT_EXCLUDE)
+    _add(parameters, spec, count)
     receipts = tuple(receipt for parameter in parameters for receipt in _receipts(parameter, spec))
     return Manifest("noisytune", __version__, source, spec, receipts)
-
-
-def _listed(patterns: Patterns) -> tuple[str, ...]:
-    """Return patterns as a tuple; a string is one of them, not a run of letters."""
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def _check_choice(option: str, value: str, choices: Collection[str]) -> None:
-    if value not in choices:
-        raise UsageError(
-            f"{option}={value!r}",
-            why="there is no such choice",
-            next_step=f"Use one of: {', '.join(choices)}",
-        )
 
 
 def _named_tensors(model: nn.Module | Mapping[str, Tensor]) -> tuple[list[tuple[str, object]], bool]:
     """Return the tensors that may get noise by name, every name of a tie, and whether they are a module's."""
     if isinstance(model, Mapping):
         # What a module keeps beside its tensors may be anything.
-        return [(n, v) for n, v in model.items() if not n.endswith("_extra_state")], False
+        return [(n, v) for n, v in model.items() if not str(n).endswith("_extra_state")], False
+    if not hasattr(model, "named_parameters"):
+        raise UsageError(
+            f"cannot add noise to a {type(model).__name__}",
+            why="it is neither a module nor a state dict",
+            next_step="Give the model, or a dictionary from names to tensors",
+        )
     return list(model.named_parameters(remove_duplicate=False)), True
 
 
 def _config(model: object, config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """Return the config given, else the one that a model of transformers carries."""
+    if not isinstance(config, Mapping | None):
+        raise UsageError(
+            f"config={config!r}",
+            why="it is not the content of a config.json",
+            next_step="Give a dictionary, such as model.config.to_dict()",
+        )
     to_dict = getattr(getattr(model, "config", None), "to_dict", None)
     if config is not None or to_dict is None:
         return config
@@ -154,7 +162,7 @@ def _read(manifest: Manifest | str | os.PathLike[str], spec: NoiseSpec) -> Manif
     return manifest if isinstance(manifest, Manifest) else read_manifest(Path(manifest)).manifest
 
 
-def _settle(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int | None) -> None:
+def _settle(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int) -> None:
     """Give each matrix its std and its amplitude, or the reason why it has none."""
     wanted: list[tuple[Parameter, Matrix]] = []
     for parameter in parameters:
@@ -197,7 +205,7 @@ def _once(indices: Sequence[int], wanted: Sequence[tuple[Parameter, Matrix]]) ->
     return list(dict(zip(keys, indices, strict=True)).values())
 
 
-def _measure(wanted: Sequence[tuple[Parameter, Matrix]], threads: int | None) -> list[list[Moments]]:
+def _measure(wanted: Sequence[tuple[Parameter, Matrix]], threads: int) -> list[list[Moments]]:
     """Return the moments of each matrix; of divided parameters, one parameter is measured at a time."""
     moments: list[list[Moments]] = [[] for _ in wanted]
     whole = [i for i, (_, matrix) in enumerate(wanted) if matrix.part is None]
@@ -237,7 +245,7 @@ def _take(matrix: Matrix, lam: float, noise: NoiseSpec, std: float, *, constant:
     matrix.amplitude = amplitude
 
 
-def _add(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int | None) -> None:
+def _add(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int) -> None:
     noised, doses = [], []
     divided, parted = [], []
     for parameter in parameters:

@@ -24,6 +24,9 @@ from noisytune_cli.records import (
 from noisytune_cli.resident import Resident, same_bytes
 from noisytune_cli.ties import split_tie
 
+#: What to say to those whose options leave nothing to perturb.
+OPTIONS_THAT_EXCLUDE = "Widen include= or drop an exclude=; frozen= and fresh_names= leave parameters out too"
+
 
 @dataclass(slots=True)
 class Matrix:
@@ -83,7 +86,7 @@ def plan_parameters(
         if tie.evidence == "equal-bytes":
             confirmed += split_tie(tie, _contents(tie, resident_of, compare=not is_module))
     plan = confirm_ties(plan, confirmed)
-    check_not_empty(plan, path=source)
+    check_not_empty(plan, path=source, advice=OPTIONS_THAT_EXCLUDE)
     steps = {step.tensor.name: step for step in plan.steps}
     return [_planned(resident, tuple(steps[name] for name in resident.names)) for resident in residents]
 
@@ -122,9 +125,16 @@ def _contents(tie: Tie, resident_of: Mapping[str, Resident], *, compare: bool) -
 def recorded_parameters(residents: Sequence[Resident], manifest: Manifest) -> list[Parameter]:
     """Give each parameter what a manifest records of one of its names; those it does not name are left out.
 
-    Raises Mismatch where a recorded tensor has another shape, or takes no noise in memory.
+    Raises Mismatch where it names none, or a recorded tensor has another shape or takes no noise in memory.
     """
     by_name = {receipt.step.tensor.name: receipt for receipt in manifest.receipts}
+    if residents and not any(name in by_name for resident in residents for name in resident.names):
+        raise Mismatch(
+            "the manifest is of another model",
+            why=f"it names none of the parameters; its first is {next(iter(by_name), None)}, and here "
+            f"{residents[0].names[0]}",
+            next_step="Give names= so that the model's names become those, such as names='bert'",
+        )
     return [_recorded(r, next((by_name[n] for n in r.names if n in by_name), None)) for r in residents]
 
 

@@ -37,6 +37,9 @@ from noisytune_cli.ties import find_ties
 
 _SEED_LIMIT = 2**64
 
+#: What to say to those whose options leave nothing to perturb.
+OPTIONS_THAT_EXCLUDE = "Widen --include or drop an --exclude; --dry-run shows the reason for each tensor"
+
 #: Reasons that hold whatever the user asks for.
 _SAFETY = frozenset({"not-float", "empty", "one-element"})
 
@@ -198,9 +201,11 @@ def _reason_to_copy(
     return "lambda-zero" if lam == 0 else None
 
 
-def check_not_empty(plan: Plan, *, path: str | os.PathLike[str] | None = None) -> None:
+def check_not_empty(
+    plan: Plan, *, path: str | os.PathLike[str] | None = None, advice: str = OPTIONS_THAT_EXCLUDE
+) -> None:
     """Raise if the plan perturbs nothing (see `check_outcomes`)."""
-    check_outcomes(plan.noise, ((step.action, step.reason) for step in plan.steps), path=path)
+    check_outcomes(plan.noise, ((s.action, s.reason) for s in plan.steps), path=path, advice=advice)
 
 
 def check_outcomes(
@@ -208,6 +213,7 @@ def check_outcomes(
     outcomes: Iterable[tuple[Action, Reason | None]],
     *,
     path: str | os.PathLike[str] | None = None,
+    advice: str = OPTIONS_THAT_EXCLUDE,
 ) -> None:
     """Raise if nothing is perturbed: UsageError where the user's filters caused it, else InputInvalid.
 
@@ -226,7 +232,7 @@ def check_outcomes(
             "nothing would be perturbed",
             path=path,
             why=f"the patterns leave no tensor that can take noise ({found})",
-            next_step="Widen --include or drop an --exclude; --dry-run shows the reason for each tensor",
+            next_step=advice,
         )
     raise InputInvalid(
         "nothing to perturb",

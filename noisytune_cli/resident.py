@@ -8,7 +8,6 @@ flattened or partitioned by a trainer) is refused whole, before anything is chan
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.overlaps import find_overlap, place, strides
 from noisytune_cli.records import TensorSpec
 from noisytune_cli.sharded import Held, held_part
 
@@ -75,9 +75,10 @@ def residents_of(tensors: Iterable[tuple[str, object]], names: Names = None) -> 
     """Return the parameters among named tensors, ties once, in order of their first names.
 
     Raises InputInvalid for a tensor that has no values of its own, and for tensors that overlap; UsageError
-    where `names` gives two parameters one name.
+    where `names` changes no name, or gives two parameters one.
     """
-    to_checkpoint = _renaming(names)
+    tensors = list(tensors)
+    to_checkpoint = _renaming(names, [own for own, _ in tensors])
     found: dict[Hashable, tuple[list[str], Tensor, Held]] = {}
     for own, value in tensors:
         tensor = _checked(own, value)
@@ -100,19 +101,55 @@ def same_bytes(a: Resident, b: Resident) -> bool:
     return torch.equal(left, right.to(left.device))
 
 
-def _renaming(names: Names) -> Callable[[str], str]:
+def _renaming(names: Names, own: Sequence[str]) -> Callable[[str], str]:
+    """Return what turns the model's names into the checkpoint's; UsageError where it fits none of them."""
     if names is None:
         return lambda name: name
     if isinstance(names, str):
         prefix = f"{names.removesuffix('.')}."
+        if own and not any(name.startswith(prefix) for name in own):
+            raise _fits_none(names, f"no parameter's name begins with {prefix}", own)
         return lambda name: name.removeprefix(prefix)
     if isinstance(names, Mapping):
-        return lambda name: names.get(name, name)
-    return names
+        if own and names.keys().isdisjoint(own):
+            raise _fits_none("{…}", "none of its keys is a parameter's name", own)
+        renamed = {name: names.get(name, name) for name in own}
+    elif callable(names):
+        renamed = {name: names(name) for name in own}
+    else:
+        raise UsageError(
+            f"names={names!r}",
+            why="it is no map, no function and no prefix to take away",
+            next_step="Give one of these, such as names='bert'",
+        )
+    for name, value in renamed.items():
+        if not isinstance(value, str):
+            raise UsageError(
+                f"names= gives {value!r} for {name}",
+                why="it is no name",
+                next_step="Give a str for each name",
+            )
+    return renamed.__getitem__
+
+
+def _fits_none(names: str, why: str, own: Sequence[str]) -> UsageError:
+    return UsageError(
+        f"names={names}: it changes no name",
+        why=f"{why}; the first is {own[0]}",
+        next_step="Leave it out where the model's names are the checkpoint's, or spell it as they are",
+    )
 
 
 def _checked(name: str, value: object) -> Tensor:
     """Return a tensor whose values can be changed in place, or refuse it."""
+    try:
+        name.encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise InputInvalid(
+            "not a state dict",
+            why=f"{name!r} is no tensor's name",
+            next_step="Give the dictionary whose keys are the tensors' names",
+        ) from error
     if not isinstance(value, Tensor):
         raise InputInvalid(
             "not a state dict",
@@ -137,6 +174,8 @@ def _why_not(tensor: Tensor) -> str | None:
 
     if is_lazy(tensor):
         return "it is not initialised yet"
+    if tensor.is_nested:
+        return "it is nested"
     if tensor.layout != torch.strided:
         return "it is sparse"
     if tensor.is_quantized:
@@ -155,8 +194,7 @@ def _identity(tensor: Tensor, local: Tensor) -> Hashable:
     """Return what is equal for two names of one parameter and for nothing else."""
     if local.numel() == 0:
         return id(tensor)  # no storage tells empty tensors apart
-    storage = (local.device, local.untyped_storage().data_ptr(), local.storage_offset())
-    return *storage, tuple(tensor.shape), tuple(local.shape), local.stride(), local.dtype
+    return place(local), tuple(tensor.shape), tuple(local.shape), strides(local), local.dtype
 
 
 def _refuse_shared_names(residents: Sequence[Resident]) -> None:
@@ -173,40 +211,11 @@ def _refuse_shared_names(residents: Sequence[Resident]) -> None:
 
 def _refuse_overlaps(residents: Sequence[Resident]) -> None:
     """Refuse views that share elements without being a tie: noise would reach these twice."""
-    by_storage: dict[Hashable, list[Resident]] = {}
-    for resident in residents:
-        values = resident.held.values
-        if values.numel():
-            key = (values.device, values.untyped_storage().data_ptr())
-            by_storage.setdefault(key, []).append(resident)
-    for group in by_storage.values():
-        extents = sorted(_extent(resident.held.values) for resident in group)
-        apart = all(left[1] <= right[0] for left, right in itertools.pairwise(extents))
-        dense = all(
-            end - start == r.held.values.nbytes for r in group for start, end in [_extent(r.held.values)]
+    found = find_overlap([resident.held.values for resident in residents])
+    if found is not None:
+        raise InputInvalid(
+            "tensors overlap in memory",
+            tensor=residents[found].own[0],
+            why="it shares elements with another tensor or with itself, and is not the same parameter",
+            next_step="Clone one of them first",
         )
-        if not (apart and dense) and _share_elements([resident.held.values for resident in group]):
-            raise InputInvalid(
-                "tensors overlap in memory",
-                tensor=group[0].own[0],
-                why="it shares elements with another tensor or with itself, and is not the same parameter",
-                next_step="Clone one of them first",
-            )
-
-
-def _extent(values: Tensor) -> tuple[int, int]:
-    """Return the first byte of a view in its storage, and the byte after its last."""
-    last = sum((size - 1) * stride for size, stride in zip(values.shape, values.stride(), strict=True))
-    start = int(values.storage_offset())
-    return start * values.element_size(), (start + last + 1) * values.element_size()
-
-
-def _share_elements(views: Sequence[Tensor]) -> bool:
-    """Say whether views of one storage have an element in common, or one of them has it twice."""
-    if len({view.element_size() for view in views}) > 1:
-        return True  # nobody lays tensors of several widths out so
-    places = torch.arange(views[0].untyped_storage().nbytes() // views[0].element_size(), device="cpu")
-    all_places = torch.cat(
-        [places.as_strided(v.shape, v.stride(), v.storage_offset()).flatten() for v in views]
-    )
-    return bool((torch.bincount(all_places) > 1).any())

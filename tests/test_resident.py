@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,3 +62,53 @@ def test_disjoint_views_of_one_storage_are_independent() -> None:
     perturb_(apart)
     perturb_({"a": block[:, :3], "b": block[:, 3:]})
     assert torch.equal(block, torch.cat(list(apart.values()), dim=1))
+
+
+def test_a_slice_of_a_larger_tensor_gets_the_noise_of_a_tensor_of_its_own() -> None:
+    wide = torch.randn(40, 50)
+    kept = wide[:, 45:].clone()
+    alone = {"w": wide[:, :45].clone()}
+    perturb_(alone)
+    perturb_({"w": wide[:, :45]})
+    assert torch.equal(wide[:, :45], alone["w"])
+    assert torch.equal(wide[:, 45:], kept)
+
+
+def test_arrays_that_share_memory_overlap_though_each_is_a_storage() -> None:
+    line = np.linspace(-1, 1, 20, dtype=np.float32)
+    with pytest.raises(NoisytuneError, match="overlap"):
+        perturb_({"a": torch.from_numpy(line[:12]), "b": torch.from_numpy(line[8:])})
+    two_names = {"a": torch.from_numpy(line), "b": torch.from_numpy(line[:])}
+    record = perturb_(two_names)
+    assert {r.step.stream for r in record.receipts} == {"a"}  # a tie, and noise once
+    apart = {"a": torch.from_numpy(line[::2]), "b": torch.from_numpy(line[1::2])}
+    perturb_(apart)
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride"), [((4, 3), (2, 1)), ((3, 4), (1, 2)), ((2, 2, 2), (3, 2, 1)), ((5,), (0,))]
+)
+def test_views_that_have_an_element_twice_are_refused(
+    shape: tuple[int, ...], stride: tuple[int, ...]
+) -> None:
+    with pytest.raises(NoisytuneError, match="overlap"):
+        perturb_({"w": torch.randn(40).as_strided(shape, stride)})
+
+
+def test_strides_that_interleave_without_meeting_are_no_overlap() -> None:
+    # Not in order of their strides, and yet no element comes twice.
+    line = torch.arange(40.0)
+    perturb_({"w": line.as_strided((2, 3), (3, 2))})
+    assert not torch.equal(line[:8], torch.arange(8.0))
+
+
+def test_a_stride_that_is_never_taken_tells_no_tensors_apart() -> None:
+    column = torch.randn(4, 1)
+    record = perturb_({"a": column, "b": column.as_strided((4, 1), (1, 7))})
+    assert {r.step.stream for r in record.receipts} == {"a"}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused() -> None:
+    with pytest.raises(NoisytuneError, match="it is nested"):
+        perturb_({"w": torch.nested.nested_tensor([torch.randn(2), torch.randn(3)])})

@@ -1,0 +1,91 @@
+"""Where the values of tensors lie in memory, and whether two of them share some.
+
+Storages are no help: NumPy's arrays come as a storage each, though one may be a view of another. What counts
+are addresses. On devices whose pointers are no addresses (mps) storages are all there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+def place(values: Tensor) -> tuple[Hashable, int]:
+    """Return a key of the memory that values lie in, and the byte there at which they begin."""
+    if values.device.type in ("cpu", "cuda"):
+        return values.device, values.data_ptr()
+    start = int(values.storage_offset()) * values.element_size()
+    return (values.device, values.untyped_storage().data_ptr()), start
+
+
+def strides(values: Tensor) -> tuple[int, ...]:
+    """Return the strides of values; 0 where there is nothing to step over."""
+    return tuple(
+        0 if size == 1 else stride for size, stride in zip(values.shape, values.stride(), strict=True)
+    )
+
+
+def find_overlap(tensors: Sequence[Tensor]) -> int | None:
+    """Return the index of a tensor that shares elements with another, or has one twice; None if none does."""
+    by_memory: dict[Hashable, list[int]] = {}
+    for i, values in enumerate(tensors):
+        if values.numel():
+            by_memory.setdefault(place(values)[0], []).append(i)
+    for indices in by_memory.values():
+        for entangled in _entangled(tensors, indices):
+            views = [tensors[i] for i in entangled]
+            apart = len(views) == 1 and _steps_over_itself(views[0])
+            if not apart and _share_elements(views):
+                return entangled[0]
+    return None
+
+
+def _entangled(tensors: Sequence[Tensor], indices: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the tensors whose extents in one memory overlap, in groups, many of one tensor."""
+    group: list[int] = []
+    end = 0
+    for i in sorted(indices, key=lambda i: place(tensors[i])[1]):
+        if group and place(tensors[i])[1] >= end:
+            yield group
+            group = []
+        group.append(i)
+        end = max(end, _end(tensors[i]))
+    if group:
+        yield group
+
+
+def _end(values: Tensor) -> int:
+    """Return the byte after the last of values, none of whose strides are negative."""
+    last = sum((size - 1) * stride for size, stride in zip(values.shape, values.stride(), strict=True))
+    return place(values)[1] + (int(last) + 1) * values.element_size()
+
+
+def _steps_over_itself(values: Tensor) -> bool:
+    """Say whether each stride passes all that the smaller ones reach: then no element comes twice."""
+    reached = 0
+    for stride, size in sorted(zip(strides(values), values.shape, strict=True)):
+        if size > 1:
+            if stride <= reached:
+                return False
+            reached += (size - 1) * stride
+    return True
+
+
+def _share_elements(views: Sequence[Tensor]) -> bool:
+    """Say whether views of one memory have an element in common, or one of them has it twice."""
+    size = views[0].element_size()
+    start = min(place(view)[1] for view in views)
+    offsets = [place(view)[1] - start for view in views]
+    if any(view.element_size() != size or offset % size for view, offset in zip(views, offsets, strict=True)):
+        return True  # nobody lays tensors of several widths out so
+    if any(
+        stride == 0 < length - 1 for v in views for stride, length in zip(v.stride(), v.shape, strict=True)
+    ):
+        return True
+    # A mark for each element from the first to the last: a byte, where the elements have two or more.
+    taken = torch.zeros((max(map(_end, views)) - start) // size, dtype=torch.bool, device="cpu")
+    for view, offset in zip(views, offsets, strict=True):
+        taken.as_strided(view.shape, view.stride(), offset // size).fill_(True)
+    return int(torch.count_nonzero(taken)) < sum(view.numel() for view in views)
