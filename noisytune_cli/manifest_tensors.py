@@ -52,7 +52,7 @@ def read_tensors(
     files: Sequence[FileRecord],
     output: OutputRecord | None = None,
 ) -> tuple[Receipt, ...]:
-    """Read at most `limit` entries: file by file, no name twice, every stream that of a tensor."""
+    """Read at most `limit` entries: file by file, no name twice."""
     conversion = Conversion() if output is None else output.conversion
     reader = _Reader(noise, files, conversion)
     receipts: list[Receipt] = []
@@ -63,12 +63,8 @@ def read_tensors(
         parts += len(receipts[-1].parts)
         if i + 1 + parts > MAX_LINES:
             raise ManifestFault(f"it has more than {MAX_LINES:,} tensors and parts")
-    names = {receipt.step.tensor.name for receipt in receipts}
-    if len(names) < len(receipts):
+    if len({receipt.step.tensor.name for receipt in receipts}) < len(receipts):
         raise ManifestFault("it has two tensors of one name")
-    for i, receipt in enumerate(receipts):
-        if receipt.step.stream not in names:
-            raise ManifestFault(f"tensors[{i}].stream is no tensor's name")
     _check_files(receipts, files, packed=2 if conversion.dequantized else 1)
     return tuple(receipts)
 

@@ -63,12 +63,38 @@ def check_noise(noise: NoiseSpec) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class _Wish:
+    """What is known of a parameter beside its tensor: all its names count. `rule` is a λ rule's index."""
+
+    stream: str
+    excluded: bool
+    included: bool
+    rule: int | None
+    is_buffer: bool
+    division: Division
+
+
+@dataclass(frozen=True, slots=True)
 class _Filters:
     """Names the patterns exclude and include (None: all), and for each name the index of its λ rule."""
 
     excluded: frozenset[str]
     included: frozenset[str] | None
     rule_of: Mapping[str, int]
+
+    def wish(
+        self, names: Sequence[str], stream: str, buffers: Collection[str], divisions: Mapping[str, Division]
+    ) -> _Wish:
+        """Return what names of one parameter ask for."""
+        found = [divisions[name] for name in names if name in divisions]
+        return _Wish(
+            stream,
+            excluded=any(name in self.excluded for name in names),
+            included=self.included is not None and any(name in self.included for name in names),
+            rule=max((self.rule_of[name] for name in names if name in self.rule_of), default=None),
+            is_buffer=any(name in buffers for name in names),
+            division=next((d for d in found if d.parts), found[0] if found else Division()),
+        )
 
 
 def _patterns(noise: NoiseSpec) -> list[str]:
@@ -107,21 +133,22 @@ def make_plan(
     check_noise(noise)
     if buffers is None:
         buffers = find_buffers(tensors, config=config)
-    names = [tensor.name for tensor in tensors]
+    ties = find_ties(tensors, config=config, metadata=metadata, stored_as_one=stored_as_one)
+    names = [*(tensor.name for tensor in tensors), *(name for tie in ties for name, _ in tie.dropped)]
     matched = match_names(_patterns(noise), names, buffers)
     check_matched(_patterns(noise), matched, names)
     filters = _filters(noise, matched)
-    ties = find_ties(tensors, config=config, metadata=metadata, stored_as_one=stored_as_one)
-    certain = {name: tie for tie in ties if tie.evidence != "equal-bytes" for name in tie.names}
+    certain = [tie for tie in ties if tie.evidence != "equal-bytes"]
     candidates = {name for tie in ties if tie.evidence == "equal-bytes" for name in tie.names}
     divisions: dict[str, Division] = {}
     if noise.granularity == "matrix":
         divisions = divide(tensors, noise.splits, matched[len(matched) - len(noise.splits) :], config)
+    wishes = _wishes(certain, filters, buffers, divisions)
     steps = []
     for tensor in tensors:
-        tie = certain.get(tensor.name)
-        is_buffer = not buffers.keys().isdisjoint((tensor.name,) if tie is None else tie.names)
-        step = _divided(_decide(tensor, tie, is_buffer, noise, filters), tie, divisions)
+        name = tensor.name
+        wish = wishes.get(name) or filters.wish((name,), name, buffers, divisions)
+        step = _decide(tensor, wish, noise, filters)
         if tensor.name in by_model:
             step = replace(step, told_by="model")
         if tensor.name in candidates and step.reason not in _SAFETY:
@@ -137,52 +164,46 @@ def confirm_ties(plan: Plan, confirmed: Collection[Tie]) -> Plan:
     all candidates' names follow. Ties that needed no confirmation stay.
     """
     certain = tuple(tie for tie in plan.ties if tie.evidence != "equal-bytes")
-    names = [name for tie in plan.ties if tie.evidence == "equal-bytes" for name in tie.names]
+    names = [name for tie in plan.ties if tie.evidence == "equal-bytes" for name in tie.all_names]
     filters = _filters(plan.noise, match_names(_patterns(plan.noise), names))
-    tie_of = {name: tie for tie in confirmed for name in tie.names}
     settled = frozenset(names)
     divisions = {step.tensor.name: Division(step.parts, step.undivided) for step in plan.steps}
+    # No known pair has a buffer in it.
+    wishes = _wishes(confirmed, filters, (), divisions)
     steps = []
     for step in plan.steps:
-        if step.tensor.name in settled:
-            tie = tie_of.get(step.tensor.name)
-            # No known pair has a buffer in it.
-            decided = _decide(step.tensor, tie, False, plan.noise, filters)
-            step = _divided(replace(decided, told_by=step.told_by), tie, divisions)
+        name = step.tensor.name
+        if name in settled:
+            wish = wishes.get(name) or filters.wish((name,), name, (), divisions)
+            step = replace(_decide(step.tensor, wish, plan.noise, filters), told_by=step.told_by)
         steps.append(step)
     return Plan(plan.noise, tuple(steps), certain + tuple(tie for tie in confirmed if tie not in certain))
 
 
-def _decide(
-    tensor: TensorSpec, tie: Tie | None, is_buffer: bool, noise: NoiseSpec, filters: _Filters
-) -> Step:
-    """Decide one step; all names of `tie` count for the filters."""
-    names = (tensor.name,) if tie is None else tie.names
-    stream = tensor.name if tie is None else tie.stream
-    rules = [filters.rule_of[name] for name in names if name in filters.rule_of]
-    lam = noise.rules[max(rules)][1] if rules else noise.lam
-    reason = _reason_to_copy(tensor, names, is_buffer, lam, noise, filters)
+def _wishes(
+    ties: Iterable[Tie], filters: _Filters, buffers: Collection[str], divisions: Mapping[str, Division]
+) -> dict[str, _Wish]:
+    """Return by stored name what each tie asks for; worked out once a tie, whose names may be many."""
+    wishes = {}
+    for tie in ties:
+        wish = filters.wish(tie.all_names, tie.stream, buffers, divisions)
+        wishes.update(dict.fromkeys(tie.names, wish))
+    return wishes
+
+
+def _decide(tensor: TensorSpec, wish: _Wish, noise: NoiseSpec, filters: _Filters) -> Step:
+    """Decide one step."""
+    lam = noise.lam if wish.rule is None else noise.rules[wish.rule][1]
+    parts, undivided = wish.division.parts, wish.division.undivided
+    reason = _reason_to_copy(tensor, wish, lam, noise, filters)
     if reason is not None:
-        return Step(tensor, "copy", reason, 0.0, stream)
+        return Step(tensor, "copy", reason, 0.0, wish.stream, parts=parts, undivided=undivided)
     unsure = ("non-finite",) if noise.scope == "global" else ("constant", "non-finite")
-    return Step(tensor, "perturb", None, lam, stream, unsure)
-
-
-def _divided(step: Step, tie: Tie | None, divisions: Mapping[str, Division]) -> Step:
-    """Return the step with the parts of its tensor; all names of `tie` count."""
-    names = (step.tensor.name,) if tie is None else tie.names
-    found = [divisions[name] for name in names if name in divisions]
-    division = next((d for d in found if d.parts), found[0] if found else Division())
-    return replace(step, parts=division.parts, undivided=division.undivided)
+    return Step(tensor, "perturb", None, lam, wish.stream, unsure, parts=parts, undivided=undivided)
 
 
 def _reason_to_copy(
-    tensor: TensorSpec,
-    names: Sequence[str],
-    is_buffer: bool,
-    lam: float,
-    noise: NoiseSpec,
-    filters: _Filters,
+    tensor: TensorSpec, wish: _Wish, lam: float, noise: NoiseSpec, filters: _Filters
 ) -> Reason | None:
     """Return why `tensor` gets no noise, safety first, or None."""
     if tensor.dtype not in FLOAT_DTYPES:
@@ -192,11 +213,9 @@ def _reason_to_copy(
         return "empty"
     if elements == 1 and noise.scope == "matrix":
         return "one-element"  # its std is undefined; a std of all values exists for it too
-    included = filters.included is not None and not filters.included.isdisjoint(names)
-    excluded = not filters.excluded.isdisjoint(names)
-    if is_buffer and (excluded or not included):
+    if wish.is_buffer and (wish.excluded or not wish.included):
         return "buffer"
-    if excluded or (filters.included is not None and not included):
+    if wish.excluded or (filters.included is not None and not wish.included):
         return "excluded"
     return "lambda-zero" if lam == 0 else None
 

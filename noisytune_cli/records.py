@@ -135,8 +135,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Tie:
-    """Two or more names of one parameter; `names` are in file order and `stream` is one of them.
+    """Two or more names of one parameter, of which `stream` is one; `names` are those stored, in file order.
 
+    `dropped` are (name, stored name) of those that the file only mentions, as safetensors' `save_model` does.
     `evidence` is `alias` (the file says so), `storage` (one storage in a pickle) or `equal-bytes` (a known
     pair that is a tie only if the bytes agree, which the values have to tell).
     """
@@ -144,6 +145,12 @@ class Tie:
     stream: str
     names: tuple[str, ...]
     evidence: Literal["alias", "storage", "equal-bytes"]
+    dropped: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """Every name of the parameter."""
+        return (*self.names, *(name for name, _ in self.dropped))
 
 
 @dataclass(frozen=True, slots=True)

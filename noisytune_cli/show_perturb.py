@@ -29,7 +29,7 @@ def show_planned(planned: Planned, *, as_json: bool) -> None:
             "noise": _noise(planned.plan.noise),
             "tensors": [_step(steps[0]) for steps in by_tensor],
             "ties": [
-                {"stream": tie.stream, "names": list(tie.names), "evidence": tie.evidence}
+                {"stream": tie.stream, "names": list(tie.all_names), "evidence": tie.evidence}
                 for tie in planned.plan.ties
             ],
         }

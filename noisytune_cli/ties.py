@@ -85,6 +85,7 @@ def find_ties(
 ) -> tuple[Tie, ...]:
     """Return the ties and candidates for one among `tensors`, in file order, none sharing a name.
 
+    An alias may be of a name that is not stored: the parameter has that name too, and may get its noise.
     `stored_as_one` are groups of names that share a slot in the file. A chain of pairs is one tie. Its
     evidence is `equal-bytes` if a known pair is needed to join it, else `storage` or, of a mixture, `alias`.
     """
@@ -93,10 +94,13 @@ def find_ties(
         (group[0], name, "storage") for group in stored_as_one for name in group[1:]
     ]
     links += [(a, b, "alias") for a, b in (metadata or {}).items()]
+    dropped_of = _dropped(by_name, metadata or {})
     links += [(a, b, "equal-bytes") for a, b in _known_pairs(by_name, heads=not _parted(config))]
     group_of: dict[str, list[str]] = {}
     unsure: set[str] = set()
-    aliased: set[str] = set()
+    aliased = set(dropped_of)
+    for name in dropped_of:
+        group_of[name] = [name]
     for a, b, evidence in links:
         if a == b or a not in by_name or b not in by_name or not _alike(by_name[a], by_name[b]):
             continue
@@ -120,7 +124,22 @@ def find_ties(
             return "equal-bytes"
         return "storage" if aliased.isdisjoint(names) else "alias"
 
-    return tuple(_tie(names, evidence_for(names)) for names in in_order)
+    dropped = [tuple((d, name) for name in names for d in dropped_of.get(name, ())) for names in in_order]
+    return tuple(_tie(n, evidence_for(n), d) for n, d in zip(in_order, dropped, strict=True))
+
+
+def _dropped(stored: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return by stored name the names that the metadata says were stored as it.
+
+    Metadata may say anything of a tensor, so a key is a name only where it ends like the tensor's.
+    """
+    dropped: dict[str, list[str]] = {}
+    for name, kept in metadata.items():
+        if name not in stored and kept in stored and stored[kept].dtype in FLOAT_DTYPES:
+            end = kept.rpartition(".")[2]
+            if name.endswith(f".{end}") and name != f".{end}":
+                dropped.setdefault(kept, []).append(name)
+    return dropped
 
 
 def split_tie(tie: Tie, contents: Mapping[str, object]) -> tuple[Tie, ...]:
@@ -134,7 +153,13 @@ def split_tie(tie: Tie, contents: Mapping[str, object]) -> tuple[Tie, ...]:
     same: dict[object, list[str]] = {}
     for name in tie.names:
         same.setdefault(contents[name], []).append(name)
-    return tuple(_tie(names, tie.evidence) for names in same.values() if len(names) > 1)
+    ties = []
+    for names in same.values():
+        stored = set(names)
+        dropped = tuple(pair for pair in tie.dropped if pair[1] in stored)
+        if len(names) > 1 or dropped:
+            ties.append(_tie(names, tie.evidence if len(names) > 1 else "alias", dropped))
+    return tuple(ties)
 
 
 def stream_of(names: Iterable[str]) -> str:
@@ -151,8 +176,8 @@ def stream_of(names: Iterable[str]) -> str:
     return min(names, key=rank)
 
 
-def _tie(names: Sequence[str], evidence: Evidence) -> Tie:
-    return Tie(stream_of(names), tuple(names), evidence)
+def _tie(names: Sequence[str], evidence: Evidence, dropped: tuple[tuple[str, str], ...]) -> Tie:
+    return Tie(stream_of((*names, *(name for name, _ in dropped))), tuple(names), evidence, dropped)
 
 
 def _alike(a: TensorSpec, b: TensorSpec) -> bool:

@@ -177,7 +177,6 @@ FIELDS: list[tuple[Callable[[Any], Any], str]] = [
     (at("tensors", 0, to=1), "tensors[0] is not an object"),
     (at("tensors", 1, "name", to="w"), "two tensors of one name"),
     (at("tensors", "w", "name", to=1), "tensors[0].name is not a string"),
-    (at("tensors", "w", "stream", to="nobody"), "tensors[0].stream is no tensor's name"),
     (at("tensors", "w", "file", to="model.safetensors"), "tensors[0].file is not one of"),
     (at("tensors", "w", "dtype", to="F128"), "tensors[0].dtype is no dtype"),
     (at("tensors", "w", "dtype", to="I32"), "tensors[0].action is perturb for a dtype"),

@@ -1,8 +1,13 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from noisytune_cli.records import TensorSpec, Tie
+import noisytune_cli
+from noisytune_cli.commands.perturb import Request, perturb
+from noisytune_cli.commands.replay import replay
+from noisytune_cli.plan import make_plan
+from noisytune_cli.records import NoiseSpec, Scope, TensorSpec, Tie
 from noisytune_cli.ties import find_ties, split_tie, stream_of
 
 
@@ -118,9 +123,66 @@ def test_an_alias_of_two_stored_names_is_a_tie_without_asking_the_values() -> No
     assert find_ties(tensors, metadata=metadata) == (Tie("body.in", ("head.out", "body.in"), "alias"),)
 
 
-def test_an_alias_whose_name_was_dropped_or_differs_is_nothing() -> None:
-    assert find_ties([spec("kept")], metadata={"dropped": "kept", "kept": "kept"}) == ()
+def test_an_alias_of_itself_or_of_another_shape_is_nothing() -> None:
+    assert find_ties([spec("kept")], metadata={"kept": "kept"}) == ()
     assert find_ties([spec("a"), spec("b", (2, 2))], metadata={"a": "b"}) == ()
+
+
+def test_a_name_that_only_an_alias_mentions_is_one_of_the_parameters() -> None:
+    kept, dropped = "lm_head.weight", "model.embed_tokens.weight"
+    (tie,) = find_ties([spec(kept)], metadata={dropped: kept, "format": "pt"})
+    assert tie == Tie(dropped, (kept,), "alias", ((dropped, kept),))
+    assert tie.all_names == (kept, dropped)
+    # Metadata may say anything of a tensor.
+    assert find_ties([spec(kept)], metadata={"largest": kept, "largest.bias": kept, ".weight": kept}) == ()
+    assert find_ties([spec(kept, dtype="I64")], metadata={dropped: kept}) == ()
+
+
+def test_a_dropped_name_follows_the_stored_one_where_bytes_part_a_candidate() -> None:
+    head, table, dropped = "lm_head.weight", "model.embed_tokens.weight", "model.wte.weight"
+    (tie,) = find_ties([spec(head), spec(table)], metadata={dropped: head})
+    assert (tie.names, tie.evidence) == ((head, table), "equal-bytes")
+    assert split_tie(tie, {head: 1, table: 1}) == (tie,)
+    assert split_tie(tie, {head: 1, table: 2}) == (Tie(dropped, (head,), "alias", ((dropped, head),)),)
+
+
+@pytest.mark.parametrize("scope", ["matrix", "global"])
+def test_a_model_gets_one_noise_whichever_of_its_tied_names_is_stored(scope: Scope, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    safetensors_torch = pytest.importorskip("safetensors.torch")
+    embedding = torch.nn.Embedding(20, 4)
+    model = torch.nn.ModuleDict(
+        {
+            "model": torch.nn.ModuleDict({"embed_tokens": embedding, "layer": torch.nn.Linear(4, 4)}),
+            "lm_head": torch.nn.Linear(4, 20, bias=False),
+        }
+    )
+    model["lm_head"].weight = embedding.weight
+    safetensors_torch.save_model(model, tmp_path / "a.safetensors")
+    assert "lm_head.weight" in (stored := safetensors_torch.load_file(tmp_path / "a.safetensors"))
+    assert "model.embed_tokens.weight" not in stored
+    torch.save(model.state_dict(), tmp_path / "a.bin")
+    noise = NoiseSpec(scope=scope, rules=(("@embeddings", 0.4),))
+    for name in ("a.safetensors", "a.bin"):
+        perturb(Request(str(tmp_path / name), noise), str(tmp_path / f"noisy-{name}"))
+    noised = torch.load(tmp_path / "noisy-a.bin", weights_only=True)
+    noisytune_cli.perturb_(model, scope=scope, rules={"@embeddings": 0.4})
+    for name, tensor in safetensors_torch.load_file(tmp_path / "noisy-a.safetensors").items():
+        assert torch.equal(tensor, noised[name]), name
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    assert not torch.equal(noised["lm_head.weight"], stored["lm_head.weight"])
+    manifest = tmp_path / "noisy-a.safetensors.noisytune.json"
+    replay(str(manifest), str(tmp_path / "again.safetensors"), base=str(tmp_path / "a.safetensors"))
+    written = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("noisy-a", "again")]
+    assert written[0] == written[1]
+
+
+def test_a_tie_of_many_names_takes_no_longer_than_as_many_tensors() -> None:
+    # Every name asked about for every tensor would be 900 million questions.
+    names = [f"layer.{i}.weight" for i in range(30_000)]
+    metadata = dict.fromkeys(names[1:], names[0])
+    plan = make_plan([spec(name) for name in names], NoiseSpec(exclude=("layer.7.*",)), metadata=metadata)
+    assert {step.reason for step in plan.steps} == {"excluded"}
 
 
 def test_an_alias_holds_even_where_the_config_parts_the_pair() -> None:
