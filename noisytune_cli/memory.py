@@ -32,7 +32,7 @@ from noisytune_cli.memory_plan import (
     plan_parameters,
     recorded_parameters,
 )
-from noisytune_cli.moments import Moments, all_equal, exact_std, exactly_equal, round_std
+from noisytune_cli.moments import Moments, exact_std, exactly_equal, std_and_equality
 from noisytune_cli.part import summed
 from noisytune_cli.plan import check_outcomes
 from noisytune_cli.records import (
@@ -180,20 +180,19 @@ def _settle(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int) -> 
             matrix.reason = "non-finite"
     groups = [_once(finite, wanted)] if noise.scope == "global" else [[i] for i in finite]
     counts = [sum(_elements(*wanted[i]) for i in group) for group in groups]
-    stds = [
+    spreads = [
         # Of fewer than two values there is no std, and nothing to scale noise with.
-        round_std(m for i in group for m in moments[i]) if count > 1 else 0.0
+        std_and_equality([m for i in group for m in moments[i]]) if count > 1 else (0.0, True)
         for group, count in zip(groups, counts, strict=True)
     ]
-    undecided = [i for group, std in zip(groups, stds, strict=True) if std is None for i in group]
+    undecided = [i for group, found in zip(groups, spreads, strict=True) if found is None for i in group]
     sums = {i: in_place.exact_sums(_held(*wanted[i])) for i in undecided}
     share_exact_sums([parameter.resident.held for parameter, _ in wanted], sums)
-    for group, count, std in zip(groups, counts, stds, strict=True):
-        if std is None:
+    for group, count, found in zip(groups, counts, spreads, strict=True):
+        if found is None:
             total = sum(sums[i] for i in group[1:]) + sums[group[0]]
-            std, constant = exact_std(total, count), exactly_equal(total, count)
-        else:
-            constant = all(all_equal(moments[i]) for i in group)
+            found = exact_std(total, count), exactly_equal(total, count)
+        std, constant = found
         for i in finite if noise.scope == "global" else group:
             parameter, matrix = wanted[i]
             _take(matrix, parameter.steps[0].lam, noise, std, constant=constant and noise.scope == "matrix")

@@ -221,8 +221,16 @@ def exact_std(sums: NDArray[np.int64], count: int) -> float:
     return nearest_sqrt(Fraction(count * squares - total * total, count) / unit, count - 1)
 
 
-def all_equal(parts: Sequence[Moments]) -> bool:
-    """Say whether all values are equal, where `round_std` has an answer; a std32 of 0 may only be tiny."""
+def std_and_equality(parts: Sequence[Moments]) -> tuple[float, bool] | None:
+    """Return std32 of at least two values and whether all are equal, or None where float64 cannot decide.
+
+    A std32 of 0 may be only tiny, or a constant's whose pivot was rounded, which the exact sums have to tell.
+    """
+    std, equal = round_std(parts), _all_equal(parts)
+    return None if std is None or (std == 0.0 and not equal) else (std, equal)
+
+
+def _all_equal(parts: Sequence[Moments]) -> bool:
     return len({p.pivot for p in parts if p.count}) == 1 and all(p.s2[0] == 0.0 for p in parts)
 
 

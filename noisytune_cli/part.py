@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from noisytune_cli import distributions
-from noisytune_cli.moments import Moments, all_equal, exact_std, exactly_equal, round_std
+from noisytune_cli.moments import Moments, exact_std, exactly_equal, std_and_equality
 from noisytune_cli.records import NoiseSpec, Part, PartReceipt, Reason, Receipt, Step
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ class Sums:
 
     def spread(self) -> Spread | None:
         """Return the spread of the part alone, or None where float64 cannot decide it."""
-        std = round_std(self.moments)
-        return None if std is None else Spread(std, all_equal(self.moments))
+        found = std_and_equality(self.moments)
+        return None if found is None else Spread(*found)
 
     def exact_spread(self, sums: NDArray[np.int64]) -> Spread:
         """Return the spread from the exact sums of all values."""

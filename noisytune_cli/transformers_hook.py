@@ -115,7 +115,8 @@ class NoisyTuneCallback(TrainerCallback):
         model = kwargs["model"]
         if state.global_step > 0 or args.resume_from_checkpoint or model in self._perturbed:
             return
-        if getattr(args, "deepspeed", None):
+        # `accelerate launch` sets the plugin alone.
+        if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None) is not None:
             raise UsageError(
                 "NoisyTuneCallback under DeepSpeed",
                 why="its optimizer holds copies of the weights, which would undo the noise",

@@ -102,8 +102,8 @@ def replicas() -> None:
 
 
 def exact() -> None:
-    decide = memory.round_std
-    memory.round_std = lambda parts: None
+    decide = memory.std_and_equality
+    memory.std_and_equality = lambda parts: None
     try:
         for scope in ("matrix", "global"):
             expected, parts = model(), model()
@@ -113,7 +113,7 @@ def exact() -> None:
             perturb_(expected, scope=scope)
             assert_same(expected, parts)
     finally:
-        memory.round_std = decide
+        memory.std_and_equality = decide
 
 
 def placements() -> None:

@@ -171,7 +171,9 @@ def test_refuses_a_quantised_member(tmp_path: Path) -> None:
         average([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("coefficients", [(1.0,), (1, 2, 3), (1, 0), (1, -1), (1, math.nan), (1, math.inf)])
+@pytest.mark.parametrize(
+    "coefficients", [(1.0,), (1, 2, 3), (1, 0), (1, -1), (1, math.nan), (1, math.inf), (1e308, 1e308)]
+)
 def test_refuses_bad_coefficients(coefficients: tuple[float, ...], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--coefficients"):
         average(["a", "b"], str(tmp_path / "out"), coefficients=coefficients)

@@ -192,7 +192,7 @@ def test_sums_that_float64_cannot_decide_are_exact_by_part(
 ) -> None:
     source = folder(tmp_path / "in", {C_ATTN: scaled("F32", 8, 24)})
     run(source, tmp_path / "quick", MATRIX)
-    monkeypatch.setattr("noisytune_cli.part.round_std", lambda moments: None)
+    monkeypatch.setattr("noisytune_cli.part.std_and_equality", lambda moments: None)
     monkeypatch.setattr("noisytune_cli.tensor_walk.EXACT_AT_ONCE", 2)
     run(source, tmp_path / "exact", MATRIX)
     assert (tmp_path / "exact" / "noisytune.json").read_bytes() == (

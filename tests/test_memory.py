@@ -285,7 +285,7 @@ def test_a_manifest_gives_the_noise_again(tmp_path: Path) -> None:
 def test_where_the_bound_cannot_decide_exact_sums_do(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, tensors = hostile(), hostile()
     noisytune_cli.perturb_(expected, scope=scope)
-    monkeypatch.setattr(memory, "round_std", lambda parts: None)
+    monkeypatch.setattr(memory, "std_and_equality", lambda parts: None)
     noisytune_cli.perturb_(tensors, scope=scope)
     assert {n: bits(t) for n, t in tensors.items()} == {n: bits(t) for n, t in expected.items()}
 

@@ -16,10 +16,12 @@ from noisytune_cli.moments import (
     Moments,
     exact_mean,
     exact_std,
+    exactly_equal,
     mean,
     nearest_sqrt,
     new_exact_sums,
     round_std,
+    std_and_equality,
 )
 
 CPU = open_device("cpu")
@@ -230,3 +232,15 @@ def test_a_mean_past_what_float64_sums_hold() -> None:
     sums = new_exact_sums()
     CPU.add_exact_sums(oracle.tile(numbers), "F64", sums)
     assert exact_mean(sums, 6) == float(sum(Fraction(v) for v in numbers.tolist()) / 6)
+
+
+@pytest.mark.parametrize("value", [1.1e-109, 7.3e-60, 3.1e-45, 0.1, 1e200])
+@pytest.mark.parametrize("count", [2, 3, 65, 200])
+def test_a_constant_is_one_though_its_pivot_is_rounded(value: float, count: int) -> None:
+    stored = np.full(count, value)
+    found = std_and_equality([CPU.moments(oracle.tile(stored), "F64")])
+    if found is None:  # then the exact sums tell
+        sums = new_exact_sums()
+        CPU.add_exact_sums(oracle.tile(stored), "F64", sums)
+        found = exact_std(sums, count), exactly_equal(sums, count)
+    assert found == (0.0, True)

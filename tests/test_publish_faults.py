@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from publications import KINDS, Kind, files, refuse, snapshot
 
-from noisytune_cli import system
+from noisytune_cli import renames, staging, system
 from noisytune_cli.errors import ResourceExhausted
 
 
@@ -162,3 +163,24 @@ def test_everything_is_flushed_before_success(
                     assert folder.stat().st_ino in flushed, f"{folder} was not flushed"
     last = place if place != root else (root / kind.output).parent
     assert flushed[last.stat().st_ino] == renames > 0, "the last name is not durable"
+
+
+def test_an_old_folder_that_another_run_cleared_away_meanwhile_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system, "exchange", refuse)
+    new, output = tmp_path / ".noisytune-x", tmp_path / "out"
+    for folder in (new, output):
+        folder.mkdir()
+        (folder / "name").write_text(folder.name)
+    rename = os.rename
+
+    def cleared(source: Path, target: Path) -> None:
+        rename(source, target)
+        if target == output:
+            shutil.rmtree(tmp_path / (new.name + staging.ASIDE))
+
+    monkeypatch.setattr(os, "rename", cleared)
+    renames.swap(new, output)
+    assert (output / "name").read_text() == new.name
+    assert os.listdir(tmp_path) == ["out"]

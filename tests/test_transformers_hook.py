@@ -193,6 +193,8 @@ def test_only_one_process_writes_the_record_and_deepspeed_is_refused(tmp_path: P
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="DeepSpeed"):
         Training(tmp_path, deepspeed="zero3.json").begin(callback, torch.nn.Linear(4, 4))
+    with pytest.raises(UsageError, match="DeepSpeed"):  # as `accelerate launch` sets it
+        Training(tmp_path, deepspeed_plugin=object()).begin(callback, torch.nn.Linear(4, 4))
 
 
 def test_a_trainer_runs_the_callback(tmp_path: Path) -> None:

@@ -120,6 +120,12 @@ def _check_coefficients(sources: Sequence[str], coefficients: Sequence[float]) -
                 why="a coefficient is a finite number greater than 0",
                 next_step="Leave out the checkpoints that shall not count",
             )
+    if not math.isfinite(sum(coefficients)):
+        raise UsageError(
+            "--coefficients",
+            why="they add up to more than float64 holds",
+            next_step="Divide all by the largest: only their ratios count",
+        )
     return list(coefficients)
 
 
