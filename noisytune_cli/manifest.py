@@ -39,6 +39,9 @@ _ENTRY_BYTES, _DIMENSION_BYTES = 520, 21
 #: So many tensors and parts no manifest can have, as they are counted before it is written.
 MAX_LINES = MAX_BYTES // _ENTRY_BYTES
 
+#: What to do where parts are what makes a manifest too large.
+FEWER_PARTS = "Keep the tensors with the most of them whole, with --split 'PATTERN=0:/1'"
+
 
 def encode(manifest: Manifest) -> bytes:
     """Return the manifest as JSON in ASCII, one line for each tensor and file."""
@@ -68,11 +71,15 @@ def check_recordable(plan: Plan, *, path: str | os.PathLike[str]) -> None:
             _ENTRY_BYTES + len(part.name) + _DIMENSION_BYTES * len(part.shape) for part in step.parts
         )
     if nbytes > MAX_BYTES:
+        parts = sum(len(step.parts) for step in plan.steps)
+        counted = f"{len(plan.steps):,} tensors" + (f" with {parts:,} matrices" if parts else "")
         raise InputInvalid(
             "too many tensors for one manifest",
             path=path,
-            why=f"{len(plan.steps):,} tensors can take {nbytes:,} bytes of it; the limit is {MAX_BYTES:,}",
-            next_step="Perturb its weight files one by one, each to its place in a new folder",
+            why=f"{counted} can take {nbytes:,} bytes of it; the limit is {MAX_BYTES:,}",
+            next_step=FEWER_PARTS
+            if parts
+            else "Perturb its weight files one by one, each to its place in a new folder",
         )
 
 

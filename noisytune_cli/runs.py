@@ -17,9 +17,6 @@ from noisytune_cli.records import Part
 #: The most parts that one tensor is divided into: its entry in a manifest has to stay readable in one piece.
 MAX_PARTS = 4096
 
-#: The most parts in a checkpoint: its manifest would be larger than one that is read.
-MAX_ALL_PARTS = 150_000
-
 
 def cut(
     shape: Sequence[int], axis: int, pieces: Iterable[tuple[str, int]], times: int = 1

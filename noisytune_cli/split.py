@@ -22,8 +22,9 @@ from typing import Any
 from noisytune_cli.errors import UsageError
 from noisytune_cli.families import known_parts
 from noisytune_cli.hyperparameters import Hyperparameters
+from noisytune_cli.manifest import FEWER_PARTS, MAX_LINES
 from noisytune_cli.records import FLOAT_DTYPES, Part, TensorSpec
-from noisytune_cli.runs import MAX_ALL_PARTS, MAX_PARTS, cut, within
+from noisytune_cli.runs import MAX_PARTS, cut, within
 
 _LEVEL = re.compile(r"(-?\d{1,2}):(?:/(\d{1,18})|(\d{1,18}(?:,\d{1,18})*)(?:\*(\d{1,18}))?)")
 
@@ -87,11 +88,11 @@ def divide(
             divisions[tensor.name] = Division(undivided=f"it has {len(found):,} matrices, too many to record")
         elif found:
             divisions[tensor.name] = Division(found)
-    if (count := sum(len(division.parts) for division in divisions.values())) > MAX_ALL_PARTS:
+    if (count := sum(len(division.parts) for division in divisions.values())) > MAX_LINES:
         raise UsageError(
             "--granularity matrix",
-            why=f"the checkpoint has {count:,} sub-matrices, more than the {MAX_ALL_PARTS:,} of a manifest",
-            next_step="Keep the tensors with the most of them whole, with --split 'PATTERN=0:/1'",
+            why=f"the checkpoint has {count:,} sub-matrices, more than the {MAX_LINES:,} of a manifest",
+            next_step=FEWER_PARTS,
         )
     return divisions
 

@@ -58,8 +58,9 @@ class Device(Protocol):
         first: int,
         amplitude: float,
     ) -> tuple[int, int]:
-        """Write tile + noise to `out`, which must not overlap it; return (unchanged, clamped) elements.
+        """Write tile + noise to `out`; return (unchanged, clamped) elements.
 
+        `out` is apart from the tile or, in the tile's dtype, the tile itself.
         `stream` is `stream.stream_words`, `first` the logical index of the tile's first element. The sum
         is rounded once, to `out_dtype` (None: the tile's); what `convert` gives counts as unchanged.
         """
