@@ -23,9 +23,9 @@ from torch import Tensor
 from noisytune_cli.stream import StreamWords
 from noisytune_cli.torch_kernels import BITS
 
-#: Values that a program works on at a time, and how often: a tile. Sums first add up each lane's values, then
-#: the lanes: together fewer additions in a chain than `moments.BLOCK` and the slack of RELATIVE_ERROR allow.
-LANES, STEPS = tl.constexpr(1024), tl.constexpr(8)
+#: Values that a program works on at a time, and how often: a tile. A small one would take too much of its time
+#: to read its row of the table.
+LANES, STEPS = tl.constexpr(1024), tl.constexpr(16)
 TILE = tl.constexpr(LANES.value * STEPS.value)
 
 #: How every kernel is launched; c · a and x + c · a are two roundings.
