@@ -1,9 +1,10 @@
 """The fused noise kernel: draw, add and round tensors on a CUDA device in place, by Triton.
 
 Values are read once and written once; words and coefficients never leave the registers. The bits are the
-reference's: floating-point fusion is off, the rounding to BF16 is done on the integer bits, and Gaussian
-coefficients come from the very functions of `distributions/gaussian.py`, whose float64 `+ - * / sqrt` CUDA
-rounds as IEEE 754 says. A distribution without a function in `_DRAWS` is left to `torch_kernels`.
+reference's: floating-point fusion is off, sums are rounded to BF16 on their integer bits (in
+`triton_pairs.py`, by the GPU's own instruction), and Gaussian coefficients come from the very functions of
+`distributions/gaussian.py`, whose float64 `+ - * / sqrt` CUDA rounds as IEEE 754 says. A distribution without
+a function in `_DRAWS` is left to `torch_kernels`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
@@ -19,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from noisytune_cli import stream
-from noisytune_cli.distributions import gaussian, uniform
+from noisytune_cli.distributions import gaussian
+from noisytune_cli.triton_pairs import SMALLEST_AMPLITUDE, STEP, add_to_pairs, capability, centred
+from noisytune_cli.triton_philox import words
 from noisytune_cli.triton_tables import (
     AMPLITUDE,
     COUNTER,
@@ -37,13 +39,12 @@ from noisytune_cli.triton_tables import (
     Row,
     column,
     launches,
+    round_bits,
     upcast,
     values_of,
+    word,
 )
 
-_ROUNDS = tl.constexpr(stream.ROUNDS)
-_M0, _M1, _W0, _W1 = map(tl.constexpr, (stream.M0, stream.M1, stream.W0, stream.W1))
-_ODD, _STEP = tl.constexpr(int(uniform._ODD)), tl.constexpr(float(uniform._STEP))
 _SQRT_HALF, _RADIANS = tl.constexpr(int(gaussian._SQRT_HALF)), tl.constexpr(gaussian._RADIANS)
 _WORD_STEP = tl.constexpr(2.0**-32)
 
@@ -60,28 +61,9 @@ _minus_two_ln, _turned = _shared(gaussian.minus_two_ln), _shared(gaussian.turned
 
 
 @triton.jit
-def _words(counter, k0, k1, s0, s1):
-    """Return the four u32 words of each u64 counter."""
-    c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
-    c2, c3 = tl.zeros_like(c0) + s0, tl.zeros_like(c0) + s1
-    for _ in tl.static_range(_ROUNDS):
-        # One wide multiplication each, where umulhi beside a product would be two.
-        p0, p1 = c0.to(tl.uint64) * _M0, c2.to(tl.uint64) * _M1
-        c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32)
-        c2, c3 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)
-        k0, k1 = k0 + _W0, k1 + _W1
-    return c0, c1, c2, c3
-
-
-@triton.jit
-def _centred(word):
-    return ((word >> 8).to(tl.int32) * 2 - _ODD).to(tl.float32) * _STEP
-
-
-@triton.jit
 def _uniform(w0, w1, w2, w3):
     """Return the coefficients of a counter's four words, as `uniform.coefficients`."""
-    return _centred(w0), _centred(w1), _centred(w2), _centred(w3)
+    return centred(w0) * STEP, centred(w1) * STEP, centred(w2) * STEP, centred(w3) * STEP
 
 
 @triton.jit
@@ -107,46 +89,41 @@ def _gaussian(w0, w1, w2, w3):
     return c0, c1, c2, c3
 
 
-#: The function of each distribution, and how many steps of a tile to unroll. For Gaussian noise float64 sets
-#: the pace: there several loads under way at once would gain nothing and take long to compile.
-_DRAWS = {"uniform": (_uniform, 4), "gaussian": (_gaussian, 1)}
-
-
-@triton.jit
-def _round(y, dtype: tl.constexpr):
-    """Return the bits of sums rounded to dtype, nearest-even, in u32 or u64; infinity past its range."""
-    if dtype == tl.bfloat16:
-        bits = y.to(tl.uint32, bitcast=True)
-        return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    elif dtype == tl.float16:
-        return y.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-    elif dtype == tl.float32:
-        return y.to(tl.uint32, bitcast=True)
-    else:
-        return y.to(tl.uint64, bitcast=True)
+#: The function of each distribution, steps of a tile to unroll, and whether `triton_pairs.py` does it.
+#: For Gaussian noise float64 sets the pace: there several loads under way at once would gain nothing and take
+#: long to compile.
+_DRAWS = {"uniform": (_uniform, 2, True), "gaussian": (_gaussian, 1, False)}
 
 
 @triton.jit
 def _noise_tile(
-    values, begin, end, counter, k0, k1, s0, s1, amplitude, counts,
+    values, begin, end, left, counter, k0, k1, s0, s1, amplitude,
     draw: tl.constexpr, unroll: tl.constexpr, whole: tl.constexpr,
     dtype: tl.constexpr, bits_type: tl.constexpr, infinity: tl.constexpr,
 ):  # fmt: skip
-    """Add noise to elements begin … end - 1 of a tile, whole if that is all, and count them."""
+    """Add noise to a tile, to all of it if it is `whole`; return (changed, clamped) elements.
+
+    Of one that is not, noise is added to elements begin … end - 1 whose counter has the bit of its step in
+    `left`.
+    """
+    counters: tl.constexpr = LANES // 4
     changed, clamped = tl.zeros([LANES], tl.uint32), tl.zeros([LANES], tl.uint32)
     sign_bit: tl.constexpr = bits_type.primitive_bitwidth - 1
     magnitude: tl.constexpr = (1 << sign_bit) - 1
     to_sign_bit: tl.constexpr = (1 << sign_bit) - infinity
     for step in tl.range(STEPS, loop_unroll_factor=unroll):
         at = step * LANES + tl.arange(0, LANES)
-        mask = None if whole else (at >= begin) & (at < end)
+        if whole:
+            mask = None
+        else:
+            steps = tl.broadcast_to((left >> step)[:, None], [counters, 4])
+            mask = (at >= begin) & (at < end) & ((tl.reshape(steps, [LANES]) & 1) != 0)
         before = tl.load(values + at, mask)
-        c0, c1, c2, c3 = draw(
-            *_words(counter + (step * (LANES // 4) + tl.arange(0, LANES // 4)), k0, k1, s0, s1)
-        )
+        here = counter + (tl.arange(0, counters) + step * counters)
+        c0, c1, c2, c3 = draw(*words(here.to(tl.uint32), (here >> 32).to(tl.uint32), k0, k1, s0, s1))
         c = tl.interleave(tl.interleave(c0, c2), tl.interleave(c1, c3))
         x = upcast(before, dtype)
-        bits = _round(x + c.to(x.dtype) * amplitude.to(x.dtype), dtype)
+        bits = round_bits(x + c.to(x.dtype) * amplitude.to(x.dtype), dtype)
         # Counted in arithmetic: as comparisons these would need more predicates than there are.
         infinite = ((bits & magnitude) + to_sign_bit) >> sign_bit
         # One below infinity's bits is the largest finite value; the sign is a bit of its own.
@@ -157,15 +134,13 @@ def _noise_tile(
         changed += different.to(tl.uint32)
         clamped += infinite.to(tl.uint32)
         tl.store(values + at, bits.to(bits_type), mask)
-    unchanged = (end - begin - tl.sum(changed).to(tl.int32)).to(tl.int64)
-    clamped = tl.sum(clamped).to(tl.int64)
-    tl.atomic_add(counts, unchanged, mask=unchanged > 0, sem="relaxed")
-    tl.atomic_add(counts + 1, clamped, mask=clamped > 0, sem="relaxed")
+    return tl.sum(changed).to(tl.int32), tl.sum(clamped).to(tl.int32)
 
 
 @triton.jit
 def _add_noise(
-    table, owners, counts, draw: tl.constexpr, unroll: tl.constexpr,
+    table, owners, counts,
+    draw: tl.constexpr, unroll: tl.constexpr, even: tl.constexpr, capability: tl.constexpr,
     dtype: tl.constexpr, bits_type: tl.constexpr, infinity: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
     """Add noise to this program's tile, and its (unchanged, clamped) to the tensor's."""
@@ -174,27 +149,37 @@ def _add_noise(
     begin = tl.maximum(column(table, tensor, SKIP) - start, 0).to(tl.int32)
     end = tl.minimum(column(table, tensor, END) - start, TILE).to(tl.int32)
     counter = (column(table, tensor, COUNTER) + start // 4).to(tl.uint64, bitcast=True)
-    key, sid = column(table, tensor, KEY), column(table, tensor, SID)
-    k0, k1, s0, s1 = (
-        key.to(tl.uint32),
-        (key >> 32).to(tl.uint32),
-        sid.to(tl.uint32),
-        (sid >> 32).to(tl.uint32),
-    )
+    k0, k1 = word(table, tensor, KEY, 0), word(table, tensor, KEY, 1)
+    s0, s1 = word(table, tensor, SID, 0), word(table, tensor, SID, 1)
     amplitude = column(table, tensor, AMPLITUDE).to(tl.float64, bitcast=True)
     # Four elements are a counter's: in wider accesses noise would have to change its place among threads.
     values = values_of(table, tensor, bits_type, bits_type.primitive_bitwidth // 2 if aligned else 1) + start
-    count = counts + 2 * column(table, tensor, SLOT)
-    if (begin == 0) & (end == TILE):  # what is not masked is loaded and stored in wide accesses
-        _noise_tile(
-            values, begin, end, counter, k0, k1, s0, s1, amplitude, count,
+    whole = (begin == 0) & (end == TILE)
+    left = tl.full([LANES // 4], 0xFFFFFFFF, tl.uint32)
+    if even and aligned and bits_type.primitive_bitwidth == 16:
+        changed, clamped = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
+        c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+        if whole & (amplitude >= SMALLEST_AMPLITUDE) & (c0 <= 2**32 - TILE // 4):
+            changed, left = add_to_pairs(values, c0, c1, k0, k1, s0, s1, amplitude, dtype, capability)
+        if tl.max(left) > 0:
+            more, clamped = _noise_tile(
+                values, begin, end, left, counter, k0, k1, s0, s1, amplitude,
+                draw, 1, False, dtype, bits_type, infinity,
+            )  # fmt: skip
+            changed += more
+    elif whole:  # what is not masked is loaded and stored in wide accesses
+        changed, clamped = _noise_tile(
+            values, begin, end, left, counter, k0, k1, s0, s1, amplitude,
             draw, unroll, True, dtype, bits_type, infinity,
         )  # fmt: skip
     else:
-        _noise_tile(
-            values, begin, end, counter, k0, k1, s0, s1, amplitude, count,
+        changed, clamped = _noise_tile(
+            values, begin, end, left, counter, k0, k1, s0, s1, amplitude,
             draw, 1, False, dtype, bits_type, infinity,
         )  # fmt: skip
+    unchanged, count = end - begin - changed, counts + 2 * column(table, tensor, SLOT)
+    tl.atomic_add(count, unchanged.to(tl.int64), mask=unchanged > 0, sem="relaxed")
+    tl.atomic_add(count + 1, clamped.to(tl.int64), mask=clamped > 0, sem="relaxed")
 
 
 def offers(distribution: str) -> bool:
@@ -207,10 +192,10 @@ def add_noise(rows: Sequence[Row], distribution: str) -> Tensor:
 
     Returns [rows, 2] int64 (unchanged, clamped) elements on the device; nothing waits for it.
     """
-    counts = torch.zeros((len(rows), 2), dtype=torch.int64, device=rows[0].values.device)
-    draw, unroll = _DRAWS[distribution]
+    device = rows[0].values.device
+    counts = torch.zeros((len(rows), 2), dtype=torch.int64, device=device)
+    draw, unroll, even = _DRAWS[distribution]
+    how = {"draw": draw, "unroll": unroll, "even": even, "capability": capability(device), **OPTIONS}
     for launch in launches(rows):
-        _add_noise[(launch.tiles,)](
-            launch.table, launch.owners, counts, draw=draw, unroll=unroll, **launch.kind, **OPTIONS
-        )
+        _add_noise[(launch.tiles,)](launch.table, launch.owners, counts, **launch.kind, **how)
     return counts

@@ -133,6 +133,12 @@ def column(table, tensor, index: tl.constexpr):
 
 
 @triton.jit
+def word(table, tensor, index: tl.constexpr, half: tl.constexpr):
+    """Return the lower (0) or upper (1) 32 bits of a number of a tensor's row."""
+    return tl.load((table + tensor * _COLUMNS + index).to(tl.pointer_type(tl.uint32)) + half)
+
+
+@triton.jit
 def values_of(table, tensor, bits_type: tl.constexpr, alignment: tl.constexpr):
     """Return a pointer, aligned to so many bytes, to stored bits SKIP elements before a tensor's first."""
     return tl.multiple_of(column(table, tensor, POINTER).to(tl.pointer_type(bits_type)), alignment)
@@ -147,3 +153,17 @@ def upcast(bits, dtype: tl.constexpr):
         return bits.to(tl.float16, bitcast=True).to(tl.float32)
     else:
         return bits.to(dtype, bitcast=True)
+
+
+@triton.jit
+def round_bits(y, dtype: tl.constexpr):
+    """Return the bits of sums rounded to dtype, nearest-even, in u32 or u64; infinity past its range."""
+    if dtype == tl.bfloat16:
+        bits = y.to(tl.uint32, bitcast=True)
+        return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    elif dtype == tl.float16:
+        return y.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    elif dtype == tl.float32:
+        return y.to(tl.uint32, bitcast=True)
+    else:
+        return y.to(tl.uint64, bitcast=True)

@@ -1,9 +1,9 @@
 """CUDA GPUs, `cuda` and `cuda:N`: fused Triton kernels where they can run, torch operations otherwise.
 
 A fused kernel has to prove itself the first time that a dtype (and distribution) asks for it, on values of
-both alignments, of whole and cut tiles, subnormal sums among them: its bits must be those of the NumPy
-reference. Where Triton, its compiler or these bits are missing, and for what the kernels do not offer (sums
-rounded to another dtype), the torch operations, which prove themselves likewise, do the work.
+both alignments, of whole and cut tiles, subnormal sums and sums that overflow among them: its bits must be
+those of the NumPy reference. Where Triton, its compiler or these bits are missing, and for what the kernels
+do not offer (sums rounded to another dtype), the torch operations, which prove themselves likewise, do it.
 """
 
 from __future__ import annotations
@@ -76,9 +76,11 @@ def adds_exactly(device: torch.device, dtype: torch.dtype, distribution: str) ->
     if not triton_noise.offers(distribution):
         return False
     seed, name = 2**64 - 1, "w"
+    # Nearly half of the largest value that both the dtype and the amplitude, a float32, can hold.
+    large = 0.496 * min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
     try:
         for first in (2**63, 2**63 + 1):
-            for scale in (1.0, 2.0**-126):
+            for scale in (1.0, large, 2.0**-12, 2.0**-126):
                 values = _samples(dtype, scale)
                 c = stream.coefficients(distribution, seed, name, first, values.numel())
                 stored, label = _stored(values), torch_kernels.NAMES[dtype]
