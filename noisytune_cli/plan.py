@@ -164,6 +164,8 @@ def confirm_ties(plan: Plan, confirmed: Collection[Tie]) -> Plan:
     all candidates' names follow. Ties that needed no confirmation stay.
     """
     certain = tuple(tie for tie in plan.ties if tie.evidence != "equal-bytes")
+    if len(certain) == len(plan.ties) and not confirmed:
+        return plan
     names = [name for tie in plan.ties if tie.evidence == "equal-bytes" for name in tie.all_names]
     filters = _filters(plan.noise, match_names(_patterns(plan.noise), names))
     settled = frozenset(names)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.overlaps import find_overlap, place, strides
@@ -169,9 +171,6 @@ def _checked(name: str, value: object) -> Tensor:
 
 
 def _why_not(tensor: Tensor) -> str | None:
-    from torch.nn.parameter import is_lazy
-    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
     if is_lazy(tensor):
         return "it is not initialised yet"
     if tensor.is_nested:

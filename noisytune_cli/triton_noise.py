@@ -111,13 +111,14 @@ def _noise_tile(
     sign_bit: tl.constexpr = bits_type.primitive_bitwidth - 1
     magnitude: tl.constexpr = (1 << sign_bit) - 1
     to_sign_bit: tl.constexpr = (1 << sign_bit) - infinity
-    for step in tl.range(STEPS, loop_unroll_factor=unroll):
+    steps = STEPS if whole else tl.cdiv(end, LANES)
+    for step in tl.range(steps, loop_unroll_factor=unroll):
         at = step * LANES + tl.arange(0, LANES)
         if whole:
             mask = None
         else:
-            steps = tl.broadcast_to((left >> step)[:, None], [counters, 4])
-            mask = (at >= begin) & (at < end) & ((tl.reshape(steps, [LANES]) & 1) != 0)
+            wanted = tl.broadcast_to((left >> step)[:, None], [counters, 4])
+            mask = (at >= begin) & (at < end) & ((tl.reshape(wanted, [LANES]) & 1) != 0)
         before = tl.load(values + at, mask)
         here = counter + (tl.arange(0, counters) + step * counters)
         c0, c1, c2, c3 = draw(*words(here.to(tl.uint32), (here >> 32).to(tl.uint32), k0, k1, s0, s1))
@@ -188,7 +189,7 @@ def offers(distribution: str) -> bool:
 
 
 def add_noise(rows: Sequence[Row], distribution: str) -> Tensor:
-    """Add noise in place to tensors of one device, each [n], contiguous, finite and not empty, without grad.
+    """Add noise in place to tensors of one device, each contiguous, finite and not empty, without grad.
 
     Returns [rows, 2] int64 (unchanged, clamped) elements on the device; nothing waits for it.
     """

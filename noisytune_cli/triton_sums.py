@@ -60,7 +60,8 @@ def _tile_sums(
     """Return Σd and Σd² of a tile, d = x - pivot, and how many F64 values are not finite."""
     first, second = tl.zeros([_CHAINS], tl.float64), tl.zeros([_CHAINS], tl.float64)
     wild = tl.zeros([LANES], tl.int32)
-    for step in tl.range(STEPS, loop_unroll_factor=unroll):
+    steps = STEPS if whole else tl.cdiv((end - start).to(tl.int32), LANES)
+    for step in tl.range(steps, loop_unroll_factor=unroll):
         at = start + step * LANES + tl.arange(0, LANES)
         if whole:
             bits = tl.load(values + at)
@@ -144,7 +145,7 @@ def _add_up(table, partials, sums, wide: tl.constexpr):
 
 
 def sums(values: Sequence[Tensor]) -> Tensor:
-    """Return float64 [tensors, SUMS] of tensors of one device, each [n], contiguous and not empty.
+    """Return float64 [tensors, SUMS] of tensors of one device, each contiguous and not empty.
 
     The columns are those of `torch_kernels.sums`. Nothing waits for the result.
     """

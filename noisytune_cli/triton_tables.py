@@ -10,9 +10,10 @@ not the first of its counter, its row begins up to three elements before it, and
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +24,11 @@ from torch import Tensor
 from noisytune_cli.stream import StreamWords
 from noisytune_cli.torch_kernels import BITS
 
-#: Values that a program works on at a time, and how often: a tile. A small one would take too much of its time
-#: to read its row of the table.
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+#: Values that a program works on at a time, and how often: a tile. To read its row of the table must not be
+#: too large a share of the work.
 LANES, STEPS = tl.constexpr(1024), tl.constexpr(16)
 TILE = tl.constexpr(LANES.value * STEPS.value)
 
@@ -37,7 +41,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 #: Bytes that tensors have to be aligned to for loads of full width.
 ALIGNMENT = tl.constexpr(16)
 
-#: The numbers of a row, all int64.
+#: The numbers of a row, all int64; words past 2^63 and the amplitude, a float64, as the bits that they are.
 POINTER, SLOT, TILES, FIRST_TILE, SKIP, END, COUNTER, KEY, SID, AMPLITUDE = map(tl.constexpr, range(10))
 _COLUMNS = tl.constexpr(10)
 
@@ -50,23 +54,13 @@ _TYPES: dict[torch.dtype, Any] = {
 _INTEGERS = {torch.int64: tl.uint64, torch.int32: tl.uint32, torch.int16: tl.uint16}
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A tensor to work on, [n] and contiguous, and its noise; none where it is only measured."""
+class Row(NamedTuple):
+    """A tensor to work on, contiguous, and its noise; none where it is only measured."""
 
     values: Tensor
     stream: StreamWords = (0, 0, 0, 0)
     first: int = 0
     amplitude: float = 0.0
-
-    @property
-    def skip(self) -> int:
-        """Elements of the first counter before the tensor's own."""
-        return self.first % 4
-
-    def is_aligned(self) -> bool:
-        """Say whether every tile can be loaded and stored at full width."""
-        return self.skip == 0 and self.values.data_ptr() % ALIGNMENT.value == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,36 +88,35 @@ def launches(rows: Sequence[Row]) -> Iterator[Launch]:
     The results of `rows[i]` go to row i of the kernel's result.
     """
     device = rows[0].values.device
-    groups: dict[tuple[torch.dtype, bool], list[int]] = {}
+    groups: dict[tuple[torch.dtype, bool], list[tuple[int, ...]]] = {}
+    tiles_of: Counter[tuple[torch.dtype, bool]] = Counter()
     for slot, row in enumerate(rows):
-        groups.setdefault((row.values.dtype, row.is_aligned()), []).append(slot)
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        for (dtype, aligned), slots in groups.items():
-            yield _launch(rows, slots, dtype, aligned)
-
-
-def _launch(rows: Sequence[Row], slots: Sequence[int], dtype: torch.dtype, aligned: bool) -> Launch:
-    table = np.empty((len(slots), _COLUMNS.value), np.int64)
-    first_tile = 0
-    for line, slot in zip(table, slots, strict=True):
-        row = rows[slot]
-        end = row.skip + row.values.numel()
+        values, (k0, k1, s0, s1), skip = row.values, row.stream, row.first % 4
+        pointer, end = values.data_ptr() - skip * values.element_size(), skip + values.numel()
+        # Whether every tile can be loaded and stored at full width.
+        kind = values.dtype, skip == 0 and pointer % ALIGNMENT.value == 0
         tiles = -(-end // TILE.value)
-        pointer = row.values.data_ptr() - row.skip * row.values.element_size()
-        k0, k1, s0, s1 = row.stream
-        # In the order of the columns; the amplitude, and words past 2^63, as the bits that they are.
-        whole = np.array([row.first // 4, k0 | k1 << 32, s0 | s1 << 32], np.uint64)
-        line[:] = (pointer, slot, tiles, first_tile, row.skip, end, *whole.view(np.int64), 0)
-        line.view(np.float64)[AMPLITUDE.value] = row.amplitude
-        first_tile += tiles
-    device = rows[slots[0]].values.device
-    host = torch.from_numpy(table)
+        # In the order of the columns.
+        groups.setdefault(kind, []).append(
+            (pointer, slot, tiles, tiles_of[kind], skip, end, row.first // 4, k0 | k1 << 32, s0 | s1 << 32, 0)
+        )
+        tiles_of[kind] += tiles
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        for (dtype, aligned), lines in groups.items():
+            table = np.array(lines, np.uint64)
+            table.view(np.float64)[:, AMPLITUDE.value] = [rows[line[SLOT.value]].amplitude for line in lines]
+            integer, infinity = BITS[dtype]
+            names = {"dtype": _TYPES[dtype], "bits_type": _INTEGERS[integer], "infinity": infinity}
+            held, owners = _to_device(table, tiles_of[dtype, aligned], device)
+            yield Launch(held, owners, {**names, "aligned": aligned})
+
+
+def _to_device(table: NDArray[np.uint64], tiles: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return a table on the device, and for each of its tiles the row that it belongs to."""
+    host = torch.from_numpy(table.view(np.int64))
     # Pinned, because a copy from other memory would wait for the device.
     held = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
-    owners = torch.repeat_interleave(held[:, TILES.value].contiguous(), output_size=first_tile)
-    integer, infinity = BITS[dtype]
-    kind = {"dtype": _TYPES[dtype], "bits_type": _INTEGERS[integer], "infinity": infinity, "aligned": aligned}
-    return Launch(held, owners, kind)
+    return held, torch.repeat_interleave(held[:, TILES.value].contiguous(), output_size=tiles)
 
 
 @triton.jit

@@ -23,7 +23,9 @@ from noisytune_cli.devices.torch import NUMPY
 
 pytest.importorskip("triton")
 
-from noisytune_cli import triton_noise, triton_pairs, triton_sums, triton_tables
+from triton_tiles import resize
+
+from noisytune_cli import triton_noise, triton_sums
 from noisytune_cli.triton_tables import INTERPRETED, LANES, STEPS, Row
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -44,14 +46,6 @@ def small_tiles() -> Iterator[None]:
         if INTERPRETED:
             resize(patch, 2)
         yield
-
-
-def resize(patch: pytest.MonkeyPatch, steps: int) -> None:
-    """Make tiles of so many steps."""
-    for module in (triton_tables, triton_noise, triton_pairs, triton_sums):
-        patch.setattr(module, "STEPS", type(LANES)(steps))
-        if hasattr(module, "TILE"):
-            patch.setattr(module, "TILE", type(LANES)(steps * LANES.value))
 
 
 @pytest.fixture(autouse=True)
