@@ -1,18 +1,18 @@
 """Measure tensors where they lie, and add noise to them in place.
 
 Host memory goes through the compiled loops without a copy. On a CUDA device a few launches of fused kernels,
-or else torch operations, are queued for all tensors before the first result is fetched: so it is waited for
-once for the sums and once for the counts, whatever the number of tensors. What cannot be worked on where it
-lies takes a detour, one tensor at a time: values that are not contiguous by way of a contiguous copy; those
-of devices without float64 or of a kind not proven exact, and parts in several runs on a device, by way of the
-host.
+or else torch operations, are queued for all tensors given before the first result is fetched: so it is waited
+for once for the sums and once for the counts, whatever the number of tensors. What cannot be worked on where
+it lies takes a detour, one tensor at a time: values that are not contiguous by way of a contiguous copy;
+those of devices without float64 or of a kind not proven exact, and parts in several runs on a device, by way
+of the host.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from noisytune_cli import torch_kernels
 from noisytune_cli.crew import Crew, Hands, Pass, Task, default_threads
+from noisytune_cli.device_results import Queued, fetch, send
 from noisytune_cli.devices import cuda
 from noisytune_cli.devices.cpu import Cpu
 from noisytune_cli.errors import ResourceExhausted
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
 
 #: Bytes of a tile in host memory: Python's part of the work on one is then below 1 %.
 _TILE_BYTES = 4 << 20
-
-#: Rows of results on a device, and the indices of the parts that they belong to.
-_Queued = tuple[Sequence[int], Tensor]
 
 _CPU = Cpu()
 
@@ -56,8 +54,8 @@ def measure(parts: Sequence[Held], threads: int | None = None) -> list[list[Mome
     """Return the moments of each part; one Moments, or none if it is empty, of a sharded part."""
     found: list[list[Moments]] = [[] for _ in parts]
     here, elsewhere = _split(parts)
-    with torch.no_grad(), _enough_memory():
-        queued = list(_queue_sums(parts, here))
+    with torch.no_grad(), enough_memory():
+        queued = send(_queue_sums(parts, here))
         on_host(
             [
                 functools.partial(_measure, parts[i].values, found[i], whole=parts[i].mesh is not None)
@@ -65,7 +63,7 @@ def measure(parts: Sequence[Held], threads: int | None = None) -> list[list[Mome
             ],
             threads,
         )
-        for i, row in _fetch(queued):
+        for i, row in fetch(queued):
             found[i] = [torch_kernels.moments_of(row, parts[i].values)]
     return found
 
@@ -80,16 +78,24 @@ def exact_sums(part: Held) -> NDArray[np.int64]:
     return sums
 
 
-def add_noise(doses: Sequence[Dose], threads: int | None = None) -> list[tuple[int, int]]:
-    """Add the noise of each dose to its part; return (unchanged, clamped) elements of each."""
+def begin_noise(doses: Sequence[Dose], threads: int | None = None) -> Callable[[], list[tuple[int, int]]]:
+    """Add the noise of each dose to its part, which devices may still be at when this returns.
+
+    Returns what waits for them and returns (unchanged, clamped) elements of each.
+    """
     counts: list[list[int]] = [[0, 0] for _ in doses]
     here, elsewhere = _split([dose.held for dose in doses])
-    with torch.no_grad(), _enough_memory():
-        queued = list(_queue_noise(doses, here))
+    with torch.no_grad(), enough_memory():
+        queued = send(_queue_noise(doses, here))
         on_host([functools.partial(_add, doses[i], counts[i]) for i in elsewhere], threads)
-        for i, row in _fetch(queued):
-            counts[i] = [int(count) for count in row]
-    return [(unchanged, clamped) for unchanged, clamped in counts]
+
+    def counted() -> list[tuple[int, int]]:
+        with enough_memory():
+            for i, row in fetch(queued):
+                counts[i] = [int(count) for count in row]
+        return [(unchanged, clamped) for unchanged, clamped in counts]
+
+    return counted
 
 
 def _split(parts: Sequence[Held]) -> tuple[list[int], list[int]]:
@@ -98,14 +104,18 @@ def _split(parts: Sequence[Held]) -> tuple[list[int], list[int]]:
     elsewhere: list[int] = []
     for i, part in enumerate(parts):
         if part.values.numel():
-            stays = len(part.runs) == 1 and _is_exact_device(str(part.values.device))
+            stays = len(part.runs) == 1 and is_exact(part.values.device)
             (here if stays else elsewhere).append(i)
     return here, elsewhere
 
 
+def is_exact(device: torch.device) -> bool:
+    """Say whether torch operations on a device have float64 and give the reference's bits."""
+    return _is_exact_device(str(device))
+
+
 @functools.cache
 def _is_exact_device(name: str) -> bool:
-    """Say whether torch operations on a device have float64 and give the reference's bits."""
     from noisytune_cli.devices import torch as torch_device
 
     return bool(re.fullmatch(r"cuda(:\d+)?", name)) and torch_device.is_exact(
@@ -113,27 +123,27 @@ def _is_exact_device(name: str) -> bool:
     )
 
 
-def _queue_sums(parts: Sequence[Held], indices: Sequence[int]) -> Iterator[_Queued]:
+def _queue_sums(parts: Sequence[Held], indices: Sequence[int]) -> Iterator[Queued]:
     """Measure parts on their devices."""
     fused: dict[torch.device, list[int]] = {}
     for i in indices:
         values = parts[i].values
-        if _lies_flat(values) and cuda.sums_exactly(values.device, values.dtype):
+        if lies_flat(values) and cuda.sums_exactly(values.device, values.dtype):
             fused.setdefault(values.device, []).append(i)
         else:
             yield [i], torch_kernels.sums([flat(values)])
     for group in fused.values():
         from noisytune_cli import triton_sums
 
-        yield group, triton_sums.sums([flat(parts[i].values) for i in group])
+        yield group, triton_sums.sums([parts[i].values for i in group])
 
 
-def _queue_noise(doses: Sequence[Dose], indices: Sequence[int]) -> Iterator[_Queued]:
+def _queue_noise(doses: Sequence[Dose], indices: Sequence[int]) -> Iterator[Queued]:
     """Add noise to parts on their devices."""
     fused: dict[tuple[torch.device, str], list[int]] = {}
     for i in indices:
         values, distribution = doses[i].held.values, doses[i].distribution
-        if _lies_flat(values) and cuda.adds_exactly(values.device, values.dtype, distribution):
+        if lies_flat(values) and cuda.adds_exactly(values.device, values.dtype, distribution):
             fused.setdefault((values.device, distribution), []).append(i)
         else:
             yield [i], _add_on_device(doses[i]).view(1, -1)
@@ -142,22 +152,10 @@ def _queue_noise(doses: Sequence[Dose], indices: Sequence[int]) -> Iterator[_Que
         from noisytune_cli.triton_tables import Row
 
         rows = [
-            Row(flat(d.held.values), d.stream, d.held.runs[0].first, d.amplitude)
-            for d in (doses[i] for i in group)
+            Row(d.held.values, d.stream, d.held.runs[0].first, d.amplitude) for d in (doses[i] for i in group)
         ]
         yield group, triton_noise.add_noise(rows, distribution)
-        for i in group:
-            _tell_autograd(doses[i].held.values)
-
-
-def _fetch(queued: Sequence[_Queued]) -> Iterator[tuple[int, list[float]]]:
-    """Yield each index with its row of the results, waiting for each device once."""
-    by_device: dict[torch.device, list[_Queued]] = {}
-    for indices, rows in queued:
-        by_device.setdefault(rows.device, []).append((indices, rows))
-    for results in by_device.values():
-        order = [i for indices, _ in results for i in indices]
-        yield from zip(order, torch.cat([rows for _, rows in results]).tolist(), strict=True)
+        _tell_autograd([doses[i].held.values for i in group])
 
 
 def _add_on_device(dose: Dose) -> Tensor:
@@ -172,15 +170,14 @@ def _add_on_device(dose: Dose) -> Tensor:
             first=run.first,
             amplitude=dose.amplitude,
         )
-        if not _lies_flat(values):
+        if not lies_flat(values):
             values.copy_(every.view(values.shape))
     return counts
 
 
-def _tell_autograd(values: Tensor) -> None:
-    """Count a change that torch did not see."""
-    with torch.inference_mode(True) if values.is_inference() else torch.no_grad():
-        torch.autograd.graph.increment_version(values)
+def _tell_autograd(changed: Sequence[Tensor]) -> None:
+    """Count a change that torch did not see; tensors of inference mode count none."""
+    torch.autograd.graph.increment_version([values for values in changed if not values.is_inference()])
 
 
 def on_host(tasks: Sequence[Task], threads: int | None) -> None:
@@ -237,21 +234,21 @@ def _add(dose: Dose, counts: list[int], hands: Hands) -> None:
 def put_back(values: Tensor, target: Tensor) -> None:
     """Write the `host_values` of a tensor, which have changed, to it where they are a copy."""
     # Autograd is a thread's own setting, and this may not be the caller's thread.
-    if _lies_flat(target) and target.device.type == "cpu":
-        _tell_autograd(target)
+    if lies_flat(target) and target.device.type == "cpu":
+        _tell_autograd([target])
     else:
         with torch.inference_mode(True) if target.is_inference() else torch.no_grad():
             target.copy_(values.view(target.shape))
 
 
-def _lies_flat(values: Tensor) -> bool:
+def lies_flat(values: Tensor) -> bool:
     """Say whether values lie in memory in row-major order, aligned and as they are."""
     return values.is_contiguous() and not values.is_neg() and values.data_ptr() % values.element_size() == 0
 
 
 def flat(values: Tensor) -> Tensor:
     """Return values as [n] in row-major order: their own memory if they lie flat, else a copy."""
-    if not _lies_flat(values):
+    if not lies_flat(values):
         values = torch.empty_like(values, memory_format=torch.contiguous_format).copy_(values)
     return values.view(-1)
 
@@ -274,7 +271,7 @@ def tiles_of(values: Tensor, start: int, count: int) -> Iterator[tuple[memoryvie
 
 
 @contextmanager
-def _enough_memory() -> Iterator[None]:
+def enough_memory() -> Iterator[None]:
     """Turn a device's running out of memory into the error the user sees."""
     try:
         yield

@@ -2,7 +2,8 @@
 
 The same plan, streams and standard deviations as for a file, over tensors that are already loaded. First
 everything is measured, then every amplitude is settled, then noise is added: so a device is not waited for
-tensor by tensor, a refusal changes nothing, and sharded tensors need one exchange for all of them.
+tensor by tensor, and sharded tensors need one exchange for all of them. What a GPU measures ahead of the plan
+goes in batches instead, in front of all else. A refusal changes nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from noisytune_cli import __version__, distributions, in_place, in_place_parts, subnormals
 from noisytune_cli.errors import UsageError
+from noisytune_cli.in_place_ahead import SumsAhead
 from noisytune_cli.manifest_reader import read_manifest
 from noisytune_cli.memory_arguments import (
     Pairs,
@@ -24,6 +26,7 @@ from noisytune_cli.memory_arguments import (
     patterns,
     thread_count,
 )
+from noisytune_cli.memory_noise import batches, begin, receipts_of
 from noisytune_cli.memory_plan import (
     OPTIONS_THAT_EXCLUDE,
     Matrix,
@@ -33,22 +36,18 @@ from noisytune_cli.memory_plan import (
     recorded_parameters,
 )
 from noisytune_cli.moments import Moments, exact_std, exactly_equal, std_and_equality
-from noisytune_cli.part import summed
 from noisytune_cli.plan import check_outcomes
 from noisytune_cli.records import (
     Action,
     Granularity,
     Manifest,
     NoiseSpec,
-    PartReceipt,
     Receipt,
     Scope,
     SourceRecord,
-    Step,
 )
 from noisytune_cli.resident import Names, residents_of
 from noisytune_cli.sharded import Held, share_exact_sums, share_moments
-from noisytune_cli.stream import stream_words
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -104,6 +103,8 @@ def perturb_(
     fresh_patterns, count = patterns("fresh_names", fresh_names), thread_count(threads)
     source = SourceRecord(type(model).__name__, None, ())
     tensors, is_module = _named_tensors(model)
+    # Not where it may be for nothing: a manifest has the amplitudes, and patterns may choose a few tensors.
+    ahead = SumsAhead(value for _, value in tensors if manifest is None and not spec.include)
     residents = residents_of(tensors, names)
     if manifest is None:
         parameters = plan_parameters(
@@ -114,12 +115,19 @@ def perturb_(
         spec, source = recorded.noise, recorded.source
         parameters = recorded_parameters(residents, recorded)
     leave_out(parameters, frozen=frozen, fresh=fresh, fresh_names=fresh_patterns)
-    if manifest is None:
-        _settle(parameters, spec, count)
+    begun = []
+    for batch in batches(parameters, spec, ahead):
+        if manifest is None:
+            _settle(batch, spec, count, ahead)
+        begun.append((batch, begin(batch, spec, count)))
+    # Where this refuses, no noise was added.
     check_outcomes(spec, (p.outcome() for p in parameters), path=source.id, advice=OPTIONS_THAT_EXCLUDE)
-    _add(parameters, spec, count)
-    receipts = tuple(receipt for parameter in parameters for receipt in _receipts(parameter, spec))
-    return Manifest("noisytune", __version__, source, spec, receipts)
+    receipts: dict[int, list[Receipt]] = {}
+    for batch, finish in begun:
+        finish()
+        receipts |= {id(parameter): receipts_of(parameter, spec) for parameter in batch}
+    in_order = tuple([receipt for parameter in parameters for receipt in receipts[id(parameter)]])
+    return Manifest("noisytune", __version__, source, spec, in_order)
 
 
 def _named_tensors(model: nn.Module | Mapping[str, Tensor]) -> tuple[list[tuple[str, object]], bool]:
@@ -162,7 +170,7 @@ def _read(manifest: Manifest | str | os.PathLike[str], spec: NoiseSpec) -> Manif
     return manifest if isinstance(manifest, Manifest) else read_manifest(Path(manifest)).manifest
 
 
-def _settle(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int) -> None:
+def _settle(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int, ahead: SumsAhead) -> None:
     """Give each matrix its std and its amplitude, or the reason why it has none."""
     wanted: list[tuple[Parameter, Matrix]] = []
     for parameter in parameters:
@@ -171,7 +179,7 @@ def _settle(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int) -> 
                 matrix.reason = "one-element"
             if matrix.reason is None:
                 wanted.append((parameter, matrix))
-    moments = _measure(wanted, threads)
+    moments = _measure(wanted, threads, ahead)
     finite = []
     for i, (_, matrix) in enumerate(wanted):
         if all(m.finite for m in moments[i]):
@@ -179,7 +187,7 @@ def _settle(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int) -> 
         else:
             matrix.reason = "non-finite"
     groups = [_once(finite, wanted)] if noise.scope == "global" else [[i] for i in finite]
-    counts = [sum(_elements(*wanted[i]) for i in group) for group in groups]
+    counts = [sum([_elements(*wanted[i]) for i in group]) for group in groups]
     spreads = [
         # Of fewer than two values there is no std, and nothing to scale noise with.
         std_and_equality([m for i in group for m in moments[i]]) if count > 1 else (0.0, True)
@@ -204,10 +212,17 @@ def _once(indices: Sequence[int], wanted: Sequence[tuple[Parameter, Matrix]]) ->
     return list(dict(zip(keys, indices, strict=True)).values())
 
 
-def _measure(wanted: Sequence[tuple[Parameter, Matrix]], threads: int) -> list[list[Moments]]:
+def _measure(
+    wanted: Sequence[tuple[Parameter, Matrix]], threads: int, ahead: SumsAhead
+) -> list[list[Moments]]:
     """Return the moments of each matrix; of divided parameters, one parameter is measured at a time."""
     moments: list[list[Moments]] = [[] for _ in wanted]
-    whole = [i for i, (_, matrix) in enumerate(wanted) if matrix.part is None]
+    whole = []
+    for i, (parameter, matrix) in enumerate(wanted):
+        if matrix.part is None and parameter.resident.tensor in ahead:
+            moments[i] = [ahead.moments(parameter.resident.tensor)]
+        elif matrix.part is None:
+            whole.append(i)
     held = [wanted[i][0].resident.held for i in whole]
     for i, found in zip(whole, share_moments(held, in_place.measure(held, threads)), strict=True):
         moments[i] = found
@@ -242,59 +257,3 @@ def _take(matrix: Matrix, lam: float, noise: NoiseSpec, std: float, *, constant:
         matrix.reason = "unrepresentable"
         return
     matrix.amplitude = amplitude
-
-
-def _add(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int) -> None:
-    noised, doses = [], []
-    divided, parted = [], []
-    for parameter in parameters:
-        amplitudes = tuple(None if m.reason is not None else m.amplitude for m in parameter.matrices)
-        if amplitudes.count(None) == len(amplitudes):
-            continue
-        held, stream = parameter.resident.held, stream_words(noise.seed, parameter.steps[0].stream)
-        if parameter.parts:
-            divided.append(parameter)
-            parted.append(
-                in_place_parts.PartedDose(held, parameter.parts, noise.distribution, stream, amplitudes)
-            )
-        elif amplitudes[0] is not None:
-            noised.append(parameter)
-            doses.append(in_place.Dose(held, noise.distribution, stream, amplitudes[0]))
-    for parameter, counts in zip(noised, in_place.add_noise(doses, threads), strict=True):
-        (matrix,) = parameter.matrices
-        matrix.unchanged, matrix.clamped = counts
-    for parameter, by_part in zip(divided, in_place_parts.add_noise(parted, threads), strict=True):
-        for matrix, counts in zip(parameter.matrices, by_part, strict=True):
-            matrix.unchanged, matrix.clamped = counts
-
-
-def _receipts(parameter: Parameter, noise: NoiseSpec) -> list[Receipt]:
-    """Return what was done, once for each name of a parameter."""
-    receipts = []
-    for step in parameter.steps:
-        done = [_done(matrix, step, noise) for matrix in parameter.matrices]
-        if parameter.parts:
-            parts = tuple(
-                PartReceipt(part=part, **fields) for part, fields in zip(parameter.parts, done, strict=True)
-            )
-            receipts.append(summed(step, parts, "", ""))
-        else:
-            receipts.append(Receipt(step=step, source_digest="", digest="", **done[0]))
-    return receipts
-
-
-def _done(matrix: Matrix, step: Step, noise: NoiseSpec) -> dict[str, Any]:
-    amplitude = matrix.amplitude
-    noise_range = {} if amplitude is None else distributions.load(noise.distribution).noise_range(amplitude)
-    return {
-        "action": "copy" if amplitude is None else "perturb",
-        "reason": matrix.reason,
-        "lam": 0.0 if amplitude is None else step.lam,
-        "std": matrix.std,
-        "amplitude": amplitude,
-        "low": noise_range.get("low"),
-        "high": noise_range.get("high"),
-        "noise_std": noise_range.get("noise_std"),
-        "unchanged": matrix.unchanged,
-        "clamped": matrix.clamped,
-    }

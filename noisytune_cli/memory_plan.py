@@ -22,6 +22,7 @@ from noisytune_cli.records import (
     Tie,
 )
 from noisytune_cli.resident import Resident, same_bytes
+from noisytune_cli.stream import StreamWords, stream_words
 from noisytune_cli.ties import split_tie
 
 #: What to say to those whose options leave nothing to perturb.
@@ -45,15 +46,18 @@ class Matrix:
 
 @dataclass(slots=True)
 class Parameter:
-    """One parameter: a step for each of its names, and its matrices."""
+    """One parameter: a step for each of its names, the words of its stream, and its matrices."""
 
     resident: Resident
     steps: tuple[Step, ...]
+    stream: StreamWords
     matrices: list[Matrix] = field(default_factory=list)
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """The parts that have a std each, none if the parameter is one matrix."""
+        if len(self.matrices) == 1 and self.matrices[0].part is None:
+            return ()  # as nearly always
         return tuple(matrix.part for matrix in self.matrices if matrix.part is not None)
 
     def outcome(self) -> tuple[Action, Reason | None]:
@@ -88,15 +92,16 @@ def plan_parameters(
     plan = confirm_ties(plan, confirmed)
     check_not_empty(plan, path=source, advice=OPTIONS_THAT_EXCLUDE)
     steps = {step.tensor.name: step for step in plan.steps}
-    return [_planned(resident, tuple(steps[name] for name in resident.names)) for resident in residents]
+    return [_planned(r, tuple([steps[name] for name in r.names]), noise.seed) for r in residents]
 
 
-def _planned(resident: Resident, steps: tuple[Step, ...]) -> Parameter:
+def _planned(resident: Resident, steps: tuple[Step, ...], seed: int) -> Parameter:
     step = steps[0]
+    stream = stream_words(seed, step.stream)
     if step.reason is not None or not step.parts:
-        return Parameter(resident, steps, [Matrix(None, step.reason)])
+        return Parameter(resident, steps, stream, [Matrix(None, step.reason)])
     _refuse_sharded(resident)
-    return Parameter(resident, steps, [Matrix(part, None) for part in step.parts])
+    return Parameter(resident, steps, stream, [Matrix(part, None) for part in step.parts])
 
 
 def _refuse_sharded(resident: Resident) -> None:
@@ -135,14 +140,15 @@ def recorded_parameters(residents: Sequence[Resident], manifest: Manifest) -> li
             f"{residents[0].names[0]}",
             next_step="Give names= so that the model's names become those, such as names='bert'",
         )
-    return [_recorded(r, next((by_name[n] for n in r.names if n in by_name), None)) for r in residents]
+    seed = manifest.noise.seed
+    return [_recorded(r, next((by_name[n] for n in r.names if n in by_name), None), seed) for r in residents]
 
 
-def _recorded(resident: Resident, receipt: Receipt | None) -> Parameter:
+def _recorded(resident: Resident, receipt: Receipt | None, seed: int) -> Parameter:
     specs = list(resident.specs())
     if receipt is None:
         steps = tuple(Step(spec, "copy", "excluded", 0.0, spec.name) for spec in specs)
-        return Parameter(resident, steps, [Matrix(None, "excluded")])
+        return Parameter(resident, steps, stream_words(seed, steps[0].stream), [Matrix(None, "excluded")])
     recorded = receipt.step.tensor
     if recorded.shape != specs[0].shape or (recorded.dtype in FLOAT_DTYPES) != (
         specs[0].dtype in FLOAT_DTYPES
@@ -157,10 +163,12 @@ def _recorded(resident: Resident, receipt: Receipt | None) -> Parameter:
     steps = tuple(
         Step(spec, receipt.action, receipt.reason, receipt.lam, receipt.step.stream) for spec in specs
     )
-    if not receipt.parts:
-        return Parameter(resident, steps, [Matrix(None, receipt.reason, receipt.std, receipt.amplitude)])
-    _refuse_sharded(resident)
-    return Parameter(resident, steps, [Matrix(p.part, p.reason, p.std, p.amplitude) for p in receipt.parts])
+    matrices = [Matrix(p.part, p.reason, p.std, p.amplitude) for p in receipt.parts]
+    if receipt.parts:
+        _refuse_sharded(resident)
+    else:
+        matrices = [Matrix(None, receipt.reason, receipt.std, receipt.amplitude)]
+    return Parameter(resident, steps, stream_words(seed, receipt.step.stream), matrices)
 
 
 def leave_out(
