@@ -18,13 +18,11 @@ from noisytune_cli.device_results import send_to_host
 from noisytune_cli.devices import cuda
 from noisytune_cli.in_place import enough_memory, is_exact, lies_flat
 from noisytune_cli.moments import Moments
+from noisytune_cli.sharded import PLAIN
 
-#: Tensors of the first batch that a device is given, so that it has something to do at once. Each of the next
-#: is twice as large, since a launch takes Python's time too.
+#: Tensors of the first batch that a device is given, so that it has something to do at once. The next are
+#: larger and larger, since a launch takes Python's time too.
 FIRST_BATCH = 16
-
-#: The classes of tensors that are nothing but their own values.
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class SumsAhead:
@@ -43,7 +41,7 @@ class SumsAhead:
                 batch.append(tensor)
                 if len(batch) == size:
                     self._begin(waiting.pop(tensor.device))
-                    size *= 2
+                    size *= 4
         for batch in waiting.values():
             self._begin(batch)
 
@@ -69,7 +67,7 @@ class SumsAhead:
 def _can_go_ahead(tensor: Tensor) -> bool:
     """Say whether a fused kernel can measure a tensor where it lies."""
     return (
-        type(tensor) in _PLAIN
+        type(tensor) in PLAIN
         and tensor.layout == torch.strided
         and tensor.dtype in torch_kernels.NAMES
         and tensor.numel() > 0

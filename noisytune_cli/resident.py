@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.overlaps import find_overlap, place, strides
 from noisytune_cli.records import TensorSpec
-from noisytune_cli.sharded import Held, held_part
+from noisytune_cli.sharded import PLAIN, Held, held_part
 
 #: How module names become the names in the checkpoint: a map, a function, or a prefix to take away.
 Names = Mapping[str, str] | Callable[[str], str] | str | None
@@ -171,7 +171,8 @@ def _checked(name: str, value: object) -> Tensor:
 
 
 def _why_not(tensor: Tensor) -> str | None:
-    if is_lazy(tensor):
+    plain = type(tensor) in PLAIN
+    if not plain and is_lazy(tensor):
         return "it is not initialised yet"
     if tensor.is_nested:
         return "it is nested"
@@ -181,6 +182,8 @@ def _why_not(tensor: Tensor) -> str | None:
         return "it is quantised"
     if tensor.is_meta:
         return "it is on the meta device, where tensors have no values"
+    if plain and not tensor.__dict__:
+        return None  # no mark, as on nearly all
     for mark, why in _FOREIGN.items():
         if hasattr(tensor, mark):
             return why

@@ -24,6 +24,9 @@ from noisytune_cli.moments import Moments
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+#: The classes of tensors that are nothing but their own values, as those of nearly all are.
+PLAIN = (Tensor, torch.nn.Parameter)
+
 #: The numbers of one part's moments as they travel; a float64 holds each of them exactly.
 _MOMENTS_ROW = 7
 
@@ -52,7 +55,7 @@ class Held:
 
 def held_part(tensor: Tensor, name: str) -> Held:
     """Return what this process holds of a tensor; InputInvalid where a placement is not understood."""
-    if not hasattr(tensor, "placements"):
+    if type(tensor) in PLAIN or not hasattr(tensor, "placements"):
         return Held(tensor.detach(), (Run(0, 0, tensor.numel()),))
     return _held_part(tensor, name)
 

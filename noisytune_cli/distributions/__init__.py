@@ -47,12 +47,13 @@ class Distribution(Protocol):
     def tensor_coefficients(self, words: Tensor) -> Tensor: ...
 
 
-def names() -> list[str]:
+@functools.cache  # what looks into the folder
+def names() -> tuple[str, ...]:
     """Return the names of all distributions, sorted, without importing them."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__)))
 
 
-@functools.cache  # asked once a tensor, and names() looks into the folder
+@functools.cache  # asked once a tensor
 def load(name: str) -> Distribution:
     """Import a distribution by name; KeyError if there is none."""
     if name not in names():
