@@ -19,8 +19,8 @@ import triton.language as tl
 from noisytune_cli.triton_philox import words
 from noisytune_cli.triton_tables import INTERPRETED, LANES, STEPS, round_bits, upcast
 
-#: How many steps of a tile to unroll: what is worked out for a step is then worked out once for four.
-_UNROLL = tl.constexpr(4)
+#: How many steps of a tile to unroll, which share what a step costs beside its values.
+_UNROLL = tl.constexpr(2)
 
 #: The smallest amplitude whose product with 2^-24 is not subnormal.
 SMALLEST_AMPLITUDE = tl.constexpr(2.0**-102)
@@ -101,9 +101,12 @@ def add_to_pairs(
     pairs = values.to(tl.pointer_type(tl.uint32)) + at
     scale = amplitude.to(tl.float32) * STEP
     changed, left = tl.zeros([counters], tl.uint32), tl.zeros([counters], tl.uint32)
+    steps, following = tl.full([], STEPS, tl.int32), tl.load(pairs)
     for step in tl.range(STEPS, loop_unroll_factor=_UNROLL):
         place = pairs + step * (LANES // 2)
-        x0, x1 = tl.split(tl.load(place))
+        x0, x1 = tl.split(following)
+        # Under way while this step is worked on; the last step reads the first again, for nothing.
+        following = tl.load(pairs + (step + 1) % steps * (LANES // 2))
         ordinal = tl.arange(0, counters) + step * counters
         w0, w1, w2, w3 = words(c0 + ordinal.to(tl.uint32), c1, k0, k1, s0, s1)
         y0, size0 = _noised(x0, w0, w1, scale, dtype, capability)
