@@ -68,6 +68,7 @@ def _can_go_ahead(tensor: Tensor) -> bool:
     """Say whether a fused kernel can measure a tensor where it lies."""
     return (
         type(tensor) in PLAIN
+        and not tensor.is_nested
         and tensor.layout == torch.strided
         and tensor.dtype in torch_kernels.NAMES
         and tensor.numel() > 0
