@@ -23,43 +23,49 @@ def place(values: Tensor) -> tuple[Hashable, int]:
 def strides(values: Tensor) -> tuple[int, ...]:
     """Return the strides of values; 0 where there is nothing to step over."""
     return tuple(
-        0 if size == 1 else stride for size, stride in zip(values.shape, values.stride(), strict=True)
+        [0 if size == 1 else stride for size, stride in zip(values.shape, values.stride(), strict=True)]
     )
 
 
 def find_overlap(tensors: Sequence[Tensor]) -> int | None:
     """Return the index of a tensor that shares elements with another, or has one twice; None if none does."""
-    by_memory: dict[Hashable, list[int]] = {}
+    by_memory: dict[Hashable, list[tuple[int, int]]] = {}
     for i, values in enumerate(tensors):
         if values.numel():
-            by_memory.setdefault(place(values)[0], []).append(i)
-    for indices in by_memory.values():
-        for entangled in _entangled(tensors, indices):
+            memory, start = place(values)
+            by_memory.setdefault(memory, []).append((start, i))
+    for starts in by_memory.values():
+        for entangled in _entangled(tensors, starts):
             views = [tensors[i] for i in entangled]
-            apart = len(views) == 1 and _steps_over_itself(views[0])
+            apart = len(views) == 1 and (views[0].is_contiguous() or _steps_over_itself(views[0]))
             if not apart and _share_elements(views):
                 return entangled[0]
     return None
 
 
-def _entangled(tensors: Sequence[Tensor], indices: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the tensors whose extents in one memory overlap, in groups, many of one tensor."""
+def _entangled(tensors: Sequence[Tensor], starts: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+    """Yield the tensors whose extents in one memory overlap, in groups, many of one tensor.
+
+    `starts` are where they begin, each with the tensor's index.
+    """
     group: list[int] = []
     end = 0
-    for i in sorted(indices, key=lambda i: place(tensors[i])[1]):
-        if group and place(tensors[i])[1] >= end:
+    for start, i in sorted(starts):
+        if group and start >= end:
             yield group
             group = []
         group.append(i)
-        end = max(end, _end(tensors[i]))
+        end = max(end, start + _extent(tensors[i]))
     if group:
         yield group
 
 
-def _end(values: Tensor) -> int:
-    """Return the byte after the last of values, none of whose strides are negative."""
+def _extent(values: Tensor) -> int:
+    """Return the bytes from the first of values to the last, none of whose strides are negative."""
+    if values.is_contiguous():
+        return values.numel() * values.element_size()
     last = sum((size - 1) * stride for size, stride in zip(values.shape, values.stride(), strict=True))
-    return place(values)[1] + (int(last) + 1) * values.element_size()
+    return (int(last) + 1) * values.element_size()
 
 
 def _steps_over_itself(values: Tensor) -> bool:
@@ -85,7 +91,8 @@ def _share_elements(views: Sequence[Tensor]) -> bool:
     ):
         return True
     # A mark for each element from the first to the last: a byte, where the elements have two or more.
-    taken = torch.zeros((max(map(_end, views)) - start) // size, dtype=torch.bool, device="cpu")
+    end = max(offset + _extent(view) for view, offset in zip(views, offsets, strict=True))
+    taken = torch.zeros(end // size, dtype=torch.bool, device="cpu")
     for view, offset in zip(views, offsets, strict=True):
         taken.as_strided(view.shape, view.stride(), offset // size).fill_(True)
     return int(torch.count_nonzero(taken)) < sum(view.numel() for view in views)

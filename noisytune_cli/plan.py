@@ -40,6 +40,9 @@ _SEED_LIMIT = 2**64
 #: What to say to those whose options leave nothing to perturb.
 OPTIONS_THAT_EXCLUDE = "Widen --include or drop an --exclude; --dry-run shows the reason for each tensor"
 
+#: The division of a tensor that is one matrix.
+_UNDIVIDED = Division()
+
 #: Reasons that hold whatever the user asks for.
 _SAFETY = frozenset({"not-float", "empty", "one-element"})
 
@@ -89,11 +92,11 @@ class _Filters:
         found = [divisions[name] for name in names if name in divisions]
         return _Wish(
             stream,
-            excluded=any(name in self.excluded for name in names),
-            included=self.included is not None and any(name in self.included for name in names),
-            rule=max((self.rule_of[name] for name in names if name in self.rule_of), default=None),
+            excluded=not self.excluded.isdisjoint(names),
+            included=self.included is not None and not self.included.isdisjoint(names),
+            rule=max([self.rule_of[name] for name in names if name in self.rule_of], default=None),
             is_buffer=any(name in buffers for name in names),
-            division=next((d for d in found if d.parts), found[0] if found else Division()),
+            division=next((d for d in found if d.parts), found[0] if found else _UNDIVIDED),
         )
 
 
