@@ -1,8 +1,8 @@
 """Where output may go: asked before any weight is read.
 
 Refused are an output that exists (unless it is to be replaced), one that is, holds or lies in the input or
-the hub's cache (compared by device and inode, so that links, `..` and bind mounts do not hide it), one that
-is no regular file or directory, and one that does not fit on the file system.
+the hub's cache (compared by device and inode, so that links, `..` and bind mounts do not hide it), and one
+that is no regular file or directory. Whether it fits, `space.py` asks.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import resource
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from noisytune_cli.checkpoint import Checkpoint
-from noisytune_cli.errors import OutputUnsafe, ResourceExhausted, unwritable
+from noisytune_cli.errors import OutputUnsafe, unwritable
 from noisytune_cli.layout import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.publish import exists
 from noisytune_cli.staging import remains
@@ -104,62 +103,6 @@ def check_distinct(outputs: Sequence[Path]) -> None:
     for output in outputs:
         if holder := next((place for place in output.parents if place in places), None):
             raise _unsafe(output, f"it lies in {holder}, another output of this run")
-
-
-def check_space(outputs: Sequence[Path], nbytes: int, files: int) -> None:
-    """Raise ResourceExhausted unless `nbytes` in `files` new files fit where each of `outputs` will be.
-
-    What goes to one file system is added up.
-    """
-    together: dict[int, list[Path]] = {}
-    for output in outputs:
-        try:
-            together.setdefault(os.stat(_nearest(output)).st_dev, []).append(output)
-        except OSError as error:
-            raise unwritable(error, output) from error
-    for on_one in together.values():
-        _check_space_of(on_one, nbytes * len(on_one), files * len(on_one))
-
-
-def check_descriptors(count: int) -> None:
-    """Make sure that `count` files can be open at once, raising the soft limit where it has to be."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or count <= soft:
-        return
-    if hard != resource.RLIM_INFINITY and hard < count:
-        raise ResourceExhausted(
-            "too many open files",
-            why=f"{count:,} are needed at once, and the limit is {hard:,}; nothing was written",
-            next_step="Ask for less at once (shorter lists), or raise the limit (ulimit -Hn)",
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
-
-
-def _nearest(output: Path) -> Path:
-    """Return the output, or the nearest folder above it that there is."""
-    return next(p for p in (output, *output.parents) if p.is_dir())
-
-
-def _check_space_of(outputs: Sequence[Path], nbytes: int, files: int) -> None:
-    """Raise ResourceExhausted unless all that `outputs`, on one file system, need in all is free there."""
-    try:
-        status = os.statvfs(_nearest(outputs[0]))
-    except OSError as error:
-        raise unwritable(error, outputs[0]) from error
-    free = status.f_bavail * status.f_frsize
-    needs = "it needs" if len(outputs) == 1 else f"with {len(outputs) - 1} more outputs it needs"
-    if nbytes > free:
-        why = f"{needs} {nbytes:,} bytes and {free:,} are free"
-    elif status.f_files and files > status.f_favail:
-        why = f"{needs} {files:,} files and {status.f_favail:,} more can be made"
-    else:
-        return
-    raise ResourceExhausted(
-        "not enough space",
-        path=outputs[0],
-        why=f"{why}; nothing was written",
-        next_step="Free space or choose another place with -o, then run again",
-    )
 
 
 def _check_kind(output: Path, single_file: bool, overwrite: bool) -> None:

@@ -13,7 +13,8 @@ from checkpoints import save, weights
 from noisytune_cli import output as output_module
 from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.errors import OutputUnsafe, ResourceExhausted
-from noisytune_cli.output import check_output, check_space, resolve_output
+from noisytune_cli.output import check_output, resolve_output
+from noisytune_cli.space import check_space
 
 
 @pytest.fixture

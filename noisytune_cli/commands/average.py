@@ -21,16 +21,11 @@ from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import enumerate_some, escape
 from noisytune_cli.fill import copied_bytes
 from noisytune_cli.manifest import MAX_BYTES
-from noisytune_cli.output import (
-    check_apart,
-    check_descriptors,
-    check_output,
-    check_space,
-    resolve_output,
-)
+from noisytune_cli.output import check_apart, check_output, resolve_output
 from noisytune_cli.publish import Publication
 from noisytune_cli.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.records import FLOAT_DTYPES, FileRecord, SourceRecord, TensorSpec
+from noisytune_cli.space import check_descriptors, check_space
 
 #: Descriptors that are open beside those of the weight files.
 _DESCRIPTORS = 64

@@ -23,14 +23,7 @@ from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import enumerate_some
 from noisytune_cli.fill import fill, manifest_bytes, needed_bytes
 from noisytune_cli.manifest import encode
-from noisytune_cli.output import (
-    check_descriptors,
-    check_distinct,
-    check_output,
-    check_recipe,
-    check_space,
-    resolve_recipe,
-)
+from noisytune_cli.output import check_distinct, check_output, check_recipe, resolve_recipe
 from noisytune_cli.parameters import tell_buffers
 from noisytune_cli.plan import check_outcomes
 from noisytune_cli.plans import make_plans, settle_plans
@@ -47,6 +40,7 @@ from noisytune_cli.records import (
     SourceRecord,
 )
 from noisytune_cli.rewrite import OutputFile, lay_out, resolve_rewritten
+from noisytune_cli.space import check_descriptors, check_space
 from noisytune_cli.walk import Walk
 
 #: Descriptors that are open beside those of the weight files.

@@ -19,10 +19,11 @@ from noisytune_cli.differences import Difference, compare_receipts, recorded_ste
 from noisytune_cli.fill import fill, needed_bytes
 from noisytune_cli.manifest_reader import RecordedManifest, read_manifest
 from noisytune_cli.original import match_files, not_the_base, open_original
-from noisytune_cli.output import check_output, check_space
+from noisytune_cli.output import check_output
 from noisytune_cli.publish import Publication
 from noisytune_cli.records import Manifest, OutputRecord, Plan
 from noisytune_cli.rewrite import OutputFile, lay_out, resolve_rewritten
+from noisytune_cli.space import check_space
 from noisytune_cli.walk import Walk
 
 

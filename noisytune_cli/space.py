@@ -1,0 +1,69 @@
+"""What output takes of the system: bytes and files on its file system, and descriptors.
+
+Asked before any weight is read, so that what cannot be finished is not begun.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+
+from noisytune_cli.errors import ResourceExhausted, unwritable
+
+
+def check_space(outputs: Sequence[Path], nbytes: int, files: int) -> None:
+    """Raise ResourceExhausted unless `nbytes` in `files` new files fit where each of `outputs` will be.
+
+    What goes to one file system is added up.
+    """
+    together: dict[int, list[Path]] = {}
+    for output in outputs:
+        try:
+            together.setdefault(os.stat(_nearest(output)).st_dev, []).append(output)
+        except OSError as error:
+            raise unwritable(error, output) from error
+    for on_one in together.values():
+        _check_space_of(on_one, nbytes * len(on_one), files * len(on_one))
+
+
+def check_descriptors(count: int) -> None:
+    """Make sure that `count` files can be open at once, raising the soft limit where it has to be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or count <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise ResourceExhausted(
+            "too many open files",
+            why=f"{count:,} are needed at once, and the limit is {hard:,}; nothing was written",
+            next_step="Ask for less at once (shorter lists), or raise the limit (ulimit -Hn)",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+
+
+def _nearest(output: Path) -> Path:
+    """Return the output, or the nearest folder above it that there is."""
+    return next(p for p in (output, *output.parents) if p.is_dir())
+
+
+def _check_space_of(outputs: Sequence[Path], nbytes: int, files: int) -> None:
+    """Raise ResourceExhausted unless all that `outputs`, on one file system, need in all is free there."""
+    try:
+        status = os.statvfs(_nearest(outputs[0]))
+    except OSError as error:
+        raise unwritable(error, outputs[0]) from error
+    free = status.f_bavail * status.f_frsize
+    needs = "it needs" if len(outputs) == 1 else f"with {len(outputs) - 1} more outputs it needs"
+    if nbytes > free:
+        why = f"{needs} {nbytes:,} bytes and {free:,} are free"
+    elif status.f_files and files > status.f_favail:
+        why = f"{needs} {files:,} files and {status.f_favail:,} more can be made"
+    else:
+        return
+    raise ResourceExhausted(
+        "not enough space",
+        path=outputs[0],
+        why=f"{why}; nothing was written",
+        next_step="Free space or choose another place with -o, then run again",
+    )
