@@ -11,14 +11,18 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from noisytune_cli.checkpoint import Checkpoint
 from noisytune_cli.errors import OutputUnsafe, unwritable
+from noisytune_cli.hub_cache import cache_folder
 from noisytune_cli.layout import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.publish import exists
 from noisytune_cli.staging import remains
+
+#: Device and inode.
+_Identity = tuple[int, int]
 
 #: A repository's folder in the hub's cache.
 _CACHED_REPOSITORY = re.compile(r"(?:models|datasets|spaces)--.")
@@ -49,28 +53,36 @@ def resolve_recipe(out: str, source: Checkpoint) -> Path:
     return resolve_output(os.path.join(out, MANIFEST) if folder else out, source)
 
 
-def check_output(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
-    """Raise OutputUnsafe unless `output` can be written without touching anything that must stay."""
-    _check_kind(output, source.single_file, overwrite)
-    check_apart(output, source, overwrite=overwrite, single_file=source.single_file)
+def check_output(output: Path, *sources: Checkpoint, overwrite: bool) -> None:
+    """Raise OutputUnsafe unless `output` can be written without touching anything that must stay.
+
+    It is a file where the first of `sources` is one, else a directory.
+    """
+    single_file = sources[0].single_file
+    _check_kind(output, single_file, overwrite)
+    _check_apart(output, sources, overwrite=overwrite, single_file=single_file)
 
 
-def check_apart(output: Path, source: Checkpoint, *, overwrite: bool, single_file: bool) -> None:
-    """Raise OutputUnsafe if `output`, a file where `single_file`, is, holds or lies in an input."""
-    protected = _protected(source)
+def _check_apart(output: Path, sources: Sequence[Checkpoint], *, overwrite: bool, single_file: bool) -> None:
+    """Raise OutputUnsafe if `output`, a file where `single_file`, is, holds or lies in what must stay."""
+    inputs, caches = _protected(sources)
+    cache = cache_folder()
     for ancestor in _ancestors(output):
-        if _identity(ancestor) in protected:
-            raise _unsafe(output, "it is the input, or lies in the input or the hub's cache")
+        if _identity(ancestor) in inputs:
+            raise _unsafe(output, "it is the input, or lies in the input")
+        # By its name too: the cache need not be there yet.
+        if ancestor == cache or _identity(ancestor) in caches:
+            raise _unsafe(output, "it is the hub's cache, or lies in it")
     if overwrite and output.is_dir():
         ours = _identity(output)
-        for path in [source.root, *(s.path for s in source.sources), *_inhabited()]:
-            if any(_identity(ancestor) == ours for ancestor in _ancestors(path)):
-                raise _unsafe(output, "the input, the current directory or the home directory lies in it")
+        for what, path in (*_inhabited(), *(("the input", path) for path in _paths(sources))):
+            if _identity(path) is not None and any(_identity(above) == ours for above in _ancestors(path)):
+                raise _unsafe(output, f"{what} lies in it")
     if not single_file:
         return
-    inputs = {_identity(s.path) for s in source.sources}
+    files = {_identity(file.path) for source in sources for file in source.sources}
     for path in (output, _manifest_of(output)):
-        if _identity(path) in inputs:
+        if _identity(path) in files:
             raise _unsafe(output, "it is the input, or a link to it")
 
 
@@ -86,7 +98,7 @@ def check_recipe(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
         raise _unsafe(output, "it is not a regular file")
     if mode is not None and not overwrite:
         raise exists(output)
-    check_apart(output, source, overwrite=overwrite, single_file=True)
+    _check_apart(output, [source], overwrite=overwrite, single_file=True)
     if source.single_file and _identity(output.parent) == _identity(source.root):
         weights = source.sources[0].path
         if output.name in (MANIFEST, weights.name + MANIFEST_SUFFIX):
@@ -135,26 +147,42 @@ def _check_kind(output: Path, single_file: bool, overwrite: bool) -> None:
         raise _unsafe(output, "it is a file; a directory is to be written")
 
 
-def _protected(source: Checkpoint) -> set[tuple[int, int]]:
-    """Return the identities of the directories that no output may lie in."""
-    folders = set() if source.single_file else {source.root}
-    for path in [source.root, *(s.path for s in source.sources)]:
+def _protected(sources: Sequence[Checkpoint]) -> tuple[set[_Identity], set[_Identity]]:
+    """Return the identities of the directories that no output may lie in: inputs, and the hub's caches.
+
+    Beside the cache that the environment names these are the repositories that a source lies in, wherever
+    they are.
+    """
+    inputs = {source.root for source in sources if not source.single_file}
+    cache = cache_folder()
+    caches = set() if cache is None else {cache}
+    for path in _paths(sources):
         for spelling in (Path(os.path.abspath(path)), Path(os.path.realpath(path))):
-            folders.update(p for p in spelling.parents if _CACHED_REPOSITORY.match(p.name))
-    return {identity for folder in folders if (identity := _identity(folder)) is not None}
+            caches.update(p for p in spelling.parents if _CACHED_REPOSITORY.match(p.name))
+    return _identities(inputs), _identities(caches)
+
+
+def _paths(sources: Sequence[Checkpoint]) -> Iterator[Path]:
+    """Yield the folder and the weight files of each source."""
+    for source in sources:
+        yield source.root
+        yield from (file.path for file in source.sources)
 
 
 def _manifest_of(output: Path) -> Path:
     return Path(f"{output}{MANIFEST_SUFFIX}")  # with_name refuses the root
 
 
-def _inhabited() -> Iterator[Path]:
-    """Yield the current directory and the home directory, as far as there are any."""
+def _inhabited() -> Iterator[tuple[str, Path]]:
+    """Yield what is never replaced with the folder it lies in, as far as there is any."""
     with contextlib.suppress(FileNotFoundError):
-        yield Path.cwd()
+        yield "the current directory", Path.cwd()
     home = os.path.expanduser("~")
     if os.path.isabs(home):
-        yield Path(home)
+        yield "the home directory", Path(home)
+    cache = cache_folder()
+    if cache is not None:
+        yield "the hub's cache", cache
 
 
 def _ancestors(path: Path) -> Iterator[Path]:
@@ -163,13 +191,17 @@ def _ancestors(path: Path) -> Iterator[Path]:
     yield from (real, *real.parents)
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _identity(path: Path) -> _Identity | None:
     """Return (device, inode) of what the path leads to, or None."""
     try:
         status = os.stat(path)
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def _identities(paths: Iterable[Path]) -> set[_Identity]:
+    return {identity for path in paths if (identity := _identity(path)) is not None}
 
 
 def _unsafe(output: Path, why: str) -> OutputUnsafe:

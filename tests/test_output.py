@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import runpy
 import stat
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from checkpoints import save, weights
 from noisytune_cli import output as output_module
 from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.errors import OutputUnsafe, ResourceExhausted
-from noisytune_cli.output import check_output, resolve_output
+from noisytune_cli.hub_cache import cache_folder
+from noisytune_cli.output import check_output, check_recipe, resolve_output, resolve_recipe
 from noisytune_cli.space import check_space
 
 
@@ -184,6 +187,69 @@ def test_the_hubs_cache_is_refused(tmp_path: Path) -> None:
         refused(repository / "snapshots/noisy", source)
         refused(repository / "noisy", source)
         assert accepted(tmp_path / "noisy", source)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_hubs_cache_is_refused_whatever_the_source(
+    file: Checkpoint, folder: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    cache = tmp_path / "home/hub"
+    (cache / "models--c--d/snapshots").mkdir(parents=True)
+    (tmp_path / "alias").symlink_to("home/hub")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "alias"))
+    for source in (file, folder):
+        for out in ("x", "models--c--d/snapshots/q", "models--a--b", "../hub/x"):
+            for spelling in (cache / out, tmp_path / "alias" / out):
+                assert "the hub's cache" in refused(spelling, source, overwrite=overwrite)
+    if overwrite:
+        for out in (cache, cache / "models--c--d"):
+            assert "the hub's cache" in refused(out, folder, overwrite=True)
+        assert "the hub's cache lies in it" in refused(tmp_path / "home", folder, overwrite=True)
+    assert accepted(tmp_path / "home/hub-noisy", folder, overwrite=overwrite)
+
+
+def test_a_hubs_cache_that_is_not_there_yet(
+    folder: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "home/hub"))
+    assert "the hub's cache" in refused(tmp_path / "home/hub", folder)
+    assert "the hub's cache" in refused(tmp_path / "home/hub/x", folder)
+    (tmp_path / "home").mkdir()
+    assert accepted(tmp_path / "home", folder, overwrite=True)
+    monkeypatch.setenv("HF_HUB_CACHE", "")
+    monkeypatch.chdir(tmp_path)
+    assert accepted("out", folder)
+
+
+def test_a_recipe_does_not_go_into_the_hubs_cache(
+    folder: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(OutputUnsafe, match="the hub's cache"):
+        check_recipe(resolve_recipe(f"{tmp_path}/hub/r.json", folder), folder, overwrite=False)
+
+
+_CACHE_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
+
+
+@pytest.mark.parametrize(
+    "given", [set(found) for n in range(5) for found in combinations(_CACHE_VARIABLES, n)]
+)
+@pytest.mark.parametrize("value", ["/ca/{}", "~/{}", "$PLACE/{}", "here/{}"])
+def test_the_cache_is_where_huggingface_hub_has_it(
+    given: set[str], value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.setenv("PLACE", "~/place")
+    for name in _CACHE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name in given:
+        monkeypatch.setenv(name, value.format(name))
+    theirs = runpy.run_path(constants.__file__)["HF_HUB_CACHE"]
+    assert cache_folder() == Path(os.path.realpath(theirs))
 
 
 def test_space_is_asked_of_the_file_system(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import enumerate_some, escape
 from noisytune_cli.fill import copied_bytes
 from noisytune_cli.manifest import MAX_BYTES
-from noisytune_cli.output import check_apart, check_output, resolve_output
+from noisytune_cli.output import check_output, resolve_output
 from noisytune_cli.publish import Publication
 from noisytune_cli.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.records import FLOAT_DTYPES, FileRecord, SourceRecord, TensorSpec
@@ -73,9 +73,7 @@ def average(
         _check_has_floats(first.tensors, sources[0])
         recorded = _check_recordable(first.tensors, len(members), sources[0])
         output = resolve_output(out, first)
-        check_output(output, first, overwrite=overwrite)
-        for member in members[1:]:
-            check_apart(output, member, overwrite=overwrite, single_file=first.single_file)
+        check_output(output, *members, overwrite=overwrite)
         files = len(first.weight_files) + len(first.others) + 1
         check_space([output], copied_bytes(first) + recorded, files)
         publication = opened.enter_context(
