@@ -1,8 +1,8 @@
 """Where output may go: asked before any weight is read.
 
-Refused are an output that exists (unless it is to be replaced), one that is, holds or lies in the input or
-the hub's cache (compared by device and inode, so that links, `..` and bind mounts do not hide it), and one
-that is no regular file or directory. Whether it fits, `space.py` asks.
+Refused are an output that exists (unless it is to be replaced, and `replacing.py` allows it), one that is,
+holds or lies in the input or the hub's cache (compared by device and inode, so that links, `..` and bind
+mounts do not hide it), and one that is no regular file or directory. Whether it fits, `space.py` asks.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from noisytune_cli.errors import OutputUnsafe, unwritable
 from noisytune_cli.hub_cache import cache_folder
 from noisytune_cli.layout import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.publish import exists
+from noisytune_cli.replacing import check_file_replaceable, check_folder_replaceable, contents
 from noisytune_cli.staging import remains
 
 #: Device and inode.
@@ -56,15 +57,30 @@ def resolve_recipe(out: str, source: Checkpoint) -> Path:
 def check_output(output: Path, *sources: Checkpoint, overwrite: bool) -> None:
     """Raise OutputUnsafe unless `output` can be written without touching anything that must stay.
 
-    It is a file where the first of `sources` is one, else a directory.
+    It is a file where the first of `sources` is one, else a directory. What --overwrite cannot replace is
+    told before that something is there.
     """
     single_file = sources[0].single_file
-    _check_kind(output, single_file, overwrite)
-    _check_apart(output, sources, overwrite=overwrite, single_file=single_file)
+    mode = _mode(output)
+    _check_kind(output, mode, single_file)
+    names = contents(output) if mode is not None and not single_file else set()
+    replaces = mode is not None and (overwrite or bool(names))
+    _check_apart(output, sources, replaces=replaces, single_file=single_file)
+    if single_file:
+        _check_old_file(output, mode, overwrite)
+    elif replaces:
+        if os.path.ismount(output):
+            raise _unsafe(output, "it is a mount point, which cannot be replaced")
+        check_folder_replaceable(output, names)
+        if not overwrite:
+            raise exists(output)
 
 
-def _check_apart(output: Path, sources: Sequence[Checkpoint], *, overwrite: bool, single_file: bool) -> None:
-    """Raise OutputUnsafe if `output`, a file where `single_file`, is, holds or lies in what must stay."""
+def _check_apart(output: Path, sources: Sequence[Checkpoint], *, replaces: bool, single_file: bool) -> None:
+    """Raise OutputUnsafe if `output`, a file where `single_file`, is or lies in what must stay.
+
+    Nor must it hold any of that where it is a folder and `replaces` another.
+    """
     inputs, caches = _protected(sources)
     cache = cache_folder()
     for ancestor in _ancestors(output):
@@ -73,7 +89,7 @@ def _check_apart(output: Path, sources: Sequence[Checkpoint], *, overwrite: bool
         # By its name too: the cache need not be there yet.
         if ancestor == cache or _identity(ancestor) in caches:
             raise _unsafe(output, "it is the hub's cache, or lies in it")
-    if overwrite and output.is_dir():
+    if replaces and not single_file:
         ours = _identity(output)
         for what, path in (*_inhabited(), *(("the input", path) for path in _paths(sources))):
             if _identity(path) is not None and any(_identity(above) == ours for above in _ancestors(path)):
@@ -88,21 +104,16 @@ def _check_apart(output: Path, sources: Sequence[Checkpoint], *, overwrite: bool
 
 def check_recipe(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
     """Raise OutputUnsafe unless the manifest `output` can be written alone, as `check_output` does."""
-    try:
-        mode = os.lstat(output).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        mode = None
-    except OSError as error:
-        raise unwritable(error, output) from error
+    mode = _mode(output)
     if mode is not None and not stat.S_ISREG(mode):
         raise _unsafe(output, "it is not a regular file")
-    if mode is not None and not overwrite:
-        raise exists(output)
-    _check_apart(output, [source], overwrite=overwrite, single_file=True)
+    _check_apart(output, [source], replaces=False, single_file=True)
     if source.single_file and _identity(output.parent) == _identity(source.root):
         weights = source.sources[0].path
         if output.name in (MANIFEST, weights.name + MANIFEST_SUFFIX):
             raise _unsafe(output, "there it would say that the input was noised")
+    if mode is not None and not overwrite:
+        raise exists(output)
 
 
 def check_distinct(outputs: Sequence[Path]) -> None:
@@ -117,34 +128,44 @@ def check_distinct(outputs: Sequence[Path]) -> None:
             raise _unsafe(output, f"it lies in {holder}, another output of this run")
 
 
-def _check_kind(output: Path, single_file: bool, overwrite: bool) -> None:
-    """Check what is there already against what is to be written."""
-    manifest = _manifest_of(output)
-    if single_file and manifest.is_dir():
-        raise _unsafe(manifest, "it is a directory, and the manifest's place")
+def _mode(path: Path) -> int | None:
+    """Return the mode of what is there, a link itself; None where nothing is."""
     try:
-        mode = os.lstat(output).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        if single_file and not overwrite and os.path.lexists(manifest):
-            raise exists(manifest) from None
-        return
+        return os.lstat(path).st_mode
+    except FileNotFoundError:
+        return None
     except OSError as error:
-        raise unwritable(error, output) from error
+        raise unwritable(error, path) from error
+
+
+def _check_kind(output: Path, mode: int | None, single_file: bool) -> None:
+    """Raise OutputUnsafe if what is there, of `mode`, is of a kind that is never replaced."""
+    if single_file and (beside := _mode(_manifest_of(output))) is not None and stat.S_ISDIR(beside):
+        raise _unsafe(_manifest_of(output), "it is a directory, and the manifest's place")
+    if mode is None:
+        return
     if stat.S_ISLNK(mode):
         raise _unsafe(output, "it is a symbolic link, which would be replaced or followed")
     if stat.S_ISDIR(mode):
         if single_file:
             raise _unsafe(output, "it is a directory; -o DIR/ writes a file inside one")
-        if not overwrite and not remains(output, output).issuperset(os.listdir(output)):
-            raise exists(output)
-        if overwrite and os.path.ismount(output):
-            raise _unsafe(output, "it is a mount point, which cannot be replaced")
     elif not stat.S_ISREG(mode):
         raise _unsafe(output, "it is neither a regular file nor a directory")
-    elif not overwrite and not (single_file and output.name in remains(output.parent, output)):
-        raise exists(output)
     elif not single_file:
         raise _unsafe(output, "it is a file; a directory is to be written")
+
+
+def _check_old_file(output: Path, mode: int | None, overwrite: bool) -> None:
+    """Raise OutputUnsafe unless the file that is there, or its manifest, may be replaced, and is to be."""
+    there = output
+    if mode is None:
+        there = _manifest_of(output)
+    elif output.name in remains(output.parent, output):
+        return
+    else:
+        check_file_replaceable(output)
+    if not overwrite and os.path.lexists(there):
+        raise exists(there)
 
 
 def _protected(sources: Sequence[Checkpoint]) -> tuple[set[_Identity], set[_Identity]]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checkpoints import save, weights
 from publications import KINDS, Kind, refuse
 
 from noisytune_cli import system
+from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
 
 # Triton reads this once, as it is imported. Where there is no GPU, its kernels run in its interpreter.
 if not Path("/dev/nvidiactl").exists():
@@ -38,3 +41,18 @@ def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> Kind:
     return KINDS[request.param]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[Checkpoint]:
+    """An open checkpoint of one file."""
+    with open_checkpoint(str(save(tmp_path / "in/model.safetensors", {"w": weights("F32", 8)}))) as opened:
+        yield opened
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Checkpoint]:
+    """An open checkpoint that is a folder."""
+    save(tmp_path / "in/model.safetensors", {"w": weights("F32", 8)})
+    with open_checkpoint(str(tmp_path / "in")) as opened:
+        yield opened

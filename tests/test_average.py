@@ -192,6 +192,23 @@ def test_never_writes_into_a_member(out: str, tmp_path: Path) -> None:
         average([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / out))
 
 
+def test_overwriting_another_member_is_not_advised(tmp_path: Path) -> None:
+    for name in "ab":
+        save(tmp_path / name / "model.safetensors", {"w": numbers("F32", 1, 2)})
+        (tmp_path / name / "noisytune.json").touch()
+    with pytest.raises(OutputUnsafe, match="it is the input"):
+        average([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "b"))
+
+
+def test_replaces_an_average(tmp_path: Path) -> None:
+    for name in "ab":
+        save(tmp_path / name / "model.safetensors", {"w": numbers("F32", 1, 2)})
+    members, out = [str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "out")
+    average(members, out)
+    average(members, out, overwrite=True)
+    assert verify(out).ok
+
+
 def test_needs_room_before_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a = save(tmp_path / "a.safetensors", {"w": numbers("F32", 1, 2)})
     monkeypatch.setattr(command, "copied_bytes", lambda source: 2**60)

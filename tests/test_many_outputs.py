@@ -260,13 +260,13 @@ def test_says_that_what_is_not_finite_has_no_noise(dtype: str | None, tmp_path: 
 @pytest.mark.parametrize("taken", [0, 2])
 def test_one_that_exists_stops_all(taken: int, tmp_path: Path) -> None:
     source = file(tmp_path)
-    (tmp_path / f"out-{taken}").write_bytes(b"mine")
+    (tmp_path / f"out-{taken}").write_bytes(source.read_bytes())
     before = contents(tmp_path)
     with pytest.raises(OutputUnsafe, match="exists"):
         run_each(source, f"{tmp_path}/out-{{seed}}", seed="0-2")
     assert contents(tmp_path) == before
     run_each(source, f"{tmp_path}/out-{{seed}}", seed="0-2", overwrite=True)
-    assert (tmp_path / f"out-{taken}").read_bytes() != b"mine"
+    assert (tmp_path / f"out-{taken}").read_bytes() != source.read_bytes()
 
 
 def test_outputs_that_are_one_by_a_link(tmp_path: Path) -> None:

@@ -3,47 +3,18 @@
 from __future__ import annotations
 
 import os
-import runpy
 import stat
-from collections.abc import Iterator
-from itertools import combinations
 from pathlib import Path
 
 import pytest
 from checkpoints import save, weights
+from places import accepted, old_output, refused
 
 from noisytune_cli import output as output_module
 from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.errors import OutputUnsafe, ResourceExhausted
-from noisytune_cli.hub_cache import cache_folder
-from noisytune_cli.output import check_output, check_recipe, resolve_output, resolve_recipe
+from noisytune_cli.output import check_recipe, resolve_output, resolve_recipe
 from noisytune_cli.space import check_space
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Iterator[Checkpoint]:
-    with open_checkpoint(str(save(tmp_path / "in/model.safetensors", {"w": weights("F32", 8)}))) as opened:
-        yield opened
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Checkpoint]:
-    save(tmp_path / "in/model.safetensors", {"w": weights("F32", 8)})
-    with open_checkpoint(str(tmp_path / "in")) as opened:
-        yield opened
-
-
-def refused(out: Path | str, source: Checkpoint, *, overwrite: bool = False) -> str:
-    """Return the line with which an output is refused, after checking that nothing was touched."""
-    with pytest.raises(OutputUnsafe) as caught:
-        check_output(resolve_output(str(out), source), source, overwrite=overwrite)
-    return str(caught.value)
-
-
-def accepted(out: Path | str, source: Checkpoint, *, overwrite: bool = False) -> Path:
-    output = resolve_output(str(out), source)
-    check_output(output, source, overwrite=overwrite)
-    return output
 
 
 def test_a_file_goes_where_it_is_told(file: Checkpoint, tmp_path: Path) -> None:
@@ -101,12 +72,10 @@ def test_without_a_home(folder: Checkpoint, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_what_exists_is_refused(file: Checkpoint, folder: Checkpoint, tmp_path: Path) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/x").touch()
+    old_output(tmp_path / "full")
     (tmp_path / "there").touch()
     (tmp_path / "new.noisytune.json").touch()
     assert "--overwrite" in refused(tmp_path / "full", folder)
-    assert "--overwrite" in refused(tmp_path / "there", folder)
     assert "--overwrite" in refused(tmp_path / "there", file)
     assert "new.noisytune.json" in refused(tmp_path / "new", file)
     assert "directory" in refused(tmp_path / "full", file)
@@ -136,9 +105,26 @@ def test_what_is_no_file_or_folder_is_refused(
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
-def test_a_folder_does_not_replace_a_file(folder: Checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_does_not_replace_a_file(folder: Checkpoint, tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "there").touch()
-    assert "it is a file" in refused(tmp_path / "there", folder, overwrite=True)
+    line = refused(tmp_path / "there", folder, overwrite=overwrite)
+    assert "it is a file" in line
+    assert "--overwrite" not in line
+
+
+def test_overwriting_is_not_advised_where_it_is_refused(
+    file: Checkpoint, folder: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old_output(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    lines = [refused("in/model.safetensors", file)]
+    lines += [refused(out, folder) for out in ("in", ".", "..", "in/model.safetensors")]
+    with pytest.raises(OutputUnsafe) as caught:
+        check_recipe(resolve_recipe("in/model.safetensors", file), file, overwrite=False)
+    lines.append(str(caught.value))
+    assert [line for line in lines if "--overwrite" in line] == []
+    assert "the input lies in it" in lines[2] or "the current directory lies in it" in lines[2]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -187,69 +173,6 @@ def test_the_hubs_cache_is_refused(tmp_path: Path) -> None:
         refused(repository / "snapshots/noisy", source)
         refused(repository / "noisy", source)
         assert accepted(tmp_path / "noisy", source)
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_the_hubs_cache_is_refused_whatever_the_source(
-    file: Checkpoint, folder: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
-) -> None:
-    cache = tmp_path / "home/hub"
-    (cache / "models--c--d/snapshots").mkdir(parents=True)
-    (tmp_path / "alias").symlink_to("home/hub")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "alias"))
-    for source in (file, folder):
-        for out in ("x", "models--c--d/snapshots/q", "models--a--b", "../hub/x"):
-            for spelling in (cache / out, tmp_path / "alias" / out):
-                assert "the hub's cache" in refused(spelling, source, overwrite=overwrite)
-    if overwrite:
-        for out in (cache, cache / "models--c--d"):
-            assert "the hub's cache" in refused(out, folder, overwrite=True)
-        assert "the hub's cache lies in it" in refused(tmp_path / "home", folder, overwrite=True)
-    assert accepted(tmp_path / "home/hub-noisy", folder, overwrite=overwrite)
-
-
-def test_a_hubs_cache_that_is_not_there_yet(
-    folder: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "home/hub"))
-    assert "the hub's cache" in refused(tmp_path / "home/hub", folder)
-    assert "the hub's cache" in refused(tmp_path / "home/hub/x", folder)
-    (tmp_path / "home").mkdir()
-    assert accepted(tmp_path / "home", folder, overwrite=True)
-    monkeypatch.setenv("HF_HUB_CACHE", "")
-    monkeypatch.chdir(tmp_path)
-    assert accepted("out", folder)
-
-
-def test_a_recipe_does_not_go_into_the_hubs_cache(
-    folder: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(OutputUnsafe, match="the hub's cache"):
-        check_recipe(resolve_recipe(f"{tmp_path}/hub/r.json", folder), folder, overwrite=False)
-
-
-_CACHE_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
-
-
-@pytest.mark.parametrize(
-    "given", [set(found) for n in range(5) for found in combinations(_CACHE_VARIABLES, n)]
-)
-@pytest.mark.parametrize("value", ["/ca/{}", "~/{}", "$PLACE/{}", "here/{}"])
-def test_the_cache_is_where_huggingface_hub_has_it(
-    given: set[str], value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "me"))
-    monkeypatch.setenv("PLACE", "~/place")
-    for name in _CACHE_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    for name in given:
-        monkeypatch.setenv(name, value.format(name))
-    theirs = runpy.run_path(constants.__file__)["HF_HUB_CACHE"]
-    assert cache_folder() == Path(os.path.realpath(theirs))
 
 
 def test_space_is_asked_of_the_file_system(tmp_path: Path) -> None:

@@ -133,11 +133,15 @@ def test_existing_output_stays_unless_it_may_be_replaced(pristine: tuple[Path, P
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("x")
-    with pytest.raises(OutputUnsafe):
-        replay(str(made / "noisytune.json"), str(out), base=str(base))
-    assert tree(out) == {"mine": b"x"}
+    for overwrite in (False, True):
+        with pytest.raises(OutputUnsafe, match="did not write"):
+            replay(str(made / "noisytune.json"), str(out), base=str(base), overwrite=overwrite)
+        assert tree(out) == {"mine": b"x"}
     with pytest.raises(OutputUnsafe):
         replay(str(made / "noisytune.json"), str(base / "inside"), base=str(base), overwrite=True)
+    shutil.rmtree(out)
+    shutil.copytree(made, out)
+    (out / "config.json").write_text("changed")
     replay(str(made / "noisytune.json"), str(out), base=str(base), overwrite=True)
     assert tree(out) == tree(made)
 

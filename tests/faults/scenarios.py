@@ -168,8 +168,10 @@ def _old_folder(place: Path) -> None:
     (place / "out" / "sub").mkdir(parents=True)
     (place / "out" / "sub" / "old.bin").write_bytes(b"what was there before")
     (place / "out" / "config.json").write_text("{}")
+    (place / "out" / "noisytune.json").write_text("{}")  # nothing else is replaced
 
 
 def _old_file(place: Path) -> None:
-    (place / "out.safetensors").write_bytes(b"what was there before")
+    # Without its manifest, as a kill can leave it, only weights are replaced.
+    (place / "out.safetensors").write_bytes(weights({"old": ("F32", 30)}))
     (place / "out.safetensors.noisytune.json").write_text("{}")
