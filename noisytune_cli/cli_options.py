@@ -68,6 +68,11 @@ BuffersFrom = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:N, mps.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output: a folder that noisytune wrote, or a weight file.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace an existing output: a folder that noisytune wrote, or a weight file."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary on stderr.")]

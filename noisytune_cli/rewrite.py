@@ -131,19 +131,35 @@ def output_name(name: str, conversion: Conversion) -> str:
     return posixpath.join(folder, stem + SAFETENSORS_SUFFIX)
 
 
-def resolve_rewritten(out: str, source: Checkpoint, files: Sequence[OutputFile]) -> Path:
-    """Return the output's absolute path (`output.resolve_output`); a single file keeps a fitting name."""
-    if not (files and source.single_file):
+def resolve_rewritten(
+    out: str, source: Checkpoint, files: Sequence[OutputFile] = (), *, convertible: bool = False
+) -> Path:
+    """Return the output's absolute path (`output.resolve_output`); a single file keeps a fitting name.
+
+    UsageError where the name of a single file promises the other format; `convertible` tells that the verb
+    has --to.
+    """
+    if not source.single_file:
         return resolve_output(out, source)
-    if out.endswith(PICKLE_SUFFIXES):
-        raise UsageError(
-            "--out has the wrong ending",
-            path=out,
-            why="what is written is safetensors, and loaders go by the name",
-            next_step=f"Give a name that ends in {SAFETENSORS_SUFFIX}",
-        )
-    return resolve_output(
-        out, source, output_name(source.sources[0].path.name, Conversion(format="safetensors"))
+    (file,) = source.sources
+    if files or isinstance(file, SafetensorsSource):
+        if out.endswith(PICKLE_SUFFIXES):
+            raise _wrong_ending(out, "safetensors", f"Give a name that ends in {SAFETENSORS_SUFFIX}")
+    elif out.endswith(SAFETENSORS_SUFFIX):
+        own = file.path.suffix if file.path.suffix in PICKLE_SUFFIXES else PICKLE_SUFFIXES[0]
+        advice = "Add --to safetensors, or give" if convertible else "Give"
+        raise _wrong_ending(out, "a pickle, as the source is", f"{advice} a name that ends in {own}")
+    if not files:
+        return resolve_output(out, source)
+    return resolve_output(out, source, output_name(file.path.name, Conversion(format="safetensors")))
+
+
+def _wrong_ending(out: str, written: str, next_step: str) -> UsageError:
+    return UsageError(
+        "--out has the wrong ending",
+        path=out,
+        why=f"what is written is {written}, and loaders go by the name",
+        next_step=next_step,
     )
 
 

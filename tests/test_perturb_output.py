@@ -260,9 +260,9 @@ def test_a_file_beside_the_weights_that_vanishes(tmp_path: Path, monkeypatch: py
     (tmp_path / "in/config.json").write_text("{}")
     resolve = command.resolve_rewritten
 
-    def vanish(out: str, checkpoint: Any, files: Any) -> Path:
+    def vanish(*arguments: Any, **options: Any) -> Path:
         (tmp_path / "in/config.json").unlink()
-        return resolve(out, checkpoint, files)
+        return resolve(*arguments, **options)
 
     monkeypatch.setattr(command, "resolve_rewritten", vanish)
     with pytest.raises(InputUnreadable):

@@ -13,6 +13,7 @@ from runs import run
 from safetensors.torch import load_file, load_model
 from test_convert import tree
 
+from noisytune_cli.commands.average import average
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid, UsageError
@@ -193,6 +194,38 @@ def test_a_pickles_name_for_safetensors_is_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "model.bin", {"w": to_torch(W)})
     with pytest.raises(UsageError, match=r"ends in \.safetensors"):
         run(source, tmp_path / "out.bin", conversion=TO)
+
+
+@pytest.mark.parametrize("ending", [".bin", ".pt", ".pth", ".th", ".ckpt"])
+def test_a_name_that_promises_the_other_format_is_refused(ending: str, tmp_path: Path) -> None:
+    from checkpoints import save
+
+    pickled = write(tmp_path / f"model{ending}", {"w": to_torch(W)})
+    plain = save(tmp_path / "model.safetensors", {"w": W})
+    before = sorted(tmp_path.iterdir())
+    out = str(tmp_path / "out.safetensors")
+    with pytest.raises(UsageError, match=rf"Add --to safetensors, or give a name that ends in \{ending}"):
+        run(pickled, out)
+    with pytest.raises(UsageError, match=r"Give a name that ends in \.safetensors"):
+        run(plain, tmp_path / f"out{ending}")
+    with pytest.raises(UsageError, match=rf"source is, .*\. Give a name that ends in \{ending}"):
+        average([str(pickled)] * 2, out)
+    with pytest.raises(UsageError, match="what is written is safetensors"):
+        average([str(plain)] * 2, str(tmp_path / f"out{ending}"))
+    assert sorted(tmp_path.iterdir()) == before
+    made = run(pickled, tmp_path / "free.weights")
+    with pytest.raises(UsageError, match=rf"Give a name that ends in \{ending}"):
+        replay(str(made.manifest_path), out, base=str(pickled))
+    run(plain, tmp_path / "free")
+    run(pickled, tmp_path / "out.safetensors.json", recipe_only=True)
+
+
+def test_a_file_in_a_folder_keeps_its_name_whatever_it_promises(tmp_path: Path) -> None:
+    from checkpoints import save
+
+    save(tmp_path / "model.safetensors", {"w": W}).rename(tmp_path / "model.bin")
+    run(tmp_path / "model.bin", f"{tmp_path}/out/")
+    assert verify(str(tmp_path / "out/model.bin")).ok
 
 
 def test_safetensors_stay_as_they_are(tmp_path: Path) -> None:

@@ -21,10 +21,11 @@ from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import enumerate_some, escape
 from noisytune_cli.fill import copied_bytes
 from noisytune_cli.manifest import MAX_BYTES
-from noisytune_cli.output import check_output, resolve_output
+from noisytune_cli.output import check_output
 from noisytune_cli.publish import Publication
 from noisytune_cli.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.records import FLOAT_DTYPES, FileRecord, SourceRecord, TensorSpec
+from noisytune_cli.rewrite import resolve_rewritten
 from noisytune_cli.space import check_descriptors, check_space
 
 #: Descriptors that are open beside those of the weight files.
@@ -72,7 +73,7 @@ def average(
             _check_same_tensors(first, sources[0], member, name)
         _check_has_floats(first.tensors, sources[0])
         recorded = _check_recordable(first.tensors, len(members), sources[0])
-        output = resolve_output(out, first)
+        output = resolve_rewritten(out, first)
         check_output(output, *members, overwrite=overwrite)
         files = len(first.weight_files) + len(first.others) + 1
         check_space([output], copied_bytes(first) + recorded, files)

@@ -216,7 +216,7 @@ def _check_outputs(
     if recipe_only:
         outputs = [resolve_recipe(out, source) for out in outs]
     else:
-        outputs = [resolve_rewritten(out, source, files) for out in outs]
+        outputs = [resolve_rewritten(out, source, files, convertible=True) for out in outs]
     for output in outputs:
         (check_recipe if recipe_only else check_output)(output, source, overwrite=overwrite)
     check_distinct(outputs)
