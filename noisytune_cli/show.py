@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -21,6 +21,9 @@ from noisytune_cli.escape import escape
 
 #: Seconds between two updates of the progress bar.
 _UPDATE_EVERY = 0.1
+
+#: How many files that are left out the summary names; the manifest and JSON have all.
+_MOST_LEFT_OUT = 3
 
 #: Characters of a warning: those of the longest that noisytune means to give.
 _LONGEST_WARNING = 1500
@@ -60,6 +63,14 @@ def warn(text: str) -> None:
     """Write one warning to stderr, cut where what it quotes is too long to be read."""
     cut = f"{text[:_LONGEST_WARNING]}…" if len(text) > _LONGEST_WARNING else text
     note(f"noisytune: warning: {cut}")
+
+
+def note_left_out(left_out: Sequence[tuple[str, str]]) -> None:
+    """Name the first files that are not in an output, each with the reason, on a line of stderr."""
+    if left_out:
+        shown = ", ".join(f"{escape(name)} ({why})" for name, why in left_out[:_MOST_LEFT_OUT])
+        more = len(left_out) - _MOST_LEFT_OUT
+        note(f"left out: {shown}" + (f" and {more:,} more" if more > 0 else ""))
 
 
 def is_terminal(stream: TextIO | None) -> bool:

@@ -6,7 +6,7 @@ import json
 
 from noisytune_cli.commands.average import Averaged
 from noisytune_cli.escape import escape
-from noisytune_cli.show import note, warn, write_out
+from noisytune_cli.show import note, note_left_out, warn, write_out
 
 
 def show_averaged(result: Averaged, *, as_json: bool, quiet: bool) -> None:
@@ -29,6 +29,7 @@ def show_averaged(result: Averaged, *, as_json: bool, quiet: bool) -> None:
             "tensors": len(manifest.tensors),
             "averaged": averaged,
             "bytes": nbytes,
+            "left_out": [{"name": name, "why": why} for name, why in manifest.left_out],
             "warnings": list(result.warnings),
         }
         write_out(json.dumps(document, indent=1) + "\n")
@@ -37,3 +38,4 @@ def show_averaged(result: Averaged, *, as_json: bool, quiet: bool) -> None:
             f"averaged {averaged} of {len(manifest.tensors)} tensors of {len(manifest.members)} checkpoints "
             f"-> {result.output}: {nbytes / 1e6:,.1f} MB"
         )
+        note_left_out(manifest.left_out)

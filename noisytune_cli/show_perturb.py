@@ -11,13 +11,13 @@ from typing import Any
 from noisytune_cli.commands.perturb import Perturbed, Planned
 from noisytune_cli.escape import escape
 from noisytune_cli.records import Manifest, NoiseSpec, Step
-from noisytune_cli.show import note, warn, write_out
+from noisytune_cli.show import note, note_left_out, warn, write_out
 
 _TOLD_BY = {"names": "its name", "model": "the model"}
 
 
 def show_planned(planned: Planned, *, as_json: bool) -> None:
-    """Print a dry run's plan on stdout, a tensor a line, then the outputs where there are several."""
+    """Print a dry run's plan on stdout: a tensor a line, then what is left out, then several outputs."""
     for warning in planned.warnings:
         warn(warning)
     by_tensor = _by_tensor(planned)
@@ -32,6 +32,7 @@ def show_planned(planned: Planned, *, as_json: bool) -> None:
                 {"stream": tie.stream, "names": list(tie.all_names), "evidence": tie.evidence}
                 for tie in planned.plan.ties
             ],
+            "left_out": _left_out(planned.left_out),
         }
         if several:
             document["tensors"] = [
@@ -44,6 +45,7 @@ def show_planned(planned: Planned, *, as_json: bool) -> None:
         write_out(json.dumps(document, indent=1) + "\n")
         return
     write_out(line for steps in by_tensor for line in _plan_lines(steps))
+    write_out(f"{escape(name)}  left out ({why})\n" for name, why in planned.left_out)
     if several:
         write_out(_output_lines(planned))
     counts = Counter(str(_telling(steps).reason or "perturb") for steps in by_tensor)
@@ -71,6 +73,8 @@ def show_perturbed(results: Sequence[Perturbed], *, as_json: bool, quiet: bool, 
         note(f"{_summary(result)}{took}")
     if len(results) > 1:
         note(f"{len(results)} outputs in {seconds:.1f} s")
+    if not results[0].recipe:  # one source, so they all lack the same
+        note_left_out(results[0].manifest.left_out)
 
 
 def _document(result: Perturbed) -> dict[str, Any]:
@@ -85,6 +89,7 @@ def _document(result: Perturbed) -> dict[str, Any]:
         "unchanged": sum(receipt.unchanged for receipt in manifest.receipts),
         "clamped": sum(receipt.clamped for receipt in manifest.receipts),
         "bytes": _bytes(manifest),
+        "left_out": _left_out(manifest.left_out),
         "warnings": list(result.warnings),
     }
 
@@ -158,6 +163,11 @@ def _noise(noise: NoiseSpec) -> dict[str, Any]:
         "seed": str(noise.seed),
         "lambda": noise.lam,
     }
+
+
+def _left_out(left_out: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """Return the files as a manifest has them."""
+    return [{"name": name, "why": why} for name, why in left_out]
 
 
 def _step(step: Step) -> dict[str, Any]:

@@ -79,12 +79,16 @@ class Perturbed:
 
 @dataclass(frozen=True)
 class Planned:
-    """A dry run's answer: the plan of each combination, made from headers alone, and where it would go."""
+    """A dry run's answer: the plan of each combination, made from headers alone, and where it would go.
+
+    `left_out` names the files that would not be in the outputs, each with the reason.
+    """
 
     id: str
     revision: str | None
     plans: tuple[Plan, ...]
     outs: tuple[str | None, ...]
+    left_out: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...]
 
     @property
@@ -99,9 +103,15 @@ def plan_perturb(request: Request, wanted: Sequence[Combination] = ()) -> Planne
     with _open(request) as source:
         told = tell_buffers(source.tensors, config=source.config, decider=request.buffers_from)
         plans = make_plans(source, request.noise, wanted, told, request.conversion)
-        _lay_out(source, plans, request.conversion)
-        outs = tuple(one.out for one in wanted)
-        return Planned(source.id, source.revision, tuple(plans), outs, (*source.warnings, *told.warnings))
+        files = _lay_out(source, plans, request.conversion)
+        return Planned(
+            id=source.id,
+            revision=source.revision,
+            plans=tuple(plans),
+            outs=tuple(one.out for one in wanted),
+            left_out=(*source.left_out, *left_behind(source, files)),
+            warnings=(*source.warnings, *told.warnings),
+        )
 
 
 def perturb(
