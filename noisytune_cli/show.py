@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 from noisytune_cli.errors import PipeClosed, ResourceExhausted
@@ -29,14 +30,15 @@ _MOST_LEFT_OUT = 3
 _LONGEST_WARNING = 1500
 
 
-def write_out(text: str | Iterable[str]) -> None:
+def write_out(text: str | Iterable[str], published: Sequence[Path] = ()) -> None:
     """Write data, whole or in chunks, to stdout and flush it.
 
-    Raises PipeClosed where the reader has gone, ResourceExhausted where the data cannot be written.
+    Raises PipeClosed where the reader has gone, ResourceExhausted where the data cannot be written; that says
+    of what is `published` that it is complete all the same.
     """
     out = sys.stdout
     if out is None or out.closed:
-        raise _lost("it is closed")
+        raise _lost("it is closed", published)
     try:
         for chunk in (text,) if isinstance(text, str) else text:
             out.write(_encodable(chunk, out))
@@ -46,7 +48,7 @@ def write_out(text: str | Iterable[str]) -> None:
         raise PipeClosed from None
     except OSError as error:
         _abandon(out)
-        raise _lost(os.strerror(error.errno) if error.errno else str(error)) from error
+        raise _lost(os.strerror(error.errno) if error.errno else str(error), published) from error
 
 
 def note(text: str) -> None:
@@ -146,7 +148,15 @@ def _abandon(stream: TextIO) -> None:
             os.close(nowhere)
 
 
-def _lost(why: str) -> ResourceExhausted:
+def _lost(why: str, published: Sequence[Path]) -> ResourceExhausted:
+    if published:
+        more = f" and {len(published) - 1:,} more places" if len(published) > 1 else ""
+        return ResourceExhausted(
+            "cannot write the result",
+            path="standard output",
+            why=f"{why}; the output is complete at {published[0]}{more}",
+            next_step="The manifest there says what was done: do not run again",
+        )
     return ResourceExhausted(
         "cannot write the result",
         path="standard output",

@@ -32,7 +32,7 @@ def show_averaged(result: Averaged, *, as_json: bool, quiet: bool) -> None:
             "left_out": [{"name": name, "why": why} for name, why in manifest.left_out],
             "warnings": list(result.warnings),
         }
-        write_out(json.dumps(document, indent=1) + "\n")
+        write_out(json.dumps(document, indent=1) + "\n", [result.output])
     if not quiet:
         note(
             f"averaged {averaged} of {len(manifest.tensors)} tensors of {len(manifest.members)} checkpoints "

@@ -65,7 +65,8 @@ def show_perturbed(results: Sequence[Perturbed], *, as_json: bool, quiet: bool, 
         warn(warning)
     if as_json:
         indent = 1 if len(results) == 1 else None
-        write_out(f"{json.dumps(_document(result), indent=indent)}\n" for result in results)
+        documents = (f"{json.dumps(_document(result), indent=indent)}\n" for result in results)
+        write_out(documents, [result.output for result in results])
     if quiet:
         return
     for result in results:

@@ -16,6 +16,8 @@ from checkpoints import safetensors_bytes, save, weights
 from hub_server import Repository, serve
 from runs import run
 
+from noisytune_cli.commands.verify import verify
+
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
@@ -56,6 +58,24 @@ def test_output_that_is_lost_is_an_error(source: Path) -> None:
     result = process("perturb", source, "--dry-run", redirect=">&-")
     assert result.returncode == 6
     assert result.stderr.startswith("noisytune: error: ")
+    assert result.stderr.endswith("then run again.\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("redirect", [">/dev/full", ">&-"])
+def test_a_result_that_is_lost_after_publishing_says_what_is_there(
+    redirect: str, source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.safetensors"
+    for command in (["perturb", source], ["average", source, source]):
+        result = process(*command, "-o", out, "--overwrite", "--json", redirect=redirect)
+        assert result.returncode == 6
+        assert f"; the output is complete at {out}. " in result.stderr
+        assert result.stderr.endswith("do not run again.\n")
+        assert result.stderr.count("\n") == 1
+        assert verify(str(out)).ok
+    result = process("perturb", source, "--seed", "0-2", "-o", f"{out}-{{seed}}", "--json", redirect=redirect)
+    assert f"complete at {out}-0 and 2 more places. " in result.stderr
 
 
 @pytest.fixture
