@@ -17,6 +17,7 @@ escaped here, once, so no caller has to remember.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from typing import ClassVar
@@ -139,20 +140,22 @@ def unreadable(error: OSError, path: str | os.PathLike[str]) -> NoisytuneError:
             "cannot read",
             path=path,
             why=why,
-            next_step="Raise the limit (ulimit -n, ulimit -v), then run again",
+            next_step=_RAISE_LIMIT,
         )
     return InputUnreadable("cannot read", path=path, why=why, next_step=next_step)
 
 
 def unwritable(error: OSError, path: str | os.PathLike[str]) -> NoisytuneError:
     """Map an OSError met while writing output to the error the user sees (nothing was published)."""
-    why = os.strerror(error.errno) if error.errno else str(error)
-    return ResourceExhausted(
-        "cannot write",
-        path=path,
-        why=f"{why}; {NOTHING_PUBLISHED}",
-        next_step="Free space or choose another place with -o, then run again",
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    why = f"{reason}; {NOTHING_PUBLISHED}"
+    if next_step := _IMPOSSIBLE_OUTPUT.get(error.errno or 0):
+        return OutputUnsafe("cannot write there", path=path, why=why, next_step=next_step)
+    next_step = _WRITE_ERRNOS.get(
+        error.errno or 0,
+        "Check the disk or the network share it is on, or choose another place with -o, then run again",
     )
+    return ResourceExhausted("cannot write", path=path, why=why, next_step=next_step)
 
 
 def exhausted(error: OSError | MemoryError) -> ResourceExhausted:
@@ -171,4 +174,26 @@ def exhausted(error: OSError | MemoryError) -> ResourceExhausted:
     )
 
 
-_RESOURCE_ERRNOS = {12, 23, 24}  # ENOMEM, ENFILE, EMFILE
+_RAISE_LIMIT = "Raise the limit (ulimit -n, ulimit -v), then run again"
+_RESOURCE_ERRNOS = (errno.ENOMEM, errno.ENFILE, errno.EMFILE)
+
+#: Next steps where no output can have that path.
+_IMPOSSIBLE_OUTPUT = {
+    errno.ENAMETOOLONG: "Choose a shorter name with -o",
+    errno.ENOTDIR: "Something in this path is no folder: choose another output with -o",
+    errno.ELOOP: "A link in it leads back to itself: choose another output with -o",
+}
+
+#: Next steps where writing failed for a reason that tells what to do.
+_WRITE_ERRNOS = {
+    **dict.fromkeys(_RESOURCE_ERRNOS, _RAISE_LIMIT),
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT), "Free space or choose another place with -o, then run again"
+    ),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM), "Choose a place with -o where this user may write, or have it permitted"
+    ),
+    errno.EROFS: "Choose a place with -o that is not mounted read-only",
+    errno.EFBIG: "Raise the limit (ulimit -f), or choose a file system with -o that holds larger files",
+    errno.ENOENT: "The folder it was to lie in is gone: choose another place with -o, then run again",
+}

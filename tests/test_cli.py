@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -12,9 +13,10 @@ import pytest
 from checkpoints import Tensor, numbers, safetensors_bytes, save, weights
 from typer.testing import CliRunner, Result
 
-from noisytune_cli import __version__
+from noisytune_cli import __version__, staging
 from noisytune_cli.cli import app
 from noisytune_cli.commands import perturb as command
+from noisytune_cli.errors import unwritable
 
 NAME = "encoder.layer.0.attention.query.weight"
 
@@ -242,6 +244,43 @@ def test_output_errors(source: Path, tmp_path: Path) -> None:
     error(5, "perturb", source, "-o", tmp_path / "fifo", "--overwrite")
     error(5, "perturb", source, "-o", "/dev/null", "--overwrite")
     assert invoke("perturb", source, "-o", tmp_path / "there", "--overwrite").exit_code == 0
+
+
+def test_an_output_that_no_path_can_be(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    folder = save(tmp_path / "folder/model.safetensors", {"w": weights("F32", 9)}).parent
+    for options in ((source,), (folder,), (source, "--recipe-only")):
+        assert "is no folder" in error(5, "perturb", *options, "-o", source / "x" / "y")
+        assert "shorter name" in error(5, "perturb", *options, "-o", tmp_path / ("x" * 256))
+        assert "leads back to itself" in error(5, "perturb", *options, "-o", tmp_path / "loop" / "x")
+    # The manifest beside it would be too long.
+    assert "shorter name" in error(5, "perturb", source, "-o", tmp_path / ("x" * 250))
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "Free space"),
+        (errno.EDQUOT, "Free space"),
+        (errno.EROFS, "not mounted read-only"),
+        (errno.EACCES, "this user may write"),
+        (errno.EPERM, "this user may write"),
+        (errno.EMFILE, "Raise the limit"),
+        (errno.EFBIG, "ulimit -f"),
+        (errno.ENOENT, "is gone"),
+        (errno.EIO, "Check the disk"),
+    ],
+)
+def test_what_to_do_where_writing_fails(
+    number: int, words: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(*_: object) -> None:
+        raise unwritable(OSError(number, ""), tmp_path / "out")
+
+    monkeypatch.setattr(staging, "create", create)
+    line = error(6, "perturb", source, "-o", tmp_path / "out")
+    assert f"{os.strerror(number)}; nothing was published. " in line
+    assert words in line
 
 
 def test_memory_that_gives_out(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
