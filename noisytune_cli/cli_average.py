@@ -48,8 +48,9 @@ def average(
     """
     from noisytune_cli import show, show_average
     from noisytune_cli.commands import average as command
-    from noisytune_cli.options import numbers
+    from noisytune_cli.options import check_out, numbers
 
+    check_out(out)
     result = command.average(
         sources,
         out,

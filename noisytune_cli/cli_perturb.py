@@ -165,9 +165,11 @@ def perturb(
     from noisytune_cli import show, show_perturb
     from noisytune_cli.combinations import combine
     from noisytune_cli.commands import perturb as command
-    from noisytune_cli.options import make_conversion, make_noise, numbers
+    from noisytune_cli.options import check_out, make_conversion, make_noise, numbers
 
     started = time.monotonic()
+    if out is not None:
+        check_out(out)
     spec = make_noise(
         lam=None if lam is None else numbers("--lambda", lam)[0],
         noise_std=None if noise_std is None else numbers("--noise-std", noise_std)[0],

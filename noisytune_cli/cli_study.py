@@ -164,8 +164,10 @@ def study(
     """
     from noisytune_cli import show_study, show_study_progress
     from noisytune_cli.commands import study as command
+    from noisytune_cli.options import check_out
     from noisytune_cli.study.settings import Recipe
 
+    check_out(out)
     request = command.Request(
         model=model,
         out=out,

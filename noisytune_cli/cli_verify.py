@@ -77,7 +77,9 @@ def replay(
     """
     from noisytune_cli import show, show_verify
     from noisytune_cli.commands import replay as command
+    from noisytune_cli.options import check_out
 
+    check_out(out)
     result = command.replay(
         manifest,
         out,

@@ -31,6 +31,18 @@ PRESETS: Mapping[str, Preset] = {
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
+def check_out(out: str) -> None:
+    """Raise UsageError for an `--out` that names nothing, or standard output."""
+    if out == "":
+        raise UsageError("--out is empty", why="it names no file or folder", next_step="Give -o OUT, or -o .")
+    if out == "-":
+        raise UsageError(
+            "--out -",
+            why="standard output cannot hold what is written, which is more than one file",
+            next_step="Give the name of a file or folder (./- is one)",
+        )
+
+
 def make_conversion(dtype: str | None, to: str | None, dequantize: str | None) -> Conversion | None:
     """Return in what the output's weights are to differ from the source's, None where in nothing."""
     conversion = Conversion(

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import save, weights
+from typer.testing import CliRunner
 
+from noisytune_cli.cli import app
 from noisytune_cli.errors import UsageError
 from noisytune_cli.options import make_noise
 from noisytune_cli.records import NoiseSpec
@@ -65,6 +70,27 @@ def test_the_preset_of_multilingual_models() -> None:
     assert made(preset="xtreme", lam=0.2).lam == 0.2
     assert made(preset="xtreme", noise_std=0.1).lam == math.sqrt(12) * 0.1
     assert made(preset="xtreme", include=["@embeddings"]).exclude == ()
+
+
+@pytest.mark.parametrize(("out", "words"), [("", "--out is empty"), ("-", "standard output cannot hold")])
+def test_an_output_without_a_name(
+    out: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = str(save(tmp_path / "in/model.safetensors", {"w": weights("F32", 30)}).parent)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for command in (
+        ("perturb", source),
+        ("perturb", source, "--dry-run"),
+        ("perturb", source, "--recipe-only"),
+        ("average", source, source),
+        ("replay", "noisytune.json", "--base", source),
+        ("study", source),
+    ):
+        result = CliRunner().invoke(app, [*command, "-o", out])
+        assert result.exit_code == 2, result.output
+        assert words in " ".join(result.stderr.split())
+        assert os.listdir() == []
 
 
 def test_an_unknown_preset() -> None:
