@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from places import accepted, refused
 
+from noisytune_cli import output as output_module
 from noisytune_cli.checkpoint import Checkpoint
 from noisytune_cli.errors import OutputUnsafe
 from noisytune_cli.hub_cache import cache_folder
@@ -33,6 +34,15 @@ def test_the_hubs_cache_is_refused_whatever_the_source(
     if overwrite:
         assert "the hub's cache lies in it" in refused(tmp_path / "home", folder, overwrite=True)
     assert accepted(tmp_path / "home/hub-noisy", folder, overwrite=overwrite)
+
+
+def test_the_hubs_cache_is_known_under_another_name(
+    folder: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "mounted").symlink_to("hub")  # left unresolved, as a bind mount cannot be
+    monkeypatch.setattr(output_module, "cache_folder", lambda: tmp_path / "mounted")
+    assert "the hub's cache" in refused(tmp_path / "hub/x", folder)
 
 
 def test_a_hubs_cache_that_is_not_there_yet(
