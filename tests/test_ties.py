@@ -6,6 +6,7 @@ import pytest
 import noisytune_cli
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.commands.replay import replay
+from noisytune_cli.commands.verify import verify
 from noisytune_cli.plan import make_plan
 from noisytune_cli.records import NoiseSpec, Scope, TensorSpec, Tie
 from noisytune_cli.ties import find_ties, split_tie, stream_of
@@ -171,6 +172,7 @@ def test_a_model_gets_one_noise_whichever_of_its_tied_names_is_stored(scope: Sco
         assert torch.equal(tensor, noised[name]), name
         assert torch.equal(tensor, model.state_dict()[name]), name
     assert not torch.equal(noised["lm_head.weight"], stored["lm_head.weight"])
+    assert verify(str(tmp_path / "noisy-a.safetensors"), base=str(tmp_path / "a.safetensors")).ok
     manifest = tmp_path / "noisy-a.safetensors.noisytune.json"
     replay(str(manifest), str(tmp_path / "again.safetensors"), base=str(tmp_path / "a.safetensors"))
     written = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("noisy-a", "again")]

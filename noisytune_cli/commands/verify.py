@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,6 +94,7 @@ def verify(
         produced, contradictions = as_produced(manifest, files)
         matched, headers = compare_files(produced, files)
         found += [*broken, *contradictions, *(d for d in headers if d.file in files)]
+        found += _compare_streams(receipts, files)
         plans = [_plan_digests(produced, matched)]
         originals: dict[str, Source] = {}
         if base is not None:
@@ -226,6 +227,16 @@ def _redo(
     variant = Variant(plan, dict.fromkeys(sources, Nowhere()), recorded=recorded or {})
     (receipts,) = walk.carry_out([variant], sources)
     return receipts
+
+
+def _compare_streams(receipts: Mapping[str, Receipt], files: Mapping[str, Source]) -> Iterator[Difference]:
+    """Find streams that are neither a recorded name nor one that the tensor's file says was stored as it."""
+    for name, receipt in receipts.items():
+        stream, file = receipt.step.stream, receipt.step.tensor.file
+        if stream not in receipts and file in files:
+            stored = receipts.get(files[file].metadata.get(stream, ""))
+            if stored is None or stored.step.stream != stream:
+                yield Difference(file, name, "its stream is no name of it")
 
 
 def _compare_digests(recorded: Mapping[str, Receipt], read: Iterable[Receipt]) -> list[Difference]:
