@@ -64,13 +64,24 @@ class RecordedManifest:
                 next_step="Fetch the manifest again, byte for byte",
             )
 
+    def require_files(self) -> None:
+        """Raise InputInvalid where the noise was added in memory: there is no file to check or to make."""
+        manifest = self.manifest
+        if not manifest.source.files or any(not receipt.digest for receipt in manifest.receipts[:1]):
+            raise InputInvalid(
+                "cannot use the manifest",
+                path=self.path,
+                why="it is the record of noise that was added to a model in memory, so it knows no files",
+                next_step="Add the same noise to a model in memory with perturb_(model, manifest=PATH)",
+            )
+
 
 #: What is wrong with a manifest whose content is valid but whose bytes are not noisytune's.
 REFORMATTED = "its numbers, spaces or line ends are spelt in another way"
 
 
 def read_manifest(path: Path) -> RecordedManifest:
-    """Read and validate the manifest at `path`.
+    """Read and validate the manifest at `path`, of noise in files or in memory.
 
     Raises InputInvalid that names the field, InputUnreadable where it is missing or cannot be read.
     """
@@ -119,7 +130,7 @@ def parse(content: bytes) -> Manifest:
         if key == "operation":
             raise ManifestFault("it is that of an average", next_step="Average its members again")
         raise ManifestFault(f'"{key[:40]}" stands where "source" is due')
-    source = read_source(document.value(), "source")
+    source = read_source(document.value(), "source", fewest=0)
     output = None
     if (key := document.key("noise")) == "output":
         output = _output(document.value(), source)
@@ -167,17 +178,17 @@ def read_other_files(
     return copied, left_out
 
 
-def read_source(value: Any, where: str) -> SourceRecord:
-    """Return the source that an object at `where` in the manifest describes."""
+def read_source(value: Any, where: str, *, fewest: int = 1) -> SourceRecord:
+    """Return the source, of `fewest` files at least, that an object at `where` in the manifest describes."""
     fields = Fields(value, where, ("id", "revision", "files"))
-    files = _files(fields, where)
+    files = _files(fields, where, fewest)
     revision = fields.commit("revision")
     return SourceRecord(fields.string("id"), revision, files)
 
 
-def _files(fields: Fields, where: str) -> tuple[FileRecord, ...]:
+def _files(fields: Fields, where: str, fewest: int = 1) -> tuple[FileRecord, ...]:
     entries = fields.list("files")
-    if not entries:
+    if len(entries) < fewest:
         raise ManifestFault(f"{where}.files is empty")
     files = []
     for i, entry in enumerate(entries):

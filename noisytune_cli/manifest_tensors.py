@@ -38,11 +38,13 @@ from noisytune_cli.runs import MAX_PARTS
 from noisytune_cli.strict_json import Document
 
 _DONE_KEYS = ("action", "lambda", "std", "amplitude", "unchanged", "clamped")
-_KEYS = ("name", "stream", "file", "dtype", "shape", "source_digest", "digest", *_DONE_KEYS)
+_KEYS_IN_MEMORY = ("name", "stream", "file", "dtype", "shape", *_DONE_KEYS)
+_KEYS = (*_KEYS_IN_MEMORY, "source_digest", "digest")
 _PART_KEYS = ("name", "shape", "first", "length", "stride", "repeat", *_DONE_KEYS)
 _MAX_DIMENSION = 2**63 - 1
 _PART_NAME = re.compile(r"(?=.{1,64}\Z)[a-z0-9_]+(?:\.[a-z0-9_]+)*", re.ASCII)
 _SMALLEST_HEADER = 10  # a length, and `{}`
+_NO_FILE = {"": ""}
 
 
 def read_tensors(
@@ -52,7 +54,7 @@ def read_tensors(
     files: Sequence[FileRecord],
     output: OutputRecord | None = None,
 ) -> tuple[Receipt, ...]:
-    """Read at most `limit` entries: file by file, no name twice."""
+    """Read at most `limit` entries: file by file, no name twice; in memory there are no files."""
     conversion = Conversion() if output is None else output.conversion
     reader = _Reader(noise, files, conversion)
     receipts: list[Receipt] = []
@@ -65,6 +67,10 @@ def read_tensors(
             raise ManifestFault(f"it has more than {MAX_LINES:,} tensors and parts")
     if len({receipt.step.tensor.name for receipt in receipts}) < len(receipts):
         raise ManifestFault("it has two tensors of one name")
+    if not any(receipt.digest for receipt in receipts):
+        return tuple(receipts)
+    if not all(receipt.digest for receipt in receipts):
+        raise ManifestFault("some of its tensors are in no file")
     _check_files(receipts, files, packed=2 if conversion.dequantized else 1)
     return tuple(receipts)
 
@@ -137,9 +143,15 @@ class _Reader:
 
     def read(self, entry: Any, where: str) -> Receipt:
         """Return the receipt that an entry stands for; where its tensor lies (offset) it does not say."""
-        fields = Fields(entry, where, (*_KEYS, *self._range), ("reason", "out_dtype", "parts"))
-        tensor = read_tensor(fields, where, self._files)
-        source_digest, digest = fields.digest("source_digest"), fields.digest("digest")
+        in_memory = isinstance(entry, dict) and entry.get("file") == ""
+        if not in_memory and not self._files:
+            raise ManifestFault("source.files is empty")
+        keys = _KEYS_IN_MEMORY if in_memory else _KEYS
+        fields = Fields(entry, where, (*keys, *self._range), ("reason", "out_dtype", "parts"))
+        tensor = read_tensor(fields, where, _NO_FILE if in_memory else self._files)
+        source_digest = digest = ""
+        if not in_memory:
+            source_digest, digest = fields.digest("source_digest"), fields.digest("digest")
         if fields.has("parts"):
             receipt = self._with_parts(fields, where, tensor, source_digest, digest)
         else:
@@ -208,7 +220,9 @@ class _Reader:
             if not fields.has("reason"):
                 raise fields.fault("reason", "is missing from a copy")
             reason = reasons[fields.choice("reason", tuple(reasons))]
-            if fault := misfit(reason, dtype, elements, std, self._noise.scope):
+            fault = misfit(reason, dtype, elements, std, self._noise.scope)
+            # In memory whatever an earlier record does not name is excluded, an integer too.
+            if fault and not (reason == "excluded" and fields.equals("file", "")):
                 raise fields.fault(*fault)
             if lam or amplitude is not None or unchanged or clamped:
                 raise ManifestFault(f"{where} is a copy, but its fields are those of a perturbed tensor")

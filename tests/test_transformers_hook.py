@@ -160,7 +160,8 @@ class Training:
 
 def test_the_callback_perturbs_a_model_once_and_writes_the_record(tmp_path: Path) -> None:
     model, expected = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
-    expected.load_state_dict(model.state_dict())
+    clean = parameters(model)
+    expected.load_state_dict(clean)
     record = noisytune_cli.perturb_(expected, seed=3)
     callback = noisytune_cli.NoisyTuneCallback(seed=3)
     for _ in range(2):
@@ -171,6 +172,10 @@ def test_the_callback_perturbs_a_model_once_and_writes_the_record(tmp_path: Path
     assert written["noise"]["seed"] == "3"
     assert [t["std"] for t in written["tensors"]] == [r.std for r in record.receipts]
     assert not any("digest" in tensor for tensor in written["tensors"])
+    repeated = torch.nn.Linear(4, 4)
+    repeated.load_state_dict(clean)
+    noisytune_cli.perturb_(repeated, manifest=tmp_path / "out" / "noisytune-training.json")
+    assert same(parameters(repeated), parameters(expected))
     another = torch.nn.Linear(4, 4)
     before = parameters(another)
     Training(tmp_path).begin(callback, another)

@@ -53,6 +53,7 @@ def replay(
     `base` is the checkpoint it was made from; None stands for the hub id and commit that it records.
     """
     recorded = read_manifest(Path(manifest_path).expanduser())
+    recorded.require_files()
     recorded.require_original()
     manifest = recorded.manifest
     receipts = {receipt.step.tensor.name: receipt for receipt in manifest.receipts}

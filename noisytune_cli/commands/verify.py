@@ -148,6 +148,7 @@ class Output:
                 next_step="Without one an output is unfinished or not noisytune's: perturb or replay again",
             )
         recorded = read_any_manifest(path)
+        recorded.require_files()
         if not self.is_folder and (
             len(recorded.manifest.source.files) > 1 or _other_files(recorded.manifest)
         ):
