@@ -84,6 +84,9 @@ _FAMILIES = (
 )
 _CODES = tuple({family.codes for family in _FAMILIES})
 
+#: How the dtypes of 8, 6 and 4-bit floats begin: as safetensors spells them, and as torch does.
+_SMALL_FLOATS = ("F8_", "F6_", "F4", "FLOAT8_", "FLOAT4_")
+
 #: The same for weights whose dtype alone says that they are quantised; the method is in the companion.
 _FLOAT8_COMPANIONS = (
     ("NVFP4 (modelopt)", "weight_scale_2"),
@@ -174,13 +177,13 @@ def _method_of_section(section: Mapping[str, Any]) -> str | None:
 
 def _method_of_dtype(tensor: TensorSpec, names: set[str]) -> str | None:
     """Name the method of a tensor of 8, 6 or 4-bit floats."""
-    if not tensor.dtype.startswith(("F8_", "F6_", "F4")):
+    if not tensor.dtype.startswith(_SMALL_FLOATS):
         return None
     module = tensor.name[: tensor.name.rfind(".") + 1]
     for method, companion in _FLOAT8_COMPANIONS:
         if module + companion in names:
             return method
-    return "float" + tensor.dtype[1:].split("_")[0]
+    return "float" + tensor.dtype.removeprefix("FLOAT").removeprefix("F").split("_")[0]
 
 
 def _method_of_family(tensor: TensorSpec, names: set[str]) -> str | None:

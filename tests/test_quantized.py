@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+import noisytune_cli
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.records import TensorSpec
@@ -74,6 +75,7 @@ TENSORS: list[tuple[dict[str, str], str]] = [
     ({"q.weight": "F8_E4M3", "k_proj.k_scale": "F32", "v_proj.v_scale": "F32"}, "float8"),
     ({"q.weight": "F4"}, "float4"),
     ({"q.weight": "F6_E2M3"}, "float6"),
+    ({"q.weight": "FLOAT4_E2M1FN_X2"}, "float4"),
     ({"q.weight": "U8", "q.weight_scale": "F8_E4M3", "q.weight_scale_2": "F32"}, "NVFP4"),
     ({"q.weight": "I8", "q.weight_scale": "F32"}, "8-bit weights with scales"),
     ({"experts.gate_up_proj_blocks": "U8", "experts.gate_up_proj_scales": "U8"}, "MXFP4"),
@@ -169,3 +171,14 @@ def test_no_other_real_checkpoint_is_refused() -> None:
             metadata=metadata,
             path=path,
         )
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fnuz", "float8_e5m2fnuz", "float4_e2m1fn_x2"])
+def test_a_dtype_that_only_torch_names_is_refused_in_memory(dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    rest = torch.randn(4, 4)
+    tensors = {"q.weight": torch.zeros(4, 4, dtype=torch.uint8).view(getattr(torch, dtype)), "rest": rest}
+    before = rest.clone()
+    with pytest.raises(InputInvalid, match=f"quantised: {dtype[:6]}"):
+        noisytune_cli.perturb_(tensors)
+    assert torch.equal(rest, before)
