@@ -13,7 +13,9 @@ def verify(
     out: Annotated[
         str,
         typer.Argument(
-            metavar="OUT", help="The folder or file that perturb or replay wrote.", show_default=False
+            metavar="OUT",
+            help="The folder or file that perturb or replay wrote, or its manifest.",
+            show_default=False,
         ),
     ],
     base: Annotated[
@@ -46,7 +48,11 @@ def verify(
 def replay(
     manifest: Annotated[
         str,
-        typer.Argument(metavar="MANIFEST", help="The manifest of what is to be rebuilt.", show_default=False),
+        typer.Argument(
+            metavar="MANIFEST",
+            help="The manifest of what is to be rebuilt, or the output that it is in or beside.",
+            show_default=False,
+        ),
     ],
     out: Annotated[
         str,

@@ -68,7 +68,7 @@ _FIRST = "model-00001-of-00002.safetensors"
 OTHER_BYTES = tuple(
     Hostile(f"manifest: {name}", lay, words, code, command="verify")
     for name, lay, words, code in (
-        ("absent", lacking("noisytune.json"), ("there is no manifest",), 4),
+        ("absent", lacking("noisytune.json"), ("no manifest: ",), 4),
         ("a FIFO", instead("noisytune.json", fifo), ("a FIFO",), 3),
         ("a folder", lambda root: tree({"noisytune.json": folder})(root), ("a directory",), 3),
         ("a link to nothing", instead("noisytune.json", link("no")), ("No such file",), 4),

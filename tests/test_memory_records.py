@@ -67,8 +67,10 @@ def test_where_files_are_needed_it_is_refused_with_what_takes_it(tmp_path: Path)
     folder = tmp_path / "out"
     folder.mkdir()
     path = keep(noisytune_cli.perturb_({"w": torch.randn(3, 3)}), folder / "noisytune.json")
+    training = keep(read_manifest(path).manifest, tmp_path / "noisytune-training.json")
     attempts: list[Callable[[], object]] = [
         lambda: verify(str(folder)),
+        lambda: verify(str(training)),
         lambda: replay(str(path), str(tmp_path / "again"), base=str(folder)),
     ]
     for attempt in attempts:

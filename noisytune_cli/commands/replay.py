@@ -17,6 +17,7 @@ from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.devices import open_device
 from noisytune_cli.differences import Difference, compare_receipts, recorded_steps
 from noisytune_cli.fill import fill, needed_bytes
+from noisytune_cli.manifest_place import manifest_of
 from noisytune_cli.manifest_reader import RecordedManifest, read_manifest
 from noisytune_cli.original import match_files, not_the_base, open_original
 from noisytune_cli.output import check_output
@@ -50,9 +51,10 @@ def replay(
 ) -> Replayed:
     """Write to `out` what the manifest records, durably, or change nothing.
 
-    `base` is the checkpoint it was made from; None stands for the hub id and commit that it records.
+    `manifest_path` may also be that of an output, which has its manifest in it or beside it. `base` is the
+    checkpoint it was made from; None stands for the hub id and commit that it records.
     """
-    recorded = read_manifest(Path(manifest_path).expanduser())
+    recorded = read_manifest(manifest_of(manifest_path))
     recorded.require_files()
     recorded.require_original()
     manifest = recorded.manifest

@@ -12,7 +12,6 @@ not match" (8).
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -28,7 +27,8 @@ from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unre
 from noisytune_cli.escape import escape
 from noisytune_cli.folder import list_folder
 from noisytune_cli.formats import Nowhere, Source, open_source
-from noisytune_cli.layout import INDEX_SUFFIXES, MANIFEST, MANIFEST_SUFFIX, WEIGHTS_SUFFIXES
+from noisytune_cli.layout import INDEX_SUFFIXES, MANIFEST, WEIGHTS_SUFFIXES
+from noisytune_cli.manifest_place import Place, place_of, require_manifest
 from noisytune_cli.manifest_reader import REFORMATTED, RecordedManifest
 from noisytune_cli.original import compare_files, match_files, open_original
 from noisytune_cli.produced import as_produced, with_output_files
@@ -76,9 +76,12 @@ def verify(
     quiet: bool = False,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
 ) -> Verified:
-    """Hold the output `out`, a folder or a file, against its manifest and, where given, against the base."""
-    output = locate(out)
-    recorded = output.read_manifest()
+    """Hold an output against its manifest and, where given, against the base.
+
+    `out` is the path of the output, a folder or a file, or of its manifest.
+    """
+    place = place_of(out)
+    recorded = _read_manifest(place)
     if base is not None and isinstance(recorded, RecordedAverage):
         raise UsageError(
             "--base",
@@ -90,7 +93,7 @@ def verify(
     walk = Walk(open_device("cpu"), threads or default_threads())
     found = [] if recorded.is_original else [Difference(recorded.path.name, None, REFORMATTED)]
     with ExitStack() as opened:
-        files, broken = _open_files(with_output_files(manifest), output, mmap, opened)
+        files, broken = _open_files(with_output_files(manifest), place, mmap, opened)
         produced, contradictions = as_produced(manifest, files)
         matched, headers = compare_files(produced, files)
         found += [*broken, *contradictions, *(d for d in headers if d.file in files)]
@@ -114,64 +117,42 @@ def verify(
             file.check_sums()
         found += [difference for name, file in matched.items() for difference in _compare_sums(name, file)]
     others = _other_files(manifest)
-    found += [d for name, digest in others.items() for d in _compare_copy(output.path(name), name, digest)]
+    found += [d for name, digest in others.items() for d in _compare_copy(place.path(name), name, digest)]
     checked = Checked(
         tensors=len(manifest.receipts),
         files=len(produced.source.files) + len(others),
         bytes=sum(file.size for file in produced.source.files),
         base=base is not None,
     )
-    return Verified(output.place, checked, tuple(found), tuple(output.strays(manifest)))
+    return Verified(place.output, checked, tuple(found), tuple(_strays(place, manifest)))
 
 
-@dataclass(frozen=True)
-class Output:
-    """Where an output lies: a folder with its manifest in it, or a file with its manifest beside it."""
+def _read_manifest(place: Place) -> RecordedManifest:
+    """Read the manifest of the output at `place`; InputUnreadable where there is none."""
+    recorded = read_any_manifest(require_manifest(place.manifest))
+    recorded.require_files()
+    if not place.is_folder and (len(recorded.manifest.source.files) > 1 or _other_files(recorded.manifest)):
+        raise InputInvalid(
+            "cannot verify the file alone",
+            path=place.output,
+            why="its manifest is that of a folder",
+            next_step=f"Put the manifest into the folder as {MANIFEST}, and name the folder",
+        )
+    return recorded
 
-    place: Path
-    is_folder: bool
 
-    def path(self, name: str) -> Path:
-        """Return where a recorded file is; a single weight file may bear any name."""
-        return self.place / name if self.is_folder else self.place
-
-    def read_manifest(self) -> RecordedManifest:
-        """Read the manifest; InputUnreadable where there is none."""
-        path = self.place.with_name(self.place.name + MANIFEST_SUFFIX)
-        if self.is_folder:
-            path = self.place / MANIFEST
-        if not os.path.lexists(path):
-            raise InputUnreadable(
-                "nothing to verify against",
-                path=path,
-                why="there is no manifest, which noisytune writes last",
-                next_step="Without one an output is unfinished or not noisytune's: perturb or replay again",
-            )
-        recorded = read_any_manifest(path)
-        recorded.require_files()
-        if not self.is_folder and (
-            len(recorded.manifest.source.files) > 1 or _other_files(recorded.manifest)
-        ):
-            raise InputInvalid(
-                "cannot verify the file alone",
-                path=self.place,
-                why="its manifest is that of a folder",
-                next_step=f"Put the manifest into the folder as {MANIFEST}, and name the folder",
-            )
-        return recorded
-
-    def strays(self, manifest: Manifest) -> list[str]:
-        """Return a warning for each file that might be taken for weights, but is not recorded."""
-        if not self.is_folder:
-            return []
-        files = with_output_files(manifest).source.files
-        known = {*(file.name for file in files), *_other_files(manifest)}
-        names = [name for name in list_folder(self.place).files if name not in known]
-        return [
-            f"{escape(name)} is not in the manifest, and was not verified"
-            for name in names
-            if name.endswith(_STRAY)
-        ]
+def _strays(place: Place, manifest: Manifest) -> list[str]:
+    """Return a warning for each file that might be taken for weights, but is not recorded."""
+    if not place.is_folder:
+        return []
+    files = with_output_files(manifest).source.files
+    known = {*(file.name for file in files), *_other_files(manifest)}
+    names = [name for name in list_folder(place.output).files if name not in known]
+    return [
+        f"{escape(name)} is not in the manifest, and was not verified"
+        for name in names
+        if name.endswith(_STRAY)
+    ]
 
 
 def _other_files(manifest: Manifest) -> dict[str, str]:
@@ -180,24 +161,15 @@ def _other_files(manifest: Manifest) -> dict[str, str]:
     return {**dict(manifest.copied), **{name: digest for name, _, digest in rewritten}}
 
 
-def locate(out: str) -> Output:
-    """Find the output that a user names; InputUnreadable where there is nothing."""
-    place = Path(os.path.expanduser(out))
-    try:
-        return Output(place, stat.S_ISDIR(os.stat(place).st_mode))
-    except (OSError, ValueError) as error:
-        raise unreadable(error if isinstance(error, OSError) else OSError(str(error)), out) from error
-
-
 def _open_files(
-    manifest: Manifest, output: Output, mmap: bool, opened: ExitStack
+    manifest: Manifest, place: Place, mmap: bool, opened: ExitStack
 ) -> tuple[dict[str, Source], list[Difference]]:
     """Open the weight files that are there and whole, and say what is wrong with the others."""
     files: dict[str, Source] = {}
     found = []
     for record in manifest.source.files:
         try:
-            files[record.name] = open_source(output.path(record.name), record.name, mmap)
+            files[record.name] = open_source(place.path(record.name), record.name, mmap)
         except (InputInvalid, InputUnreadable) as error:
             found.append(Difference(record.name, error.tensor, _why_not_opened(error)))
         else:

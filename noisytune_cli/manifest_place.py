@@ -1,0 +1,94 @@
+"""Where an output's manifest lies, and which output a manifest is that of: each is found from the other.
+
+`noisytune.json` is that of the folder it lies in, `NAME.noisytune.json` that of NAME beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from noisytune_cli.averages import read_any_manifest
+from noisytune_cli.errors import InputInvalid, InputUnreadable, unreadable
+from noisytune_cli.layout import MANIFEST, MANIFEST_SUFFIX, WEIGHTS_SUFFIXES
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an output lies, a folder or a file, and where its manifest does."""
+
+    output: Path
+    is_folder: bool
+    manifest: Path
+
+    def path(self, name: str) -> Path:
+        """Return where a recorded file is; a single weight file may bear any name."""
+        return self.output / name if self.is_folder else self.output
+
+
+def place_of(path: str) -> Place:
+    """Find the output that a user names by its path or by its manifest's.
+
+    Raises InputUnreadable where there is none, InputInvalid for a manifest that belongs to no output.
+    """
+    found = Path(os.path.expanduser(path))
+    if _is_folder(found):
+        return Place(found, True, found / MANIFEST)
+    beside = _beside(found)
+    if os.path.lexists(beside) or found.suffix != ".json":
+        return Place(found, False, beside)
+    if found.name == MANIFEST:
+        return Place(found.parent, True, found)
+    if found.name.endswith(MANIFEST_SUFFIX):
+        output = found.with_name(found.name.removesuffix(MANIFEST_SUFFIX))
+        if not os.path.lexists(output):
+            raise InputUnreadable(
+                "nothing to verify",
+                path=output,
+                why="its manifest is there, the output is not",
+                next_step="Make it from the manifest with replay",
+            )
+        return Place(output, _is_folder(output), found)
+    read_any_manifest(found).require_files()
+    raise InputInvalid(
+        "cannot tell which output the manifest belongs to",
+        path=found,
+        why=f"it is named neither {MANIFEST} nor NAME{MANIFEST_SUFFIX}",
+        next_step="Put it into the output's folder, or beside its file, under such a name",
+    )
+
+
+def manifest_of(path: str) -> Path:
+    """Return the path of the manifest that a user names by its path or its output's."""
+    found = Path(os.path.expanduser(path))
+    if _is_folder(found):
+        return require_manifest(found / MANIFEST)
+    beside = _beside(found)
+    if os.path.lexists(beside) or found.name.endswith(WEIGHTS_SUFFIXES):
+        return require_manifest(beside)
+    return found
+
+
+def require_manifest(path: Path) -> Path:
+    """Return the path of a manifest; InputUnreadable where nothing lies there."""
+    if not os.path.lexists(path):
+        raise InputUnreadable(
+            "no manifest",
+            path=path,
+            why="noisytune writes it last, so an output without one is unfinished or not noisytune's",
+            next_step="Perturb or replay again, or name what has a manifest",
+        )
+    return path
+
+
+def _beside(output: Path) -> Path:
+    return output.with_name(output.name + MANIFEST_SUFFIX)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (OSError, ValueError) as error:  # ValueError: a NUL, which no path has
+        raise unreadable(error if isinstance(error, OSError) else OSError(str(error)), path) from error
