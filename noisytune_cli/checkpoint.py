@@ -1,8 +1,8 @@
 """From what the user typed to an open checkpoint, local or on the hub.
 
 What begins with `.`, `/` or `~`, or exists, is local and never reaches the hub. Both ways end in the same
-place: a folder, the names in it, and the rules of `layout.py`. Opening reads headers and small files only;
-if anything is wrong all that was opened is closed again.
+place: a folder, the names in it, and the rules of `weights.py` and `layout.py`. Opening reads headers and
+small files only; if anything is wrong all that was opened is closed again.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from noisytune_cli.layout import (
     OTHER_WEIGHTS,
     Listing,
     arrange,
-    choose_weights,
     manifests,
 )
 from noisytune_cli.records import TensorSpec
+from noisytune_cli.weights import choose_weights
 
 #: A snapshot in the hub's cache, which tells id and commit.
 _SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/|$)")

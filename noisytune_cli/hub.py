@@ -1,9 +1,9 @@
 """A checkpoint on the Hugging Face hub, fetched into the standard cache.
 
-One idea: the repository's list of files is enough to decide what is needed (`layout.py`), so the order is
-list, config, index, and only then the weights and the files beside them. Whatever can be refused is refused
-before a weight is fetched, and no other weight format is fetched at all. The cache, the token, HF_ENDPOINT
-and HF_HUB_OFFLINE are huggingface_hub's own.
+One idea: the repository's list of files is enough to decide what is needed (`weights.py`, `layout.py`), so
+the order is list, config, index, and only then the weights and the files beside them. Whatever can be refused
+is refused before a weight is fetched, and no other weight format is fetched at all. The cache, the token,
+HF_ENDPOINT and HF_HUB_OFFLINE are huggingface_hub's own.
 """
 
 from __future__ import annotations
@@ -27,15 +27,8 @@ from noisytune_cli.errors import HubError
 from noisytune_cli.folder import list_folder
 from noisytune_cli.hub_errors import CANNOT_FETCH, mapped_errors
 from noisytune_cli.index import check_present, read_index
-from noisytune_cli.layout import (
-    CHUNKS_SUFFIX,
-    INDEX_SUFFIXES,
-    METADATA,
-    Listing,
-    arrange,
-    choose_weights,
-    list_names,
-)
+from noisytune_cli.layout import CHUNKS_SUFFIX, INDEX_SUFFIXES, METADATA, Listing, arrange, list_names
+from noisytune_cli.weights import choose_weights
 
 _ID_PART = re.compile(r"(?=.{1,96}$)\w(?:[\w.-]*\w)?", re.ASCII)
 

@@ -1,10 +1,10 @@
-"""Which files of a checkpoint are the weights, which are copied beside them, which are left out.
+"""Which files of a checkpoint are copied beside its weights, and which are left out.
 
 One idea: everything is decided from names, so a folder on disk and a repository on the hub, of which
-nothing has been fetched yet, get the same answer. The folder that holds the chosen weights is their home;
-only there can another file be a twin of them. Weights in other folders are other modules
-(sentence-transformers' `2_Dense/`) and are copied; exports (ONNX, GGUF…) and trainer state are left out
-wherever they lie. Every file that is left out is named, with the reason.
+nothing has been fetched yet, get the same answer. `weights.py` chooses the weights in the same way. The
+folder that holds them is their home; only there can another file be a twin of them. Weights in other folders
+are other modules (sentence-transformers' `2_Dense/`) and are copied; exports (ONNX, GGUF…) and trainer state
+are left out wherever they lie. Every file that is left out is named, with the reason.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-
-from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError
 
 #: The manifest in an output directory, and what follows the file's name for an output file.
 MANIFEST = "noisytune.json"
@@ -37,22 +35,18 @@ CHUNKS_SUFFIX = ".distcp"
 #: Why weights that were not chosen are left out.
 OTHER_WEIGHTS = "other weights than those chosen (--weights chooses)"
 
-#: Weight files that are chosen by name, the first that is there.
-_DEFAULT_WEIGHTS = (
-    "model.safetensors",
-    "adapter_model.safetensors",
-    "pytorch_model.bin",
-    "adapter_model.bin",
-)
+#: Why folders are left out that can be checkpoints themselves.
+TRAINER_CHECKPOINT = "a checkpoint of the trainer"
+SHARDED_STATE = "the weights in another format (PyTorch)"
 
 #: Folders that are left out whole.
 _FOLDERS_LEFT_OUT = (
     (r"\.git", "version control"),
     (r"\.(cache|huggingface)", "a download cache"),
     (r"\.noisytune-.*", "left by an interrupted run of noisytune"),
-    (r"checkpoint-\d+", "a checkpoint of the trainer"),
+    (r"checkpoint-\d+", TRAINER_CHECKPOINT),
     (r"global_step\d+|optimizer_\d+", "optimizer and trainer state"),
-    (r"pytorch_model_fsdp_\d+", "the weights in another format (PyTorch)"),
+    (r"pytorch_model_fsdp_\d+", SHARDED_STATE),
     (r".*\.(mlpackage|mlmodelc)", "the weights in another format (Core ML)"),
 )
 
@@ -82,8 +76,6 @@ _EXPORTS = (
 _PICKLES = ("pytorch_model*.bin", "pytorch_model*.bin.index*.json", "*.ckpt")
 _TWIN_SUFFIXES = (*PICKLE_SUFFIXES, ".pkl", ".bin.index.json")
 _PICKLE_STEMS = ("model", "pytorch_model", "adapter_model", "diffusion_pytorch_model", "consolidated")
-
-_SHARD = re.compile(r"-(\d{3,})-of-(\d{3,})\.(?:safetensors|bin)$")
 
 
 @dataclass(frozen=True)
@@ -124,67 +116,15 @@ def is_plain_name(name: str) -> bool:
     return all(part not in ("", ".", "..") for part in name.split("/")) and name.isprintable()
 
 
-def choose_weights(listing: Listing, requested: str | None, where: str) -> str:
-    """Return the name of the index, or of the only weight file, that holds the weights.
-
-    `requested` is what --weights names; `where` is the folder or hub id, for the error. Raises
-    InputInvalid when there are no weights, or no telling which.
-    """
-    names = {*listing.files, *listing.special}
-    if requested is not None:
-        return _check_requested(requested, names, where)
-    root = sorted(name for name in names if "/" not in name and not _is_no_model(name))
-    chunks = [name for name in root if name.endswith(CHUNKS_SUFFIX)]
-    for index_suffix, suffixes in zip(INDEX_SUFFIXES, ((SAFETENSORS_SUFFIX,), PICKLE_SUFFIXES), strict=True):
-        if chosen := _choose_among(root, index_suffix, suffixes, where):
-            return chosen
-        if chunks:
-            # Before pickles: those beside it hold what is left of the training state.
-            return _metadata_of(chunks, names, where)
-    for suffixes in ((SAFETENSORS_SUFFIX, INDEX_SUFFIXES[0]), (*PICKLE_SUFFIXES, INDEX_SUFFIXES[1])):
-        elsewhere = sorted(name for name in names if name.endswith(suffixes) and not _is_no_model(name))
-        if elsewhere:
-            raise _ambiguous(elsewhere, where)
-    if inside := sorted(name for name in names if posixpath.basename(name) == METADATA):
-        raise _ambiguous(inside, where)
-    raise _no_weights(names, where)
+def is_no_model(name: str) -> bool:
+    """Tell whether a file that is named like weights is something else, such as an optimizer's state."""
+    base = posixpath.basename(name)
+    return _matches(base, _TRAINER_STATE) or export_format(base) is not None
 
 
-def _metadata_of(chunks: list[str], names: Collection[str], where: str) -> str:
-    """Return the name of the `.metadata` that lies with the chunks; InputInvalid where there is none."""
-    if METADATA not in names:
-        raise InputInvalid(
-            "the checkpoint is incomplete",
-            path=where,
-            why=f"it has chunks ({_enumerate(chunks)}) but no {METADATA}, which is written last",
-            next_step="Fetch it too, or wait until the checkpoint is saved",
-        )
-    return METADATA
-
-
-def _choose_among(root: list[str], index_suffix: str, suffixes: tuple[str, ...], where: str) -> str | None:
-    """Return the weights that end in `suffixes` among the names in the root folder; None if none do."""
-    indexes = [name for name in root if name.endswith(index_suffix)]
-    if len(indexes) == 1:
-        return indexes[0]
-    if len(indexes) > 1:
-        raise _ambiguous(indexes, where)
-    for name in _DEFAULT_WEIGHTS:
-        if name in root and name.endswith(suffixes):
-            return name
-    files = [name for name in root if name.endswith(suffixes)]
-    if len(files) == 1 and not _is_one_of_many(files[0]):
-        return files[0]
-    if files and all(_SHARD.search(name) for name in files):
-        raise InputInvalid(
-            "cannot read the checkpoint",
-            path=where,
-            why=f"it has shards ({_enumerate(files)}) but no index (*{index_suffix})",
-            next_step="Fetch the index too, or name one shard with --weights",
-        )
-    if files:
-        raise _ambiguous(files, where)
-    return None
+def export_format(base: str) -> str | None:
+    """Return the format of an export that a file's name tells, or None."""
+    return next((label for label, patterns in _EXPORTS if _matches(base, patterns)), None)
 
 
 def arrange(
@@ -192,7 +132,7 @@ def arrange(
 ) -> tuple[list[str], list[tuple[str, str]]]:
     """Sort every file but `weights` into those to copy and those left out, with the reason.
 
-    `chosen` is what `choose_weights` returned; when it is an index it is among the files to copy.
+    `chosen` is what `weights.choose_weights` returned; when it is an index it is among the files to copy.
     """
     home = posixpath.dirname(chosen)
     others: list[str] = []
@@ -213,31 +153,6 @@ def manifests(listing: Listing) -> list[str]:
     return [name for name in listing.files if "/" not in name and _is_manifest(name)]
 
 
-def _check_requested(requested: str, names: Collection[str], where: str) -> str:
-    name = posixpath.normpath(requested) if requested else ""
-    if not is_plain_name(name):
-        raise UsageError(
-            "--weights cannot be used",
-            why=f"'{requested}' does not name a file inside the checkpoint",
-            next_step="Give a name relative to SOURCE, such as model.safetensors",
-        )
-    if name not in names:
-        raise InputUnreadable(
-            "no such weights",
-            path=f"{where}/{name}",
-            why="the checkpoint has no file of this name",
-            next_step=f"Choose from {_enumerate(sorted(n for n in names if n.endswith(WEIGHTS_SUFFIXES)))}",
-        )
-    if not name.endswith((*WEIGHTS_SUFFIXES, *INDEX_SUFFIXES)) and posixpath.basename(name) != METADATA:
-        raise InputInvalid(
-            "cannot read the checkpoint",
-            path=f"{where}/{name}",
-            why="--weights names neither safetensors or PyTorch weights nor an index of them",
-            next_step=f"Name a file that ends in {', '.join((*WEIGHTS_SUFFIXES, *INDEX_SUFFIXES))}",
-        )
-    return name
-
-
 def _why_left_out(name: str, home: str, chosen: str) -> str | None:
     base = posixpath.basename(name)
     at_home = posixpath.dirname(name) == home
@@ -247,7 +162,7 @@ def _why_left_out(name: str, home: str, chosen: str) -> str | None:
         return why
     if _matches(base, _TRAINER_STATE):
         return "optimizer and trainer state"
-    if label := _export_format(base):
+    if label := export_format(base):
         return f"the weights in another format ({label})"
     if at_home and (base == METADATA or base.endswith(CHUNKS_SUFFIX)):
         return OTHER_WEIGHTS if chosen == METADATA else f"the weights in another format ({_CHUNKED})"
@@ -268,18 +183,8 @@ def _stem(chosen: str) -> str:
     return chosen.removesuffix(suffix)
 
 
-def _is_no_model(name: str) -> bool:
-    """Tell whether a file that is named like weights is something else, such as an optimizer's state."""
-    base = posixpath.basename(name)
-    return _matches(base, _TRAINER_STATE) or _export_format(base) is not None
-
-
 def _is_manifest(base: str) -> bool:
     return base == MANIFEST or base.endswith(MANIFEST_SUFFIX)
-
-
-def _export_format(base: str) -> str | None:
-    return next((label for label, patterns in _EXPORTS if _matches(base, patterns)), None)
 
 
 def _is_pickled_twin(base: str, stem: str) -> bool:
@@ -290,38 +195,3 @@ def _is_pickled_twin(base: str, stem: str) -> bool:
 
 def _matches(base: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(base.lower(), pattern) for pattern in patterns)
-
-
-def _is_one_of_many(name: str) -> bool:
-    shard = _SHARD.search(name)
-    return shard is not None and int(shard[2]) > 1
-
-
-def _ambiguous(candidates: list[str], where: str) -> InputInvalid:
-    return InputInvalid(
-        "cannot tell which file holds the weights",
-        path=where,
-        why=f"candidates are {_enumerate(candidates)}",
-        next_step="Name one with --weights NAME",
-    )
-
-
-def _no_weights(names: Collection[str], where: str) -> InputInvalid:
-    bases = [posixpath.basename(name) for name in names]
-    found = {label for base in bases if (label := _export_format(base))}
-    return InputInvalid(
-        "cannot read the checkpoint",
-        path=where,
-        why=f"it has no safetensors or PyTorch weights, only {', '.join(sorted(found))}"
-        if found
-        else "it has no weights",
-        next_step="Save the model with save_pretrained to convert it"
-        if found
-        else "Give a folder or a hub id that holds *.safetensors files",
-    )
-
-
-def _enumerate(names: Collection[str], limit: int = 6) -> str:
-    shown = list(names)[:limit]
-    more = len(names) - len(shown)
-    return (", ".join(shown) or "none") + (f" and {more} more" if more else "")

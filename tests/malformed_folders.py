@@ -102,7 +102,7 @@ FOLDERS = tuple(
         ("weights below only", tree({f"x/{NAME}": GOOD, f"y/{NAME}": GOOD}), (f"x/{NAME}, y/{NAME}",), 3),
         ("one shard of many", tree({"model-00001-of-00009.safetensors": GOOD}), ("no index",), 3),
         ("the weights are a folder", tree({NAME: folder}), ("it has no weights",), 3),
-        ("the weights are a full folder", tree({f"{NAME}/{NAME}": GOOD}), ("candidates are",), 3),
+        ("the weights are a full folder", tree({f"{NAME}/{NAME}": GOOD}), ("Give that folder",), 3),
         ("the weights are a FIFO", tree({NAME: fifo}), ("a FIFO",), 3),
         ("the weights are a socket", tree({NAME: a_socket}), ("a socket",), 3),
         ("the weights are a link to nothing", tree({NAME: link("no")}), ("a broken link",), 3),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import struct
 from pathlib import Path
@@ -358,6 +359,35 @@ def test_weights_that_are_not_there_or_no_weights(tmp_path: Path) -> None:
 def test_a_folder_without_weights_says_what_it_has(tmp_path: Path, name: str, says: str) -> None:
     write(tmp_path, name, "optimizer.pt")
     assert says in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        ((), r"it has no weights\. Give a folder or a hub id .* \*\.safetensors, \*\.bin, .*\*\.distcp\.$"),
+        (
+            ("checkpoint-900/", "checkpoint-1000/"),
+            r"-900, checkpoint-1000\. .* checkpoint-1000 in it",
+        ),
+        (("checkpoint-5/", "optimizer.pt"), r"only checkpoint-5\. Give the folder checkpoint-5 in it\.$"),
+        (("pytorch_model_fsdp_0/",), r"Give the folder pytorch_model_fsdp_0 in it\.$"),
+        ((".metadata",), r"the checkpoint is incomplete: .* none of the chunks \(\*\.distcp\)"),
+        (("step-1/.metadata",), r"the weights are in a folder inside: .* only step-1/\.metadata\. Give that"),
+        (("a/model.safetensors",), r"only a/model\.safetensors\. Give that folder, or .*--weights NAME\.$"),
+        ((f"snapshots/{COMMIT}/model.bin",), r"Give that folder\.$"),
+        ((f"snapshots/{COMMIT}/model.bin", f"snapshots/{COMMIT[::-1]}/m.bin"), r"Give one of the folders\.$"),
+        (("a/model.bin", "b/model.bin"), r"candidates are a/model\.bin, b/model\.bin"),
+    ],
+)
+def test_what_has_no_weights_itself_says_what_to_give(
+    tmp_path: Path, names: tuple[str, ...], says: str
+) -> None:
+    for name in names:
+        if name.endswith("/"):
+            (tmp_path / name).mkdir()
+        else:
+            write(tmp_path, name)
+    assert re.search(says, refused(tmp_path))
 
 
 def test_a_source_that_was_noised_before(tmp_path: Path) -> None:
