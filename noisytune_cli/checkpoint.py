@@ -20,6 +20,7 @@ from typing import Any
 
 from noisytune_cli import hub
 from noisytune_cli.config import CONFIG, ConfigCheck, read_config
+from noisytune_cli.earlier import NAMESAKE, Earlier, of_file, of_folder
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
 from noisytune_cli.escape import escape
 from noisytune_cli.folder import list_folder
@@ -28,8 +29,6 @@ from noisytune_cli.index import ShardIndex, check_present, check_tensors, read_i
 from noisytune_cli.layout import (
     CHUNKS_SUFFIX,
     INDEX_SUFFIXES,
-    MANIFEST,
-    MANIFEST_SUFFIX,
     METADATA,
     OTHER_WEIGHTS,
     Listing,
@@ -49,8 +48,8 @@ class Checkpoint:
 
     `id` is a plain name or hub id, never a path of this machine; `revision` the hub's commit. `sources` are
     in the order of their names; `others` are to be copied (the index among them), `left_out` are not, each
-    with its reason. File names are relative to `root`, with `/`. `noised` tells that a manifest of noisytune
-    lies with the weights.
+    with its reason. File names are relative to `root`, with `/`. `earlier` is what a manifest that lies with
+    the weights says of them.
     """
 
     id: str
@@ -63,7 +62,7 @@ class Checkpoint:
     others: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...]
-    noised: bool
+    earlier: Earlier | None
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -200,8 +199,12 @@ def _open_folder(
         for file in files:
             sources.append(open_source(root / file, file, mmap))
             opened.callback(sources[-1].close)
-        others, left_out = arrange(listing, chosen, {name for source in sources for name in source.files})
+        weight_files = {name for source in sources for name in source.files}
+        others, left_out = arrange(listing, chosen, weight_files)
         warnings = [warning for source in sources for warning in source.warnings]
+        earlier, namesakes = of_folder(root, manifests(listing), weight_files)
+        left_out = [(file, NAMESAKE if file in namesakes else why) for file, why in left_out]
+        warnings += [f"{escape(file)} is left out: {NAMESAKE}" for file in sorted(namesakes)]
         if index is not None:
             warnings += check_tensors(index, sources) + _strays(index, left_out)
         opened.pop_all()
@@ -216,7 +219,7 @@ def _open_folder(
         others=tuple(others),
         left_out=tuple(left_out),
         warnings=tuple(warnings),
-        noised=bool(manifests(listing)),
+        earlier=earlier,
     )
 
 
@@ -248,7 +251,6 @@ def _open_file(
     if config is not None and check_config is not None:
         check_config(config, os.fspath(config_path))
     source: Source = open_source(path, _printable(path.name), mmap)
-    beside = (path.with_name(path.name + MANIFEST_SUFFIX), path.with_name(MANIFEST))
     return Checkpoint(
         id=name,
         revision=commit,
@@ -260,7 +262,7 @@ def _open_file(
         others=(),
         left_out=(),
         warnings=(*warnings, *source.warnings),
-        noised=any(manifest.is_file() for manifest in beside),
+        earlier=of_file(path),
     )
 
 

@@ -136,7 +136,8 @@ def perturb(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     overwrite: Overwrite = False,
     again: Annotated[
-        bool, typer.Option("--again", help="Perturb a checkpoint that noisytune has noised before.")
+        bool,
+        typer.Option("--again", help="Perturb a checkpoint that noisytune has noised or averaged before."),
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,

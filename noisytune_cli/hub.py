@@ -27,7 +27,16 @@ from noisytune_cli.errors import HubError
 from noisytune_cli.folder import list_folder
 from noisytune_cli.hub_errors import CANNOT_FETCH, mapped_errors
 from noisytune_cli.index import check_present, read_index
-from noisytune_cli.layout import CHUNKS_SUFFIX, INDEX_SUFFIXES, METADATA, Listing, arrange, list_names
+from noisytune_cli.layout import (
+    CHUNKS_SUFFIX,
+    INDEX_SUFFIXES,
+    METADATA,
+    Listing,
+    arrange,
+    list_names,
+    manifests,
+)
+from noisytune_cli.manifest import MAX_BYTES
 from noisytune_cli.weights import choose_weights
 
 _ID_PART = re.compile(r"(?=.{1,96}$)\w(?:[\w.-]*\w)?", re.ASCII)
@@ -105,8 +114,10 @@ def download(
 
     others, _ = arrange(listing, chosen, files)
     needed = [*files, *others]
+    # A manifest is not copied, but says what was done to the weights.
+    earlier = [name for name in manifests(listing) if sizes is None or sizes[name] <= MAX_BYTES]
     with mapped_errors(repo_id, revision), _silenced(quiet):
-        _fetch(repo_id, commit, needed)
+        _fetch(repo_id, commit, [*needed, *earlier])
     _check_sizes(root, sizes, needed)
     return Snapshot(root, commit, listing)
 

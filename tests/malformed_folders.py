@@ -16,6 +16,9 @@ from malformed import HEADER, frame
 GOOD = frame(HEADER, bytes(range(1, 17)))
 NAME = "model.safetensors"
 
+#: How a manifest of noisytune begins.
+BEGUN = '{"schema": 1, "tool": {"name": "noisytune", "version": "1"}, "source": '
+
 
 def a_socket(path: Path) -> None:
     """A socket that nobody listens at; bound by a short name, which is all that sockets take."""
@@ -156,9 +159,9 @@ FOLDERS = tuple(
 NOISED = tuple(
     Hostile(f"noised before: {name}", lay, ("noised before", "--again"), command="perturb")
     for name, lay in (
-        ("a folder", tree({NAME: GOOD, "noisytune.json": "{}"})),
-        ("a file", tree({NAME: GOOD, f"{NAME}.noisytune.json": "{}"}, f"model/{NAME}")),
-        ("another file's manifest", tree({NAME: GOOD, "x.noisytune.json": ""})),
+        ("a folder", tree({NAME: GOOD, "noisytune.json": BEGUN})),
+        ("a file", tree({NAME: GOOD, f"{NAME}.noisytune.json": BEGUN}, f"model/{NAME}")),
+        ("nested too deep", tree({NAME: GOOD, "noisytune.json": BEGUN + "[" * 100_000})),
     )
 )
 

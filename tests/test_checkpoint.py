@@ -72,7 +72,7 @@ def test_a_file(tmp_path: Path) -> None:
         assert [(t.name, t.file) for t in opened.tensors] == [("a", "weights.bin"), ("b", "weights.bin")]
         assert (opened.others, opened.left_out, opened.index) == ((), (), None)
         assert opened.config == {"model_type": "bert"}
-        assert not opened.noised
+        assert opened.earlier is None
 
 
 def test_a_broken_config_beside_a_file_only_warns(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_what_is_left_out_is_named(tmp_path: Path) -> None:
     with open_checkpoint(str(tmp_path)) as opened:
         assert opened.others == (".gitattributes", "checkpoint-notes/a.txt", "onnx/config.json")
         left_out = dict(opened.left_out)
-        assert opened.noised
+        assert any("noisytune.json is left out" in warning for warning in opened.warnings)
     folders = [".git/", ".cache/", ".huggingface/", "checkpoint-500/", "global_step5/", "coreml/a.mlpackage/"]
     folders += ["sub/.git/", ".noisytune-x1/"]
     assert left_out.keys() == {*twins, *state, *folders, "model.fp16.safetensors", "noisytune.json"}
@@ -388,15 +388,6 @@ def test_what_has_no_weights_itself_says_what_to_give(
         else:
             write(tmp_path, name)
     assert re.search(says, refused(tmp_path))
-
-
-def test_a_source_that_was_noised_before(tmp_path: Path) -> None:
-    file = save(tmp_path / "a.safetensors", "a")
-    write(tmp_path, "a.safetensors.noisytune.json")
-    for source in (file, tmp_path):
-        with open_checkpoint(str(source)) as opened:
-            assert opened.noised
-            assert opened.others == ()
 
 
 def test_links_and_special_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,6 +124,14 @@ def test_a_sharded_model_is_fetched_by_its_index(hub: Hub) -> None:
     assert "consolidated.safetensors" not in hub.fetched()
 
 
+def test_a_manifest_is_fetched_though_it_is_not_copied(hub: Hub) -> None:
+    for id_, text in (("settings", b"{}"), ("damaged", b'{"schema": 1, "tool": {"name": "noisytune"')):
+        hub.repositories[id_] = Repository({**PLAIN, "noisytune.json": text})
+        with open_checkpoint(id_) as checkpoint:
+            assert (checkpoint.earlier is not None) == (id_ == "damaged")
+            assert "noisytune.json" in dict(checkpoint.left_out)
+
+
 def test_chunks_are_fetched_with_their_metadata(hub: Hub, tmp_path: Path) -> None:
     folder = save_chunked(tmp_path / "chunks", {("model", "a"): torch.arange(6.0)})
     files = {file.name: file.read_bytes() for file in folder.iterdir()}

@@ -198,12 +198,6 @@ def test_shards_and_threads(tmp_path: Path) -> None:
         assert row.std == std32(tensors[row.name])
 
 
-def test_a_source_noised_before_is_warned_of(model: str) -> None:
-    assert inspect(model).warnings == ()
-    Path(f"{model}.noisytune.json").write_text("{}")
-    assert "--again" in inspect(model).warnings[0]
-
-
 def test_no_tensors_at_all(tmp_path: Path) -> None:
     inspection = inspect(str(save(tmp_path / "m.safetensors", {})))
     assert inspection.tensors == ()

@@ -121,9 +121,9 @@ def _refusal(checkpoint: Checkpoint, path: str) -> str | None:
 
 
 def _noised_before(checkpoint: Checkpoint) -> list[str]:
-    if not checkpoint.noised:
+    if (earlier := checkpoint.earlier) is None:
         return []
-    return ["a manifest of noisytune lies beside the weights: perturb needs --again to add noise once more"]
+    return [f"{earlier.what}: {earlier.why}; perturb needs --again to add noise to it"]
 
 
 def _report(

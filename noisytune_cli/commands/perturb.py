@@ -272,12 +272,12 @@ def _open(request: Request) -> Checkpoint:
         quiet=request.quiet,
     )
     try:
-        if source.noised and not request.again:
+        if (earlier := source.earlier) is not None and not request.again:
             raise InputInvalid(
-                "the source was noised before",
+                earlier.what,
                 path=request.source,
-                why="a manifest of noisytune lies beside its weights, and noise on noise is rarely meant",
-                next_step="Give the original checkpoint, or pass --again",
+                why=earlier.why,
+                next_step=earlier.next_step,
             )
         if dequantizes:
             return dequantize(source, request.source)

@@ -1,0 +1,86 @@
+"""What an earlier run of noisytune left with a source's weights: the manifest of noise, or of an average.
+
+Noise on noise is rarely meant, so `perturb` asks for --again where a manifest says, or may say, that there
+was noise. A file that merely has a manifest's name says nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from noisytune_cli.errors import InputInvalid, InputUnreadable
+from noisytune_cli.escape import enumerate_some, escape
+from noisytune_cli.layout import MANIFEST, MANIFEST_SUFFIX
+
+#: Why a file is left out that has a manifest's name and is none.
+NAMESAKE = "it has the name of a manifest of noisytune, and is none"
+
+#: How a manifest begins, whatever its version, reformatted too.
+_BEGINNING = re.compile(rb'\s*\{\s*"schema"\s*:[^{}]{,40}"tool"\s*:\s*\{\s*"name"\s*:\s*"noisytune"')
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """A manifest that lies with the weights: `what` it makes of the source, `why`, and what to do about it.
+
+    `files` are the weight files that it records, None where it cannot be read.
+    """
+
+    what: str
+    why: str
+    files: frozenset[str] | None
+    next_step: str = "Give the original checkpoint, or pass --again to add noise to this one"
+
+
+def read_earlier(path: Path) -> Earlier | None:
+    """Return what the file at `path` says of its source, or None where it is no manifest of noisytune."""
+    # Most sources have no manifest, and should not wait for its readers to be imported.
+    from noisytune_cli.averages import RecordedAverage, read_any_manifest
+    from noisytune_cli.manifest_reader import read_content
+    from noisytune_cli.produced import with_output_files
+
+    name = escape(path.name)
+    try:
+        if not _BEGINNING.match(read_content(path)):
+            return None
+    except InputInvalid:
+        return None
+    except InputUnreadable:
+        return Earlier("the source may have been noised before", f"{name} cannot be read", None)
+    try:
+        recorded = read_any_manifest(path)
+    except (InputInvalid, InputUnreadable) as error:
+        why = f"its manifest {name} cannot be used ({error.why})"
+        return Earlier("the source may have been noised before", why, None)
+    files = frozenset(file.name for file in with_output_files(recorded.manifest).source.files)
+    if isinstance(recorded, RecordedAverage):
+        members = enumerate_some([source.id for _, source in recorded.average.members])
+        why = f"its manifest {name} has the mean of {members}, and does not say whether these were noised"
+        return Earlier("the source is an average", why, files, "Pass --again to add noise to it")
+    why = f"its manifest {name} says so, and noise on noise is rarely meant"
+    return Earlier("the source was noised before", why, files)
+
+
+def of_folder(
+    root: Path, names: Iterable[str], weights: Collection[str]
+) -> tuple[Earlier | None, frozenset[str]]:
+    """Return what the files with a manifest's name say of a folder's weights, and which are no manifests.
+
+    `noisytune.json` is about the folder, `NAME.noisytune.json` about a weight file of that name.
+    """
+    found = {name: read_earlier(root / name) for name in names}
+    about = {MANIFEST, *(name + MANIFEST_SUFFIX for name in weights)}
+    earlier = next((said for name, said in found.items() if said is not None and name in about), None)
+    return earlier, frozenset(name for name, said in found.items() if said is None)
+
+
+def of_file(path: Path) -> Earlier | None:
+    """Return what a manifest beside a weight file says of it: its own, or the folder's that records it."""
+    own, folder = path.with_name(path.name + MANIFEST_SUFFIX), path.with_name(MANIFEST)
+    if own.is_file() and (said := read_earlier(own)) is not None:
+        return said
+    said = read_earlier(folder) if folder.is_file() else None
+    return said if said is not None and path.name in (said.files or ()) else None
