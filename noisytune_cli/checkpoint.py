@@ -65,6 +65,11 @@ class Checkpoint:
     earlier: Earlier | None
 
     @property
+    def path(self) -> Path:
+        """The path of the weight file, or of the folder."""
+        return self.sources[0].path if self.single_file else self.root
+
+    @property
     def tensors(self) -> tuple[TensorSpec, ...]:
         """All tensors, file by file, in each file's order."""
         return tuple(tensor for source in self.sources for tensor in source.tensors)

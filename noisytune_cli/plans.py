@@ -42,8 +42,8 @@ def make_plans(
                 buffers=told.buffers,
                 by_model=told.by_model,
             )
-            check_not_empty(plan, path=source.root)
-            check_recordable(plan, path=source.root)
+            check_not_empty(plan, path=source.path)
+            check_recordable(plan, path=source.path)
             by_lam[spec.lam] = plan if conversion is None else convert(plan, conversion)
     return _spread(by_lam, specs)
 
@@ -53,7 +53,7 @@ def settle_plans(plans: Sequence[Plan], source: Checkpoint, conversion: Conversi
     by_lam = {plan.noise.lam: plan for plan in plans}
     settled = settle_ties(list(by_lam.values()), {file.name: file for file in source.sources})
     for lam, plan in zip(list(by_lam), settled, strict=True):
-        check_not_empty(plan, path=source.root)
+        check_not_empty(plan, path=source.path)
         by_lam[lam] = plan if conversion is None else convert(plan, conversion)
     return _spread(by_lam, [plan.noise for plan in plans])
 

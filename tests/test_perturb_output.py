@@ -155,7 +155,7 @@ def test_an_unknown_device(device: str, source: Path) -> None:
 )
 def test_nothing_to_perturb_is_the_inputs_fault(tensors: Tensors, tmp_path: Path) -> None:
     source = save(tmp_path / "in.safetensors", tensors)
-    with pytest.raises(InputInvalid, match="nothing to perturb"):
+    with pytest.raises(InputInvalid, match=f"nothing to perturb: {source}: "):
         run(source)
     assert os.listdir(tmp_path) == ["in.safetensors"]
 

@@ -122,4 +122,4 @@ def _write_anew(
 def _refuse(found: list[Difference], recorded: RecordedManifest, source: Checkpoint) -> None:
     """Raise Mismatch if anything was found."""
     if found:
-        raise not_the_base(found, recorded, source.root)
+        raise not_the_base(found, recorded, source.path)
