@@ -87,6 +87,16 @@ CONTAINER = (
         "TorchScript",
         "program",
     ),
+    row(
+        "TorchScript, its code compressed",
+        archive(
+            one(),
+            more={"m/code/x.py": b"pass", "m/constants.pkl": b""},
+            more_method=zipfile.ZIP_DEFLATED,
+        ),
+        "TorchScript",
+        "torch.jit.load",
+    ),
     row("big-endian", archive(one()).replace(b"little", b"bigbig"), "CRC-32", lax=None),
     row("no storage", archive(one(), {}), "has no record"),
     row("storage too short", archive(one(), {"0": bytes(12)}), "12 bytes", "says 16"),

@@ -113,6 +113,7 @@ def archive(
     more: Mapping[str, bytes] | None = None,
     *,
     method: int = zipfile.ZIP_STORED,
+    more_method: int | None = None,
 ) -> bytes:
     """A ZIP archive with this pickle, its storages (`0`: 16 bytes) and more records."""
     out = io.BytesIO()
@@ -123,7 +124,7 @@ def archive(
         for key, data in ({"0": bytes(16)} if storages is None else storages).items():
             zipped.writestr(f"m/data/{key}", data)
         for name, data in (more or {}).items():
-            zipped.writestr(name, data)
+            zipped.writestr(name, data, more_method)
     return out.getvalue()
 
 

@@ -21,6 +21,10 @@ from noisytune_cli.formats._zip import Record, ZipFault, read_records
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 _RESAVE = "Load it in torch, and save its state dict with torch.save"
+_TORCHSCRIPT = (
+    "it is a TorchScript archive, which is a program",
+    "Load it with torch.jit.load, and save its state dict with torch.save",
+)
 _FETCH = "The file is damaged or unfinished: fetch it again"
 _CHECKSUMS = "Fetch it again; if it was saved so, save it anew with checksums on"
 
@@ -45,12 +49,14 @@ def read_zip(read: Read, size: int) -> Archive:
     try:
         records = read_records(read, size)
     except ZipFault as fault:
+        if fault.record.split("/")[1:2] == ["code"]:  # torch.jit.save compresses it
+            raise PickleFault(*_TORCHSCRIPT) from fault
         raise PickleFault(str(fault), _FETCH) from fault
     pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     prefix = pickles[0].removesuffix("data.pkl") if pickles else ""
     outside = [name for name in records if not name.startswith(prefix)]
     if f"{prefix}constants.pkl" in records or any(name.startswith(f"{prefix}code/") for name in records):
-        raise PickleFault("it is a TorchScript archive, which is a program", _RESAVE)
+        raise PickleFault(*_TORCHSCRIPT)
     if len(pickles) != 1 or outside:
         raise PickleFault("it is a ZIP archive, but not one that torch.save wrote", _RESAVE)
     order = records.get(f"{prefix}byteorder")

@@ -37,7 +37,11 @@ Read = Callable[[int, int], bytes]
 
 
 class ZipFault(ValueError):
-    """Why a file is no archive to be trusted."""
+    """Why a file is no archive to be trusted; `record` is the member at fault, where that tells more."""
+
+    def __init__(self, why: str, record: str = "") -> None:
+        super().__init__(why)
+        self.record = record
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +144,8 @@ def _read_directory(directory: bytes, offset: int, count: int) -> list[_Entry]:
         if flags & _ENCRYPTED:
             raise ZipFault(f"its record {_decode(name)} is encrypted")
         if method or packed != size:
-            raise ZipFault(f"its record {_decode(name)} is compressed, which torch.save never does")
+            record = _decode(name)
+            raise ZipFault(f"its record {record} is compressed, which torch.save never does", record)
         entries.append(_Entry(header, name, size, crc, offset + at + _CENTRAL_CRC))
         at = extra_at + extra_length + comment
     if at != len(directory):
