@@ -269,6 +269,15 @@ def test_training_state_that_shares_a_part_of_a_weight(tmp_path: Path) -> None:
         opened(tmp_path / "m.pt", saved({"state_dict": {"w": weight}, "optimizer": {"half": weight[:4]}}))
 
 
+def test_weights_that_share_a_part_are_to_be_cloned(tmp_path: Path) -> None:
+    whole = torch.randn(10, 4)
+    halves = {"a": whole[:6], "b": whole[4:]}
+    assert all(half.is_contiguous() for half in halves.values())
+    with pytest.raises(InputInvalid, match=r"share a part of one storage.*clone\(\) every tensor"):
+        opened(tmp_path / "m.pt", saved(halves))
+    opened(tmp_path / "n.pt", saved({name: half.clone() for name, half in halves.items()})).close()
+
+
 def test_dictionaries_that_multiply(tmp_path: Path) -> None:
     value: dict[str, Any] = {f"k{i}": 0.0 for i in range(50)}
     for _ in range(12):

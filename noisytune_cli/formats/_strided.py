@@ -21,6 +21,7 @@ from noisytune_cli.formats._tensors import StoredTensor
 MAX_RUNS = 4_000_000
 
 _RESAVE = "Load it in torch, make every tensor contiguous, and save the state dict again"
+_CLONE = "Load it in torch, clone() every tensor, and save the state dict again"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -88,7 +89,7 @@ def merge_extents(runs: Iterable[Runs]) -> NDArray[np.int64]:
     extents = np.concatenate(pairs)
     extents = extents[np.argsort(extents[:, 0], kind="stable")]
     if (extents[1:, 0] < extents[:-1, 1]).any():
-        raise PickleFault("two of its tensors share a part of one storage and are no tie", _RESAVE)
+        raise PickleFault("two of its tensors share a part of one storage and are no tie", _CLONE)
     first = np.concatenate([[True], extents[1:, 0] != extents[:-1, 1]])
     last = np.concatenate([first[1:], [True]])
     return np.stack([extents[first, 0], extents[last, 1]], axis=1)
