@@ -23,7 +23,7 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ def compile_loop(name: str, signature: str, make: Callable[[], Callable[..., Non
     `signature` has one letter for each argument (`_C_TYPES`); the loop returns nothing. `make` builds the
     Python function and is called only where the cache has no object for `name`.
     """
-    with _lock:
+    with _lock, _saying_that_memory_ran_out():
         if name not in _loaded:
             code = _cached(name)
             if code is None:
@@ -76,6 +76,17 @@ def compile_loop(name: str, signature: str, make: Callable[[], Callable[..., Non
                 _store(name, code)
             _loaded[name] = _callable(_map(code), signature)
         return _loaded[name]
+
+
+@contextlib.contextmanager
+def _saying_that_memory_ran_out() -> Iterator[None]:
+    """Raise MemoryError where llvmlite says that its library is missing and there was no room to map it."""
+    try:
+        yield
+    except OSError as error:
+        if "failed to map segment" in str(error.__context__):
+            raise MemoryError from error
+        raise
 
 
 def _callable(address: int, signature: str) -> Callable[..., None]:

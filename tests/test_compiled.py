@@ -311,3 +311,21 @@ def test_an_objects_name_depends_on_every_module_it_is_made_of() -> None:
                 name = str(node.module).removeprefix("noisytune_cli.").replace(".", "/")
                 assert f"{name}.py" in known or name == "distributions", (module, name)
     assert all((package / source).is_file() for source in known)
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_no_room_to_map_llvm_is_memory_that_ran_out(
+    mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(monkeypatch, private(tmp_path / "cache"))
+
+    def make() -> Loop:
+        try:
+            why = "cannot open shared object file" if mapped else "failed to map segment from shared object"
+            raise OSError(f"libllvmlite.so: {why}")
+        except OSError:
+            raise OSError("Could not find/load shared object file") from None  # as llvmlite does
+
+    monkeypatch.setattr(cache, "make", make)
+    with pytest.raises(OSError if mapped else MemoryError):
+        cache.run()
