@@ -79,7 +79,7 @@ def study(
     ] = None,
     seed: Annotated[
         str, typer.Option(metavar="N,N-M,…", help="Seeds; every method gets the same ones.")
-    ] = "0-4",
+    ] = "0-5",
     init_seed: Annotated[
         int | None, typer.Option(min=0, max=_MAX_SEED, metavar="N", help="One seed of the head for all.")
     ] = None,
@@ -160,9 +160,9 @@ def study(
     """Finetune with several methods and the same seeds, and tell what differs by more than chance.
 
     Every finished run is kept, so a study that was stopped continues with the same command; more methods, λ,
-    shares and seeds may be asked for later. Needs the extra: pip install 'noisytune[study]'.
+    shares and seeds may be asked for later. Needs the extra: pip install '.[study]' in a clone.
     """
-    from noisytune_cli import show_study, show_study_progress
+    from noisytune_cli import show, show_study, show_study_progress
     from noisytune_cli.commands import study as command
     from noisytune_cli.options import check_out
     from noisytune_cli.study.settings import Recipe
@@ -213,7 +213,9 @@ def study(
         quiet=quiet,
     )
     result = command.study(
-        request, progress=lambda steps: show_study_progress.progress(steps, enabled=not quiet)
+        request,
+        tell=lambda text: None if quiet else show.note(text),
+        progress=lambda steps: show_study_progress.progress(steps, enabled=not quiet),
     )
     show_study.show_studied(result.results, result.folder, as_json=as_json, quiet=quiet)
 

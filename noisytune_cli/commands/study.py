@@ -18,7 +18,7 @@ from noisytune_cli import __version__
 from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.crew import default_threads
 from noisytune_cli.errors import InputInvalid, unreadable
-from noisytune_cli.study import choice, machine
+from noisytune_cli.study import choice, machine, wording
 from noisytune_cli.study.settings import Material, Recipe, record
 from noisytune_cli.study.tasks import read_data
 
@@ -47,7 +47,7 @@ class Request:
     noises: Sequence[str] = ("uniform",)
     scopes: Sequence[str] = ("matrix",)
     shares: Sequence[float] = (1.0,)
-    seeds: Sequence[int] = (0, 1, 2, 3, 4)
+    seeds: Sequence[int] = (0, 1, 2, 3, 4, 5)
     init_seed: int | None = None
     order_seed: int | None = None
     noise_seed: int | None = None
@@ -73,14 +73,23 @@ class Studied:
     results: dict[str, Any]
 
 
-def study(request: Request, *, progress: Progress = lambda steps: nullcontext(lambda done: None)) -> Studied:
-    """Carry out the runs that are asked for and not yet recorded; each is kept as soon as it is done."""
+def study(
+    request: Request,
+    *,
+    tell: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda steps: nullcontext(lambda done: None),
+) -> Studied:
+    """Carry out the runs that are asked for and not yet recorded; each is kept as soon as it is done.
+
+    `tell` is called before the first of them with what so few seeds cannot show, where that is so.
+    """
     machine.check_packages(lora=bool(request.recipe.lora_rank))
     kind = machine.check_device(request.device)
     from noisytune_cli.study.combination import read_settings
     from noisytune_cli.study.design import Seeds, plan_runs, split_rows
     from noisytune_cli.study.journal import Journal
     from noisytune_cli.study.outputs import write_outputs
+    from noisytune_cli.study.results import foresee
 
     task, train, dev = choice.choose_task(
         task=request.task,
@@ -140,6 +149,9 @@ def study(request: Request, *, progress: Progress = lambda steps: nullcontext(la
     with Journal(Path(request.out), document) as journal:
         lacking = [run for run in runs if run.key not in journal.runs and not request.report_only]
         if lacking:
+            foreseen = foresee(journal.study["design"])
+            if foreseen is not None and (weak := wording.too_few(*foreseen)):
+                tell(weak)
             _carry_out(request, material, lacking, parameters, threads, journal.add, progress)
         planned = [run["key"] for run in journal.study["design"]]
         finished = [journal.runs[key] for key in planned if key in journal.runs]

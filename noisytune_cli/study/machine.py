@@ -21,7 +21,7 @@ def check_packages(*, lora: bool) -> None:
         raise ResourceExhausted(
             "cannot study",
             why=f"not installed: {', '.join(missing)}",
-            next_step="Install the extra: pip install 'noisytune[study]'",
+            next_step="Install the extra: pip install '.[study]' in a clone of noisytune",
         )
 
 

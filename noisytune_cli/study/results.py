@@ -68,6 +68,22 @@ def summarise(study: Mapping[str, Any], runs: Iterable[Run]) -> dict[str, Any]:
     }
 
 
+def foresee(design: Iterable[Run]) -> tuple[int, int] | None:
+    """Return the fewest seeds and the number of the comparisons with plain that planned runs will make.
+
+    They are those of the largest share of the training rows; None where there are none. λ is not chosen
+    yet, so a kind has the seeds of the λ that has most.
+    """
+    conditions = gather(design)
+    conditions = [condition for condition in conditions if condition.share == conditions[0].share]
+    plain = next((condition for condition in conditions if condition.kind.method == "plain"), None)
+    pairs: dict[Kind, int] = {}
+    for condition in conditions:
+        if plain is not None and condition is not plain and (common := common_pairs((condition, plain))):
+            pairs[condition.kind] = max(len(common), pairs.get(condition.kind, 0))
+    return (min(pairs.values()), len(pairs)) if pairs else None
+
+
 def encode(results: Mapping[str, Any]) -> str:
     """Return the results as JSON, one line for each entry of a list; floats round-trip."""
     members = []

@@ -93,7 +93,11 @@ def finding(comparison: Mapping[str, Any]) -> str:
 def power(comparisons: Sequence[Mapping[str, Any]]) -> str | None:
     """Return what so few seeds cannot show in these comparisons, None where each could be evidence."""
     number = max(comparison["comparisons"] for comparison in comparisons)
-    seeds = min(len(comparison["values"]) for comparison in comparisons)
+    return too_few(min(len(comparison["values"]) for comparison in comparisons), number)
+
+
+def too_few(seeds: int, number: int) -> str | None:
+    """Return what so many paired seeds cannot show in a number of comparisons, None where they can."""
     smallest = statistics.smallest_p(seeds)
     if number * smallest < statistics.SIGNIFICANCE:
         return None

@@ -18,6 +18,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from noisytune_cli.cli import app
+from noisytune_cli.commands import study as command
+from noisytune_cli.errors import InputInvalid
 
 from .conftest import Tiny
 from .tiny import SENTENCES
@@ -172,6 +174,30 @@ def test_the_outputs_are_there_and_the_table_is_printed(tiny: Tiny, finished: Pa
     assert json.loads(as_json.stdout) == json.loads((finished / "results.json").read_text())
 
 
+def test_that_the_seeds_are_too_few_is_said_before_training(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: object) -> None:
+        raise InputInvalid("stopped", why="training begins", next_step="None")
+
+    monkeypatch.setattr(command, "_carry_out", stop)
+    aloud = [argument for argument in tiny.arguments if argument != "--quiet"]
+    for seeds, method, weak in (
+        ("0-4", "plain,noisytune", "5 paired seeds cannot give a two-sided p below 0.0625: "),
+        ("0-5", "plain,noisytune", None),
+        ("0-5", "plain,noisytune,r3f", "which 2 comparisons adjust to 0.0625: "),
+        ("0-4", "plain", None),
+        ("0-4", "noisytune", None),
+    ):
+        out = str(tmp_path / f"{seeds}-{method}")
+        options = ["-o", out, "--seed", seeds, "--method", method, "--lambda", "0.1,0.2"]
+        said = CliRunner().invoke(app, [*aloud, *options]).stderr
+        assert "training begins" in said
+        assert ("cannot give" in said) == (weak is not None)
+        assert (weak or "") in said
+        assert "cannot give" not in CliRunner().invoke(app, [*aloud, *options, "--quiet"]).stderr
+
+
 def test_another_study_in_the_folder_is_refused(tiny: Tiny, finished: Path) -> None:
     before = (finished / "runs.jsonl").read_bytes()
     said = refused(tiny, finished, 5, "--weight-decay", "0.5")
@@ -261,7 +287,7 @@ def test_without_the_extra_the_next_step_is_said(
     said = refused(tiny, tmp_path / "out", 6)
     assert said == (
         "noisytune: error: cannot study: not installed: sklearn. "
-        "Install the extra: pip install 'noisytune[study]'."
+        "Install the extra: pip install '.[study]' in a clone of noisytune."
     )
 
 
