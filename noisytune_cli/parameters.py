@@ -114,7 +114,7 @@ def _ask(tensors: Sequence[TensorSpec], config: Mapping[str, Any]) -> dict[str, 
     if any(count > most for count in _counts(config, 0)):
         return f"config.json describes more than {most:,} parts, far more than the checkpoint has"
     if not all(importlib.util.find_spec(package) for package in ("transformers", "torch")):
-        return "transformers is not installed (pip install 'noisytune[transformers]')"
+        return "transformers is not installed (pip install '.[transformers]' in a clone)"
     return _run({"config": dict(config), "names": [tensor.name for tensor in tensors]})
 
 

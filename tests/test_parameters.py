@@ -140,7 +140,7 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         parameters.importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name)
     )
-    with pytest.raises(UsageError, match=r"noisytune\[transformers\]"):
+    with pytest.raises(UsageError, match=r"pip install '\.\[transformers\]' in a clone"):
         tell_buffers(specs("w"), config=CONFIG, decider="model")
 
 
