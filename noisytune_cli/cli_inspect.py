@@ -19,6 +19,7 @@ from noisytune_cli.cli_options import (
     Threads,
     Weights,
 )
+from noisytune_cli.options import decimal
 
 
 class _Format(StrEnum):
@@ -26,6 +27,13 @@ class _Format(StrEnum):
     json = "json"
     jsonl = "jsonl"
     csv = "csv"
+
+
+def _number(text: str | float) -> float:
+    try:
+        return decimal(str(text))
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is no number.") from None
 
 
 def inspect(
@@ -41,7 +49,13 @@ def inspect(
         str | None, typer.Option(metavar="KEY", help="Sort by a column, with - before it descending.")
     ] = None,
     lam: Annotated[
-        float, typer.Option("--lambda", metavar="λ", help="The λ whose noise ranges are shown.")
+        float,
+        typer.Option(
+            "--lambda",
+            metavar="λ",
+            help="The λ whose noise ranges are shown.",
+            parser=_number,
+        ),
     ] = 0.15,
     headers_only: Annotated[
         bool, typer.Option("--headers-only", help="Read no weights: names, shapes and the plan.")

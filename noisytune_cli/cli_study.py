@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, TypeVar
@@ -9,6 +10,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from noisytune_cli.errors import UsageError
+from noisytune_cli.options import decimal
 
 _T = TypeVar("_T")
 
@@ -255,7 +257,7 @@ def _choices(option: str, text: str, choices: tuple[str, ...]) -> tuple[str, ...
 
 def _numbers(option: str, text: str, *, low: float, high: float = float("inf")) -> tuple[float, ...]:
     def number(part: str) -> float:
-        value = float(part)
+        value = decimal(part)
         if not low <= value <= high or value == float("inf"):
             raise ValueError
         return value
@@ -267,11 +269,15 @@ def _numbers(option: str, text: str, *, low: float, high: float = float("inf")) 
 #: More pairs than anybody has waited for.
 _MOST_SEEDS = 1000
 
+_SPAN = re.compile(r"[0-9]{1,20}(?:-[0-9]{1,20})?")
+
 
 def parse_seeds(text: str) -> tuple[int, ...]:
     """Return the seeds that `0-4,7` names, in their order; UsageError for what is no such list."""
 
     def span(part: str) -> range:
+        if not _SPAN.fullmatch(part):
+            raise ValueError
         first, dash, last = part.partition("-")
         found = range(int(first), int(last if dash else first) + 1)
         if not (found and found[0] >= 0 and found[-1] <= _MAX_SEED and len(found) <= _MOST_SEEDS):

@@ -115,7 +115,7 @@ def _rule(text: str) -> tuple[str, float]:
     try:
         if not (equals and pattern):
             raise ValueError
-        return pattern, float(value)
+        return pattern, decimal(value)
     except ValueError:
         raise UsageError(
             f"--lambda-for {text}",
@@ -124,12 +124,19 @@ def _rule(text: str) -> tuple[str, float]:
         ) from None
 
 
+def decimal(text: str) -> float:
+    """Return the number that is written; ValueError for what only Python takes for one (`1_0`, `０.１`)."""
+    if "_" in text or not text.isascii():
+        raise ValueError
+    return float(text)
+
+
 def numbers(option: str, text: str) -> tuple[float, ...]:
     """Return the numbers of a comma list; UsageError that names the one that is none."""
     found = []
     for part in text.split(","):
         try:
-            found.append(float(part))
+            found.append(decimal(part))
         except ValueError:
             raise UsageError(
                 f"{option} {text}",

@@ -72,6 +72,8 @@ def test_the_largest_seed_and_the_longest_list() -> None:
         ({"lam": "0.1,0.10"}, "0.1 is in it twice"),
         ({"lam": "0.1,"}, "is no number"),
         ({"lam": "0.1;0.2"}, "is no number"),
+        ({"lam": "1_0"}, "is no number"),
+        ({"lam": "０.１"}, "is no number"),
         ({"noise_std": "1,1e0"}, "twice"),
         ({"noise_std": "a"}, "is no number"),
         ({"lam": "1,2", "seed": f"1-{MOST // 2 + 1}"}, "at most"),

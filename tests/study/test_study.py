@@ -238,6 +238,8 @@ def test_columns_and_labels_that_are_wrong_are_named(tiny: Tiny, tmp_path: Path)
         (2, ("--set", "r3f.colour=1"), "r3f.lambda"),
         (2, ("--lambda", "0.1,x"), "'x' is not a number"),
         (2, ("--lambda", "nan"), "'nan' is not a number"),
+        (2, ("--lambda", "1_0"), "'1_0' is not a number"),
+        (2, ("--seed", "1_0"), "is not a seed or a range"),
         (2, ("--seed", "4-0"), "is not a seed or a range"),
         (2, ("--seed", "-1"), "is not a seed or a range"),
         (2, ("--noise", "pink"), "is not uniform or gaussian"),
