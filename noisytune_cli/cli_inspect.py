@@ -70,7 +70,8 @@ def inspect(
     """List a checkpoint's tensors with their statistics, and what perturb would do with each.
 
     The statistics cover all elements: mean, std (unbiased), min, max, L1 and L2 norm, the share of zeros,
-    and counts of NaN and Inf. No model is loaded.
+    and counts of NaN and Inf. No model is loaded. Every format ends with the totals: jsonl with a line
+    {"totals": …}, which has no other key, and csv with a row named TOTAL, which alone has no dtype.
     """
     from noisytune_cli import show, show_inspect
     from noisytune_cli.commands import inspect as command
