@@ -46,7 +46,10 @@ def inspect(
     granularity: GranularityOption = Granularity.tensor,
     split: Splits = None,
     sort: Annotated[
-        str | None, typer.Option(metavar="KEY", help="Sort by a column, with - before it descending.")
+        str | None,
+        typer.Option(
+            metavar="KEY", help="Sort by a column of the CSV, such as std; with - before it descending."
+        ),
     ] = None,
     lam: Annotated[
         float,

@@ -17,7 +17,8 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="A .safetensors file, a checkpoint's folder, or a hub id (NAME or OWNER/NAME).",
+        help="A weight file (safetensors or a PyTorch pickle), a checkpoint's folder, or a hub id (NAME or "
+        "OWNER/NAME).",
         show_default=False,
     ),
 ]

@@ -14,7 +14,7 @@ def verify(
         str,
         typer.Argument(
             metavar="OUT",
-            help="The folder or file that perturb or replay wrote, or its manifest.",
+            help="The folder or file that perturb, replay or average wrote, or its manifest.",
             show_default=False,
         ),
     ],
@@ -60,7 +60,7 @@ def replay(
             "--out",
             "-o",
             metavar="OUT",
-            help="Where to write: a folder, or a file where SOURCE is a file.",
+            help="Where to write: a folder, or a file where the base is a file.",
             show_default=False,
         ),
     ],

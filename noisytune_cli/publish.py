@@ -32,6 +32,9 @@ from noisytune_cli.staging import sync_directory
 
 _CHUNK = 1 << 20
 
+#: What an old manifest is called in the staging directory, where an output may have any other name.
+_OLD_MANIFEST = f"{staging.PREFIX}replaced"
+
 
 class Publication:
     """Output on its way: `with Publication(...) as p`, write to `p.path(name)`, then `p.publish(manifest)`.
@@ -181,7 +184,7 @@ class Publication:
         with undoing() as undo:
             if self._overwrite and os.path.lexists(place / manifest):
                 # From here until the new manifest is there the weights are whole, but unverified.
-                self._move(place / manifest, stage / "replaced", undo)
+                self._move(place / manifest, stage / _OLD_MANIFEST, undo)
             if not (self._overwrite and os.path.lexists(self.output)):
                 staging.announce_moves(stage, [weights], manifest=manifest)
             self._put(stage / weights, undo)

@@ -13,6 +13,9 @@ from places import accepted, old_output, refused
 
 from noisytune_cli import staging
 from noisytune_cli.checkpoint import Checkpoint
+from noisytune_cli.commands.perturb import Request, perturb
+from noisytune_cli.commands.verify import verify
+from noisytune_cli.records import NoiseSpec
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -95,3 +98,13 @@ def test_weights_are_replaced_without_a_manifest(file: Checkpoint, tmp_path: Pat
     for name in ("old.safetensors", "legacy.pt", "new.pt", "empty"):
         assert "--overwrite" in refused(tmp_path / name, file)
         assert accepted(tmp_path / name, file, overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["replaced", "fsync", "out"])
+def test_a_file_of_any_name_is_replaced(name: str, tmp_path: Path) -> None:
+    source = save(tmp_path / "in.safetensors", {"w": weights("F32", 9)})
+    out = tmp_path / "out" / name
+    for seed in (0, 1):
+        perturb(Request(str(source), NoiseSpec(seed=seed)), str(out), overwrite=True)
+    assert verify(str(out)).ok
+    assert sorted(os.listdir(out.parent)) == [name, f"{name}.noisytune.json"]
