@@ -45,10 +45,6 @@ class InputFile:
         """The names of all files that it is made of: this one."""
         return (self.name,)
 
-    def fileno(self) -> int:
-        """Return the open descriptor."""
-        return self._fd
-
     def map(self) -> None:
         """Let later reads be views of a mapping of the whole file."""
         try:

@@ -129,16 +129,6 @@ class Journal:
         return settled
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return what a study's folder holds, without touching it: study.json, and the runs in their order."""
-    study = _read_study(folder / STUDY)
-    try:
-        lines = (folder / RUNS).read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise unreadable(error, folder / RUNS) from error
-    return study, [json.loads(line) for line in lines if line.endswith(b"\n")]
-
-
 def write_durably(path: Path, text: str) -> None:
     """Write a small file beside its place, flush it, and rename it into place."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")

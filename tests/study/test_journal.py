@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from noisytune_cli.errors import InputInvalid, NoisytuneError, OutputUnsafe, ResourceExhausted
-from noisytune_cli.study.journal import Journal, read_folder
+from noisytune_cli.study.journal import Journal
+
+
+def kept(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a study's folder holds: study.json, and the whole lines of runs.jsonl."""
+    lines = (folder / "runs.jsonl").read_bytes().splitlines(keepends=True)
+    whole = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return json.loads((folder / "study.json").read_text()), whole
 
 
 def study(*keys: str, **settings: Any) -> dict[str, Any]:
@@ -35,7 +42,7 @@ def test_a_run_is_on_the_disk_before_add_returns(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(os, "fsync", fsync)
         journal.add({"key": "a", "dev": {"accuracy": 0.1}})
         assert synced == [b'{"key": "a", "dev": {"accuracy": 0.1}}\n']
-    assert read_folder(tmp_path / "out") == (study("a", "b"), [{"key": "a", "dev": {"accuracy": 0.1}}])
+    assert kept(tmp_path / "out") == (study("a", "b"), [{"key": "a", "dev": {"accuracy": 0.1}}])
 
 
 def test_a_torn_last_line_is_dropped_and_written_again(tmp_path: Path) -> None:
@@ -43,7 +50,7 @@ def test_a_torn_last_line_is_dropped_and_written_again(tmp_path: Path) -> None:
         journal.add({"key": "a"})
     with open(tmp_path / "runs.jsonl", "ab") as file:
         file.write(b'{"key": "b", "dev')
-    assert [run["key"] for run in read_folder(tmp_path)[1]] == ["a"]
+    assert [run["key"] for run in kept(tmp_path)[1]] == ["a"]
     with Journal(tmp_path, study("a", "b")) as journal:
         assert list(journal.runs) == ["a"]
         journal.add({"key": "b"})
@@ -55,7 +62,7 @@ def test_the_design_may_grow_and_what_was_first_recorded_stays(tmp_path: Path) -
         pass
     with Journal(tmp_path, {**study("b", "a"), "machine": "second"}) as journal:
         assert journal.study == {**study("a", "b"), "machine": "first"}
-    assert read_folder(tmp_path)[0] == {**study("a", "b"), "machine": "first"}
+    assert kept(tmp_path)[0] == {**study("a", "b"), "machine": "first"}
 
 
 def test_another_study_is_refused_and_nothing_is_changed(tmp_path: Path) -> None:
