@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from noisytune_cli.cli_options import Device, Mmap, Overwrite, Quiet, Threads
+from noisytune_cli.cli_options import AsJson, Device, Mmap, Overwrite, Quiet, Threads
 
 
 def verify(
@@ -75,6 +75,7 @@ def replay(
     threads: Threads = None,
     mmap: Mmap = False,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Rebuild a noisy checkpoint exactly, from its manifest and the checkpoint it was made from.
@@ -97,4 +98,4 @@ def replay(
         quiet=quiet,
         progress=lambda nbytes: show.progress(nbytes, "replay", enabled=not quiet),
     )
-    show_verify.show_replayed(result, quiet=quiet)
+    show_verify.show_replayed(result, as_json=as_json, quiet=quiet)

@@ -42,10 +42,18 @@ def show_verified(result: Verified, *, as_json: bool, quiet: bool) -> None:
         )
 
 
-def show_replayed(result: Replayed, *, quiet: bool) -> None:
-    """Say what was written."""
+def show_replayed(result: Replayed, *, as_json: bool, quiet: bool) -> None:
+    """Say what was written: one line on stderr, or with `as_json` a document on stdout."""
     for name in result.cleared:
         note(f"noisytune: removed {escape(name)}, which a run that was killed had left")
+    source, tensors = result.manifest.source, len(result.manifest.receipts)
+    if as_json:
+        document = {
+            "output": str(result.output),
+            "manifest": str(result.manifest_path),
+            "source": {"id": source.id, "revision": source.revision},
+            "tensors": tensors,
+        }
+        write_out(json.dumps(document, indent=1) + "\n", [result.output])
     if not quiet:
-        tensors = len(result.manifest.receipts)
         note(f"rebuilt {tensors} tensors exactly as recorded: {result.output}")

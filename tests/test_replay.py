@@ -196,3 +196,21 @@ def test_the_command(pristine: tuple[Path, Path], tmp_path: Path) -> None:
     assert result.exit_code == 5
     result = CliRunner().invoke(app, [*arguments, "--overwrite", "--quiet"])
     assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_the_result_as_json(pristine: tuple[Path, Path], tmp_path: Path) -> None:
+    base, output = pristine
+    out = tmp_path / "again"
+    ended = CliRunner().invoke(
+        app, ["replay", str(output), "--base", str(base), "-o", str(out), "--json", "--quiet"]
+    )
+    assert ended.exit_code == 0, ended.output
+    document = json.loads(ended.stdout)
+    recorded = json.loads((output / "noisytune.json").read_text())
+    assert document == {
+        "output": str(out),
+        "manifest": str(out / "noisytune.json"),
+        "source": {"id": recorded["source"]["id"], "revision": recorded["source"]["revision"]},
+        "tensors": len(recorded["tensors"]),
+    }
+    assert tree(out) == tree(output)

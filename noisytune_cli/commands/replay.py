@@ -33,6 +33,7 @@ class Replayed:
     """What was published: where it is, the manifest, and the left-overs of killed runs that were removed."""
 
     output: Path
+    manifest_path: Path
     manifest: Manifest
     cleared: tuple[str, ...]
 
@@ -78,8 +79,8 @@ def replay(
             _refuse(found, recorded, source)
             (done,) = fill(walk, [plan], source, [publication], progress, rewritten, receipts)
             _refuse(compare_receipts(receipts, done), recorded, source)
-            publication.publish(recorded.content)
-            return Replayed(output, manifest, publication.cleared)
+            path = publication.publish(recorded.content)
+            return Replayed(output, path, manifest, publication.cleared)
 
 
 def _missing_copies(manifest: Manifest, source: Checkpoint) -> list[Difference]:
