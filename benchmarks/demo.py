@@ -22,12 +22,12 @@ def main(original: str, noisy: str) -> None:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(original)
+    tokenizer = AutoTokenizer.from_pretrained(original, trust_remote_code=False)
     batch = tokenizer(list(SENTENCES), padding=True, return_tensors="pt")
     mask = batch["attention_mask"].unsqueeze(-1)
     embeddings = []
     for path in (original, noisy):
-        model = AutoModel.from_pretrained(path).eval()
+        model = AutoModel.from_pretrained(path, trust_remote_code=False).eval()
         with torch.no_grad():
             hidden = model(**batch).last_hidden_state
         mean = (hidden * mask).sum(1) / mask.sum(1)

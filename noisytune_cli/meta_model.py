@@ -54,12 +54,14 @@ def _build(config: Mapping[str, Any]) -> Any:
 
 def _without_effects(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config, and the configs inside it, without what is not the architecture's."""
-    kept = {
-        key: _without_effects(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key not in _LEFT_OUT
-    }
+    kept = {key: _inside(value) for key, value in config.items() if key not in _LEFT_OUT}
     return kept | {key: value for key, value in _OFF.items() if key in kept}
+
+
+def _inside(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_inside(item) for item in value]
+    return _without_effects(value) if isinstance(value, dict) else value
 
 
 def _kinds(model: Any, names: Iterable[str]) -> dict[str, str]:

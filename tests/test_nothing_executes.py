@@ -7,7 +7,9 @@ does not say.
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -152,3 +154,39 @@ def test_by_system_calls(runs: list[list[str]], tmp_path: Path) -> None:
     assert written
     assert not (tmp_path / "ran").exists()
     assert (tmp_path / "out" / "model" / "noisytune.json").is_file()
+
+
+#: Configs of which transformers makes a classifier only with the folder's own Python files.
+_OWN_CODE = {
+    "architecture": {"model_type": "payload", "auto_map": {"AutoConfig": "payload.Config"}},
+    "classifier": {
+        "model_type": "vit",
+        "auto_map": {"AutoModelForSequenceClassification": "payload.Model"},
+    },
+}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="transformers is not installed")
+@pytest.mark.parametrize("part", _OWN_CODE)
+def test_a_study_asks_nobody_whether_to_run_code(part: str, tmp_path: Path) -> None:
+    from study.tiny import save_model, save_rows
+
+    model = save_model(tmp_path / "model")
+    (model / "config.json").write_text(json.dumps(_OWN_CODE[part]))
+    marker = tmp_path / "ran"
+    (model / "payload.py").write_text(_PAYLOAD.format(marker=str(marker)))
+    train, dev = save_rows(tmp_path)
+    arguments = ("study", model, "--train", train, "--dev", dev, "--text", "sentence", "--label", "label")
+    done = subprocess.run(
+        [sys.executable, "-m", "noisytune_cli", *arguments, "-o", tmp_path / "out", "--seed", "0", "--quiet"],
+        input="y\n" * 100,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )
+    assert not marker.exists()
+    assert done.returncode == 3
+    assert done.stdout == ""
+    line = r"noisytune: error: cannot load a classifier: [^\n]+never run\. [^\n]+\n"
+    assert re.fullmatch(line, done.stderr)

@@ -183,6 +183,16 @@ def test_only_models_of_transformers_are_built(architecture: str) -> None:
         meta_model._build({"architectures": [architecture], "model_type": "bert"})
 
 
+def test_what_names_code_or_weights_is_left_out_at_any_depth() -> None:
+    named = {"auto_map": {"AutoModel": "x.Y"}, "quantization_config": {}, "kept": 1}
+    config = named | {"vision_config": named, "parts": [named, [named], "part"]}
+    kept = {"kept": 1}
+    assert meta_model._without_effects(config) == kept | {
+        "vision_config": kept,
+        "parts": [kept, [kept], "part"],
+    }
+
+
 def test_the_plan_says_who_decided(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     norm = "backbone.conv_encoder.model.embedder.embedder.normalization"

@@ -22,6 +22,9 @@ from transformers.utils import logging as transformers_logging
 
 from noisytune_cli.errors import InputInvalid, UsageError
 
+#: False, not left out: transformers then asks on stdin whether to run the folder's Python files.
+_AS_DATA: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -51,14 +54,14 @@ class Pretrained:
         """Load from a folder; InputInvalid where transformers cannot make a classifier of what is there."""
         self.lora = lora
         with _quiet(), _explained(folder):
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **_AS_DATA)
             self._model, info = AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 num_labels=outputs,
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                local_files_only=True,
+                **_AS_DATA,
             )
         # Of a folder without a tokenizer transformers makes one to which every word is unknown.
         if len(self.tokenizer) <= len(self.tokenizer.all_special_ids):
@@ -174,6 +177,13 @@ def _explained(folder: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
         lines = str(error).strip().splitlines()
+        if "trust_remote_code" in str(error):
+            raise InputInvalid(
+                "cannot load a classifier",
+                path=folder,
+                why="its architecture or tokenizer is Python code that comes with it, which is never run",
+                next_step="Give a checkpoint of an architecture that transformers has",
+            ) from error
         raise InputInvalid(
             "cannot load a classifier",
             path=folder,
