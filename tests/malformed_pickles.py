@@ -14,6 +14,7 @@ import struct
 import tarfile
 import zipfile
 
+from costly_pickles import COSTLY
 from malformed import Case, crowd
 from pickles import Writer, archive, legacy, one
 
@@ -306,4 +307,4 @@ ODD = (
     ),
 )
 
-CASES = CONTAINER + LEGACY + GLOBALS + PICKLES + TENSORS + ODD
+CASES = CONTAINER + LEGACY + GLOBALS + PICKLES + TENSORS + COSTLY + ODD

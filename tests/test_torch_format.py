@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from costly_pickles import hash_alike
 from malformed import Case
 from malformed_pickles import CASES
 from pickles import Writer, archive, legacy, one, saved
@@ -20,6 +21,7 @@ from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.formats import _storages
+from noisytune_cli.formats._tensors import DType, StoredTensor
 from noisytune_cli.formats.torch import TorchSource, open_source
 from noisytune_cli.records import NoiseSpec
 
@@ -337,3 +339,23 @@ def test_the_format_is_told_by_content(
     source = formats.open_source(tmp_path / name, name, False)
     assert type(source).__module__.endswith(format_name)
     source.close()
+
+
+def test_a_file_does_not_choose_the_hashes_of_its_slots() -> None:
+    slots = [StoredTensor("0", DType("F32", 4), 0, (2, 2), pair).slot for pair in hash_alike(100)]
+    assert len({hash(pair) for pair in hash_alike(100)}) == 1
+    assert len({hash(slot) for slot in slots}) > 90
+
+
+def test_training_state_is_known_by_a_part_of_its_key(tmp_path: Path) -> None:
+    inside = (
+        "my_optimizer_0",
+        "lr_schedulers",
+        "GradScaler.scaler",
+        "x_rng\n",
+        "samplers",
+        "loss",
+        "dataloader:0",
+    )
+    values = {key: {"state": torch.zeros(2)} for key in inside} | {"loss_module": {"w": torch.zeros(2)}}
+    assert [spec.name for spec in opened(tmp_path / "m.pt", saved(values)).tensors] == ["w"]

@@ -13,8 +13,9 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from noisytune_cli.formats._pickle import MAX_BYTES, PickleFault, unpickle
+from noisytune_cli.formats._pickle import MAX_BYTES, unpickle
 from noisytune_cli.formats._tensors import DType, Storage, StoredTensor, find_global, storage_of
+from noisytune_cli.formats._values import PickleFault
 from noisytune_cli.formats._zip import Record, ZipFault, read_records
 
 #: What the first pickle of a legacy file holds, and the second (torch.serialization).
@@ -96,7 +97,11 @@ def read_legacy(read: Read, size: int) -> Archive:
     root, at = unpickle(data, at, find_global, storages.load)
     keys, at = unpickle(data, at, _no_global, _no_storage)
     known = storages.known
-    if type(keys) is not list or any(type(key) is not str for key in keys) or sorted(keys) != sorted(known):
+    if type(keys) is not list or any(type(key) is not str for key in keys):
+        raise PickleFault("its list of storages is not that of its pickle")
+    # Each string once: the pickle may list a long one, and another equal to it, any number of times.
+    distinct = {id(key): key for key in keys}.values()
+    if not len(keys) == len(distinct) == len(known) or set(distinct) != known.keys():
         raise PickleFault("its list of storages is not that of its pickle")
     starts = {}
     for key in keys:

@@ -16,9 +16,9 @@ from noisytune_cli.errors import InputInvalid
 from noisytune_cli.formats._archive import Archive, Read, read_zip
 from noisytune_cli.formats._dcp_metadata import Chunk
 from noisytune_cli.formats._file import open_input
-from noisytune_cli.formats._pickle import PickleFault
 from noisytune_cli.formats._storages import StoredSource
 from noisytune_cli.formats._tensors import DType, StoredTensor
+from noisytune_cli.formats._values import PickleFault
 from noisytune_cli.formats._zip import Record
 from noisytune_cli.layout import METADATA
 

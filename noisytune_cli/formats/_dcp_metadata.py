@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from noisytune_cli.formats._pickle import Function, Kind, Made, Opaque, PickleFault, unpickle
+from noisytune_cli.formats._pickle import unpickle
 from noisytune_cli.formats._tensors import DType, find_global
+from noisytune_cli.formats._values import Function, Kind, Made, Opaque, PickleFault
 from noisytune_cli.layout import CHUNKS_SUFFIX
 
 _METADATA = "torch.distributed.checkpoint.metadata"

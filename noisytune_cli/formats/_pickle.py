@@ -4,67 +4,27 @@ A pickle is a program for a stack machine, and the machine that comes with Pytho
 This one knows the opcodes that torch.load(weights_only=True) knows, and for callers that ask for them the few
 that protocol 4 has for the same. A global is looked up in the caller's table, never imported; a call is made
 only to a `Function` of that table; an object is made only of a `Kind`, and is its state and no more; all else
-is containers and scalars. Work and memory are bounded by the number of opcodes, so a hostile file is refused
-before it can exhaust either.
+is containers and scalars. Work and memory are bounded by the number of opcodes and, where one of them looks
+into a value of any size, by a budget (`_values.py`): a hostile file is refused before it can exhaust either.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from noisytune_cli.formats._values import Budget, Function, Kind, Made, Opaque, PickleFault, check_key
 
 #: The longest pickle that is read, in bytes, and the most opcodes: 30,000 tensors have about as many.
 MAX_BYTES = 32 << 20
 MAX_OPCODES = 1_000_000
+BYTES_FOR_OPCODE = MAX_BYTES // MAX_OPCODES
 
-_SCALARS = (str, int, float, bool, bytes, type(None))
-_MAX_KEY = 1 << 61  # larger integers hash alike, at the writer's choice
+#: What a call costs for each argument.
+_ARGUMENT = 8
 
 _SHORT, _INT, _UINT, _DOUBLE = (struct.Struct(f) for f in ("<H", "<i", "<I", ">d"))
-
-
-class PickleFault(ValueError):
-    """Why a pickle is refused; `next_step` where there is a better one than fetching it again."""
-
-    def __init__(self, why: str, next_step: str | None = None) -> None:
-        super().__init__(why)
-        self.why, self.next_step = why, next_step
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Function:
-    """What a pickle may call; it takes plain data and raises PickleFault or TypeError for the wrong kind."""
-
-    name: str
-    call: Callable[..., object]
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Opaque:
-    """A value that is carried along and never looked into."""
-
-    kind: str
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Kind:
-    """A class of which a pickle may make objects, none of whose code runs."""
-
-    name: str
-
-
-@dataclass(eq=False, slots=True)
-class Made:
-    """An object of a kind, as the pickle describes it: `state` is what its class would have been given."""
-
-    kind: str
-    state: Any = None
-
-
-#: What a dictionary's key may be: scalars, and objects, each a key of its own.
-_KEYS = (*_SCALARS, Made)
 
 FindGlobal = Callable[[str, str], object]
 PersistentLoad = Callable[[object], object]
@@ -81,12 +41,13 @@ def unpickle(
 ) -> tuple[object, int]:
     """Return the value of the pickle that begins at `start` of `data`, and where it ends.
 
-    `protocol` is the highest whose opcodes it may have, 2 or 4, and `most` the number of them.
+    `protocol` is the highest whose opcodes it may have, 2 or 4, and `most` the number of them; the budget for
+    looking into values grows with it.
 
     `find_global` gets a module and a name, `persistent_load` a persistent id; both raise PickleFault for
     what they do not know, as this does for whatever is malformed.
     """
-    machine = _Machine(data, start, find_global, persistent_load)
+    machine = _Machine(data, start, find_global, persistent_load, Budget(most * BYTES_FOR_OPCODE))
     try:
         return machine.run(_OPCODES if protocol == 2 else _OPCODES_4, most), machine.at
     except (IndexError, KeyError, TypeError, UnicodeDecodeError, struct.error) as error:
@@ -99,9 +60,15 @@ class _Machine:
     """The stack, the stacks set aside by marks, and the memo."""
 
     def __init__(
-        self, data: bytes, start: int, find_global: FindGlobal, persistent_load: PersistentLoad
+        self,
+        data: bytes,
+        start: int,
+        find_global: FindGlobal,
+        persistent_load: PersistentLoad,
+        budget: Budget,
     ) -> None:
         self.at = start
+        self._budget = budget
         self._data, self._find_global, self._persistent_load = data, find_global, persistent_load
         self._stack: list[Any] = []
         self._set_aside: list[list[Any]] = []
@@ -157,6 +124,9 @@ class _Machine:
         function = self._stack[-1]
         if not isinstance(function, Function) or type(arguments) is not tuple:
             raise PickleFault("its pickle calls something that is no function")
+        self._budget.pay(_ARGUMENT * len(arguments))
+        for argument in arguments:
+            self._budget.pay_for(argument)
         try:
             self._stack[-1] = function.call(*arguments)
         except TypeError as error:
@@ -186,7 +156,9 @@ class _Machine:
             raise PickleFault("its pickle sets the state of something other than an OrderedDict")
 
     def _persistent(self) -> None:
-        self._stack.append(self._persistent_load(self._stack.pop()))
+        identity = self._stack.pop()
+        self._budget.pay_for(identity)
+        self._stack.append(self._persistent_load(identity))
 
     def _append(self) -> None:
         item = self._stack.pop()
@@ -216,6 +188,10 @@ class _Machine:
         target = self._stack[-1]
         if type(target) is not dict:
             raise PickleFault("its pickle sets items of something other than a dictionary")
+        self._budget.pay_for(key)
+        if type(key) is tuple:
+            # Tuples of numbers can be chosen so that all hash alike, and each is compared with all before it.
+            self._budget.pay(len(target))
         check_key(key)
         target[key] = value
 
@@ -261,14 +237,6 @@ class _Machine:
 
     def _push(self, value: object) -> None:
         self._stack.append(value)
-
-
-def check_key(key: object) -> None:
-    """Raise PickleFault unless `key` is a scalar or a flat tuple of them: hashing others may never end."""
-    parts = key if type(key) is tuple else (key,)
-    for part in parts:
-        if type(part) not in _KEYS or (type(part) is int and abs(part) >= _MAX_KEY):
-            raise PickleFault("a dictionary in its pickle has a key that is no string or number")
 
 
 _STOP = ord(".")

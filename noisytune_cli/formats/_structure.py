@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from noisytune_cli.formats._pickle import PickleFault
+from noisytune_cli.formats._values import PickleFault
 
 _Leaf = TypeVar("_Leaf")
 
@@ -26,13 +26,16 @@ _MAX_DEPTH = 16
 #: Entries of all dictionaries looked at, one that lies in two places counted twice.
 _MAX_ITEMS = 1_000_000
 
+#: Characters of all their keys, and of the names made of them.
+_MAX_CHARACTERS = 32 << 20
+
 #: Where a training checkpoint keeps its model: beside such a key, loose tensors are no weights.
 _MODELS = re.compile(r"(model_)?state(_dict)?|(model|net|network|module|params)(_ema|_state(_dict)?)?")
 
-#: What else it keeps: never descended into.
+#: What else it keeps, by what its key holds and by the whole of it: never descended into.
+_IN_TRAINING = ("optim", "sched", "scaler", "scaling", "rng", "sampler")
 _TRAINING = re.compile(
-    r".*optim.*|.*sched.*|.*scal(er|ing).*|.*rng.*|callbacks|loops|.*sampler.*|criterion|(train_)?(loss|losses)"
-    r"|train(er|ing)?_state|data_?loader.*"
+    r"callbacks|loops|criterion|(train_)?(loss|losses)|train(er|ing)?_state|data_?loader.*", re.DOTALL
 )
 
 #: An optimizer's state where a state dict was flattened before it was saved.
@@ -74,6 +77,8 @@ def find_weights(root: object, leaf: type[_Leaf]) -> list[tuple[str, _Leaf]]:
     found = list(_Search(leaf).walk(root, (), frozenset()))
     names = [item.key for item in found]
     if len(set(names)) < len(names):
+        if sum(len(part) for item in found for part in (*item.path, item.key)) > _MAX_CHARACTERS:
+            raise PickleFault("its tensors' names are too long")
         names = [item.full_name for item in found]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
@@ -114,6 +119,7 @@ class _Search(Generic[_Leaf]):
     def __init__(self, leaf: type[_Leaf]) -> None:
         self._leaf = leaf
         self._left = _MAX_ITEMS
+        self._characters = _MAX_CHARACTERS
 
     def walk(
         self, mapping: Mapping[object, object], path: tuple[str, ...], above: frozenset[int]
@@ -122,6 +128,9 @@ class _Search(Generic[_Leaf]):
         self._left -= 1 + len(mapping)
         if len(path) > _MAX_DEPTH or id(mapping) in above or self._left < 0:
             raise PickleFault("its dictionaries are nested too deep")
+        self._characters -= sum(len(key) for key in mapping if type(key) is str)
+        if self._characters < 0:
+            raise PickleFault("its tensors' names are too long")
         above |= {id(mapping)}
         below = {
             key: list(self.walk(value, (*path, key), above))
@@ -139,6 +148,8 @@ class _Search(Generic[_Leaf]):
 
 
 def _is_training_state(key: str, value: Mapping[object, object]) -> bool:
+    if any(part in key for part in _IN_TRAINING):
+        return True
     return _TRAINING.fullmatch(key) is not None or _is_optimizer(value)
 
 

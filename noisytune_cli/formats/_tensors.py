@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from noisytune_cli.formats._pickle import Function, Opaque, PickleFault, check_key
+from noisytune_cli.formats._values import Function, Opaque, PickleFault, check_key
 
 _STATE_DICT = "Load it where it was made, and save only its state dict: torch.save(model.state_dict(), FILE)"
 _DENSE = "Load it in torch, turn it into a plain tensor, and save the state dict again"
@@ -42,6 +42,9 @@ _UNSUPPORTED = {
     "_rebuild_device_tensor_from_numpy": "a tensor of a device that torch.save turns into NumPy",
     "_rebuild_device_tensor_from_cpu_tensor": "a tensor of a device that torch.save copies first",
 }
+
+#: What makes a tensor of class torch.Tensor, and alone may be called through `_rebuild_from_type_v2`.
+_PLAIN = frozenset(f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3"))
 
 _MAX_DIMENSIONS = 64
 _LIMIT = 1 << 63
@@ -102,9 +105,12 @@ class StoredTensor:
 
     @property
     def slot(self) -> tuple[object, ...]:
-        """What two names of one parameter have in common (an axis of one element has no stride)."""
+        """What two names of one parameter have in common (an axis of one element has no stride).
+
+        Its numbers are text: a file could choose tuples of them that all hash alike.
+        """
         steps = tuple(0 if n == 1 else step for n, step in zip(self.shape, self.stride, strict=True))
-        return self.key, self.start, self.dtype, self.shape, steps
+        return self.key, self.dtype.name, f"{self.start} {self.shape} {steps}"
 
 
 def find_global(module: str, name: str) -> object:
@@ -227,7 +233,9 @@ def _rebuild_parameter(data: object, requires_grad: object, hooks: object, state
 
 
 def _rebuild_from_type(function: object, kind: object, arguments: object, state: object) -> object:
-    if not isinstance(function, Function) or kind is not _TENSOR or type(arguments) is not tuple:
+    if not isinstance(function, Function) or function.name not in _PLAIN:
+        raise PickleFault("it holds a tensor subclass", _DENSE)
+    if kind is not _TENSOR or type(arguments) is not tuple:
         raise PickleFault("it holds a tensor subclass", _DENSE)
     return function.call(*arguments)
 
@@ -238,6 +246,8 @@ def _ordered_dict(pairs: object = ()) -> dict[object, object]:
     made: dict[object, object] = {}
     for pair in pairs:  # type: ignore[attr-defined]
         if type(pair) not in (list, tuple) or len(pair) != 2:
+            raise TypeError
+        if type(pair[0]) is tuple:
             raise TypeError
         check_key(pair[0])
         made[pair[0]] = pair[1]

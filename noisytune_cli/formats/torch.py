@@ -13,10 +13,10 @@ from noisytune_cli.errors import InputInvalid
 from noisytune_cli.formats import _zip
 from noisytune_cli.formats._archive import Archive, read_legacy, read_zip
 from noisytune_cli.formats._file import open_input
-from noisytune_cli.formats._pickle import PickleFault
 from noisytune_cli.formats._storages import StoredSource
 from noisytune_cli.formats._structure import find_weights, rest_of
 from noisytune_cli.formats._tensors import StoredTensor
+from noisytune_cli.formats._values import PickleFault
 from noisytune_cli.signatures import HEAD
 from noisytune_cli.signatures import recognise as recognise_other
 
