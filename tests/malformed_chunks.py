@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from chunked import save_chunked
+from costly_pickles import hash_alike
 from hostile import Hostile, fifo, sparse
 
 Edit = Callable[[Any], object]
@@ -116,6 +117,53 @@ def _crowd(metadata: Any, *sizes: tuple[int, int]) -> None:
     }
 
 
+def _one_list(metadata: Any) -> None:
+    """1,000 tensors with one list of 1,000 chunks, which lie in one place each."""
+    import torch
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+
+    _w(metadata).chunks = [ChunkStorageMetadata(torch.Size((0, 0)), torch.Size((4, 6)))] * 1000
+    info = _StorageInfo("__0_0.distcp", 0, 1)
+    for number in range(1000):
+        metadata.state_dict_metadata[f"w{number}"] = _w(metadata)
+        metadata.storage_data[MetadataIndex(f"w{number}")] = info
+
+
+def _empty_chunks(metadata: Any) -> None:
+    """1,000 tensors with one list of 1,000 chunks of no elements."""
+    import torch
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+    _one_list(metadata)
+    _w(metadata).chunks = [ChunkStorageMetadata(torch.Size((0, 0)), torch.Size((0, 6)))] * 1000
+
+
+def _long_name(metadata: Any) -> None:
+    """A name of a million letters, which the label of each of 10,000 chunks holds."""
+    _crowd(metadata, (1, 1))
+    metadata.planner_data["w"] = ("x" * (1 << 20),)
+
+
+def _deep_value(metadata: Any) -> None:
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    metadata.state_dict_metadata["x"] = BytesStorageMetadata()
+    metadata.planner_data["x"] = ("optim",) + ("x",) * 16
+
+
+def _offsets_alike(metadata: Any) -> None:
+    """30,000 more chunks, whose offsets all hash alike."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    info = _StorageInfo("__9_0.distcp", 0, 0)
+    for number, offset in enumerate(hash_alike(30_000)):
+        index = MetadataIndex(str(number))
+        metadata.storage_data[index] = info
+        vars(index).update(fqn="w", offset=offset)  # only now, or this dictionary would be as slow
+
+
 def _replaced(old: bytes, new: bytes) -> Callable[[Path], object]:
     def change(folder: Path) -> None:
         file = folder / "__0_0.distcp"
@@ -147,7 +195,7 @@ CHUNKS = (
     _edited("a file's name that is no string", lambda m: setattr(_info(m), "relative_path", 7), "*.distcp"),
     _edited("a file that is absent", _path("__9_0.distcp"), "__9_0.distcp", "absent"),
     _edited("a chunk missing", lambda m: _w(m).chunks.pop(), "w:", "of 24 elements"),
-    _edited("a chunk twice", lambda m: _w(m).chunks.append(_w(m).chunks[0]), "w:", "of 24 elements"),
+    _edited("a chunk twice", lambda m: _w(m).chunks.append(_w(m).chunks[0]), "w:", "more chunks"),
     _edited(
         "a chunk in the place of another", lambda m: _w(m).chunks.__setitem__(1, _w(m).chunks[0]), "overlap"
     ),
@@ -184,6 +232,13 @@ CHUNKS = (
     _edited("a name with half a surrogate", lambda m: m.planner_data.update({"w": ("\ud800",)}), "surrogate"),
     _edited("thousands of chunks in a grid", lambda m: _crowd(m, (1, 1)), "chunk 0 of w"),
     _edited("thousands in no grid", lambda m: _crowd(m, (2, 1), (1, 1)), "side by side"),
+    _edited("one list of chunks for 1,000 tensors", _one_list, "w0: it lists more chunks"),
+    _edited("one list of empty chunks for 1,000 tensors", _empty_chunks, "again and again"),
+    _edited("a name of 1 MB for 10,000 chunks", _long_name, "again and again"),
+    _edited("30,000 offsets that hash alike", _offsets_alike, "__9_0.distcp", "absent"),
+    _edited("a path of 17 parts", _deep_value, "too deep"),
+    _edited("a file's name of 300 letters", _path("x" * 300 + ".distcp"), "longer than any file"),
+    _edited("numbers in paths that hash alike", lambda m: m.planner_data.update({"w": (1 << 61,)}), "key"),
     _edited("a call of os.system", lambda m: setattr(m, "planner_data", Call("touch ran")), "posix.system"),
     _edited("a class of another module", lambda m: setattr(m, "planner_data", Path), "pathlib"),
     _edited(

@@ -12,13 +12,14 @@ chunk that is stored nowhere, two that share bytes.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from noisytune_cli.formats._pickle import unpickle
+from noisytune_cli.formats._pickle import BYTES_FOR_OPCODE, unpickle
 from noisytune_cli.formats._tensors import DType, find_global
-from noisytune_cli.formats._values import Function, Kind, Made, Opaque, PickleFault
+from noisytune_cli.formats._values import Budget, Function, Kind, Made, Opaque, PickleFault, check_key
 from noisytune_cli.layout import CHUNKS_SUFFIX
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -46,6 +47,12 @@ _FROM_TORCH = ("torch.Size", "torch.serialization._get_layout", "collections.Ord
 _RESAVE = "Load it where it was made, and save the model's state dict with torch.distributed.checkpoint.save"
 _MAX_DIMENSIONS = 64
 _LIMIT = 1 << 63
+
+#: Deeper than any training loop nests its state, and longer than any file system lets a name be.
+_MAX_PATH, _MAX_FILE_NAME = 16, 255
+
+#: What reading a chunk costs, and each of its dimensions: what they take in memory.
+_CHUNK, _DIMENSION = 200, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +100,31 @@ def read_metadata(data: bytes, most_opcodes: int) -> Saved:
     paths = metadata.get("planner_data")
     paths = paths if type(paths) is dict else {}
     root: dict[object, object] = {}
+    # One list of chunks, or one path, may be that of every key.
+    budget = Budget(most_opcodes * BYTES_FOR_OPCODE)
+    chunks = 0
     for key, entry in entries.items():
         if type(key) is not str:
             raise PickleFault("a key of its state dict is no string")
-        path = paths.get(key, (key,))
-        _put(root, path, _read_tensor(key, entry, stored) if _is(entry, "TensorStorageMetadata") else None)
+        path = _check_path(paths.get(key, (key,)))
+        budget.pay_for(path)
+        tensor = None
+        if _is(entry, "TensorStorageMetadata"):
+            tensor = _read_tensor(key, path, entry, stored, budget)
+            chunks += sum(bool(chunk.elements) for chunk in tensor.chunks)
+            if chunks > len(stored):
+                raise PickleFault(f"{key}: it lists more chunks than it says where they lie")
+        _put(root, path, tensor)
     _check_apart(stored)
     return Saved(root, tuple(sorted({file for file, _, _ in stored.values()})))
 
 
-#: For each key and offsets: a file's name, the first byte, and the number of bytes.
-_Storage = Mapping[tuple[str, tuple[int, ...] | None], tuple[str, int, int]]
+#: For each key and offsets: a file's name, the first byte, and the number of bytes. Offsets are packed: a
+#: file could choose tuples of numbers that all hash alike.
+_Storage = Mapping[tuple[str, bytes | None], tuple[str, int, int]]
+
+#: A path in the nested state dict.
+_Place = tuple[str | int, ...]
 
 
 def _find_global(module: str, name: str) -> object:
@@ -123,7 +144,7 @@ def _no_storage(identity: object) -> object:
 
 
 def _read_storage(value: object) -> _Storage:
-    stored: dict[tuple[str, tuple[int, ...] | None], tuple[str, int, int]] = {}
+    stored: dict[tuple[str, bytes | None], tuple[str, int, int]] = {}
     for index, info in _dict(value, "storage_data").items():
         at, where = _state(index, "MetadataIndex"), _state(info, "_StorageInfo")
         key, offset = at.get("fqn"), at.get("offset")
@@ -131,7 +152,7 @@ def _read_storage(value: object) -> _Storage:
             raise PickleFault("a key of its storage is no string")
         if where.get("transform_descriptors"):
             raise PickleFault(f"{key} is compressed, or encoded in another way", _RESAVE)
-        place = (key, None if offset is None else _sizes(offset))
+        place = (key, None if offset is None else _packed(_sizes(offset)))
         if place in stored:
             raise PickleFault(f"it says twice where a chunk of {key} lies")
         start, length = _size(where.get("offset")), _size(where.get("length"))
@@ -139,7 +160,7 @@ def _read_storage(value: object) -> _Storage:
     return stored
 
 
-def _read_tensor(key: str, entry: Made, stored: _Storage) -> ChunkedTensor:
+def _read_tensor(key: str, path: _Place, entry: Made, stored: _Storage, budget: Budget) -> ChunkedTensor:
     state = _state(entry, "TensorStorageMetadata")
     properties = state.get("properties")
     described = properties.state if isinstance(properties, Made) else None
@@ -151,6 +172,9 @@ def _read_tensor(key: str, entry: Made, stored: _Storage) -> ChunkedTensor:
     listed = state.get("chunks")
     if type(listed) is not list:
         raise PickleFault(f"it does not list the chunks of {key}")
+    # Each chunk is looked for under the key, and gets a label with the path.
+    names = len(key) + sum(len(part) for part in path if type(part) is str)
+    budget.pay(len(listed) * (_CHUNK + _DIMENSION * len(shape) + names))
     chunks = tuple(_read_chunk(key, chunk, len(shape), stored) for chunk in listed)
     return ChunkedTensor(key, dtype, shape, chunks)
 
@@ -160,16 +184,24 @@ def _read_chunk(key: str, value: object, dimensions: int, stored: _Storage) -> C
     offsets, sizes = _sizes(state.get("offsets")), _sizes(state.get("sizes"))
     if not len(offsets) == len(sizes) == dimensions:
         raise PickleFault(f"a chunk of {key} has another number of dimensions")
-    place = stored.get((key, offsets)) or stored.get((key, None))
+    place = stored.get((key, _packed(offsets))) or stored.get((key, None))
     if place is None:
         raise PickleFault(f"it does not say where a chunk of {key} lies")
     return Chunk(offsets, sizes, *place)
 
 
-def _put(root: dict[object, object], path: object, leaf: object) -> None:
-    """Put a value where its path leads to; items of lists are under their numbers."""
+def _check_path(path: object) -> _Place:
+    """Return where in the state dict a value lies; raises PickleFault unless it can be a place."""
+    if type(path) is tuple and len(path) > _MAX_PATH:
+        raise PickleFault("its state dict is nested too deep")
     if type(path) is not tuple or not path or any(type(part) not in (str, int) for part in path):
         raise PickleFault("it does not say where in the state dict a value lies")
+    check_key(path)
+    return path
+
+
+def _put(root: dict[object, object], path: _Place, leaf: object) -> None:
+    """Put a value where its path leads to; items of lists are under their numbers."""
     inside = root
     for part in path[:-1]:
         below = inside.setdefault(part, {})
@@ -191,6 +223,8 @@ def _check_apart(stored: _Storage) -> None:
 
 
 def _file_name(value: object) -> str:
+    if type(value) is str and len(value) > _MAX_FILE_NAME:
+        raise PickleFault("it names a file with a name longer than any file has")
     if type(value) is not str or not value.endswith(CHUNKS_SUFFIX) or not value.isprintable():
         raise PickleFault(f"it names a file that is no *{CHUNKS_SUFFIX} file")
     if "/" in value or "\\" in value:
@@ -218,6 +252,10 @@ def _sizes(value: object) -> tuple[int, ...]:
     if type(value) is not tuple or len(value) > _MAX_DIMENSIONS:
         raise PickleFault("its pickle has a shape or offsets that are none")
     return tuple(_size(item) for item in value)
+
+
+def _packed(sizes: tuple[int, ...]) -> bytes:
+    return struct.pack(f"<{len(sizes)}q", *sizes)
 
 
 def _size(value: object) -> int:
