@@ -10,6 +10,7 @@ buffers, and frozen tensors that training updates by other means than the gradie
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,8 +103,15 @@ _DETR_LINE = re.compile(
     r"|table_transformer"
 )
 
-#: The same where names tell: torchvision's detection models and DETR as released; detectron2.
-_FROZEN_BACKBONES = re.compile(r"(.*\.)?backbone\.((.*\.)?body\..*|bottom_up\..*\.norm)\.[a-z]+")
+
+def _in_frozen_backbone(name: str) -> bool:
+    """Tell the same where names do: torchvision's detection models and DETR as released; detectron2."""
+    parts = name.split(".")
+    if "backbone" not in parts:
+        return False
+    if "body" in parts[parts.index("backbone") + 1 : -2]:
+        return True
+    return parts[-2:-1] == ["norm"] and ("backbone", "bottom_up") in itertools.pairwise(parts[:-3])
 
 
 def _frozen_norm(tensor: TensorSpec, by_name: Mapping[str, TensorSpec], model: str) -> bool:
@@ -115,8 +123,8 @@ def _frozen_norm(tensor: TensorSpec, by_name: Mapping[str, TensorSpec], model: s
     mean = _sibling(tensor, by_name, "running_mean")
     if mean is None or mean.shape != tensor.shape:
         return False
-    known = _DETR_LINE.fullmatch(model) or _FROZEN_BACKBONES.fullmatch(tensor.name)
-    return known is not None and _sibling(tensor, by_name, "num_batches_tracked") is None
+    known = _DETR_LINE.fullmatch(model) is not None or _in_frozen_backbone(tensor.name)
+    return known and _sibling(tensor, by_name, "num_batches_tracked") is None
 
 
 @dataclass(frozen=True, slots=True)

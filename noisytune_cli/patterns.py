@@ -16,8 +16,11 @@ from dataclasses import dataclass
 
 from noisytune_cli.errors import UsageError
 
+# A name may have millions of characters, and each of these takes time in proportion: a component is looked
+# through once (`(?=\w*x)\w*+`, where `\w*x\w*` would begin again at each x), and `.` is a line break too.
+
 #: A component that is a normalisation layer: LayerNorm, input_layernorm, q_norm, norm1, ln_f, bn2, conv1_BN.
-_NORM_LAYER = r"(?:\w*(?i:norm)(?!al)\w*|ln(?:_?\w+)?|\w*(?i:bn)\d*)"
+_NORM_LAYER = r"(?:(?=\w*(?i:norm)(?!al))\w*+|ln\w*+|\w*(?i:bn)\d*+)"
 
 #: Wrappers that stand before a model's own names.
 _WRAPPERS = r"(?:(?:module|_orig_mod|base_model|model)\.)*"
@@ -27,7 +30,7 @@ _EMBEDDINGS = r"""
     (?:.*\.)?
     (?: # token, position and token-type tables by their own name, whatever hangs below (adapters included)
         (?: (?:word|token|tok|position|positional|token_type|type|entity|rel)_embeddings?
-          | \w*embed_tokens\w* | embed_positions | tokens_embed | positions_embed | wte | wpe
+          | (?=\w*embed_tokens)\w*+ | embed_positions | tokens_embed | positions_embed | wte | wpe
           | embed_in | pos_embed | shared ) (?:\..*)?
       | # names that are also a module's prefix: only the table itself (Mamba, RWKV, torch)
         (?:embeddings?|emb) \.weight
@@ -51,7 +54,7 @@ _HEAD = rf"""
 
 #: What a normalisation layer holds itself; a projection inside an adaptive norm is none.
 _NORM = rf"""
-    (?:.*\.)? {_NORM_LAYER} (?:\.\w+)?
+    (?:.*\.)? {_NORM_LAYER} (?:\.\w++)?
 """
 
 #: Additive vectors, whatever they belong to.
@@ -63,7 +66,7 @@ _BIAS = r"""
 #: Attention modules with their output projections, without their norms. A Mamba mixer is none.
 _ATTENTION = r"""
     (?:.*\.)?
-    (?: \w*(?i:attn|attention)\w* (?:\..*)?
+    (?: (?=\w*(?i:attn|attention))\w*+ (?:\..*)?
       | # hybrids whose blocks are all called `mixer`: attention is told by its projections
         (?:[qkvo]_proj|qkv_proj|query_key_value|c_attn) (?:\..*)?
     )
@@ -72,8 +75,8 @@ _ATTENTION = r"""
 #: Feed-forward blocks and experts with their routers, without their norms.
 _MLP = r"""
     (?:.*\.)?
-    (?: \w*mlp\w* | \w*ffn\w* | feed_?forward\w* | ff | intermediate | DenseReluDense | block_sparse_moe | moe
-      | (?:shared_)?experts? | (?:gate|up|down|gate_up)_proj(?:_bias)?
+    (?: (?=\w*(?:mlp|ffn))\w*+ | feed_?forward\w*+ | ff | intermediate | DenseReluDense | block_sparse_moe
+      | moe | (?:shared_)?experts? | (?:gate|up|down|gate_up)_proj(?:_bias)?
       | layers?\.\d+\.(?:fc[12]|linear[12]) | (?:layer|blocks)\.\d+\.output\.dense
     ) (?:\..*)?
 """
@@ -121,9 +124,7 @@ def compile_pattern(text: str) -> Pattern:
     """Compile a shell pattern or a kind; raise UsageError for an empty pattern or an unknown kind."""
     if text in _KIND_SOURCES:
         source, but = _KIND_SOURCES[text]
-        return Pattern(
-            text, re.compile(source, re.VERBOSE), tuple(re.compile(other, re.VERBOSE) for other in but)
-        )
+        return Pattern(text, _compile(source), tuple(_compile(other) for other in but))
     if text.startswith("@") or not text:
         near = difflib.get_close_matches(text, KINDS, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}? " if near else ""
@@ -133,6 +134,10 @@ def compile_pattern(text: str) -> Pattern:
             next_step=f"{hint}Name a kind, or write a shell pattern on the tensor's name such as '*.bias'",
         )
     return Pattern(text, re.compile(fnmatch.translate(text)))
+
+
+def _compile(source: str) -> re.Pattern[str]:
+    return re.compile(source, re.VERBOSE | re.DOTALL)
 
 
 def match_names(
