@@ -281,6 +281,17 @@ def test_chunks_that_are_damaged(tmp_path: Path) -> None:
         open_checkpoint(str(source))
 
 
+@pytest.mark.parametrize("name", [".metadata", "__1_0.distcp"])
+def test_a_refused_folder_is_closed(name: str, tmp_path: Path) -> None:
+    folder = save_chunked(tmp_path / "model", {("w",): torch.arange(24.0).reshape(4, 6)})
+    (folder / name).write_bytes(b"")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(InputInvalid):
+            dcp_module.open_source(folder / ".metadata", ".metadata", False)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_large_metadata_needs_large_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_chunked(tmp_path / "in", {(f"w{i}",): torch.randn(3) for i in range(20)})
     monkeypatch.setattr(dcp_module, "MAX_OPCODES", 1000)

@@ -44,9 +44,8 @@ class DcpSource:
     """One open directory (see `formats.Source`); `path` and `name` are those of its `.metadata`."""
 
     def __init__(self, metadata: InputFile, opened: ExitStack, mmap: bool) -> None:
-        """Open the files that `metadata` names, and have `opened` close them."""
+        """Open the files that `metadata` names; where this raises, `opened` closes what it had opened."""
         self.path, self.name = metadata.path, metadata.name
-        self._opened = opened
         try:
             most = MAX_BYTES * (times := _times_larger(self.path.parent))
             if metadata.size > most:
@@ -81,6 +80,7 @@ class DcpSource:
         self.beside = rest_of(saved.root, weights.values())
         self.ties: tuple[tuple[str, ...], ...] = ()
         self.warnings: tuple[str, ...] = () if self.tensors else (f"{self.name} names no tensors of a model",)
+        self._opened = opened.pop_all()
 
     @cached_property
     def header_digest(self) -> str:
@@ -200,7 +200,7 @@ def open_source(path: Path, name: str, mmap: bool) -> DcpSource:
     with ExitStack() as opened:
         metadata = open_input(path, lambda fd: InputFile(fd, path, name))
         opened.callback(metadata.close)
-        return DcpSource(metadata, opened.pop_all(), mmap)
+        return DcpSource(metadata, opened, mmap)
 
 
 def _times_larger(folder: Path) -> int:
