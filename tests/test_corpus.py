@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from corpus import ACCEPTED, CORPUS, REFUSED, fingerprint
+from corpus import ACCEPTED, CORPUS, KINDS, REFUSED, fingerprint
 from hostile import Hostile, tree
 from limited import CPU_SECONDS, Ended, Limited
 from malformed_outputs import output
@@ -64,6 +64,19 @@ def test_there_are_more_than_600_and_no_two_are_alike(outcomes: dict[str, Outcom
     assert len(REFUSED) > 600
     seen = Counter(outcome.fingerprint for outcome in outcomes.values())
     assert [name for name, outcome in outcomes.items() if seen[outcome.fingerprint] > 1] == []
+
+
+def test_the_documents_give_the_corpus_s_numbers() -> None:
+    root = Path(__file__).parents[1]
+    security, readme = (
+        " ".join((root / name).read_text().split()) for name in ("docs/security.md", "README.md")
+    )
+    *most, (last, rows) = KINDS.items()
+    counted = ", ".join(f"{len(rows)} {kind}" for kind, rows in most)
+    assert f"The corpus has {counted}, and {len(rows)} {last}; no two" in security
+    refused = f"{len(REFUSED)} malformed inputs"
+    assert f"{refused}, each with its exit code and words of its line; {len(ACCEPTED)} that only" in security
+    assert f"{refused} are each held to a verdict" in readme
 
 
 @by_row(REFUSED)
