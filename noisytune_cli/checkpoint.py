@@ -57,7 +57,7 @@ class Checkpoint:
     root: Path
     single_file: bool
     sources: tuple[Source, ...]
-    index: str | None
+    index: ShardIndex | None
     config: Mapping[str, Any] | None
     others: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
@@ -81,8 +81,11 @@ class Checkpoint:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The `__metadata__` of all weight files in one; where two disagree the later file wins."""
-        return {key: value for source in self.sources for key, value in source.metadata.items()}
+        """The metadata of index and weight files in one; where two disagree, the later file counts."""
+        merged = {} if self.index is None else dict(self.index.metadata)
+        for source in self.sources:
+            merged.update(source.metadata)
+        return merged
 
     @property
     def stored_as_one(self) -> tuple[tuple[str, ...], ...]:
@@ -219,7 +222,7 @@ def _open_folder(
         root=root,
         single_file=False,
         sources=tuple(sources),
-        index=None if index is None else chosen,
+        index=index,
         config=config,
         others=tuple(others),
         left_out=tuple(left_out),

@@ -55,8 +55,9 @@ def companions(source: Checkpoint, files: Sequence[OutputFile], conversion: Conv
         return []
     made = []
     if source.index is not None:
-        made.append(_index(source, source.index, files, conversion))
-    config = posixpath.join(posixpath.dirname(source.index or source.sources[0].name), CONFIG)
+        made.append(_index(source, source.index.name, files, conversion))
+    main = source.sources[0] if source.index is None else source.index
+    config = posixpath.join(posixpath.dirname(main.name), CONFIG)
     if config in source.others:
         made.append(_rewrite(source.root, config, config, partial(_follow, conversion=conversion)))
     return [companion for companion in made if companion is not None]

@@ -25,12 +25,16 @@ _MAX_SHOWN = 40  # characters of a wrong total_size that a warning quotes
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """A parsed index: `shard_of` maps tensor to shard, names relative to the checkpoint."""
+    """A parsed index: `shard_of` maps tensor to shard, names relative to the checkpoint.
+
+    `metadata` is what of the index's own metadata is text, such as aliases of tied weights.
+    """
 
     name: str
     path: Path
     shard_of: Mapping[str, str]
     total_size: object
+    metadata: Mapping[str, str]
 
     @property
     def shards(self) -> tuple[str, ...]:
@@ -57,9 +61,10 @@ def read_index(root: Path, name: str) -> ShardIndex:
         _check_shard_name(path, tensor, shard)
         shard_of[tensor] = posixpath.join(home, shard)
     metadata = document.get("metadata")
-    return ShardIndex(
-        name, path, shard_of, metadata.get("total_size") if isinstance(metadata, dict) else None
-    )
+    if not isinstance(metadata, dict):
+        metadata = {}
+    texts = {key: value for key, value in metadata.items() if isinstance(value, str)}
+    return ShardIndex(name, path, shard_of, metadata.get("total_size"), texts)
 
 
 def check_present(index: ShardIndex, names: Iterable[str], where: str) -> None:

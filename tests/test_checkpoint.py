@@ -187,7 +187,8 @@ def test_shards(tmp_path: Path) -> None:
     with open_checkpoint(str(tmp_path)) as opened:
         assert names(opened) == list(SHARDS)
         assert [tensor.name for tensor in opened.tensors] == ["a", "b", "c"]
-        assert opened.index == "model.safetensors.index.json"
+        assert opened.index is not None
+        assert opened.index.name == "model.safetensors.index.json"
         assert opened.others == ("model.safetensors.index.json",)
         assert opened.metadata == {"format": "pt"}
         assert opened.warnings == (

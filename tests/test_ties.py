@@ -1,7 +1,9 @@
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import save, save_sharded, weights
 
 import noisytune_cli
 from noisytune_cli.commands.perturb import Request, perturb
@@ -177,6 +179,31 @@ def test_a_model_gets_one_noise_whichever_of_its_tied_names_is_stored(scope: Sco
     replay(str(manifest), str(tmp_path / "again.safetensors"), base=str(tmp_path / "a.safetensors"))
     written = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("noisy-a", "again")]
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("place", ["index", "the tensor's shard", "another shard"])
+def test_shards_and_one_file_get_one_noise_wherever_an_alias_stands(place: str, tmp_path: Path) -> None:
+    alias = {"model.embed_tokens.weight": "lm_head.weight"}
+    head, rest = {"lm_head.weight": weights("F32", 20, 4)}, {"norm.weight": weights("F32", 9)}
+    save(tmp_path / "one.safetensors", {**head, **rest}, {"format": "pt", **alias})
+    shards = save_sharded(tmp_path / "shards", head, rest)
+    if place == "index":
+        index = shards / "model.safetensors.index.json"
+        index.write_text(
+            json.dumps({**json.loads(index.read_text()), "metadata": {"total_size": 356, **alias}})
+        )
+    else:
+        name = "model-00001-of-00002" if place == "the tensor's shard" else "model-00002-of-00002"
+        tensors = head if place == "the tensor's shard" else rest
+        save(shards / f"{name}.safetensors", tensors, {"format": "pt", **alias})
+    noise = NoiseSpec(rules=(("@embeddings", 0.4),))
+    alone = perturb(Request(str(tmp_path / "one.safetensors"), noise), str(tmp_path / "noisy.safetensors"))
+    apart = perturb(Request(str(shards), noise), str(tmp_path / "noisy"))
+    digests = [{r.step.tensor.name: r.digest for r in done.manifest.receipts} for done in (alone, apart)]
+    assert digests[0] == digests[1]
+    assert verify(str(tmp_path / "noisy"), base=str(shards)).ok
+    replay(str(tmp_path / "noisy"), str(tmp_path / "again"), base=str(shards))
+    assert verify(str(tmp_path / "again")).ok
 
 
 def test_a_tie_of_many_names_takes_no_longer_than_as_many_tensors() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unre
 from noisytune_cli.escape import escape
 from noisytune_cli.folder import list_folder
 from noisytune_cli.formats import Nowhere, Source, open_source
+from noisytune_cli.index import read_index
 from noisytune_cli.layout import INDEX_SUFFIXES, MANIFEST, WEIGHTS_SUFFIXES
 from noisytune_cli.manifest_place import Place, place_of, require_manifest
 from noisytune_cli.manifest_reader import REFORMATTED, RecordedManifest
@@ -97,7 +98,7 @@ def verify(
         produced, contradictions = as_produced(manifest, files)
         matched, headers = compare_files(produced, files)
         found += [*broken, *contradictions, *(d for d in headers if d.file in files)]
-        found += _compare_streams(receipts, files)
+        found += _compare_streams(receipts, files, _aliases(files, place, manifest))
         plans = [_plan_digests(produced, matched)]
         originals: dict[str, Source] = {}
         if base is not None:
@@ -202,12 +203,26 @@ def _redo(
     return receipts
 
 
-def _compare_streams(receipts: Mapping[str, Receipt], files: Mapping[str, Source]) -> Iterator[Difference]:
-    """Find streams that are neither a recorded name nor one that the tensor's file says was stored as it."""
+def _aliases(files: Mapping[str, Source], place: Place, manifest: Manifest) -> dict[str, str]:
+    """Return what index and weight files say of names, as it was when the noise was planned."""
+    said: dict[str, str] = {}
+    for name in _other_files(manifest):
+        if name.endswith(INDEX_SUFFIXES):
+            with suppress(InputInvalid, InputUnreadable):  # which is told of the file by its digest
+                said |= read_index(place.output, name).metadata
+    for _, file in sorted(files.items()):
+        said |= file.metadata
+    return said
+
+
+def _compare_streams(
+    receipts: Mapping[str, Receipt], files: Mapping[str, Source], aliases: Mapping[str, str]
+) -> Iterator[Difference]:
+    """Find streams that are neither a recorded name nor one that was stored as the tensor."""
     for name, receipt in receipts.items():
         stream, file = receipt.step.stream, receipt.step.tensor.file
         if stream not in receipts and file in files:
-            stored = receipts.get(files[file].metadata.get(stream, ""))
+            stored = receipts.get(aliases.get(stream, ""))
             if stored is None or stored.step.stream != stream:
                 yield Difference(file, name, "its stream is no name of it")
 
