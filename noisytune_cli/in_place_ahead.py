@@ -18,6 +18,7 @@ from noisytune_cli.device_results import send_to_host
 from noisytune_cli.devices import cuda
 from noisytune_cli.in_place import enough_memory, is_exact, lies_flat
 from noisytune_cli.moments import Moments
+from noisytune_cli.overlaps import has_memory
 from noisytune_cli.sharded import PLAIN
 
 #: Tensors of the first batch that a device is given, so that it has something to do at once. The next are
@@ -72,6 +73,7 @@ def _can_go_ahead(tensor: Tensor) -> bool:
         and tensor.layout == torch.strided
         and tensor.dtype in torch_kernels.NAMES
         and tensor.numel() > 0
+        and has_memory(tensor)
         and is_exact(tensor.device)
         and lies_flat(tensor)
         and cuda.sums_exactly(tensor.device, tensor.dtype)

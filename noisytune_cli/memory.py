@@ -11,12 +11,12 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from noisytune_cli import __version__, distributions, in_place, in_place_parts, subnormals
 from noisytune_cli.errors import UsageError
 from noisytune_cli.in_place_ahead import SumsAhead
+from noisytune_cli.manifest_place import manifest_of
 from noisytune_cli.manifest_reader import read_manifest
 from noisytune_cli.memory_arguments import (
     Pairs,
@@ -51,6 +51,9 @@ from noisytune_cli.sharded import Held, share_exact_sums, share_moments
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+#: Bytes of divided parameters to measure at a time: on a device their matrices are copied first.
+_BATCH_BYTES = 64 << 20
 
 
 @subnormals.kept()
@@ -167,7 +170,15 @@ def _read(manifest: Manifest | str | os.PathLike[str], spec: NoiseSpec) -> Manif
             why="the manifest gives λ, seed, distribution, scope, granularity and patterns",
             next_step="Leave these options out, or the manifest",
         )
-    return manifest if isinstance(manifest, Manifest) else read_manifest(Path(manifest)).manifest
+    if isinstance(manifest, Manifest):
+        return manifest
+    if not isinstance(manifest, str | os.PathLike) or isinstance(path := os.fspath(manifest), bytes):
+        raise UsageError(
+            f"manifest={manifest!r}",
+            why="it is neither a record nor a path",
+            next_step="Give what perturb_ returned, or where a manifest lies",
+        )
+    return read_manifest(manifest_of(path)).manifest
 
 
 def _settle(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int, ahead: SumsAhead) -> None:
@@ -215,7 +226,7 @@ def _once(indices: Sequence[int], wanted: Sequence[tuple[Parameter, Matrix]]) ->
 def _measure(
     wanted: Sequence[tuple[Parameter, Matrix]], threads: int, ahead: SumsAhead
 ) -> list[list[Moments]]:
-    """Return the moments of each matrix; of divided parameters, one parameter is measured at a time."""
+    """Return the moments of each matrix; of divided parameters, a few are measured at a time."""
     moments: list[list[Moments]] = [[] for _ in wanted]
     whole = []
     for i, (parameter, matrix) in enumerate(wanted):
@@ -227,13 +238,23 @@ def _measure(
     for i, found in zip(whole, share_moments(held, in_place.measure(held, threads)), strict=True):
         moments[i] = found
     divided = (i for i, (_, matrix) in enumerate(wanted) if matrix.part is not None)
+    batch: list[tuple[int, Held]] = []
     for _, group in itertools.groupby(divided, key=lambda i: id(wanted[i][0])):
         indices = list(group)
         parts = [part for i in indices if (part := wanted[i][1].part) is not None]
         views = in_place_parts.views(wanted[indices[0]][0].resident.held, parts)
-        for i, found in zip(indices, in_place.measure(views, threads), strict=True):
-            moments[i] = found
+        batch += zip(indices, views, strict=True)
+        if sum(view.values.nbytes for _, view in batch) >= _BATCH_BYTES:
+            _measure_views(batch, moments, threads)
+            batch = []
+    if batch:
+        _measure_views(batch, moments, threads)
     return moments
+
+
+def _measure_views(batch: Sequence[tuple[int, Held]], moments: list[list[Moments]], threads: int) -> None:
+    for (i, _), found in zip(batch, in_place.measure([view for _, view in batch], threads), strict=True):
+        moments[i] = found
 
 
 def _held(parameter: Parameter, matrix: Matrix) -> Held:

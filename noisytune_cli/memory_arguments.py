@@ -51,13 +51,13 @@ def make_spec(
         include=patterns("include", include),
         exclude=patterns("exclude", exclude),
         granularity=granularity,
-        splits=tuple(_pairs("splits", splits)),
+        splits=tuple(_texts("splits", splits)),
     )
 
 
 def check_choice(option: str, value: object, choices: Collection[str]) -> None:
     """Raise UsageError unless a value is one of the choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise UsageError(
             f"{option}={value!r}",
             why="there is no such choice",
@@ -94,9 +94,19 @@ def _pairs(option: str, given: Pairs[Any]) -> list[tuple[str, Any]]:
     return listed
 
 
+def _texts(option: str, given: Pairs[str]) -> list[tuple[str, str]]:
+    pairs = _pairs(option, given)
+    if not all(isinstance(value, str) for _, value in pairs):
+        raise _wrong(option, given, "a dict from patterns to texts such as '0:/3', or a list of such pairs")
+    return pairs
+
+
 def _strength(option: str, given: object) -> float:
     """Return a λ."""
-    value = float(given) if isinstance(given, Real) else math.nan
+    try:
+        value = float(given) if isinstance(given, Real) else math.nan
+    except OverflowError:
+        value = math.inf
     if not 0 <= value < math.inf:
         raise _wrong(option, given, "a finite number, 0 or more, such as 0.15")
     return value

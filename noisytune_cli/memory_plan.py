@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from noisytune_cli.records import (
     Step,
     Tie,
 )
-from noisytune_cli.resident import Resident, same_bytes
+from noisytune_cli.resident import Resident, first_bytes, same_bytes
 from noisytune_cli.stream import StreamWords, stream_words
 from noisytune_cli.ties import split_tie
 
@@ -116,14 +116,16 @@ def _refuse_sharded(resident: Resident) -> None:
 
 def _contents(tie: Tie, resident_of: Mapping[str, Resident], *, compare: bool) -> dict[str, int]:
     """Return for each name of a candidate a number, equal where they are one, or `compare` equal."""
-    kinds: list[Resident] = []
-    contents = {}
-    for name in tie.names:
+    kinds: dict[Hashable, list[tuple[int, Resident]]] = {}
+    contents: dict[str, int] = {}
+    for number, name in enumerate(tie.names):
         resident = resident_of[name]
-        alike = (i for i, k in enumerate(kinds) if k is resident or (compare and same_bytes(k, resident)))
-        contents[name] = next(alike, len(kinds))
-        if contents[name] == len(kinds):
-            kinds.append(resident)
+        # Of many tables each would be compared with each, but for a look at how they begin.
+        known = kinds.setdefault(first_bytes(resident) if compare else id(resident), [])
+        alike = (n for n, kind in known if kind is resident or (compare and same_bytes(kind, resident)))
+        contents[name] = next(alike, number)
+        if contents[name] == number:
+            known.append((number, resident))
     return contents
 
 

@@ -27,8 +27,17 @@ def strides(values: Tensor) -> tuple[int, ...]:
     )
 
 
+def has_memory(values: Tensor) -> bool:
+    """Say whether the storage of values reaches as far as they do: it does not where it was freed."""
+    start = int(values.storage_offset()) * values.element_size()
+    return not values.numel() or start + _extent(values) <= values.untyped_storage().nbytes()
+
+
 def find_overlap(tensors: Sequence[Tensor]) -> int | None:
-    """Return the index of a tensor that shares elements with another, or has one twice; None if none does."""
+    """Return the index of a tensor that shares elements with another, or has one twice; None if none does.
+
+    Where none of those that share is of floats, nothing changes, and it is no matter.
+    """
     by_memory: dict[Hashable, list[tuple[int, int]]] = {}
     for i, values in enumerate(tensors):
         if values.numel():
@@ -37,6 +46,8 @@ def find_overlap(tensors: Sequence[Tensor]) -> int | None:
     for starts in by_memory.values():
         for entangled in _entangled(tensors, starts):
             views = [tensors[i] for i in entangled]
+            if not any(view.is_floating_point() for view in views):
+                continue
             apart = len(views) == 1 and (views[0].is_contiguous() or _steps_over_itself(views[0]))
             if not apart and _share_elements(views):
                 return entangled[0]

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.overlaps import find_overlap, place, strides
+from noisytune_cli.overlaps import find_overlap, has_memory, place, strides
 from noisytune_cli.records import TensorSpec
 from noisytune_cli.sharded import PLAIN, Held, held_part
 
@@ -54,6 +54,9 @@ _FOREIGN = {
     "_is_flat_param": "FSDP holds its values flattened; fully_shard does not",
 }
 
+#: Values of a parameter that are looked at before all are.
+_FIRST = 16
+
 #: What stands in the names of parameters that FSDP (not fully_shard) took over, flattened or not.
 _FSDP = "_fsdp_wrapped_module."
 
@@ -87,6 +90,8 @@ def residents_of(tensors: Iterable[tuple[str, object]], names: Names = None) -> 
     for own, value in tensors:
         tensor = _checked(own, value)
         held = held_part(tensor, own)
+        if not has_memory(held.values):
+            raise _cannot_add(own, "its memory was freed")
         found.setdefault(_identity(tensor, held.values), ([], tensor, held))[0].append(own)
     residents = [
         Resident(tuple(own), tuple(dict.fromkeys(map(to_checkpoint, own))), tensor, held)
@@ -95,6 +100,16 @@ def residents_of(tensors: Iterable[tuple[str, object]], names: Names = None) -> 
     _refuse_shared_names(residents)
     _refuse_overlaps(residents)
     return residents
+
+
+def first_bytes(resident: Resident) -> bytes:
+    """Return what tells most parameters from others: the bytes of a few values, none of a sharded one."""
+    values = resident.held.values
+    if resident.held.mesh is not None or not values.numel():
+        return b""
+    while values.dim() > 1:
+        values = values[0]
+    return values.reshape(-1)[:_FIRST].contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 
 def same_bytes(a: Resident, b: Resident) -> bool:
@@ -127,7 +142,7 @@ def _renaming(names: Names, own: Sequence[str]) -> Callable[[str], str]:
             next_step="Give one of these, such as names='bert'",
         )
     for name, value in renamed.items():
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not _is_text(value):
             raise UsageError(
                 f"names= gives {value!r} for {name}",
                 why="it is no name",
@@ -146,14 +161,12 @@ def _fits_none(names: str, why: str, own: Sequence[str]) -> UsageError:
 
 def _checked(name: str, value: object) -> Tensor:
     """Return a tensor whose values can be changed in place, or refuse it."""
-    try:
-        name.encode()
-    except (AttributeError, UnicodeEncodeError) as error:
+    if not isinstance(name, str) or not _is_text(name):
         raise InputInvalid(
             "not a state dict",
             why=f"{name!r} is no tensor's name",
             next_step="Give the dictionary whose keys are the tensors' names",
-        ) from error
+        )
     if not isinstance(value, Tensor):
         raise InputInvalid(
             "not a state dict",
@@ -163,13 +176,17 @@ def _checked(name: str, value: object) -> Tensor:
         )
     why = _FOREIGN["_is_flat_param"] if _FSDP in name else _why_not(value)
     if why is not None:
-        raise InputInvalid(
-            "cannot add noise in memory",
-            tensor=name,
-            why=why,
-            next_step="Perturb the plain weights before they are converted or wrapped, or on disk",
-        )
+        raise _cannot_add(name, why)
     return value
+
+
+def _cannot_add(name: str, why: str) -> InputInvalid:
+    return InputInvalid(
+        "cannot add noise in memory",
+        tensor=name,
+        why=why,
+        next_step="Perturb the plain weights before they are converted or wrapped, or on disk",
+    )
 
 
 def _why_not(tensor: Tensor) -> str | None:
@@ -192,6 +209,15 @@ def _why_not(tensor: Tensor) -> str | None:
     if is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "placements"):
         return f"it is a {type(tensor).__name__}, whose values are not its own storage"
     return None
+
+
+def _is_text(name: str) -> bool:
+    """Say whether a name can be spelt in UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _identity(tensor: Tensor, local: Tensor) -> Hashable:

@@ -19,7 +19,7 @@ import noisytune_cli
 from noisytune_cli import in_place, memory
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.devices import cuda
-from noisytune_cli.errors import InputInvalid, Mismatch, UsageError
+from noisytune_cli.errors import InputUnreadable, Mismatch, UsageError
 from noisytune_cli.records import Manifest, NoiseSpec
 
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
@@ -266,7 +266,7 @@ def test_a_manifest_gives_the_noise_again(tmp_path: Path) -> None:
     tensors = {name: t for name, t in hostile().items() if name != "near"}
     expected, manifest = on_disk(tensors, tmp_path, spec(noise="gaussian", seed=5, exclude=["v"]))
     path = tmp_path / "b.safetensors.noisytune.json"
-    for given in (manifest, path, str(path)):
+    for given in (manifest, path, str(path), tmp_path / "b.safetensors"):
         again = {"head": torch.randn(3, 3), **{name: t.clone() for name, t in tensors.items()}}
         head = bits(again["head"])
         record = noisytune_cli.perturb_(again, manifest=given)
@@ -277,7 +277,7 @@ def test_a_manifest_gives_the_noise_again(tmp_path: Path) -> None:
         noisytune_cli.perturb_({"w": torch.randn(30, 70)}, manifest=manifest)
     with pytest.raises(UsageError, match="manifest="):
         noisytune_cli.perturb_(tensors, manifest=manifest, lam=0.1)
-    with pytest.raises(InputInvalid):
+    with pytest.raises(InputUnreadable):
         noisytune_cli.perturb_(tensors, manifest=tmp_path / "a.safetensors")
 
 

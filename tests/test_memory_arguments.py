@@ -18,11 +18,13 @@ WRONG: list[dict[str, Any]] = [
     {"lam": float("inf")},
     {"lam": "0.1"},
     {"lam": None},
+    {"lam": 10**400},
     {"seed": 2**64},
     {"seed": -1},
     {"seed": "1"},
     {"seed": 1.0},
     {"noise": "pink"},
+    {"noise": np.array(["uniform", "gaussian"])},
     {"scope": "layer"},
     {"granularity": "row"},
     {"frozen": "skip"},
@@ -37,6 +39,11 @@ WRONG: list[dict[str, Any]] = [
     {"rules": {"*": -1}},
     {"splits": "a=0:/2"},
     {"splits": 3},
+    {"splits": None},
+    {"splits": {"w": 3}},
+    {"manifest": 3},
+    {"manifest": {}},
+    {"manifest": b"x"},
     {"config": 3},
     {"threads": 0},
     {"threads": -1},
@@ -96,9 +103,10 @@ def test_a_map_may_name_more_than_the_parameters() -> None:
     assert [r.step.stream for r in record.receipts] == ["x", "b"]
 
 
-def test_a_function_must_give_names() -> None:
-    with pytest.raises(UsageError, match="gives None for w"):
-        perturb_({"w": torch.randn(3)}, names=lambda name: None)
+@pytest.mark.parametrize("given", [None, 3, "w\ud800"], ids=repr)
+def test_a_function_must_give_names(given: Any) -> None:
+    with pytest.raises(UsageError, match=r"gives .* for w"):
+        perturb_({"w": torch.randn(3)}, names=lambda name: given)
 
 
 def test_a_manifest_that_names_nothing_of_the_model_asks_for_names() -> None:

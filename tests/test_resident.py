@@ -112,3 +112,24 @@ def test_a_stride_that_is_never_taken_tells_no_tensors_apart() -> None:
 def test_nested_tensors_are_refused() -> None:
     with pytest.raises(NoisytuneError, match="it is nested"):
         perturb_({"w": torch.nested.nested_tensor([torch.randn(2), torch.randn(3)])})
+
+
+@pytest.mark.parametrize("left", [0, 40])
+def test_what_has_no_memory_any_more_is_refused(left: int) -> None:
+    freed = torch.randn(64, 64)
+    freed.untyped_storage().resize_(left)
+    first = torch.randn(3, 3)
+    before = first.clone()
+    with pytest.raises(NoisytuneError, match="its memory was freed"):
+        perturb_({"first": first, "w": freed})
+    assert torch.equal(first, before)
+
+
+def test_what_does_not_change_may_overlap() -> None:
+    mask = torch.ones(1, dtype=torch.bool).expand(4, 4)
+    codes = torch.arange(10)
+    record = perturb_({"w": torch.randn(3, 3), "mask": mask, "a": codes[:6], "b": codes[4:]})
+    assert [r.action for r in record.receipts] == ["perturb", "copy", "copy", "copy"]
+    floats = torch.randn(4)
+    with pytest.raises(NoisytuneError, match="overlap"):
+        perturb_({"w": floats, "codes": floats.view(torch.int32)[1:]})
