@@ -239,14 +239,16 @@ def _measure(
         moments[i] = found
     divided = (i for i, (_, matrix) in enumerate(wanted) if matrix.part is not None)
     batch: list[tuple[int, Held]] = []
+    nbytes = 0
     for _, group in itertools.groupby(divided, key=lambda i: id(wanted[i][0])):
         indices = list(group)
         parts = [part for i in indices if (part := wanted[i][1].part) is not None]
         views = in_place_parts.views(wanted[indices[0]][0].resident.held, parts)
         batch += zip(indices, views, strict=True)
-        if sum(view.values.nbytes for _, view in batch) >= _BATCH_BYTES:
+        nbytes += sum(view.values.nbytes for view in views)
+        if nbytes >= _BATCH_BYTES:
             _measure_views(batch, moments, threads)
-            batch = []
+            batch, nbytes = [], 0
     if batch:
         _measure_views(batch, moments, threads)
     return moments
