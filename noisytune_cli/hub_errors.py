@@ -16,7 +16,7 @@ from noisytune_cli.errors import HubError, ResourceExhausted
 
 CANNOT_FETCH = "cannot fetch from the hub"
 
-#: These come from writing the cache, not from the network.
+#: These come from writing the cache, not from the network, as does what names a file.
 _DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
 
 
@@ -31,7 +31,7 @@ def mapped_errors(repo_id: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except (RevisionResolutionError, transport_error, OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
+        if isinstance(error, OSError) and error.errno and (error.errno in _DISK_ERRNOS or error.filename):
             raise ResourceExhausted(
                 "cannot write the hub's cache",
                 path=error.filename,

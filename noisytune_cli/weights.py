@@ -174,7 +174,11 @@ def _no_weights(listing: Listing, where: str) -> InputInvalid:
         "Give a folder or a hub id that holds some: "
         + ", ".join(f"*{suffix}" for suffix in (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES, CHUNKS_SUFFIX)),
     )
-    if found:
+    copies = [name for name in listing.files if export_format(posixpath.basename(name)) == "PyTorch"]
+    if copies:
+        why = f"it has only {_enumerate(copies)}, as a rule a copy or a part of a model"
+        next_step = f"Name it if it is meant, with --weights {copies[0]}"
+    elif found:
         why = f"it has no safetensors or PyTorch weights, only {', '.join(found)}"
         next_step = "Save the model with save_pretrained to convert it"
     if inside := _folders(listing, TRAINER_CHECKPOINT) or _folders(listing, SHARDED_STATE):

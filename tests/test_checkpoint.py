@@ -541,3 +541,9 @@ def test_real_checkpoints(name: str, weights: list[str]) -> None:
         assert opened.tensors
         accounted = {*weights, *opened.others, *(left for left, _ in opened.left_out)}
         assert accounted == {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+
+
+def test_weights_that_are_mostly_a_copy_are_offered_by_name(tmp_path: Path) -> None:
+    (tmp_path / "consolidated.00.pth").write_bytes(b"")
+    with pytest.raises(InputInvalid, match=r"only consolidated\.00\.pth.*--weights consolidated\.00\.pth"):
+        open_checkpoint(str(tmp_path))

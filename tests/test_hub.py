@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +23,8 @@ from hub_server import Hub, Repository, serve
 
 from noisytune_cli import hub as hub_module
 from noisytune_cli.checkpoint import open_checkpoint
-from noisytune_cli.errors import HubError, InputInvalid, InputUnreadable, NoisytuneError
+from noisytune_cli.errors import HubError, InputInvalid, InputUnreadable, NoisytuneError, ResourceExhausted
+from noisytune_cli.hub_errors import mapped_errors
 
 COMMIT = Repository({}).commit
 
@@ -380,3 +382,13 @@ def test_a_signal_stops_a_download_that_stalls(hub: Hub, tmp_path: Path) -> None
             child.kill()
     assert (child.returncode, stderr) == (130, b"")
     assert not hub.stopped.is_set()
+
+
+def test_a_cache_that_cannot_be_made_is_no_fault_of_the_network() -> None:
+    with (
+        pytest.raises(ResourceExhausted, match="cannot write the hub's cache: /dev/null/models--a--b"),
+        mapped_errors("a/b", None),
+    ):
+        os.mkdir("/dev/null/models--a--b")
+    with pytest.raises(HubError, match="the connection failed"), mapped_errors("a/b", None):
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
