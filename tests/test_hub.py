@@ -120,7 +120,8 @@ def test_only_what_is_needed_is_fetched(hub: Hub) -> None:
 
 def test_a_sharded_model_is_fetched_by_its_index(hub: Hub) -> None:
     with open_checkpoint("owner/sharded") as checkpoint:
-        assert checkpoint.index == "model.safetensors.index.json"
+        assert checkpoint.index is not None
+        assert checkpoint.index.name == "model.safetensors.index.json"
         assert [tensor.name for tensor in checkpoint.tensors] == ["a", "b"]
         assert dict(checkpoint.left_out).keys() == {"consolidated.safetensors"}
     assert "consolidated.safetensors" not in hub.fetched()

@@ -62,7 +62,8 @@ def test_a_sharded_folder(tmp_path: Path) -> None:
     source = sharded(tmp_path / "in")
     with open_checkpoint(str(source)) as opened:
         assert [s.name for s in opened.sources] == list(SHARDS)
-        assert opened.index == "pytorch_model.bin.index.json"
+        assert opened.index is not None
+        assert opened.index.name == "pytorch_model.bin.index.json"
         assert opened.stored_as_one == (("a", "t"),)
         assert opened.warnings == ()
     out = tmp_path / "out"
