@@ -35,6 +35,11 @@ class Earlier:
     next_step: str = "Give the original checkpoint, or pass --again to add noise to this one"
 
 
+def begins_a_manifest(content: bytes) -> bool:
+    """Tell whether these are the first bytes of a manifest of noisytune, whatever its version."""
+    return _BEGINNING.match(content) is not None
+
+
 def read_earlier(path: Path) -> Earlier | None:
     """Return what the file at `path` says of its source, or None where it is no manifest of noisytune."""
     # Most sources have no manifest, and should not wait for its readers to be imported.
@@ -44,7 +49,7 @@ def read_earlier(path: Path) -> Earlier | None:
 
     name = escape(path.name)
     try:
-        if not _BEGINNING.match(read_content(path)):
+        if not begins_a_manifest(read_content(path)):
             return None
     except InputInvalid:
         return None

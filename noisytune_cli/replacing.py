@@ -1,20 +1,23 @@
 """What --overwrite replaces: what noisytune wrote, and weights under a file's name.
 
-A folder's replacement takes with it all that the folder holds, so a name mistyped must not cost anything but
-an output. A folder is one where a manifest lies with weights; a manifest without them is a recipe, which may
-have been put beside anything. What a killed run left counts for nothing. A single file needs no manifest:
-weights that were saved by other means are most often what is to be replaced, in whichever format they are.
+A folder's replacement takes with it all that the folder holds, so neither a name mistyped nor what was added
+since may cost anything but an output. A folder is one where a manifest lies with the weights that it records,
+and nothing that it does not; a manifest without them is a recipe, which may have been put beside anything.
+What a killed run left counts for nothing. A single file needs no manifest: weights that were saved by other
+means are most often what is to be replaced, in whichever format they are. A recipe replaces a recipe only.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection
-from pathlib import Path
+from collections.abc import Collection, Sequence
+from pathlib import Path, PurePosixPath
 
-from noisytune_cli.errors import OutputUnsafe, unwritable
-from noisytune_cli.layout import CHUNKS_SUFFIX, MANIFEST, MANIFEST_SUFFIX, WEIGHTS_SUFFIXES
+from noisytune_cli.earlier import begins_a_manifest
+from noisytune_cli.errors import InputInvalid, InputUnreadable, OutputUnsafe, unwritable
+from noisytune_cli.layout import MANIFEST, MANIFEST_SUFFIX, METADATA
+from noisytune_cli.records import Manifest
 from noisytune_cli.signatures import HEAD
 from noisytune_cli.staging import remains
 
@@ -31,17 +34,31 @@ def contents(folder: Path) -> set[str]:
 
 
 def check_folder_replaceable(output: Path, names: Collection[str]) -> None:
-    """Raise OutputUnsafe if the folder `output`, which holds `names`, is none that noisytune wrote."""
-    others = sorted(set(names) - {MANIFEST})
-    if not others:
+    """Raise OutputUnsafe if the folder `output`, which holds `names`, is none that noisytune wrote.
+
+    So it is too if it holds more than that.
+    """
+    if not names:
         return
-    shown = ", ".join(others[:_SHOWN])
-    if len(others) > _SHOWN:
-        shown += f" and {len(others) - _SHOWN:,} more"
+    others = sorted(set(names) - {MANIFEST})
+    loss = f"and with it would go {_some(others or sorted(names))}"
     if not _is_file(output / MANIFEST):
-        raise _kept(output, f"it has no manifest of noisytune, and with it would go {shown}")
-    if not _has_weights(output):
-        raise _kept(output, f"its manifest is a recipe, without weights, and with it would go {shown}")
+        raise _kept(output, f"it has no manifest of noisytune, {loss}")
+    if not others:
+        check_recipe_replaceable(output / MANIFEST)
+        return
+    try:
+        recorded = _read(output / MANIFEST)
+    except (InputInvalid, InputUnreadable) as error:
+        raise _kept(output, f"its manifest cannot be used ({error.why}), {loss}") from error
+    if not _weights_of(recorded, output):
+        raise _kept(output, f"its manifest is a recipe, without weights, {loss}")
+    if added := _added(output, names, recorded):
+        raise _kept(
+            output,
+            f"it holds more than its manifest records, and with it would go {_some(added)}",
+            "Move that elsewhere, or choose another output with -o",
+        )
 
 
 def check_file_replaceable(output: Path) -> None:
@@ -50,18 +67,106 @@ def check_file_replaceable(output: Path) -> None:
 
     if _is_file(output.with_name(output.name + MANIFEST_SUFFIX)):
         return
-    try:
-        with open(output, "rb", buffering=0) as file:
-            head = file.read(HEAD)
-    except OSError as error:
-        raise unwritable(error, output) from error
+    head = _head(output)
     if head and not (safetensors.recognise(head) or torch.recognise(head)):
         raise _kept(output, "it holds no weights, and there is no manifest of noisytune beside it")
 
 
-def _has_weights(folder: Path) -> bool:
-    suffixes = (*WEIGHTS_SUFFIXES, CHUNKS_SUFFIX)
-    return any(name.endswith(suffixes) for _, _, files in os.walk(folder) for name in files)
+def check_recipe_replaceable(output: Path) -> None:
+    """Raise OutputUnsafe unless the file `output` is empty, or a manifest whose output is not there.
+
+    Weights whose manifest is replaced have lost their seed and every std.
+    """
+    head = _head(output)
+    if not head:
+        return
+    if not begins_a_manifest(head):
+        raise _kept(output, "it is no manifest of noisytune")
+    there = []
+    if output.name == MANIFEST:
+        try:
+            there = _weights_of(_read(output), output.parent)
+        except (InputInvalid, InputUnreadable) as error:
+            raise _kept(output, f"what it records cannot be told ({error.why})") from error
+    elif output.name.endswith(MANIFEST_SUFFIX):
+        beside = output.with_name(output.name.removesuffix(MANIFEST_SUFFIX))
+        there = [beside.name] if os.path.lexists(beside) else []
+    if there:
+        raise OutputUnsafe(
+            "cannot replace the manifest of an output",
+            path=output,
+            why=f"what it records lies with it: {_some(there)}",
+            next_step="Choose another output with -o",
+        )
+
+
+def _read(path: Path) -> Manifest:
+    """Return the manifest at `path` with the output's own weight files; raises as `read_any_manifest`."""
+    # Most outputs are new, and should not wait for its readers to be imported.
+    from noisytune_cli.averages import read_any_manifest
+    from noisytune_cli.produced import with_output_files
+
+    return with_output_files(read_any_manifest(path).manifest)
+
+
+def _weights_of(recorded: Manifest, folder: Path) -> list[str]:
+    """Return which of the recorded weight files lie in the folder."""
+    return [file.name for file in recorded.source.files if _is_file(folder / file.name)]
+
+
+def _added(output: Path, names: Collection[str], recorded: Manifest) -> list[str]:
+    """Return what the folder holds, `names` at its top, that the manifest does not record.
+
+    Of a folder that holds nothing recorded that is its name alone.
+    """
+    rewritten = () if recorded.output is None else recorded.output.rewritten
+    files = {MANIFEST, *(file.name for file in recorded.source.files)}
+    files.update(name for name, _ in recorded.copied)
+    files.update(name for name, _, _ in rewritten)
+    files.update(chunk for file in recorded.source.files for chunk in _chunks(output, file.name))
+    folders = {str(parent) for name in files for parent in PurePosixPath(name).parents}
+    added = []
+    pending = list(names)
+    while pending:
+        name = pending.pop()
+        try:
+            if not stat.S_ISDIR(os.lstat(output / name).st_mode):
+                known = name in files
+            elif known := name in folders:
+                pending += (f"{name}/{inner}" for inner in os.listdir(output / name))
+        except OSError as error:
+            raise unwritable(error, output) from error
+        if not known:
+            added.append(name)
+    return sorted(added)
+
+
+def _chunks(folder: Path, name: str) -> tuple[str, ...]:
+    """Return the files that a recorded `.metadata` names: the manifest records it in their place."""
+    from noisytune_cli.formats import open_source
+
+    if PurePosixPath(name).name != METADATA:
+        return ()
+    try:
+        source = open_source(folder / name, name, mmap=False)
+    except (InputInvalid, InputUnreadable):
+        return ()
+    source.close()
+    return source.files
+
+
+def _head(path: Path) -> bytes:
+    """Return a file's first bytes."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read(HEAD)
+    except OSError as error:
+        raise unwritable(error, path) from error
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN:,} more"
 
 
 def _is_file(path: Path) -> bool:
@@ -72,10 +177,9 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _kept(output: Path, why: str) -> OutputUnsafe:
+def _kept(
+    output: Path, why: str, next_step: str = "Choose another output with -o, or remove it yourself"
+) -> OutputUnsafe:
     return OutputUnsafe(
-        "cannot replace what noisytune did not write",
-        path=output,
-        why=why,
-        next_step="Choose another output with -o, or remove it yourself",
+        "cannot replace what noisytune did not write", path=output, why=why, next_step=next_step
     )

@@ -8,14 +8,18 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from checkpoints import save, weights
-from places import accepted, old_output, refused
+import torch
+from checkpoints import save, save_sharded, weights
+from chunked import save_chunked
+from places import accepted, old_manifest, old_output, refused
 
 from noisytune_cli import staging
 from noisytune_cli.checkpoint import Checkpoint
+from noisytune_cli.commands.average import average
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.commands.verify import verify
-from noisytune_cli.records import NoiseSpec
+from noisytune_cli.errors import OutputUnsafe
+from noisytune_cli.records import Conversion, NoiseSpec
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -37,20 +41,94 @@ def test_a_folder_that_noisytune_did_not_write_is_not_replaced(
 def test_a_recipe_in_a_folder_of_other_things_does_not_make_it_an_output(
     folder: Checkpoint, tmp_path: Path, overwrite: bool
 ) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "noisytune.json").write_bytes(old_manifest("model.safetensors"))
+    assert accepted(mine, folder, overwrite=True)
+    assert "--overwrite" in refused(mine, folder)
+    (mine / "tests").mkdir()
+    (mine / "tests/f.pt").touch()  # weights, but none that it records
+    assert "recipe, without weights, and with it would go tests" in refused(mine, folder, overwrite=overwrite)
+
+
+@pytest.mark.parametrize("content", [b"hello", b"{}", b'{"schema": 1, "tool": {"name": "noisytune"'])
+def test_what_merely_has_a_manifests_name_does_not_make_a_folder_an_output(
+    content: bytes, folder: Checkpoint, tmp_path: Path
+) -> None:
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/noisytune.json").write_text("{}")
-    assert accepted(tmp_path / "mine", folder, overwrite=True)
-    assert "--overwrite" in refused(tmp_path / "mine", folder)
-    (tmp_path / "mine/thesis.txt").touch()
-    assert "recipe, without weights, and with it would go thesis.txt" in refused(
-        tmp_path / "mine", folder, overwrite=overwrite
-    )
+    (tmp_path / "mine/noisytune.json").write_bytes(content)
+    assert "--overwrite" not in refused(tmp_path / "mine", folder)
+    assert "remove it yourself" in refused(tmp_path / "mine", folder, overwrite=True)
+    (tmp_path / "mine/firmware.bin").touch()
+    line = refused(tmp_path / "mine", folder, overwrite=True)
+    assert "its manifest cannot be used" in line
+    assert "with it would go firmware.bin" in line
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "2_Dense/pytorch_model.bin", "__0_0.distcp"])
 def test_a_folder_that_noisytune_wrote_is_replaced(weights: str, folder: Checkpoint, tmp_path: Path) -> None:
-    old = old_output(tmp_path / "old", "config.json", "sub/stray", weights=weights)
+    old = old_output(tmp_path / "old", "config.json", "sub/deep/vocab", weights=weights)
     assert accepted(old, folder, overwrite=True) == old
+
+
+def test_an_output_that_lost_files_is_replaced_as_long_as_it_has_weights(
+    folder: Checkpoint, tmp_path: Path
+) -> None:
+    old = old_output(tmp_path / "old", "README.md", weights="a.safetensors")
+    (old / "noisytune.json").write_bytes(old_manifest("a.safetensors", "b.safetensors", copied=["README.md"]))
+    (old / "README.md").unlink()
+    assert accepted(old, folder, overwrite=True) == old
+    (old / "a.safetensors").rename(old / "b.safetensors")
+    assert accepted(old, folder, overwrite=True) == old
+    (old / "b.safetensors").unlink()
+    (old / "README.md").touch()
+    assert "with it would go README.md" in refused(old, folder, overwrite=True)
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards", "converted", "chunks", "average"])
+def test_every_output_may_be_written_again(kind: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "in", str(tmp_path / "out")
+    tensors = {"w": weights("F32", 9), "v": weights("F32", 5, seed=1)}
+    if kind == "chunks":
+        save_chunked(source, {(name,): torch.from_numpy(t.values) for name, t in tensors.items()})
+    elif kind == "folder":
+        save(source / "model.safetensors", tensors)
+    else:
+        save_sharded(source, {"w": tensors["w"]}, {"v": tensors["v"]})
+    (source / "sub").mkdir()
+    for name in ("README.md", "sub/tokenizer.json"):
+        (source / name).write_text("{}")
+    conversion = Conversion(dtype="F16") if kind == "converted" else None
+    for _ in range(2):
+        if kind == "average":
+            average([str(source), str(source)], out, overwrite=True)
+        else:
+            perturb(Request(str(source), NoiseSpec(), conversion), out, overwrite=True)
+    assert verify(out).ok
+    added = "__7_0.distcp" if kind == "chunks" else "model-00009-of-00009.safetensors"
+    (tmp_path / "out" / added).touch()
+    with pytest.raises(OutputUnsafe, match=f"with it would go {added}"):
+        perturb(Request(str(source), NoiseSpec(), conversion), out, overwrite=True)
+
+
+def test_chunks_that_cannot_be_told_are_kept(folder: Checkpoint, tmp_path: Path) -> None:
+    old = old_output(tmp_path / "old", weights=".metadata")
+    (old / "__0_0.distcp").touch()
+    assert "with it would go __0_0.distcp" in refused(old, folder, overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_was_added_to_an_output_is_kept(folder: Checkpoint, tmp_path: Path, overwrite: bool) -> None:
+    old = old_output(tmp_path / "old", "README.md", "sub/vocab")
+    (old / "runs").mkdir()
+    (old / "runs/log").touch()
+    (old / "sub/mine").touch()
+    (old / "sub/vocab").unlink()
+    (old / "sub/vocab").mkdir()
+    (old / "trainer_state.json").symlink_to("README.md")
+    line = refused(old, folder, overwrite=overwrite)
+    assert "with it would go runs, sub/mine, sub/vocab and 1 more. Move that elsewhere" in line
+    assert "--overwrite" not in line
 
 
 def test_what_a_killed_run_left_may_be_replaced(folder: Checkpoint, file: Checkpoint, tmp_path: Path) -> None:

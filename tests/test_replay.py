@@ -141,7 +141,7 @@ def test_existing_output_stays_unless_it_may_be_replaced(pristine: tuple[Path, P
         replay(str(made / "noisytune.json"), str(base / "inside"), base=str(base), overwrite=True)
     shutil.rmtree(out)
     shutil.copytree(made, out)
-    (out / "config.json").write_text("changed")
+    (out / "sub/tokenizer.json").write_text("changed")
     replay(str(made / "noisytune.json"), str(out), base=str(base), overwrite=True)
     assert tree(out) == tree(made)
 

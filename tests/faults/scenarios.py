@@ -19,6 +19,9 @@ from pathlib import Path
 
 from warm import Warm
 
+from noisytune_cli.manifest import encode
+from noisytune_cli.records import FileRecord, Manifest, NoiseSpec, SourceRecord
+
 #: path below the folder -> what it is: kind, mode and digest (and mtime where nothing may touch it).
 Tree = Mapping[str, tuple[object, ...]]
 
@@ -168,7 +171,11 @@ def _old_folder(place: Path) -> None:
     (place / "out" / "sub").mkdir(parents=True)
     (place / "out" / "sub" / "old.bin").write_bytes(b"what was there before")
     (place / "out" / "config.json").write_text("{}")
-    (place / "out" / "noisytune.json").write_text("{}")  # nothing else is replaced
+    # Nothing else is replaced than what a manifest records.
+    digest = f"blake3:{64 * '0'}"
+    source = SourceRecord("old", None, (FileRecord("sub/old.bin", 20, digest),))
+    manifest = Manifest("noisytune", "0", source, NoiseSpec(), (), (("config.json", digest),))
+    (place / "out" / "noisytune.json").write_bytes(encode(manifest))
 
 
 def _old_file(place: Path) -> None:
