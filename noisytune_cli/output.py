@@ -19,7 +19,12 @@ from noisytune_cli.errors import OutputUnsafe, unwritable
 from noisytune_cli.hub_cache import cache_folder
 from noisytune_cli.layout import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.publish import exists
-from noisytune_cli.replacing import check_file_replaceable, check_folder_replaceable, contents
+from noisytune_cli.replacing import (
+    check_file_replaceable,
+    check_folder_replaceable,
+    check_recipe_replaceable,
+    contents,
+)
 from noisytune_cli.staging import remains
 
 #: Device and inode.
@@ -112,8 +117,10 @@ def check_recipe(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
         weights = source.sources[0].path
         if output.name in (MANIFEST, weights.name + MANIFEST_SUFFIX):
             raise _unsafe(output, "there it would say that the input was noised")
-    if mode is not None and not overwrite:
-        raise exists(output)
+    if mode is not None:
+        check_recipe_replaceable(output)
+        if not overwrite:
+            raise exists(output)
 
 
 def check_distinct(outputs: Sequence[Path]) -> None:

@@ -20,6 +20,7 @@ import torch
 from checkpoints import Tensor, numbers, save, save_sharded, weights
 from chunked import save_chunked
 from pickles import saved
+from places import old_manifest
 from runs import run
 
 from noisytune_cli import output as output_module
@@ -465,7 +466,7 @@ def test_recipes_need_room_for_manifests_alone(tmp_path: Path, monkeypatch: pyte
 
 def test_a_recipe_whose_commit_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = file(tmp_path)
-    (tmp_path / "r.json").write_bytes(b"old")
+    (tmp_path / "r.json").write_bytes(old_manifest("old.safetensors"))
     before = contents(tmp_path)
     real = publish_module.sync_directory
 

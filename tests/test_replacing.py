@@ -19,6 +19,7 @@ from noisytune_cli.commands.average import average
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import OutputUnsafe
+from noisytune_cli.output import check_recipe
 from noisytune_cli.records import Conversion, NoiseSpec
 
 
@@ -186,3 +187,41 @@ def test_a_file_of_any_name_is_replaced(name: str, tmp_path: Path) -> None:
         perturb(Request(str(source), NoiseSpec(seed=seed)), str(out), overwrite=True)
     assert verify(str(out)).ok
     assert sorted(os.listdir(out.parent)) == [name, f"{name}.noisytune.json"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["thesis.tex", "model.safetensors", "config.json", "noisytune.json"])
+def test_a_recipe_replaces_nothing_but_recipes(
+    name: str, folder: Checkpoint, tmp_path: Path, overwrite: bool
+) -> None:
+    there = tmp_path / name
+    there.write_text('{"schema": 1}')
+    with pytest.raises(OutputUnsafe, match="it is no manifest") as caught:
+        check_recipe(there, folder, overwrite=overwrite)
+    assert "--overwrite" not in str(caught.value)
+    for content in (b"", old_manifest("weights.safetensors")):
+        there.write_bytes(content)
+        check_recipe(there, folder, overwrite=True)
+        with pytest.raises(OutputUnsafe, match="pass --overwrite"):
+            check_recipe(there, folder, overwrite=False)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_recipe_does_not_replace_the_manifest_of_an_output(
+    folder: Checkpoint, tmp_path: Path, overwrite: bool
+) -> None:
+    old = old_output(tmp_path / "old")
+    (tmp_path / "x.noisytune.json").write_bytes(old_manifest("x"))
+    (tmp_path / "x").touch()
+    for place, what in ((old / "noisytune.json", "model.safetensors"), (tmp_path / "x.noisytune.json", "x")):
+        with pytest.raises(OutputUnsafe, match=f"lies with it: {what}") as caught:
+            check_recipe(place, folder, overwrite=overwrite)
+        assert "--overwrite" not in str(caught.value)
+    (tmp_path / "x").unlink()
+    (old / "model.safetensors").unlink()
+    check_recipe(old / "noisytune.json", folder, overwrite=True)
+    check_recipe(tmp_path / "x.noisytune.json", folder, overwrite=True)
+    content = (old / "noisytune.json").read_bytes()
+    (old / "noisytune.json").write_bytes(content[:-9])  # what it records might lie there
+    with pytest.raises(OutputUnsafe, match="what it records cannot be told"):
+        check_recipe(old / "noisytune.json", folder, overwrite=True)
