@@ -197,7 +197,8 @@ def perturb(
         buffers_from=buffers_from,
     )
     if dry_run:
-        show_perturb.show_planned(command.plan_perturb(request, wanted), as_json=as_json)
+        planned = command.plan_perturb(request, wanted, recipe_only=recipe_only, overwrite=overwrite)
+        show_perturb.show_planned(planned, as_json=as_json)
         return
     if out is None:
         raise UsageError(

@@ -37,6 +37,7 @@ from noisytune_cli.errors import (
     ResourceExhausted,
     Stopped,
 )
+from noisytune_cli.fill import needed_bytes
 from noisytune_cli.records import Conversion, NoiseSpec
 from noisytune_cli.walk import Walk
 
@@ -85,7 +86,7 @@ def contents(root: Path) -> dict[str, bytes]:
 def _needed_bytes(source: Path) -> int:
     request = Request(str(source), NoiseSpec())
     with command._open(request) as opened:
-        return command.needed_bytes(opened, command.plan_perturb(request).plan)
+        return needed_bytes(opened, command.plan_perturb(request).plan)
 
 
 def run_each(

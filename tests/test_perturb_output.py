@@ -17,8 +17,8 @@ from blake3 import blake3
 from checkpoints import Tensor, Tensors, noised, numbers, save, save_sharded, split, weights
 from runs import run
 
+from noisytune_cli import outputs as outputs_module
 from noisytune_cli import staging
-from noisytune_cli.commands import perturb as command
 from noisytune_cli.errors import (
     InputInvalid,
     InputUnreadable,
@@ -256,13 +256,13 @@ def test_an_input_that_changes_while_it_is_read(change: Any, mmap: bool, source:
 def test_a_file_beside_the_weights_that_vanishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "in/model.safetensors", {"w": weights("F32", 99)})
     (tmp_path / "in/config.json").write_text("{}")
-    resolve = command.resolve_rewritten
+    resolve = outputs_module.resolve_rewritten
 
     def vanish(*arguments: Any, **options: Any) -> Path:
         (tmp_path / "in/config.json").unlink()
         return resolve(*arguments, **options)
 
-    monkeypatch.setattr(command, "resolve_rewritten", vanish)
+    monkeypatch.setattr(outputs_module, "resolve_rewritten", vanish)
     with pytest.raises(InputUnreadable):
         run(tmp_path / "in")
 
@@ -303,7 +303,7 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ResourceExhausted, match="nothing was written"):
         run(source, small_disk / "out")
     # Found while writing, where space is not what it seemed.
-    monkeypatch.setattr(command, "check_space", lambda *_: None)
+    monkeypatch.setattr(outputs_module, "check_space", lambda *_: None)
     with pytest.raises(ResourceExhausted, match="free; nothing was published"):
         run(source, small_disk / "out")
     assert os.listdir(small_disk) == []

@@ -12,11 +12,14 @@ import torch
 from checkpoints import save, save_sharded, weights
 from chunked import save_chunked
 from places import accepted, old_manifest, old_output, refused
+from typer.testing import CliRunner
 
 from noisytune_cli import staging
 from noisytune_cli.checkpoint import Checkpoint
+from noisytune_cli.cli import app
+from noisytune_cli.combinations import Combination
 from noisytune_cli.commands.average import average
-from noisytune_cli.commands.perturb import Request, perturb
+from noisytune_cli.commands.perturb import Request, perturb, plan_perturb
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import OutputUnsafe
 from noisytune_cli.output import check_recipe
@@ -130,6 +133,24 @@ def test_what_was_added_to_an_output_is_kept(folder: Checkpoint, tmp_path: Path,
     line = refused(old, folder, overwrite=overwrite)
     assert "with it would go runs, sub/mine, sub/vocab and 1 more. Move that elsewhere" in line
     assert "--overwrite" not in line
+
+
+def test_a_dry_run_refuses_what_the_run_would(tmp_path: Path) -> None:
+    source, out = save(tmp_path / "in/model.safetensors", {"w": weights("F32", 9)}).parent, tmp_path / "out"
+    request, wanted = Request(str(source), NoiseSpec()), [Combination(0.15, 0, str(out))]
+    for recipe_only in (False, True):
+        plan_perturb(request, wanted, recipe_only=recipe_only)
+    perturb(request, str(out))
+    (out / "notes").touch()
+    for recipe_only in (False, True):
+        for overwrite in (False, True):
+            with pytest.raises(OutputUnsafe, match="cannot replace"):
+                plan_perturb(request, wanted, recipe_only=recipe_only, overwrite=overwrite)
+    arguments = ["perturb", str(source), "-o", str(out), "--dry-run"]
+    (out / "notes").unlink()
+    assert CliRunner().invoke(app, arguments).exit_code == 5
+    assert CliRunner().invoke(app, [*arguments, "--overwrite"]).exit_code == 0
+    assert CliRunner().invoke(app, [*arguments, "--overwrite", "--recipe-only"]).exit_code == 5
 
 
 def test_what_a_killed_run_left_may_be_replaced(folder: Checkpoint, file: Checkpoint, tmp_path: Path) -> None:

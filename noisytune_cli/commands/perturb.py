@@ -21,9 +21,9 @@ from noisytune_cli.dequantize import check_config, dequantize
 from noisytune_cli.devices import open_device
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import enumerate_some
-from noisytune_cli.fill import fill, manifest_bytes, needed_bytes
+from noisytune_cli.fill import fill
 from noisytune_cli.manifest import encode
-from noisytune_cli.output import check_distinct, check_output, check_recipe, resolve_recipe
+from noisytune_cli.outputs import check_places, check_room
 from noisytune_cli.parameters import tell_buffers
 from noisytune_cli.plan import check_outcomes
 from noisytune_cli.plans import make_plans, settle_plans
@@ -39,12 +39,8 @@ from noisytune_cli.records import (
     Receipt,
     SourceRecord,
 )
-from noisytune_cli.rewrite import OutputFile, lay_out, resolve_rewritten
-from noisytune_cli.space import check_descriptors, check_space
+from noisytune_cli.rewrite import OutputFile, lay_out
 from noisytune_cli.walk import Walk
-
-#: Descriptors that are open beside those of the weight files.
-_DESCRIPTORS = 64
 
 
 @dataclass(frozen=True)
@@ -97,13 +93,23 @@ class Planned:
         return self.plans[0]
 
 
-def plan_perturb(request: Request, wanted: Sequence[Combination] = ()) -> Planned:
-    """Say what `perturb` (with combinations, `perturb_each`) would do, without reading a weight."""
+def plan_perturb(
+    request: Request,
+    wanted: Sequence[Combination] = (),
+    *,
+    recipe_only: bool = False,
+    overwrite: bool = False,
+) -> Planned:
+    """Say what `perturb` (with combinations, `perturb_each`) would do, without reading a weight.
+
+    Outputs that are named are refused as there; whether there is room for them is not asked.
+    """
     wanted = wanted or [_only(request, None)]
     with _open(request) as source:
         told = tell_buffers(source.tensors, config=source.config, decider=request.buffers_from)
         plans = make_plans(source, request.noise, wanted, told, request.conversion)
         files = _lay_out(source, plans, request.conversion)
+        check_places(source, files, _outs(wanted), recipe_only=recipe_only, overwrite=overwrite)
         return Planned(
             id=source.id,
             revision=source.revision,
@@ -156,9 +162,8 @@ def perturb_each(
         plans = make_plans(source, request.noise, wanted, told, request.conversion)
         files = _lay_out(source, plans, request.conversion)
         walk = Walk(open_device(device), threads or default_threads())
-        outputs = _check_outputs(
-            source, files, plans[0], wanted, recipe_only=recipe_only, overwrite=overwrite
-        )
+        outputs = check_places(source, files, _outs(wanted), recipe_only=recipe_only, overwrite=overwrite)
+        check_room(source, files, plans[0], outputs, recipe_only=recipe_only)
         is_folder = not (source.single_file or recipe_only)
         publications = [
             Publication(output, directory=is_folder, overwrite=overwrite, recipe=recipe_only)
@@ -205,39 +210,15 @@ def perturb_each(
             )
 
 
+def _outs(wanted: Sequence[Combination]) -> list[str]:
+    return [one.out for one in wanted if one.out is not None]
+
+
 def _lay_out(
     source: Checkpoint, plans: Sequence[Plan], conversion: Conversion | None
 ) -> tuple[OutputFile, ...]:
     """Return the outputs' weight files where they are not like the source's; λ makes no difference."""
     return () if conversion is None else lay_out(source.sources, plans[0], conversion)
-
-
-def _check_outputs(
-    source: Checkpoint,
-    files: Sequence[OutputFile],
-    plan: Plan,
-    wanted: Sequence[Combination],
-    *,
-    recipe_only: bool,
-    overwrite: bool,
-) -> list[Path]:
-    """Return where the outputs go; raises unless all of them can be written, and there is room for all."""
-    outs = [one.out for one in wanted if one.out is not None]
-    if recipe_only:
-        outputs = [resolve_recipe(out, source) for out in outs]
-    else:
-        outputs = [resolve_rewritten(out, source, files, convertible=True) for out in outs]
-    for output in outputs:
-        (check_recipe if recipe_only else check_output)(output, source, overwrite=overwrite)
-    check_distinct(outputs)
-    held = len(source.weight_files)
-    written = 0 if recipe_only else len(files) or held
-    if recipe_only:
-        check_space(outputs, manifest_bytes(plan), 1)
-    else:
-        check_space(outputs, needed_bytes(source, plan, files), written + len(source.others) + 1)
-    check_descriptors(_DESCRIPTORS + held + len(outputs) * (written + 1))
-    return outputs
 
 
 def _write_beside(

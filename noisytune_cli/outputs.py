@@ -1,0 +1,56 @@
+"""The outputs of one run of perturb: where they go, all of them or none, and whether there is room."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from noisytune_cli.checkpoint import Checkpoint
+from noisytune_cli.fill import manifest_bytes, needed_bytes
+from noisytune_cli.output import check_distinct, check_output, check_recipe, resolve_recipe
+from noisytune_cli.records import Plan
+from noisytune_cli.rewrite import OutputFile, resolve_rewritten
+from noisytune_cli.space import check_descriptors, check_space
+
+#: Descriptors that are open beside those of the weight files.
+_DESCRIPTORS = 64
+
+
+def check_places(
+    source: Checkpoint,
+    files: Sequence[OutputFile],
+    outs: Sequence[str],
+    *,
+    recipe_only: bool,
+    overwrite: bool,
+) -> list[Path]:
+    """Return where the outputs go; raises unless all of them may be written there.
+
+    `files` are their weight files where they are not like the source's.
+    """
+    if recipe_only:
+        outputs = [resolve_recipe(out, source) for out in outs]
+    else:
+        outputs = [resolve_rewritten(out, source, files, convertible=True) for out in outs]
+    for output in outputs:
+        (check_recipe if recipe_only else check_output)(output, source, overwrite=overwrite)
+    check_distinct(outputs)
+    return outputs
+
+
+def check_room(
+    source: Checkpoint,
+    files: Sequence[OutputFile],
+    plan: Plan,
+    outputs: Sequence[Path],
+    *,
+    recipe_only: bool,
+) -> None:
+    """Raise ResourceExhausted unless there is room for all outputs, and to open their files at once."""
+    held = len(source.weight_files)
+    written = 0 if recipe_only else len(files) or held
+    if recipe_only:
+        check_space(outputs, manifest_bytes(plan), 1)
+    else:
+        check_space(outputs, needed_bytes(source, plan, files), written + len(source.others) + 1)
+    check_descriptors(_DESCRIPTORS + held + len(outputs) * (written + 1))
