@@ -59,11 +59,11 @@ def resolve_recipe(out: str, source: Checkpoint) -> Path:
     return resolve_output(os.path.join(out, MANIFEST) if folder else out, source)
 
 
-def check_output(output: Path, *sources: Checkpoint, overwrite: bool) -> None:
+def check_output(output: Path, *sources: Checkpoint, overwrite: bool, manifest: Path | None = None) -> None:
     """Raise OutputUnsafe unless `output` can be written without touching anything that must stay.
 
     It is a file where the first of `sources` is one, else a directory. What --overwrite cannot replace is
-    told before that something is there.
+    told before that something is there. A file's `manifest` may lie there, where it will be that very one.
     """
     single_file = sources[0].single_file
     mode = _mode(output)
@@ -72,7 +72,7 @@ def check_output(output: Path, *sources: Checkpoint, overwrite: bool) -> None:
     replaces = mode is not None and (overwrite or bool(names))
     _check_apart(output, sources, replaces=replaces, single_file=single_file)
     if single_file:
-        _check_old_file(output, mode, overwrite)
+        _check_old_file(output, mode, overwrite, manifest)
     elif replaces:
         if os.path.ismount(output):
             raise _unsafe(output, "it is a mount point, which cannot be replaced")
@@ -162,11 +162,16 @@ def _check_kind(output: Path, mode: int | None, single_file: bool) -> None:
         raise _unsafe(output, "it is a file; a directory is to be written")
 
 
-def _check_old_file(output: Path, mode: int | None, overwrite: bool) -> None:
-    """Raise OutputUnsafe unless the file that is there, or its manifest, may be replaced, and is to be."""
+def _check_old_file(output: Path, mode: int | None, overwrite: bool, manifest: Path | None) -> None:
+    """Raise OutputUnsafe unless the file that is there, or its manifest, may be replaced, and is to be.
+
+    Where its manifest alone is there, and is `manifest`, it stays.
+    """
     there = output
     if mode is None:
         there = _manifest_of(output)
+        if manifest is not None and not os.path.islink(there) and _identity(there) == _identity(manifest):
+            return
     elif output.name in remains(output.parent, output):
         return
     else:

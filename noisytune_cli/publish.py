@@ -182,6 +182,10 @@ class Publication:
     def _publish_file(self, stage: Path, manifest: str) -> None:
         weights, place = self.output.name, self.output.parent
         with undoing() as undo:
+            if staging.keeps(stage / manifest, place / manifest):
+                # It is what a replay followed, and a kill must not cost it: one rename completes the output.
+                self._put(stage / weights, undo)
+                return
             if self._overwrite and os.path.lexists(place / manifest):
                 # From here until the new manifest is there the weights are whole, but unverified.
                 self._move(place / manifest, stage / _OLD_MANIFEST, undo)

@@ -113,6 +113,22 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def keeps(staged: Path, there: Path) -> bool:
+    """Tell whether `there` is a regular file of the bytes of `staged`, and flush it if so: it may stay."""
+    try:
+        status = os.lstat(there)
+        if not stat.S_ISREG(status.st_mode) or status.st_size != staged.stat().st_size:
+            return False
+        content = there.read_bytes()
+    except OSError:
+        return False
+    if content != staged.read_bytes():
+        return False
+    with open(there, "rb") as kept:
+        os.fsync(kept.fileno())
+    return True
+
+
 def clear_dead(place: Path, output: Path) -> tuple[str, ...]:
     """Remove what killed runs to this output left in `place`, and return the names.
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import save
 from test_replay import tree
 from test_verify import TENSORS, make
 
+from noisytune_cli import publish
+from noisytune_cli.commands import replay as command
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
-from noisytune_cli.errors import InputInvalid, InputUnreadable
+from noisytune_cli.errors import InputInvalid, InputUnreadable, OutputUnsafe, ResourceExhausted
 from noisytune_cli.records import NoiseSpec
 
 
@@ -56,6 +59,69 @@ def test_a_recipe_alone_says_that_replay_makes_the_output(tmp_path: Path) -> Non
     out.unlink()
     with pytest.raises(InputUnreadable, match=r"out\.safetensors: its manifest is there.*replay"):
         verify(f"{out}.noisytune.json")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_recipe_alone_is_completed_where_it_lies(overwrite: bool, tmp_path: Path) -> None:
+    base, out = make(tmp_path, kind="file")
+    content, inode = out.read_bytes(), Path(f"{out}.noisytune.json").stat().st_ino
+    out.unlink()
+    done = replay(f"{out}.noisytune.json", str(out), base=str(base), overwrite=overwrite)
+    assert (done.output.read_bytes(), done.manifest_path.stat().st_ino) == (content, inode)
+    assert verify(str(out)).ok
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [base.name, out.name, f"{out.name}.noisytune.json"]
+    )
+    with pytest.raises(OutputUnsafe, match="exists"):
+        replay(f"{out}.noisytune.json", str(out), base=str(base))
+
+
+def test_a_recipe_outlives_a_replay_that_fails_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, out = make(tmp_path, kind="file")
+    out.unlink()
+    before = tree(tmp_path)
+
+    def fail(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(publish, "sync_directory", fail)
+    for overwrite in (False, True):
+        with pytest.raises(ResourceExhausted, match="nothing was published"):
+            replay(f"{out}.noisytune.json", str(out), base=str(base), overwrite=overwrite)
+        assert tree(tmp_path) == before
+
+
+def test_a_recipe_alone_is_not_completed_from_another(tmp_path: Path) -> None:
+    base, out = make(tmp_path, kind="file")
+    recipe = shutil.copy(f"{out}.noisytune.json", tmp_path / "recipe.json")
+    out.unlink()
+    with pytest.raises(OutputUnsafe, match="exists"):
+        replay(str(recipe), str(out), base=str(base))
+    Path(f"{out}.noisytune.json").unlink()
+    Path(f"{out}.noisytune.json").symlink_to(recipe)
+    with pytest.raises(OutputUnsafe, match="exists"):
+        replay(str(recipe), str(out), base=str(base))
+
+
+def test_a_recipe_that_changes_meanwhile_is_not_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, out = make(tmp_path, kind="file")
+    out.unlink()
+    recipe = Path(f"{out}.noisytune.json")
+
+    def fill(*arguments: Any, **options: Any) -> Any:
+        recipe.write_text("{}")
+        return real(*arguments, **options)
+
+    real = command.fill
+    monkeypatch.setattr(command, "fill", fill)
+    with pytest.raises(OutputUnsafe, match="exists"):
+        replay(str(recipe), str(out), base=str(base))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [base.name, recipe.name]
 
 
 def test_a_manifest_of_another_name_belongs_to_no_output(tmp_path: Path) -> None:

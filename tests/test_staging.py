@@ -117,3 +117,24 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(staging.os, "mkdir", mkdir)
     with pytest.raises(ResourceExhausted, match="Read-only"):
         staging.create(tmp_path, OUTPUT)
+
+
+def test_what_is_kept_has_the_very_bytes_and_is_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda fd: flushed.append(os.fstat(fd).st_ino))
+    staged, there = tmp_path / "staged", tmp_path / "there"
+    staged.write_bytes(b"same")
+    assert not staging.keeps(staged, there)
+    for content in (b"some", b"sam"):
+        there.write_bytes(content)
+        assert not staging.keeps(staged, there)
+    (tmp_path / "link").symlink_to(staged)
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("link", "fifo"):
+        assert not staging.keeps(staged, tmp_path / name)
+    assert flushed == []
+    there.write_bytes(b"same")
+    assert staging.keeps(staged, there)
+    assert flushed == [there.stat().st_ino]

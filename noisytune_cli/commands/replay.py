@@ -67,7 +67,7 @@ def replay(
         plan = Plan(manifest.noise, recorded_steps(manifest.receipts, files))
         rewritten = () if manifest.output is None else _rewrite(manifest.output, plan, source, recorded)
         output = resolve_rewritten(out, source, rewritten)
-        check_output(output, source, overwrite=overwrite)
+        check_output(output, source, overwrite=overwrite, manifest=recorded.path)
         written = len(rewritten) or len(source.weight_files)
         check_space([output], needed_bytes(source, plan, rewritten), written + len(source.others) + 1)
         with Publication(output, directory=not source.single_file, overwrite=overwrite) as publication:
