@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from noisytune_cli.averages import read_any_manifest
+from noisytune_cli.earlier import of_file
 from noisytune_cli.errors import InputInvalid, InputUnreadable, unreadable
 from noisytune_cli.layout import MANIFEST, MANIFEST_SUFFIX, WEIGHTS_SUFFIXES
 
@@ -38,7 +39,7 @@ def place_of(path: str) -> Place:
         return Place(found, True, found / MANIFEST)
     beside = _beside(found)
     if os.path.lexists(beside) or found.suffix != ".json":
-        return Place(found, False, beside)
+        return Place(found, False, _require_own(found))
     if found.name == MANIFEST:
         return Place(found.parent, True, found)
     if found.name.endswith(MANIFEST_SUFFIX):
@@ -65,9 +66,8 @@ def manifest_of(path: str) -> Path:
     found = Path(os.path.expanduser(path))
     if _is_folder(found):
         return require_manifest(found / MANIFEST)
-    beside = _beside(found)
-    if os.path.lexists(beside) or found.name.endswith(WEIGHTS_SUFFIXES):
-        return require_manifest(beside)
+    if os.path.lexists(_beside(found)) or found.name.endswith(WEIGHTS_SUFFIXES):
+        return require_manifest(_require_own(found))
     return found
 
 
@@ -81,6 +81,19 @@ def require_manifest(path: Path) -> Path:
             next_step="Perturb or replay again, or name what has a manifest",
         )
     return path
+
+
+def _require_own(file: Path) -> Path:
+    """Return where a file's own manifest lies; InputUnreadable where its folder's records it instead."""
+    beside = _beside(file)
+    if not os.path.lexists(beside) and of_file(file) is not None:
+        raise InputUnreadable(
+            "no manifest of its own",
+            path=file,
+            why=f"{MANIFEST} beside it records it as one file of the output",
+            next_step=f"Name the whole output: {file.parent}",
+        )
+    return beside
 
 
 def _beside(output: Path) -> Path:

@@ -124,6 +124,16 @@ def test_a_recipe_that_changes_meanwhile_is_not_completed(
     assert sorted(path.name for path in tmp_path.iterdir()) == [base.name, recipe.name]
 
 
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"])
+def test_a_file_of_a_folder_is_told_to_name_the_folder(name: str, tmp_path: Path) -> None:
+    _, out = make(tmp_path)
+    line = f"no manifest of its own: {out}/.* Name the whole output: {out}"
+    with pytest.raises(InputUnreadable, match=line):
+        verify(str(out / name))
+    with pytest.raises(InputUnreadable, match=line):
+        replay(str(out / name), str(tmp_path / "again"))
+
+
 def test_a_manifest_of_another_name_belongs_to_no_output(tmp_path: Path) -> None:
     _, out = make(tmp_path)
     recipe = shutil.copy(out / "noisytune.json", tmp_path / "recipe.json")
