@@ -54,8 +54,8 @@ def main() -> NoReturn:
     from noisytune_cli import signals
     from noisytune_cli.errors import Stopped
 
-    signals.install()
     try:
+        signals.install()  # from the first of them on, one may come
         from noisytune_cli.cli import run
 
         try:

@@ -172,3 +172,20 @@ def test_a_model_of_the_hub(hub: Any, tmp_path: Path) -> None:
         "perturb", "owner/name", "-o", cached.parent / "noisy", HF_HUB_OFFLINE="1", **environment
     )
     assert into_the_cache.returncode == 5
+
+
+def test_a_signal_while_the_handlers_are_installed_is_a_signal_all_the_same() -> None:
+    code = (
+        "import os, signal\n"
+        "from noisytune_cli import __main__, signals\n"
+        "install = signals.install\n"
+        "def installed():\n"
+        "    install()\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "signals.install = installed\n"
+        "__main__.main()\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stderr) == (143, "")
