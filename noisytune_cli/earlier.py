@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from noisytune_cli.errors import InputInvalid, InputUnreadable
-from noisytune_cli.escape import enumerate_some, escape
+from noisytune_cli.escape import list_some
 from noisytune_cli.layout import MANIFEST, MANIFEST_SUFFIX
 
 #: Why a file is left out that has a manifest's name and is none.
@@ -26,7 +26,8 @@ _BEGINNING = re.compile(rb'\s*\{\s*"schema"\s*:[^{}]{,40}"tool"\s*:\s*\{\s*"name
 class Earlier:
     """A manifest that lies with the weights: `what` it makes of the source, `why`, and what to do about it.
 
-    `files` are the weight files that it records, None where it cannot be read.
+    `why` may hold text from files, not yet escaped. `files` are the weight files that it records, None where
+    it cannot be read.
     """
 
     what: str
@@ -47,7 +48,7 @@ def read_earlier(path: Path) -> Earlier | None:
     from noisytune_cli.manifest_reader import read_content
     from noisytune_cli.produced import with_output_files
 
-    name = escape(path.name)
+    name = path.name
     try:
         if not begins_a_manifest(read_content(path)):
             return None
@@ -62,7 +63,7 @@ def read_earlier(path: Path) -> Earlier | None:
         return Earlier("the source may have been noised before", why, None)
     files = frozenset(file.name for file in with_output_files(recorded.manifest).source.files)
     if isinstance(recorded, RecordedAverage):
-        members = enumerate_some([source.id for _, source in recorded.average.members])
+        members = list_some([source.id for _, source in recorded.average.members])
         why = f"its manifest {name} has the mean of {members}, and does not say whether these were noised"
         return Earlier("the source is an average", why, files, "Pass --again to add noise to it")
     why = f"its manifest {name} says so, and noise on noise is rarely meant"

@@ -36,5 +36,10 @@ def _escape_character(c: str) -> str:
 
 def enumerate_some(names: Sequence[str], limit: int = 6) -> str:
     """Return the first names, escaped, and how many there are more."""
-    shown = ", ".join(escape(name) for name in names[:limit])
-    return f"{shown} and {len(names) - limit:,} more" if len(names) > limit else shown
+    return list_some([escape(name) for name in names[:limit]], limit, len(names))
+
+
+def list_some(names: Sequence[str], limit: int = 6, count: int | None = None) -> str:
+    """Return the first names as they are, which suits errors, and how many more of `count` there are."""
+    more = (len(names) if count is None else count) - limit
+    return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")

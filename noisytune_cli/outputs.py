@@ -12,9 +12,6 @@ from noisytune_cli.records import Plan
 from noisytune_cli.rewrite import OutputFile, resolve_rewritten
 from noisytune_cli.space import check_descriptors, check_space
 
-#: Descriptors that are open beside those of the weight files.
-_DESCRIPTORS = 64
-
 
 def check_places(
     source: Checkpoint,
@@ -53,4 +50,4 @@ def check_room(
         check_space(outputs, manifest_bytes(plan), 1)
     else:
         check_space(outputs, needed_bytes(source, plan, files), written + len(source.others) + 1)
-    check_descriptors(_DESCRIPTORS + held + len(outputs) * (written + 1))
+    check_descriptors(held + len(outputs) * (written + 1))

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
 from noisytune_cli.earlier import begins_a_manifest
 from noisytune_cli.errors import InputInvalid, InputUnreadable, OutputUnsafe, unwritable
+from noisytune_cli.escape import list_some
 from noisytune_cli.layout import MANIFEST, MANIFEST_SUFFIX, METADATA
 from noisytune_cli.records import Manifest
 from noisytune_cli.signatures import HEAD
@@ -41,7 +42,7 @@ def check_folder_replaceable(output: Path, names: Collection[str]) -> None:
     if not names:
         return
     others = sorted(set(names) - {MANIFEST})
-    loss = f"and with it would go {_some(others or sorted(names))}"
+    loss = f"and with it would go {list_some(others or sorted(names), _SHOWN)}"
     if not _is_file(output / MANIFEST):
         raise _kept(output, f"it has no manifest of noisytune, {loss}")
     if not others:
@@ -56,7 +57,7 @@ def check_folder_replaceable(output: Path, names: Collection[str]) -> None:
     if added := _added(output, names, recorded):
         raise _kept(
             output,
-            f"it holds more than its manifest records, and with it would go {_some(added)}",
+            f"it holds more than its manifest records, and with it would go {list_some(added, _SHOWN)}",
             "Move that elsewhere, or choose another output with -o",
         )
 
@@ -95,7 +96,7 @@ def check_recipe_replaceable(output: Path) -> None:
         raise OutputUnsafe(
             "cannot replace the manifest of an output",
             path=output,
-            why=f"what it records lies with it: {_some(there)}",
+            why=f"what it records lies with it: {list_some(there, _SHOWN)}",
             next_step="Choose another output with -o",
         )
 
@@ -117,7 +118,7 @@ def _weights_of(recorded: Manifest, folder: Path) -> list[str]:
 def _added(output: Path, names: Collection[str], recorded: Manifest) -> list[str]:
     """Return what the folder holds, `names` at its top, that the manifest does not record.
 
-    Of a folder that holds nothing recorded that is its name alone.
+    Of a folder in it that holds nothing recorded, only the folder's own name is given.
     """
     rewritten = () if recorded.output is None else recorded.output.rewritten
     files = {MANIFEST, *(file.name for file in recorded.source.files)}
@@ -162,11 +163,6 @@ def _head(path: Path) -> bytes:
             return file.read(HEAD)
     except OSError as error:
         raise unwritable(error, path) from error
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN:,} more"
 
 
 def _is_file(path: Path) -> bool:

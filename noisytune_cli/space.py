@@ -12,6 +12,9 @@ from pathlib import Path
 
 from noisytune_cli.errors import ResourceExhausted, unwritable
 
+#: Descriptors that are open beside those of the weight files.
+_BESIDE = 64
+
 
 def check_space(outputs: Sequence[Path], nbytes: int, files: int) -> None:
     """Raise ResourceExhausted unless `nbytes` in `files` new files fit where each of `outputs` will be.
@@ -28,8 +31,9 @@ def check_space(outputs: Sequence[Path], nbytes: int, files: int) -> None:
         _check_space_of(on_one, nbytes * len(on_one), files * len(on_one))
 
 
-def check_descriptors(count: int) -> None:
-    """Make sure that `count` files can be open at once, raising the soft limit where it has to be."""
+def check_descriptors(files: int) -> None:
+    """Make sure that so many files can be open at once, raising the soft limit where it has to be."""
+    count = _BESIDE + files
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or count <= soft:
         return

@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection
 
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError
+from noisytune_cli.escape import list_some
 from noisytune_cli.layout import (
     CHUNKS_SUFFIX,
     INDEX_SUFFIXES,
@@ -80,7 +81,7 @@ def _metadata_of(chunks: list[str], names: Collection[str], where: str) -> str:
         raise InputInvalid(
             "the checkpoint is incomplete",
             path=where,
-            why=f"it has chunks ({_enumerate(chunks)}) but no {METADATA}, which is written last",
+            why=f"it has chunks ({list_some(chunks)}) but no {METADATA}, which is written last",
             next_step="Fetch it too, or wait until the checkpoint is saved",
         )
     return METADATA
@@ -103,7 +104,7 @@ def _choose_among(root: list[str], index_suffix: str, suffixes: tuple[str, ...],
         raise InputInvalid(
             "cannot read the checkpoint",
             path=where,
-            why=f"it has shards ({_enumerate(files)}) but no index (*{index_suffix})",
+            why=f"it has shards ({list_some(files)}) but no index (*{index_suffix})",
             next_step="Fetch the index too, or name one shard with --weights",
         )
     if files:
@@ -120,11 +121,12 @@ def _check_requested(requested: str, names: Collection[str], where: str) -> str:
             next_step="Give a name relative to SOURCE, such as model.safetensors",
         )
     if name not in names:
+        offered = sorted(other for other in names if other.endswith(WEIGHTS_SUFFIXES))
         raise InputUnreadable(
             "no such weights",
             path=f"{where}/{name}",
             why="the checkpoint has no file of this name",
-            next_step=f"Choose from {_enumerate(sorted(n for n in names if n.endswith(WEIGHTS_SUFFIXES)))}",
+            next_step=f"Choose from {list_some(offered) or 'none'}",
         )
     if not name.endswith((*WEIGHTS_SUFFIXES, *INDEX_SUFFIXES)) and posixpath.basename(name) != METADATA:
         raise InputInvalid(
@@ -145,7 +147,7 @@ def _ambiguous(candidates: list[str], where: str) -> InputInvalid:
     return InputInvalid(
         "cannot tell which file holds the weights",
         path=where,
-        why=f"candidates are {_enumerate(candidates)}",
+        why=f"candidates are {list_some(candidates)}",
         next_step="Name one with --weights NAME",
     )
 
@@ -160,7 +162,7 @@ def _elsewhere(candidates: list[str], where: str) -> InputInvalid:
     return InputInvalid(
         "the weights are in a folder inside" if len(folders) == 1 else "the weights are in folders inside",
         path=where,
-        why=f"it has none itself, only {_enumerate(candidates)}",
+        why=f"it has none itself, only {list_some(candidates)}",
         next_step=f"Give {'that folder' if len(folders) == 1 else 'one of the folders'}"
         + ("" if cached else ", or name them with --weights NAME"),
     )
@@ -176,13 +178,13 @@ def _no_weights(listing: Listing, where: str) -> InputInvalid:
     )
     copies = [name for name in listing.files if export_format(posixpath.basename(name)) == "PyTorch"]
     if copies:
-        why = f"it has only {_enumerate(copies)}, as a rule a copy or a part of a model"
+        why = f"it has only {list_some(copies)}, as a rule a copy or a part of a model"
         next_step = f"Name it if it is meant, with --weights {copies[0]}"
     elif found:
         why = f"it has no safetensors or PyTorch weights, only {', '.join(found)}"
         next_step = "Save the model with save_pretrained to convert it"
     if inside := _folders(listing, TRAINER_CHECKPOINT) or _folders(listing, SHARDED_STATE):
-        why = f"it has no weights itself, only {_enumerate(inside)}"
+        why = f"it has no weights itself, only {list_some(inside)}"
         next_step = f"Give the folder {inside[-1]} in it"
         if len(inside) > 1:
             next_step += ", the newest of them, or another"
@@ -193,9 +195,3 @@ def _folders(listing: Listing, why: str) -> list[str]:
     """Return the folders inside that are left out for a reason, in the order of the numbers they end in."""
     names = [name[:-1] for name, said in listing.folders.items() if said == why and name.count("/") == 1]
     return sorted(names, key=lambda name: int(re.sub(r".*\D", "", name)))
-
-
-def _enumerate(names: Collection[str], limit: int = 6) -> str:
-    shown = list(names)[:limit]
-    more = len(names) - len(shown)
-    return (", ".join(shown) or "none") + (f" and {more} more" if more else "")

@@ -16,6 +16,7 @@ from noisytune_cli.checkpoint import open_checkpoint
 from noisytune_cli.commands.average import average
 from noisytune_cli.commands.inspect import inspect
 from noisytune_cli.errors import InputInvalid
+from noisytune_cli.escape import escape
 
 W = {"w": weights("F32", 99)}
 NAMESAKE = "it has the name of a manifest of noisytune, and is none"
@@ -35,7 +36,7 @@ def refused(source: Path) -> str:
     with pytest.raises(InputInvalid) as caught:
         run(source, elsewhere(source))
     assert "pass --again" in caught.value.line().lower()
-    assert f"{caught.value.what}: {caught.value.why}" in inspect(str(source)).warnings[0]
+    assert f"{caught.value.what}: {escape(caught.value.why, 500)}" in inspect(str(source)).warnings[0]
     assert run(source, elsewhere(source), again=True).output.exists()
     return caught.value.line()
 
@@ -105,3 +106,11 @@ def test_a_manifest_that_cannot_be_used_may_be_that_of_noise(change: str, tmp_pa
     )
     line = refused(noisy)
     assert re.search(r"may have been noised before.*its manifest noisytune\.json cannot be used \(", line)
+
+
+def test_a_name_is_escaped_once(tmp_path: Path) -> None:
+    source = save(tmp_path / "a\x1bb.safetensors", {"w": weights("F32", 9)})
+    (tmp_path / "a\x1bb.safetensors.noisytune.json").write_bytes(
+        b'{"schema": 1, "tool": {"name": "noisytune"}}'
+    )
+    assert r"its manifest a\x1bb.safetensors.noisytune.json cannot be used" in refused(source)

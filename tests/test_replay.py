@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from noisytune_cli.cli import app
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
-from noisytune_cli.errors import InputInvalid, Mismatch, OutputUnsafe, UsageError
+from noisytune_cli.errors import InputInvalid, Mismatch, OutputUnsafe, ResourceExhausted, UsageError
 from noisytune_cli.records import NoiseSpec
 
 
@@ -214,3 +215,13 @@ def test_the_result_as_json(pristine: tuple[Path, Path], tmp_path: Path) -> None
         "tensors": len(recorded["tensors"]),
     }
     assert tree(out) == tree(output)
+
+
+def test_a_limit_on_open_files_is_met_before_anything_is_written(
+    pristine: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, output = pristine
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (32, 32))
+    with pytest.raises(ResourceExhausted, match="too many open files"):
+        replay(str(output), str(tmp_path / "out"), base=str(base))
+    assert not (tmp_path / "out").exists()

@@ -28,9 +28,6 @@ from noisytune_cli.records import FLOAT_DTYPES, FileRecord, SourceRecord, Tensor
 from noisytune_cli.rewrite import resolve_rewritten
 from noisytune_cli.space import check_descriptors, check_space
 
-#: Descriptors that are open beside those of the weight files.
-_DESCRIPTORS = 64
-
 
 @dataclass(frozen=True)
 class Averaged:
@@ -67,7 +64,7 @@ def average(
             opened.callback(members[-1].close)
             # What is open, and room for as much as the last again: the next one, or the output.
             held = [len(member.weight_files) for member in members]
-            check_descriptors(_DESCRIPTORS + sum(held) + held[-1])
+            check_descriptors(sum(held) + held[-1])
         first = members[0]
         for name, member in zip(sources[1:], members[1:], strict=True):
             _check_same_tensors(first, sources[0], member, name)

@@ -18,6 +18,7 @@ from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.confirm import settle_ties
 from noisytune_cli.crew import Progress
 from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.escape import escape
 from noisytune_cli.measure import measure
 from noisytune_cli.options import parse_split
 from noisytune_cli.parameters import tell_buffers
@@ -123,7 +124,7 @@ def _refusal(checkpoint: Checkpoint, path: str) -> str | None:
 def _noised_before(checkpoint: Checkpoint) -> list[str]:
     if (earlier := checkpoint.earlier) is None:
         return []
-    return [f"{earlier.what}: {earlier.why}; perturb needs --again to add noise to it"]
+    return [f"{earlier.what}: {escape(earlier.why, 500)}; perturb needs --again to add noise to it"]
 
 
 def _report(

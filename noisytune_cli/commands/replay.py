@@ -24,7 +24,7 @@ from noisytune_cli.output import check_output
 from noisytune_cli.publish import Publication
 from noisytune_cli.records import Manifest, OutputRecord, Plan
 from noisytune_cli.rewrite import OutputFile, lay_out, resolve_rewritten
-from noisytune_cli.space import check_space
+from noisytune_cli.space import check_descriptors, check_space
 from noisytune_cli.walk import Walk
 
 
@@ -70,6 +70,7 @@ def replay(
         check_output(output, source, overwrite=overwrite, manifest=recorded.path)
         written = len(rewritten) or len(source.weight_files)
         check_space([output], needed_bytes(source, plan, rewritten), written + len(source.others) + 1)
+        check_descriptors(len(source.weight_files) + written + 1)
         with Publication(output, directory=not source.single_file, overwrite=overwrite) as publication:
             digests = {name: publication.copy(source.root / name, name) for name, _ in manifest.copied}
             changed = [name for name, digest in manifest.copied if digests[name] != digest]
