@@ -11,24 +11,25 @@ the general loop.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from llvmlite import ir
 
 from noisytune_cli.philox_vectors import (
+    APART,
     F32,
     I64,
-    IN_HALVES,
-    IN_ORDER,
     VF16,
     VF32,
     VI16,
     VI32,
-    VI64,
     WORDS,
+    WOVEN,
     constant,
     shuffled,
     splat,
+    woven,
 )
 from noisytune_cli.stored import INFINITE
 from noisytune_cli.vectors import narrows_to_bf16, narrows_to_f16
@@ -37,82 +38,108 @@ from noisytune_cli.vectors import narrows_to_bf16, narrows_to_f16
 #: (2^-95 or more, in steps of 2^-119), and the instruction that narrows to BF16 takes subnormals as 0.
 SMALLEST_AMPLITUDE = 2.0**-70
 
+#: What leaves the upper halves of 32-bit values.
+_UPPER = constant(VI32, 0xFFFF0000)
 
-class _AddingF32:
-    """Sums of float32 values; overflow shows in a sum of y · 0, which is NaN from the first infinity on."""
 
-    ORDER = IN_ORDER
+class _Adding:
+    """Sums of stored values in float32: what the dtypes have in common."""
 
-    def __init__(self, builder: Any, bits: int, amplitude: Any, source: Any) -> None:
-        self._builder, self._bits, self._source = builder, bits, source
+    #: The order of a chain's counters, and the bits of a stored value's sign and of infinity.
+    ORDER = WOVEN
+    SIGN: int
+    INFINITE: int
+
+    def __init__(self, builder: Any, bits: int, amplitude: Any, source: Any, even_keys: Any) -> None:
+        self._builder, self._source = builder, source
         self._scale = splat(builder, VF32, builder.fmul(amplitude, ir.Constant(F32, 2.0**-32)))
+        after = 1 << (31 - bits)
+        self._top = constant(VI32, 2**32 - 2 * after)
+        centred = constant(VI32, 2**31 | after)
+        self._centred = builder.xor(builder.and_(even_keys, self._top), centred), centred
         self._equal: list[Any] = []
-        self._seen: Any = None
+        self._sums: list[Any] = []
 
-    def add(self, turn: Any, chain: int, first: Any, second: Any) -> list[tuple[Any, Any]]:
+    def add(self, turn: Any, chain: int, evens: Any, odds: Any) -> list[tuple[Any, Any]]:
         """Return the vectors of a chain with their noise, each with its first element."""
-        b = self._builder
-        noised = []
-        for half, words in enumerate((first, second)):
-            place = element(b, turn, 32 * chain + 16 * half)
-            x = load(b, VF32, self._source, place)
-            y = b.fadd(x, self._noise(words))
-            self._equal.append(b.icmp_unsigned("==", b.bitcast(x, VI32), b.bitcast(y, VI32)))
-            # This sum alone may become a fused multiply-add: it is there for its NaN.
-            nothing = b.fmul(y, constant(VF32, 0.0), flags=("contract",))
-            self._seen = nothing if self._seen is None else b.fadd(self._seen, nothing, flags=("contract",))
-            noised.append((y, place))
-        return noised
+        raise NotImplementedError
 
-    def _noise(self, words: Any) -> Any:
-        """Return float32(c · a) of 16 words."""
+    def _noise(self, evens: Any, odds: Any) -> list[Any]:
+        """Return float32(c · a) of the words at even and at odd places, in the order of the values."""
         b = self._builder
-        after = 1 << (31 - self._bits)
-        top = b.and_(words, constant(VI32, 2**32 - 2 * after))
-        return b.fmul(b.sitofp(b.xor(top, constant(VI32, 2**31 | after)), VF32), self._scale)
+        centred = [b.xor(b.and_(w, self._top), c) for w, c in zip((evens, odds), self._centred, strict=True)]
+        return [b.fmul(b.sitofp(words, VF32), self._scale) for words in self._ordered(*centred)]
+
+    def _ordered(self, evens: Any, odds: Any) -> list[Any]:
+        """Return what is at even and at odd places in the order of the values."""
+        return woven(self._builder, evens, odds)
+
+    def _done(self, x: Any, y: Any) -> None:
+        """Take note of the stored bits of values without and with their noise."""
+        self._equal.append(self._builder.icmp_unsigned("==", x, y))
+        self._sums.append(y)
+
+    def may_overflow(self) -> Any:
+        """Return whether any value is 2 or more in magnitude: few turns have one, and it is quickly told."""
+        b = self._builder
+        either = functools.reduce(b.or_, self._sums)
+        top = constant(either.type, self.SIGN >> 1)  # of the exponent
+        return _any(b, b.icmp_unsigned("!=", b.and_(either, top), constant(either.type, 0)))
 
     def overflows(self) -> Any:
-        """Return whether any value so far is infinite or NaN."""
-        return _any(self._builder, self._builder.fcmp_unordered("uno", self._seen, self._seen))
+        """Return whether any value is infinite or NaN; it takes longer."""
+        b = self._builder
+        magnitudes = [b.and_(y, constant(y.type, self.SIGN - 1)) for y in self._sums]
+        largest = functools.reduce(
+            lambda one, other: b.select(b.icmp_unsigned(">", one, other), one, other), magnitudes
+        )
+        return _any(b, b.icmp_unsigned(">=", largest, constant(largest.type, self.INFINITE)))
 
     def same(self) -> Any:
         """Return how many values so far are what they were."""
         return _count(self._builder, self._equal)
 
 
-class _AddingHalves(_AddingF32):
-    """Sums in float32 of 16-bit values, 32 at a time; overflow shows in the largest magnitude."""
+class _AddingF32(_Adding):
+    """Sums of float32 values."""
 
-    INFINITE = INFINITE["BF16"]
+    SIGN, INFINITE = 1 << 31, INFINITE["F32"]
 
-    def add(self, turn: Any, chain: int, first: Any, second: Any) -> list[tuple[Any, Any]]:
+    def add(self, turn: Any, chain: int, evens: Any, odds: Any) -> list[tuple[Any, Any]]:
+        """Return the vectors of a chain with their noise, each with its first element."""
+        b = self._builder
+        noised = []
+        for half, noise in enumerate(self._noise(evens, odds)):
+            place = element(b, turn, 32 * chain + 16 * half)
+            x = load(b, VF32, self._source, place)
+            y = b.fadd(x, noise)
+            self._done(b.bitcast(x, VI32), b.bitcast(y, VI32))
+            noised.append((y, place))
+        return noised
+
+
+class _AddingHalves(_Adding):
+    """Sums of 16-bit values, 32 at a time."""
+
+    SIGN = 1 << 15
+
+    def add(self, turn: Any, chain: int, evens: Any, odds: Any) -> list[tuple[Any, Any]]:
         """Return the vector of a chain with its noise, and its first element."""
         b = self._builder
         place = element(b, turn, 32 * chain)
         x = load(b, VI16, self._source, place)
-        noise = (self._noise(words) for words in (first, second))
-        y = self._narrowed([b.fadd(wide, n) for wide, n in zip(self._widened(x), noise, strict=True)])
-        self._equal.append(b.icmp_unsigned("==", x, y))
-        magnitude = b.and_(y, constant(VI16, 0x7FFF))
-        if self._seen is None:
-            self._seen = magnitude
-        else:
-            self._seen = b.select(b.icmp_unsigned(">", magnitude, self._seen), magnitude, self._seen)
+        wide = zip(self._widened(x), self._noise(evens, odds), strict=True)
+        y = self._narrowed([b.fadd(value, noise) for value, noise in wide])
+        self._done(x, y)
         return [(y, place)]
 
     def _widened(self, x: Any) -> list[Any]:
-        """Return the values of a vector as two of float32, in the order of the words."""
+        """Return the values of a vector as two of float32, in the order of the noise."""
         raise NotImplementedError
 
     def _narrowed(self, sums: list[Any]) -> Any:
         """Return the bits of the sums of what `_widened` gave, rounded to nearest, ties to even."""
         raise NotImplementedError
-
-    def overflows(self) -> Any:
-        """Return whether any value so far is infinite or NaN."""
-        return _any(
-            self._builder, self._builder.icmp_unsigned(">=", self._seen, constant(VI16, self.INFINITE))
-        )
 
 
 class _AddingF16(_AddingHalves):
@@ -132,27 +159,24 @@ class _AddingF16(_AddingHalves):
 
 
 class _AddingBF16(_AddingHalves):
-    """Sums of BF16 values, widened and narrowed where they lie."""
+    """Sums of BF16 values. Two lie in 32 bits; either is a float32 with zeros in place of the other."""
 
-    ORDER = IN_HALVES
+    ORDER = APART
+    INFINITE = INFINITE["BF16"]
+
+    def _ordered(self, evens: Any, odds: Any) -> list[Any]:
+        return [evens, odds]
 
     def _widened(self, x: Any) -> list[Any]:
         b = self._builder
-        wide = []
-        for half in range(2):
-            # Zeros below and the value above, for 4 of every 8 values.
-            lanes = [lane for at in range(4 * half, 32, 8) for i in range(4) for lane in (32, at + i)]
-            wide.append(b.bitcast(shuffled(b, x, constant(VI16, 0), lanes), VF32))
-        return wide
+        pairs = b.bitcast(x, VI32)
+        evens, odds = b.shl(pairs, constant(VI32, 16)), b.and_(pairs, _UPPER)
+        return [b.bitcast(wide, VF32) for wide in (evens, odds)]
 
     def _narrowed(self, sums: list[Any]) -> Any:
         b = self._builder
-        low, high = (b.bitcast(self._rounded(y), VI16) for y in sums)
-        upper = [at + 1 + 2 * i for at in range(0, 32, 8) for i in range(4)]
-        in_place = [
-            lane for at in range(0, 16, 4) for k in (0, 32) for lane in (u + k for u in upper[at : at + 4])
-        ]
-        return shuffled(b, low, high, in_place)
+        evens, odds = (self._rounded(y) for y in sums)
+        return b.bitcast(b.or_(b.lshr(evens, constant(VI32, 16)), b.and_(odds, _UPPER)), VI16)
 
     def _rounded(self, y: Any) -> Any:
         """Return float32 bits whose upper halves are the nearest BF16, ties to even."""
@@ -169,16 +193,16 @@ class _AddingBF16Natively(_AddingBF16):
         b = self._builder
         # In assembly, because the type of LLVM's intrinsic for it has changed between versions.
         narrow = ir.FunctionType(VI16, (VF32, VF32))
-        both = b.bitcast(b.asm(narrow, "vcvtne2ps2bf16 $1, $2, $0", "=v,v,v", sums, False), VI64)
-        return b.bitcast(shuffled(b, both, both, (0, 4, 1, 5, 2, 6, 3, 7)), VI16)
+        both = b.asm(narrow, "vcvtne2ps2bf16 $1, $2, $0", "=v,v,v", sums, False)
+        return shuffled(b, both, both, [lane for at in range(16) for lane in (at, at + 16)])
 
 
 def sums_of(dtype: str) -> Any:
     """Return the class that adds values of a dtype on this CPU, or None.
 
-    It is made, before a loop, of (builder, bits, amplitude, pointer to the values); `ORDER` is that which the
-    words of its chains must have. `add` gives the vectors to store in a turn, and after all of its chains
-    `overflows` and `same` speak for the turn.
+    It is made, before a loop, of (builder, bits, amplitude, pointer to the values, `Philox.last_keys`);
+    `ORDER` is that which the counters of its chains must have. `add` gives what to store in a turn, and
+    after all of its chains `may_overflow`, `overflows` and `same` speak for the turn.
     """
     bf16 = _AddingBF16Natively if narrows_to_bf16() else _AddingBF16
     return {"F32": _AddingF32, "BF16": bf16, "F16": _AddingF16 if narrows_to_f16() else None}.get(dtype)

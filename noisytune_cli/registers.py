@@ -15,7 +15,7 @@ import numba
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from noisytune_cli.philox_vectors import I64, IN_ORDER, VI64, Philox
+from noisytune_cli.philox_vectors import I64, VI64, WOVEN, Philox, woven
 from noisytune_cli.register_sums import element, store, sums_of
 
 _types: Any = numba.types
@@ -34,8 +34,10 @@ def _draw_words(
         words, turns, counter, *stream = arguments
         philox = Philox(builder, counter, (stream[0], stream[1]), (stream[2], stream[3]))
         target = context.make_array(signature.args[0])(context, builder, words).data
-        loop = _Turns(builder, turns, [(philox.start(IN_ORDER), VI64)])
-        vectors = [vector for pair in philox.turn(loop.values[0]) for vector in pair]
+        loop = _Turns(builder, turns, [(philox.start(WOVEN), VI64)])
+        vectors = []
+        for evens, odds in philox.turn(loop.values[0]):
+            vectors += woven(builder, builder.xor(evens, philox.last_keys), odds)
         for place, vector in enumerate(vectors):
             store(builder, vector, target, element(builder, loop.turn, place * 16))
         loop.end([builder.add(loop.values[0], Philox.step())])
@@ -84,12 +86,12 @@ def even_noise(bits: int, dtype: str) -> Callable[..., Any] | None:
                 for kind, array in zip(signature.args, (x, y), strict=False)
             )
             philox = Philox(builder, counter, (stream[0], stream[1]), (stream[2], stream[3]))
-            adding = sums(builder, bits, amplitude, source)
+            adding = sums(builder, bits, amplitude, source, philox.last_keys)
             zero = ir.Constant(I64, 0)
             loop = _Turns(builder, turns, [(philox.start(adding.ORDER), VI64), (zero, I64)])
             words = philox.turn(loop.values[0])
             noised = [adding.add(loop.turn, chain, *pair) for chain, pair in enumerate(words)]
-            loop.leave_if(adding.overflows())
+            loop.leave_if(adding.may_overflow(), adding.overflows)
             for value, place in (one for group in noised for one in group):
                 store(builder, value, target, place)
             loop.end([builder.add(loop.values[0], Philox.step()), builder.add(loop.values[1], adding.same())])
@@ -117,10 +119,12 @@ class _Turns:
         builder.cbranch(builder.icmp_signed("<", self.turn, turns), body, self._after)
         builder.position_at_end(body)
 
-    def leave_if(self, condition: Any) -> None:
-        """End the loop before this turn counts."""
-        going_on = self._builder.append_basic_block()
-        self._builder.cbranch(condition, self._after, going_on)
+    def leave_if(self, suspected: Any, certain: Callable[[], Any]) -> None:
+        """End the loop before this turn counts, if what is suspected is certain."""
+        looking, going_on = (self._builder.append_basic_block() for _ in range(2))
+        self._builder.cbranch(suspected, looking, going_on)
+        self._builder.position_at_end(looking)
+        self._builder.cbranch(certain(), self._after, going_on)
         self._builder.position_at_end(going_on)
 
     def end(self, carried: Any) -> None:

@@ -74,6 +74,14 @@ def test_values_that_overflow_everywhere(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("power", [0, 1, 2, 14])
+def test_large_values_that_do_not_overflow(dtype: str, power: int) -> None:
+    # From 2 on each turn is looked at twice.
+    values = np.random.default_rng(power).standard_normal(30 * WORDS).clip(-1.9, 1.9) * 2.0**power
+    assert check(oracle.encode(values.tolist(), dtype), dtype, 0, 0.125)[1] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "first", [2**34 - 4 * k for k in (1, 31, 32, 33, 64, 1000)] + [2**34, 2**34 + 4, 2**63 - 2**34 - 128]
 )

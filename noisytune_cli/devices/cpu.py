@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 #: Values that a noise loop works on at a time: so few that its scratch fits the L1 cache, and a multiple of
 #: what registers hold (`philox_vectors.WORDS`).
-NOISE_BLOCK = 1024
+NOISE_BLOCK = 1152
 
 
 class Cpu:
