@@ -52,6 +52,7 @@ _SOURCES = (
     "stored.py",
     "stream.py",
     "sums.py",
+    "tables.py",
     "vectors.py",
 )
 
@@ -59,23 +60,55 @@ _C_LIBRARY = {"memcpy", "memmove", "memset", "sqrt"}
 _DIGEST_SIZE = 32
 _lock = threading.Lock()
 _engines: list[ExecutionEngine] = []
-_loaded: dict[str, Callable[..., None]] = {}
+_loops: dict[str, Loop] = {}
+_modules: dict[str, int] = {}
 
 
-def compile_loop(name: str, signature: str, make: Callable[[], Callable[..., None]]) -> Callable[..., None]:
-    """Return the machine code of a loop as a function that releases the GIL while it runs.
+class Loop:
+    """The machine code of a loop, to be called with its arguments; the GIL is released while it runs."""
+
+    def __init__(self, address: int, signature: str) -> None:
+        self.address, self.signature = address, signature
+        # Numba's calling convention: two result slots come first, and a status comes back.
+        types = [_C_TYPES[letter] for letter in signature]
+        self._slots = (ctypes.c_int64 * 2)()
+        value_slot = ctypes.addressof(self._slots)
+        function = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *types)(address)
+        self._function = functools.partial(function, value_slot, value_slot + 8)
+
+    def __call__(self, *arguments: Any) -> None:
+        """Run the loop."""
+        if status := self._function(*arguments):
+            raise RuntimeError(f"a compiled loop ended with status {status}")
+
+
+def compile_loop(name: str, signature: str, make: Callable[[], Callable[..., None]]) -> Loop:
+    """Return a loop, compiled or from the cache.
 
     `signature` has one letter for each argument (`_C_TYPES`); the loop returns nothing. `make` builds the
     Python function and is called only where the cache has no object for `name`.
     """
     with _lock, _saying_that_memory_ran_out():
-        if name not in _loaded:
-            code = _cached(name)
-            if code is None:
-                code = _compile(signature, make())
-                _store(name, code)
-            _loaded[name] = _callable(_map(code), signature)
-        return _loaded[name]
+        if name not in _loops:
+            _loops[name] = Loop(_mapped(name, lambda: _compile(signature, make())), signature)
+        return _loops[name]
+
+
+def compile_module(name: str, make: Callable[[], str]) -> int:
+    """Return the address of the only function of a module in LLVM IR, compiled or from the cache."""
+    with _lock, _saying_that_memory_ran_out():
+        if name not in _modules:
+            _modules[name] = _mapped(name, lambda: _emit(make()))
+        return _modules[name]
+
+
+def _mapped(name: str, make: Callable[[], bytes]) -> int:
+    """Return the address of an object from the cache, or else made now."""
+    code = _cached(name)
+    if code is None:
+        code = make()
+        _store(name, code)
+    return _map(code)
 
 
 @contextlib.contextmanager
@@ -87,21 +120,6 @@ def _saying_that_memory_ran_out() -> Iterator[None]:
         if "failed to map segment" in str(error.__context__):
             raise MemoryError from error
         raise
-
-
-def _callable(address: int, signature: str) -> Callable[..., None]:
-    """Return a Python function for a loop at an address."""
-    # Numba's calling convention: two result slots come first, and a status comes back.
-    types = [_C_TYPES[letter] for letter in signature]
-    function = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *types)(address)
-    slots = (ctypes.c_int64 * 2)()
-    value_slot, error_slot = ctypes.addressof(slots), ctypes.addressof(slots) + 8
-
-    def call(*arguments: Any, _keep: Any = slots) -> None:
-        if status := function(value_slot, error_slot, *arguments):
-            raise RuntimeError(f"a compiled loop ended with status {status}")
-
-    return call
 
 
 def _cached(name: str) -> bytes | None:
@@ -171,6 +189,17 @@ def _compile(signature: str, function: Callable[..., None]) -> bytes:
         # LLVM would end the process on mapping such an object; it is our bug, or a change in Numba.
         raise RuntimeError(f"a compiled loop calls {', '.join(sorted(foreign))}")
     module.get_function(entry).name = _SYMBOL
+    return bytes(machine.emit_object(module))
+
+
+def _emit(text: str) -> bytes:
+    """Compile a module of one function to the bytes of an object file for this CPU."""
+    from llvmlite import binding
+
+    machine = _machine()
+    module = binding.parse_assembly(text)
+    (function,) = module.functions
+    function.name = _SYMBOL
     return bytes(machine.emit_object(module))
 
 

@@ -1,11 +1,11 @@
 """Measure tensors where they lie, and add noise to them in place.
 
-Host memory goes through the compiled loops without a copy. On a CUDA device a few launches of fused kernels,
-or else torch operations, are queued for all tensors given before the first result is fetched: so it is waited
-for once for the sums and once for the counts, whatever the number of tensors. What cannot be worked on where
-it lies takes a detour, one tensor at a time: values that are not contiguous by way of a contiguous copy;
-those of devices without float64 or of a kind not proven exact, and parts in several runs on a device, by way
-of the host.
+Host memory goes through the compiled loops without a copy, all tensors together. On a CUDA device a few
+launches of fused kernels, or else torch operations, are queued for all tensors given before the first result
+is fetched: so it is waited for once for the sums and once for the counts, whatever the number of tensors.
+What cannot be worked on where it lies takes a detour, one tensor at a time: values that are not contiguous by
+way of a contiguous copy; those of devices without float64 or of a kind not proven exact, and parts in several
+runs on a device, by way of the host.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from noisytune_cli import torch_kernels
-from noisytune_cli.crew import Crew, Hands, Pass, Task, default_threads
+from noisytune_cli import in_place_tables, torch_kernels
+from noisytune_cli.crew import default_threads
 from noisytune_cli.device_results import Queued, fetch, send
 from noisytune_cli.devices import cuda
 from noisytune_cli.devices.cpu import Cpu
@@ -53,16 +53,15 @@ class Dose:
 def measure(parts: Sequence[Held], threads: int | None = None) -> list[list[Moments]]:
     """Return the moments of each part; one Moments, or none if it is empty, of a sharded part."""
     found: list[list[Moments]] = [[] for _ in parts]
-    here, elsewhere = _split(parts)
+    on_device, flat_here, detour = _split(parts)
+    count = threads or default_threads()
     with torch.no_grad(), enough_memory():
-        queued = send(_queue_sums(parts, here))
-        on_host(
-            [
-                functools.partial(_measure, parts[i].values, found[i], whole=parts[i].mesh is not None)
-                for i in elsewhere
-            ],
-            threads,
-        )
+        queued = send(_queue_sums(parts, on_device))
+        measured = in_place_tables.measure({i: parts[i] for i in flat_here}, count)
+        for i in detour:
+            measured |= in_place_tables.measure({i: _copied(parts[i])}, count)
+        for i, moments in measured.items():
+            found[i] = moments
         for i, row in fetch(queued):
             found[i] = [torch_kernels.moments_of(row, parts[i].values)]
     return found
@@ -84,10 +83,18 @@ def begin_noise(doses: Sequence[Dose], threads: int | None = None) -> Callable[[
     Returns what waits for them and returns (unchanged, clamped) elements of each.
     """
     counts: list[list[int]] = [[0, 0] for _ in doses]
-    here, elsewhere = _split([dose.held for dose in doses])
+    on_device, flat_here, detour = _split([dose.held for dose in doses])
+    count = threads or default_threads()
     with torch.no_grad(), enough_memory():
-        queued = send(_queue_noise(doses, here))
-        on_host([functools.partial(_add, doses[i], counts[i]) for i in elsewhere], threads)
+        queued = send(_queue_noise(doses, on_device))
+        added = in_place_tables.add_noise({i: doses[i] for i in flat_here}, count)
+        _tell_autograd([doses[i].held.values for i in flat_here])
+        for i in detour:
+            held = _copied(doses[i].held)
+            added |= in_place_tables.add_noise({i: replace(doses[i], held=held)}, count)
+            put_back(held.values, doses[i].held.values)
+        for i, both in added.items():
+            counts[i] = both
 
     def counted() -> list[tuple[int, int]]:
         with enough_memory():
@@ -98,15 +105,20 @@ def begin_noise(doses: Sequence[Dose], threads: int | None = None) -> Callable[[
     return counted
 
 
-def _split(parts: Sequence[Held]) -> tuple[list[int], list[int]]:
-    """Return the indices of the parts to work on where they are, and of the rest; not of empty ones."""
-    here: list[int] = []
-    elsewhere: list[int] = []
+def _split(parts: Sequence[Held]) -> tuple[list[int], list[int], list[int]]:
+    """Return the indices of the parts to work on by their devices, flat in host memory, and by a detour."""
+    on_device: list[int] = []
+    flat_here: list[int] = []
+    detour: list[int] = []
     for i, part in enumerate(parts):
-        if part.values.numel():
-            stays = len(part.runs) == 1 and is_exact(part.values.device)
-            (here if stays else elsewhere).append(i)
-    return here, elsewhere
+        values = part.values
+        if not values.numel():
+            continue
+        if len(part.runs) == 1 and is_exact(values.device):
+            on_device.append(i)
+        else:
+            (flat_here if values.device.type == "cpu" and lies_flat(values) else detour).append(i)
+    return on_device, flat_here, detour
 
 
 def is_exact(device: torch.device) -> bool:
@@ -180,57 +192,6 @@ def _tell_autograd(changed: Sequence[Tensor]) -> None:
     torch.autograd.graph.increment_version([values for values in changed if not values.is_inference()])
 
 
-def on_host(tasks: Sequence[Task], threads: int | None) -> None:
-    """Do tasks with a crew of threads."""
-    if tasks:
-        Crew(tasks, tile_bytes=0, slab_bytes=0).run(threads or default_threads())
-
-
-def _measure(values: Tensor, found: list[Moments], hands: Hands, *, whole: bool) -> None:
-    """Append the moments of a tensor's tiles, or of all of it as one."""
-    values = host_values(values)
-    dtype = torch_kernels.NAMES[values.dtype]
-    tiles = [_memory(values)] if whole else [data for data, _ in tiles_of(values, 0, values.numel())]
-    moments: list[Moments | None] = [None] * len(tiles)
-
-    def tile(_: Hands, index: int) -> None:
-        moments[index] = _CPU.moments(tiles[index], dtype)
-
-    hands.crew.share(Pass(len(tiles), tile), hands)
-    found += [m for m in moments if m is not None]
-
-
-def _add(dose: Dose, counts: list[int], hands: Hands) -> None:
-    """Add noise to a part, run by run, and its (unchanged, clamped) elements to `counts`."""
-    target = dose.held.values
-    values = host_values(target)
-    dtype = torch_kernels.NAMES[values.dtype]
-    tiles = [
-        (data, run.first + at)
-        for run in dose.held.runs
-        for data, at in tiles_of(values, run.start, run.count)
-    ]
-    done = [(0, 0)] * len(tiles)
-
-    def tile(_: Hands, index: int) -> None:
-        data, first = tiles[index]
-        done[index] = _CPU.add_noise(
-            data,
-            data,
-            dtype,
-            distribution=dose.distribution,
-            stream=dose.stream,
-            first=first,
-            amplitude=dose.amplitude,
-        )
-
-    hands.crew.share(Pass(len(tiles), tile), hands)
-    put_back(values, target)
-    for unchanged, clamped in done:
-        counts[0] += unchanged
-        counts[1] += clamped
-
-
 def put_back(values: Tensor, target: Tensor) -> None:
     """Write the `host_values` of a tensor, which have changed, to it where they are a copy."""
     # Autograd is a thread's own setting, and this may not be the caller's thread.
@@ -251,6 +212,11 @@ def flat(values: Tensor) -> Tensor:
     if not lies_flat(values):
         values = torch.empty_like(values, memory_format=torch.contiguous_format).copy_(values)
     return values.view(-1)
+
+
+def _copied(part: Held) -> Held:
+    """Return a part with its values flat in host memory, [n]."""
+    return replace(part, values=host_values(part.values))
 
 
 def host_values(values: Tensor) -> Tensor:

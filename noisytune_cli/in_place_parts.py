@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from noisytune_cli import in_place, tiles, torch_kernels
-from noisytune_cli.crew import Hands, Pass
+from noisytune_cli.crew import Crew, Hands, Pass, default_threads
 from noisytune_cli.devices.cpu import Cpu
 from noisytune_cli.records import Part
 from noisytune_cli.sharded import Held, Run
@@ -49,9 +49,10 @@ def views(held: Held, parts: Sequence[Part]) -> list[Held]:
 def add_noise(doses: Sequence[PartedDose], threads: int | None = None) -> list[list[tuple[int, int]]]:
     """Add the noise of each dose to its tensor; return (unchanged, clamped) elements of each matrix."""
     counts = [[(0, 0) for _ in dose.parts] for dose in doses]
-    with torch.no_grad():
-        tasks = [functools.partial(_add, dose, counts[i]) for i, dose in enumerate(doses)]
-        in_place.on_host(tasks, threads)
+    tasks = [functools.partial(_add, dose, counts[i]) for i, dose in enumerate(doses)]
+    if tasks:
+        with torch.no_grad():
+            Crew(tasks, tile_bytes=0, slab_bytes=0).run(threads or default_threads())
     return counts
 
 

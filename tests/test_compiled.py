@@ -44,7 +44,7 @@ class Cache:
 
     def run(self) -> None:
         """Get the loop as a new process would, and check what it computes."""
-        self._patch.setattr(compiled, "_loaded", {})
+        self._patch.setattr(compiled, "_loops", {})
         call = compiled.compile_loop("test/scale", "pidp", self.make)
         x, y = np.arange(5.0), np.zeros(5)
         call(x.ctypes.data, 5, 3.0, y.ctypes.data)
@@ -204,7 +204,7 @@ def test_no_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_threads_compile_a_loop_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = Cache(monkeypatch, private(tmp_path / "c"))
-    monkeypatch.setattr(compiled, "_loaded", {})
+    monkeypatch.setattr(compiled, "_loops", {})
     loops: list[Loop] = []
     gate = threading.Barrier(6)
 
@@ -223,7 +223,7 @@ def test_threads_compile_a_loop_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_arguments_arrive_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Cache(monkeypatch, private(tmp_path / "c"))
-    monkeypatch.setattr(compiled, "_loaded", {})
+    monkeypatch.setattr(compiled, "_loops", {})
 
     def make() -> Loop:
         from numba.np.numpy_support import carray

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 import noisytune_cli
-from noisytune_cli import in_place, memory
+from noisytune_cli import in_place, in_place_tables, memory
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.devices import cuda
 from noisytune_cli.errors import InputUnreadable, Mismatch, UsageError
@@ -294,7 +294,8 @@ def test_where_the_bound_cannot_decide_exact_sums_do(scope: str, monkeypatch: py
 def test_tiles_and_threads_do_not_matter(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, tensors = hostile(), hostile()
     noisytune_cli.perturb_(expected)
-    monkeypatch.setattr(in_place, "_TILE_BYTES", 64)
+    for module in (in_place, in_place_tables):
+        monkeypatch.setattr(module, "_TILE_BYTES", 64)
     noisytune_cli.perturb_(tensors, threads=threads)
     assert {n: bits(t) for n, t in tensors.items()} == {n: bits(t) for n, t in expected.items()}
 

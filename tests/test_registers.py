@@ -139,7 +139,7 @@ def test_other_cpus_vectors(dtype: str, cpu: str, monkeypatch: pytest.MonkeyPatc
         )
 
     code = compile_for(machine, cpu, dtype, monkeypatch)
-    loop = compiled._callable(compiled._map(code), "ppiuuuuufpppp")
+    loop = compiled.Loop(compiled._map(code), "ppiuuuuufpppp")
     stored = oracle.weights(np.random.default_rng(1), 40 * WORDS + 3, dtype)
     largest = oracle.LARGEST[dtype]
     stored[3 * WORDS] = oracle.encode([largest], dtype)[0]

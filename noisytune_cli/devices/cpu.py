@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from noisytune_cli import distributions
-from noisytune_cli.compiled import compile_loop
+from noisytune_cli.compiled import Loop, compile_loop
 from noisytune_cli.devices import Device, Summary, unknown_device
 from noisytune_cli.moments import Moments
 from noisytune_cli.records import FLOAT_DTYPES
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from noisytune_cli.stream import StreamWords
+    from noisytune_cli.tables import Table
 
 #: Values that a noise loop works on at a time: so few that its scratch fits the L1 cache, and a multiple of
 #: what registers hold (`philox_vectors.WORDS`).
@@ -38,8 +39,21 @@ class Cpu:
         out = np.empty(6)
         count = len(tile) // FLOAT_DTYPES[dtype]
         _loop("moments", dtype)(_address(tile), count, out.ctypes.data)
-        pivot, s1, low1, s2, low2, finite = out.tolist()
-        return Moments(count, pivot, (s1, low1), (s2, low2), bool(finite), dtype == "F64")
+        return _moments(out.tolist(), count, dtype)
+
+    def moments_table(
+        self, addresses: NDArray[np.int64], counts: NDArray[np.int64], dtype: str
+    ) -> tuple[Table, Callable[[], list[Moments]]]:
+        """Return the calls that measure tiles of host memory, [n], and what then returns their moments."""
+        from noisytune_cli.tables import Table
+
+        out = np.empty((len(addresses), 6))
+        table = Table(_loop("moments", dtype), (addresses, counts, _row_addresses(out)), out)
+
+        def moments() -> list[Moments]:
+            return [_moments(row, n, dtype) for row, n in zip(out.tolist(), counts.tolist(), strict=True)]
+
+        return table, moments
 
     def add_exact_sums(self, tile: memoryview, dtype: str, sums: NDArray[np.int64]) -> None:
         """Add a tile's values to exact sums."""
@@ -73,6 +87,30 @@ class Cpu:
         unchanged, clamped = counts.tolist()
         return unchanged, clamped
 
+    def noise_table(
+        self,
+        addresses: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        dtype: str,
+        *,
+        distribution: str,
+        streams: NDArray[np.uint64],
+        firsts: NDArray[np.int64],
+        amplitudes: NDArray[np.float32],
+    ) -> Table:
+        """Return the calls that add noise to tiles of host memory where they lie.
+
+        All are [n], but for `streams`, [n, 4]. The results are i64 [n, 2], the (unchanged, clamped) of each.
+        """
+        from noisytune_cli.tables import Table
+
+        found = np.zeros((len(addresses), 2), np.int64)
+        words = streams.view(np.int64).T
+        bits = amplitudes.view(np.uint32).astype(np.int64)
+        scratch = (None, None, None)
+        columns = (addresses, addresses, counts, firsts, *words, bits, *scratch, _row_addresses(found))
+        return Table(_noise_loop(distribution, dtype, dtype), columns, found, self._scratch)
+
     def convert(self, tile: memoryview, out: memoryview, dtype: str, out_dtype: str) -> int:
         """Write the tile in another dtype to `out`; return how many finite values overflowed."""
         overflowed = np.empty(1, np.int64)
@@ -102,6 +140,17 @@ def open_device(name: str) -> Device:
     return Cpu()
 
 
+def _moments(row: list[float], count: int, dtype: str) -> Moments:
+    """Return what a loop says of `count` values."""
+    pivot, s1, low1, s2, low2, finite = row
+    return Moments(count, pivot, (s1, low1), (s2, low2), bool(finite), dtype == "F64")
+
+
+def _row_addresses(array: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the addresses of an array's rows."""
+    return array.ctypes.data + np.arange(len(array)) * array.strides[0]
+
+
 def _address(tile: memoryview) -> int:
     return int(np.frombuffer(tile, np.uint8).ctypes.data)
 
@@ -114,7 +163,7 @@ def _count(tile: memoryview, out: memoryview, dtype: str, out_dtype: str) -> int
     return count
 
 
-def _loop(kind: str, dtype: str) -> Callable[..., None]:
+def _loop(kind: str, dtype: str) -> Loop:
     """Return a compiled loop that reads only."""
 
     def make() -> Callable[..., None]:
@@ -126,7 +175,7 @@ def _loop(kind: str, dtype: str) -> Callable[..., None]:
     return compile_loop(f"{kind}/{dtype}", "pip", make)
 
 
-def _noise_loop(distribution: str, dtype: str, out_dtype: str) -> Callable[..., None]:
+def _noise_loop(distribution: str, dtype: str, out_dtype: str) -> Loop:
     """Return the compiled noise loop of a distribution for a pair of dtypes."""
 
     def make() -> Callable[..., None]:
@@ -137,7 +186,7 @@ def _noise_loop(distribution: str, dtype: str, out_dtype: str) -> Callable[..., 
     return compile_loop(f"noise/{distribution}/{_pair(dtype, out_dtype)}", "ppiuuuuufpppp", make)
 
 
-def _convert_loop(dtype: str, out_dtype: str) -> Callable[..., None]:
+def _convert_loop(dtype: str, out_dtype: str) -> Loop:
     """Return the compiled loop that converts."""
 
     def make() -> Callable[..., None]:

@@ -1,0 +1,107 @@
+"""Tensors that lie flat in host memory: measured, and given noise, by tables of calls.
+
+Every tensor is cut into tiles, those of a dtype are one table, and all threads take its rows in turn. So a
+model of many small tensors takes no longer than one large tensor of as many values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from noisytune_cli import torch_kernels
+from noisytune_cli.devices.cpu import NOISE_BLOCK, Cpu
+from noisytune_cli.moments import Moments
+from noisytune_cli.records import FLOAT_DTYPES
+from noisytune_cli.sharded import Held, Run
+from noisytune_cli.tables import work_through
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from noisytune_cli.in_place import Dose
+
+#: Bytes of a tile, in whole blocks of any dtype's values, since the loops are slower at what is left over.
+#: Threads that take small tiles in turn get in the way of each other's prefetching.
+_TILE_BYTES = 455 * max(FLOAT_DTYPES.values()) * NOISE_BLOCK
+
+_CPU = Cpu()
+
+
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """Tiles of parts, all [n]: the key of its part, where it lies, its elements and the first one's index."""
+
+    keys: NDArray[np.int64]
+    addresses: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    firsts: NDArray[np.int64]
+
+
+def measure(parts: Mapping[int, Held], threads: int) -> dict[int, list[Moments]]:
+    """Return the moments of the tiles of each part, of a sharded one as of one tile."""
+    kinds: dict[tuple[str, bool], list[tuple[int, Held]]] = {}
+    for key, part in parts.items():
+        kind = torch_kernels.NAMES[part.values.dtype], part.mesh is None
+        kinds.setdefault(kind, []).append((key, part))
+    tables, results = [], []
+    for (dtype, divided), group in kinds.items():
+        whole = ((key, part, Run(0, 0, part.values.numel())) for key, part in group)
+        tiles = _tiles(whole, FLOAT_DTYPES[dtype], divided=divided)
+        table, moments = _CPU.moments_table(tiles.addresses, tiles.counts, dtype)
+        tables.append(table)
+        results.append((tiles.keys.tolist(), moments))
+    work_through(tables, threads)
+    found: dict[int, list[Moments]] = {}
+    for keys, moments in results:
+        for key, each in zip(keys, moments(), strict=True):
+            found.setdefault(key, []).append(each)
+    return found
+
+
+def add_noise(doses: Mapping[int, Dose], threads: int) -> dict[int, list[int]]:
+    """Add the noise of each dose; return the [unchanged, clamped] elements of each."""
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for key, dose in doses.items():
+        kind = torch_kernels.NAMES[dose.held.values.dtype], dose.distribution
+        kinds.setdefault(kind, []).append(key)
+    tables, results = [], []
+    for (dtype, distribution), group in kinds.items():
+        runs = ((key, doses[key].held, run) for key in group for run in doses[key].held.runs)
+        tiles = _tiles(runs, FLOAT_DTYPES[dtype])
+        each = {key: i for i, key in enumerate(group)}
+        rows = np.array([each[key] for key in tiles.keys.tolist()], np.int64)
+        table = _CPU.noise_table(
+            tiles.addresses,
+            tiles.counts,
+            dtype,
+            distribution=distribution,
+            streams=np.array([doses[key].stream for key in group], np.uint64)[rows],
+            firsts=tiles.firsts,
+            amplitudes=np.array([doses[key].amplitude for key in group], np.float32)[rows],
+        )
+        tables.append(table)
+        results.append(tiles.keys.tolist())
+    work_through(tables, threads)
+    counts = {key: [0, 0] for key in doses}
+    for keys, table in zip(results, tables, strict=True):
+        for key, (unchanged, clamped) in zip(keys, table.results.tolist(), strict=True):
+            counts[key][0] += unchanged
+            counts[key][1] += clamped
+    return counts
+
+
+def _tiles(runs: Iterable[tuple[int, Held, Run]], size: int, *, divided: bool = True) -> _Tiles:
+    """Cut runs of parts, each with the key of its part, into tiles of elements of `size` bytes."""
+    listed = [
+        (key, part.values.data_ptr() + run.start * size, run.count, run.first) for key, part, run in runs
+    ]
+    keys, addresses, counts, firsts = np.array(listed, np.int64).reshape(-1, 4).T
+    tile = _TILE_BYTES // size if divided else int(counts.max(initial=1))
+    pieces = -(-counts // tile)
+    of = np.repeat(np.arange(len(counts)), pieces)
+    at = (np.arange(len(of)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * tile
+    return _Tiles(keys[of], addresses[of] + at * size, np.minimum(counts[of] - at, tile), firsts[of] + at)

@@ -1,0 +1,136 @@
+"""Tables of calls: every row once, by any number of threads, and what happens when one fails."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from noisytune_cli import compiled, tables
+from noisytune_cli.compiled import Loop
+from noisytune_cli.tables import Table, work_through
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep objects in a folder of the test's own."""
+    folder = tmp_path / "cache"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setattr(compiled, "_folders", lambda: [folder])
+    monkeypatch.setattr(compiled, "_modules", {})
+
+
+class Called:
+    """A loop of letters "pufid" in Python that notes its arguments, and may end with a status."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.rows: list[tuple[Any, ...]] = []
+        self.threads: set[int] = set()
+        self.status = status
+        kind = ctypes.CFUNCTYPE(
+            ctypes.c_int32,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_uint64,
+            ctypes.c_float,
+            ctypes.c_int64,
+            ctypes.c_double,
+        )
+        self._function = kind(self._call)
+        address = ctypes.cast(self._function, ctypes.c_void_p).value
+        assert address is not None
+        self.loop = Loop(address, "pufid")
+
+    def _call(self, value_slot: int, error_slot: int, *arguments: Any) -> int:
+        self.rows.append(arguments)
+        self.threads.add(threading.get_ident())
+        return self.status
+
+
+def columns(count: int) -> list[np.ndarray]:
+    places = 2**62 + np.arange(count)
+    unsigned = (2**64 - 1 - np.arange(count, dtype=np.uint64)).view(np.int64)
+    singles = np.arange(count, dtype=np.float32) + np.float32(0.1)
+    return [places, unsigned, singles.view(np.uint32).astype(np.int64), -np.arange(count)]
+
+
+def table(called: Called, count: int, own: float = -2.5) -> Table:
+    bits = int(np.float64(own).view(np.int64))
+    return Table(called.loop, [*columns(count), None], np.empty(0), lambda: [bits])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("count", [0, 1, 2, 16, 100])
+def test_every_row_is_called_once_with_its_arguments(count: int, threads: int) -> None:
+    called = Called()
+    work_through([table(called, count)], threads)
+    assert sorted(called.rows) == [
+        (2**62 + i, 2**64 - 1 - i, float(np.float32(i) + np.float32(0.1)), -i, -2.5) for i in range(count)
+    ]
+
+
+def test_tables_are_worked_through_one_after_the_other() -> None:
+    first, second = Called(), Called()
+    work_through([table(first, 40), table(second, 3)], 1)
+    assert (len(first.rows), len(second.rows)) == (40, 3)
+    assert first.threads == second.threads == {threading.get_ident()}
+
+
+def test_no_more_threads_than_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    start = threading.Thread.start
+    monkeypatch.setattr(
+        threading.Thread, "start", lambda thread: started.append(thread.name) or start(thread)
+    )
+    work_through([table(Called(), 3)], 8)
+    assert len(started) == 2
+
+
+def test_a_loop_that_fails_stops_the_rest() -> None:
+    called = Called(status=1)
+    with pytest.raises(RuntimeError, match="ended with an error"):
+        work_through([table(called, 1000), table(called, 1000)], 3)
+    assert len(called.rows) <= 3
+
+
+def test_an_interrupt_stops_the_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    called, caller = Called(), threading.get_ident()
+    interrupted = threading.Event()
+
+    def own() -> list[int]:
+        if threading.get_ident() == caller:
+            interrupted.set()
+            raise KeyboardInterrupt
+        assert interrupted.wait(60)
+        return [0]
+
+    with pytest.raises(KeyboardInterrupt):
+        work_through([Table(called.loop, [*columns(10**5), None], np.empty(0), own)], 2)
+    assert len(called.rows) < 10**5
+
+
+def test_without_room_for_threads_this_one_does_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_room)
+    called = Called()
+    work_through([table(called, 50)], 4)
+    assert len(called.rows) == 50
+    assert called.threads == {threading.get_ident()}
+
+
+def test_the_driver_is_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table(Called(), 1)
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert kept.name.startswith("noisytune-driver-pufid-++++-")
+    monkeypatch.setattr(compiled, "_modules", {})
+    monkeypatch.setattr(tables, "_driver", lambda *_: pytest.fail("compiled again"))
+    called = Called()
+    work_through([table(called, 5)], 2)
+    assert len(called.rows) == 5
