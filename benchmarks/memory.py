@@ -1,11 +1,12 @@
 """Noise in memory: `perturb_` of a model against the memory's own speed and the paper's loop.
 
-    python benchmarks/memory.py [--device cpu|cuda|cuda:N] [--size GIB] [--dtype F32|BF16] [--rounds N]
+    python benchmarks/memory.py [--device DEVICE] [--size GIB | --bert] [--dtype F32|BF16] [--rounds N]
 
-The model has the shapes of a Llama-like one. Measuring reads it once, adding noise reads and writes it once:
-two reads and one write. The yardstick is a copy of the same bytes (one read, one write), by NumPy on the CPU
-on as many threads, by the device elsewhere; half as much again is the time of two reads and one write.
-Contenders take turns, round after round, and medians are printed.
+The model has the shapes of a Llama-like one, or those of BERT-base: 199 tensors, most of them small.
+Measuring reads it once, adding noise reads and writes it once: two reads and one write. The yardstick is a
+copy of the same bytes (one read, one write), by NumPy on the CPU on as many threads, by the device elsewhere;
+half as much again is the time of two reads and one write. Contenders take turns, round after round, and
+medians are printed.
 
     paper's loop    p += (rand - 0.5) * λ * std, for every parameter
 """
@@ -28,11 +29,27 @@ from noisytune_cli.crew import default_threads
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
-def build(dtype: str, size: int, device: str) -> torch.nn.Module:
-    """Return a module of normal weights of about `size` bytes."""
+def bert() -> list[tuple[str, tuple[int, ...]]]:
+    """Return names and shapes of BERT-base."""
+    rows = {"word": 30522, "position": 512, "type": 2}
+    tensors: list[tuple[str, tuple[int, ...]]] = [
+        (f"embeddings.{k}.weight", (n, 768)) for k, n in rows.items()
+    ]
+    layer: dict[str, tuple[int, ...]] = dict.fromkeys(
+        ("query", "key", "value", "attention.output"), (768, 768)
+    )
+    layer |= {"intermediate": (3072, 768), "output": (768, 3072), "norm.0": (768,), "norm.1": (768,)}
+    modules = {f"layer.{i}.{name}": shape for i in range(12) for name, shape in layer.items()}
+    for name, shape in {"embeddings.norm": (768,), **modules, "pooler": (768, 768)}.items():
+        tensors += [(f"{name}.weight", shape), (f"{name}.bias", shape[:1])]
+    return tensors
+
+
+def build(dtype: str, tensors: list[tuple[str, tuple[int, ...]]], device: str) -> torch.nn.Module:
+    """Return a module of normal weights of these names and shapes."""
     torch.manual_seed(0)
     model = torch.nn.Module()
-    for name, shape in layout(dtype, size):
+    for name, shape in tensors:
         values = torch.empty(shape, dtype=DTYPES[dtype], device=device).normal_(0.0, 0.02)
         model.register_parameter(name.replace(".", "_"), torch.nn.Parameter(values))
     return model
@@ -90,11 +107,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", type=float, default=1.0, help="GiB")
+    parser.add_argument("--bert", action="store_true")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     for dtype in options.dtype or DTYPES:
-        model = build(dtype, int(options.size * 2**30), options.device)
+        tensors = bert() if options.bert else layout(dtype, int(options.size * 2**30))
+        model = build(dtype, tensors, options.device)
         nbytes = sum(p.nbytes for p in model.parameters())
         contenders: dict[str, Callable[[], object]] = {
             "copy": host_copy(model) if options.device == "cpu" else device_copy(model),
