@@ -11,7 +11,7 @@ import os
 import posixpath
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 from noisytune_cli import hub
 from noisytune_cli.config import CONFIG, ConfigCheck, read_config
-from noisytune_cli.earlier import NAMESAKE, Earlier, of_file, of_folder
+from noisytune_cli.earlier import NAMESAKE, Earlier, EarlierCheck, of_file, of_folder
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
 from noisytune_cli.escape import escape
 from noisytune_cli.folder import list_folder
@@ -113,11 +113,15 @@ def open_checkpoint(
     revision: str | None = None,
     mmap: bool = False,
     check_config: ConfigCheck | None = None,
+    check_place: Callable[[], None] | None = None,
+    check_earlier: EarlierCheck | None = None,
     quiet: bool = False,
 ) -> Checkpoint:
     """Open SOURCE: a weight file, a checkpoint's folder, or a hub id, which is downloaded.
 
     `weights` and `revision` are what --weights and --revision name; `quiet` hides the download's progress.
+    `check_place` may refuse before anything is downloaded, and `check_earlier` before any weights are, given
+    what `Checkpoint.earlier` will be.
     """
     if not _is_local(source):
         if not hub.is_repo_id(source):
@@ -127,7 +131,16 @@ def open_checkpoint(
                 why="it is neither a file or folder here nor a hub id",
                 next_step="Check the spelling; a hub id looks like NAME or OWNER/NAME",
             )
-        snapshot = hub.download(source, revision, weights=weights, check_config=check_config, quiet=quiet)
+        if check_place is not None:
+            check_place()
+        snapshot = hub.download(
+            source,
+            revision,
+            weights=weights,
+            check_config=check_config,
+            check_earlier=check_earlier,
+            quiet=quiet,
+        )
         return _open_folder(snapshot.root, snapshot.listing, source, snapshot.commit, weights, mmap, None)
     if revision is not None:
         raise UsageError(

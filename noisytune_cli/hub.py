@@ -1,9 +1,9 @@
 """A checkpoint on the Hugging Face hub, fetched into the standard cache.
 
 One idea: the repository's list of files is enough to decide what is needed (`weights.py`, `layout.py`), so
-the order is list, config, index, and only then the weights and the files beside them. Whatever can be refused
-is refused before a weight is fetched, and no other weight format is fetched at all. The cache, the token,
-HF_ENDPOINT and HF_HUB_OFFLINE are huggingface_hub's own.
+the order is list, config, index, manifests, and only then the weights and the files beside them. Whatever can
+be refused is refused before a weight is fetched, and no other weight format is fetched at all. The cache, the
+token, HF_ENDPOINT and HF_HUB_OFFLINE are huggingface_hub's own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from glob import escape as glob_escape
 from pathlib import Path
 
 from noisytune_cli.config import CONFIG, ConfigCheck, read_config
+from noisytune_cli.earlier import EarlierCheck, of_folder
 from noisytune_cli.errors import HubError
 from noisytune_cli.folder import list_folder
 from noisytune_cli.hub_errors import CANNOT_FETCH, mapped_errors
@@ -75,12 +76,14 @@ def download(
     *,
     weights: str | None = None,
     check_config: ConfigCheck | None = None,
+    check_earlier: EarlierCheck | None = None,
     quiet: bool = False,
 ) -> Snapshot:
     """Fetch what is needed of a repository (from the cache what is there) and return where it lies.
 
-    `weights` names the weights as --weights does; `check_config` may refuse the config before any weights are
-    fetched. Raises HubError for the hub and the network, InputInvalid for a repository without weights.
+    `weights` names the weights as --weights does. Before any weights are fetched `check_config` may refuse
+    the config, and `check_earlier` what an earlier run of noisytune left. Raises HubError for the hub and the
+    network, InputInvalid for a repository without weights.
     """
     with mapped_errors(repo_id, revision), _silenced(quiet):
         commit = _resolve(repo_id, revision)
@@ -112,12 +115,19 @@ def download(
         chunks = (name for name in listing.files if name.endswith(CHUNKS_SUFFIX))
         files += tuple(name for name in chunks if posixpath.dirname(name) == home)
 
+    # A manifest is not copied, but says what was done to the weights.
+    left = [name for name in manifests(listing) if sizes is None or sizes[name] <= MAX_BYTES]
+    if left:
+        with mapped_errors(repo_id, revision), _silenced(quiet):
+            _fetch(repo_id, commit, left)
+        earlier, _ = of_folder(root, left, files)
+        if earlier is not None and check_earlier is not None:
+            check_earlier(earlier)
+
     others, _ = arrange(listing, chosen, files)
     needed = [*files, *others]
-    # A manifest is not copied, but says what was done to the weights.
-    earlier = [name for name in manifests(listing) if sizes is None or sizes[name] <= MAX_BYTES]
     with mapped_errors(repo_id, revision), _silenced(quiet):
-        _fetch(repo_id, commit, [*needed, *earlier])
+        _fetch(repo_id, commit, needed)
     _check_sizes(root, sizes, needed)
     return Snapshot(root, commit, listing)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from noisytune_cli import hub
 from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
@@ -22,9 +22,17 @@ from noisytune_cli.records import Manifest, TensorSpec
 
 
 def open_original(
-    recorded: RecordedManifest, base: str | None, *, mmap: bool = False, quiet: bool = False
+    recorded: RecordedManifest,
+    base: str | None,
+    *,
+    mmap: bool = False,
+    quiet: bool = False,
+    check_place: Callable[[], None] | None = None,
 ) -> Checkpoint:
-    """Open `base`, or where it is None the hub id and commit that the manifest records."""
+    """Open `base`, or where it is None the hub id and commit that the manifest records.
+
+    `check_place` may refuse before anything is downloaded.
+    """
     source = recorded.manifest.source
     hidden = os.path.lexists(source.id)
     at_hub = source.revision is not None and hub.is_repo_id(source.id) and not hidden
@@ -50,6 +58,7 @@ def open_original(
         weights=weights,
         revision=source.revision if at_hub and base == source.id else None,
         mmap=mmap,
+        check_place=check_place,
         quiet=quiet,
     )
     output = recorded.manifest.output

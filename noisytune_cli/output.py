@@ -39,24 +39,28 @@ def resolve_output(out: str, source: Checkpoint, name_in_folder: str | None = No
 
     That bears the source's name, or `name_in_folder`.
     """
-    expanded = os.path.expanduser(out)
-    folder, name = os.path.split(expanded.rstrip("/"))
-    # Links in the folder are resolved as the kernel would (`link/..` is not `.`), the last name is kept.
-    plain = name not in ("", ".", "..")
-    try:
-        path = Path(os.path.realpath(folder or ".")) / name if plain else Path(os.path.realpath(expanded))
-    except FileNotFoundError as error:  # the current directory was removed
-        raise unwritable(error, out) from error
+    path = resolve_folder(out)
     if source.single_file and out.endswith("/"):
         return path / (name_in_folder or source.sources[0].path.name)
     return path
 
 
-def resolve_recipe(out: str, source: Checkpoint) -> Path:
-    """Return a recipe's absolute path: `out` itself, or a manifest in it where it names a folder."""
+def resolve_folder(out: str) -> Path:
+    """Return the absolute path of an output whose name is `out`, whatever it ends in."""
     expanded = os.path.expanduser(out)
-    folder = out.endswith("/") or os.path.isdir(expanded)
-    return resolve_output(os.path.join(out, MANIFEST) if folder else out, source)
+    folder, name = os.path.split(expanded.rstrip("/"))
+    # Links in the folder are resolved as the kernel would (`link/..` is not `.`), the last name is kept.
+    plain = name not in ("", ".", "..")
+    try:
+        return Path(os.path.realpath(folder or ".")) / name if plain else Path(os.path.realpath(expanded))
+    except FileNotFoundError as error:  # the current directory was removed
+        raise unwritable(error, out) from error
+
+
+def resolve_recipe(out: str) -> Path:
+    """Return a recipe's absolute path: `out` itself, or a manifest in it where it names a folder."""
+    folder = out.endswith("/") or os.path.isdir(os.path.expanduser(out))
+    return resolve_folder(os.path.join(out, MANIFEST) if folder else out)
 
 
 def check_output(output: Path, *sources: Checkpoint, overwrite: bool, manifest: Path | None = None) -> None:
@@ -65,15 +69,26 @@ def check_output(output: Path, *sources: Checkpoint, overwrite: bool, manifest: 
     It is a file where the first of `sources` is one, else a directory. What --overwrite cannot replace is
     told before that something is there. A file's `manifest` may lie there, where it will be that very one.
     """
-    single_file = sources[0].single_file
+    if not sources[0].single_file:
+        check_folder(output, *sources, overwrite=overwrite)
+        return
     mode = _mode(output)
-    _check_kind(output, mode, single_file)
-    names = contents(output) if mode is not None and not single_file else set()
+    _check_kind(output, mode, single_file=True)
+    _check_apart(output, sources, replaces=False, single_file=True)
+    _check_old_file(output, mode, overwrite, manifest)
+
+
+def check_folder(output: Path, *sources: Checkpoint, overwrite: bool) -> None:
+    """Raise OutputUnsafe unless the directory `output` can be written, as far as these sources tell.
+
+    They need not be there yet: what is downloaded goes to the hub's cache, where no output may lie.
+    """
+    mode = _mode(output)
+    _check_kind(output, mode, single_file=False)
+    names = contents(output) if mode is not None else set()
     replaces = mode is not None and (overwrite or bool(names))
-    _check_apart(output, sources, replaces=replaces, single_file=single_file)
-    if single_file:
-        _check_old_file(output, mode, overwrite, manifest)
-    elif replaces:
+    _check_apart(output, sources, replaces=replaces, single_file=False)
+    if replaces:
         if os.path.ismount(output):
             raise _unsafe(output, "it is a mount point, which cannot be replaced")
         check_folder_replaceable(output, names)
@@ -107,16 +122,17 @@ def _check_apart(output: Path, sources: Sequence[Checkpoint], *, replaces: bool,
             raise _unsafe(output, "it is the input, or a link to it")
 
 
-def check_recipe(output: Path, source: Checkpoint, *, overwrite: bool) -> None:
-    """Raise OutputUnsafe unless the manifest `output` can be written alone, as `check_output` does."""
+def check_recipe(output: Path, *sources: Checkpoint, overwrite: bool) -> None:
+    """Raise OutputUnsafe unless the manifest `output` can be written alone, as `check_folder` does."""
     mode = _mode(output)
     if mode is not None and not stat.S_ISREG(mode):
         raise _unsafe(output, "it is not a regular file")
-    _check_apart(output, [source], replaces=False, single_file=True)
-    if source.single_file and _identity(output.parent) == _identity(source.root):
-        weights = source.sources[0].path
-        if output.name in (MANIFEST, weights.name + MANIFEST_SUFFIX):
-            raise _unsafe(output, "there it would say that the input was noised")
+    _check_apart(output, sources, replaces=False, single_file=True)
+    for source in sources:
+        if source.single_file and _identity(output.parent) == _identity(source.root):
+            weights = source.sources[0].path
+            if output.name in (MANIFEST, weights.name + MANIFEST_SUFFIX):
+                raise _unsafe(output, "there it would say that the input was noised")
     if mode is not None:
         check_recipe_replaceable(output)
         if not overwrite:

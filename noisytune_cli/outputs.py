@@ -7,7 +7,14 @@ from pathlib import Path
 
 from noisytune_cli.checkpoint import Checkpoint
 from noisytune_cli.fill import manifest_bytes, needed_bytes
-from noisytune_cli.output import check_distinct, check_output, check_recipe, resolve_recipe
+from noisytune_cli.output import (
+    check_distinct,
+    check_folder,
+    check_output,
+    check_recipe,
+    resolve_folder,
+    resolve_recipe,
+)
 from noisytune_cli.records import Plan
 from noisytune_cli.rewrite import OutputFile, resolve_rewritten
 from noisytune_cli.space import check_descriptors, check_space
@@ -26,13 +33,21 @@ def check_places(
     `files` are their weight files where they are not like the source's.
     """
     if recipe_only:
-        outputs = [resolve_recipe(out, source) for out in outs]
+        outputs = [resolve_recipe(out) for out in outs]
     else:
         outputs = [resolve_rewritten(out, source, files, convertible=True) for out in outs]
     for output in outputs:
         (check_recipe if recipe_only else check_output)(output, source, overwrite=overwrite)
     check_distinct(outputs)
     return outputs
+
+
+def check_places_of_download(outs: Sequence[str], *, recipe_only: bool, overwrite: bool) -> None:
+    """Raise what `check_places` would for outputs of a hub's model, a folder, before that is downloaded."""
+    outputs = [(resolve_recipe if recipe_only else resolve_folder)(out) for out in outs]
+    for output in outputs:
+        (check_recipe if recipe_only else check_folder)(output, overwrite=overwrite)
+    check_distinct(outputs)
 
 
 def check_room(

@@ -23,8 +23,20 @@ from hub_server import Hub, Repository, serve
 
 from noisytune_cli import hub as hub_module
 from noisytune_cli.checkpoint import open_checkpoint
-from noisytune_cli.errors import HubError, InputInvalid, InputUnreadable, NoisytuneError, ResourceExhausted
+from noisytune_cli.combinations import Combination
+from noisytune_cli.commands.average import average
+from noisytune_cli.commands.perturb import Request, perturb, plan_perturb
+from noisytune_cli.commands.replay import replay
+from noisytune_cli.errors import (
+    HubError,
+    InputInvalid,
+    InputUnreadable,
+    NoisytuneError,
+    OutputUnsafe,
+    ResourceExhausted,
+)
 from noisytune_cli.hub_errors import mapped_errors
+from noisytune_cli.records import NoiseSpec
 
 COMMIT = Repository({}).commit
 
@@ -299,6 +311,46 @@ def test_the_config_can_refuse_before_any_weights(hub: Hub) -> None:
     with pytest.raises(InputInvalid, match=r"plain/config\.json: bert"):
         open_checkpoint("plain", check_config=refuse)
     assert hub.fetched() == ["config.json"]
+
+
+@pytest.mark.parametrize("recipe_only", [False, True])
+def test_an_output_is_refused_before_anything_is_fetched(
+    hub: Hub, tmp_path: Path, recipe_only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    (out / "keep").mkdir(parents=True)
+    (out / "noisytune.json").write_text("{}")
+    request = Request("plain", NoiseSpec())
+    with pytest.raises(OutputUnsafe, match="out"):
+        perturb(request, str(out), recipe_only=recipe_only)
+    with pytest.raises(OutputUnsafe, match="out"):
+        plan_perturb(request, [Combination(0.15, 0, str(out))], recipe_only=recipe_only)
+    with pytest.raises(OutputUnsafe, match="cache"):
+        perturb(request, str(tmp_path / "cache/out"), recipe_only=recipe_only)
+    with pytest.raises(OutputUnsafe, match="out"):
+        average(["plain", "owner/sharded"], str(out))
+    assert hub.requests == []
+
+
+def test_replay_refuses_an_output_before_anything_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    hub.repositories["plain"].files["model.safetensors"] = safetensors(a=[0.0, 1.0, 2.0, 3.0])
+    noisy = tmp_path / "noisy"
+    perturb(Request("plain", NoiseSpec()), str(noisy))
+    hub.requests.clear()
+    with pytest.raises(OutputUnsafe, match="noisy"):
+        replay(str(noisy), str(noisy))
+    assert hub.requests == []
+    replay(str(noisy), str(tmp_path / "again"))
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (noisy / "model.safetensors").read_bytes()
+
+
+def test_a_noised_source_is_refused_before_any_weights(hub: Hub, tmp_path: Path) -> None:
+    noised = b'{"schema": 1, "tool": {"name": "noisytune"'
+    hub.repositories["plain"].files["noisytune.json"] = noised
+    with pytest.raises(InputInvalid, match="--again"):
+        perturb(Request("plain", NoiseSpec()), str(tmp_path / "out"))
+    assert hub.fetched() == ["config.json", "noisytune.json"]
 
 
 def test_an_absent_shard_is_found_before_any_weights(hub: Hub) -> None:

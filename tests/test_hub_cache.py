@@ -63,7 +63,7 @@ def test_a_recipe_does_not_go_into_the_hubs_cache(
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(OutputUnsafe, match="the hub's cache"):
-        check_recipe(resolve_recipe(f"{tmp_path}/hub/r.json", folder), folder, overwrite=False)
+        check_recipe(resolve_recipe(f"{tmp_path}/hub/r.json"), folder, overwrite=False)
 
 
 _CACHE_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")

@@ -121,7 +121,7 @@ def test_overwriting_is_not_advised_where_it_is_refused(
     lines = [refused("in/model.safetensors", file)]
     lines += [refused(out, folder) for out in ("in", ".", "..", "in/model.safetensors")]
     with pytest.raises(OutputUnsafe) as caught:
-        check_recipe(resolve_recipe("in/model.safetensors", file), file, overwrite=False)
+        check_recipe(resolve_recipe("in/model.safetensors"), file, overwrite=False)
     lines.append(str(caught.value))
     assert [line for line in lines if "--overwrite" in line] == []
     assert "the input lies in it" in lines[2] or "the current directory lies in it" in lines[2]

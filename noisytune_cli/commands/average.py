@@ -7,7 +7,7 @@ refused is refused before a weight is read, memory holds a few tiles, and publis
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from noisytune_cli.escape import enumerate_some, escape
 from noisytune_cli.fill import copied_bytes
 from noisytune_cli.manifest import MAX_BYTES
 from noisytune_cli.output import check_output
+from noisytune_cli.outputs import check_places_of_download
 from noisytune_cli.publish import Publication
 from noisytune_cli.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.records import FLOAT_DTYPES, FileRecord, SourceRecord, TensorSpec
@@ -57,10 +58,17 @@ def average(
     sum. Raises UsageError for those, InputInvalid where the sources are not checkpoints of one model.
     """
     weights = _check_coefficients(sources, coefficients)
+
+    def check_place() -> None:
+        check_places_of_download([out], recipe_only=False, overwrite=overwrite)
+
     with ExitStack() as opened:
         members: list[Checkpoint] = []
         for source in sources:
-            members.append(_open(source, mmap=mmap, quiet=quiet))
+            # The output is a folder where the first source is: what the others are makes no difference.
+            members.append(
+                _open(source, mmap=mmap, quiet=quiet, check_place=None if members else check_place)
+            )
             opened.callback(members[-1].close)
             # What is open, and room for as much as the last again: the next one, or the output.
             held = [len(member.weight_files) for member in members]
@@ -120,8 +128,10 @@ def _check_coefficients(sources: Sequence[str], coefficients: Sequence[float]) -
     return list(coefficients)
 
 
-def _open(source: str, *, mmap: bool, quiet: bool) -> Checkpoint:
-    member = open_checkpoint(source, mmap=mmap, check_config=refuse_quantized_config, quiet=quiet)
+def _open(source: str, *, mmap: bool, quiet: bool, check_place: Callable[[], None] | None) -> Checkpoint:
+    member = open_checkpoint(
+        source, mmap=mmap, check_config=refuse_quantized_config, check_place=check_place, quiet=quiet
+    )
     try:
         refuse_quantized(member.tensors, config=member.config, metadata=member.metadata, path=source)
     except BaseException:

@@ -19,11 +19,12 @@ from noisytune_cli.companions import companions, left_behind
 from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.dequantize import check_config, dequantize
 from noisytune_cli.devices import open_device
+from noisytune_cli.earlier import Earlier
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import enumerate_some
 from noisytune_cli.fill import fill
 from noisytune_cli.manifest import encode
-from noisytune_cli.outputs import check_places, check_room
+from noisytune_cli.outputs import check_places, check_places_of_download, check_room
 from noisytune_cli.parameters import tell_buffers
 from noisytune_cli.plan import check_outcomes
 from noisytune_cli.plans import make_plans, settle_plans
@@ -105,7 +106,7 @@ def plan_perturb(
     Outputs that are named are refused as there; whether there is room for them is not asked.
     """
     wanted = wanted or [_only(request, None)]
-    with _open(request) as source:
+    with _open(request, _outs(wanted), recipe_only=recipe_only, overwrite=overwrite) as source:
         told = tell_buffers(source.tensors, config=source.config, decider=request.buffers_from)
         plans = make_plans(source, request.noise, wanted, told, request.conversion)
         files = _lay_out(source, plans, request.conversion)
@@ -157,7 +158,7 @@ def perturb_each(
 
     All are complete before the first is published. With `recipe_only` the manifests alone are written.
     """
-    with _open(request) as source:
+    with _open(request, _outs(wanted), recipe_only=recipe_only, overwrite=overwrite) as source:
         told = tell_buffers(source.tensors, config=source.config, decider=request.buffers_from)
         plans = make_plans(source, request.noise, wanted, told, request.conversion)
         files = _lay_out(source, plans, request.conversion)
@@ -242,7 +243,20 @@ def _only(request: Request, out: str | None) -> Combination:
     return Combination(request.noise.lam, request.noise.seed, out)
 
 
-def _open(request: Request) -> Checkpoint:
+def _open(
+    request: Request, outs: Sequence[str] = (), *, recipe_only: bool = False, overwrite: bool = False
+) -> Checkpoint:
+    """Open the source; what can be refused without a hub's weights is refused before they are downloaded."""
+
+    def check_place() -> None:
+        check_places_of_download(outs, recipe_only=recipe_only, overwrite=overwrite)
+
+    def check_earlier(earlier: Earlier) -> None:
+        if not request.again:
+            raise InputInvalid(
+                earlier.what, path=request.source, why=earlier.why, next_step=earlier.next_step
+            )
+
     dequantizes = request.conversion is not None and request.conversion.dequantized is not None
     source = open_checkpoint(
         request.source,
@@ -250,16 +264,13 @@ def _open(request: Request) -> Checkpoint:
         revision=request.revision,
         mmap=request.mmap,
         check_config=check_config if dequantizes else refuse_quantized_config,
+        check_place=check_place,
+        check_earlier=check_earlier,
         quiet=request.quiet,
     )
     try:
-        if (earlier := source.earlier) is not None and not request.again:
-            raise InputInvalid(
-                earlier.what,
-                path=request.source,
-                why=earlier.why,
-                next_step=earlier.next_step,
-            )
+        if source.earlier is not None:
+            check_earlier(source.earlier)
         if dequantizes:
             return dequantize(source, request.source)
         refuse_quantized(source.tensors, config=source.config, metadata=source.metadata, path=request.source)

@@ -21,6 +21,7 @@ from noisytune_cli.manifest_place import manifest_of
 from noisytune_cli.manifest_reader import RecordedManifest, read_manifest
 from noisytune_cli.original import match_files, not_the_base, open_original
 from noisytune_cli.output import check_output
+from noisytune_cli.outputs import check_places_of_download
 from noisytune_cli.publish import Publication
 from noisytune_cli.records import Manifest, OutputRecord, Plan
 from noisytune_cli.rewrite import OutputFile, lay_out, resolve_rewritten
@@ -60,7 +61,11 @@ def replay(
     recorded.require_original()
     manifest = recorded.manifest
     receipts = {receipt.step.tensor.name: receipt for receipt in manifest.receipts}
-    with open_original(recorded, base, mmap=mmap, quiet=quiet) as source:
+
+    def check_place() -> None:
+        check_places_of_download([out], recipe_only=False, overwrite=overwrite)
+
+    with open_original(recorded, base, mmap=mmap, quiet=quiet, check_place=check_place) as source:
         files, found = match_files(manifest, source)
         _refuse([*found, *_missing_copies(manifest, source)], recorded, source)
         walk = Walk(open_device(device), threads or default_threads())
