@@ -51,7 +51,7 @@ def measure(parts: Mapping[int, Held], threads: int) -> dict[int, list[Moments]]
     for (dtype, divided), group in kinds.items():
         whole = ((key, part, Run(0, 0, part.values.numel())) for key, part in group)
         tiles = _tiles(whole, FLOAT_DTYPES[dtype], divided=divided)
-        table, moments = _CPU.moments_table(tiles.addresses, tiles.counts, dtype)
+        table, moments = _CPU.moments_table(tiles.addresses, tiles.counts, dtype, keeps=group)
         tables.append(table)
         results.append((tiles.keys.tolist(), moments))
     work_through(tables, threads)
@@ -82,6 +82,7 @@ def add_noise(doses: Mapping[int, Dose], threads: int) -> dict[int, list[int]]:
             streams=np.array([doses[key].stream for key in group], np.uint64)[rows],
             firsts=tiles.firsts,
             amplitudes=np.array([doses[key].amplitude for key in group], np.float32)[rows],
+            keeps=[doses[key].held for key in group],
         )
         tables.append(table)
         results.append(tiles.keys.tolist())

@@ -35,15 +35,17 @@ class Table:
         columns: Sequence[NDArray[np.int64] | None],
         results: NDArray[Any],
         own: Callable[[], list[int]] = list,
+        keeps: object = None,
     ) -> None:
         """Take a column [n] of 64 bits for each of the loop's arguments, and the `results` they write to.
 
         A float32 argument is its bits. In place of a column that is None comes what `own` returns, in order,
-        in the thread that makes a call.
+        in the thread that makes a call. `keeps` holds what the addresses lead to, so that it is not freed
+        while a thread is at it.
         """
         kinds = "".join("-" if column is None else "+" for column in columns)
         self._rows = np.column_stack([column for column in columns if column is not None])
-        self.results = results
+        self.results, self._keeps = results, keeps
         self._next = np.zeros(1, np.int64)
         self._loop, self._own = loop, own
         self._drive = _DRIVER(
@@ -70,28 +72,51 @@ class Table:
 def work_through(tables: Sequence[Table], threads: int) -> None:
     """Make all calls of some tables in this thread and up to `threads` - 1 others.
 
-    The first error is raised once all have stopped. Where the system has no room for a thread, fewer do it.
+    The first error is raised once all are at rest, an interrupt too, however many follow. Where the system
+    has no room for a thread, fewer do it.
     """
     errors: list[BaseException] = []
+    at_work = 0
+    change = threading.Condition()
+
+    def stop(error: BaseException) -> None:
+        errors.append(error)
+        for table in tables:
+            table.stop()
 
     def work() -> None:
         try:
             for table in tables:
                 table.work()
         except BaseException as error:
-            errors.append(error)
-            for table in tables:
-                table.stop()
+            stop(error)
 
-    helpers: list[threading.Thread] = []
-    with contextlib.suppress(RuntimeError):
-        for _ in range(1, min(threads, sum(map(len, tables)))):
-            helper = threading.Thread(target=work, name="table")
-            helper.start()
-            helpers.append(helper)
-    work()
-    for helper in helpers:
-        helper.join()
+    def help_out() -> None:
+        nonlocal at_work
+        with change:
+            at_work += 1
+        work()
+        with change:
+            at_work -= 1
+            change.notify_all()
+
+    try:
+        with contextlib.suppress(RuntimeError):
+            for _ in range(1, min(threads, sum(map(len, tables)))):
+                threading.Thread(target=help_out, name="table").start()
+        work()
+    except BaseException as error:
+        stop(error)
+    # Not join: when that is interrupted, some versions of Python take the thread for ended. One that has not
+    # begun by now finds nothing to do.
+    waiting = True
+    while waiting:
+        try:
+            with change:
+                change.wait_for(lambda: at_work == 0)
+            waiting = False
+        except BaseException as error:
+            stop(error)
     if errors:
         raise errors[0]
 

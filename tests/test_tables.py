@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +115,48 @@ def test_an_interrupt_stops_the_other_threads(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(KeyboardInterrupt):
         work_through([Table(called.loop, [*columns(10**5), None], np.empty(0), own)], 2)
     assert len(called.rows) < 10**5
+
+
+def test_an_interrupt_while_it_waits_is_raised_once_the_others_are_at_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called, caller, wait_for = Called(), threading.get_ident(), threading.Condition.wait_for
+    entered, stopped = threading.Event(), threading.Event()
+    interrupts = iter(range(3))
+    ended: list[int] = []
+
+    def own() -> list[int]:
+        if threading.get_ident() == caller:
+            assert entered.wait(60)
+        else:
+            entered.set()
+            assert stopped.wait(60)
+            time.sleep(0.1)
+            ended.append(threading.get_ident())
+        return [0]
+
+    def interrupted(condition: threading.Condition, predicate: Callable[[], bool]) -> bool:
+        if next(interrupts, None) is not None:
+            raise KeyboardInterrupt
+        return wait_for(condition, predicate)
+
+    table = Table(called.loop, [*columns(5), None], np.empty(0), own)
+    monkeypatch.setattr(Table, "stop", lambda table: stopped.set())
+    monkeypatch.setattr(threading.Condition, "wait_for", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        work_through([table], 2)
+    assert len(ended) == 1
+    assert len(called.rows) == 5
+
+
+def test_what_the_addresses_lead_to_is_kept() -> None:
+    values = np.zeros(10)
+    kept = weakref.ref(values)
+    table = Table(Called().loop, [*columns(1), None], np.empty(0), lambda: [0], values)
+    del values
+    assert kept() is not None
+    del table
+    assert kept() is None
 
 
 def test_without_room_for_threads_this_one_does_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,13 +42,16 @@ class Cpu:
         return _moments(out.tolist(), count, dtype)
 
     def moments_table(
-        self, addresses: NDArray[np.int64], counts: NDArray[np.int64], dtype: str
+        self, addresses: NDArray[np.int64], counts: NDArray[np.int64], dtype: str, *, keeps: object
     ) -> tuple[Table, Callable[[], list[Moments]]]:
-        """Return the calls that measure tiles of host memory, [n], and what then returns their moments."""
+        """Return the calls that measure tiles of host memory, [n], and what then returns their moments.
+
+        `keeps` holds that memory.
+        """
         from noisytune_cli.tables import Table
 
         out = np.empty((len(addresses), 6))
-        table = Table(_loop("moments", dtype), (addresses, counts, _row_addresses(out)), out)
+        table = Table(_loop("moments", dtype), (addresses, counts, _row_addresses(out)), out, keeps=keeps)
 
         def moments() -> list[Moments]:
             return [_moments(row, n, dtype) for row, n in zip(out.tolist(), counts.tolist(), strict=True)]
@@ -97,10 +100,12 @@ class Cpu:
         streams: NDArray[np.uint64],
         firsts: NDArray[np.int64],
         amplitudes: NDArray[np.float32],
+        keeps: object,
     ) -> Table:
         """Return the calls that add noise to tiles of host memory where they lie.
 
-        All are [n], but for `streams`, [n, 4]. The results are i64 [n, 2], the (unchanged, clamped) of each.
+        All are [n], but for `streams`, [n, 4]; `keeps` holds that memory. The results are i64 [n, 2], the
+        (unchanged, clamped) of each.
         """
         from noisytune_cli.tables import Table
 
@@ -109,7 +114,7 @@ class Cpu:
         bits = amplitudes.view(np.uint32).astype(np.int64)
         scratch = (None, None, None)
         columns = (addresses, addresses, counts, firsts, *words, bits, *scratch, _row_addresses(found))
-        return Table(_noise_loop(distribution, dtype, dtype), columns, found, self._scratch)
+        return Table(_noise_loop(distribution, dtype, dtype), columns, found, self._scratch, keeps)
 
     def convert(self, tile: memoryview, out: memoryview, dtype: str, out_dtype: str) -> int:
         """Write the tile in another dtype to `out`; return how many finite values overflowed."""
