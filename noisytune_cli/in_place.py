@@ -87,12 +87,10 @@ def begin_noise(doses: Sequence[Dose], threads: int | None = None) -> Callable[[
     count = threads or default_threads()
     with torch.no_grad(), enough_memory():
         queued = send(_queue_noise(doses, on_device))
-        added = in_place_tables.add_noise({i: doses[i] for i in flat_here}, count)
         _tell_autograd([doses[i].held.values for i in flat_here])
+        added = in_place_tables.add_noise({i: doses[i] for i in flat_here}, count)
         for i in detour:
-            held = _copied(doses[i].held)
-            added |= in_place_tables.add_noise({i: replace(doses[i], held=held)}, count)
-            put_back(held.values, doses[i].held.values)
+            added |= _add_by_detour(i, doses[i], count)
         for i, both in added.items():
             counts[i] = both
 
@@ -117,7 +115,7 @@ def _split(parts: Sequence[Held]) -> tuple[list[int], list[int], list[int]]:
         if len(part.runs) == 1 and is_exact(values.device):
             on_device.append(i)
         else:
-            (flat_here if values.device.type == "cpu" and lies_flat(values) else detour).append(i)
+            (flat_here if _is_flat_here(values) else detour).append(i)
     return on_device, flat_here, detour
 
 
@@ -166,8 +164,14 @@ def _queue_noise(doses: Sequence[Dose], indices: Sequence[int]) -> Iterator[Queu
         rows = [
             Row(d.held.values, d.stream, d.held.runs[0].first, d.amplitude) for d in (doses[i] for i in group)
         ]
-        yield group, triton_noise.add_noise(rows, distribution)
         _tell_autograd([doses[i].held.values for i in group])
+        yield group, triton_noise.add_noise(rows, distribution)
+
+
+def _add_by_detour(key: int, dose: Dose, threads: int) -> dict[int, list[int]]:
+    with changing(dose.held.values) as values:
+        copied = replace(dose, held=replace(dose.held, values=values))
+        return in_place_tables.add_noise({key: copied}, threads)
 
 
 def _add_on_device(dose: Dose) -> Tensor:
@@ -187,19 +191,30 @@ def _add_on_device(dose: Dose) -> Tensor:
     return counts
 
 
-def _tell_autograd(changed: Sequence[Tensor]) -> None:
-    """Count a change that torch did not see; tensors of inference mode count none."""
-    torch.autograd.graph.increment_version([values for values in changed if not values.is_inference()])
+def _tell_autograd(changing: Sequence[Tensor]) -> None:
+    """Count a change that torch will not see; tensors of inference mode count none.
+
+    It comes before the change, which an interrupt may end half-way.
+    """
+    torch.autograd.graph.increment_version([values for values in changing if not values.is_inference()])
 
 
-def put_back(values: Tensor, target: Tensor) -> None:
-    """Write the `host_values` of a tensor, which have changed, to it where they are a copy."""
-    # Autograd is a thread's own setting, and this may not be the caller's thread.
-    if lies_flat(target) and target.device.type == "cpu":
+@contextmanager
+def changing(target: Tensor) -> Iterator[Tensor]:
+    """Lend the `host_values` of a tensor to be changed; a copy is written back, unless an error is raised."""
+    values = host_values(target)
+    if _is_flat_here(target):
         _tell_autograd([target])
+        yield values
     else:
+        yield values
+        # Autograd is a thread's own setting, and this may not be the caller's thread.
         with torch.inference_mode(True) if target.is_inference() else torch.no_grad():
             target.copy_(values.view(target.shape))
+
+
+def _is_flat_here(values: Tensor) -> bool:
+    return values.device.type == "cpu" and lies_flat(values)
 
 
 def lies_flat(values: Tensor) -> bool:

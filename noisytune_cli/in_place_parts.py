@@ -57,7 +57,14 @@ def add_noise(doses: Sequence[PartedDose], threads: int | None = None) -> list[l
 
 
 def _add(dose: PartedDose, counts: list[tuple[int, int]], hands: Hands) -> None:
-    values = in_place.host_values(dose.held.values)
+    with in_place.changing(dose.held.values) as values:
+        found = _add_to_host(dose, values, hands)
+    for part, unchanged, clamped in found:
+        counts[part] = (counts[part][0] + unchanged, counts[part][1] + clamped)
+
+
+def _add_to_host(dose: PartedDose, values: torch.Tensor, hands: Hands) -> list[tuple[int, int, int]]:
+    """Add a dose to values in host memory, [n]; return pieces' (matrix, unchanged, clamped)."""
     dtype = torch_kernels.NAMES[values.dtype]
     work = list(in_place.tiles_of(values, 0, values.numel()))
     places = tiles.Places(dose.parts)
@@ -83,6 +90,4 @@ def _add(dose: PartedDose, counts: list[tuple[int, int]], hands: Hands) -> None:
                 done[index].append((part, *found))
 
     hands.crew.share(Pass(len(work), tile), hands)
-    in_place.put_back(values, dose.held.values)
-    for part, unchanged, clamped in (entry for entries in done for entry in entries):
-        counts[part] = (counts[part][0] + unchanged, counts[part][1] + clamped)
+    return [entry for entries in done for entry in entries]

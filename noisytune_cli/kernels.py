@@ -207,6 +207,7 @@ def noise_loop(distribution: Distribution, dtype: str, out_dtype: str, block: in
     `held` are scratch for `block` u32, float32 and stored values, a multiple of WORDS; `counts` gets i64
     [unchanged, clamped].
     """
+    assert block % WORDS == 0, "registers write whole turns of words to the scratch"
     for part in (*distribution.PARTS, distribution.fill):
         register_jitable(part)
     fill = distribution.fill

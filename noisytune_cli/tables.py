@@ -37,14 +37,17 @@ class Table:
         own: Callable[[], list[int]] = list,
         keeps: object = None,
     ) -> None:
-        """Take a column [n] of 64 bits for each of the loop's arguments, and the `results` they write to.
+        """Take a column, int64 [n], for each of the loop's arguments, and the `results` they write to.
 
-        A float32 argument is its bits. In place of a column that is None comes what `own` returns, in order,
-        in the thread that makes a call. `keeps` holds what the addresses lead to, so that it is not freed
-        while a thread is at it.
+        A uint64 or float32 argument is its bits. In place of a column that is None comes what `own` returns,
+        in order, in the thread that makes a call. `keeps` holds what the addresses lead to, so that it is not
+        freed while a thread is at it.
         """
         kinds = "".join("-" if column is None else "+" for column in columns)
-        self._rows = np.column_stack([column for column in columns if column is not None])
+        given = [column for column in columns if column is not None]
+        self._rows = np.empty((len(given[0]), len(given)), np.int64)
+        for at, column in enumerate(given):
+            self._rows[:, at] = column
         self.results, self._keeps = results, keeps
         self._next = np.zeros(1, np.int64)
         self._loop, self._own = loop, own
@@ -79,44 +82,47 @@ def work_through(tables: Sequence[Table], threads: int) -> None:
     at_work = 0
     change = threading.Condition()
 
-    def stop(error: BaseException) -> None:
-        errors.append(error)
+    def stop() -> None:
         for table in tables:
             table.stop()
 
     def work() -> None:
-        try:
-            for table in tables:
-                table.work()
-        except BaseException as error:
-            stop(error)
+        for table in tables:
+            table.work()
 
     def help_out() -> None:
         nonlocal at_work
         with change:
             at_work += 1
-        work()
-        with change:
-            at_work -= 1
-            change.notify_all()
-
-    try:
-        with contextlib.suppress(RuntimeError):
-            for _ in range(1, min(threads, sum(map(len, tables)))):
-                threading.Thread(target=help_out, name="table").start()
-        work()
-    except BaseException as error:
-        stop(error)
-    # Not join: when that is interrupted, some versions of Python take the thread for ended. One that has not
-    # begun by now finds nothing to do.
-    waiting = True
-    while waiting:
         try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+            stop()
+        finally:
+            with change:
+                at_work -= 1
+                change.notify_all()
+
+    # Until it ends without one, since an interrupt can come in anything that is done about another.
+    begun = at_rest = False
+    while not at_rest:
+        try:
+            if begun:
+                stop()
+            else:
+                begun = True
+                with contextlib.suppress(RuntimeError):
+                    for _ in range(1, min(threads, sum(map(len, tables)))):
+                        threading.Thread(target=help_out, name="table").start()
+                work()
+            # Not join: when that is interrupted, some versions of Python take the thread for ended. One that
+            # has not begun by now finds nothing to do.
             with change:
                 change.wait_for(lambda: at_work == 0)
-            waiting = False
+            at_rest = True
         except BaseException as error:
-            stop(error)
+            errors.append(error)
     if errors:
         raise errors[0]
 

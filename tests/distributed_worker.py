@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from noisytune_cli import memory, perturb_, sharded
+from noisytune_cli import in_place_tables, memory, perturb_, sharded
 from noisytune_cli.errors import InputInvalid
 
 OPTIONS: list[dict[str, Any]] = [
@@ -116,6 +116,16 @@ def exact() -> None:
         memory.std_and_equality = decide
 
 
+def several_tiles() -> None:
+    """Parts of more than one tile: one sum for each, with the std and the noise of the whole."""
+    size = in_place_tables._TILE_BYTES
+    in_place_tables._TILE_BYTES = 8
+    try:
+        fsdp()
+    finally:
+        in_place_tables._TILE_BYTES = size
+
+
 def placements() -> None:
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(1)
@@ -168,7 +178,7 @@ def partial() -> None:
 def main(rank: int, rendezvous: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     dist.all_reduce = counted(dist.all_reduce)
-    for case in (replicas, fsdp, exact, placements, strided, partial):
+    for case in (replicas, fsdp, several_tiles, exact, placements, strided, partial):
         case()
     dist.destroy_process_group()
 

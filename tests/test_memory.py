@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import safetensors.torch
 import torch
 
 import noisytune_cli
-from noisytune_cli import in_place, in_place_tables, memory
+from noisytune_cli import in_place, in_place_tables, memory, tiles
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.devices import cuda
 from noisytune_cli.errors import InputUnreadable, Mismatch, UsageError
@@ -250,6 +251,39 @@ def test_autograd_sees_a_change_and_no_history() -> None:
     assert linear.weight._version > version
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "matrix"])
+def test_autograd_sees_a_change_that_an_interrupt_ends(
+    granularity: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(4, 12)
+    version = weight._version
+
+    def add_half(*arguments: Any, **keywords: Any) -> Any:
+        weight.numpy()[:2] = 0  # which torch does not count
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(in_place_tables if granularity == "tensor" else tiles, "add_noise", add_half)
+    with pytest.raises(KeyboardInterrupt):
+        noisytune_cli.perturb_({"h.0.attn.c_attn.weight": weight}, granularity=granularity)
+    assert weight._version == version + 1
+
+
+def test_one_copy_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[weakref.ref[torch.Tensor]] = []
+    host_values = in_place.host_values
+
+    def copied(values: torch.Tensor) -> torch.Tensor:
+        assert [copy() for copy in copies] == [None] * len(copies)
+        host = host_values(values)
+        assert host.data_ptr() != values.data_ptr()
+        copies.append(weakref.ref(host))
+        return host
+
+    monkeypatch.setattr(in_place, "host_values", copied)
+    noisytune_cli.perturb_({f"w{i}": torch.randn(3, 5 + i).t() for i in range(4)}, threads=1)
+    assert len(copies) == 8
 
 
 def test_inference_tensors_get_noise() -> None:

@@ -94,11 +94,43 @@ def test_no_more_threads_than_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(started) == 2
 
 
-def test_a_loop_that_fails_stops_the_rest() -> None:
-    called = Called(status=1)
+def test_a_loop_that_fails_in_one_thread_stops_the_others() -> None:
+    failing, other, caller = Called(status=1), Called(), threading.get_ident()
+    stopped = threading.Event()
+
+    class Watched(Table):
+        def stop(self) -> None:
+            super().stop()
+            stopped.set()
+
+    def own() -> list[int]:
+        if threading.get_ident() == caller:
+            stopped.wait(10)
+        return [0]
+
+    fails = Table(failing.loop, [*columns(1), None], np.empty(0), own)
+    rest = Watched(other.loop, [*columns(1000), None], np.empty(0), own)
     with pytest.raises(RuntimeError, match="ended with an error"):
-        work_through([table(called, 1000), table(called, 1000)], 3)
-    assert len(called.rows) <= 3
+        work_through([fails, rest], 2)
+    assert len(failing.rows) == 1
+    assert failing.threads != {caller}
+    assert other.rows == []
+
+
+def test_an_interrupt_gets_in_between_two_batches_of_rows() -> None:
+    called = Called()
+    interrupted = table(called, 1000)
+    drive, most = interrupted._drive, 2 * tables._AT_A_TIME
+
+    def drive_twice(*arguments: int) -> int:
+        if len(called.rows) >= most:
+            raise KeyboardInterrupt
+        return drive(*arguments)
+
+    interrupted._drive = drive_twice  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        work_through([interrupted], 1)
+    assert len(called.rows) == most
 
 
 def test_an_interrupt_stops_the_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +179,32 @@ def test_an_interrupt_while_it_waits_is_raised_once_the_others_are_at_rest(
         work_through([table], 2)
     assert len(ended) == 1
     assert len(called.rows) == 5
+
+
+def test_an_interrupt_as_another_is_seen_to_leaves_no_thread_at_work() -> None:
+    called, caller = Called(), threading.get_ident()
+    entered, stops, ended = threading.Event(), iter(range(2)), threading.Event()
+
+    class Interrupted(Table):
+        def stop(self) -> None:
+            if next(stops, None) is not None:
+                raise KeyboardInterrupt
+            super().stop()
+
+    def own() -> list[int]:
+        if threading.get_ident() == caller:
+            assert entered.wait(60)
+            raise KeyboardInterrupt
+        entered.set()
+        time.sleep(0.2)
+        ended.set()
+        return [0]
+
+    with pytest.raises(KeyboardInterrupt):
+        work_through([Interrupted(called.loop, [*columns(5), None], np.empty(0), own)], 2)
+    assert ended.is_set()
+    assert called.rows == []
+    assert next(stops, None) is None
 
 
 def test_what_the_addresses_lead_to_is_kept() -> None:
