@@ -64,11 +64,12 @@ def _is_seen(mutation: Mutation, copy: Path) -> bool:
 
 
 def _copy(root: Path, folder: Path) -> Path:
-    """Return a fresh copy of the package and its tests below `root`, in a folder of its own."""
+    """Return a fresh copy of the package, its tests and what these read, in a folder of its own."""
     copy = Path(tempfile.mkdtemp(dir=folder))
-    for name in ("noisytune_cli", "tests"):
+    for name in ("noisytune_cli", "tests", "docs"):
         shutil.copytree(root / name, copy / name)
-    shutil.copy(root / "pyproject.toml", copy)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(root / name, copy)
     return copy
 
 
