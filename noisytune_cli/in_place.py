@@ -191,12 +191,12 @@ def _add_on_device(dose: Dose) -> Tensor:
     return counts
 
 
-def _tell_autograd(changing: Sequence[Tensor]) -> None:
+def _tell_autograd(tensors: Sequence[Tensor]) -> None:
     """Count a change that torch will not see; tensors of inference mode count none.
 
     It comes before the change, which an interrupt may end half-way.
     """
-    torch.autograd.graph.increment_version([values for values in changing if not values.is_inference()])
+    torch.autograd.graph.increment_version([values for values in tensors if not values.is_inference()])
 
 
 @contextmanager

@@ -104,7 +104,8 @@ def work_through(tables: Sequence[Table], threads: int) -> None:
                 at_work -= 1
                 change.notify_all()
 
-    # Until it ends without one, since an interrupt can come in anything that is done about another.
+    # An interrupt can come at any moment, also in what is done about the one before it: so stop and wait are
+    # repeated, until all threads are known to be at rest.
     begun = at_rest = False
     while not at_rest:
         try:
