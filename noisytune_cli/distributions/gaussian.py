@@ -15,7 +15,7 @@ these correctly, so every device gives the same bits, which no library's logarit
   series to x¹⁵ and x¹⁶ leave less than 1e-16; the quarter turns then swap and negate.
 
 The coefficients are those of the series. The arithmetic (`minus_two_ln`, `turned`) is in plain operators, so
-that NumPy arrays, Numba scalars and torch tensors go through the same lines; around it, torch has its own way
+that NumPy arrays and torch tensors go through the same lines; around it, torch has its own way
 of taking words apart.
 """
 
@@ -46,7 +46,6 @@ _FRACTION_BITS = np.int64(52)
 _ONE, _TWO, _EIGHTH, _QUARTER_BITS = np.int64(1), np.int64(2), np.int64(1 << 29), np.int64(30)
 _SQRT_12 = 3.4641016151377544
 
-EVEN_BITS = None
 FLOAT64 = True
 
 
@@ -88,7 +87,7 @@ def turned(x: Any, odd: Any, cos_sign: Any, sin_sign: Any) -> Any:
 
 
 def radius(word: Any) -> Any:
-    """Return sqrt(-2 ln u) in float64 for a u32 word, a Numba scalar or a NumPy array."""
+    """Return sqrt(-2 ln u) in float64 for [n] u32 words."""
     u = np.float64((np.float64(word) + 0.5) * 2.0**-32)
     bits = np.float64(u).view(np.int64)
     k = (bits - _SQRT_HALF) >> _FRACTION_BITS
@@ -97,7 +96,7 @@ def radius(word: Any) -> Any:
 
 
 def cos_sin(word: Any) -> Any:
-    """Return (cos 2πu, sin 2πu) in float64 for a u32 word, a Numba scalar or a NumPy array."""
+    """Return (cos 2πu, sin 2πu) in float64 for [n] u32 words."""
     turn = np.int64(word)
     q = (turn + _EIGHTH) >> _QUARTER_BITS
     x = (np.float64(turn - (q << _QUARTER_BITS)) + 0.5) * _RADIANS
@@ -143,16 +142,3 @@ def amplitude(lam: float, std: float) -> np.float32:
 def noise_range(amplitude: float) -> dict[str, float]:
     """Return {noise_std}: the noise has no bounds."""
     return {"noise_std": amplitude}
-
-
-def fill(c: Any, words: Any) -> None:
-    """Write c [n] float32 for words [n] u32, n even (compiled by devices/cpu.py)."""
-    for i in range(words.size // 2):
-        length = radius(words[2 * i])
-        cos, sin = cos_sin(words[2 * i + 1])
-        c[2 * i] = np.float32(length * cos)
-        c[2 * i + 1] = np.float32(length * sin)
-
-
-#: The functions that `fill` calls.
-PARTS = (minus_two_ln, turned, radius, cos_sin)

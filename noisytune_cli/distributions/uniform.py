@@ -6,7 +6,7 @@ The top 24 bits k of a word give c = (2k + 1 - 2^24) · 2^-25: exact in float32,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-EVEN_BITS = 24
+_BITS = 24
 FLOAT64 = False
 
-_ODD = np.int32(2**EVEN_BITS - 1)
-_STEP = np.float32(2.0 ** -(EVEN_BITS + 1))
+_ODD = np.int32(2**_BITS - 1)
+_STEP = np.float32(2.0 ** -(_BITS + 1))
 
 
 def coefficients(words: NDArray[np.uint32]) -> NDArray[np.float32]:
@@ -43,14 +43,3 @@ def amplitude(lam: float, std: float) -> np.float32:
 def noise_range(amplitude: float) -> dict[str, float]:
     """Return the bounds {low, high} of the noise."""
     return {"low": -amplitude / 2, "high": amplitude / 2}
-
-
-def fill(c: Any, words: Any) -> None:
-    """Write c [n] float32 for words [n] u32 (compiled by devices/cpu.py)."""
-    for i in range(words.size):
-        k = np.int32(words[i] >> np.uint32(8))
-        c[i] = np.float32(np.int32(2) * k - _ODD) * _STEP
-
-
-#: The functions that `fill` calls.
-PARTS = ()

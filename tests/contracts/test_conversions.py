@@ -10,6 +10,7 @@ from fractions import Fraction
 import numpy as np
 import oracle
 import pytest
+from levels import LEVELS, cpu_at
 
 from noisytune_cli import devices, stream
 from noisytune_cli.devices import Device
@@ -24,8 +25,12 @@ NARROWING = [
 pairs = pytest.mark.parametrize(("dtype", "out_dtype"), PAIRS, ids=lambda dtype: dtype)
 
 
-@pytest.fixture(scope="module", params=devices.names())
+@pytest.fixture(scope="module", params=[*devices.names(), *(f"cpu at {level}" for level in LEVELS[:-1])])
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    if request.param.startswith("cpu at "):
+        with cpu_at(request.param.removeprefix("cpu at ")) as cpu:
+            yield cpu
+        return
     try:
         yield devices.load(request.param).open_device(request.param)
     except (ImportError, NoisytuneError) as error:

@@ -15,6 +15,7 @@ import pytest
 from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels import LEVELS, cpu_at
 
 from noisytune_cli import devices, distributions, stream
 from noisytune_cli.devices import Device
@@ -35,8 +36,12 @@ AMPLITUDES = st.one_of(
 )
 
 
-@pytest.fixture(scope="module", params=devices.names())
+@pytest.fixture(scope="module", params=[*devices.names(), *(f"cpu at {level}" for level in LEVELS[:-1])])
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    if request.param.startswith("cpu at "):
+        with cpu_at(request.param.removeprefix("cpu at ")) as cpu:
+            yield cpu
+        return
     try:
         yield devices.load(request.param).open_device(request.param)
     except (ImportError, NoisytuneError) as error:

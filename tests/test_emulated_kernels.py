@@ -1,0 +1,74 @@
+"""The kernels for arm64, where an emulator of it is at hand: the reference's bits."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+from levels import cpu_at
+
+from noisytune_cli import distributions
+from noisytune_cli.devices.cpu import library
+
+EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+WORDS = (123, 2**31, 789, 2**32 - 1)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    if EMULATOR is None:
+        pytest.skip("no qemu-aarch64 here")
+    pytest.importorskip("ziglang")
+    from noisytune_cli.devices.cpu.build import FLAGS
+
+    built = tmp_path_factory.mktemp("arm64") / "kernels"
+    source, kernels = Path(__file__).with_name("emulated_kernels.c"), Path(library.__file__).parent
+    chosen = ["-target", "aarch64-linux-musl", "-static", "-DLEVEL=neon", "-DLOWEST", f"-I{kernels}"]
+    command = [sys.executable, "-m", "ziglang", "cc", *FLAGS, *chosen, str(source), "-o", str(built)]
+    subprocess.run(command, check=True, timeout=240)
+    return [EMULATOR, str(built)]
+
+
+def test_arm64_has_the_references_bits(program: list[str]) -> None:
+    rng = np.random.default_rng(0)
+    cases, expected = [], []
+    settings = [(0, 0.003, 5000), (2**34 - 77, 2.0**100, 3001), (3, 2.0**-140, 17), (1, 1.0, 1)]
+    kinds = itertools.product(distributions.names(), library.DTYPES, library.DTYPES, settings)
+    with cpu_at("numpy") as cpu:
+        for distribution, dtype, out_dtype, (first, wanted, n) in kinds:
+            amplitude = float(np.float32(wanted))
+            width = 1.0 if dtype == "F64" else 2.0**-6
+            for stored in (oracle.weights(rng, n, dtype, 0.5, width), oracle.any_finite(rng, n, dtype)):
+                if dtype == "F64":
+                    stored = np.clip(stored, -1e150, 1e150)  # sums of squares that overflow mean nothing
+                which = library.DISTRIBUTIONS.index(distribution)
+                numbers = (which, library.DTYPES.index(dtype), library.DTYPES.index(out_dtype), n)
+                cases.append(struct.pack("<4iQ4If", *numbers, first, *WORDS, amplitude) + stored.tobytes())
+                out = np.empty(n, oracle.STORED[out_dtype][0])
+                tile, room = oracle.tile(stored), oracle.tile(out)
+                counts = cpu.add_noise(
+                    tile,
+                    room,
+                    dtype,
+                    out_dtype,
+                    distribution=distribution,
+                    stream=WORDS,
+                    first=first,
+                    amplitude=amplitude,
+                )
+                expected.append(out.tobytes() + struct.pack("<2q", *counts))
+                sums, found = cpu.moments(tile, dtype), cpu.summarize(tile, dtype)
+                expected.append(struct.pack("<5dq", sums.pivot, *sums.s1, *sums.s2, sums.finite))
+                extremes = found.minimum, found.maximum, found.absolute_sum
+                expected.append(struct.pack("<3d3q", *extremes, found.zeros, found.nans, found.infinities))
+                overflowed = cpu.convert(tile, room, dtype, out_dtype)
+                expected.append(out.tobytes() + struct.pack("<q", overflowed))
+    done = subprocess.run(program, input=b"".join(cases), capture_output=True, check=True, timeout=240)
+    assert done.stdout == b"".join(expected)
