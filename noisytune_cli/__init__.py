@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from noisytune_cli.version import __version__
+
 if TYPE_CHECKING:
     from noisytune_cli.memory import perturb_
     from noisytune_cli.transformers_hook import NoisyTuneCallback, noisy_from_pretrained
-
-__version__ = "0.1.0"
 
 __all__ = ["NoisyTuneCallback", "__version__", "noisy_from_pretrained", "perturb_"]
 

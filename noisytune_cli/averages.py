@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from noisytune_cli import __version__
 from noisytune_cli.line_patterns import LONGEST_LINE, Shapes, average_pattern, text_of
 from noisytune_cli.manifest import MAX_LINES, SCHEMA, lay_out, source_json
 from noisytune_cli.manifest_fields import Fields, ManifestFault, check_digest
@@ -38,6 +37,7 @@ from noisytune_cli.records import (
     TensorSpec,
 )
 from noisytune_cli.strict_json import Document
+from noisytune_cli.version import __version__
 
 OPERATION = "average"
 

@@ -18,8 +18,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from noisytune_cli import __version__, cli_average, cli_inspect, cli_perturb, cli_study, cli_verify
+from noisytune_cli import cli_average, cli_inspect, cli_perturb, cli_study, cli_verify
 from noisytune_cli.errors import NoisytuneError, NoisytuneWarning, UsageError, exhausted
+from noisytune_cli.version import __version__
 
 
 class _Command(TyperCommand):

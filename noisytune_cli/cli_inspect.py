@@ -79,6 +79,7 @@ def inspect(
     from noisytune_cli import show, show_inspect
     from noisytune_cli.commands import inspect as command
     from noisytune_cli.crew import default_threads
+    from noisytune_cli.options import parse_split
 
     result = command.inspect(
         source,
@@ -86,7 +87,7 @@ def inspect(
         include=include or (),
         exclude=exclude or (),
         granularity=granularity.value,
-        splits=split or (),
+        splits=[parse_split(text) for text in split or ()],
         sort=sort,
         headers_only=headers_only,
         buffers_from=buffers_from,

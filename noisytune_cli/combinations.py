@@ -14,21 +14,13 @@ from itertools import product
 
 from noisytune_cli.errors import UsageError
 from noisytune_cli.options import numbers
+from noisytune_cli.records import Combination
 
 #: The most outputs of one run: what it remembers of them grows with their number.
 MOST = 1000
 
 _SEED_RANGE = re.compile(r"([0-9]+)(?:-([0-9]+))?", re.ASCII)
 _LARGEST_SEED = 2**64 - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Combination:
-    """One output: its λ and seed, and where it goes (None where nothing is to be written)."""
-
-    lam: float
-    seed: int
-    out: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from noisytune_cli import tiles
@@ -26,9 +27,27 @@ from noisytune_cli.moments import (
     round_std,
 )
 from noisytune_cli.records import FLOAT_DTYPES, Part, TensorSpec
-from noisytune_cli.report import Statistics
 
 _TILE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What the values of one tensor, or of one of its matrices, say.
+
+    `std` is std32, the very number that perturb scales noise with; the other floats are float64. `l1` and
+    `l2` are vector norms, `zeros` a share of the elements (0 to 1), `nan` and `inf` are counts.
+    """
+
+    mean: float | None = None
+    std: float | None = None
+    min: float | None = None
+    max: float | None = None
+    l1: float | None = None
+    l2: float | None = None
+    zeros: float | None = None
+    nan: int | None = None
+    inf: int | None = None
 
 
 def measure(

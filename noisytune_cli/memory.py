@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from noisytune_cli import __version__, distributions, in_place, in_place_parts, subnormals
+from noisytune_cli import distributions, in_place, in_place_parts, subnormals
 from noisytune_cli.errors import UsageError
 from noisytune_cli.in_place_ahead import SumsAhead
 from noisytune_cli.manifest_place import manifest_of
@@ -48,6 +48,7 @@ from noisytune_cli.records import (
 )
 from noisytune_cli.resident import Names, residents_of
 from noisytune_cli.sharded import Held, share_exact_sums, share_moments
+from noisytune_cli.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

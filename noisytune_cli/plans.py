@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from noisytune_cli.checkpoint import Checkpoint
-from noisytune_cli.combinations import Combination
 from noisytune_cli.confirm import settle_ties
 from noisytune_cli.manifest import check_recordable
 from noisytune_cli.parameters import Told
 from noisytune_cli.plan import check_noise, check_not_empty, convert, make_plan
-from noisytune_cli.records import Conversion, NoiseSpec, Plan
+from noisytune_cli.records import Combination, Conversion, NoiseSpec, Plan
 
 
 def make_plans(

@@ -110,6 +110,15 @@ class Conversion:
 
 
 @dataclass(frozen=True, slots=True)
+class Combination:
+    """One output: its λ and seed, and where it goes (None where nothing is to be written)."""
+
+    lam: float
+    seed: int
+    out: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """What will happen to one tensor, decided from headers alone.
 

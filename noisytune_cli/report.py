@@ -11,25 +11,6 @@ from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
-class Statistics:
-    """What the values of one tensor, or of one of its matrices, say.
-
-    `std` is std32, the very number that perturb scales noise with; the other floats are float64. `l1` and
-    `l2` are vector norms, `zeros` a share of the elements (0 to 1), `nan` and `inf` are counts.
-    """
-
-    mean: float | None = None
-    std: float | None = None
-    min: float | None = None
-    max: float | None = None
-    l1: float | None = None
-    l2: float | None = None
-    zeros: float | None = None
-    nan: int | None = None
-    inf: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class TensorReport:
     """One tensor: what it is, its statistics, and what perturb would do with it and why.
 

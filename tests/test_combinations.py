@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from noisytune_cli.combinations import MOST, Combination, combine
+from noisytune_cli.combinations import MOST, combine
 from noisytune_cli.errors import UsageError
+from noisytune_cli.records import Combination
 
 
 def combined(out: str | None = "o-l{lambda}-s{seed}", **options: Any) -> tuple[Combination, ...]:

@@ -23,7 +23,6 @@ from hub_server import Hub, Repository, serve
 
 from noisytune_cli import hub as hub_module
 from noisytune_cli.checkpoint import open_checkpoint
-from noisytune_cli.combinations import Combination
 from noisytune_cli.commands.average import average
 from noisytune_cli.commands.perturb import Request, perturb, plan_perturb
 from noisytune_cli.commands.replay import replay
@@ -36,7 +35,7 @@ from noisytune_cli.errors import (
     ResourceExhausted,
 )
 from noisytune_cli.hub_errors import mapped_errors
-from noisytune_cli.records import NoiseSpec
+from noisytune_cli.records import Combination, NoiseSpec
 
 COMMIT = Repository({}).commit
 

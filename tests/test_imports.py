@@ -18,7 +18,7 @@ ROOT = Path(noisytune_cli.__file__).parent
 MODULES = sorted(os.fspath(path.relative_to(ROOT)) for path in ROOT.rglob("*.py"))
 
 #: What everything rests on: these import nothing of the package but each other.
-FOUNDATION = {"records", "errors", "escape", "__init__"}
+FOUNDATION = {"records", "errors", "escape", "version", "__init__"}
 
 
 def tree(module: str) -> ast.Module:

@@ -223,7 +223,7 @@ def test_a_whole_tensor_has_the_same_noise_at_either_granularity(tmp_path: Path)
 def test_inspect_reports_each_matrix(tmp_path: Path) -> None:
     tensor = scaled("F32", 8, 24)
     source = folder(tmp_path / "in", {C_ATTN: tensor, "w": numbers("F32", 1, 2, 3, 4, 4)})
-    report = inspect(str(source), granularity="matrix", splits=["w=0:1,2,2"])
+    report = inspect(str(source), granularity="matrix", splits=[("w", "0:1,2,2")])
     _, stds = noised(tensor, C_ATTN, indices((8, 24), columns("q", "k", "v")), MATRIX)
     assert {row.part: row.std for row in report.tensors if row.name == C_ATTN} == stds
     assert [(row.part, row.shape, row.action, row.reason) for row in report.tensors[3:]] == [

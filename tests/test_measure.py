@@ -13,8 +13,7 @@ from checkpoints import Tensor, floats, save, std32, weights
 from noisytune_cli import devices
 from noisytune_cli.errors import Mismatch
 from noisytune_cli.formats.safetensors import open_source
-from noisytune_cli.measure import measure
-from noisytune_cli.report import Statistics
+from noisytune_cli.measure import Statistics, measure
 
 MIB = 1 << 20
 

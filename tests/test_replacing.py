@@ -17,13 +17,12 @@ from typer.testing import CliRunner
 from noisytune_cli import staging
 from noisytune_cli.checkpoint import Checkpoint
 from noisytune_cli.cli import app
-from noisytune_cli.combinations import Combination
 from noisytune_cli.commands.average import average
 from noisytune_cli.commands.perturb import Request, perturb, plan_perturb
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import OutputUnsafe
 from noisytune_cli.output import check_recipe
-from noisytune_cli.records import Conversion, NoiseSpec
+from noisytune_cli.records import Combination, Conversion, NoiseSpec
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

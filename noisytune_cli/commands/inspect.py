@@ -19,14 +19,13 @@ from noisytune_cli.confirm import settle_ties
 from noisytune_cli.crew import Progress
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import escape
-from noisytune_cli.measure import measure
-from noisytune_cli.options import parse_split
+from noisytune_cli.measure import Statistics, measure
 from noisytune_cli.parameters import tell_buffers
 from noisytune_cli.patterns import check_matched, match_names
 from noisytune_cli.plan import check_noise, make_plan
 from noisytune_cli.quantized import refuse_quantized
 from noisytune_cli.records import FLOAT_DTYPES, Granularity, NoiseSpec, Part, Plan, Step
-from noisytune_cli.report import Inspection, Statistics, TensorReport, Totals
+from noisytune_cli.report import Inspection, TensorReport, Totals
 
 SORT_KEYS = tuple(field.name for field in fields(TensorReport) if field.name != "unsure")
 
@@ -38,7 +37,7 @@ def inspect(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     granularity: Granularity = "tensor",
-    splits: Sequence[str] = (),
+    splits: Sequence[tuple[str, str]] = (),
     sort: str | None = None,
     headers_only: bool = False,
     weights: str | None = None,
@@ -55,7 +54,7 @@ def inspect(
     With granularity `matrix` the matrices of a tensor are reported in its place, as known or as `splits`
     (PATTERN=DIM:SIZES) say.
     """
-    noise = NoiseSpec(lam=lam, granularity=granularity, splits=tuple(map(parse_split, splits)))
+    noise = NoiseSpec(lam=lam, granularity=granularity, splits=tuple(splits))
     check_noise(noise)
     _check_sort(sort)
     with open_checkpoint(source, weights=weights, revision=revision, mmap=mmap, quiet=quiet) as checkpoint:

@@ -11,9 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from noisytune_cli import __version__
 from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
-from noisytune_cli.combinations import Combination
 from noisytune_cli.commits import all_staged, commit_all
 from noisytune_cli.companions import companions, left_behind
 from noisytune_cli.crew import Progress, default_threads
@@ -31,6 +29,7 @@ from noisytune_cli.plans import make_plans, settle_plans
 from noisytune_cli.publish import Publication, copy_file, write_file
 from noisytune_cli.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.records import (
+    Combination,
     Conversion,
     FileRecord,
     Manifest,
@@ -41,6 +40,7 @@ from noisytune_cli.records import (
     SourceRecord,
 )
 from noisytune_cli.rewrite import OutputFile, lay_out
+from noisytune_cli.version import __version__
 from noisytune_cli.walk import Walk
 
 

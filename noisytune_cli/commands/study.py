@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from noisytune_cli import __version__
 from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.crew import default_threads
 from noisytune_cli.errors import InputInvalid, unreadable
 from noisytune_cli.study import choice, machine, wording
 from noisytune_cli.study.settings import Material, Recipe, record
 from noisytune_cli.study.tasks import read_data
+from noisytune_cli.version import __version__
 
 if TYPE_CHECKING:
     from noisytune_cli.study.design import Run
