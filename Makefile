@@ -28,7 +28,7 @@ lint: $(TESTING)
 check: lint test
 
 # Where a source tree looks for the CPU's kernels: for who changes kernels.c. An install does it by itself.
-KERNELS := noisytune_cli/devices/cpu
+KERNELS := noisytune_cli/noise/devices/cpu
 kernels: $(TESTING)
 	$(BIN)/python -P $(KERNELS)/build.py
 

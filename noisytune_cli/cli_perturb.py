@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from noisytune_cli import distributions
 from noisytune_cli.cli_options import (
     AsJson,
     BuffersFrom,
@@ -26,6 +25,7 @@ from noisytune_cli.cli_options import (
     Weights,
 )
 from noisytune_cli.errors import UsageError
+from noisytune_cli.noise import distributions
 
 #: The choices are the file names in `distributions/`.
 _Noise = StrEnum("_Noise", {name: name for name in distributions.names()})  # type: ignore[misc]

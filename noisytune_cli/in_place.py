@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from noisytune_cli import in_place_tables, torch_kernels
+from noisytune_cli import in_place_tables
 from noisytune_cli.crew import default_threads
-from noisytune_cli.device_results import Queued, fetch, send
-from noisytune_cli.devices import cuda
-from noisytune_cli.devices.cpu import Cpu
 from noisytune_cli.errors import ResourceExhausted
-from noisytune_cli.moments import Moments, new_exact_sums
+from noisytune_cli.noise.devices import cuda
+from noisytune_cli.noise.devices.cpu import Cpu
+from noisytune_cli.noise.devices.torch import operations as torch_kernels
+from noisytune_cli.noise.devices.torch.results import Queued, fetch, send
+from noisytune_cli.noise.std import Moments, new_exact_sums
+from noisytune_cli.noise.stream import StreamWords
 from noisytune_cli.sharded import Held
-from noisytune_cli.stream import StreamWords
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,7 +127,7 @@ def is_exact(device: torch.device) -> bool:
 
 @functools.cache
 def _is_exact_device(name: str) -> bool:
-    from noisytune_cli.devices import torch as torch_device
+    from noisytune_cli.noise.devices import torch as torch_device
 
     return bool(re.fullmatch(r"cuda(:\d+)?", name)) and torch_device.is_exact(
         torch_device.Torch(torch.device(name))
@@ -143,7 +144,7 @@ def _queue_sums(parts: Sequence[Held], indices: Sequence[int]) -> Iterator[Queue
         else:
             yield [i], torch_kernels.sums([flat(values)])
     for group in fused.values():
-        from noisytune_cli import triton_sums
+        from noisytune_cli.noise.devices.cuda import sums as triton_sums
 
         yield group, triton_sums.sums([parts[i].values for i in group])
 
@@ -158,8 +159,8 @@ def _queue_noise(doses: Sequence[Dose], indices: Sequence[int]) -> Iterator[Queu
         else:
             yield [i], _add_on_device(doses[i]).view(1, -1)
     for (_, distribution), group in fused.items():
-        from noisytune_cli import triton_noise
-        from noisytune_cli.triton_tables import Row
+        from noisytune_cli.noise.devices.cuda import add as triton_noise
+        from noisytune_cli.noise.devices.cuda.launch import Row
 
         rows = [
             Row(d.held.values, d.stream, d.held.runs[0].first, d.amplitude) for d in (doses[i] for i in group)

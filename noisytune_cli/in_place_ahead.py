@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from noisytune_cli import torch_kernels
-from noisytune_cli.device_results import send_to_host
-from noisytune_cli.devices import cuda
 from noisytune_cli.in_place import enough_memory, is_exact, lies_flat
-from noisytune_cli.moments import Moments
+from noisytune_cli.noise.devices import cuda
+from noisytune_cli.noise.devices.torch import operations as torch_kernels
+from noisytune_cli.noise.devices.torch.results import send_to_host
+from noisytune_cli.noise.std import Moments
 from noisytune_cli.overlaps import has_memory
 from noisytune_cli.sharded import PLAIN
 
@@ -47,7 +47,7 @@ class SumsAhead:
             self._begin(batch)
 
     def _begin(self, batch: list[Tensor]) -> None:
-        from noisytune_cli import triton_sums
+        from noisytune_cli.noise.devices.cuda import sums as triton_sums
 
         with torch.no_grad(), enough_memory():
             self._sent.append((batch, send_to_host(triton_sums.sums(batch))))

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-from noisytune_cli import in_place, tiles, torch_kernels
+from noisytune_cli import in_place, tiles
 from noisytune_cli.crew import Crew, Hands, Pass, default_threads
-from noisytune_cli.devices.cpu import Cpu
+from noisytune_cli.noise.devices.cpu import Cpu
+from noisytune_cli.noise.devices.torch import operations as torch_kernels
+from noisytune_cli.noise.stream import StreamWords
 from noisytune_cli.records import Part
 from noisytune_cli.sharded import Held, Run
-from noisytune_cli.stream import StreamWords
 
 _CPU = Cpu()
 

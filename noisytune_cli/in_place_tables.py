@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from noisytune_cli import torch_kernels
-from noisytune_cli.devices.cpu import Cpu
-from noisytune_cli.devices.cpu.rows import work_through
-from noisytune_cli.moments import Moments
+from noisytune_cli.noise.devices.cpu import Cpu
+from noisytune_cli.noise.devices.cpu.rows import work_through
+from noisytune_cli.noise.devices.torch import operations as torch_kernels
+from noisytune_cli.noise.std import Moments
 from noisytune_cli.records import FLOAT_DTYPES
 from noisytune_cli.sharded import Held, Run
 

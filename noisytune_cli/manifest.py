@@ -13,8 +13,9 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from noisytune_cli import distributions
 from noisytune_cli.errors import InputInvalid
+from noisytune_cli.noise import distributions
+from noisytune_cli.noise.stream import STREAM
 from noisytune_cli.records import (
     FileRecord,
     Manifest,
@@ -25,7 +26,6 @@ from noisytune_cli.records import (
     Receipt,
     SourceRecord,
 )
-from noisytune_cli.stream import STREAM
 
 #: The version of the manifest's layout.
 SCHEMA = 1

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from noisytune_cli import distributions
 from noisytune_cli.copy_reasons import PART_REASONS, REASONS, misfit
 from noisytune_cli.line_patterns import LONGEST_LINE, Shapes, part_pattern, tensor_pattern, text_of
 from noisytune_cli.manifest_fields import ManifestFault, is_float32
 from noisytune_cli.manifest_parts import check_runs, joined
+from noisytune_cli.noise import distributions
 from noisytune_cli.plan import out_dtype_of
 from noisytune_cli.records import (
     FLOAT_DTYPES,

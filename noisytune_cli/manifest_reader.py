@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from noisytune_cli import distributions
 from noisytune_cli.errors import InputInvalid, Mismatch
 from noisytune_cli.layout import MANIFEST
 from noisytune_cli.manifest import MAX_BYTES, MAX_LINES, SCHEMA, encode
 from noisytune_cli.manifest_fields import Fields, ManifestFault, check_string
 from noisytune_cli.manifest_tensors import read_tensors
+from noisytune_cli.noise import distributions
+from noisytune_cli.noise.stream import STREAM
 from noisytune_cli.reading import read_small
 from noisytune_cli.records import (
     FLOAT_DTYPES,
@@ -31,7 +32,6 @@ from noisytune_cli.records import (
     OutputRecord,
     SourceRecord,
 )
-from noisytune_cli.stream import STREAM
 from noisytune_cli.strict_json import Document, JsonFault
 
 #: The longest list in a manifest.

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from noisytune_cli import distributions
 from noisytune_cli.copy_reasons import PART_REASONS, REASONS, misfit
 from noisytune_cli.formats._header import ALL_DTYPES, HeaderFault, stored_bytes
 from noisytune_cli.manifest import MAX_LINES
 from noisytune_cli.manifest_fields import Fields, ManifestFault
 from noisytune_cli.manifest_lines import Lines
 from noisytune_cli.manifest_parts import check_runs, joined
+from noisytune_cli.noise import distributions
 from noisytune_cli.plan import out_dtype_of
 from noisytune_cli.records import (
     FLOAT_DTYPES,

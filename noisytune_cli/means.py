@@ -19,8 +19,8 @@ from blake3 import blake3
 
 from noisytune_cli.averages import AveragedTensor
 from noisytune_cli.crew import Crew, Hands
-from noisytune_cli.devices import Device
 from noisytune_cli.formats import Sink, Source
+from noisytune_cli.noise.devices import Device
 from noisytune_cli.records import FLOAT_DTYPES, TensorSpec
 
 _TILE_BYTES = 1 << 20

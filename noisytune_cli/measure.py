@@ -14,9 +14,9 @@ from types import MappingProxyType
 
 from noisytune_cli import tiles
 from noisytune_cli.crew import Crew, Hands, Pass
-from noisytune_cli.devices import Device, Summary
 from noisytune_cli.formats import Source
-from noisytune_cli.moments import (
+from noisytune_cli.noise.devices import Device, Summary
+from noisytune_cli.noise.std import (
     Moments,
     exact_mean,
     exact_norm,

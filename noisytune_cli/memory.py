@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from noisytune_cli import distributions, in_place, in_place_parts, subnormals
+from noisytune_cli import in_place, in_place_parts, subnormals
 from noisytune_cli.errors import UsageError
 from noisytune_cli.in_place_ahead import SumsAhead
 from noisytune_cli.manifest_place import manifest_of
@@ -35,7 +35,8 @@ from noisytune_cli.memory_plan import (
     plan_parameters,
     recorded_parameters,
 )
-from noisytune_cli.moments import Moments, exact_std, exactly_equal, std_and_equality
+from noisytune_cli.noise import distributions
+from noisytune_cli.noise.std import Moments, exact_std, exactly_equal, std_and_equality
 from noisytune_cli.plan import check_outcomes
 from noisytune_cli.records import (
     Action,

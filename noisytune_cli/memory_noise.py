@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from noisytune_cli import distributions, in_place, in_place_parts
+from noisytune_cli import in_place, in_place_parts
 from noisytune_cli.in_place_ahead import FIRST_BATCH, SumsAhead
 from noisytune_cli.memory_plan import Matrix, Parameter
+from noisytune_cli.noise import distributions
 from noisytune_cli.part import summed
 from noisytune_cli.records import NoiseSpec, PartReceipt, Receipt, Step
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from noisytune_cli.errors import InputInvalid, Mismatch
+from noisytune_cli.noise.stream import StreamWords, stream_words
 from noisytune_cli.patterns import check_matched, match_names
 from noisytune_cli.plan import check_not_empty, confirm_ties, make_plan
 from noisytune_cli.quantized import refuse_quantized
@@ -22,7 +23,6 @@ from noisytune_cli.records import (
     Tie,
 )
 from noisytune_cli.resident import Resident, first_bytes, same_bytes
-from noisytune_cli.stream import StreamWords, stream_words
 from noisytune_cli.ties import split_tie
 
 #: What to say to those whose options leave nothing to perturb.

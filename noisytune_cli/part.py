@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from noisytune_cli import distributions
-from noisytune_cli.moments import Moments, exact_std, exactly_equal, std_and_equality
+from noisytune_cli.noise import distributions
+from noisytune_cli.noise.std import Moments, exact_std, exactly_equal, std_and_equality
 from noisytune_cli.records import NoiseSpec, Part, PartReceipt, Reason, Receipt, Step
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.moments import Moments
+from noisytune_cli.noise.std import Moments
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

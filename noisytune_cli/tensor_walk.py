@@ -17,10 +17,10 @@ from noisytune_cli.crew import Hands, Pass
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.formats import Sink, Source
 from noisytune_cli.matrices import EXACT_AT_ONCE, Counts, Matrices, Outcomes
-from noisytune_cli.moments import new_exact_sums
+from noisytune_cli.noise.std import new_exact_sums
+from noisytune_cli.noise.stream import LARGEST
 from noisytune_cli.part import Spread
 from noisytune_cli.records import FLOAT_DTYPES, Receipt, Step, TensorSpec
-from noisytune_cli.stream import LARGEST
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from noisytune_cli import stream as reference
-from noisytune_cli.devices import Device
+from noisytune_cli.noise import stream as reference
+from noisytune_cli.noise.devices import Device
 from noisytune_cli.records import FLOAT_DTYPES, Part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from noisytune_cli.stream import StreamWords
+    from noisytune_cli.noise.stream import StreamWords
 
 #: How the reference handles each dtype's stored values.
 _STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}

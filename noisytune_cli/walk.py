@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from noisytune_cli.crew import Crew, Hands, Task
-from noisytune_cli.devices import Device
 from noisytune_cli.formats import Sink, Source
-from noisytune_cli.moments import exact_std, new_exact_sums, round_std
+from noisytune_cli.noise.devices import Device
+from noisytune_cli.noise.std import exact_std, new_exact_sums, round_std
 from noisytune_cli.part import Spread
 from noisytune_cli.records import Plan, Receipt, Step, TensorSpec
 from noisytune_cli.tensor_walk import TensorWalk

@@ -1,6 +1,6 @@
 """Checkpoints for tests: built from arrays, read back into bytes, and noised by the reference.
 
-Shares nothing with the product but `stream.py`, the NumPy reference: files are written and taken apart here
+Shares nothing with the product but `noise/stream.py`, the NumPy reference: files are written and taken apart here
 with `json` and `struct`, the standard deviation is that of exact rational arithmetic (`oracle.py`).
 """
 
@@ -18,7 +18,7 @@ import oracle
 from malformed import frame
 from numpy.typing import NDArray
 
-from noisytune_cli import distributions, stream
+from noisytune_cli.noise import distributions, stream
 from noisytune_cli.records import NoiseSpec
 
 #: dtype -> the NumPy dtype its stored values are handled in.

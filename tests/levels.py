@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from noisytune_cli.devices.cpu import Cpu, library, reference
+from noisytune_cli.noise.devices.cpu import Cpu, library, reference
 
 
 def compiled() -> ctypes.CDLL:

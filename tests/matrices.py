@@ -15,7 +15,7 @@ import oracle
 from checkpoints import Tensor, floats
 from numpy.typing import NDArray
 
-from noisytune_cli import distributions, stream
+from noisytune_cli.noise import distributions, stream
 from noisytune_cli.records import NoiseSpec
 
 Indices = NDArray[np.int64]

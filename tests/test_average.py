@@ -26,8 +26,8 @@ from noisytune_cli.commands import average as command
 from noisytune_cli.commands.average import average
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
-from noisytune_cli.devices.cpu import Cpu
 from noisytune_cli.errors import InputInvalid, OutputUnsafe, ResourceExhausted, UsageError
+from noisytune_cli.noise.devices.cpu import Cpu
 
 SCHEMA = json.loads(files("noisytune_cli").joinpath("average.schema.json").read_text())
 

@@ -14,11 +14,11 @@ from checkpoints import FLOATS, STORED, Tensor, numbers, save, save_sharded, spl
 from runs import run
 from typer.testing import CliRunner
 
-from noisytune_cli import distributions, stream
 from noisytune_cli.cli import app
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid
+from noisytune_cli.noise import distributions, stream
 from noisytune_cli.records import Conversion, NoiseSpec
 from noisytune_cli.walk import Walk
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from test_convert import tree
 from typer.testing import CliRunner
 
-from noisytune_cli import stream
 from noisytune_cli.cli import app
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.noise import stream
 from noisytune_cli.records import Conversion, NoiseSpec
 from noisytune_cli.walk import Walk
 

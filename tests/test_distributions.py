@@ -12,9 +12,9 @@ import numpy as np
 import oracle
 import pytest
 
-from noisytune_cli import stream
-from noisytune_cli.devices.cpu import open_device
-from noisytune_cli.distributions import gaussian, uniform
+from noisytune_cli.noise import stream
+from noisytune_cli.noise.devices.cpu import open_device
+from noisytune_cli.noise.distributions import gaussian, uniform
 
 DATA = Path(os.environ.get("NOISYTUNE_DATA") or Path(__file__).parents[2] / "shared" / "data") / "checkpoints"
 CPU = open_device("cpu")

@@ -14,8 +14,8 @@ import oracle
 import pytest
 from levels import cpu_at
 
-from noisytune_cli import distributions
-from noisytune_cli.devices.cpu import library
+from noisytune_cli.noise import distributions
+from noisytune_cli.noise.devices.cpu import library
 
 EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 WORDS = (123, 2**31, 789, 2**32 - 1)
@@ -26,7 +26,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     if EMULATOR is None:
         pytest.skip("no qemu-aarch64 here")
     pytest.importorskip("ziglang")
-    from noisytune_cli.devices.cpu.build import FLAGS
+    from noisytune_cli.noise.devices.cpu.build import FLAGS
 
     built = tmp_path_factory.mktemp("arm64") / "kernels"
     source, kernels = Path(__file__).with_name("emulated_kernels.c"), Path(library.__file__).parent

@@ -99,7 +99,7 @@ def reached() -> set[str]:
         "show_perturb.py",
         "show_inspect.py",
         "walk.py",
-        "devices/cpu/__init__.py",
+        "noise/devices/cpu/__init__.py",
         "formats/safetensors.py",
     }
     commands = {module for module in MODULES if module.startswith("commands/")}

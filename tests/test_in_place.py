@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from noisytune_cli import devices, stream
+from noisytune_cli.noise import devices, stream
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "gaussian"])

@@ -11,15 +11,16 @@ import torch
 
 import noisytune_cli
 from noisytune_cli import in_place, memory
-from noisytune_cli.devices import cuda
 from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.noise.devices import cuda
 
 pytest.importorskip("triton")
 
 from triton_tiles import resize
 
-from noisytune_cli import triton_noise, triton_sums
-from noisytune_cli.triton_tables import INTERPRETED
+from noisytune_cli.noise.devices.cuda import add as triton_noise
+from noisytune_cli.noise.devices.cuda import sums as triton_sums
+from noisytune_cli.noise.devices.cuda.launch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter stands in for a GPU here")
 

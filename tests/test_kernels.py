@@ -16,10 +16,10 @@ import pytest
 from checkpoints import save, weights
 from levels import LEVELS, compiled, cpu_at
 
-from noisytune_cli import distributions, stream
-from noisytune_cli.devices.cpu import Cpu, library, reference
 from noisytune_cli.errors import NoisytuneWarning, UsageError
-from noisytune_cli.moments import new_exact_sums
+from noisytune_cli.noise import distributions, stream
+from noisytune_cli.noise.devices.cpu import Cpu, library, reference
+from noisytune_cli.noise.std import new_exact_sums
 
 SEED, NAME = 2**63 + 7, "w"
 DTYPES = library.DTYPES

@@ -12,8 +12,8 @@ import pytest
 from checkpoints import Tensor, numbers, save, weights
 
 from noisytune_cli import walk as walk_module
-from noisytune_cli.devices import open_device
 from noisytune_cli.formats import open_source
+from noisytune_cli.noise.devices import open_device
 from noisytune_cli.plan import make_plan
 from noisytune_cli.records import NoiseSpec, Receipt, TensorSpec
 from noisytune_cli.walk import Variant, Walk, work_bytes

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from checkpoints import Tensor, floats, save, std32, weights
 
-from noisytune_cli import devices
 from noisytune_cli.errors import Mismatch
 from noisytune_cli.formats.safetensors import open_source
 from noisytune_cli.measure import Statistics, measure
+from noisytune_cli.noise import devices
 
 MIB = 1 << 20
 

@@ -19,8 +19,8 @@ import torch
 import noisytune_cli
 from noisytune_cli import in_place, in_place_tables, memory, tiles
 from noisytune_cli.commands.perturb import Request, perturb
-from noisytune_cli.devices import cuda
 from noisytune_cli.errors import InputUnreadable, Mismatch, UsageError
+from noisytune_cli.noise.devices import cuda
 from noisytune_cli.records import Manifest, NoiseSpec
 
 DTYPES = ["float32", "bfloat16", "float16", "float64"]

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from noisytune_cli.devices.cpu import open_device
-from noisytune_cli.moments import (
+from noisytune_cli.noise.devices.cpu import open_device
+from noisytune_cli.noise.std import (
     Moments,
     exact_mean,
     exact_std,

@@ -88,7 +88,7 @@ def slow_source(tmp_path: Path) -> Path:
 #: Runs the command line with tiles that take their time, and says when it is in the middle.
 _SLOWLY = """
 import os, time
-from noisytune_cli.devices import cpu
+from noisytune_cli.noise.devices import cpu
 noise = cpu.Cpu.add_noise
 def slow(*a, **k):
     os.write(1, b"noise\\n")

@@ -60,7 +60,7 @@ def test_a_file_comes_back_from_a_renamed_base(tmp_path: Path) -> None:
 def test_nothing_is_measured(
     pristine: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("noisytune_cli.devices.cpu.Cpu.moments", pytest.fail)
+    monkeypatch.setattr("noisytune_cli.noise.devices.cpu.Cpu.moments", pytest.fail)
     replay(str(pristine[1] / "noisytune.json"), str(tmp_path / "out"), base=str(pristine[0]))
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from noisytune_cli.devices.cpu import rows
-from noisytune_cli.devices.cpu.rows import Rows, work_through
+from noisytune_cli.noise.devices.cpu import rows
+from noisytune_cli.noise.devices.cpu.rows import Rows, work_through
 
 
 class Called:

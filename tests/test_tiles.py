@@ -6,8 +6,9 @@ import numpy as np
 import oracle
 import pytest
 
-from noisytune_cli import stream, tiles
-from noisytune_cli.devices import open_device
+from noisytune_cli import tiles
+from noisytune_cli.noise import stream
+from noisytune_cli.noise.devices import open_device
 from noisytune_cli.records import Part
 from noisytune_cli.runs import cover_exactly, cut, stack
 

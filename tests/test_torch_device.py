@@ -16,10 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from noisytune_cli import devices, moments, stream, torch_kernels
-from noisytune_cli.devices import cpu
-from noisytune_cli.devices import torch as torch_device
 from noisytune_cli.errors import ResourceExhausted, UsageError
+from noisytune_cli.noise import devices, stream
+from noisytune_cli.noise import std as moments
+from noisytune_cli.noise.devices import cpu
+from noisytune_cli.noise.devices import torch as torch_device
+from noisytune_cli.noise.devices.torch import operations as torch_kernels
 
 NUMPY = {"F32": np.float32, "F64": np.float64, "F16": np.float16, "BF16": np.uint16}
 CPU = cpu.open_device("cpu")
@@ -291,7 +293,7 @@ def test_a_device_out_of_memory_says_so(monkeypatch):
 
 def test_neither_the_devices_nor_the_cpu_import_torch():
     program = (
-        "import sys; from noisytune_cli import devices, distributions; devices.open_device('cpu');"
+        "import sys; from noisytune_cli.noise import devices; from noisytune_cli.noise import distributions; devices.open_device('cpu');"
         "devices.names(); [distributions.load(n) for n in distributions.names()];"
         "sys.exit('torch' in sys.modules)"
     )

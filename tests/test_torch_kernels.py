@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from noisytune_cli import moments, stream, torch_kernels
+from noisytune_cli.noise import std as moments
+from noisytune_cli.noise import stream
+from noisytune_cli.noise.devices.torch import operations as torch_kernels
 
 
 def test_bfloat16_rounds_every_tie_to_even():

@@ -15,8 +15,11 @@ _COMPILE = """
 import re, sys
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
-from noisytune_cli import triton_noise, triton_pairs, triton_sums, triton_tables
-from noisytune_cli.triton_tables import OPTIONS
+from noisytune_cli.noise.devices.cuda import add as triton_noise
+from noisytune_cli.noise.devices.cuda import add_pairs as triton_pairs
+from noisytune_cli.noise.devices.cuda import sums as triton_sums
+from noisytune_cli.noise.devices.cuda import launch as triton_tables
+from noisytune_cli.noise.devices.cuda.launch import OPTIONS
 
 def ptx(kernel, pointers, **constants):
     names = {name: f"*{kind}" for name, kind in pointers.items()}

@@ -17,16 +17,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import noisytune_cli
-from noisytune_cli import in_place, moments, stream, torch_kernels
-from noisytune_cli.devices import cuda
-from noisytune_cli.devices.torch import NUMPY
+from noisytune_cli import in_place
+from noisytune_cli.noise import std as moments
+from noisytune_cli.noise import stream
+from noisytune_cli.noise.devices import cuda
+from noisytune_cli.noise.devices.torch import NUMPY
+from noisytune_cli.noise.devices.torch import operations as torch_kernels
 
 pytest.importorskip("triton")
 
 from triton_tiles import resize
 
-from noisytune_cli import triton_noise, triton_sums
-from noisytune_cli.triton_tables import INTERPRETED, LANES, STEPS, Row
+from noisytune_cli.noise.devices.cuda import add as triton_noise
+from noisytune_cli.noise.devices.cuda import sums as triton_sums
+from noisytune_cli.noise.devices.cuda.launch import INTERPRETED, LANES, STEPS, Row
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = sorted(NUMPY)

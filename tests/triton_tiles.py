@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from noisytune_cli import triton_noise, triton_pairs, triton_sums, triton_tables
-from noisytune_cli.triton_tables import LANES
+from noisytune_cli.noise.devices.cuda import add as triton_noise
+from noisytune_cli.noise.devices.cuda import add_pairs as triton_pairs
+from noisytune_cli.noise.devices.cuda import launch as triton_tables
+from noisytune_cli.noise.devices.cuda import sums as triton_sums
+from noisytune_cli.noise.devices.cuda.launch import LANES
 
 
 def resize(patch: pytest.MonkeyPatch, steps: int) -> None:

@@ -13,13 +13,13 @@ from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from noisytune_cli import devices, distributions
 from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.confirm import settle_ties
 from noisytune_cli.crew import Progress
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import escape
 from noisytune_cli.measure import Statistics, measure
+from noisytune_cli.noise import devices, distributions
 from noisytune_cli.parameters import tell_buffers
 from noisytune_cli.patterns import check_matched, match_names
 from noisytune_cli.plan import check_noise, make_plan

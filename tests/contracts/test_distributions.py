@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from noisytune_cli import distributions
+from noisytune_cli.noise import distributions
 
 NAMES = distributions.names()
 

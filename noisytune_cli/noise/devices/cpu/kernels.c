@@ -230,7 +230,7 @@ INLINE f64x8 from_unsigned(u64x8 x) { return (f64x8)(x | 0x4330000000000000) - 0
 INLINE f64x8 from_signed(i64x8 x) { return (f64x8)(x + 0x4338000000000000) - 0x1.8p52; }
 
 /* -2 ln(u), u = (word + 1/2) · 2^-32 = m · 2^k, m in [sqrt(1/2), sqrt(2)), under the root. The formulas and
-   where they are from: `distributions/gaussian.py`, whose order of operations this is. */
+   where they are from: `noise/distributions/gaussian.py`, whose order of operations this is. */
 INLINE f64x8 radius(u64x8 word) {
     const uint64_t sqrt_half = 0x3FE6A09E667F3BCC;
     f64x8 u = (from_unsigned(word) + 0.5) * 0x1p-32;
@@ -468,7 +468,7 @@ int64_t EXPORT(convert)(int dtype, int out, const char *x, char *y, int64_t n) {
 /* ---- Sums ------------------------------------------------------------------------------------------------ */
 
 /* Values are added up in float64 in runs of RUN, value i of a run into lane i mod 16, and the lanes as `folded`
-   has them; the sums of runs are added with compensation. `moments.py` states the bound on the error. */
+   has them; the sums of runs are added with compensation. `noise/std.py` states the bound on the error. */
 enum { RUN = 1024 };
 
 struct lanes {
@@ -548,7 +548,7 @@ INLINE void measure(enum dtype dtype, struct moments_row *row) {
     }
 }
 
-/* Sums over the mantissas, by exponent: a value is ±(h · 2^27 + l) · 2^(bin - 1075); see `moments.py`. */
+/* Sums over the mantissas, by exponent: a value is ±(h · 2^27 + l) · 2^(bin - 1075); see `noise/std.py`. */
 INLINE void add_exactly(enum dtype dtype, const char *x, int64_t n, int64_t (*bins)[8]) {
     const int64_t low_mask = (1 << 27) - 1;
     for (int64_t i = 0; i < n; i += 16) {

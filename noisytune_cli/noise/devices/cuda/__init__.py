@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from noisytune_cli import stream, torch_kernels
-from noisytune_cli.devices import Device
-from noisytune_cli.devices.cpu import Cpu
-from noisytune_cli.devices.torch import NUMPY, Torch, open_torch
-from noisytune_cli.moments import round_std
+from noisytune_cli.noise import stream
+from noisytune_cli.noise.devices import Device
+from noisytune_cli.noise.devices.cpu import Cpu
+from noisytune_cli.noise.devices.torch import NUMPY, Torch, open_torch
+from noisytune_cli.noise.devices.torch import operations as torch_kernels
+from noisytune_cli.noise.std import round_std
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from noisytune_cli.moments import Moments
-    from noisytune_cli.stream import StreamWords
+    from noisytune_cli.noise.std import Moments
+    from noisytune_cli.noise.stream import StreamWords
 
 
 class Cuda(Torch):
@@ -35,7 +36,7 @@ class Cuda(Torch):
     def _moments(self, values: Tensor) -> Moments:
         if not values.numel() or not sums_exactly(self.device, values.dtype):
             return super()._moments(values)
-        from noisytune_cli import triton_sums
+        from noisytune_cli.noise.devices.cuda import sums as triton_sums
 
         return torch_kernels.moments_of(triton_sums.sums([values])[0].tolist(), values)
 
@@ -54,8 +55,8 @@ class Cuda(Torch):
             return super()._add_noise(
                 values, out, distribution=distribution, stream=stream, first=first, amplitude=amplitude
             )
-        from noisytune_cli import triton_noise
-        from noisytune_cli.triton_tables import Row
+        from noisytune_cli.noise.devices.cuda import add as triton_noise
+        from noisytune_cli.noise.devices.cuda.launch import Row
 
         return triton_noise.add_noise([Row(values, stream, first, amplitude)], distribution)[0]
 
@@ -70,8 +71,8 @@ def adds_exactly(device: torch.device, dtype: torch.dtype, distribution: str) ->
     """Say whether the fused kernel can add noise of a distribution, with the bits of the reference."""
     if not _can_run(device):
         return False
-    from noisytune_cli import triton_noise
-    from noisytune_cli.triton_tables import Row
+    from noisytune_cli.noise.devices.cuda import add as triton_noise
+    from noisytune_cli.noise.devices.cuda.launch import Row
 
     if not triton_noise.offers(distribution):
         return False
@@ -102,7 +103,7 @@ def sums_exactly(device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether the fused kernels give moments from which the std is what the CPU makes of the values."""
     if not _can_run(device):
         return False
-    from noisytune_cli import triton_sums
+    from noisytune_cli.noise.devices.cuda import sums as triton_sums
 
     values = _samples(dtype, 1.0)
     wild = values.clone()
@@ -132,14 +133,14 @@ def _can_run(device: torch.device) -> bool:
     """Say whether Triton is here and works on a kind of device."""
     if importlib.util.find_spec("triton") is None:
         return False
-    from noisytune_cli.triton_tables import INTERPRETED
+    from noisytune_cli.noise.devices.cuda.launch import INTERPRETED
 
     return device.type == ("cpu" if INTERPRETED else "cuda")
 
 
 def _samples(dtype: torch.dtype, scale: float) -> Tensor:
     """Return values for more than two tiles in host memory."""
-    from noisytune_cli.triton_tables import TILE
+    from noisytune_cli.noise.devices.cuda.launch import TILE
 
     return (
         torch.linspace(-2.0, 2.0, 2 * TILE.value + 5, dtype=torch.float64, device="cpu").mul_(scale).to(dtype)

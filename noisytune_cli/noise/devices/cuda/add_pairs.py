@@ -1,7 +1,7 @@
 """Uniform noise for BF16 and F16 values in Triton, two at a time, in the 32-bit words that hold them.
 
 This is the way of whole tiles, where the number of instructions decides: while an H200 reads and writes two
-bytes, it can issue some 27. Its bits are those of the way for all tiles (`triton_noise.py`), to which it
+bytes, it can issue some 27. Its bits are those of the way for all tiles (`noise/devices/cuda/add.py`), to which it
 leaves sums that overflow.
 
 A uniform c is k - (2^24 - 1) / 2, k the top 24 bits of a word, times 2^-24. That difference is exact in
@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from noisytune_cli.triton_philox import words
-from noisytune_cli.triton_tables import INTERPRETED, LANES, STEPS, round_bits, upcast
+from noisytune_cli.noise.devices.cuda.launch import INTERPRETED, LANES, STEPS, round_bits, upcast
+from noisytune_cli.noise.devices.cuda.philox import words
 
 #: How many steps of a tile to unroll, which share what a step costs beside its values.
 _UNROLL = tl.constexpr(2)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from noisytune_cli import stream
-from noisytune_cli.moments import BLOCK
+from noisytune_cli.noise import stream
+from noisytune_cli.noise.std import BLOCK
 from noisytune_cli.records import FLOAT_DTYPES
 
 if TYPE_CHECKING:

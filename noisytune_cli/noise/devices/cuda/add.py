@@ -2,8 +2,8 @@
 
 Values are read once and written once; words and coefficients never leave the registers. The bits are the
 reference's: floating-point fusion is off, sums are rounded to BF16 on their integer bits (in
-`triton_pairs.py`, by the GPU's own instruction), and Gaussian coefficients come from the very functions of
-`distributions/gaussian.py`, whose float64 `+ - * / sqrt` CUDA rounds as IEEE 754 says. A distribution without
+`noise/devices/cuda/add_pairs.py`, by the GPU's own instruction), and Gaussian coefficients come from the very functions of
+`noise/distributions/gaussian.py`, whose float64 `+ - * / sqrt` CUDA rounds as IEEE 754 says. A distribution without
 a function in `_DRAWS` is left to `torch_kernels`.
 """
 
@@ -20,10 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from noisytune_cli.distributions import gaussian
-from noisytune_cli.triton_pairs import SMALLEST_AMPLITUDE, STEP, add_to_pairs, capability, centred
-from noisytune_cli.triton_philox import words
-from noisytune_cli.triton_tables import (
+from noisytune_cli.noise.devices.cuda.add_pairs import (
+    SMALLEST_AMPLITUDE,
+    STEP,
+    add_to_pairs,
+    capability,
+    centred,
+)
+from noisytune_cli.noise.devices.cuda.launch import (
     AMPLITUDE,
     COUNTER,
     END,
@@ -44,6 +48,8 @@ from noisytune_cli.triton_tables import (
     values_of,
     word,
 )
+from noisytune_cli.noise.devices.cuda.philox import words
+from noisytune_cli.noise.distributions import gaussian
 
 _SQRT_HALF, _RADIANS = tl.constexpr(int(gaussian._SQRT_HALF)), tl.constexpr(gaussian._RADIANS)
 _WORD_STEP = tl.constexpr(2.0**-32)
@@ -89,7 +95,7 @@ def _gaussian(w0, w1, w2, w3):
     return c0, c1, c2, c3
 
 
-#: The function of each distribution, steps of a tile to unroll, and whether `triton_pairs.py` does it.
+#: The function of each distribution, steps of a tile to unroll, and whether `noise/devices/cuda/add_pairs.py` does it.
 #: For Gaussian noise float64 sets the pace: there several loads under way at once would gain nothing and take
 #: long to compile.
 _DRAWS = {"uniform": (_uniform, 2, True), "gaussian": (_gaussian, 1, False)}

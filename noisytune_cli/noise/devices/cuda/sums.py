@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from noisytune_cli.torch_kernels import PIVOT_VALUES, SUMS
-from noisytune_cli.triton_tables import (
+from noisytune_cli.noise.devices.cuda.launch import (
     ALIGNMENT,
     END,
     FIRST_TILE,
@@ -33,6 +32,7 @@ from noisytune_cli.triton_tables import (
     upcast,
     values_of,
 )
+from noisytune_cli.noise.devices.torch.operations import PIVOT_VALUES, SUMS
 
 _PIVOT_VALUES, _SUMS, _PARTIALS = tl.constexpr(PIVOT_VALUES), tl.constexpr(SUMS), tl.constexpr(3)
 _FOLDS = tl.constexpr(LANES.value.bit_length() - 1)

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from noisytune_cli.stream import StreamWords
-from noisytune_cli.torch_kernels import BITS
+from noisytune_cli.noise.devices.torch.operations import BITS
+from noisytune_cli.noise.stream import StreamWords
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from noisytune_cli.distributions import PAST_FLOAT32
+from noisytune_cli.noise.distributions import PAST_FLOAT32
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

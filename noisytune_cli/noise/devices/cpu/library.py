@@ -121,7 +121,7 @@ class Library:
     ) -> None:
         """Add noise; of a distribution that kernels.c has not, in NumPy."""
         if distribution not in DISTRIBUTIONS:
-            from noisytune_cli.devices.cpu import reference
+            from noisytune_cli.noise.devices.cpu import reference
 
             reference.noise(distribution, dtype, out_dtype, rows, following, most)
             return
@@ -202,6 +202,6 @@ def levels(library: ctypes.CDLL) -> list[str]:
 
 
 def _reference() -> Kernels:
-    from noisytune_cli.devices.cpu import reference
+    from noisytune_cli.noise.devices.cpu import reference
 
     return reference

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from noisytune_cli import stream
+from noisytune_cli.noise import stream
 
 _ROUNDS = tl.constexpr(stream.ROUNDS)
 _M0, _M1, _W0, _W1 = map(tl.constexpr, (stream.M0, stream.M1, stream.W0, stream.W1))

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from noisytune_cli.distributions import PAST_FLOAT32
+from noisytune_cli.noise.distributions import PAST_FLOAT32
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from noisytune_cli.moments import Moments
-    from noisytune_cli.stream import StreamWords
+    from noisytune_cli.noise.std import Moments
+    from noisytune_cli.noise.stream import StreamWords
 
 #: Kinds of device that have no module of their own, and the one that serves them.
 _SHARED = {"mps": "torch"}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from noisytune_cli import distributions
+from noisytune_cli.noise import distributions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

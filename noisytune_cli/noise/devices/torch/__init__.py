@@ -19,17 +19,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from noisytune_cli import distributions, stream, torch_kernels
-from noisytune_cli.devices import Device, Summary, unknown_device
-from noisytune_cli.devices.cpu import Cpu
 from noisytune_cli.errors import ResourceExhausted, UsageError
+from noisytune_cli.noise import distributions, stream
+from noisytune_cli.noise.devices import Device, Summary, unknown_device
+from noisytune_cli.noise.devices.cpu import Cpu
+from noisytune_cli.noise.devices.torch import operations as torch_kernels
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from noisytune_cli.moments import Moments
-    from noisytune_cli.stream import StreamWords
+    from noisytune_cli.noise.std import Moments
+    from noisytune_cli.noise.stream import StreamWords
 
 
 #: NumPy's view of each stored dtype, as the reference takes it.
