@@ -20,7 +20,6 @@ from typing import Any
 
 from noisytune_cli import hub
 from noisytune_cli.config import CONFIG, ConfigCheck, read_config
-from noisytune_cli.earlier import NAMESAKE, Earlier, EarlierCheck, of_file, of_folder
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
 from noisytune_cli.escape import escape
 from noisytune_cli.folder import list_folder
@@ -35,6 +34,7 @@ from noisytune_cli.layout import (
     arrange,
     manifests,
 )
+from noisytune_cli.manifest.previous import NAMESAKE, Earlier, EarlierCheck, of_file, of_folder
 from noisytune_cli.records import TensorSpec
 from noisytune_cli.weights import choose_weights
 

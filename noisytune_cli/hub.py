@@ -23,7 +23,6 @@ from glob import escape as glob_escape
 from pathlib import Path
 
 from noisytune_cli.config import CONFIG, ConfigCheck, read_config
-from noisytune_cli.earlier import EarlierCheck, of_folder
 from noisytune_cli.errors import HubError
 from noisytune_cli.folder import list_folder
 from noisytune_cli.hub_errors import CANNOT_FETCH, mapped_errors
@@ -37,7 +36,8 @@ from noisytune_cli.layout import (
     list_names,
     manifests,
 )
-from noisytune_cli.manifest import MAX_BYTES
+from noisytune_cli.manifest.previous import EarlierCheck, of_folder
+from noisytune_cli.manifest.write import MAX_BYTES
 from noisytune_cli.weights import choose_weights
 
 _ID_PART = re.compile(r"(?=.{1,96}$)\w(?:[\w.-]*\w)?", re.ASCII)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from noisytune_cli import in_place, in_place_parts, subnormals
 from noisytune_cli.errors import UsageError
 from noisytune_cli.in_place_ahead import SumsAhead
-from noisytune_cli.manifest_place import manifest_of
-from noisytune_cli.manifest_reader import read_manifest
+from noisytune_cli.manifest.locate import manifest_of
+from noisytune_cli.manifest.read import read_manifest
 from noisytune_cli.memory_arguments import (
     Pairs,
     Patterns,

@@ -17,7 +17,7 @@ from noisytune_cli.differences import Difference, compare_header, mismatch
 from noisytune_cli.errors import InputInvalid, Mismatch, UsageError
 from noisytune_cli.formats import Source
 from noisytune_cli.layout import INDEX_SUFFIXES
-from noisytune_cli.manifest_reader import RecordedManifest
+from noisytune_cli.manifest.read import RecordedManifest
 from noisytune_cli.records import Manifest, TensorSpec
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from noisytune_cli.checkpoint import Checkpoint
 from noisytune_cli.confirm import settle_ties
-from noisytune_cli.manifest import check_recordable
+from noisytune_cli.manifest.write import check_recordable
 from noisytune_cli.parameters import Told
 from noisytune_cli.plan import check_noise, check_not_empty, convert, make_plan
 from noisytune_cli.records import Combination, Conversion, NoiseSpec, Plan

@@ -14,10 +14,10 @@ import stat
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
-from noisytune_cli.earlier import begins_a_manifest
 from noisytune_cli.errors import InputInvalid, InputUnreadable, OutputUnsafe, unwritable
 from noisytune_cli.escape import list_some
 from noisytune_cli.layout import MANIFEST, MANIFEST_SUFFIX, METADATA
+from noisytune_cli.manifest.previous import begins_a_manifest
 from noisytune_cli.records import Manifest
 from noisytune_cli.signatures import HEAD
 from noisytune_cli.staging import remains
@@ -104,7 +104,7 @@ def check_recipe_replaceable(output: Path) -> None:
 def _read(path: Path) -> Manifest:
     """Return the manifest at `path` with the output's own weight files; raises as `read_any_manifest`."""
     # Most outputs are new, and should not wait for its readers to be imported.
-    from noisytune_cli.averages import read_any_manifest
+    from noisytune_cli.manifest.average import read_any_manifest
     from noisytune_cli.produced import with_output_files
 
     return with_output_files(read_any_manifest(path).manifest)

@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from noisytune_cli.errors import UsageError, unwritable
-from noisytune_cli.manifest import encode
+from noisytune_cli.manifest.write import encode
 from noisytune_cli.memory import perturb_
 from noisytune_cli.records import Manifest, SourceRecord
 

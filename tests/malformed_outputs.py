@@ -13,7 +13,7 @@ from typing import Any
 from hostile import Content, Hostile, fifo, folder, link, sparse, tree
 from malformed_manifests import FIELDS, TEXT, at, output, written
 
-from noisytune_cli.manifest import MAX_BYTES, lay_out
+from noisytune_cli.manifest.write import MAX_BYTES, lay_out
 
 
 def changed(change: Callable[[Any], Any]) -> bytes:

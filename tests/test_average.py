@@ -20,16 +20,16 @@ from checkpoints import FLOATS, STORED, Tensor, Tensors, floats, numbers, save, 
 from chunked import save_chunked
 from typer.testing import CliRunner
 
-from noisytune_cli.averages import manifest_bytes, read_any_manifest
 from noisytune_cli.cli import app
 from noisytune_cli.commands import average as command
 from noisytune_cli.commands.average import average
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid, OutputUnsafe, ResourceExhausted, UsageError
+from noisytune_cli.manifest.average import manifest_bytes, read_any_manifest
 from noisytune_cli.noise.devices.cpu import Cpu
 
-SCHEMA = json.loads(files("noisytune_cli").joinpath("average.schema.json").read_text())
+SCHEMA = json.loads(files("noisytune_cli.manifest").joinpath("average.schema.json").read_text())
 
 #: More than one tile of 1 MiB in every dtype.
 _LARGE = 600_000

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from checkpoints import Tensor, numbers, save, std32, weights
 
-from noisytune_cli import manifest as manifest_module
 from noisytune_cli.commands.perturb import Perturbed, Request, perturb
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.manifest import encode
+from noisytune_cli.manifest import write as manifest_module
+from noisytune_cli.manifest.write import encode
 from noisytune_cli.records import NoiseSpec
 
-SCHEMA = json.loads(files("noisytune_cli").joinpath("manifest.schema.json").read_text())
+SCHEMA = json.loads(files("noisytune_cli.manifest").joinpath("manifest.schema.json").read_text())
 
 #: Names that a checkpoint may hold and that nothing may trip over.
 HOSTILE = ["", "\x00", "\x1b[2J", "a\n1 tensor OK", "\u202eevil", "../../etc/passwd", "é", "𝕎", '"', "{}"]

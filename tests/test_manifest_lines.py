@@ -16,16 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from malformed_manifests import FIELDS, PARTS
 
-from noisytune_cli import averages, manifest, strict_json
-from noisytune_cli.averages import read_any_manifest
 from noisytune_cli.commands.average import average
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.manifest_fields import ManifestFault
-from noisytune_cli.manifest_lines import Lines
-from noisytune_cli.manifest_reader import parse
+from noisytune_cli.manifest import average as averages
+from noisytune_cli.manifest import strict_json
+from noisytune_cli.manifest import write as manifest
+from noisytune_cli.manifest.average import read_any_manifest
+from noisytune_cli.manifest.fields import ManifestFault
+from noisytune_cli.manifest.lines import Lines
+from noisytune_cli.manifest.read import parse
+from noisytune_cli.manifest.strict_json import JsonFault
 from noisytune_cli.records import Conversion, NoiseSpec
-from noisytune_cli.strict_json import JsonFault
 
 #: What a line is made of: strings, numbers, words.
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|-?[0-9][0-9.e+-]*|null')
@@ -141,7 +143,7 @@ def test_what_is_written_is_read_by_its_form(
     noise = NoiseSpec(distribution=distribution, granularity="matrix", splits=(("*𝕎", "1:2,4"),))
     request = Request(source, noise, conversion=conversion)
     content = perturb(request, str(tmp_path / "b.safetensors")).manifest_path.read_bytes()
-    with patch("noisytune_cli.manifest_tensors._Reader.read", side_effect=AssertionError):
+    with patch("noisytune_cli.manifest.tensors._Reader.read", side_effect=AssertionError):
         found = parse(content)
     assert any(receipt.parts for receipt in found.receipts)
     assert both(content) == found

@@ -12,11 +12,12 @@ import pytest
 from checkpoints import save
 from malformed_manifests import FIELDS, PARTS, TENSORS, TEXT
 
-from noisytune_cli import manifest_reader, manifest_tensors
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch
-from noisytune_cli.manifest import encode
-from noisytune_cli.manifest_reader import parse, read_manifest
+from noisytune_cli.manifest import read as manifest_reader
+from noisytune_cli.manifest import tensors as manifest_tensors
+from noisytune_cli.manifest.read import parse, read_manifest
+from noisytune_cli.manifest.write import encode
 from noisytune_cli.records import NoiseSpec
 
 

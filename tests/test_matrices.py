@@ -14,14 +14,15 @@ from checkpoints import FLOATS, Tensor, numbers, save, split
 from matrices import LAYOUTS, columns, indices, noised
 from runs import run
 
+import noisytune_cli
 from noisytune_cli import matrices, tiles, walk
 from noisytune_cli.commands.inspect import inspect
 from noisytune_cli.commands.perturb import Request, plan_perturb
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.manifest import to_json
-from noisytune_cli.manifest_reader import read_manifest
+from noisytune_cli.manifest.read import read_manifest
+from noisytune_cli.manifest.write import to_json
 from noisytune_cli.records import Conversion, NoiseSpec, Receipt
 
 MATRIX = NoiseSpec(granularity="matrix", seed=3)
@@ -101,7 +102,7 @@ def test_the_manifest_holds_all_that_verify_and_replay_need(tmp_path: Path) -> N
     replay(str(tmp_path / "out" / "noisytune.json"), str(tmp_path / "again"), base=str(source))
     for name in ("model.safetensors", "noisytune.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
-    schema = Path(matrices.__file__).with_name("manifest.schema.json")
+    schema = Path(noisytune_cli.__file__).parent / "manifest" / "manifest.schema.json"
     document = json.loads(recorded.content)
     jsonschema.Draft202012Validator(json.loads(schema.read_text())).validate(document)
     assert "parts" not in document["tensors"][2]

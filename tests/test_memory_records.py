@@ -15,8 +15,8 @@ import noisytune_cli
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.manifest import encode
-from noisytune_cli.manifest_reader import read_manifest
+from noisytune_cli.manifest.read import read_manifest
+from noisytune_cli.manifest.write import encode
 from noisytune_cli.records import Manifest
 
 

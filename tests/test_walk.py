@@ -17,7 +17,7 @@ from checkpoints import FLOATS, Tensor, noised, numbers, save, split, std32, wei
 from noisytune_cli import walk as walk_module
 from noisytune_cli.commands import perturb as command
 from noisytune_cli.commands.perturb import Perturbed, Request, perturb
-from noisytune_cli.manifest_reader import read_manifest
+from noisytune_cli.manifest.read import read_manifest
 from noisytune_cli.records import NoiseSpec
 from noisytune_cli.walk import Walk
 

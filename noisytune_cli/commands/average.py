@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from noisytune_cli import means
-from noisytune_cli.averages import AverageManifest, encode, manifest_bytes
 from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import enumerate_some, escape
 from noisytune_cli.fill import copied_bytes
-from noisytune_cli.manifest import MAX_BYTES
+from noisytune_cli.manifest.average import AverageManifest, encode, manifest_bytes
+from noisytune_cli.manifest.write import MAX_BYTES
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.output import check_output
 from noisytune_cli.outputs import check_places_of_download

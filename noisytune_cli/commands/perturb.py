@@ -16,11 +16,11 @@ from noisytune_cli.commits import all_staged, commit_all
 from noisytune_cli.companions import companions, left_behind
 from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.dequantize import check_config, dequantize
-from noisytune_cli.earlier import Earlier
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import enumerate_some
 from noisytune_cli.fill import fill
-from noisytune_cli.manifest import encode
+from noisytune_cli.manifest.previous import Earlier
+from noisytune_cli.manifest.write import encode
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.outputs import check_places, check_places_of_download, check_room
 from noisytune_cli.parameters import tell_buffers

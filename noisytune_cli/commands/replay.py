@@ -16,8 +16,8 @@ from noisytune_cli.companions import companions
 from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.differences import Difference, compare_receipts, recorded_steps
 from noisytune_cli.fill import fill, needed_bytes
-from noisytune_cli.manifest_place import manifest_of
-from noisytune_cli.manifest_reader import RecordedManifest, read_manifest
+from noisytune_cli.manifest.locate import manifest_of
+from noisytune_cli.manifest.read import RecordedManifest, read_manifest
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.original import match_files, not_the_base, open_original
 from noisytune_cli.output import check_output

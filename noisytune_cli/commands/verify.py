@@ -19,7 +19,6 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from noisytune_cli.averages import RecordedAverage, read_any_manifest
 from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.differences import Difference, compare_receipts, recorded_steps
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
@@ -28,8 +27,9 @@ from noisytune_cli.folder import list_folder
 from noisytune_cli.formats import Nowhere, Source, open_source
 from noisytune_cli.index import read_index
 from noisytune_cli.layout import INDEX_SUFFIXES, MANIFEST, WEIGHTS_SUFFIXES
-from noisytune_cli.manifest_place import Place, place_of, require_manifest
-from noisytune_cli.manifest_reader import REFORMATTED, RecordedManifest
+from noisytune_cli.manifest.average import RecordedAverage, read_any_manifest
+from noisytune_cli.manifest.locate import Place, place_of, require_manifest
+from noisytune_cli.manifest.read import REFORMATTED, RecordedManifest
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.original import compare_files, match_files, open_original
 from noisytune_cli.produced import as_produced, with_output_files

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from warm import Warm
 
-from noisytune_cli.manifest import encode
+from noisytune_cli.manifest.write import encode
 from noisytune_cli.records import FileRecord, Manifest, NoiseSpec, SourceRecord
 
 #: path below the folder -> what it is: kind, mode and digest (and mtime where nothing may touch it).

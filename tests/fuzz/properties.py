@@ -27,8 +27,8 @@ from noisytune_cli.commands.inspect import inspect
 from noisytune_cli.errors import NoisytuneError
 from noisytune_cli.formats import Source, open_source
 from noisytune_cli.index import read_index
-from noisytune_cli.manifest import encode
-from noisytune_cli.manifest_reader import parse, read_manifest
+from noisytune_cli.manifest.read import parse, read_manifest
+from noisytune_cli.manifest.write import encode
 
 _CPU_SECONDS = 2.0
 _GROWTH_BYTES = 64 << 20

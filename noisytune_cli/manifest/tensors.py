@@ -2,7 +2,7 @@
 
 A manifest says what a tensor is and which file it is in, not where it lies there, which that file's header
 does: the `offset` of these tensors is 0 and means nothing. Every entry can be read here, and every refusal is
-worded here; most entries of a large manifest are read by `manifest_lines.py`.
+worded here; most entries of a large manifest are read by `manifest/lines.py`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from noisytune_cli.copy_reasons import PART_REASONS, REASONS, misfit
 from noisytune_cli.formats._header import ALL_DTYPES, HeaderFault, stored_bytes
-from noisytune_cli.manifest import MAX_LINES
-from noisytune_cli.manifest_fields import Fields, ManifestFault
-from noisytune_cli.manifest_lines import Lines
-from noisytune_cli.manifest_parts import check_runs, joined
+from noisytune_cli.manifest.copy_reasons import PART_REASONS, REASONS, misfit
+from noisytune_cli.manifest.fields import Fields, ManifestFault
+from noisytune_cli.manifest.lines import Lines
+from noisytune_cli.manifest.parts import check_runs, joined
+from noisytune_cli.manifest.strict_json import Document
+from noisytune_cli.manifest.write import MAX_LINES
 from noisytune_cli.noise import distributions
 from noisytune_cli.plan import out_dtype_of
 from noisytune_cli.records import (
@@ -35,7 +36,6 @@ from noisytune_cli.records import (
     TensorSpec,
 )
 from noisytune_cli.runs import MAX_PARTS
-from noisytune_cli.strict_json import Document
 
 _DONE_KEYS = ("action", "lambda", "std", "amplitude", "unchanged", "clamped")
 _KEYS_IN_MEMORY = ("name", "stream", "file", "dtype", "shape", *_DONE_KEYS)

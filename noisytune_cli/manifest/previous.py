@@ -48,8 +48,8 @@ def begins_a_manifest(content: bytes) -> bool:
 def read_earlier(path: Path) -> Earlier | None:
     """Return what the file at `path` says of its source, or None where it is no manifest of noisytune."""
     # Most sources have no manifest, and should not wait for its readers to be imported.
-    from noisytune_cli.averages import RecordedAverage, read_any_manifest
-    from noisytune_cli.manifest_reader import read_content
+    from noisytune_cli.manifest.average import RecordedAverage, read_any_manifest
+    from noisytune_cli.manifest.read import read_content
     from noisytune_cli.produced import with_output_files
 
     name = path.name

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from noisytune_cli.manifest_fields import ManifestFault
+from noisytune_cli.manifest.fields import ManifestFault
 from noisytune_cli.part import summed
 from noisytune_cli.records import Part, PartReceipt, Receipt, Step, TensorSpec
 from noisytune_cli.runs import cover_exactly

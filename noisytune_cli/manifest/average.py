@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from noisytune_cli.line_patterns import LONGEST_LINE, Shapes, average_pattern, text_of
-from noisytune_cli.manifest import MAX_LINES, SCHEMA, lay_out, source_json
-from noisytune_cli.manifest_fields import Fields, ManifestFault, check_digest
-from noisytune_cli.manifest_reader import (
+from noisytune_cli.manifest.fields import Fields, ManifestFault, check_digest
+from noisytune_cli.manifest.line_forms import LONGEST_LINE, Shapes, average_pattern, text_of
+from noisytune_cli.manifest.read import (
     RecordedManifest,
     begin,
     collector_paused,
@@ -26,7 +25,9 @@ from noisytune_cli.manifest_reader import (
     read_source,
     refusing,
 )
-from noisytune_cli.manifest_tensors import read_tensor
+from noisytune_cli.manifest.strict_json import Document
+from noisytune_cli.manifest.tensors import read_tensor
+from noisytune_cli.manifest.write import MAX_LINES, SCHEMA, lay_out, source_json
 from noisytune_cli.records import (
     FLOAT_DTYPES,
     Manifest,
@@ -36,7 +37,6 @@ from noisytune_cli.records import (
     Step,
     TensorSpec,
 )
-from noisytune_cli.strict_json import Document
 from noisytune_cli.version import __version__
 
 OPERATION = "average"

@@ -1,7 +1,7 @@
 """The usual lines of a manifest, read by their form.
 
 A large manifest has a hundred thousand tensors, nearly all of them spelt and filled as usual. Such a line
-gives the same record here as through `manifest_tensors.py`, several times as fast; anything else is None
+gives the same record here as through `manifest/tensors.py`, several times as fast; anything else is None
 here, and left to the strict reading there, which words every refusal.
 """
 
@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from noisytune_cli.copy_reasons import PART_REASONS, REASONS, misfit
-from noisytune_cli.line_patterns import LONGEST_LINE, Shapes, part_pattern, tensor_pattern, text_of
-from noisytune_cli.manifest_fields import ManifestFault, is_float32
-from noisytune_cli.manifest_parts import check_runs, joined
+from noisytune_cli.manifest.copy_reasons import PART_REASONS, REASONS, misfit
+from noisytune_cli.manifest.fields import ManifestFault, is_float32
+from noisytune_cli.manifest.line_forms import LONGEST_LINE, Shapes, part_pattern, tensor_pattern, text_of
+from noisytune_cli.manifest.parts import check_runs, joined
+from noisytune_cli.manifest.swift_records import twin
 from noisytune_cli.noise import distributions
 from noisytune_cli.plan import out_dtype_of
 from noisytune_cli.records import (
@@ -32,7 +33,6 @@ from noisytune_cli.records import (
     TensorSpec,
 )
 from noisytune_cli.runs import MAX_PARTS
-from noisytune_cli.swift_records import twin
 
 _MAX_PART_NAME = 64
 

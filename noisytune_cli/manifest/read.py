@@ -3,7 +3,7 @@
 A manifest may come from a stranger, and a replay follows it: so every field is checked before it becomes a
 record, and so is what fields say together (an amplitude is that of its λ and std, a copy has a reason that
 fits its tensor, totals add up). Names are checked to be plain relative ones before anybody makes a path of
-them. `manifest.py` writes what this reads, and `docs/manifest.md` explains every field.
+them. `manifest/write.py` writes what this reads, and `docs/manifest.md` explains every field.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any
 
 from noisytune_cli.errors import InputInvalid, Mismatch
 from noisytune_cli.layout import MANIFEST
-from noisytune_cli.manifest import MAX_BYTES, MAX_LINES, SCHEMA, encode
-from noisytune_cli.manifest_fields import Fields, ManifestFault, check_string
-from noisytune_cli.manifest_tensors import read_tensors
+from noisytune_cli.manifest.fields import Fields, ManifestFault, check_string
+from noisytune_cli.manifest.strict_json import Document, JsonFault
+from noisytune_cli.manifest.tensors import read_tensors
+from noisytune_cli.manifest.write import MAX_BYTES, MAX_LINES, SCHEMA, encode
 from noisytune_cli.noise import distributions
 from noisytune_cli.noise.stream import STREAM
 from noisytune_cli.reading import read_small
@@ -32,7 +33,6 @@ from noisytune_cli.records import (
     OutputRecord,
     SourceRecord,
 )
-from noisytune_cli.strict_json import Document, JsonFault
 
 #: The longest list in a manifest.
 MAX_ENTRIES = 1_000_000

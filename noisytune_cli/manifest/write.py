@@ -1,7 +1,7 @@
 """The manifest: all that is needed to check an output, or to rebuild it from its source.
 
 Deterministic: the same inputs and options give the same bytes. It holds no time, host, user, thread count
-or absolute path. Its JSON Schema, `manifest.schema.json`, is shipped beside this file; `docs/manifest.md`
+or absolute path. Its JSON Schema, `manifest/manifest.schema.json`, is shipped beside this file; `docs/manifest.md`
 explains every field.
 """
 
