@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from noisytune_cli.checkpoint import Checkpoint
-from noisytune_cli.config import CONFIG
+from noisytune_cli.checkpoint.checkpoint import Checkpoint
+from noisytune_cli.checkpoint.config import CONFIG
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import enumerate_some
 from noisytune_cli.reading import read_json, read_small

@@ -10,8 +10,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from noisytune_cli.checkpoint.formats import Source
 from noisytune_cli.errors import Mismatch
-from noisytune_cli.formats import Source
 from noisytune_cli.records import FileRecord, Receipt, Step, TensorSpec
 
 #: How many differences an error line names.

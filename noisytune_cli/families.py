@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from noisytune_cli.checkpoint.hyperparameters import Hyperparameters
 from noisytune_cli.experts import stacked_parts
-from noisytune_cli.hyperparameters import Hyperparameters
 from noisytune_cli.records import Part, TensorSpec
 from noisytune_cli.runs import cut
 

@@ -10,10 +10,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from noisytune_cli.checkpoint import Checkpoint
+from noisytune_cli.checkpoint.checkpoint import Checkpoint
+from noisytune_cli.checkpoint.formats import Nowhere, Sink, Source
 from noisytune_cli.crew import Progress
 from noisytune_cli.errors import unreadable
-from noisytune_cli.formats import Nowhere, Sink, Source
 from noisytune_cli.publish import Publication
 from noisytune_cli.records import Plan, Receipt
 from noisytune_cli.rewrite import OutputFile

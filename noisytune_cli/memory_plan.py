@@ -6,11 +6,11 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from noisytune_cli.checkpoint.quantized import refuse_quantized
 from noisytune_cli.errors import InputInvalid, Mismatch
 from noisytune_cli.noise.stream import StreamWords, stream_words
 from noisytune_cli.patterns import check_matched, match_names
 from noisytune_cli.plan import check_not_empty, confirm_ties, make_plan
-from noisytune_cli.quantized import refuse_quantized
 from noisytune_cli.records import (
     FLOAT_DTYPES,
     Action,

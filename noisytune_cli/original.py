@@ -10,13 +10,13 @@ import os
 import posixpath
 from collections.abc import Callable, Sequence
 
-from noisytune_cli import hub
-from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
-from noisytune_cli.dequantize import dequantize
+from noisytune_cli.checkpoint import hub
+from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.checkpoint.dequantize import dequantize
+from noisytune_cli.checkpoint.formats import Source
+from noisytune_cli.checkpoint.layout import INDEX_SUFFIXES
 from noisytune_cli.differences import Difference, compare_header, mismatch
 from noisytune_cli.errors import InputInvalid, Mismatch, UsageError
-from noisytune_cli.formats import Source
-from noisytune_cli.layout import INDEX_SUFFIXES
 from noisytune_cli.manifest.read import RecordedManifest
 from noisytune_cli.records import Manifest, TensorSpec
 

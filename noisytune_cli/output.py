@@ -14,10 +14,10 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from noisytune_cli.checkpoint import Checkpoint
+from noisytune_cli.checkpoint.checkpoint import Checkpoint
+from noisytune_cli.checkpoint.hub_cache import cache_folder
+from noisytune_cli.checkpoint.layout import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.errors import OutputUnsafe, unwritable
-from noisytune_cli.hub_cache import cache_folder
-from noisytune_cli.layout import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.publish import exists
 from noisytune_cli.replacing import (
     check_file_replaceable,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from noisytune_cli.checkpoint import Checkpoint
+from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.fill import manifest_bytes, needed_bytes
 from noisytune_cli.output import (
     check_distinct,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from noisytune_cli.checkpoint import Checkpoint
+from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.confirm import settle_ties
 from noisytune_cli.manifest.write import check_recordable
 from noisytune_cli.parameters import Told

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from noisytune_cli.checkpoint.formats import Source
 from noisytune_cli.differences import Difference
-from noisytune_cli.formats import Source
 from noisytune_cli.records import FLOAT_DTYPES, Manifest, Receipt
 from noisytune_cli.rewrite import aligned
 

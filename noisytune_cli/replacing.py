@@ -14,12 +14,12 @@ import stat
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
+from noisytune_cli.checkpoint.formats._signatures import HEAD
+from noisytune_cli.checkpoint.layout import MANIFEST, MANIFEST_SUFFIX, METADATA
 from noisytune_cli.errors import InputInvalid, InputUnreadable, OutputUnsafe, unwritable
 from noisytune_cli.escape import list_some
-from noisytune_cli.layout import MANIFEST, MANIFEST_SUFFIX, METADATA
 from noisytune_cli.manifest.previous import begins_a_manifest
 from noisytune_cli.records import Manifest
-from noisytune_cli.signatures import HEAD
 from noisytune_cli.staging import remains
 
 #: How many of the entries that would be lost an error names.
@@ -64,7 +64,7 @@ def check_folder_replaceable(output: Path, names: Collection[str]) -> None:
 
 def check_file_replaceable(output: Path) -> None:
     """Raise OutputUnsafe if the file `output` has no manifest, holds no weights and is not empty."""
-    from noisytune_cli.formats import safetensors, torch
+    from noisytune_cli.checkpoint.formats import safetensors, torch
 
     if _is_file(output.with_name(output.name + MANIFEST_SUFFIX)):
         return
@@ -144,7 +144,7 @@ def _added(output: Path, names: Collection[str], recorded: Manifest) -> list[str
 
 def _chunks(folder: Path, name: str) -> tuple[str, ...]:
     """Return the files that a recorded `.metadata` names: the manifest records it in their place."""
-    from noisytune_cli.formats import open_source
+    from noisytune_cli.checkpoint.formats import open_source
 
     if PurePosixPath(name).name != METADATA:
         return ()

@@ -19,13 +19,13 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from noisytune_cli.checkpoint import Checkpoint
-from noisytune_cli.dequantize import Dequantized
+from noisytune_cli.checkpoint.checkpoint import Checkpoint
+from noisytune_cli.checkpoint.dequantize import Dequantized
+from noisytune_cli.checkpoint.formats import Sink, Source
+from noisytune_cli.checkpoint.formats.safetensors import MAX_HEADER, SafetensorsSource, create_file
+from noisytune_cli.checkpoint.formats.safetensors.header import DTYPES, MAX_ENTRIES, PREFIX
+from noisytune_cli.checkpoint.layout import METADATA, PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
 from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.formats import Sink, Source
-from noisytune_cli.formats._header import DTYPES, MAX_ENTRIES, PREFIX
-from noisytune_cli.formats.safetensors import MAX_HEADER, SafetensorsSource, create_file
-from noisytune_cli.layout import METADATA, PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
 from noisytune_cli.output import resolve_output
 from noisytune_cli.records import FLOAT_DTYPES, Conversion, FileRecord, Plan, Step, TensorSpec
 from noisytune_cli.ties import stream_of

@@ -19,9 +19,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from noisytune_cli.checkpoint.hyperparameters import Hyperparameters
 from noisytune_cli.errors import UsageError
 from noisytune_cli.families import known_parts
-from noisytune_cli.hyperparameters import Hyperparameters
 from noisytune_cli.manifest.write import FEWER_PARTS, MAX_LINES
 from noisytune_cli.records import FLOAT_DTYPES, Part, TensorSpec
 from noisytune_cli.runs import MAX_PARTS, cut, within

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
+from noisytune_cli.checkpoint.formats import Sink, Source
 from noisytune_cli.crew import Hands, Pass
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.formats import Sink, Source
 from noisytune_cli.matrices import EXACT_AT_ONCE, Counts, Matrices, Outcomes
 from noisytune_cli.noise.std import new_exact_sums
 from noisytune_cli.noise.stream import LARGEST

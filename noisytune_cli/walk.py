@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from noisytune_cli.checkpoint.formats import Sink, Source
 from noisytune_cli.crew import Crew, Hands, Task
-from noisytune_cli.formats import Sink, Source
 from noisytune_cli.noise.devices import Device
 from noisytune_cli.noise.std import exact_std, new_exact_sums, round_std
 from noisytune_cli.part import Spread

@@ -10,8 +10,8 @@ import pytest
 from checkpoints import save, weights
 from publications import KINDS, Kind, refuse
 
-from noisytune_cli import system
-from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.checkpoint.formats import _system as system
 
 # Triton reads this once, as it is imported. Where there is no GPU, its kernels run in its interpreter.
 if not Path("/dev/nvidiactl").exists():

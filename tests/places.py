@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from noisytune_cli import __version__
-from noisytune_cli.checkpoint import Checkpoint
+from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.errors import OutputUnsafe
 from noisytune_cli.manifest.write import encode
 from noisytune_cli.output import check_output, resolve_output

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from noisytune_cli import checkpoint as checkpoint_module
-from noisytune_cli import folder as folder_module
-from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.checkpoint import checkpoint as checkpoint_module
+from noisytune_cli.checkpoint import folder as folder_module
+from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

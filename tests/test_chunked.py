@@ -18,12 +18,12 @@ from malformed_chunks import Call
 from pickles import saved
 from safetensors.torch import load_file, save_file
 
-from noisytune_cli.checkpoint import open_checkpoint
+from noisytune_cli.checkpoint.checkpoint import open_checkpoint
+from noisytune_cli.checkpoint.formats import dcp as dcp_module
 from noisytune_cli.commands.inspect import inspect
 from noisytune_cli.commands.perturb import Request, perturb, plan_perturb
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.formats import dcp as dcp_module
 from noisytune_cli.records import Conversion, NoiseSpec
 
 NOISE = NoiseSpec(seed=5)

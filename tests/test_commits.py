@@ -12,7 +12,7 @@ import pytest
 from publications import files, refuse
 from test_publish_faults import Fault, failure
 
-from noisytune_cli import system
+from noisytune_cli.checkpoint.formats import _system as system
 from noisytune_cli.commits import all_staged, commit_all
 from noisytune_cli.publish import Publication, copy_file, write_file
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from checkpoints import Tensor, save
 
+from noisytune_cli.checkpoint.formats.safetensors import SafetensorsSource, open_source
 from noisytune_cli.confirm import settle_ties
-from noisytune_cli.formats.safetensors import SafetensorsSource, open_source
 from noisytune_cli.plan import make_plan
 from noisytune_cli.records import NoiseSpec, Plan, TensorSpec
 

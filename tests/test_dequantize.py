@@ -185,7 +185,7 @@ def test_the_blocks_of_the_config_and_columns_of_one(tmp_path: Path) -> None:
 
 
 def test_every_code_is_torchs(tmp_path: Path) -> None:
-    from noisytune_cli.dequantize import _E4M3
+    from noisytune_cli.checkpoint.dequantize import _E4M3
 
     expected = torch.arange(256, dtype=torch.uint8).view(FP8).float().numpy()
     assert np.array_equal(_E4M3, expected, equal_nan=True)

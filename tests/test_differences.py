@@ -11,8 +11,8 @@ from corpus import SAFETENSORS
 from differences import documented, words
 from malformed import Case, one
 
+from noisytune_cli.checkpoint.formats.safetensors import open_source
 from noisytune_cli.errors import NoisytuneError
-from noisytune_cli.formats.safetensors import open_source
 
 #: Examples of differences that no row of the corpus is.
 _MORE: tuple[Callable[[], bytes], ...] = (one(extra=',"x":"' + "y" * 66_000 + '"'),)

@@ -12,7 +12,7 @@ import pytest
 from checkpoints import save, weights
 from runs import run
 
-from noisytune_cli.checkpoint import open_checkpoint
+from noisytune_cli.checkpoint.checkpoint import open_checkpoint
 from noisytune_cli.commands.average import average
 from noisytune_cli.commands.inspect import inspect
 from noisytune_cli.errors import InputInvalid

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from malformed import CASES, HEADER, Case, crowd, frame
 
+from noisytune_cli.checkpoint.formats.safetensors import SafetensorsSource, open_source
+from noisytune_cli.checkpoint.formats.safetensors import header as _header
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import escape
-from noisytune_cli.formats import _header
-from noisytune_cli.formats.safetensors import SafetensorsSource, open_source
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINTS = Path(os.environ.get("NOISYTUNE_DATA", ROOT / ".." / "shared" / "data")) / "checkpoints"
@@ -166,7 +166,7 @@ _REFUSE_IN_LITTLE_MEMORY = """
 import resource, sys
 from pathlib import Path
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.formats.safetensors import open_source
+from noisytune_cli.checkpoint.formats.safetensors import open_source
 
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]), -1))
 try:

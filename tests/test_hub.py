@@ -21,8 +21,9 @@ import torch
 from chunked import save_chunked
 from hub_server import Hub, Repository, serve
 
-from noisytune_cli import hub as hub_module
-from noisytune_cli.checkpoint import open_checkpoint
+from noisytune_cli.checkpoint import hub as hub_module
+from noisytune_cli.checkpoint.checkpoint import open_checkpoint
+from noisytune_cli.checkpoint.hub_errors import mapped_errors
 from noisytune_cli.commands.average import average
 from noisytune_cli.commands.perturb import Request, perturb, plan_perturb
 from noisytune_cli.commands.replay import replay
@@ -34,7 +35,6 @@ from noisytune_cli.errors import (
     OutputUnsafe,
     ResourceExhausted,
 )
-from noisytune_cli.hub_errors import mapped_errors
 from noisytune_cli.records import Combination, NoiseSpec
 
 COMMIT = Repository({}).commit
@@ -395,7 +395,7 @@ def test_what_is_no_repo_id_never_reaches_the_hub(hub: Hub, text: str) -> None:
 
 
 def test_the_environment_is_honoured_and_stderr_stays_empty(hub: Hub, tmp_path: Path) -> None:
-    code = "from noisytune_cli.hub import download; s = download('plain'); print(s.commit, s.root)"
+    code = "from noisytune_cli.checkpoint.hub import download; s = download('plain'); print(s.commit, s.root)"
     environment = {
         "PATH": os.environ["PATH"],
         "HF_ENDPOINT": hub.endpoint,
@@ -419,7 +419,7 @@ def test_the_environment_is_honoured_and_stderr_stays_empty(hub: Hub, tmp_path: 
 def test_a_signal_stops_a_download_that_stalls(hub: Hub, tmp_path: Path) -> None:
     hub.faults["model.safetensors"] = "stall"
     code = (
-        "import os\nfrom noisytune_cli.hub import download\n"
+        "import os\nfrom noisytune_cli.checkpoint.hub import download\n"
         "try: download('plain')\nexcept KeyboardInterrupt: os._exit(130)"
     )
     environment = {"PATH": os.environ["PATH"], "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}

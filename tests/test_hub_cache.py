@@ -11,9 +11,9 @@ import pytest
 from places import accepted, refused
 
 from noisytune_cli import output as output_module
-from noisytune_cli.checkpoint import Checkpoint
+from noisytune_cli.checkpoint.checkpoint import Checkpoint
+from noisytune_cli.checkpoint.hub_cache import cache_folder
 from noisytune_cli.errors import OutputUnsafe
-from noisytune_cli.hub_cache import cache_folder
 from noisytune_cli.output import check_recipe, resolve_recipe
 
 

@@ -100,7 +100,7 @@ def reached() -> set[str]:
         "show_inspect.py",
         "walk.py",
         "noise/devices/cpu/__init__.py",
-        "formats/safetensors.py",
+        "checkpoint/formats/safetensors/__init__.py",
     }
     commands = {module for module in MODULES if module.startswith("commands/")}
     pending = {"__main__.py", "cli.py"} | lazily | commands

@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 
 from noisytune_cli.buffers import find_buffers
+from noisytune_cli.checkpoint.formats.torch.state_dict import find_weights
+from noisytune_cli.checkpoint.hyperparameters import Hyperparameters
 from noisytune_cli.families import known_parts
-from noisytune_cli.formats._structure import find_weights
-from noisytune_cli.hyperparameters import Hyperparameters
 from noisytune_cli.parameters import tell_buffers
 from noisytune_cli.patterns import KINDS, match_names
 from noisytune_cli.records import TensorSpec

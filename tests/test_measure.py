@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from checkpoints import Tensor, floats, save, std32, weights
 
+from noisytune_cli.checkpoint.formats.safetensors import open_source
 from noisytune_cli.errors import Mismatch
-from noisytune_cli.formats.safetensors import open_source
 from noisytune_cli.measure import Statistics, measure
 from noisytune_cli.noise import devices
 

@@ -11,7 +11,7 @@ from checkpoints import save, weights
 from places import accepted, old_output, refused
 
 from noisytune_cli import output as output_module
-from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.errors import OutputUnsafe, ResourceExhausted
 from noisytune_cli.output import check_recipe, resolve_output, resolve_recipe
 from noisytune_cli.space import check_space

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 import noisytune_cli
+from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.records import TensorSpec
 
 

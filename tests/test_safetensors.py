@@ -14,10 +14,10 @@ import pytest
 from blake3 import blake3
 from malformed import DATA, HEADER, frame
 
-from noisytune_cli import system
+from noisytune_cli.checkpoint.formats import _file as file_module
+from noisytune_cli.checkpoint.formats import _system as system
+from noisytune_cli.checkpoint.formats.safetensors import SafetensorsSource, open_source
 from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch, ResourceExhausted
-from noisytune_cli.formats import _file as file_module
-from noisytune_cli.formats.safetensors import SafetensorsSource, open_source
 
 
 def opened(path: Path, content: bytes, mmap: bool = False) -> SafetensorsSource:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from noisytune_cli import system
+from noisytune_cli.checkpoint.formats import _system as system
 
 
 def test_reserve_allocates_and_sets_the_size(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from runs import run
 from safetensors.torch import load_file, load_model
 from test_convert import tree
 
+from noisytune_cli.checkpoint.formats.torch import open_source
 from noisytune_cli.commands.average import average
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.formats.torch import open_source
 from noisytune_cli.records import Conversion, NoiseSpec
 
 TO = Conversion(format="safetensors")

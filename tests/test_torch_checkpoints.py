@@ -11,7 +11,7 @@ import torch
 from pickles import saved
 from safetensors.torch import load_file, save_file
 
-from noisytune_cli.checkpoint import open_checkpoint
+from noisytune_cli.checkpoint.checkpoint import open_checkpoint
 from noisytune_cli.commands.inspect import inspect
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.commands.replay import replay

@@ -16,13 +16,13 @@ from malformed import Case
 from malformed_pickles import CASES
 from pickles import Writer, archive, legacy, one, saved
 
-from noisytune_cli import formats
+from noisytune_cli.checkpoint import formats
+from noisytune_cli.checkpoint.formats.torch import TorchSource, open_source
+from noisytune_cli.checkpoint.formats.torch import storages as _storages
+from noisytune_cli.checkpoint.formats.torch.globals import DType, StoredTensor
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.formats import _storages
-from noisytune_cli.formats._tensors import DType, StoredTensor
-from noisytune_cli.formats.torch import TorchSource, open_source
 from noisytune_cli.records import NoiseSpec
 
 REFUSED = [case for case in CASES if case.refused]

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from noisytune_cli import means
-from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import enumerate_some, escape
@@ -24,7 +25,6 @@ from noisytune_cli.noise.devices import open_device
 from noisytune_cli.output import check_output
 from noisytune_cli.outputs import check_places_of_download
 from noisytune_cli.publish import Publication
-from noisytune_cli.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.records import FLOAT_DTYPES, FileRecord, SourceRecord, TensorSpec
 from noisytune_cli.rewrite import resolve_rewritten
 from noisytune_cli.space import check_descriptors, check_space

@@ -11,11 +11,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.checkpoint.dequantize import check_config, dequantize
+from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.commits import all_staged, commit_all
 from noisytune_cli.companions import companions, left_behind
 from noisytune_cli.crew import Progress, default_threads
-from noisytune_cli.dequantize import check_config, dequantize
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import enumerate_some
 from noisytune_cli.fill import fill
@@ -27,7 +28,6 @@ from noisytune_cli.parameters import tell_buffers
 from noisytune_cli.plan import check_outcomes
 from noisytune_cli.plans import make_plans, settle_plans
 from noisytune_cli.publish import Publication, copy_file, write_file
-from noisytune_cli.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.records import (
     Combination,
     Conversion,

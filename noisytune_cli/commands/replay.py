@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from noisytune_cli.checkpoint import Checkpoint
+from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.companions import companions
 from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.differences import Difference, compare_receipts, recorded_steps

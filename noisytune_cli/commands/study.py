@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from noisytune_cli.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.crew import default_threads
 from noisytune_cli.errors import InputInvalid, unreadable
 from noisytune_cli.study import choice, machine, wording

@@ -19,14 +19,14 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from noisytune_cli.checkpoint.folder import list_folder
+from noisytune_cli.checkpoint.formats import Nowhere, Source, open_source
+from noisytune_cli.checkpoint.index import read_index
+from noisytune_cli.checkpoint.layout import INDEX_SUFFIXES, MANIFEST, WEIGHTS_SUFFIXES
 from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.differences import Difference, compare_receipts, recorded_steps
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
 from noisytune_cli.escape import escape
-from noisytune_cli.folder import list_folder
-from noisytune_cli.formats import Nowhere, Source, open_source
-from noisytune_cli.index import read_index
-from noisytune_cli.layout import INDEX_SUFFIXES, MANIFEST, WEIGHTS_SUFFIXES
 from noisytune_cli.manifest.average import RecordedAverage, read_any_manifest
 from noisytune_cli.manifest.locate import Place, place_of, require_manifest
 from noisytune_cli.manifest.read import REFORMATTED, RecordedManifest

@@ -11,7 +11,7 @@ import json
 import math
 import re
 
-from noisytune_cli.formats._header import ALL_DTYPES, HeaderFault, stored_bytes
+from noisytune_cli.checkpoint.formats.safetensors.header import ALL_DTYPES, HeaderFault, stored_bytes
 
 #: The longest line that is read by its form, its parts not counted.
 LONGEST_LINE = 1 << 15

@@ -10,8 +10,8 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from noisytune_cli.checkpoint.layout import MANIFEST, MANIFEST_SUFFIX, WEIGHTS_SUFFIXES
 from noisytune_cli.errors import InputInvalid, InputUnreadable, unreadable
-from noisytune_cli.layout import MANIFEST, MANIFEST_SUFFIX, WEIGHTS_SUFFIXES
 from noisytune_cli.manifest.average import read_any_manifest
 from noisytune_cli.manifest.previous import of_file
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from noisytune_cli.checkpoint.layout import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.errors import InputInvalid, InputUnreadable
 from noisytune_cli.escape import list_some
-from noisytune_cli.layout import MANIFEST, MANIFEST_SUFFIX
 
 #: Why a file is left out that has a manifest's name and is none.
 NAMESAKE = "it has the name of a manifest of noisytune, and is none"

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from noisytune_cli.checkpoint.layout import MANIFEST
 from noisytune_cli.errors import InputInvalid, Mismatch
-from noisytune_cli.layout import MANIFEST
 from noisytune_cli.manifest.fields import Fields, ManifestFault, check_string
 from noisytune_cli.manifest.strict_json import Document, JsonFault
 from noisytune_cli.manifest.tensors import read_tensors

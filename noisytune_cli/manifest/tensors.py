@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from noisytune_cli.formats._header import ALL_DTYPES, HeaderFault, stored_bytes
+from noisytune_cli.checkpoint.formats.safetensors.header import ALL_DTYPES, HeaderFault, stored_bytes
 from noisytune_cli.manifest.copy_reasons import PART_REASONS, REASONS, misfit
 from noisytune_cli.manifest.fields import Fields, ManifestFault
 from noisytune_cli.manifest.lines import Lines

@@ -16,8 +16,8 @@ from checkpoints import Tensor, Tensors, noised, numbers, safetensors_bytes, wei
 from chunked import save_chunked
 from pickles import saved, to_torch, torch_bytes
 
-from noisytune_cli import formats
-from noisytune_cli.checkpoint import open_checkpoint
+from noisytune_cli.checkpoint import formats
+from noisytune_cli.checkpoint.checkpoint import open_checkpoint
 from noisytune_cli.commands.perturb import Perturbed, Request, perturb
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify

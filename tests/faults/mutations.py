@@ -27,7 +27,7 @@ class Mutation:
 MUTATIONS = (
     Mutation(
         "weights are not flushed",
-        "formats/_file.py",
+        "checkpoint/formats/_file.py",
         "                os.fsync(fd)\n",
         "                pass\n",
         _ORDER,
@@ -97,7 +97,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a failed flush is passed over",
-        "formats/_file.py",
+        "checkpoint/formats/_file.py",
         "                os.fsync(fd)\n",
         "                with contextlib.suppress(OSError):\n                    os.fsync(fd)\n",
         (f"{_INJECTED}::test_a_failed_flush_is_never_published",),
@@ -132,7 +132,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a plain rename, which replaces",
-        "system.py",
+        "checkpoint/formats/_system.py",
         "_rename(source, target, _RENAME_NOREPLACE)",
         "_rename(source, target, 0)",
         (f"{_INJECTED}::test_what_appears_at_the_last_moment_is_not_replaced",),
@@ -160,7 +160,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the rest of a short write is forgotten",
-        "formats/_file.py",
+        "checkpoint/formats/_file.py",
         "                done += wrote\n",
         "                done = len(view)\n",
         ("tests/test_safetensors.py",),
@@ -202,14 +202,14 @@ MUTATIONS = (
     ),
     Mutation(
         "weights are not flushed, and the power is cut",
-        "formats/_file.py",
+        "checkpoint/formats/_file.py",
         "                os.fsync(fd)\n",
         "                pass\n",
         (f"{_MACHINE}::test_a_power_cut_leaves_the_old_state_or_the_new",),
     ),
     Mutation(
         "a pickle's checksums are not checked",
-        "formats/_storages.py",
+        "checkpoint/formats/torch/storages.py",
         "            if read and self._sums.over(",
         "            if False and self._sums.over(",
         ("tests/test_torch_format.py", "tests/test_corpus.py"),

@@ -23,10 +23,10 @@ from differences import documented
 from hostile import weight_file
 from malformed_indexes import FIRST, INDEX, SECOND
 
+from noisytune_cli.checkpoint.formats import Source, open_source
+from noisytune_cli.checkpoint.index import read_index
 from noisytune_cli.commands.inspect import inspect
 from noisytune_cli.errors import NoisytuneError
-from noisytune_cli.formats import Source, open_source
-from noisytune_cli.index import read_index
 from noisytune_cli.manifest.read import parse, read_manifest
 from noisytune_cli.manifest.write import encode
 

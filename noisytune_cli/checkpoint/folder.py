@@ -13,9 +13,9 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from noisytune_cli.checkpoint.layout import Listing, why_folder_left_out
 from noisytune_cli.errors import InputInvalid, unreadable
 from noisytune_cli.escape import escape
-from noisytune_cli.layout import Listing, why_folder_left_out
 
 #: No checkpoint comes near; a home directory given by mistake does.
 _MAX_ENTRIES = 100_000

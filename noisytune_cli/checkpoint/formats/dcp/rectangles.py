@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from noisytune_cli.formats._values import PickleFault
+from noisytune_cli.checkpoint.formats.torch.values import PickleFault
 
 #: Comparisons of rectangles that lie in no grid, as no sharding of torch's makes them.
 _MAX_COMPARED = 300_000

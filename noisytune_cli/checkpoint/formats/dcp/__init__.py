@@ -19,17 +19,17 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from noisytune_cli.checkpoint.formats._file import InputFile, OutputFile, create_output, open_input
+from noisytune_cli.checkpoint.formats.dcp.chunks import ChunkFile, invalid, open_chunks
+from noisytune_cli.checkpoint.formats.dcp.metadata import Chunk, ChunkedTensor, read_metadata
+from noisytune_cli.checkpoint.formats.dcp.rectangles import Rectangle, check_tiles, move_run
+from noisytune_cli.checkpoint.formats.torch.globals import DType
+from noisytune_cli.checkpoint.formats.torch.pickle import MAX_BYTES, MAX_OPCODES
+from noisytune_cli.checkpoint.formats.torch.state_dict import find_weights, rest_of
+from noisytune_cli.checkpoint.formats.torch.storages import StoredSink
+from noisytune_cli.checkpoint.formats.torch.values import PickleFault
+from noisytune_cli.checkpoint.layout import CHUNKS_SUFFIX
 from noisytune_cli.errors import unreadable
-from noisytune_cli.formats._chunk_file import ChunkFile, invalid, open_chunks
-from noisytune_cli.formats._dcp_metadata import Chunk, ChunkedTensor, read_metadata
-from noisytune_cli.formats._file import InputFile, OutputFile, create_output, open_input
-from noisytune_cli.formats._pickle import MAX_BYTES, MAX_OPCODES
-from noisytune_cli.formats._rectangles import Rectangle, check_tiles, move_run
-from noisytune_cli.formats._storages import StoredSink
-from noisytune_cli.formats._structure import find_weights, rest_of
-from noisytune_cli.formats._tensors import DType
-from noisytune_cli.formats._values import PickleFault
-from noisytune_cli.layout import CHUNKS_SUFFIX
 from noisytune_cli.records import TensorSpec
 
 #: `.metadata` may be larger, by as much again, for each of so many stored bytes of chunks, up to a limit: a

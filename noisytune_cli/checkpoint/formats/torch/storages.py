@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 from blake3 import blake3
 
+from noisytune_cli.checkpoint.formats._file import InputFile, OutputFile, create_output
+from noisytune_cli.checkpoint.formats.torch.archive import Archive, wrong_checksum
+from noisytune_cli.checkpoint.formats.torch.crc32 import RangeSums
+from noisytune_cli.checkpoint.formats.torch.globals import StoredTensor
+from noisytune_cli.checkpoint.formats.torch.strided import MAX_RUNS, Held, Runs, find_runs, merge_extents
+from noisytune_cli.checkpoint.formats.torch.values import PickleFault
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.formats._archive import Archive, wrong_checksum
-from noisytune_cli.formats._checksums import RangeSums
-from noisytune_cli.formats._file import InputFile, OutputFile, create_output
-from noisytune_cli.formats._strided import MAX_RUNS, Held, Runs, find_runs, merge_extents
-from noisytune_cli.formats._tensors import StoredTensor
-from noisytune_cli.formats._values import PickleFault
 from noisytune_cli.records import TensorSpec
 
 _CHUNK = 1 << 20

@@ -1,7 +1,7 @@
 """Which files of a checkpoint are copied beside its weights, and which are left out.
 
 One idea: everything is decided from names, so a folder on disk and a repository on the hub, of which
-nothing has been fetched yet, get the same answer. `weights.py` chooses the weights in the same way. The
+nothing has been fetched yet, get the same answer. `checkpoint/weights.py` chooses the weights in the same way. The
 folder that holds them is their home; only there can another file be a twin of them. Weights in other folders
 are other modules (sentence-transformers' `2_Dense/`) and are copied; exports (ONNX, GGUF…) and trainer state
 are left out wherever they lie. Every file that is left out is named, with the reason.

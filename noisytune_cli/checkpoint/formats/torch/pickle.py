@@ -14,7 +14,15 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from noisytune_cli.formats._values import Budget, Function, Kind, Made, Opaque, PickleFault, check_key
+from noisytune_cli.checkpoint.formats.torch.values import (
+    Budget,
+    Function,
+    Kind,
+    Made,
+    Opaque,
+    PickleFault,
+    check_key,
+)
 
 #: The longest pickle that is read, in bytes, and the most opcodes: 30,000 tensors have about as many.
 MAX_BYTES = 32 << 20

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from noisytune_cli.checkpoint.formats import Source
+from noisytune_cli.checkpoint.layout import is_plain_name
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.formats import Source
-from noisytune_cli.layout import is_plain_name
 from noisytune_cli.reading import read_json
 
 #: The index of the largest open models (100,000 tensors) is about 10 MB.

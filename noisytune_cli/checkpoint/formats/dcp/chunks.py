@@ -12,15 +12,15 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from noisytune_cli.checkpoint.formats._file import open_input
+from noisytune_cli.checkpoint.formats.dcp.metadata import Chunk
+from noisytune_cli.checkpoint.formats.torch.archive import Archive, Read, read_zip
+from noisytune_cli.checkpoint.formats.torch.globals import DType, StoredTensor
+from noisytune_cli.checkpoint.formats.torch.storages import StoredSource
+from noisytune_cli.checkpoint.formats.torch.values import PickleFault
+from noisytune_cli.checkpoint.formats.torch.zip import Record
+from noisytune_cli.checkpoint.layout import METADATA
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.formats._archive import Archive, Read, read_zip
-from noisytune_cli.formats._dcp_metadata import Chunk
-from noisytune_cli.formats._file import open_input
-from noisytune_cli.formats._storages import StoredSource
-from noisytune_cli.formats._tensors import DType, StoredTensor
-from noisytune_cli.formats._values import PickleFault
-from noisytune_cli.formats._zip import Record
-from noisytune_cli.layout import METADATA
 
 _FETCH = "The checkpoint is damaged or unfinished: fetch it again, or save it anew"
 _WHOLE = "Fetch all files of the checkpoint, .metadata among them"

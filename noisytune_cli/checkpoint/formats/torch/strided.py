@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from noisytune_cli.formats._tensors import StoredTensor
-from noisytune_cli.formats._values import PickleFault
+from noisytune_cli.checkpoint.formats.torch.globals import StoredTensor
+from noisytune_cli.checkpoint.formats.torch.values import PickleFault
 
 #: More pieces than this in one file would be read an element at a time.
 MAX_RUNS = 4_000_000

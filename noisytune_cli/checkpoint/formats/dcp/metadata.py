@@ -17,10 +17,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from noisytune_cli.formats._pickle import BYTES_FOR_OPCODE, unpickle
-from noisytune_cli.formats._tensors import DType, find_global
-from noisytune_cli.formats._values import Budget, Function, Kind, Made, Opaque, PickleFault, check_key
-from noisytune_cli.layout import CHUNKS_SUFFIX
+from noisytune_cli.checkpoint.formats.torch.globals import DType, find_global
+from noisytune_cli.checkpoint.formats.torch.pickle import BYTES_FOR_OPCODE, unpickle
+from noisytune_cli.checkpoint.formats.torch.values import (
+    Budget,
+    Function,
+    Kind,
+    Made,
+    Opaque,
+    PickleFault,
+    check_key,
+)
+from noisytune_cli.checkpoint.layout import CHUNKS_SUFFIX
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _KINDS = {

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from noisytune_cli.formats._values import Function, Opaque, PickleFault, check_key
+from noisytune_cli.checkpoint.formats.torch.values import Function, Opaque, PickleFault, check_key
 
 _STATE_DICT = "Load it where it was made, and save only its state dict: torch.save(model.state_dict(), FILE)"
 _DENSE = "Load it in torch, turn it into a plain tensor, and save the state dict again"

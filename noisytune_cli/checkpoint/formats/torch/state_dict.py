@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from noisytune_cli.formats._values import PickleFault
+from noisytune_cli.checkpoint.formats.torch.values import PickleFault
 
 _Leaf = TypeVar("_Leaf")
 

@@ -13,10 +13,16 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from noisytune_cli.formats._pickle import MAX_BYTES, unpickle
-from noisytune_cli.formats._tensors import DType, Storage, StoredTensor, find_global, storage_of
-from noisytune_cli.formats._values import PickleFault
-from noisytune_cli.formats._zip import Record, ZipFault, read_records
+from noisytune_cli.checkpoint.formats.torch.globals import (
+    DType,
+    Storage,
+    StoredTensor,
+    find_global,
+    storage_of,
+)
+from noisytune_cli.checkpoint.formats.torch.pickle import MAX_BYTES, unpickle
+from noisytune_cli.checkpoint.formats.torch.values import PickleFault
+from noisytune_cli.checkpoint.formats.torch.zip import Record, ZipFault, read_records
 
 #: What the first pickle of a legacy file holds, and the second (torch.serialization).
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001

@@ -11,9 +11,7 @@ import posixpath
 import re
 from collections.abc import Collection
 
-from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError
-from noisytune_cli.escape import list_some
-from noisytune_cli.layout import (
+from noisytune_cli.checkpoint.layout import (
     CHUNKS_SUFFIX,
     INDEX_SUFFIXES,
     METADATA,
@@ -27,6 +25,8 @@ from noisytune_cli.layout import (
     is_no_model,
     is_plain_name,
 )
+from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError
+from noisytune_cli.escape import list_some
 
 #: Weight files that are chosen by name, the first that is there.
 _DEFAULT_WEIGHTS = (

@@ -1,6 +1,6 @@
 """A checkpoint on the Hugging Face hub, fetched into the standard cache.
 
-One idea: the repository's list of files is enough to decide what is needed (`weights.py`, `layout.py`), so
+One idea: the repository's list of files is enough to decide what is needed (`checkpoint/weights.py`, `checkpoint/layout.py`), so
 the order is list, config, index, manifests, and only then the weights and the files beside them. Whatever can
 be refused is refused before a weight is fetched, and no other weight format is fetched at all. The cache, the
 token, HF_ENDPOINT and HF_HUB_OFFLINE are huggingface_hub's own.
@@ -22,12 +22,11 @@ from dataclasses import dataclass
 from glob import escape as glob_escape
 from pathlib import Path
 
-from noisytune_cli.config import CONFIG, ConfigCheck, read_config
-from noisytune_cli.errors import HubError
-from noisytune_cli.folder import list_folder
-from noisytune_cli.hub_errors import CANNOT_FETCH, mapped_errors
-from noisytune_cli.index import check_present, read_index
-from noisytune_cli.layout import (
+from noisytune_cli.checkpoint.config import CONFIG, ConfigCheck, read_config
+from noisytune_cli.checkpoint.folder import list_folder
+from noisytune_cli.checkpoint.hub_errors import CANNOT_FETCH, mapped_errors
+from noisytune_cli.checkpoint.index import check_present, read_index
+from noisytune_cli.checkpoint.layout import (
     CHUNKS_SUFFIX,
     INDEX_SUFFIXES,
     METADATA,
@@ -36,9 +35,10 @@ from noisytune_cli.layout import (
     list_names,
     manifests,
 )
+from noisytune_cli.checkpoint.weights import choose_weights
+from noisytune_cli.errors import HubError
 from noisytune_cli.manifest.previous import EarlierCheck, of_folder
 from noisytune_cli.manifest.write import MAX_BYTES
-from noisytune_cli.weights import choose_weights
 
 _ID_PART = re.compile(r"(?=.{1,96}$)\w(?:[\w.-]*\w)?", re.ASCII)
 

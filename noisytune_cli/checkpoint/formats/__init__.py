@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from noisytune_cli.checkpoint.formats._signatures import HEAD
+from noisytune_cli.checkpoint.layout import METADATA
 from noisytune_cli.errors import unreadable
-from noisytune_cli.layout import METADATA
 from noisytune_cli.reading import open_regular
 from noisytune_cli.records import TensorSpec
-from noisytune_cli.signatures import HEAD
 
 
 class Source(Protocol):
@@ -102,15 +102,15 @@ def open_source(path: Path, name: str, mmap: bool) -> Source:
 
     `name` is the file's name relative to the checkpoint, for the TensorSpecs. No tensor data is read.
     """
-    from noisytune_cli.formats import safetensors
+    from noisytune_cli.checkpoint.formats import safetensors
 
     if path.name == METADATA:
-        from noisytune_cli.formats import dcp
+        from noisytune_cli.checkpoint.formats import dcp
 
         return dcp.open_source(path, name, mmap)
     if path.name.endswith(safetensors.SUFFIX) or safetensors.recognise(head := _read_head(path)):
         return safetensors.open_source(path, name, mmap)
-    from noisytune_cli.formats import torch
+    from noisytune_cli.checkpoint.formats import torch
 
     if torch.recognise(head) or path.name.endswith(torch.SUFFIXES):
         return torch.open_source(path, name, mmap)

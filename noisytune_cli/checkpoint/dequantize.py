@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from noisytune_cli.checkpoint import Checkpoint
+from noisytune_cli.checkpoint.checkpoint import Checkpoint
+from noisytune_cli.checkpoint.formats import Sink, Source
+from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.formats import Sink, Source
 from noisytune_cli.noise.devices import open_device
-from noisytune_cli.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.records import FLOAT_DTYPES, TensorSpec
 
 if TYPE_CHECKING:

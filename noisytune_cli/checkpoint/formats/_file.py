@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from noisytune_cli import system
+from noisytune_cli.checkpoint.formats import _system as system
 from noisytune_cli.errors import Mismatch, NoisytuneError, ResourceExhausted, unreadable, unwritable
 from noisytune_cli.reading import open_regular
 

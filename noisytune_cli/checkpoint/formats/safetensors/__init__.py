@@ -14,12 +14,12 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from noisytune_cli.checkpoint.formats._file import InputFile, OutputFile, create_output, open_input
+from noisytune_cli.checkpoint.formats._signatures import HEAD
+from noisytune_cli.checkpoint.formats._signatures import recognise as recognise_other
+from noisytune_cli.checkpoint.formats.safetensors.header import PREFIX, HeaderFault, parse_header
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.formats._file import InputFile, OutputFile, create_output, open_input
-from noisytune_cli.formats._header import PREFIX, HeaderFault, parse_header
 from noisytune_cli.records import TensorSpec
-from noisytune_cli.signatures import HEAD
-from noisytune_cli.signatures import recognise as recognise_other
 
 #: What a file's name ends in.
 SUFFIX = ".safetensors"

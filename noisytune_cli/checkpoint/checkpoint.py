@@ -1,7 +1,7 @@
 """From what the user typed to an open checkpoint, local or on the hub.
 
 What begins with `.`, `/` or `~`, or exists, is local and never reaches the hub. Both ways end in the same
-place: a folder, the names in it, and the rules of `weights.py` and `layout.py`. Opening reads headers and
+place: a folder, the names in it, and the rules of `checkpoint/weights.py` and `checkpoint/layout.py`. Opening reads headers and
 small files only; if anything is wrong all that was opened is closed again.
 """
 
@@ -18,14 +18,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from noisytune_cli import hub
-from noisytune_cli.config import CONFIG, ConfigCheck, read_config
-from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
-from noisytune_cli.escape import escape
-from noisytune_cli.folder import list_folder
-from noisytune_cli.formats import Source, open_source
-from noisytune_cli.index import ShardIndex, check_present, check_tensors, read_index
-from noisytune_cli.layout import (
+from noisytune_cli.checkpoint import hub
+from noisytune_cli.checkpoint.config import CONFIG, ConfigCheck, read_config
+from noisytune_cli.checkpoint.folder import list_folder
+from noisytune_cli.checkpoint.formats import Source, open_source
+from noisytune_cli.checkpoint.index import ShardIndex, check_present, check_tensors, read_index
+from noisytune_cli.checkpoint.layout import (
     CHUNKS_SUFFIX,
     INDEX_SUFFIXES,
     METADATA,
@@ -34,9 +32,11 @@ from noisytune_cli.layout import (
     arrange,
     manifests,
 )
+from noisytune_cli.checkpoint.weights import choose_weights
+from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
+from noisytune_cli.escape import escape
 from noisytune_cli.manifest.previous import NAMESAKE, Earlier, EarlierCheck, of_file, of_folder
 from noisytune_cli.records import TensorSpec
-from noisytune_cli.weights import choose_weights
 
 #: A snapshot in the hub's cache, which tells id and commit.
 _SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/|$)")

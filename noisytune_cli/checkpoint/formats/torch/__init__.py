@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from noisytune_cli.checkpoint.formats._file import open_input
+from noisytune_cli.checkpoint.formats._signatures import HEAD
+from noisytune_cli.checkpoint.formats._signatures import recognise as recognise_other
+from noisytune_cli.checkpoint.formats.torch import zip as _zip
+from noisytune_cli.checkpoint.formats.torch.archive import Archive, read_legacy, read_zip
+from noisytune_cli.checkpoint.formats.torch.globals import StoredTensor
+from noisytune_cli.checkpoint.formats.torch.state_dict import find_weights, rest_of
+from noisytune_cli.checkpoint.formats.torch.storages import StoredSource
+from noisytune_cli.checkpoint.formats.torch.values import PickleFault
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.formats import _zip
-from noisytune_cli.formats._archive import Archive, read_legacy, read_zip
-from noisytune_cli.formats._file import open_input
-from noisytune_cli.formats._storages import StoredSource
-from noisytune_cli.formats._structure import find_weights, rest_of
-from noisytune_cli.formats._tensors import StoredTensor
-from noisytune_cli.formats._values import PickleFault
-from noisytune_cli.signatures import HEAD
-from noisytune_cli.signatures import recognise as recognise_other
 
 #: What a file's name ends in.
 SUFFIXES = (".bin", ".pt", ".pth", ".th", ".ckpt")

@@ -1,0 +1,1 @@
+"""What is read: from what the user typed to open weight files."""
