@@ -37,7 +37,7 @@ from noisytune_cli.memory_plan import (
 )
 from noisytune_cli.noise import distributions
 from noisytune_cli.noise.std import Moments, exact_std, exactly_equal, std_and_equality
-from noisytune_cli.plan import check_outcomes
+from noisytune_cli.plan.plan import check_outcomes
 from noisytune_cli.records import (
     Action,
     Granularity,

@@ -27,8 +27,8 @@ from noisytune_cli.checkpoint.formats.safetensors.header import DTYPES, MAX_ENTR
 from noisytune_cli.checkpoint.layout import METADATA, PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.output import resolve_output
+from noisytune_cli.plan.ties import stream_of
 from noisytune_cli.records import FLOAT_DTYPES, Conversion, FileRecord, Plan, Step, TensorSpec
-from noisytune_cli.ties import stream_of
 
 _METADATA = "__metadata__"
 

@@ -10,8 +10,8 @@ import pytest
 from checkpoints import Tensor, save
 
 from noisytune_cli.checkpoint.formats.safetensors import SafetensorsSource, open_source
-from noisytune_cli.confirm import settle_ties
-from noisytune_cli.plan import make_plan
+from noisytune_cli.plan.plan import make_plan
+from noisytune_cli.plan.settle import settle_ties
 from noisytune_cli.records import NoiseSpec, Plan, TensorSpec
 
 MIB = 1 << 20

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from matrices import LAYOUTS, indices
 
+from noisytune_cli.plan.parts import cover_exactly
+from noisytune_cli.plan.split import Division, divide
 from noisytune_cli.records import Part, TensorSpec
-from noisytune_cli.runs import cover_exactly
-from noisytune_cli.split import Division, divide
 
 
 def divisions(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any] | None) -> dict[str, Division]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import pytest
 
-from noisytune_cli.buffers import find_buffers
 from noisytune_cli.checkpoint.formats.torch.state_dict import find_weights
 from noisytune_cli.checkpoint.hyperparameters import Hyperparameters
-from noisytune_cli.families import known_parts
-from noisytune_cli.parameters import tell_buffers
-from noisytune_cli.patterns import KINDS, match_names
+from noisytune_cli.plan.buffers import find_buffers
+from noisytune_cli.plan.buffers_by_model import tell_buffers
+from noisytune_cli.plan.families import known_parts
+from noisytune_cli.plan.patterns import KINDS, match_names
+from noisytune_cli.plan.ties import find_ties, stream_of
 from noisytune_cli.records import TensorSpec
-from noisytune_cli.ties import find_ties, stream_of
 
 LENGTH = 500_000
 

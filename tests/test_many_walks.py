@@ -14,7 +14,7 @@ from checkpoints import Tensor, numbers, save, weights
 from noisytune_cli import walk as walk_module
 from noisytune_cli.checkpoint.formats import open_source
 from noisytune_cli.noise.devices import open_device
-from noisytune_cli.plan import make_plan
+from noisytune_cli.plan.plan import make_plan
 from noisytune_cli.records import NoiseSpec, Receipt, TensorSpec
 from noisytune_cli.walk import Variant, Walk, work_bytes
 

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from checkpoints import save, weights
 
-from noisytune_cli import meta_model, parameters
 from noisytune_cli.commands.inspect import inspect
 from noisytune_cli.commands.perturb import Request, plan_perturb
 from noisytune_cli.errors import UsageError
-from noisytune_cli.parameters import REGISTERED, tell_buffers
+from noisytune_cli.plan import buffers_by_model as parameters
+from noisytune_cli.plan import meta_model
+from noisytune_cli.plan.buffers_by_model import REGISTERED, tell_buffers
 from noisytune_cli.records import NoiseSpec, TensorSpec
 
 CONFIG: dict[str, Any] = {"architectures": ["BertModel"], "model_type": "bert", "num_hidden_layers": 2}

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from noisytune_cli.errors import UsageError
-from noisytune_cli.patterns import KINDS, check_matched, compile_pattern, match_names
+from noisytune_cli.plan.patterns import KINDS, check_matched, compile_pattern, match_names
 
 #: A name of each family, and the kinds it belongs to.
 MEMBERS = {

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.plan import check_noise, check_not_empty, check_outcomes, confirm_ties, make_plan
+from noisytune_cli.plan.plan import check_noise, check_not_empty, check_outcomes, confirm_ties, make_plan
 from noisytune_cli.records import NoiseSpec, Plan, Step, TensorSpec, Tie
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

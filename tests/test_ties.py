@@ -9,9 +9,9 @@ import noisytune_cli
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
-from noisytune_cli.plan import make_plan
+from noisytune_cli.plan.plan import make_plan
+from noisytune_cli.plan.ties import find_ties, split_tie, stream_of
 from noisytune_cli.records import NoiseSpec, Scope, TensorSpec, Tie
-from noisytune_cli.ties import find_ties, split_tie, stream_of
 
 
 def spec(name: str, shape: tuple[int, ...] = (100, 8), dtype: str = "F32") -> TensorSpec:

@@ -9,8 +9,8 @@ import pytest
 from noisytune_cli import tiles
 from noisytune_cli.noise import stream
 from noisytune_cli.noise.devices import open_device
+from noisytune_cli.plan.parts import cover_exactly, cut, stack
 from noisytune_cli.records import Part
-from noisytune_cli.runs import cover_exactly, cut, stack
 
 LAYOUTS = {
     "columns": cut((6, 24), 1, [("q", 8), ("k", 8), ("v", 8)]),

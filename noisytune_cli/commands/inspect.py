@@ -15,15 +15,15 @@ from typing import Any
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.quantized import refuse_quantized
-from noisytune_cli.confirm import settle_ties
 from noisytune_cli.crew import Progress
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import escape
 from noisytune_cli.measure import Statistics, measure
 from noisytune_cli.noise import devices, distributions
-from noisytune_cli.parameters import tell_buffers
-from noisytune_cli.patterns import check_matched, match_names
-from noisytune_cli.plan import check_noise, make_plan
+from noisytune_cli.plan.buffers_by_model import tell_buffers
+from noisytune_cli.plan.patterns import check_matched, match_names
+from noisytune_cli.plan.plan import check_noise, make_plan
+from noisytune_cli.plan.settle import settle_ties
 from noisytune_cli.records import FLOAT_DTYPES, Granularity, NoiseSpec, Part, Plan, Step
 from noisytune_cli.report import Inspection, TensorReport, Totals
 

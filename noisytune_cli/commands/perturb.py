@@ -24,9 +24,9 @@ from noisytune_cli.manifest.previous import Earlier
 from noisytune_cli.manifest.write import encode
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.outputs import check_places, check_places_of_download, check_room
-from noisytune_cli.parameters import tell_buffers
-from noisytune_cli.plan import check_outcomes
-from noisytune_cli.plans import make_plans, settle_plans
+from noisytune_cli.plan.buffers_by_model import tell_buffers
+from noisytune_cli.plan.plan import check_outcomes
+from noisytune_cli.plan.plans import make_plans, settle_plans
 from noisytune_cli.publish import Publication, copy_file, write_file
 from noisytune_cli.records import (
     Combination,

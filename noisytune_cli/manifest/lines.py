@@ -19,7 +19,8 @@ from noisytune_cli.manifest.line_forms import LONGEST_LINE, Shapes, part_pattern
 from noisytune_cli.manifest.parts import check_runs, joined
 from noisytune_cli.manifest.swift_records import twin
 from noisytune_cli.noise import distributions
-from noisytune_cli.plan import out_dtype_of
+from noisytune_cli.plan.parts import MAX_PARTS
+from noisytune_cli.plan.plan import out_dtype_of
 from noisytune_cli.records import (
     FLOAT_DTYPES,
     Conversion,
@@ -32,7 +33,6 @@ from noisytune_cli.records import (
     Step,
     TensorSpec,
 )
-from noisytune_cli.runs import MAX_PARTS
 
 _MAX_PART_NAME = 64
 

@@ -9,8 +9,8 @@ import math
 
 from noisytune_cli.manifest.fields import ManifestFault
 from noisytune_cli.part import summed
+from noisytune_cli.plan.parts import cover_exactly
 from noisytune_cli.records import Part, PartReceipt, Receipt, Step, TensorSpec
-from noisytune_cli.runs import cover_exactly
 
 
 def check_runs(part: Part, tensor: TensorSpec, where: str) -> None:

@@ -20,7 +20,8 @@ from noisytune_cli.manifest.parts import check_runs, joined
 from noisytune_cli.manifest.strict_json import Document
 from noisytune_cli.manifest.write import MAX_LINES
 from noisytune_cli.noise import distributions
-from noisytune_cli.plan import out_dtype_of
+from noisytune_cli.plan.parts import MAX_PARTS
+from noisytune_cli.plan.plan import out_dtype_of
 from noisytune_cli.records import (
     FLOAT_DTYPES,
     Action,
@@ -35,7 +36,6 @@ from noisytune_cli.records import (
     Step,
     TensorSpec,
 )
-from noisytune_cli.runs import MAX_PARTS
 
 _DONE_KEYS = ("action", "lambda", "std", "amplitude", "unchanged", "clamped")
 _KEYS_IN_MEMORY = ("name", "stream", "file", "dtype", "shape", *_DONE_KEYS)

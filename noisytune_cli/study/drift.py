@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from noisytune_cli.patterns import match_names
+from noisytune_cli.plan.patterns import match_names
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

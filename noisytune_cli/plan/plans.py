@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
-from noisytune_cli.confirm import settle_ties
 from noisytune_cli.manifest.write import check_recordable
-from noisytune_cli.parameters import Told
-from noisytune_cli.plan import check_noise, check_not_empty, convert, make_plan
+from noisytune_cli.plan.buffers_by_model import Told
+from noisytune_cli.plan.plan import check_noise, check_not_empty, convert, make_plan
+from noisytune_cli.plan.settle import settle_ties
 from noisytune_cli.records import Combination, Conversion, NoiseSpec, Plan
 
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 
 from noisytune_cli.checkpoint.hyperparameters import Hyperparameters
+from noisytune_cli.plan.parts import cut, stack
 from noisytune_cli.records import Part, TensorSpec
-from noisytune_cli.runs import cut, stack
 
 #: Models whose experts keep gate and up in halves of the columns, and in alternate ones.
 _HALF_COLUMNS = frozenset(["aria", "aria_text", "llama4", "llama4_text", "openai_privacy_filter"])

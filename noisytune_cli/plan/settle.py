@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from blake3 import blake3
 
 from noisytune_cli.checkpoint.formats import Source
-from noisytune_cli.plan import confirm_ties
+from noisytune_cli.plan.plan import confirm_ties
+from noisytune_cli.plan.ties import split_tie
 from noisytune_cli.records import Plan, TensorSpec, Tie
-from noisytune_cli.ties import split_tie
 
 _TILE_BYTES = 1 << 20
 

@@ -18,9 +18,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from noisytune_cli.buffers import find_buffers
 from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.patterns import check_matched, match_names
+from noisytune_cli.plan.buffers import find_buffers
+from noisytune_cli.plan.patterns import check_matched, match_names
+from noisytune_cli.plan.split import Division, check_splits, divide
+from noisytune_cli.plan.ties import find_ties
 from noisytune_cli.records import (
     FLOAT_DTYPES,
     Action,
@@ -32,8 +34,6 @@ from noisytune_cli.records import (
     TensorSpec,
     Tie,
 )
-from noisytune_cli.split import Division, check_splits, divide
-from noisytune_cli.ties import find_ties
 
 _SEED_LIMIT = 2**64
 

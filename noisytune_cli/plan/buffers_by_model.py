@@ -1,8 +1,8 @@
 """Parameter or buffer: what the names leave open, a model without weights settles.
 
-`buffers.py` tells buffers by their names and shapes, at no cost and nearly always. Where `config.json` names
+`plan/buffers.py` tells buffers by their names and shapes, at no cost and nearly always. Where `config.json` names
 one of transformers' architectures and transformers is installed, a model built from it on torch's meta device
-(`meta_model.py`, in a process of its own) knows exactly. That takes seconds, and importing torch, so by
+(`plan/meta_model.py`, in a process of its own) knows exactly. That takes seconds, and importing torch, so by
 default it is asked only where the names leave a doubt; what it does not know, the names still decide.
 """
 
@@ -18,9 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from noisytune_cli.buffers import find_buffers
 from noisytune_cli.errors import UsageError
 from noisytune_cli.escape import escape
+from noisytune_cli.plan.buffers import find_buffers
 from noisytune_cli.records import FLOAT_DTYPES, TensorSpec
 
 Decider = Literal["auto", "names", "model"]
@@ -131,7 +131,7 @@ def _counts(value: object, depth: int, key: str = "") -> Iterator[float]:
 
 def _run(request: Mapping[str, Any]) -> dict[str, str] | str:
     """Have the model built in a process of its own, which the current folder has no say in (-P)."""
-    from noisytune_cli import meta_model
+    from noisytune_cli.plan import meta_model
 
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     try:

@@ -1,0 +1,1 @@
+"""Which tensors get noise, which do not, and why. From headers alone."""
