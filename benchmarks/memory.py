@@ -24,7 +24,7 @@ import torch
 from bench import layout
 
 from noisytune_cli import perturb_
-from noisytune_cli.crew import default_threads
+from noisytune_cli.engine.threads import default_threads
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 

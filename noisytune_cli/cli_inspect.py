@@ -78,7 +78,7 @@ def inspect(
     """
     from noisytune_cli import show, show_inspect
     from noisytune_cli.commands import inspect as command
-    from noisytune_cli.crew import default_threads
+    from noisytune_cli.engine.threads import default_threads
     from noisytune_cli.options import parse_split
 
     result = command.inspect(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from noisytune_cli import in_place_tables
-from noisytune_cli.crew import default_threads
+from noisytune_cli.engine.threads import default_threads
 from noisytune_cli.errors import ResourceExhausted
 from noisytune_cli.noise.devices import cuda
 from noisytune_cli.noise.devices.cpu import Cpu

@@ -1,7 +1,7 @@
 """The matrices of a tensor in memory: views to measure each, and noise for all of them in one pass.
 
 Sums do not depend on where a matrix lies, so a view of its elements is measured like a tensor. Noise does,
-and is added by way of the host tile by tile, as to a file (`tiles.py`). Whole tensors only: which elements of
+and is added by way of the host tile by tile, as to a file (`engine/tiles.py`). Whole tensors only: which elements of
 a matrix a process holds of a sharded one is not worked out here.
 """
 
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from noisytune_cli import in_place, tiles
-from noisytune_cli.crew import Crew, Hands, Pass, default_threads
+from noisytune_cli import in_place
+from noisytune_cli.engine import tiles
+from noisytune_cli.engine.threads import Crew, Hands, Pass, default_threads
 from noisytune_cli.noise.devices.cpu import Cpu
 from noisytune_cli.noise.devices.torch import operations as torch_kernels
 from noisytune_cli.noise.stream import StreamWords

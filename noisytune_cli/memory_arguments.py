@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from numbers import Real
 from typing import Any, TypeVar
 
-from noisytune_cli.crew import default_threads
+from noisytune_cli.engine.threads import default_threads
 from noisytune_cli.errors import UsageError
 from noisytune_cli.noise import distributions
 from noisytune_cli.records import Granularity, NoiseSpec, Scope

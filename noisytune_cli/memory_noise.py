@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from noisytune_cli import in_place, in_place_parts
+from noisytune_cli.engine.matrix import summed
 from noisytune_cli.in_place_ahead import FIRST_BATCH, SumsAhead
 from noisytune_cli.memory_plan import Matrix, Parameter
 from noisytune_cli.noise import distributions
-from noisytune_cli.part import summed
 from noisytune_cli.records import NoiseSpec, PartReceipt, Receipt, Step
 
 

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from noisytune_cli.cli import app
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
+from noisytune_cli.engine.walk import Walk
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.noise import distributions, stream
 from noisytune_cli.records import Conversion, NoiseSpec
-from noisytune_cli.walk import Walk
 
 TENSORS = {
     **{f"w.{dtype}": weights(dtype, 70, 45, seed=i) for i, dtype in enumerate(FLOATS)},
@@ -114,7 +114,7 @@ def tree(root: Path) -> dict[str, bytes]:
 def test_tiles_and_threads_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = base(tmp_path)
     run(folder, tmp_path / "out", NOISE, conversion=Conversion(dtype="F64"))
-    monkeypatch.setattr("noisytune_cli.walk._LARGEST_SLAB", 64)
+    monkeypatch.setattr("noisytune_cli.engine.walk._LARGEST_SLAB", 64)
     monkeypatch.setattr("noisytune_cli.commands.perturb.Walk", partial(Walk, tile_bytes=96))
     for threads in (1, 3):
         again = tmp_path / f"again-{threads}"

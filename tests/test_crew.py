@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from noisytune_cli.crew import Crew, Hands, Pass, Task
+from noisytune_cli.engine.threads import Crew, Hands, Pass, Task
 from noisytune_cli.errors import ResourceExhausted, Stopped
 
 
@@ -121,7 +121,7 @@ def test_memory_that_gives_out_is_reported(monkeypatch: pytest.MonkeyPatch) -> N
     def empty(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("noisytune_cli.crew.np.empty", empty)
+    monkeypatch.setattr("noisytune_cli.engine.threads.np.empty", empty)
     with pytest.raises(MemoryError):
         run(2, lambda hands: None)
 

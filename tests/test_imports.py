@@ -98,7 +98,7 @@ def reached() -> set[str]:
         "show.py",
         "show_perturb.py",
         "show_inspect.py",
-        "walk.py",
+        "engine/walk.py",
         "noise/devices/cpu/__init__.py",
         "checkpoint/formats/safetensors/__init__.py",
     }

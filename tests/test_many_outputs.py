@@ -25,12 +25,13 @@ from runs import run
 
 from noisytune_cli import output as output_module
 from noisytune_cli import publish as publish_module
-from noisytune_cli import walk as walk_module
 from noisytune_cli.combinations import combine
 from noisytune_cli.commands import perturb as command
 from noisytune_cli.commands.perturb import Perturbed, Request, perturb, perturb_each
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
+from noisytune_cli.engine import walk as walk_module
+from noisytune_cli.engine.walk import Walk
 from noisytune_cli.errors import (
     InputInvalid,
     OutputUnsafe,
@@ -39,7 +40,6 @@ from noisytune_cli.errors import (
 )
 from noisytune_cli.fill import needed_bytes
 from noisytune_cli.records import Conversion, NoiseSpec
-from noisytune_cli.walk import Walk
 
 TENSORS = {
     "transformer.wte.weight": weights("F32", 30, 8, seed=1),

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from checkpoints import Tensor, numbers, save, weights
 
-from noisytune_cli import walk as walk_module
 from noisytune_cli.checkpoint.formats import open_source
+from noisytune_cli.engine import walk as walk_module
+from noisytune_cli.engine.walk import Variant, Walk, work_bytes
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.plan.plan import make_plan
 from noisytune_cli.records import NoiseSpec, Receipt, TensorSpec
-from noisytune_cli.walk import Variant, Walk, work_bytes
 
 TENSORS = {
     **{f"{dtype}.weight": weights(dtype, 11, 30, seed=i) for i, dtype in enumerate(("F32", "F64", "BF16"))},

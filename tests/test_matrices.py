@@ -15,11 +15,11 @@ from matrices import LAYOUTS, columns, indices, noised
 from runs import run
 
 import noisytune_cli
-from noisytune_cli import matrices, tiles, walk
 from noisytune_cli.commands.inspect import inspect
 from noisytune_cli.commands.perturb import Request, plan_perturb
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
+from noisytune_cli.engine import matrices, tiles, walk
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.manifest.read import read_manifest
 from noisytune_cli.manifest.write import to_json
@@ -193,8 +193,8 @@ def test_sums_that_float64_cannot_decide_are_exact_by_part(
 ) -> None:
     source = folder(tmp_path / "in", {C_ATTN: scaled("F32", 8, 24)})
     run(source, tmp_path / "quick", MATRIX)
-    monkeypatch.setattr("noisytune_cli.part.std_and_equality", lambda moments: None)
-    monkeypatch.setattr("noisytune_cli.tensor_walk.EXACT_AT_ONCE", 2)
+    monkeypatch.setattr("noisytune_cli.engine.matrix.std_and_equality", lambda moments: None)
+    monkeypatch.setattr("noisytune_cli.engine.tensor_walk.EXACT_AT_ONCE", 2)
     run(source, tmp_path / "exact", MATRIX)
     assert (tmp_path / "exact" / "noisytune.json").read_bytes() == (
         tmp_path / "quick" / "noisytune.json"

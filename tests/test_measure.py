@@ -11,8 +11,8 @@ import pytest
 from checkpoints import Tensor, floats, save, std32, weights
 
 from noisytune_cli.checkpoint.formats.safetensors import open_source
+from noisytune_cli.engine.statistics import Statistics, measure
 from noisytune_cli.errors import Mismatch
-from noisytune_cli.measure import Statistics, measure
 from noisytune_cli.noise import devices
 
 MIB = 1 << 20

@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 
 import noisytune_cli
-from noisytune_cli import tiles
 from noisytune_cli.commands.perturb import Request, perturb
+from noisytune_cli.engine import tiles
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.records import NoiseSpec, Part
 from noisytune_cli.resident import Resident

@@ -81,7 +81,7 @@ def test_another_base_is_refused_before_weights_are_read(
     parts[0]["F64"] = weights("F64", 40, 10)
     base = save_sharded(tmp_path / "base", *parts)
     shutil.copytree(pristine[0] / "sub", base / "sub")
-    monkeypatch.setattr("noisytune_cli.walk.Walk.carry_out", pytest.fail)
+    monkeypatch.setattr("noisytune_cli.engine.walk.Walk.carry_out", pytest.fail)
     line = refused(pristine[1] / "noisytune.json", base, tmp_path)
     assert "the base is not the one in the manifest" in line
     assert '"F64"' in line

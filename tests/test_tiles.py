@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 
-from noisytune_cli import tiles
+from noisytune_cli.engine import tiles
 from noisytune_cli.noise import stream
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.plan.parts import cover_exactly, cut, stack

@@ -14,12 +14,12 @@ import pytest
 from blake3 import blake3
 from checkpoints import FLOATS, Tensor, noised, numbers, save, split, std32, weights
 
-from noisytune_cli import walk as walk_module
 from noisytune_cli.commands import perturb as command
 from noisytune_cli.commands.perturb import Perturbed, Request, perturb
+from noisytune_cli.engine import walk as walk_module
+from noisytune_cli.engine.walk import Walk
 from noisytune_cli.manifest.read import read_manifest
 from noisytune_cli.records import NoiseSpec
-from noisytune_cli.walk import Walk
 
 #: Sizes on both sides of a counter's four elements, of a tile of 32 bytes, and of each other.
 TENSORS = {

@@ -12,10 +12,10 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from noisytune_cli import means
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
-from noisytune_cli.crew import Progress, default_threads
+from noisytune_cli.engine import mean as means
+from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import enumerate_some, escape
 from noisytune_cli.fill import copied_bytes

@@ -15,10 +15,10 @@ from typing import Any
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.quantized import refuse_quantized
-from noisytune_cli.crew import Progress
+from noisytune_cli.engine.statistics import Statistics, measure
+from noisytune_cli.engine.threads import Progress
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import escape
-from noisytune_cli.measure import Statistics, measure
 from noisytune_cli.noise import devices, distributions
 from noisytune_cli.plan.buffers_by_model import tell_buffers
 from noisytune_cli.plan.patterns import check_matched, match_names

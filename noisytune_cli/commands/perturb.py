@@ -16,7 +16,8 @@ from noisytune_cli.checkpoint.dequantize import check_config, dequantize
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.commits import all_staged, commit_all
 from noisytune_cli.companions import companions, left_behind
-from noisytune_cli.crew import Progress, default_threads
+from noisytune_cli.engine.threads import Progress, default_threads
+from noisytune_cli.engine.walk import Walk
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import enumerate_some
 from noisytune_cli.fill import fill
@@ -41,7 +42,6 @@ from noisytune_cli.records import (
 )
 from noisytune_cli.rewrite import OutputFile, lay_out
 from noisytune_cli.version import __version__
-from noisytune_cli.walk import Walk
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.companions import companions
-from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.differences import Difference, compare_receipts, recorded_steps
+from noisytune_cli.engine.threads import Progress, default_threads
+from noisytune_cli.engine.walk import Walk
 from noisytune_cli.fill import fill, needed_bytes
 from noisytune_cli.manifest.locate import manifest_of
 from noisytune_cli.manifest.read import RecordedManifest, read_manifest
@@ -26,7 +27,6 @@ from noisytune_cli.publish import Publication
 from noisytune_cli.records import Manifest, OutputRecord, Plan
 from noisytune_cli.rewrite import OutputFile, lay_out, resolve_rewritten
 from noisytune_cli.space import check_descriptors, check_space
-from noisytune_cli.walk import Walk
 
 
 @dataclass(frozen=True)

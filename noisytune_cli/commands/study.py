@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from noisytune_cli.crew import default_threads
+from noisytune_cli.engine.threads import default_threads
 from noisytune_cli.errors import InputInvalid, unreadable
 from noisytune_cli.study import choice, machine, wording
 from noisytune_cli.study.settings import Material, Recipe, record

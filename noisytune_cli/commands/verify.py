@@ -23,8 +23,9 @@ from noisytune_cli.checkpoint.folder import list_folder
 from noisytune_cli.checkpoint.formats import Nowhere, Source, open_source
 from noisytune_cli.checkpoint.index import read_index
 from noisytune_cli.checkpoint.layout import INDEX_SUFFIXES, MANIFEST, WEIGHTS_SUFFIXES
-from noisytune_cli.crew import Progress, default_threads
 from noisytune_cli.differences import Difference, compare_receipts, recorded_steps
+from noisytune_cli.engine.threads import Progress, default_threads
+from noisytune_cli.engine.walk import Variant, Walk
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.average import RecordedAverage, read_any_manifest
@@ -35,7 +36,6 @@ from noisytune_cli.original import compare_files, match_files, open_original
 from noisytune_cli.produced import as_produced, with_output_files
 from noisytune_cli.reading import open_regular
 from noisytune_cli.records import Manifest, NoiseSpec, Plan, Receipt
-from noisytune_cli.walk import Variant, Walk
 
 _CHUNK = 1 << 20
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 
+from noisytune_cli.engine.matrix import summed
 from noisytune_cli.manifest.fields import ManifestFault
-from noisytune_cli.part import summed
 from noisytune_cli.plan.parts import cover_exactly
 from noisytune_cli.records import Part, PartReceipt, Receipt, Step, TensorSpec
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from noisytune_cli.checkpoint.formats import Sink, Source
-from noisytune_cli.crew import Crew, Hands, Task
+from noisytune_cli.engine.matrix import Spread
+from noisytune_cli.engine.tensor_walk import TensorWalk
+from noisytune_cli.engine.threads import Crew, Hands, Task
 from noisytune_cli.noise.devices import Device
 from noisytune_cli.noise.std import exact_std, new_exact_sums, round_std
-from noisytune_cli.part import Spread
 from noisytune_cli.records import Plan, Receipt, Step, TensorSpec
-from noisytune_cli.tensor_walk import TensorWalk
 
 #: Bytes of a tile: long enough that Python's part of the work is small, short enough for the caches.
 TILE_BYTES = 1 << 20

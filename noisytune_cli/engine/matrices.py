@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from noisytune_cli import tiles
+from noisytune_cli.engine import tiles
+from noisytune_cli.engine.matrix import Outcome, Spread, Sums, summed
 from noisytune_cli.noise.devices import Device
 from noisytune_cli.noise.stream import stream_words
-from noisytune_cli.part import Outcome, Spread, Sums, summed
 from noisytune_cli.records import NoiseSpec, Part, PartReceipt, Receipt, Step, TensorSpec
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import numpy as np
 from blake3 import blake3
 
 from noisytune_cli.checkpoint.formats import Sink, Source
-from noisytune_cli.crew import Crew, Hands
+from noisytune_cli.engine.threads import Crew, Hands
 from noisytune_cli.manifest.average import AveragedTensor
 from noisytune_cli.noise.devices import Device
 from noisytune_cli.records import FLOAT_DTYPES, TensorSpec

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from noisytune_cli import tiles
 from noisytune_cli.checkpoint.formats import Source
-from noisytune_cli.crew import Crew, Hands, Pass
+from noisytune_cli.engine import tiles
+from noisytune_cli.engine.threads import Crew, Hands, Pass
 from noisytune_cli.noise.devices import Device, Summary
 from noisytune_cli.noise.std import (
     Moments,

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from noisytune_cli.checkpoint.formats import Sink, Source
-from noisytune_cli.crew import Hands, Pass
+from noisytune_cli.engine.matrices import EXACT_AT_ONCE, Counts, Matrices, Outcomes
+from noisytune_cli.engine.matrix import Spread
+from noisytune_cli.engine.threads import Hands, Pass
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.matrices import EXACT_AT_ONCE, Counts, Matrices, Outcomes
 from noisytune_cli.noise.std import new_exact_sums
 from noisytune_cli.noise.stream import LARGEST
-from noisytune_cli.part import Spread
 from noisytune_cli.records import FLOAT_DTYPES, Receipt, Step, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from noisytune_cli.walk import Variant, Walk
+    from noisytune_cli.engine.walk import Variant, Walk
 
 
 class TensorWalk:
