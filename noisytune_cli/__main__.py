@@ -51,8 +51,8 @@ def main() -> NoReturn:
     _hold_standard_descriptors()
     _raise_their_limit()
     _start_quickly()
-    from noisytune_cli import signals
     from noisytune_cli.errors import Stopped
+    from noisytune_cli.output import signals
 
     try:
         signals.install()  # from the first of them on, one may come

@@ -15,9 +15,9 @@ from noisytune_cli.checkpoint.formats import Nowhere, Sink, Source
 from noisytune_cli.engine.threads import Progress
 from noisytune_cli.engine.walk import Variant, Walk, work_bytes
 from noisytune_cli.errors import unreadable
-from noisytune_cli.publish import Publication
+from noisytune_cli.output.convert import OutputFile
+from noisytune_cli.output.publish import Publication
 from noisytune_cli.records import Plan, Receipt
-from noisytune_cli.rewrite import OutputFile
 
 #: Room for the manifest in the check for space: a fixed part, that of each tensor, and of each part of one.
 _MANIFEST_BYTES, _MANIFEST_BYTES_A_TENSOR, _MANIFEST_BYTES_A_PART = 4096, 1024, 512

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from noisytune_cli.checkpoint.formats import Source
 from noisytune_cli.differences import Difference
+from noisytune_cli.output.convert import aligned
 from noisytune_cli.records import FLOAT_DTYPES, Manifest, Receipt
-from noisytune_cli.rewrite import aligned
 
 
 def with_output_files(manifest: Manifest) -> Manifest:

@@ -11,7 +11,7 @@ from noisytune_cli import __version__
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.errors import OutputUnsafe
 from noisytune_cli.manifest.write import encode
-from noisytune_cli.output import check_output, resolve_output
+from noisytune_cli.output.destination import check_output, resolve_output
 from noisytune_cli.records import FileRecord, Manifest, NoiseSpec, SourceRecord
 
 

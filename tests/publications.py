@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from noisytune_cli.publish import Publication
+from noisytune_cli.output.publish import Publication
 
 OLD = {"out.safetensors": b"old weights", "out.safetensors.noisytune.json": b"old manifest"}
 

@@ -13,8 +13,8 @@ from publications import files, refuse
 from test_publish_faults import Fault, failure
 
 from noisytune_cli.checkpoint.formats import _system as system
-from noisytune_cli.commits import all_staged, commit_all
-from noisytune_cli.publish import Publication, copy_file, write_file
+from noisytune_cli.output.commits import all_staged, commit_all
+from noisytune_cli.output.publish import Publication, copy_file, write_file
 
 NAMES = ("one", "two", "three")
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 from noisytune_cli import show
 from noisytune_cli.cli import app
-from noisytune_cli.staging import prefix_for
+from noisytune_cli.output.staging import prefix_for
 
 #: What a name may try: the screen, the title, a line of its own, the reading order, markup, a path.
 HOSTILE = (

@@ -11,12 +11,12 @@ from checkpoints import save
 from test_replay import tree
 from test_verify import TENSORS, make
 
-from noisytune_cli import publish
 from noisytune_cli.commands import replay as command
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid, InputUnreadable, OutputUnsafe, ResourceExhausted
+from noisytune_cli.output import publish
 from noisytune_cli.records import NoiseSpec
 
 

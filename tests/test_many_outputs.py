@@ -23,8 +23,6 @@ from pickles import saved
 from places import old_manifest
 from runs import run
 
-from noisytune_cli import output as output_module
-from noisytune_cli import publish as publish_module
 from noisytune_cli.combinations import combine
 from noisytune_cli.commands import perturb as command
 from noisytune_cli.commands.perturb import Perturbed, Request, perturb, perturb_each
@@ -39,6 +37,8 @@ from noisytune_cli.errors import (
     Stopped,
 )
 from noisytune_cli.fill import needed_bytes
+from noisytune_cli.output import destination as output_module
+from noisytune_cli.output import publish as publish_module
 from noisytune_cli.records import Conversion, NoiseSpec
 
 TENSORS = {
@@ -359,7 +359,7 @@ def test_a_signal_in_the_middle_leaves_complete_outputs_and_says_which(
 #: Runs the command line, and asks it to stop in the middle of the second commit.
 _STOPPED_IN_THE_MIDDLE = """
 import os, signal
-from noisytune_cli import publish
+from noisytune_cli.output import publish
 rename = publish.rename_directory
 def rename_and_ask(source, target):
     rename(source, target)

@@ -10,11 +10,11 @@ import pytest
 from checkpoints import save, weights
 from places import accepted, old_output, refused
 
-from noisytune_cli import output as output_module
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.errors import OutputUnsafe, ResourceExhausted
-from noisytune_cli.output import check_recipe, resolve_output, resolve_recipe
-from noisytune_cli.space import check_space
+from noisytune_cli.output import destination as output_module
+from noisytune_cli.output.destination import check_recipe, resolve_output, resolve_recipe
+from noisytune_cli.output.space import check_space
 
 
 def test_a_file_goes_where_it_is_told(file: Checkpoint, tmp_path: Path) -> None:

@@ -17,8 +17,6 @@ from blake3 import blake3
 from checkpoints import Tensor, Tensors, noised, numbers, save, save_sharded, split, weights
 from runs import run
 
-from noisytune_cli import outputs as outputs_module
-from noisytune_cli import staging
 from noisytune_cli.errors import (
     InputInvalid,
     InputUnreadable,
@@ -28,6 +26,8 @@ from noisytune_cli.errors import (
     ResourceExhausted,
     UsageError,
 )
+from noisytune_cli.output import places as outputs_module
+from noisytune_cli.output import staging
 from noisytune_cli.records import NoiseSpec
 
 

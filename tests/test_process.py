@@ -177,7 +177,7 @@ def test_a_model_of_the_hub(hub: Any, tmp_path: Path) -> None:
 def test_a_signal_while_the_handlers_are_installed_is_a_signal_all_the_same() -> None:
     code = (
         "import os, signal\n"
-        "from noisytune_cli import __main__, signals\n"
+        "from noisytune_cli import __main__; from noisytune_cli.output import signals\n"
         "install = signals.install\n"
         "def installed():\n"
         "    install()\n"

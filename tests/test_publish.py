@@ -13,10 +13,10 @@ import pytest
 from blake3 import blake3
 from publications import BESIDE, KINDS, Kind, files, snapshot, write
 
-from noisytune_cli import publish as publish_module
-from noisytune_cli import signals, staging
 from noisytune_cli.errors import InputInvalid, OutputUnsafe, Stopped
-from noisytune_cli.publish import Publication
+from noisytune_cli.output import publish as publish_module
+from noisytune_cli.output import signals, staging
+from noisytune_cli.output.publish import Publication
 
 
 def test_publishes(kind: Kind, file_system: str, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ _RUN = """
 import sys, time
 from pathlib import Path
 from noisytune_cli.errors import NoisytuneError
-from noisytune_cli.publish import Publication
+from noisytune_cli.output.publish import Publication
 
 me, output, directory = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "directory"
 print("ready", flush=True)

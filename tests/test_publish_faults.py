@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from publications import KINDS, Kind, files, refuse, snapshot
 
-from noisytune_cli import renames, staging
 from noisytune_cli.checkpoint.formats import _system as system
 from noisytune_cli.errors import ResourceExhausted
+from noisytune_cli.output import renames, staging
 
 
 def eio() -> None:

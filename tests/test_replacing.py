@@ -14,14 +14,14 @@ from chunked import save_chunked
 from places import accepted, old_manifest, old_output, refused
 from typer.testing import CliRunner
 
-from noisytune_cli import staging
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.cli import app
 from noisytune_cli.commands.average import average
 from noisytune_cli.commands.perturb import Request, perturb, plan_perturb
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import OutputUnsafe
-from noisytune_cli.output import check_recipe
+from noisytune_cli.output import staging
+from noisytune_cli.output.destination import check_recipe
 from noisytune_cli.records import Combination, Conversion, NoiseSpec
 
 

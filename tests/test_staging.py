@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from noisytune_cli import staging
 from noisytune_cli.errors import OutputUnsafe, ResourceExhausted
+from noisytune_cli.output import staging
 
 OUTPUT = Path("somewhere/model.safetensors")
 

@@ -241,7 +241,7 @@ def test_safetensors_stay_as_they_are(tmp_path: Path) -> None:
 
 
 def test_names_of_other_weights() -> None:
-    from noisytune_cli.rewrite import output_name
+    from noisytune_cli.output.convert import output_name
 
     names = {
         "pytorch_model.bin": "model.safetensors",

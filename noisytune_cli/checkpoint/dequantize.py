@@ -154,7 +154,7 @@ class Dequantized:
         return buffer
 
     def create_sink(self, path: Path) -> Sink:
-        """Have none: the output's file is another (`rewrite.py`)."""
+        """Have none: the output's file is another (`output/convert.py`)."""
         raise NotImplementedError
 
     def check_unchanged(self) -> None:

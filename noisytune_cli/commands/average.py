@@ -22,12 +22,12 @@ from noisytune_cli.fill import copied_bytes
 from noisytune_cli.manifest.average import AverageManifest, encode, manifest_bytes
 from noisytune_cli.manifest.write import MAX_BYTES
 from noisytune_cli.noise.devices import open_device
-from noisytune_cli.output import check_output
-from noisytune_cli.outputs import check_places_of_download
-from noisytune_cli.publish import Publication
+from noisytune_cli.output.convert import resolve_rewritten
+from noisytune_cli.output.destination import check_output
+from noisytune_cli.output.places import check_places_of_download
+from noisytune_cli.output.publish import Publication
+from noisytune_cli.output.space import check_descriptors, check_space
 from noisytune_cli.records import FLOAT_DTYPES, FileRecord, SourceRecord, TensorSpec
-from noisytune_cli.rewrite import resolve_rewritten
-from noisytune_cli.space import check_descriptors, check_space
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ from pathlib import Path
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.dequantize import check_config, dequantize
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
-from noisytune_cli.commits import all_staged, commit_all
-from noisytune_cli.companions import companions, left_behind
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
 from noisytune_cli.errors import InputInvalid
@@ -24,11 +22,14 @@ from noisytune_cli.fill import fill
 from noisytune_cli.manifest.previous import Earlier
 from noisytune_cli.manifest.write import encode
 from noisytune_cli.noise.devices import open_device
-from noisytune_cli.outputs import check_places, check_places_of_download, check_room
+from noisytune_cli.output.commits import all_staged, commit_all
+from noisytune_cli.output.convert import OutputFile, lay_out
+from noisytune_cli.output.places import check_places, check_places_of_download, check_room
+from noisytune_cli.output.publish import Publication, copy_file, write_file
+from noisytune_cli.output.sidecars import companions, left_behind
 from noisytune_cli.plan.buffers_by_model import tell_buffers
 from noisytune_cli.plan.plan import check_outcomes
 from noisytune_cli.plan.plans import make_plans, settle_plans
-from noisytune_cli.publish import Publication, copy_file, write_file
 from noisytune_cli.records import (
     Combination,
     Conversion,
@@ -40,7 +41,6 @@ from noisytune_cli.records import (
     Receipt,
     SourceRecord,
 )
-from noisytune_cli.rewrite import OutputFile, lay_out
 from noisytune_cli.version import __version__
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
-from noisytune_cli.companions import companions
 from noisytune_cli.differences import Difference, compare_receipts, recorded_steps
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
@@ -21,12 +20,13 @@ from noisytune_cli.manifest.locate import manifest_of
 from noisytune_cli.manifest.read import RecordedManifest, read_manifest
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.original import match_files, not_the_base, open_original
-from noisytune_cli.output import check_output
-from noisytune_cli.outputs import check_places_of_download
-from noisytune_cli.publish import Publication
+from noisytune_cli.output.convert import OutputFile, lay_out, resolve_rewritten
+from noisytune_cli.output.destination import check_output
+from noisytune_cli.output.places import check_places_of_download
+from noisytune_cli.output.publish import Publication
+from noisytune_cli.output.sidecars import companions
+from noisytune_cli.output.space import check_descriptors, check_space
 from noisytune_cli.records import Manifest, OutputRecord, Plan
-from noisytune_cli.rewrite import OutputFile, lay_out, resolve_rewritten
-from noisytune_cli.space import check_descriptors, check_space
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 Noise keeps dtype and shape, so the output's first 8 + N bytes are the source's, copied as they are: tensor
 order, offsets, `__metadata__` and padding cannot change. Where dtypes change on the way, or the source is a
-pickle, `rewrite.py` makes the header.
+pickle, `output/convert.py` makes the header.
 """
 
 from __future__ import annotations

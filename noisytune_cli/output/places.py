@@ -7,7 +7,8 @@ from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.fill import manifest_bytes, needed_bytes
-from noisytune_cli.output import (
+from noisytune_cli.output.convert import OutputFile, resolve_rewritten
+from noisytune_cli.output.destination import (
     check_distinct,
     check_folder,
     check_output,
@@ -15,9 +16,8 @@ from noisytune_cli.output import (
     resolve_folder,
     resolve_recipe,
 )
+from noisytune_cli.output.space import check_descriptors, check_space
 from noisytune_cli.records import Plan
-from noisytune_cli.rewrite import OutputFile, resolve_rewritten
-from noisytune_cli.space import check_descriptors, check_space
 
 
 def check_places(

@@ -23,12 +23,20 @@ from types import TracebackType
 
 from blake3 import blake3
 
-from noisytune_cli import signals, staging
 from noisytune_cli.checkpoint.layout import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.errors import OutputUnsafe, unreadable, unwritable
+from noisytune_cli.output import signals, staging
+from noisytune_cli.output.renames import (
+    Steps,
+    rename_any,
+    rename_back,
+    rename_directory,
+    rename_file,
+    swap,
+    undoing,
+)
+from noisytune_cli.output.staging import sync_directory
 from noisytune_cli.reading import open_regular
-from noisytune_cli.renames import Steps, rename_any, rename_back, rename_directory, rename_file, swap, undoing
-from noisytune_cli.staging import sync_directory
 
 _CHUNK = 1 << 20
 

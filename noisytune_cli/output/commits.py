@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from noisytune_cli import signals
 from noisytune_cli.errors import NOTHING_PUBLISHED, NoisytuneError, Stopped
-from noisytune_cli.publish import Publication
+from noisytune_cli.output import signals
+from noisytune_cli.output.publish import Publication
 
 #: Characters of a list of names that an error line has room for.
 _ROOM = 160

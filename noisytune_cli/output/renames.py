@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from noisytune_cli import staging
 from noisytune_cli.checkpoint.formats import _system as system
+from noisytune_cli.output import staging
 
 #: What undoes the steps of publishing, in the order of the steps.
 Steps = list[Callable[[], None]]

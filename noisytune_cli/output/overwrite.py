@@ -19,8 +19,8 @@ from noisytune_cli.checkpoint.layout import MANIFEST, MANIFEST_SUFFIX, METADATA
 from noisytune_cli.errors import InputInvalid, InputUnreadable, OutputUnsafe, unwritable
 from noisytune_cli.escape import list_some
 from noisytune_cli.manifest.previous import begins_a_manifest
+from noisytune_cli.output.staging import remains
 from noisytune_cli.records import Manifest
-from noisytune_cli.staging import remains
 
 #: How many of the entries that would be lost an error names.
 _SHOWN = 3

@@ -26,7 +26,7 @@ from noisytune_cli.checkpoint.formats.safetensors import MAX_HEADER, Safetensors
 from noisytune_cli.checkpoint.formats.safetensors.header import DTYPES, MAX_ENTRIES, PREFIX
 from noisytune_cli.checkpoint.layout import METADATA, PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
 from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.output import resolve_output
+from noisytune_cli.output.destination import resolve_output
 from noisytune_cli.plan.ties import stream_of
 from noisytune_cli.records import FLOAT_DTYPES, Conversion, FileRecord, Plan, Step, TensorSpec
 

@@ -20,9 +20,9 @@ from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.config import CONFIG
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import enumerate_some
+from noisytune_cli.output.convert import OutputFile, output_name
 from noisytune_cli.reading import read_json, read_small
 from noisytune_cli.records import Conversion
-from noisytune_cli.rewrite import OutputFile, output_name
 
 _MAX_BYTES = 16 << 20
 

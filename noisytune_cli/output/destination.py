@@ -1,8 +1,8 @@
 """Where output may go: asked before any weight is read.
 
-Refused are an output that exists (unless it is to be replaced, and `replacing.py` allows it), one that is,
+Refused are an output that exists (unless it is to be replaced, and `output/overwrite.py` allows it), one that is,
 holds or lies in the input or the hub's cache (compared by device and inode, so that links, `..` and bind
-mounts do not hide it), and one that is no regular file or directory. Whether it fits, `space.py` asks.
+mounts do not hide it), and one that is no regular file or directory. Whether it fits, `output/space.py` asks.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.hub_cache import cache_folder
 from noisytune_cli.checkpoint.layout import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.errors import OutputUnsafe, unwritable
-from noisytune_cli.publish import exists
-from noisytune_cli.replacing import (
+from noisytune_cli.output.overwrite import (
     check_file_replaceable,
     check_folder_replaceable,
     check_recipe_replaceable,
     contents,
 )
-from noisytune_cli.staging import remains
+from noisytune_cli.output.publish import exists
+from noisytune_cli.output.staging import remains
 
 #: Device and inode.
 _Identity = tuple[int, int]
