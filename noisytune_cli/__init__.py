@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 from noisytune_cli.version import __version__
 
 if TYPE_CHECKING:
-    from noisytune_cli.memory import perturb_
-    from noisytune_cli.transformers_hook import NoisyTuneCallback, noisy_from_pretrained
+    from noisytune_cli.memory.perturb import perturb_
+    from noisytune_cli.memory.transformers import NoisyTuneCallback, noisy_from_pretrained
 
 __all__ = ["NoisyTuneCallback", "__version__", "noisy_from_pretrained", "perturb_"]
 
 #: Public names, and the modules that they are imported from when they are first asked for.
 _HOMES = {
-    "NoisyTuneCallback": "transformers_hook",
-    "noisy_from_pretrained": "transformers_hook",
-    "perturb_": "memory",
+    "NoisyTuneCallback": "memory.transformers",
+    "noisy_from_pretrained": "memory.transformers",
+    "perturb_": "memory.perturb",
 }
 
 

@@ -16,8 +16,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from noisytune_cli import in_place_tables, memory, perturb_, sharded
+from noisytune_cli import perturb_
 from noisytune_cli.errors import InputInvalid
+from noisytune_cli.memory import host as in_place_tables
+from noisytune_cli.memory import perturb as memory
+from noisytune_cli.memory import sharded
 
 OPTIONS: list[dict[str, Any]] = [
     {},

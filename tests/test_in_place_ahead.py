@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import noisytune_cli
-from noisytune_cli import in_place, memory
 from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.memory import in_place
+from noisytune_cli.memory import perturb as memory
 from noisytune_cli.noise.devices import cuda
 
 pytest.importorskip("triton")

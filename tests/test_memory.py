@@ -17,10 +17,12 @@ import safetensors.torch
 import torch
 
 import noisytune_cli
-from noisytune_cli import in_place, in_place_tables, memory
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.engine import tiles
 from noisytune_cli.errors import InputUnreadable, Mismatch, UsageError
+from noisytune_cli.memory import host as in_place_tables
+from noisytune_cli.memory import in_place
+from noisytune_cli.memory import perturb as memory
 from noisytune_cli.noise.devices import cuda
 from noisytune_cli.records import Manifest, NoiseSpec
 

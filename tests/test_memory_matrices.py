@@ -13,9 +13,9 @@ import noisytune_cli
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.engine import tiles
 from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.memory.sharded import Held, Run
+from noisytune_cli.memory.tensors import Resident
 from noisytune_cli.records import NoiseSpec, Part
-from noisytune_cli.resident import Resident
-from noisytune_cli.sharded import Held, Run
 
 C_ATTN = "h.0.attn.c_attn.weight"
 
@@ -104,7 +104,7 @@ def test_a_refusal_changes_nothing() -> None:
 
 
 def test_a_sharded_tensor_that_holds_several_matrices_is_refused() -> None:
-    from noisytune_cli.memory_plan import plan_parameters
+    from noisytune_cli.memory.plan import plan_parameters
 
     values = torch.randn(8, 48)
     held = Held(values, (Run(0, 0, 384),), mesh=object(), shards=(0,))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from noisytune_cli.sharded import Run, held_part
+from noisytune_cli.memory.sharded import Run, held_part
 
 _WORKER = Path(__file__).with_name("distributed_worker.py")
 

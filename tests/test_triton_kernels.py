@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import noisytune_cli
-from noisytune_cli import in_place
+from noisytune_cli.memory import in_place
 from noisytune_cli.noise import std as moments
 from noisytune_cli.noise import stream
 from noisytune_cli.noise.devices import cuda

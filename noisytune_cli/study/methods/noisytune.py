@@ -11,7 +11,7 @@ import glob
 from collections.abc import Mapping
 from typing import ClassVar
 
-from noisytune_cli.memory import perturb_
+from noisytune_cli.memory.perturb import perturb_
 from noisytune_cli.records import Manifest, Scope
 from noisytune_cli.study.methods import Method, Training, Value
 

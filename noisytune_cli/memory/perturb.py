@@ -13,12 +13,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from noisytune_cli import in_place, in_place_parts, subnormals
 from noisytune_cli.errors import UsageError
-from noisytune_cli.in_place_ahead import SumsAhead
 from noisytune_cli.manifest.locate import manifest_of
 from noisytune_cli.manifest.read import read_manifest
-from noisytune_cli.memory_arguments import (
+from noisytune_cli.memory import in_place, subnormals
+from noisytune_cli.memory import matrices as in_place_parts
+from noisytune_cli.memory.ahead import SumsAhead
+from noisytune_cli.memory.arguments import (
     Pairs,
     Patterns,
     check_choice,
@@ -26,8 +27,8 @@ from noisytune_cli.memory_arguments import (
     patterns,
     thread_count,
 )
-from noisytune_cli.memory_noise import batches, begin, receipts_of
-from noisytune_cli.memory_plan import (
+from noisytune_cli.memory.batches import batches, begin, receipts_of
+from noisytune_cli.memory.plan import (
     OPTIONS_THAT_EXCLUDE,
     Matrix,
     Parameter,
@@ -35,6 +36,8 @@ from noisytune_cli.memory_plan import (
     plan_parameters,
     recorded_parameters,
 )
+from noisytune_cli.memory.sharded import Held, share_exact_sums, share_moments
+from noisytune_cli.memory.tensors import Names, residents_of
 from noisytune_cli.noise import distributions
 from noisytune_cli.noise.std import Moments, exact_std, exactly_equal, std_and_equality
 from noisytune_cli.plan.plan import check_outcomes
@@ -47,8 +50,6 @@ from noisytune_cli.records import (
     Scope,
     SourceRecord,
 )
-from noisytune_cli.resident import Names, residents_of
-from noisytune_cli.sharded import Held, share_exact_sums, share_moments
 from noisytune_cli.version import __version__
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from noisytune_cli.in_place import enough_memory, is_exact, lies_flat
+from noisytune_cli.memory.in_place import enough_memory, is_exact, lies_flat
+from noisytune_cli.memory.overlaps import has_memory
+from noisytune_cli.memory.sharded import PLAIN
 from noisytune_cli.noise.devices import cuda
 from noisytune_cli.noise.devices.torch import operations as torch_kernels
 from noisytune_cli.noise.devices.torch.results import send_to_host
 from noisytune_cli.noise.std import Moments
-from noisytune_cli.overlaps import has_memory
-from noisytune_cli.sharded import PLAIN
 
 #: Tensors of the first batch that a device is given, so that it has something to do at once. The next are
 #: larger and larger, since a launch takes Python's time too.

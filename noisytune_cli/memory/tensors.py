@@ -17,9 +17,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.overlaps import find_overlap, has_memory, place, strides
+from noisytune_cli.memory.overlaps import find_overlap, has_memory, place, strides
+from noisytune_cli.memory.sharded import PLAIN, Held, held_part
 from noisytune_cli.records import TensorSpec
-from noisytune_cli.sharded import PLAIN, Held, held_part
 
 #: How module names become the names in the checkpoint: a map, a function, or a prefix to take away.
 Names = Mapping[str, str] | Callable[[str], str] | str | None

@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from noisytune_cli import in_place_tables
 from noisytune_cli.engine.threads import default_threads
 from noisytune_cli.errors import ResourceExhausted
+from noisytune_cli.memory import host as in_place_tables
+from noisytune_cli.memory.sharded import Held
 from noisytune_cli.noise.devices import cuda
 from noisytune_cli.noise.devices.cpu import Cpu
 from noisytune_cli.noise.devices.torch import operations as torch_kernels
 from noisytune_cli.noise.devices.torch.results import Queued, fetch, send
 from noisytune_cli.noise.std import Moments, new_exact_sums
 from noisytune_cli.noise.stream import StreamWords
-from noisytune_cli.sharded import Held
 
 if TYPE_CHECKING:
     import numpy as np

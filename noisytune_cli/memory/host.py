@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from noisytune_cli.memory.sharded import Held, Run
 from noisytune_cli.noise.devices.cpu import Cpu
 from noisytune_cli.noise.devices.cpu.rows import work_through
 from noisytune_cli.noise.devices.torch import operations as torch_kernels
 from noisytune_cli.noise.std import Moments
 from noisytune_cli.records import FLOAT_DTYPES
-from noisytune_cli.sharded import Held, Run
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from noisytune_cli.in_place import Dose
+    from noisytune_cli.memory.in_place import Dose
 
 #: Bytes of a tile. Threads that take small ones in turn get in the way of each other's prefetching.
 _TILE_BYTES = 4 << 20

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from noisytune_cli.errors import UsageError, unwritable
 from noisytune_cli.manifest.write import encode
-from noisytune_cli.memory import perturb_
+from noisytune_cli.memory.perturb import perturb_
 from noisytune_cli.records import Manifest, SourceRecord
 
 #: The record of the callback's noise in the trainer's output folder. It is no checkpoint's manifest.

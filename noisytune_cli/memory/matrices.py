@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-from noisytune_cli import in_place
 from noisytune_cli.engine import tiles
 from noisytune_cli.engine.threads import Crew, Hands, Pass, default_threads
+from noisytune_cli.memory import in_place
+from noisytune_cli.memory.sharded import Held, Run
 from noisytune_cli.noise.devices.cpu import Cpu
 from noisytune_cli.noise.devices.torch import operations as torch_kernels
 from noisytune_cli.noise.stream import StreamWords
 from noisytune_cli.records import Part
-from noisytune_cli.sharded import Held, Run
 
 _CPU = Cpu()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from noisytune_cli.checkpoint.quantized import refuse_quantized
 from noisytune_cli.errors import InputInvalid, Mismatch
+from noisytune_cli.memory.tensors import Resident, first_bytes, same_bytes
 from noisytune_cli.noise.stream import StreamWords, stream_words
 from noisytune_cli.plan.patterns import check_matched, match_names
 from noisytune_cli.plan.plan import check_not_empty, confirm_ties, make_plan
@@ -23,7 +24,6 @@ from noisytune_cli.records import (
     Step,
     Tie,
 )
-from noisytune_cli.resident import Resident, first_bytes, same_bytes
 
 #: What to say to those whose options leave nothing to perturb.
 OPTIONS_THAT_EXCLUDE = "Widen include= or drop an exclude=; frozen= and fresh_names= leave parameters out too"

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from noisytune_cli import in_place, in_place_parts
 from noisytune_cli.engine.matrix import summed
-from noisytune_cli.in_place_ahead import FIRST_BATCH, SumsAhead
-from noisytune_cli.memory_plan import Matrix, Parameter
+from noisytune_cli.memory import in_place
+from noisytune_cli.memory import matrices as in_place_parts
+from noisytune_cli.memory.ahead import FIRST_BATCH, SumsAhead
+from noisytune_cli.memory.plan import Matrix, Parameter
 from noisytune_cli.noise import distributions
 from noisytune_cli.records import NoiseSpec, PartReceipt, Receipt, Step
 

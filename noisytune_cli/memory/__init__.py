@@ -1,0 +1,1 @@
+"""The same noise on a live model."""
