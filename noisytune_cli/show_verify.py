@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
+from noisytune_cli.commands.compare import mismatch
 from noisytune_cli.commands.replay import Replayed
 from noisytune_cli.commands.verify import Verified
-from noisytune_cli.differences import mismatch
 from noisytune_cli.escape import escape
 from noisytune_cli.show import note, warn, write_out
 

@@ -12,9 +12,9 @@ from checkpoints import STORED, Tensor, floats, save, save_sharded, split, std32
 
 from noisytune_cli.checkpoint.formats.safetensors import SafetensorsSource
 from noisytune_cli.commands.inspect import SORT_KEYS, inspect
+from noisytune_cli.commands.report import TensorReport
 from noisytune_cli.errors import Mismatch, UsageError
 from noisytune_cli.records import TensorSpec
-from noisytune_cli.report import TensorReport
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from noisytune_cli.commands import perturb as command
 from noisytune_cli.commands.perturb import Perturbed, Request, perturb, perturb_each
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
+from noisytune_cli.commands.write import needed_bytes
 from noisytune_cli.engine import walk as walk_module
 from noisytune_cli.engine.walk import Walk
 from noisytune_cli.errors import (
@@ -36,7 +37,6 @@ from noisytune_cli.errors import (
     ResourceExhausted,
     Stopped,
 )
-from noisytune_cli.fill import needed_bytes
 from noisytune_cli.output import destination as output_module
 from noisytune_cli.output import publish as publish_module
 from noisytune_cli.records import Conversion, NoiseSpec

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from noisytune_cli.report import Inspection, TensorReport, Totals
+from noisytune_cli.commands.report import Inspection, TensorReport, Totals
 from noisytune_cli.show_inspect import FORMATS, render, show_inspection
 
 ROW = TensorReport(

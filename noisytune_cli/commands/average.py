@@ -14,11 +14,11 @@ from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
+from noisytune_cli.commands.write import copied_bytes
 from noisytune_cli.engine import mean as means
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import enumerate_some, escape
-from noisytune_cli.fill import copied_bytes
 from noisytune_cli.manifest.average import AverageManifest, encode, manifest_bytes
 from noisytune_cli.manifest.write import MAX_BYTES
 from noisytune_cli.noise.devices import open_device

@@ -14,11 +14,11 @@ from pathlib import Path
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.dequantize import check_config, dequantize
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
+from noisytune_cli.commands.write import fill
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import enumerate_some
-from noisytune_cli.fill import fill
 from noisytune_cli.manifest.previous import Earlier
 from noisytune_cli.manifest.write import encode
 from noisytune_cli.noise.devices import open_device

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
-from noisytune_cli.differences import Difference, compare_receipts, recorded_steps
+from noisytune_cli.commands.base import match_files, not_the_base, open_original
+from noisytune_cli.commands.compare import Difference, compare_receipts, recorded_steps
+from noisytune_cli.commands.write import fill, needed_bytes
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
-from noisytune_cli.fill import fill, needed_bytes
 from noisytune_cli.manifest.locate import manifest_of
 from noisytune_cli.manifest.read import RecordedManifest, read_manifest
 from noisytune_cli.noise.devices import open_device
-from noisytune_cli.original import match_files, not_the_base, open_original
 from noisytune_cli.output.convert import OutputFile, lay_out, resolve_rewritten
 from noisytune_cli.output.destination import check_output
 from noisytune_cli.output.places import check_places_of_download

@@ -23,7 +23,9 @@ from noisytune_cli.checkpoint.folder import list_folder
 from noisytune_cli.checkpoint.formats import Nowhere, Source, open_source
 from noisytune_cli.checkpoint.index import read_index
 from noisytune_cli.checkpoint.layout import INDEX_SUFFIXES, MANIFEST, WEIGHTS_SUFFIXES
-from noisytune_cli.differences import Difference, compare_receipts, recorded_steps
+from noisytune_cli.commands.base import compare_files, match_files, open_original
+from noisytune_cli.commands.compare import Difference, compare_receipts, recorded_steps
+from noisytune_cli.commands.produced import as_produced, with_output_files
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Variant, Walk
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
@@ -32,8 +34,6 @@ from noisytune_cli.manifest.average import RecordedAverage, read_any_manifest
 from noisytune_cli.manifest.locate import Place, place_of, require_manifest
 from noisytune_cli.manifest.read import REFORMATTED, RecordedManifest
 from noisytune_cli.noise.devices import open_device
-from noisytune_cli.original import compare_files, match_files, open_original
-from noisytune_cli.produced import as_produced, with_output_files
 from noisytune_cli.reading import open_regular
 from noisytune_cli.records import Manifest, NoiseSpec, Plan, Receipt
 

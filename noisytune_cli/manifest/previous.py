@@ -48,9 +48,9 @@ def begins_a_manifest(content: bytes) -> bool:
 def read_earlier(path: Path) -> Earlier | None:
     """Return what the file at `path` says of its source, or None where it is no manifest of noisytune."""
     # Most sources have no manifest, and should not wait for its readers to be imported.
+    from noisytune_cli.commands.produced import with_output_files
     from noisytune_cli.manifest.average import RecordedAverage, read_any_manifest
     from noisytune_cli.manifest.read import read_content
-    from noisytune_cli.produced import with_output_files
 
     name = path.name
     try:

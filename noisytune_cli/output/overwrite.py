@@ -104,8 +104,8 @@ def check_recipe_replaceable(output: Path) -> None:
 def _read(path: Path) -> Manifest:
     """Return the manifest at `path` with the output's own weight files; raises as `read_any_manifest`."""
     # Most outputs are new, and should not wait for its readers to be imported.
+    from noisytune_cli.commands.produced import with_output_files
     from noisytune_cli.manifest.average import read_any_manifest
-    from noisytune_cli.produced import with_output_files
 
     return with_output_files(read_any_manifest(path).manifest)
 

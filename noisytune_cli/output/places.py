@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
-from noisytune_cli.fill import manifest_bytes, needed_bytes
+from noisytune_cli.commands.write import manifest_bytes, needed_bytes
 from noisytune_cli.output.convert import OutputFile, resolve_rewritten
 from noisytune_cli.output.destination import (
     check_distinct,

@@ -153,7 +153,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a changed input goes unnoticed",
-        "fill.py",
+        "commands/write.py",
         "            file.check_unchanged()\n",
         "            pass\n",
         (f"{_MACHINE}::test_an_input_that_changes_while_it_is_read",),
@@ -181,7 +181,7 @@ MUTATIONS = (
     ),
     Mutation(
         "verify does not compare the digests of headers",
-        "differences.py",
+        "commands/compare.py",
         "    if source.header_digest != record.header_digest:\n",
         "    if False:\n",
         ("tests/test_verify.py",),
@@ -195,7 +195,7 @@ MUTATIONS = (
     ),
     Mutation(
         "replay takes a base of other bytes",
-        "differences.py",
+        "commands/compare.py",
         "        if receipt.source_digest != expected.source_digest:\n",
         "        if False:\n",
         ("tests/test_replay.py", "tests/test_verify.py"),

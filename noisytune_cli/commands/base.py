@@ -15,7 +15,7 @@ from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.dequantize import dequantize
 from noisytune_cli.checkpoint.formats import Source
 from noisytune_cli.checkpoint.layout import INDEX_SUFFIXES
-from noisytune_cli.differences import Difference, compare_header, mismatch
+from noisytune_cli.commands.compare import Difference, compare_header, mismatch
 from noisytune_cli.errors import InputInvalid, Mismatch, UsageError
 from noisytune_cli.manifest.read import RecordedManifest
 from noisytune_cli.records import Manifest, TensorSpec

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from noisytune_cli.checkpoint.formats import Source
-from noisytune_cli.differences import Difference
+from noisytune_cli.commands.compare import Difference
 from noisytune_cli.output.convert import aligned
 from noisytune_cli.records import FLOAT_DTYPES, Manifest, Receipt
 
