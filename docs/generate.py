@@ -22,7 +22,7 @@ TARGET = Path(__file__).parent / "cli.md"
 
 HEAD = """# Command line reference
 
-Made by `make docs` from `--help`; edit the docstrings and options in `noisytune_cli/cli*.py` instead.
+Made by `make docs` from `--help`; edit the docstrings and options in `noisytune_cli/cli/*.py` instead.
 """
 
 TAIL = """

@@ -56,7 +56,7 @@ def main() -> NoReturn:
 
     try:
         signals.install()  # from the first of them on, one may come
-        from noisytune_cli.cli import run
+        from noisytune_cli.cli.app import run
 
         try:
             run()
@@ -70,7 +70,7 @@ def main() -> NoReturn:
         # Not sys.exit: that would wait for threads that are still in the middle of a transfer.
         signals.ignore()
         if stopped.left is not None:
-            from noisytune_cli import show
+            from noisytune_cli.cli import show
 
             show.note(f"noisytune: stopped: {stopped.left}")
         _flush()

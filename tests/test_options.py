@@ -12,8 +12,8 @@ from checkpoints import save, weights
 from typer.testing import CliRunner
 
 from noisytune_cli.cli import app
+from noisytune_cli.cli.parse import make_noise
 from noisytune_cli.errors import UsageError
-from noisytune_cli.options import make_noise
 from noisytune_cli.records import NoiseSpec
 
 NOTHING: dict[str, Any] = {

@@ -126,7 +126,7 @@ def test_a_signal_leaves_nothing_behind(signum: int, code: int, slow_source: Pat
 
 _STOPPED_IN_A_CLASS = """
 import os, signal
-from noisytune_cli import cli
+from noisytune_cli.cli import app as cli
 class Hook:
     def __set_name__(self, owner, name):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from noisytune_cli import show
+from noisytune_cli.cli import show
 from noisytune_cli.errors import PipeClosed, ResourceExhausted
 
 #: Runs one call the way the command line does, and exits with the error's code.
 SCRIPT = """
 import sys
-from noisytune_cli import show
+from noisytune_cli.cli import show
 from noisytune_cli.errors import NoisytuneError, Stopped
 try:
     {call}

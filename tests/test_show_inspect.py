@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import pytest
 
+from noisytune_cli.cli.show_inspect import FORMATS, render, show_inspection
 from noisytune_cli.commands.report import Inspection, TensorReport, Totals
-from noisytune_cli.show_inspect import FORMATS, render, show_inspection
 
 ROW = TensorReport(
     name="layers.0.weight",

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
+from noisytune_cli.cli.parse import parse_split
 from noisytune_cli.errors import UsageError
-from noisytune_cli.options import parse_split
 from noisytune_cli.plan.plan import make_plan
 from noisytune_cli.records import NoiseSpec, Part, Plan, TensorSpec
 

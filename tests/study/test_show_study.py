@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from noisytune_cli import show_study
+from noisytune_cli.cli import show_study
 from noisytune_cli.study import results
 
 from .records import run, runs, study

@@ -18,7 +18,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from noisytune_cli import cli_average, cli_inspect, cli_perturb, cli_study, cli_verify
+from noisytune_cli.cli import average as cli_average
+from noisytune_cli.cli import inspect as cli_inspect
+from noisytune_cli.cli import perturb as cli_perturb
+from noisytune_cli.cli import study as cli_study
+from noisytune_cli.cli import verify as cli_verify
 from noisytune_cli.errors import NoisytuneError, NoisytuneWarning, UsageError, exhausted
 from noisytune_cli.version import __version__
 
@@ -44,7 +48,7 @@ def _shown_warnings() -> Iterator[None]:
 
     def show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, NoisytuneWarning):
-            from noisytune_cli import show
+            from noisytune_cli.cli import show
 
             show.warn(str(message))
         else:
@@ -58,7 +62,7 @@ def _shown_warnings() -> Iterator[None]:
 
 def _report(error: NoisytuneError | MemoryError | OSError) -> typer.Exit:
     """Print the error's line and return the exit that carries its code."""
-    from noisytune_cli import show
+    from noisytune_cli.cli import show
 
     if not isinstance(error, NoisytuneError):
         error = exhausted(error)
@@ -78,7 +82,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from noisytune_cli import show
+        from noisytune_cli.cli import show
 
         show.write_out(f"noisytune {__version__}\n")
         raise typer.Exit

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from noisytune_cli.cli.show import note, note_left_out, warn, write_out
 from noisytune_cli.commands.perturb import Perturbed, Planned
 from noisytune_cli.escape import escape
 from noisytune_cli.records import Manifest, NoiseSpec, Step
-from noisytune_cli.show import note, note_left_out, warn, write_out
 
 _TOLD_BY = {"names": "its name", "model": "the model"}
 

@@ -9,8 +9,8 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from noisytune_cli.cli.parse import decimal
 from noisytune_cli.errors import UsageError
-from noisytune_cli.options import decimal
 
 _T = TypeVar("_T")
 
@@ -164,9 +164,9 @@ def study(
     Every finished run is kept, so a study that was stopped continues with the same command; more methods, λ,
     shares and seeds may be asked for later. Needs the extra: pip install '.[study]' in a clone.
     """
-    from noisytune_cli import show, show_study, show_study_progress
+    from noisytune_cli.cli import show, show_study, show_study_progress
+    from noisytune_cli.cli.parse import check_out
     from noisytune_cli.commands import study as command
-    from noisytune_cli.options import check_out
     from noisytune_cli.study.settings import Recipe
 
     check_out(out)

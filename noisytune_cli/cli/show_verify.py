@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
+from noisytune_cli.cli.show import note, warn, write_out
 from noisytune_cli.commands.compare import mismatch
 from noisytune_cli.commands.replay import Replayed
 from noisytune_cli.commands.verify import Verified
 from noisytune_cli.escape import escape
-from noisytune_cli.show import note, warn, write_out
 
 
 def show_verified(result: Verified, *, as_json: bool, quiet: bool) -> None:

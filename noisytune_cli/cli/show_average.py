@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
+from noisytune_cli.cli.show import note, note_left_out, warn, write_out
 from noisytune_cli.commands.average import Averaged
 from noisytune_cli.escape import escape
-from noisytune_cli.show import note, note_left_out, warn, write_out
 
 
 def show_averaged(result: Averaged, *, as_json: bool, quiet: bool) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from noisytune_cli.cli.show import is_terminal, note, warn, write_out
 from noisytune_cli.escape import escape
-from noisytune_cli.show import is_terminal, note, warn, write_out
 from noisytune_cli.study import wording
 from noisytune_cli.study.results import NO_EVIDENCE, encode, whole
 

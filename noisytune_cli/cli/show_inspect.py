@@ -20,9 +20,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
+from noisytune_cli.cli.show import is_terminal, warn, write_out
 from noisytune_cli.commands.report import Inspection, TensorReport, Totals
 from noisytune_cli.escape import escape
-from noisytune_cli.show import is_terminal, warn, write_out
 
 FORMATS = ("table", "json", "jsonl", "csv")
 

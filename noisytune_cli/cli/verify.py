@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from noisytune_cli.cli_options import AsJson, Device, Mmap, Overwrite, Quiet, Threads
+from noisytune_cli.cli.options import AsJson, Device, Mmap, Overwrite, Quiet, Threads
 
 
 def verify(
@@ -31,7 +31,7 @@ def verify(
 
     Exit code 8 and the names of the first tensors and files that do not match, 0 if all do.
     """
-    from noisytune_cli import show, show_verify
+    from noisytune_cli.cli import show, show_verify
     from noisytune_cli.commands import verify as command
 
     result = command.verify(
@@ -82,9 +82,9 @@ def replay(
 
     Nothing is published unless every byte is as the manifest says; a base that differs is exit code 8.
     """
-    from noisytune_cli import show, show_verify
+    from noisytune_cli.cli import show, show_verify
+    from noisytune_cli.cli.parse import check_out
     from noisytune_cli.commands import replay as command
-    from noisytune_cli.options import check_out
 
     check_out(out)
     result = command.replay(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from noisytune_cli.cli_options import (
+from noisytune_cli.cli.options import (
     BuffersFrom,
     Granularity,
     GranularityOption,
@@ -19,7 +19,7 @@ from noisytune_cli.cli_options import (
     Threads,
     Weights,
 )
-from noisytune_cli.options import decimal
+from noisytune_cli.cli.parse import decimal
 
 
 class _Format(StrEnum):
@@ -76,10 +76,10 @@ def inspect(
     and counts of NaN and Inf. No model is loaded. Every format ends with the totals: jsonl with a line
     {"totals": …}, which has no other key, and csv with a row named TOTAL, which alone has no dtype.
     """
-    from noisytune_cli import show, show_inspect
+    from noisytune_cli.cli import show, show_inspect
+    from noisytune_cli.cli.parse import parse_split
     from noisytune_cli.commands import inspect as command
     from noisytune_cli.engine.threads import default_threads
-    from noisytune_cli.options import parse_split
 
     result = command.inspect(
         source,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from noisytune_cli.cli_options import (
+from noisytune_cli.cli.options import (
     AsJson,
     BuffersFrom,
     Device,
@@ -163,10 +163,10 @@ def perturb(
     With --recipe-only the weights are not written, only the manifest that would lie with them: as the file
     OUT, or as noisytune.json in OUT where that is a folder or ends in /. `replay` makes the rest of it.
     """
-    from noisytune_cli import show, show_perturb
-    from noisytune_cli.combinations import combine
+    from noisytune_cli.cli import show, show_perturb
+    from noisytune_cli.cli.combinations import combine
+    from noisytune_cli.cli.parse import check_out, make_conversion, make_noise, numbers
     from noisytune_cli.commands import perturb as command
-    from noisytune_cli.options import check_out, make_conversion, make_noise, numbers
 
     started = time.monotonic()
     if out is not None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from noisytune_cli.show import is_terminal
+from noisytune_cli.cli.show import is_terminal
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from noisytune_cli.cli_options import AsJson, Mmap, Overwrite, Quiet, Threads
+from noisytune_cli.cli.options import AsJson, Mmap, Overwrite, Quiet, Threads
 
 
 def average(
@@ -46,9 +46,9 @@ def average(
     The mean is taken in float64, in the order of the sources, and rounded once to the stored dtype. The
     output has the first SOURCE's format, layout and other files; tensors that are not floats are its own.
     """
-    from noisytune_cli import show, show_average
+    from noisytune_cli.cli import show, show_average
+    from noisytune_cli.cli.parse import check_out, numbers
     from noisytune_cli.commands import average as command
-    from noisytune_cli.options import check_out, numbers
 
     check_out(out)
     result = command.average(

@@ -12,8 +12,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from noisytune_cli.cli.parse import numbers
 from noisytune_cli.errors import UsageError
-from noisytune_cli.options import numbers
 from noisytune_cli.records import Combination
 
 #: The most outputs of one run: what it remembers of them grows with their number.
