@@ -10,8 +10,8 @@ from typing import Any
 
 from noisytune_cli.cli.show import is_terminal, note, warn, write_out
 from noisytune_cli.escape import escape
-from noisytune_cli.study import wording
-from noisytune_cli.study.results import NO_EVIDENCE, encode, whole
+from noisytune_cli.study.report import wording
+from noisytune_cli.study.report.results import NO_EVIDENCE, encode, whole
 
 #: The columns, and those that a narrow terminal does without, the first to go first.
 _COLUMNS = ("method", "λ", "seeds", "mean ± std", "difference from plain [95 %]", "p", "p (Holm)", "verdict")

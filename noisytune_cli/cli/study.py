@@ -166,7 +166,7 @@ def study(
     """
     from noisytune_cli.cli import show, show_study, show_study_progress
     from noisytune_cli.cli.parse import check_out
-    from noisytune_cli.commands import study as command
+    from noisytune_cli.study import study as command
     from noisytune_cli.study.settings import Recipe
 
     check_out(out)

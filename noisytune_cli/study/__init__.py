@@ -1,1 +1,1 @@
-"""What `noisytune study` is made of: tasks, methods, runs, and what the runs say together."""
+"""Does it help? Finetuning runs, their methods and their report."""

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from noisytune_cli.study.tasks import Task
+from noisytune_cli.study.data.tasks import Task
 
 
 @dataclass(frozen=True)

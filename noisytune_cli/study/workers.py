@@ -22,7 +22,7 @@ import torch
 from noisytune_cli.errors import NoisytuneError, ResourceExhausted
 from noisytune_cli.study.design import Run
 from noisytune_cli.study.settings import Material, Recipe
-from noisytune_cli.study.training import Bench
+from noisytune_cli.study.training.training import Bench
 
 #: Seconds between two messages of how far a run is.
 _EVERY = 0.5

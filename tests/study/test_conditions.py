@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from noisytune_cli.study.conditions import Kind, common_pairs, families, gather, kind_of, name_kinds
+from noisytune_cli.study.report.conditions import Kind, common_pairs, families, gather, kind_of, name_kinds
 
 from .records import run, runs
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from noisytune_cli.study.drift import measure_drift, snapshot
+from noisytune_cli.study.training.drift import measure_drift, snapshot
 
 
 class Small(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from noisytune_cli.study import ensemble
+from noisytune_cli.study.report import ensemble
 
 
 def test_the_majority_decides_on_each_row() -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from noisytune_cli.errors import ResourceExhausted
-from noisytune_cli.study import figures, plots, results
+from noisytune_cli.study.report import figures, plots, results
 
 from .records import run, runs, study
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from noisytune_cli.study.metrics import score
+from noisytune_cli.study.training.metrics import score
 
 
 def test_two_classes_by_hand() -> None:

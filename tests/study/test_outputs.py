@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from noisytune_cli.study.outputs import write_outputs
+from noisytune_cli.study.report.write import write_outputs
 
 from .records import runs, study
 

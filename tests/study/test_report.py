@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from noisytune_cli.study import plots, results
-from noisytune_cli.study.report import FIGURES, render
+from noisytune_cli.study.report import plots, results
+from noisytune_cli.study.report.report import FIGURES, render
 
 from .records import run, runs, study
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from noisytune_cli.study import results
+from noisytune_cli.study.report import results
 
 from .records import LABELS, run, runs, study
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from noisytune_cli.cli import show_study
-from noisytune_cli.study import results
+from noisytune_cli.study.report import results
 
 from .records import run, runs, study
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from noisytune_cli.study import statistics
+from noisytune_cli.study.report import statistics
 
 
 def test_mean_and_unbiased_std() -> None:

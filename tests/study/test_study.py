@@ -18,8 +18,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from noisytune_cli.cli import app
-from noisytune_cli.commands import study as command
 from noisytune_cli.errors import InputInvalid
+from noisytune_cli.study import study as command
 
 from .conftest import Tiny
 from .tiny import SENTENCES

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from noisytune_cli.errors import InputInvalid, InputUnreadable
-from noisytune_cli.study.tables import TableRow, read_table
+from noisytune_cli.study.data.tables import TableRow, read_table
 
 COLUMNS = ("text", "label")
 

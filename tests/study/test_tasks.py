@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError
-from noisytune_cli.study.tasks import Data, Task, glue_files, glue_task, read_data
+from noisytune_cli.study.data.tasks import Data, Task, glue_files, glue_task, read_data
 
 CLASSES = Task("mine", ("text",), "label", ("accuracy",))
 NUMBERS = Task("mine", ("text",), "label", ("pearson",))

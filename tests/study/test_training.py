@@ -13,12 +13,12 @@ from transformers import GPT2Config, GPT2Model
 
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.study import methods
+from noisytune_cli.study.data.encoding import Encoded
+from noisytune_cli.study.data.tasks import Task
 from noisytune_cli.study.design import Run, Seeds, plan_runs
-from noisytune_cli.study.encoding import Encoded
-from noisytune_cli.study.pretrained import Pretrained
 from noisytune_cli.study.settings import Material, Recipe
-from noisytune_cli.study.tasks import Task
-from noisytune_cli.study.training import Bench
+from noisytune_cli.study.training.pretrained import Pretrained
+from noisytune_cli.study.training.training import Bench
 
 from .conftest import Tiny
 from .tiny import save_model
@@ -117,7 +117,7 @@ def test_batches_of_similar_length_have_less_padding_and_every_row(tiny: Tiny) -
 
 
 def test_the_rate_rises_and_falls_to_0(tiny: Tiny) -> None:
-    from noisytune_cli.study.training import _linear_schedule
+    from noisytune_cli.study.training.training import _linear_schedule
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=2.0)
     schedule = _linear_schedule(optimizer, 2, 6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from noisytune_cli.study import wording
+from noisytune_cli.study.report import wording
 
 
 @pytest.mark.parametrize(("value", "shown"), [(0.0041, "+0.41"), (-0.123456, "−12.35"), (-1e-9, "+0.00")])

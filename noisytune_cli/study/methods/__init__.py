@@ -158,7 +158,7 @@ class Method:
 
 def names() -> list[str]:
     """Return the names of all methods, sorted, without importing them."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
 def load(name: str) -> type[Method]:

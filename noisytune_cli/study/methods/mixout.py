@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from noisytune_cli.errors import UsageError
-from noisytune_cli.study.draws import generator_on
 from noisytune_cli.study.methods import Method, Training, Value
+from noisytune_cli.study.methods._draws import generator_on
 
 #: Layers that are mixed, and the dimension of their weights that counts input neurons.
 _INPUT = {nn.Linear: 1, Conv1D: 0}

@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from noisytune_cli.study.draws import generator_on
-from noisytune_cli.study.embeddings import changed_embeddings
 from noisytune_cli.study.methods import Batch, Member, Method, Training, Value
+from noisytune_cli.study.methods._draws import generator_on
+from noisytune_cli.study.methods._embeddings import changed_embeddings
 
 
 class NEFTune(Method):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from noisytune_cli.study.draws import generator_on
-from noisytune_cli.study.embeddings import changed_embeddings
 from noisytune_cli.study.methods import Batch, Member, Method, Training, Value
+from noisytune_cli.study.methods._draws import generator_on
+from noisytune_cli.study.methods._embeddings import changed_embeddings
 
 
 class R3F(Method):

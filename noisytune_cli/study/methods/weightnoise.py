@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from noisytune_cli.errors import UsageError
 from noisytune_cli.plan.patterns import match_names
-from noisytune_cli.study.draws import generator_on
 from noisytune_cli.study.methods import Method, Training, Value
+from noisytune_cli.study.methods._draws import generator_on
 
 
 class WeightNoise(Method):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from noisytune_cli.study.draws import generator_on
+from noisytune_cli.study.methods._draws import generator_on
 
 
 def test_on_the_cpu_it_is_the_runs_own_generator() -> None:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, Literal
 
-from noisytune_cli.study import ensemble, metrics, statistics
-from noisytune_cli.study.conditions import (
+from noisytune_cli.study.report import ensemble, statistics
+from noisytune_cli.study.report.conditions import (
     Condition,
     Family,
     Kind,
@@ -23,6 +23,7 @@ from noisytune_cli.study.conditions import (
     kind_of,
     name_kinds,
 )
+from noisytune_cli.study.training import metrics
 
 #: The version of the document's layout.
 SCHEMA = 1

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from noisytune_cli.errors import unwritable
-from noisytune_cli.study.plots import PLOTS
+from noisytune_cli.study.report.plots import PLOTS
 
 #: Where the figures lie in a study's folder.
 FOLDER = "figures"

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from noisytune_cli.study import wording
-from noisytune_cli.study.markdown import image, table, text
-from noisytune_cli.study.results import whole
+from noisytune_cli.study.report import wording
+from noisytune_cli.study.report.markdown import image, table, text
+from noisytune_cli.study.report.results import whole
 
 Results = Mapping[str, Any]
 Entry = Mapping[str, Any]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from noisytune_cli.errors import InputUnreadable, UsageError
-from noisytune_cli.study import metrics
-from noisytune_cli.study.tables import TableRow, malformed, read_table
+from noisytune_cli.study.data.tables import TableRow, malformed, read_table
+from noisytune_cli.study.training import metrics
 
 
 @dataclass(frozen=True)

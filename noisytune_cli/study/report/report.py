@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from noisytune_cli.study import particulars, wording
-from noisytune_cli.study.markdown import bullets, image, table, text
-from noisytune_cli.study.results import NO_EVIDENCE, whole
+from noisytune_cli.study.report import appendix as particulars
+from noisytune_cli.study.report import wording
+from noisytune_cli.study.report.markdown import bullets, image, table, text
+from noisytune_cli.study.report.results import NO_EVIDENCE, whole
 
 #: Every figure, with what a study needs to have it, in the order of the report.
 FIGURES = {

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from noisytune_cli.study import figures, report
 from noisytune_cli.study.journal import write_durably
-from noisytune_cli.study.results import encode, summarise
+from noisytune_cli.study.report import figures, report
+from noisytune_cli.study.report.results import encode, summarise
 
 
 def write_outputs(

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from noisytune_cli.escape import escape
-from noisytune_cli.study import wording
-from noisytune_cli.study.results import whole
+from noisytune_cli.study.report import wording
+from noisytune_cli.study.report.results import whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

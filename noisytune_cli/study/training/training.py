@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from noisytune_cli.study.combination import combine
+from noisytune_cli.study.data.encoding import Encoded, encode
+from noisytune_cli.study.data.tasks import Data, read_data
 from noisytune_cli.study.design import Run, Split, split_rows
-from noisytune_cli.study.drift import measure_drift, snapshot
-from noisytune_cli.study.encoding import Encoded, encode
 from noisytune_cli.study.methods import Member, Training
-from noisytune_cli.study.metrics import score
-from noisytune_cli.study.pretrained import Lora, Pretrained
-from noisytune_cli.study.probe import run_probe
 from noisytune_cli.study.settings import Material, Recipe
-from noisytune_cli.study.tasks import Data, read_data
+from noisytune_cli.study.training.drift import measure_drift, snapshot
+from noisytune_cli.study.training.metrics import score
+from noisytune_cli.study.training.pretrained import Lora, Pretrained
+from noisytune_cli.study.training.probe import run_probe
 
 #: Gradients are clipped at this norm, for each member.
 _CLIP = 1.0

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.engine.threads import default_threads
 from noisytune_cli.errors import InputInvalid, unreadable
-from noisytune_cli.study import choice, machine, wording
+from noisytune_cli.study import machine
+from noisytune_cli.study.data import choice
+from noisytune_cli.study.data.tasks import read_data
+from noisytune_cli.study.report import wording
 from noisytune_cli.study.settings import Material, Recipe, record
-from noisytune_cli.study.tasks import read_data
 from noisytune_cli.version import __version__
 
 if TYPE_CHECKING:
@@ -88,8 +90,8 @@ def study(
     from noisytune_cli.study.combination import read_settings
     from noisytune_cli.study.design import Seeds, plan_runs, split_rows
     from noisytune_cli.study.journal import Journal
-    from noisytune_cli.study.outputs import write_outputs
-    from noisytune_cli.study.results import foresee
+    from noisytune_cli.study.report.results import foresee
+    from noisytune_cli.study.report.write import write_outputs
 
     task, train, dev = choice.choose_task(
         task=request.task,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from noisytune_cli.study import statistics
+from noisytune_cli.study.report import statistics
 
 #: What metrics are called.
 METRICS = {

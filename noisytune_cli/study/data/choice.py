@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from noisytune_cli.errors import UsageError
-from noisytune_cli.study import metrics
-from noisytune_cli.study.tasks import Task, glue_files, glue_task
+from noisytune_cli.study.data.tasks import Task, glue_files, glue_task
+from noisytune_cli.study.training import metrics
 
 
 def choose_task(

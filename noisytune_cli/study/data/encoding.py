@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from noisytune_cli.study.tasks import Rows
+    from noisytune_cli.study.data.tasks import Rows
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from noisytune_cli.study.metrics import score
+from noisytune_cli.study.training.metrics import score
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
-    from noisytune_cli.study.encoding import Encoded
-    from noisytune_cli.study.tasks import Task
+    from noisytune_cli.study.data.encoding import Encoded
+    from noisytune_cli.study.data.tasks import Task
 
 
 def run_probe(

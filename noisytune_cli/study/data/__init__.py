@@ -1,0 +1,1 @@
+"""The rows that a study trains and scores on."""

@@ -1,0 +1,1 @@
+"""What the runs say: results, their statistics, and the report with its figures."""

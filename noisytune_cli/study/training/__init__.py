@@ -1,0 +1,1 @@
+"""One finetuning run: the model, its training and what is measured of it."""
