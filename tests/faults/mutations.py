@@ -149,7 +149,7 @@ MUTATIONS = (
         "output/signals.py",
         "    _deferring += 1\n",
         "    _deferring += 0\n",
-        ("tests/test_publish.py", "tests/faults/test_stopped_runs.py"),
+        ("tests/output/test_publish.py", "tests/faults/test_stopped_runs.py"),
     ),
     Mutation(
         "a changed input goes unnoticed",
@@ -163,7 +163,7 @@ MUTATIONS = (
         "checkpoint/formats/_file.py",
         "                done += wrote\n",
         "                done = len(view)\n",
-        ("tests/test_safetensors.py",),
+        ("tests/checkpoint/test_safetensors.py",),
     ),
     Mutation(
         "names are printed as they are",
@@ -177,28 +177,28 @@ MUTATIONS = (
         "commands/verify.py",
         "        if receipt.digest != recorded[receipt.step.tensor.name].digest\n",
         "        if False\n",
-        ("tests/test_verify.py",),
+        ("tests/commands/test_verify.py",),
     ),
     Mutation(
         "verify does not compare the digests of headers",
         "commands/compare.py",
         "    if source.header_digest != record.header_digest:\n",
         "    if False:\n",
-        ("tests/test_verify.py",),
+        ("tests/commands/test_verify.py",),
     ),
     Mutation(
         "verify does not compare the digests of copied files",
         "commands/verify.py",
         '    if f"blake3:{content.hexdigest()}" == digest:\n',
         "    if True:\n",
-        ("tests/test_verify.py",),
+        ("tests/commands/test_verify.py",),
     ),
     Mutation(
         "replay takes a base of other bytes",
         "commands/compare.py",
         "        if receipt.source_digest != expected.source_digest:\n",
         "        if False:\n",
-        ("tests/test_replay.py", "tests/test_verify.py"),
+        ("tests/commands/test_replay.py", "tests/commands/test_verify.py"),
     ),
     Mutation(
         "weights are not flushed, and the power is cut",
@@ -212,6 +212,6 @@ MUTATIONS = (
         "checkpoint/formats/torch/storages.py",
         "            if read and self._sums.over(",
         "            if False and self._sums.over(",
-        ("tests/test_torch_format.py", "tests/test_corpus.py"),
+        ("tests/checkpoint/test_torch_format.py", "tests/checkpoint/test_corpus.py"),
     ),
 )

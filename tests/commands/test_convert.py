@@ -309,7 +309,8 @@ def test_a_manifest_that_lies_is_refused(change: Any, words: str, tmp_path: Path
 
 def test_the_manifest_follows_its_schema(tmp_path: Path) -> None:
     import jsonschema
-    from test_manifest import SCHEMA
+
+    from tests.manifest.test_write import SCHEMA
 
     run(base(tmp_path), tmp_path / "out", NOISE, conversion=Conversion(dtype="BF16"))
     manifest = json.loads((tmp_path / "out/noisytune.json").read_text())

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from checkpoints import save, weights
-from test_cli import invoke
+
+from tests.cli.test_cli import invoke
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from noisytune_cli.noise import stream
 from noisytune_cli.records import FLOAT_DTYPES
 
-DATA = Path(os.environ.get("NOISYTUNE_DATA") or Path(__file__).parents[2] / "shared" / "data")
+DATA = Path(os.environ.get("NOISYTUNE_DATA") or Path(__file__).parents[3] / "shared" / "data")
 VECTORS = DATA / "kat" / "philox4x32_10.txt"
 DTYPES = sorted(FLOAT_DTYPES)
 
@@ -168,7 +168,7 @@ def test_minus_zero_follows_the_addition() -> None:
     assert unchanged == 2
 
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "noise.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "noise.json").read_text())
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda c: f"{c['distribution']}-{c['dtype']}-{c['first']}")

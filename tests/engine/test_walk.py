@@ -191,7 +191,7 @@ def test_progress_adds_up(scope: str, slab: int, tmp_path: Path, monkeypatch: py
 def test_golden_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A change here is a change of the noise stream or of the manifest's layout: both are contracts."""
     monkeypatch.setattr(command, "__version__", "golden")
-    golden = json.loads((Path(__file__).parent / "golden" / "perturb.json").read_text())
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "perturb.json").read_text())
     ramp = (np.arange(600) * 37 % 255 - 127) * 2.0**-9
     tensors = {
         "encoder.layer.0.weight": Tensor("F32", ramp.astype("<f4").reshape(20, 30)),

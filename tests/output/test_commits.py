@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from publications import files, refuse
-from test_publish_faults import Fault, failure
 
 from noisytune_cli.checkpoint.formats import _system as system
 from noisytune_cli.output.commits import all_staged, commit_all
 from noisytune_cli.output.publish import Publication, copy_file, write_file
+from tests.output.test_publish_faults import Fault, failure
 
 NAMES = ("one", "two", "three")
 
@@ -110,7 +110,7 @@ def test_a_run_killed_at_any_step_can_be_repeated(flags: bool, tmp_path: Path) -
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1] / "inputs",
         capture_output=True,
         text=True,
         check=False,

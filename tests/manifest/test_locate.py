@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 from checkpoints import save
-from test_replay import tree
-from test_verify import TENSORS, make
 
 from noisytune_cli.commands import replay as command
 from noisytune_cli.commands.perturb import Request, perturb
@@ -18,6 +16,8 @@ from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid, InputUnreadable, OutputUnsafe, ResourceExhausted
 from noisytune_cli.output import publish
 from noisytune_cli.records import NoiseSpec
+from tests.commands.test_replay import tree
+from tests.commands.test_verify import TENSORS, make
 
 
 def test_a_folder_is_found_from_its_manifest_and_the_other_way_round(

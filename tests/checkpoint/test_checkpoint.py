@@ -518,7 +518,7 @@ def test_a_failure_closes_what_was_opened(tmp_path: Path) -> None:
 
 def checkpoints() -> Path:
     """The folder of real checkpoints; the test is skipped where it is absent."""
-    data = Path(os.environ.get("NOISYTUNE_DATA", Path(__file__).parents[2] / "shared/data")) / "checkpoints"
+    data = Path(os.environ.get("NOISYTUNE_DATA", Path(__file__).parents[3] / "shared/data")) / "checkpoints"
     if not data.is_dir():
         pytest.skip("the real checkpoints are not here (NOISYTUNE_DATA)")
     return data

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_memory import bits, hostile
 
 import noisytune_cli
 from noisytune_cli.commands.replay import replay
@@ -18,6 +17,7 @@ from noisytune_cli.errors import InputInvalid
 from noisytune_cli.manifest.read import read_manifest
 from noisytune_cli.manifest.write import encode
 from noisytune_cli.records import Manifest
+from tests.memory.test_perturb import bits, hostile
 
 
 def keep(record: Manifest, path: Path) -> Path:

@@ -135,7 +135,7 @@ def test_a_plain_checkpoint_is_let_through(dtypes: dict[str, str]) -> None:
     refuse_quantized(specs(dtypes), metadata=metadata, config={}, path="ckpt")
 
 
-DATA = Path(os.environ.get("NOISYTUNE_DATA") or Path(__file__).parents[2] / "shared" / "data") / "checkpoints"
+DATA = Path(os.environ.get("NOISYTUNE_DATA") or Path(__file__).parents[3] / "shared" / "data") / "checkpoints"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no real checkpoints (NOISYTUNE_DATA)")
 
 

@@ -20,7 +20,7 @@ from noisytune_cli.checkpoint.formats.safetensors import header as _header
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import escape
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CHECKPOINTS = Path(os.environ.get("NOISYTUNE_DATA", ROOT / ".." / "shared" / "data")) / "checkpoints"
 
 Specs = list[tuple[str, str, tuple[int, ...], bytes]]

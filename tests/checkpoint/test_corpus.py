@@ -67,7 +67,7 @@ def test_there_are_more_than_600_and_no_two_are_alike(outcomes: dict[str, Outcom
 
 
 def test_the_documents_give_the_corpus_s_numbers() -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     security, readme = (
         " ".join((root / name).read_text().split()) for name in ("docs/security.md", "README.md")
     )

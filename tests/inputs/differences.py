@@ -10,7 +10,7 @@ import functools
 import re
 from pathlib import Path
 
-_DOCUMENT = Path(__file__).parents[1] / "docs" / "differences.md"
+_DOCUMENT = Path(__file__).parents[2] / "docs" / "differences.md"
 _ROW = re.compile(r"^\| `([^`]+)` \|", re.MULTILINE)
 
 

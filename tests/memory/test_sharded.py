@@ -12,7 +12,7 @@ import torch
 
 from noisytune_cli.memory.sharded import Run, held_part
 
-_WORKER = Path(__file__).with_name("distributed_worker.py")
+_WORKER = Path(__file__).parents[1] / "inputs" / "distributed_worker.py"
 
 
 def test_a_plain_tensor_is_held_whole() -> None:

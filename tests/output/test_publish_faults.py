@@ -119,7 +119,7 @@ def test_a_run_killed_at_any_step_can_be_repeated(flags: bool, tmp_path: Path) -
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1] / "inputs",
         capture_output=True,
         text=True,
         check=False,

@@ -16,7 +16,7 @@ from noisytune_cli.noise import stream
 from noisytune_cli.noise.devices.cpu import open_device
 from noisytune_cli.noise.distributions import gaussian, uniform
 
-DATA = Path(os.environ.get("NOISYTUNE_DATA") or Path(__file__).parents[2] / "shared" / "data") / "checkpoints"
+DATA = Path(os.environ.get("NOISYTUNE_DATA") or Path(__file__).parents[3] / "shared" / "data") / "checkpoints"
 CPU = open_device("cpu")
 
 

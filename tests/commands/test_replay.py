@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from checkpoints import save, save_sharded, weights
 from hub_server import Repository, serve
-from test_verify import TENSORS, edit, make
 from typer.testing import CliRunner
 
 from noisytune_cli.cli import app
@@ -22,6 +21,7 @@ from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid, Mismatch, OutputUnsafe, ResourceExhausted, UsageError
 from noisytune_cli.records import NoiseSpec
+from tests.commands.test_verify import TENSORS, edit, make
 
 
 def tree(root: Path) -> dict[str, bytes]:

@@ -13,7 +13,6 @@ import torch
 from checkpoints import split
 from runs import run
 from safetensors.torch import load_file, save_file
-from test_convert import tree
 from typer.testing import CliRunner
 
 from noisytune_cli.cli import app
@@ -23,6 +22,7 @@ from noisytune_cli.engine.walk import Walk
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.noise import stream
 from noisytune_cli.records import Conversion, NoiseSpec
+from tests.commands.test_convert import tree
 
 BF16 = Conversion(dequantized="BF16")
 FP8 = torch.float8_e4m3fn
@@ -164,7 +164,8 @@ def test_config_index_and_what_is_left_out(tmp_path: Path) -> None:
     manifest = json.loads((out / "noisytune.json").read_text())
     assert manifest["output"]["dequantized"] == "BF16"
     import jsonschema
-    from test_manifest import SCHEMA
+
+    from tests.manifest.test_write import SCHEMA
 
     jsonschema.Draft202012Validator(SCHEMA).validate(manifest)
 

@@ -49,7 +49,7 @@ class Limited:
         """Start the server and wait until it is warm."""
         self._process = subprocess.Popen(
             [sys.executable, os.path.abspath(__file__), json.dumps(self._warm_up)],
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

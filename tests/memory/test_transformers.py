@@ -18,7 +18,7 @@ safetensors_numpy = pytest.importorskip("safetensors.numpy")
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
 

@@ -11,7 +11,6 @@ from checkpoints import Tensor, split, weights
 from pickles import saved, to_torch
 from runs import run
 from safetensors.torch import load_file, load_model
-from test_convert import tree
 
 from noisytune_cli.checkpoint.formats.torch import open_source
 from noisytune_cli.commands.average import average
@@ -19,6 +18,7 @@ from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.records import Conversion, NoiseSpec
+from tests.commands.test_convert import tree
 
 TO = Conversion(format="safetensors")
 W, V = weights("F32", 30, 20), weights("BF16", 7, 9, seed=1)
