@@ -17,9 +17,6 @@ import noisytune_cli
 ROOT = Path(noisytune_cli.__file__).parent
 MODULES = sorted(os.fspath(path.relative_to(ROOT)) for path in ROOT.rglob("*.py"))
 
-#: What everything rests on: these import nothing of the package but each other.
-FOUNDATION = {"records", "errors", "escape", "version", "__init__"}
-
 
 def tree(module: str) -> ast.Module:
     return ast.parse((ROOT / module).read_text())
@@ -43,35 +40,6 @@ def imported(module: str) -> Iterator[tuple[str, bool]]:
             yield from visit(child, at_import and not inside)
 
     return visit(tree(module), True)
-
-
-def layer(name: str) -> int:
-    """Tell a module's layer: 0 the foundation, 1 what does the work, 2 commands, 3 the command line."""
-    parts = name.removesuffix(".py").replace("/", ".").split(".")
-    if parts[0] in FOUNDATION:
-        return 0
-    if parts[0] == "__main__" or parts[0] == "cli":
-        return 3
-    return 2 if parts[0] == "commands" else 1
-
-
-def ours(module: str) -> Iterator[str]:
-    """Yield the modules of the package that a module imports, now or later."""
-    for name, _ in imported(module):
-        _, inside, rest = name.partition("noisytune_cli.")
-        known = rest.replace(".", "/")
-        if inside and (f"{known}.py" in MODULES or f"{known}/__init__.py" in MODULES):
-            yield rest
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_run_one_way(module: str) -> None:
-    for name in ours(module):
-        assert layer(name) <= layer(module), f"{module} imports {name}"
-        if name == "cli.app":
-            assert module == "__main__.py"
-        if layer(name) == 3:
-            assert layer(module) == 3, f"{module} imports {name}"
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -122,12 +90,6 @@ def test_heavy_packages_are_imported_where_they_are_used() -> None:
     for module in modules:
         now = {name.split(".")[0] for name, at_import in imported(module) if at_import}
         assert not now & heavy, module
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_no_module_is_named_for_nothing(module: str) -> None:
-    words = set(Path(module).stem.split("_"))
-    assert not words & {"utils", "util", "common", "helper", "helpers", "manager", "base", "misc"}
 
 
 def loaded(*arguments: object, wanted: tuple[str, ...]) -> set[str]:
