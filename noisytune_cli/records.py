@@ -10,8 +10,10 @@ or prints.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from noisytune_cli.dtypes import FLOAT_DTYPES
 
 Action = Literal["perturb", "copy"]
 Distribution = str
@@ -31,8 +33,8 @@ Reason = Literal[
     "unrepresentable",
 ]
 
-#: The element types that get noise, with their size in bytes.
-FLOAT_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+#: The most parts that one tensor is divided into: its entry in a manifest has to stay readable in one piece.
+MAX_PARTS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,3 +260,43 @@ class Manifest:
     left_out: tuple[tuple[str, str], ...] = ()
     output: OutputRecord | None = None
     warnings: tuple[str, ...] = field(default=(), compare=False)
+
+
+def with_output_files(manifest: Manifest) -> Manifest:
+    """Return the manifest with the output's weight files in the place of the base's."""
+    if manifest.output is None:
+        return manifest
+    return replace(manifest, source=replace(manifest.source, files=manifest.output.files))
+
+
+def summed(step: Step, parts: tuple[PartReceipt, ...], source_digest: str, digest: str) -> Receipt:
+    """Return the receipt of a tensor from those of its parts; it is perturbed if any of them is.
+
+    The reason for a tensor that is copied is that of its first part, unless another part is not finite.
+    """
+    perturbed = any(part.action == "perturb" for part in parts)
+    reasons = [part.reason for part in parts]
+    reason = None if perturbed else "non-finite" if "non-finite" in reasons else reasons[0]
+    return Receipt(
+        step=step,
+        action="perturb" if perturbed else "copy",
+        reason=reason,
+        lam=step.lam if perturbed else 0.0,
+        std=None,
+        amplitude=None,
+        low=None,
+        high=None,
+        noise_std=None,
+        unchanged=sum(part.unchanged for part in parts),
+        clamped=sum(part.clamped for part in parts),
+        source_digest=source_digest,
+        digest=digest,
+        parts=parts,
+    )
+
+
+def out_dtype_of(tensor: TensorSpec, reason: Reason | None, conversion: Conversion) -> str | None:
+    """Return the dtype that a tensor is to be written in, or None where it keeps its own, as buffers do."""
+    if tensor.dtype not in FLOAT_DTYPES or reason == "buffer" or conversion.dtype == tensor.dtype:
+        return None
+    return conversion.dtype

@@ -61,7 +61,7 @@ def known(name: str) -> str | None:
 
 
 def imports(module: str) -> Iterator[tuple[str, bool]]:
-    """Yield the modules of ours that a module imports, now or later, and whether it does so for types alone."""
+    """Yield what a module imports of ours, now or later, and whether it does so for types alone."""
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
 
     def visit(node: ast.AST, types: bool) -> Iterator[tuple[str, bool]]:

@@ -1,8 +1,8 @@
 """From what the user typed to an open checkpoint, local or on the hub.
 
 What begins with `.`, `/` or `~`, or exists, is local and never reaches the hub. Both ways end in the same
-place: a folder, the names in it, and the rules of `checkpoint/weights.py` and `checkpoint/layout.py`. Opening reads headers and
-small files only; if anything is wrong all that was opened is closed again.
+place: a folder, the names in it, and the rules of `checkpoint/weights.py` and `checkpoint/layout.py`. Opening
+reads headers and small files only; if anything is wrong all that was opened is closed again.
 """
 
 from __future__ import annotations

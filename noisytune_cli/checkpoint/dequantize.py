@@ -24,9 +24,10 @@ import numpy as np
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.formats import Sink, Source
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.noise.devices import open_device
-from noisytune_cli.records import FLOAT_DTYPES, TensorSpec
+from noisytune_cli.records import TensorSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

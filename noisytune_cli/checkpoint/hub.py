@@ -1,9 +1,9 @@
 """A checkpoint on the Hugging Face hub, fetched into the standard cache.
 
-One idea: the repository's list of files is enough to decide what is needed (`checkpoint/weights.py`, `checkpoint/layout.py`), so
-the order is list, config, index, manifests, and only then the weights and the files beside them. Whatever can
-be refused is refused before a weight is fetched, and no other weight format is fetched at all. The cache, the
-token, HF_ENDPOINT and HF_HUB_OFFLINE are huggingface_hub's own.
+One idea: the repository's list of files is enough to decide what is needed (`checkpoint/weights.py`,
+`checkpoint/layout.py`), so the order is list, config, index, manifests, and only then the weights and the
+files beside them. Whatever can be refused is refused before a weight is fetched, and no other weight format
+is fetched at all. The cache, the token, HF_ENDPOINT and HF_HUB_OFFLINE are huggingface_hub's own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which files of a checkpoint are copied beside its weights, and which are left out.
 
-One idea: everything is decided from names, so a folder on disk and a repository on the hub, of which
-nothing has been fetched yet, get the same answer. `checkpoint/weights.py` chooses the weights in the same way. The
+One idea: everything is decided from names, so a folder on disk and a repository on the hub, of which nothing
+has been fetched yet, get the same answer. `checkpoint/weights.py` chooses the weights in the same way. The
 folder that holds them is their home; only there can another file be a twin of them. Weights in other folders
 are other modules (sentence-transformers' `2_Dense/`) and are copied; exports (ONNX, GGUF…) and trainer state
 are left out wherever they lie. Every file that is left out is named, with the reason.
@@ -15,9 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-#: The manifest in an output directory, and what follows the file's name for an output file.
-MANIFEST = "noisytune.json"
-MANIFEST_SUFFIX = ".noisytune.json"
+from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
 
 #: What the names of weight files end in: safetensors, which is taken where there is a choice, and pickles.
 SAFETENSORS_SUFFIX = ".safetensors"

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.records import FLOAT_DTYPES, TensorSpec
+from noisytune_cli.records import TensorSpec
 
 #: What `quantization_config.quant_method` says -> what people call it. Others are named as they stand.
 _METHODS = {
@@ -52,7 +53,7 @@ _INTEGERS = frozenset({"U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class QuantizedFamily:
     """Codes whose name ends in `codes`, stored as one of `dtypes`, beside one of `companions`.
 
     The companion is named by what replaces `codes` at the end of the name.
@@ -66,21 +67,27 @@ class Family:
 
 #: The tell-tale tensors; the first row that holds names the method.
 _FAMILIES = (
-    Family("compressed-tensors", "weight_packed", _INTEGERS, ("weight_scale", "weight_shape")),
-    Family("GPTQ", "qweight", _INTEGERS, ("g_idx",)),
-    Family("AWQ or AutoRound", "qweight", _INTEGERS, ("qzeros", "scales")),
-    Family("MXFP4", "_blocks", _BYTES, ("_scales",)),
-    Family("MLX", "weight", frozenset({"U32"}), ("scales", "biases")),
-    Family("HQQ", "W_q", _INTEGERS, ("scale", "zero", "meta")),
-    Family("bitsandbytes 4-bit", "weight", _INTEGERS, ("weight.absmax", "weight.quant_map")),
-    Family("bitsandbytes 4-bit", "weight", _INTEGERS, ("weight.nested_absmax", "absmax", "quant_map")),
-    Family("bitsandbytes 8-bit", "weight", _INTEGERS, ("SCB", "weight_format")),
-    Family("NVFP4 (modelopt)", "weight", _BYTES, ("weight_scale_2",)),
-    Family("block fp8", "weight", _BYTES, ("weight_scale_inv", "qscale_weight", "activation_scale")),
-    Family("8-bit weights with scales", "weight", _BYTES, ("weight_scale", "weight_scales", "input_scale")),
-    Family("quanto", "weight._data", _INTEGERS, ("weight._scale",)),
-    Family("torchao", "qdata", _INTEGERS, ("scale", "scale_and_zero", "zero_point")),
-    Family("torchao", "weight", _INTEGERS, ("scale_and_zero", "weight_scale_and_zero", "scales_and_zeros")),
+    QuantizedFamily("compressed-tensors", "weight_packed", _INTEGERS, ("weight_scale", "weight_shape")),
+    QuantizedFamily("GPTQ", "qweight", _INTEGERS, ("g_idx",)),
+    QuantizedFamily("AWQ or AutoRound", "qweight", _INTEGERS, ("qzeros", "scales")),
+    QuantizedFamily("MXFP4", "_blocks", _BYTES, ("_scales",)),
+    QuantizedFamily("MLX", "weight", frozenset({"U32"}), ("scales", "biases")),
+    QuantizedFamily("HQQ", "W_q", _INTEGERS, ("scale", "zero", "meta")),
+    QuantizedFamily("bitsandbytes 4-bit", "weight", _INTEGERS, ("weight.absmax", "weight.quant_map")),
+    QuantizedFamily(
+        "bitsandbytes 4-bit", "weight", _INTEGERS, ("weight.nested_absmax", "absmax", "quant_map")
+    ),
+    QuantizedFamily("bitsandbytes 8-bit", "weight", _INTEGERS, ("SCB", "weight_format")),
+    QuantizedFamily("NVFP4 (modelopt)", "weight", _BYTES, ("weight_scale_2",)),
+    QuantizedFamily("block fp8", "weight", _BYTES, ("weight_scale_inv", "qscale_weight", "activation_scale")),
+    QuantizedFamily(
+        "8-bit weights with scales", "weight", _BYTES, ("weight_scale", "weight_scales", "input_scale")
+    ),
+    QuantizedFamily("quanto", "weight._data", _INTEGERS, ("weight._scale",)),
+    QuantizedFamily("torchao", "qdata", _INTEGERS, ("scale", "scale_and_zero", "zero_point")),
+    QuantizedFamily(
+        "torchao", "weight", _INTEGERS, ("scale_and_zero", "weight_scale_and_zero", "scales_and_zeros")
+    ),
 )
 _CODES = tuple({family.codes for family in _FAMILIES})
 

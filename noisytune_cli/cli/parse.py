@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from noisytune_cli.dtypes import BY_TORCH_NAME
 from noisytune_cli.errors import UsageError
 from noisytune_cli.records import Conversion, Granularity, NoiseSpec, Scope
 
@@ -27,10 +28,6 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
-#: The dtypes that --dtype names, as torch spells them.
-DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-
 def check_out(out: str) -> None:
     """Raise UsageError for an `--out` that names nothing, or standard output."""
     if out == "":
@@ -46,7 +43,7 @@ def check_out(out: str) -> None:
 def make_conversion(dtype: str | None, to: str | None, dequantize: str | None) -> Conversion | None:
     """Return in what the output's weights are to differ from the source's, None where in nothing."""
     conversion = Conversion(
-        dtype=None if dtype is None else DTYPES[dtype],
+        dtype=None if dtype is None else BY_TORCH_NAME[dtype],
         format="safetensors" if to == "safetensors" else None,
         dequantized="BF16" if dequantize == "bf16" else None,
     )

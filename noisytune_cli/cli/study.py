@@ -170,7 +170,7 @@ def study(
     from noisytune_cli.study.settings import Recipe
 
     check_out(out)
-    request = command.Request(
+    request = command.StudyRequest(
         model=model,
         out=out,
         methods=_words("--method", method),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
-from noisytune_cli.commands.write import copied_bytes
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine import mean as means
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.errors import InputInvalid, UsageError
@@ -26,8 +26,8 @@ from noisytune_cli.output.convert import resolve_rewritten
 from noisytune_cli.output.destination import check_output
 from noisytune_cli.output.places import check_places_of_download
 from noisytune_cli.output.publish import Publication
-from noisytune_cli.output.space import check_descriptors, check_space
-from noisytune_cli.records import FLOAT_DTYPES, FileRecord, SourceRecord, TensorSpec
+from noisytune_cli.output.space import check_descriptors, check_space, copied_bytes
+from noisytune_cli.records import FileRecord, SourceRecord, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _carry_out(
             sinks[file.name] = file.create_sink(publication.path(name))
             opened.callback(sinks[file.name].abort)
         shares = [
-            means.Member(
+            means.AverageMember(
                 weight / total,
                 {file.name: file for file in member.sources},
                 {tensor.name: tensor for tensor in member.tensors},

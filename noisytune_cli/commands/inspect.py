@@ -16,6 +16,7 @@ from typing import Any
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.quantized import refuse_quantized
 from noisytune_cli.commands.report import Inspection, TensorReport, Totals
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine.statistics import Statistics, measure
 from noisytune_cli.engine.threads import Progress
 from noisytune_cli.errors import InputInvalid, UsageError
@@ -25,7 +26,7 @@ from noisytune_cli.plan.buffers_by_model import tell_buffers
 from noisytune_cli.plan.patterns import check_matched, match_names
 from noisytune_cli.plan.plan import check_noise, make_plan
 from noisytune_cli.plan.settle import settle_ties
-from noisytune_cli.records import FLOAT_DTYPES, Granularity, NoiseSpec, Part, Plan, Step
+from noisytune_cli.records import Granularity, NoiseSpec, Part, Plan, Step
 
 SORT_KEYS = tuple(field.name for field in fields(TensorReport) if field.name != "unsure")
 

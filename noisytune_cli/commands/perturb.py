@@ -24,9 +24,10 @@ from noisytune_cli.manifest.write import encode
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.output.commits import all_staged, commit_all
 from noisytune_cli.output.convert import OutputFile, lay_out
-from noisytune_cli.output.places import check_places, check_places_of_download, check_room
+from noisytune_cli.output.places import check_places, check_places_of_download
 from noisytune_cli.output.publish import Publication, copy_file, write_file
 from noisytune_cli.output.sidecars import companions, left_behind
+from noisytune_cli.output.space import check_room
 from noisytune_cli.plan.buffers_by_model import tell_buffers
 from noisytune_cli.plan.plan import check_outcomes
 from noisytune_cli.plan.plans import make_plans, settle_plans

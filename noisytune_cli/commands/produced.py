@@ -11,15 +11,9 @@ from dataclasses import replace
 
 from noisytune_cli.checkpoint.formats import Source
 from noisytune_cli.commands.compare import Difference
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.output.convert import aligned
-from noisytune_cli.records import FLOAT_DTYPES, Manifest, Receipt
-
-
-def with_output_files(manifest: Manifest) -> Manifest:
-    """Return the manifest with the output's weight files in the place of the base's."""
-    if manifest.output is None:
-        return manifest
-    return replace(manifest, source=replace(manifest.source, files=manifest.output.files))
+from noisytune_cli.records import Manifest, Receipt, with_output_files
 
 
 def as_produced(manifest: Manifest, files: Mapping[str, Source]) -> tuple[Manifest, list[Difference]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.commands.base import match_files, not_the_base, open_original
 from noisytune_cli.commands.compare import Difference, compare_receipts, recorded_steps
-from noisytune_cli.commands.write import fill, needed_bytes
+from noisytune_cli.commands.write import fill
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
 from noisytune_cli.manifest.locate import manifest_of
@@ -25,7 +25,7 @@ from noisytune_cli.output.destination import check_output
 from noisytune_cli.output.places import check_places_of_download
 from noisytune_cli.output.publish import Publication
 from noisytune_cli.output.sidecars import companions
-from noisytune_cli.output.space import check_descriptors, check_space
+from noisytune_cli.output.space import check_descriptors, check_space, needed_bytes
 from noisytune_cli.records import Manifest, OutputRecord, Plan
 
 

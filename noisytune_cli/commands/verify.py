@@ -22,20 +22,21 @@ from blake3 import blake3
 from noisytune_cli.checkpoint.folder import list_folder
 from noisytune_cli.checkpoint.formats import Nowhere, Source, open_source
 from noisytune_cli.checkpoint.index import read_index
-from noisytune_cli.checkpoint.layout import INDEX_SUFFIXES, MANIFEST, WEIGHTS_SUFFIXES
+from noisytune_cli.checkpoint.layout import INDEX_SUFFIXES, WEIGHTS_SUFFIXES
 from noisytune_cli.commands.base import compare_files, match_files, open_original
 from noisytune_cli.commands.compare import Difference, compare_receipts, recorded_steps
-from noisytune_cli.commands.produced import as_produced, with_output_files
+from noisytune_cli.commands.produced import as_produced
 from noisytune_cli.engine.threads import Progress, default_threads
-from noisytune_cli.engine.walk import Variant, Walk
+from noisytune_cli.engine.walk import Output, Walk
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.average import RecordedAverage, read_any_manifest
-from noisytune_cli.manifest.locate import Place, place_of, require_manifest
+from noisytune_cli.manifest.locate import Location, place_of, require_manifest
 from noisytune_cli.manifest.read import REFORMATTED, RecordedManifest
+from noisytune_cli.manifest.write import MANIFEST
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.reading import open_regular
-from noisytune_cli.records import Manifest, NoiseSpec, Plan, Receipt
+from noisytune_cli.records import Manifest, NoiseSpec, Plan, Receipt, with_output_files
 
 _CHUNK = 1 << 20
 
@@ -128,7 +129,7 @@ def verify(
     return Verified(place.output, checked, tuple(found), tuple(_strays(place, manifest)))
 
 
-def _read_manifest(place: Place) -> RecordedManifest:
+def _read_manifest(place: Location) -> RecordedManifest:
     """Read the manifest of the output at `place`; InputUnreadable where there is none."""
     recorded = read_any_manifest(require_manifest(place.manifest))
     recorded.require_files()
@@ -142,7 +143,7 @@ def _read_manifest(place: Place) -> RecordedManifest:
     return recorded
 
 
-def _strays(place: Place, manifest: Manifest) -> list[str]:
+def _strays(place: Location, manifest: Manifest) -> list[str]:
     """Return a warning for each file that might be taken for weights, but is not recorded."""
     if not place.is_folder:
         return []
@@ -163,7 +164,7 @@ def _other_files(manifest: Manifest) -> dict[str, str]:
 
 
 def _open_files(
-    manifest: Manifest, place: Place, mmap: bool, opened: ExitStack
+    manifest: Manifest, place: Location, mmap: bool, opened: ExitStack
 ) -> tuple[dict[str, Source], list[Difference]]:
     """Open the weight files that are there and whole, and say what is wrong with the others."""
     files: dict[str, Source] = {}
@@ -198,12 +199,12 @@ def _redo(
 ) -> tuple[Receipt, ...]:
     """Carry out a plan on `files` (by recorded name) for its receipts alone."""
     sources = {file.name: file for file in files.values()}
-    variant = Variant(plan, dict.fromkeys(sources, Nowhere()), recorded=recorded or {})
+    variant = Output(plan, dict.fromkeys(sources, Nowhere()), recorded=recorded or {})
     (receipts,) = walk.carry_out([variant], sources)
     return receipts
 
 
-def _aliases(files: Mapping[str, Source], place: Place, manifest: Manifest) -> dict[str, str]:
+def _aliases(files: Mapping[str, Source], place: Location, manifest: Manifest) -> dict[str, str]:
     """Return what index and weight files say of names, as it was when the noise was planned."""
     said: dict[str, str] = {}
     for name in _other_files(manifest):

@@ -8,19 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.formats import Nowhere, Sink, Source
 from noisytune_cli.engine.threads import Progress
-from noisytune_cli.engine.walk import Variant, Walk, work_bytes
-from noisytune_cli.errors import unreadable
+from noisytune_cli.engine.walk import Output, Walk, work_bytes
 from noisytune_cli.output.convert import OutputFile
 from noisytune_cli.output.publish import Publication
 from noisytune_cli.records import Plan, Receipt
-
-#: Room for the manifest in the check for space: a fixed part, that of each tensor, and of each part of one.
-_MANIFEST_BYTES, _MANIFEST_BYTES_A_TENSOR, _MANIFEST_BYTES_A_PART = 4096, 1024, 512
 
 
 def fill(
@@ -51,7 +46,7 @@ def fill(
                     name = publication.output.name if source.single_file else made.name
                     sinks[file.name] = made.create_sink(publication.path(name))
                 opened.callback(sinks[file.name].abort)
-            variants.append(Variant(plan, sinks, targets, recorded=recorded or {}))
+            variants.append(Output(plan, sinks, targets, recorded=recorded or {}))
         with progress(work_bytes(variants)) as report:
             sources = {file.name: file for file in source.sources}
             receipts = replace(walk, progress=report).carry_out(variants, sources)
@@ -62,27 +57,3 @@ def fill(
             for sink in variant.sinks.values():
                 sink.finish()
     return receipts
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise unreadable(error, path) from error
-
-
-def needed_bytes(source: Checkpoint, plan: Plan, files: Sequence[OutputFile] = ()) -> int:
-    """Return how many bytes an output of this source takes, its manifest included (an estimate)."""
-    return copied_bytes(source, files) + manifest_bytes(plan)
-
-
-def copied_bytes(source: Checkpoint, files: Sequence[OutputFile] = ()) -> int:
-    """Return how many bytes the weights and the other files of an output of this source take."""
-    weights = sum(file.size for file in files or source.sources)
-    return weights + sum(_size(source.root / name) for name in source.others)
-
-
-def manifest_bytes(plan: Plan) -> int:
-    """Return how many bytes the manifest of a plan takes (an estimate)."""
-    parts = sum(len(step.parts) for step in plan.steps)
-    return _MANIFEST_BYTES + _MANIFEST_BYTES_A_TENSOR * len(plan.steps) + _MANIFEST_BYTES_A_PART * parts

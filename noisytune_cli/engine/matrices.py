@@ -10,10 +10,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from noisytune_cli.engine import tiles
-from noisytune_cli.engine.matrix import Outcome, Spread, Sums, summed
+from noisytune_cli.engine.matrix import Outcome, Spread, Sums
 from noisytune_cli.noise.devices import Device
 from noisytune_cli.noise.stream import stream_words
-from noisytune_cli.records import NoiseSpec, Part, PartReceipt, Receipt, Step, TensorSpec
+from noisytune_cli.records import NoiseSpec, Part, PartReceipt, Receipt, Step, TensorSpec, summed
 
 if TYPE_CHECKING:
     import numpy as np

@@ -123,29 +123,3 @@ class Outcome:
 
     def _distribution(self) -> distributions.Distribution:
         return distributions.load(self._noise.distribution)
-
-
-def summed(step: Step, parts: tuple[PartReceipt, ...], source_digest: str, digest: str) -> Receipt:
-    """Return the receipt of a tensor from those of its parts; it is perturbed if any of them is.
-
-    The reason for a tensor that is copied is that of its first part, unless another part is not finite.
-    """
-    perturbed = any(part.action == "perturb" for part in parts)
-    reasons = [part.reason for part in parts]
-    reason = None if perturbed else "non-finite" if "non-finite" in reasons else reasons[0]
-    return Receipt(
-        step=step,
-        action="perturb" if perturbed else "copy",
-        reason=reason,
-        lam=step.lam if perturbed else 0.0,
-        std=None,
-        amplitude=None,
-        low=None,
-        high=None,
-        noise_std=None,
-        unchanged=sum(part.unchanged for part in parts),
-        clamped=sum(part.clamped for part in parts),
-        source_digest=source_digest,
-        digest=digest,
-        parts=parts,
-    )

@@ -1,6 +1,6 @@
 """The weighted mean of several checkpoints, tensor by tensor.
 
-Each tensor is one task of a crew of threads. A tile of every source is scaled by its coefficient and added
+Each tensor is one task of a pool of threads. A tile of every source is scaled by its coefficient and added
 in float64, in the order of the sources; the sum is rounded once, nearest-even, to the stored dtype. So the
 bytes depend on nothing but the values, the coefficients and the order, and what all sources agree on stays as
 it is. Memory is a few tiles for each thread, whatever the number and the size of the sources.
@@ -18,10 +18,11 @@ import numpy as np
 from blake3 import blake3
 
 from noisytune_cli.checkpoint.formats import Sink, Source
-from noisytune_cli.engine.threads import Crew, Hands
+from noisytune_cli.dtypes import FLOAT_DTYPES
+from noisytune_cli.engine.threads import Pool, Worker
 from noisytune_cli.manifest.average import AveragedTensor
 from noisytune_cli.noise.devices import Device
-from noisytune_cli.records import FLOAT_DTYPES, TensorSpec
+from noisytune_cli.records import TensorSpec
 
 _TILE_BYTES = 1 << 20
 
@@ -30,7 +31,7 @@ _ROOM = 2 * _TILE_BYTES // min(FLOAT_DTYPES.values()) * 8
 
 
 @dataclass(frozen=True)
-class Member:
+class AverageMember:
     """One source of a mean: its share (of all, 1), its files by name, and its tensors by name."""
 
     share: float
@@ -49,7 +50,7 @@ class Done:
 
 def average(
     tensors: Sequence[TensorSpec],
-    members: Sequence[Member],
+    members: Sequence[AverageMember],
     sinks: Mapping[str, Sink],
     device: Device,
     *,
@@ -63,37 +64,37 @@ def average(
     """
     done: list[Done | None] = [None] * len(tensors)
 
-    def task(index: int, hands: Hands) -> None:
+    def task(index: int, worker: Worker) -> None:
         tensor = tensors[index]
-        done[index] = _average(tensor, members, sinks[tensor.file], device, progress, hands)
+        done[index] = _average(tensor, members, sinks[tensor.file], device, progress, worker)
 
     tasks = [partial(task, index) for index in range(len(tensors))]
-    Crew(tasks, tile_bytes=_TILE_BYTES, slab_bytes=_ROOM).run(threads)
+    Pool(tasks, tile_bytes=_TILE_BYTES, buffer_bytes=_ROOM).run(threads)
     return [one for one in done if one is not None]
 
 
 def _average(
     tensor: TensorSpec,
-    members: Sequence[Member],
+    members: Sequence[AverageMember],
     sink: Sink,
     device: Device,
     progress: Callable[[int], None],
-    hands: Hands,
+    worker: Worker,
 ) -> Done:
     is_float = tensor.dtype in FLOAT_DTYPES
     hashes, out_hash, strange = [blake3() for _ in members], blake3(), 0
     for start in range(0, tensor.nbytes, _TILE_BYTES):
-        hands.crew.check()
+        worker.pool.check()
         nbytes = min(_TILE_BYTES, tensor.nbytes - start)
-        written = hands.out[:nbytes]
+        written = worker.out[:nbytes]
         count = nbytes // FLOAT_DTYPES[tensor.dtype] if is_float else 0
-        room = np.frombuffer(hands.slab, np.float64)
+        room = np.frombuffer(worker.buffer, np.float64)
         sums, values = room[:count], room[len(room) // 2 :][:count]
         sums[:] = 0.0
         first, agree = np.empty(0), np.ones(count, bool)
         for k, member in enumerate(members):
             own = member.tensors[tensor.name]
-            data = _read(member.sources[own.file], own, start, hands.tile[:nbytes])
+            data = _read(member.sources[own.file], own, start, worker.tile[:nbytes])
             hashes[k].update(data)
             if is_float:
                 device.convert(data, _bytes(values), tensor.dtype, "F64")

@@ -1,6 +1,6 @@
 """Statistics of tensors, or of the matrices in them, from one read of their values.
 
-Each tensor is one task of a crew of threads, which share the tiles of a large one. Tiles have a fixed size
+Each tensor is one task of a pool of threads, which share the tiles of a large one. Tiles have a fixed size
 and their sums are merged in order, so every number is the same for any count of threads. Where the float64
 sums cannot decide std32, or overflow, the tensor is read again for exact sums.
 """
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from noisytune_cli.checkpoint.formats import Source
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine import tiles
-from noisytune_cli.engine.threads import Crew, Hands, Pass
+from noisytune_cli.engine.threads import Pool, TileLoop, Worker
 from noisytune_cli.noise.devices import Device, Summary
 from noisytune_cli.noise.std import (
     Moments,
@@ -26,7 +27,7 @@ from noisytune_cli.noise.std import (
     norm,
     round_std,
 )
-from noisytune_cli.records import FLOAT_DTYPES, Part, TensorSpec
+from noisytune_cli.records import Part, TensorSpec
 
 _TILE_BYTES = 1 << 20
 
@@ -67,7 +68,7 @@ def measure(
     jobs = [
         _Job(tensor, parts.get(tensor.name, ()), sources[tensor.file], device, progress) for tensor in tensors
     ]
-    Crew([job.run for job in jobs], tile_bytes=_TILE_BYTES, slab_bytes=0).run(threads)
+    Pool([job.run for job in jobs], tile_bytes=_TILE_BYTES, buffer_bytes=0).run(threads)
     return [job.statistics for job in jobs]
 
 
@@ -87,14 +88,14 @@ class _Job:
         self._counts = [part.elements for part in parts] or [tensor.elements]
         self.statistics: list[Statistics] = []
 
-    def run(self, hands: Hands) -> None:
+    def run(self, worker: Worker) -> None:
         """Read the tensor and take its statistics."""
         tensor = self._tensor
         starts = range(0, tensor.nbytes, _TILE_BYTES)
         sums: list[dict[int, tuple[Moments, Summary]]] = [{} for _ in self._counts]
 
-        def tile(hands: Hands, index: int) -> None:
-            data = self._read(hands, starts[index])
+        def tile(worker: Worker, index: int) -> None:
+            data = self._read(worker, starts[index])
             for part, values in self._matrices(starts[index], data):
                 sums[part][index] = (
                     self._device.moments(values, tensor.dtype),
@@ -102,10 +103,10 @@ class _Job:
                 )
             self._progress(len(data))
 
-        hands.crew.share(Pass(len(starts), tile), hands)
+        worker.pool.share(TileLoop(len(starts), tile), worker)
         for part, found in enumerate(sums):
             done = [found[index] for index in sorted(found)]
-            self.statistics.append(self._merge(part, [m for m, _ in done], [s for _, s in done], hands))
+            self.statistics.append(self._merge(part, [m for m, _ in done], [s for _, s in done], worker))
 
     def _matrices(
         self, start: int, data: memoryview, only: int | None = None
@@ -120,7 +121,9 @@ class _Job:
             if only is None or part == only:
                 yield part, tiles.gather(data, dtype, blocks)
 
-    def _merge(self, part: int, moments: list[Moments], summaries: list[Summary], hands: Hands) -> Statistics:
+    def _merge(
+        self, part: int, moments: list[Moments], summaries: list[Summary], worker: Worker
+    ) -> Statistics:
         """Return the statistics of a matrix from those of its tiles, in order."""
         count = self._counts[part]
         if count == 0:
@@ -133,7 +136,7 @@ class _Job:
         if count > 1:
             std = round_std(moments)
         if average is None or l2 is None or (std is None and count > 1):
-            average, std, l2 = self._exact(part, hands)
+            average, std, l2 = self._exact(part, worker)
         return Statistics(
             mean=average,
             std=std,
@@ -146,19 +149,19 @@ class _Job:
             inf=inf,
         )
 
-    def _exact(self, part: int, hands: Hands) -> tuple[float, float | None, float]:
+    def _exact(self, part: int, worker: Worker) -> tuple[float, float | None, float]:
         """Return mean, std32 (None of one element) and L2 norm from exact sums, reading the tensor again."""
         sums = new_exact_sums()
         for start in range(0, self._tensor.nbytes, _TILE_BYTES):
-            hands.crew.check()
-            for _, values in self._matrices(start, self._read(hands, start), part):
+            worker.pool.check()
+            for _, values in self._matrices(start, self._read(worker, start), part):
                 self._device.add_exact_sums(values, self._tensor.dtype, sums)
         count = self._counts[part]
         return exact_mean(sums, count), exact_std(sums, count) if count > 1 else None, exact_norm(sums)
 
-    def _read(self, hands: Hands, start: int) -> memoryview:
+    def _read(self, worker: Worker, start: int) -> memoryview:
         """Return the tile from byte `start` of the tensor, aligned to its elements."""
-        room = hands.tile[: self._tensor.nbytes - start]
+        room = worker.tile[: self._tensor.nbytes - start]
         data = self._source.read(self._tensor, start, room)
         if data is not room and self._tensor.offset % FLOAT_DTYPES[self._tensor.dtype]:
             room[:] = data

@@ -23,16 +23,16 @@ Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass
-class Hands:
+class Worker:
     """What one thread works with: room for a tile, for its noised copy, and for a whole small tensor."""
 
-    crew: Crew
+    pool: Pool
     tile: memoryview
     out: memoryview
-    slab: memoryview
+    buffer: memoryview
 
 
-Task = Callable[[Hands], None]
+Task = Callable[[Worker], None]
 
 
 def default_threads() -> int:
@@ -44,14 +44,14 @@ class Abandoned(Exception):
     """Another thread failed; its error is the one that counts."""
 
 
-class Pass:
-    """One pass over `count` tiles, which several threads may share: `work(hands, tile index)`.
+class TileLoop:
+    """One pass over `count` tiles, which several threads may share: `work(worker, tile index)`.
 
     Tiles are handed out in order; `in_turn` lets their threads through a gate in the same order. There may be
     several gates (`lane`), if every tile goes through the same ones.
     """
 
-    def __init__(self, count: int, work: Callable[[Hands, int], None]) -> None:
+    def __init__(self, count: int, work: Callable[[Worker, int], None]) -> None:
         self._count = count
         self._work = work
         self._change = threading.Condition()
@@ -63,12 +63,12 @@ class Pass:
         """Say whether a thread that came now would get a tile."""
         return not self._broken and self._taken < self._count
 
-    def help(self, hands: Hands) -> None:
+    def help(self, worker: Worker) -> None:
         """Work through tiles until none is left to take."""
         try:
             while (index := self._take()) is not None:
-                hands.crew.check()
-                self._work(hands, index)
+                worker.pool.check()
+                self._work(worker, index)
                 with self._change:
                     self._finished += 1
                     self._change.notify_all()
@@ -105,14 +105,14 @@ class Pass:
             return self._taken - 1
 
 
-class Crew:
+class Pool:
     """The threads of one run: each does tasks in order, then helps with the passes still open."""
 
-    def __init__(self, tasks: Iterable[Task], *, tile_bytes: int, slab_bytes: int) -> None:
+    def __init__(self, tasks: Iterable[Task], *, tile_bytes: int, buffer_bytes: int) -> None:
         self._tasks = iter(tasks)
-        self._room = (tile_bytes, tile_bytes, slab_bytes)
+        self._room = (tile_bytes, tile_bytes, buffer_bytes)
         self._change = threading.Condition()
-        self._passes: list[Pass] = []
+        self._passes: list[TileLoop] = []
         self._busy = self._alive = 0
         self._error: BaseException | None = None
 
@@ -142,13 +142,13 @@ class Crew:
         if self._error is not None:
             raise Abandoned
 
-    def share(self, work: Pass, hands: Hands) -> None:
+    def share(self, work: TileLoop, worker: Worker) -> None:
         """Do a pass, with the help of threads that have nothing else to do."""
         with self._change:
             self._passes.append(work)
             self._change.notify_all()
         try:
-            work.help(hands)
+            work.help(worker)
             work.wait()
         finally:
             with self._change:
@@ -156,8 +156,8 @@ class Crew:
 
     def _live(self) -> None:
         try:
-            tile, out, slab = (np.empty(n, np.uint8).data for n in self._room)
-            self._do_tasks(Hands(self, tile, out, slab))
+            tile, out, buffer = (np.empty(n, np.uint8).data for n in self._room)
+            self._do_tasks(Worker(self, tile, out, buffer))
         except Abandoned:
             pass
         except BaseException as error:
@@ -167,26 +167,26 @@ class Crew:
                 self._alive -= 1
                 self._change.notify_all()
 
-    def _do_tasks(self, hands: Hands) -> None:
+    def _do_tasks(self, worker: Worker) -> None:
         try:
             while (task := self._next_task()) is not None:
-                task(hands)
+                task(worker)
         finally:
             with self._change:
                 self._busy -= 1
                 self._change.notify_all()
         while (work := self._pass_to_help()) is not None:
-            work.help(hands)
+            work.help(worker)
 
     def _next_task(self) -> Task | None:
         self.check()
         with self._change:
             return next(self._tasks, None)
 
-    def _pass_to_help(self) -> Pass | None:
+    def _pass_to_help(self) -> TileLoop | None:
         """Return an open pass with tiles left; None once no thread can open another, or one has failed."""
 
-        def found() -> Pass | None:
+        def found() -> TileLoop | None:
             return next((p for p in self._passes if p.has_tiles()), None)
 
         with self._change:

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.noise import stream as reference
 from noisytune_cli.noise.devices import Device
-from noisytune_cli.records import FLOAT_DTYPES, Part
+from noisytune_cli.records import Part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

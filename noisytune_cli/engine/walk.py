@@ -1,9 +1,11 @@
 """The walk over a checkpoint: every tensor from its source to all outputs, and its receipts.
 
 Several outputs may be made at once; they differ in their noise, and share tensors, reads and sums. Each
-tensor is one task of a crew of threads, so that all its stages run in one core's cache; idle threads help
-with a tensor's tiles. Memory is the same for any checkpoint and any number of outputs: a slab and two tiles
-for each thread.
+tensor is one task of a pool of threads, so that all its stages run in one core's cache; idle threads help
+with a tensor's tiles. One that fits a thread's buffer is read once and kept there between measuring and
+adding; a larger one is read twice, tile by tile, whatever the number of outputs. Digests need the tiles in
+order, so each tile is hashed in its turn. Memory is the same for any checkpoint and any number of outputs: a
+buffer and two tiles for each thread.
 """
 
 from __future__ import annotations
@@ -11,20 +13,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
 
 from noisytune_cli.checkpoint.formats import Sink, Source
+from noisytune_cli.dtypes import FLOAT_DTYPES, LARGEST
+from noisytune_cli.engine.matrices import EXACT_AT_ONCE, Counts, Matrices, Outcomes
 from noisytune_cli.engine.matrix import Spread
-from noisytune_cli.engine.tensor_walk import TensorWalk
-from noisytune_cli.engine.threads import Crew, Hands, Task
+from noisytune_cli.engine.threads import Pool, Task, TileLoop, Worker
+from noisytune_cli.errors import InputInvalid
 from noisytune_cli.noise.devices import Device
 from noisytune_cli.noise.std import exact_std, new_exact_sums, round_std
 from noisytune_cli.records import Plan, Receipt, Step, TensorSpec
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 #: Bytes of a tile: long enough that Python's part of the work is small, short enough for the caches.
 TILE_BYTES = 1 << 20
 
-#: Bytes that all slabs together may take, and the most that one is given.
-_ALL_SLABS, _LARGEST_SLAB = 128 << 20, 64 << 20
+#: Bytes that all buffers together may take, and the most that one is given.
+_ALL_BUFFERS, _LARGEST_BUFFER = 128 << 20, 64 << 20
 
 
 def _no_progress(nbytes: int) -> None:
@@ -32,7 +43,7 @@ def _no_progress(nbytes: int) -> None:
 
 
 @dataclass(frozen=True)
-class Variant:
+class Output:
     """One output of a walk: its plan and, by the source's file names, the sinks of its weight files.
 
     `targets` are, by tensor name, the tensors that lie elsewhere in the output's file than in the source's.
@@ -68,7 +79,7 @@ class Walk:
     progress: Callable[[int], None] = _no_progress
 
     def carry_out(
-        self, outputs: Sequence[Variant], sources: Mapping[str, Source]
+        self, outputs: Sequence[Output], sources: Mapping[str, Source]
     ) -> tuple[tuple[Receipt, ...], ...]:
         """Carry out every step; return each output's receipts in its plan's order.
 
@@ -81,9 +92,9 @@ class Walk:
         def prepare(index: int) -> TensorWalk:
             return TensorWalk(self, outputs, index, sources[tensors[index].file])
 
-        def walk_alone(index: int, hands: Hands) -> None:
+        def walk_alone(index: int, worker: Worker) -> None:
             tensor = prepare(index)
-            tensor.measure_and_write(hands)
+            tensor.measure_and_write(worker)
             receipts[index] = tensor.receipts
 
         if _measures_apart(outputs):
@@ -96,7 +107,7 @@ class Walk:
             self._run(partial(walk_alone, index) for index in range(len(tensors)))
         return tuple(tuple(one[i] for one in receipts) for i in range(len(outputs)))
 
-    def _settle_together(self, outputs: Sequence[Variant], walks: Sequence[TensorWalk]) -> None:
+    def _settle_together(self, outputs: Sequence[Output], walks: Sequence[TensorWalk]) -> None:
         """Give all matrices that an output perturbs the std of the concatenation of their finite values.
 
         A tie is one parameter under several names, so its values count once.
@@ -132,11 +143,11 @@ class Walk:
         return std
 
     def _run(self, tasks: Iterable[Task], threads: int | None = None) -> None:
-        slab_bytes = min(_LARGEST_SLAB, _ALL_SLABS // self.threads)
-        Crew(tasks, tile_bytes=self.tile_bytes, slab_bytes=slab_bytes).run(threads or self.threads)
+        buffer_bytes = min(_LARGEST_BUFFER, _ALL_BUFFERS // self.threads)
+        Pool(tasks, tile_bytes=self.tile_bytes, buffer_bytes=buffer_bytes).run(threads or self.threads)
 
 
-def work_bytes(outputs: Sequence[Variant]) -> int:
+def work_bytes(outputs: Sequence[Output]) -> int:
     """Return how many bytes of progress carrying out `outputs` reports."""
     apart = _measures_apart(outputs)
     total = 0
@@ -146,6 +157,203 @@ def work_bytes(outputs: Sequence[Variant]) -> int:
     return total
 
 
-def _measures_apart(outputs: Sequence[Variant]) -> bool:
+def _measures_apart(outputs: Sequence[Output]) -> bool:
     """Say whether every tensor is measured before the first is written."""
     return outputs[0].plan.noise.scope == "global" and not all(output.recorded for output in outputs)
+
+
+class TensorWalk:
+    """One tensor, the `index`-th of every output's plan: what is known of it, and the passes over its tiles.
+
+    `spreads` are, for each output, what it scales the noise of each matrix with: to be set between `measure`
+    and `write`.
+    """
+
+    def __init__(self, walk: Walk, outputs: Sequence[Output], index: int, source: Source) -> None:
+        steps = [output.plan.steps[index] for output in outputs]
+        self.tensor = steps[0].tensor
+        #: Whether an output needs its std.
+        self.is_measured = any(output.measures(index) for output in outputs)
+        self.spreads: Sequence[Sequence[Spread | None]] = [()] * len(outputs)
+        self._walk, self._outputs, self._index, self._source = walk, outputs, index, source
+        self._size = _unit(self.tensor)
+        self._tiles = self._divide(max(self._size, *(_out_unit(step) for step in steps)))
+        self.matrices = Matrices(walk.device, self.tensor, steps[0].parts)
+        self._buffer: memoryview | None = None
+        self._source_hash = blake3()
+        self.receipts: tuple[Receipt, ...] = ()
+
+    def measure_and_write(self, worker: Worker) -> None:
+        """Do the whole walk of a tensor whose std is its own."""
+        if self.is_measured:
+            if self.tensor.nbytes <= len(worker.buffer):
+                self._buffer = worker.buffer[: self.tensor.nbytes]
+            self.measure(worker, report=False)
+            self.spreads = [self._own_spreads(worker)] * len(self._outputs)
+        self.write(worker)
+        self._buffer = None
+
+    def measure(self, worker: Worker, report: bool = True) -> None:
+        """Read the tensor for its moments and its source digest."""
+
+        def tile(worker: Worker, index: int) -> None:
+            data = self._read(worker, index)
+            self.matrices.measure(index, self._tiles[index][0], data)
+            with work.in_turn(index):
+                self._source_hash.update(data)
+            if report:
+                self._walk.progress(len(data))
+
+        work = TileLoop(len(self._tiles), tile)
+        self._do(work, worker)
+
+    def write(self, worker: Worker) -> None:
+        """Write every output's tensor with its noise, or as it is, and leave the receipts."""
+        written = [
+            _Written(output, self._index, spreads)
+            for output, spreads in zip(self._outputs, self.spreads, strict=True)
+        ]
+        work = TileLoop(
+            len(self._tiles), lambda worker, index: self._write_tile(worker, work, index, written)
+        )
+        self._do(work, worker)
+        for one in written:
+            one.check_range(self._source)
+        source_digest = f"blake3:{self._source_hash.hexdigest()}"
+        self.receipts = tuple(one.receipt(source_digest) for one in written)
+
+    def add_exact_sums(self, sums: Mapping[int, NDArray[np.int64]], worker: Worker) -> None:
+        """Add the values of each matrix that `sums` has exact sums for to these."""
+        for index, (first, _) in enumerate(self._tiles):
+            worker.pool.check()
+            data = self._buffer_tile(index) if self._buffer is not None else self._read(worker, index)
+            self.matrices.add_exact_sums(sums, first, data)
+
+    def _own_spreads(self, worker: Worker) -> list[Spread | None]:
+        """Return the spread of each matrix alone, None for one that has none."""
+        sums = self.matrices.sums
+        spreads = [one.spread() if one.has_std else None for one in sums]
+        undecided = [i for i, spread in enumerate(spreads) if spread is None and sums[i].has_std]
+        for at in range(0, len(undecided), EXACT_AT_ONCE):
+            exact = {i: new_exact_sums() for i in undecided[at : at + EXACT_AT_ONCE]}
+            self.add_exact_sums(exact, worker)
+            for i, found in exact.items():
+                spreads[i] = sums[i].exact_spread(found)
+        return spreads
+
+    def _write_tile(self, worker: Worker, work: TileLoop, index: int, written: Sequence[_Written]) -> None:
+        """Write a tile to every output; each has a turn of its own, so that threads follow one another."""
+        data = self._buffer_tile(index) if self._buffer is not None else self._read(worker, index)
+        first, _ = self._tiles[index]
+        if not self.is_measured:  # otherwise it was hashed when it was measured
+            with work.in_turn(index):
+                self._source_hash.update(data)
+        for lane, one in enumerate(written, start=1):
+            if one.is_plain_copy:
+                one.write(first, data)
+            else:
+                out, counts, overflowed = one.make(self._walk, worker, data, first)
+                one.write(first, out)
+                with work.in_turn(index, lane):
+                    one.hash.update(out)
+                    one.outcomes.count(counts)
+                    one.overflowed += overflowed
+            self._walk.progress(len(data))
+
+    def _divide(self, unit: int) -> list[tuple[int, int]]:
+        """Return (first element, elements) of each tile; `unit` is the most bytes of an element, anywhere."""
+        count = self.tensor.nbytes // self._size
+        most = self._walk.tile_bytes // unit
+        return [(first, min(most, count - first)) for first in range(0, count, most)]
+
+    def _buffer_tile(self, index: int) -> memoryview:
+        assert self._buffer is not None
+        first, count = self._tiles[index]
+        return self._buffer[first * self._size : (first + count) * self._size]
+
+    def _read(self, worker: Worker, index: int) -> memoryview:
+        """Return a tile's bytes, aligned to its elements."""
+        first, count = self._tiles[index]
+        room = self._buffer_tile(index) if self._buffer is not None else worker.tile[: count * self._size]
+        data = self._source.read(self.tensor, first * self._size, room)
+        if data is not room and (self._buffer is not None or self.tensor.offset % self._size):
+            room[:] = data
+            return room
+        return data
+
+    def _do(self, work: TileLoop, worker: Worker) -> None:
+        """Do a pass; with the buffer alone (its tiles fit one thread's cache), else with whoever is idle."""
+        if self._buffer is not None:
+            work.help(worker)
+        else:
+            worker.pool.share(work, worker)
+
+
+class _Written:
+    """One output's tensor while it is written."""
+
+    def __init__(self, output: Output, index: int, spreads: Sequence[Spread | None]) -> None:
+        self._step = step = output.plan.steps[index]
+        recorded = output.recorded.get(step.tensor.name)
+        self.outcomes = Outcomes(output.plan.noise, step, recorded, spreads)
+        self.hash = blake3()
+        #: How many of the source's finite values the output's dtype cannot hold.
+        self.overflowed = 0
+        self._unit = _out_unit(step)
+        self._target = output.target(step)
+        self._sink: Sink = output.sinks[step.tensor.file]
+
+    @property
+    def is_plain_copy(self) -> bool:
+        """Whether the output has the source's bytes."""
+        return not self.outcomes.perturbs and self._step.out_dtype is None
+
+    def make(
+        self, walk: Walk, worker: Worker, data: memoryview, first: int
+    ) -> tuple[memoryview, list[Counts], int]:
+        """Return the elements from `first` as the output has them, their counts, and how many overflowed."""
+        dtype, out_dtype = self._step.tensor.dtype, self._step.out_dtype
+        out = worker.out[: len(data) // _unit(self._step.tensor) * self._unit]
+        overflowed = 0
+        if out_dtype is not None and (not self.outcomes.perturbs or _narrows(dtype, out_dtype)):
+            overflowed = walk.device.convert(data, out, dtype, out_dtype)
+        if not self.outcomes.perturbs:
+            return out, [], overflowed
+        return out, self.outcomes.add(walk.device, data, out, first), overflowed
+
+    def write(self, first: int, data: memoryview) -> None:
+        """Write elements from `first` to their place."""
+        self._sink.write(self._target, first * self._unit, data)
+
+    def check_range(self, source: Source) -> None:
+        """Raise InputInvalid if the source has a value that overflows by itself, noise or none."""
+        if not self.overflowed:
+            return
+        tensor, dtype = self._step.tensor, self._step.out_dtype or ""
+        raise InputInvalid(
+            f"cannot convert to {dtype}",
+            path=source.path,
+            tensor=tensor.name,
+            why=f"{self.overflowed:,} of its {tensor.elements:,} values are beyond {LARGEST[dtype]:g}, "
+            "the largest of that dtype",
+            next_step="Choose a --dtype of a larger range, such as bfloat16 or float32",
+        )
+
+    def receipt(self, source_digest: str) -> Receipt:
+        """Return what was done; a plain copy has the source's digest."""
+        digest = source_digest if self.is_plain_copy else f"blake3:{self.hash.hexdigest()}"
+        return self.outcomes.receipt(source_digest, digest)
+
+
+def _unit(tensor: TensorSpec) -> int:
+    """Return the bytes of an element; of what takes no noise, bytes are the elements."""
+    return FLOAT_DTYPES.get(tensor.dtype, 1)
+
+
+def _out_unit(step: Step) -> int:
+    """Return the bytes of an element in the output."""
+    return _unit(step.tensor) if step.out_dtype is None else FLOAT_DTYPES[step.out_dtype]
+
+
+def _narrows(dtype: str, out_dtype: str) -> bool:
+    return LARGEST[dtype] > LARGEST[out_dtype]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.manifest.fields import Fields, ManifestFault, check_digest
 from noisytune_cli.manifest.line_forms import LONGEST_LINE, Shapes, average_pattern, text_of
 from noisytune_cli.manifest.read import (
@@ -28,15 +29,7 @@ from noisytune_cli.manifest.read import (
 from noisytune_cli.manifest.strict_json import Document
 from noisytune_cli.manifest.tensors import read_tensor
 from noisytune_cli.manifest.write import MAX_LINES, SCHEMA, lay_out, source_json
-from noisytune_cli.records import (
-    FLOAT_DTYPES,
-    Manifest,
-    NoiseSpec,
-    Receipt,
-    SourceRecord,
-    Step,
-    TensorSpec,
-)
+from noisytune_cli.records import Manifest, NoiseSpec, Receipt, SourceRecord, Step, TensorSpec
 from noisytune_cli.version import __version__
 
 OPERATION = "average"

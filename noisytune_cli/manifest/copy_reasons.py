@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import get_args
 
-from noisytune_cli.records import FLOAT_DTYPES, Reason, Scope
+from noisytune_cli.dtypes import FLOAT_DTYPES
+from noisytune_cli.records import Reason, Scope
 
 #: The reasons, by the word that a manifest has for them.
 REASONS: dict[str, Reason] = {reason: reason for reason in get_args(Reason)}

@@ -11,7 +11,7 @@ import json
 import math
 import re
 
-from noisytune_cli.checkpoint.formats.safetensors.header import ALL_DTYPES, HeaderFault, stored_bytes
+from noisytune_cli.dtypes import ALL_DTYPES, stored_bytes
 
 #: The longest line that is read by its form, its parts not counted.
 LONGEST_LINE = 1 << 15
@@ -108,6 +108,6 @@ def _measure(dtype: str, text: str) -> Measured | None:
     if dtype not in ALL_DTYPES or max(shape, default=0) >= 2**63:
         return None
     try:
-        return ALL_DTYPES[dtype], tuple(shape), math.prod(shape), stored_bytes("", dtype, shape)
-    except HeaderFault:
+        return ALL_DTYPES[dtype], tuple(shape), math.prod(shape), stored_bytes(dtype, shape)
+    except ValueError:
         return None

@@ -10,14 +10,14 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from noisytune_cli.checkpoint.layout import MANIFEST, MANIFEST_SUFFIX, WEIGHTS_SUFFIXES
 from noisytune_cli.errors import InputInvalid, InputUnreadable, unreadable
 from noisytune_cli.manifest.average import read_any_manifest
 from noisytune_cli.manifest.previous import of_file
+from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where an output lies, a folder or a file, and where its manifest does."""
 
     output: Path
@@ -29,19 +29,19 @@ class Place:
         return self.output / name if self.is_folder else self.output
 
 
-def place_of(path: str) -> Place:
+def place_of(path: str) -> Location:
     """Find the output that a user names by its path or by its manifest's.
 
     Raises InputUnreadable where there is none, InputInvalid for a manifest that belongs to no output.
     """
     found = Path(os.path.expanduser(path))
     if _is_folder(found):
-        return Place(found, True, found / MANIFEST)
+        return Location(found, True, found / MANIFEST)
     beside = _beside(found)
     if os.path.lexists(beside) or found.suffix != ".json":
-        return Place(found, False, _require_own(found))
+        return Location(found, False, _require_own(found))
     if found.name == MANIFEST:
-        return Place(found.parent, True, found)
+        return Location(found.parent, True, found)
     if found.name.endswith(MANIFEST_SUFFIX):
         output = found.with_name(found.name.removesuffix(MANIFEST_SUFFIX))
         if not os.path.lexists(output):
@@ -51,7 +51,7 @@ def place_of(path: str) -> Place:
                 why="its manifest is there, the output is not",
                 next_step="Make it from the manifest with replay",
             )
-        return Place(output, _is_folder(output), found)
+        return Location(output, _is_folder(output), found)
     read_any_manifest(found).require_files()
     raise InputInvalid(
         "cannot tell which output the manifest belongs to",
@@ -66,7 +66,7 @@ def manifest_of(path: str) -> Path:
     found = Path(os.path.expanduser(path))
     if _is_folder(found):
         return require_manifest(found / MANIFEST)
-    if os.path.lexists(_beside(found)) or found.name.endswith(WEIGHTS_SUFFIXES):
+    if os.path.lexists(_beside(found)) or found.suffix != ".json":
         return require_manifest(_require_own(found))
     return found
 

@@ -6,11 +6,10 @@ They must lie apart: then adding noise to each adds it to every element once.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from noisytune_cli.engine.matrix import summed
 from noisytune_cli.manifest.fields import ManifestFault
-from noisytune_cli.plan.parts import cover_exactly
-from noisytune_cli.records import Part, PartReceipt, Receipt, Step, TensorSpec
+from noisytune_cli.records import Part, PartReceipt, Receipt, Step, TensorSpec, summed
 
 
 def check_runs(part: Part, tensor: TensorSpec, where: str) -> None:
@@ -44,3 +43,34 @@ def joined(
         raise ManifestFault(f"{where}.parts have more than one lambda")
     step = Step(tensor, "perturb", None, lam, stream, parts=parts)
     return summed(step, receipts, source_digest, digest)
+
+
+def cover_exactly(parts: Sequence[Part], elements: int) -> bool:
+    """Say whether parts have every one of a tensor's elements, and none twice.
+
+    The parts' runs are merged from coarse to fine: neighbours of one stride and number of runs, which
+    together fill their stride, are one longer run. Only divisions that come apart so are accepted, as all
+    that `cut`, `stack` and `within` make do.
+    """
+    pending = sorted((p.first, p.length, p.stride, p.repeat) for p in parts)
+    merged: list[tuple[int, int]] = []  # (first, length) of single runs
+    open_runs: list[int] = []  # first, length, stride, repeat of a group that has not filled its stride yet
+    for first, length, stride, repeat in pending:
+        if repeat == 1 and not open_runs:
+            merged.append((first, length))
+            continue
+        if not open_runs:
+            open_runs = [first, length, stride, repeat]
+        elif [stride, repeat] == open_runs[2:] and first == open_runs[0] + open_runs[1]:
+            open_runs[1] += length
+        else:
+            return False
+        if open_runs[1] == stride:
+            merged.append((open_runs[0], stride * repeat))
+            open_runs = []
+    at = 0
+    for first, length in merged:
+        if first != at:
+            return False
+        at += length
+    return not open_runs and at == elements

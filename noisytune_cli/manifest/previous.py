@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from noisytune_cli.checkpoint.layout import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.errors import InputInvalid, InputUnreadable
 from noisytune_cli.escape import list_some
+from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
 
 #: Why a file is left out that has a manifest's name and is none.
 NAMESAKE = "it has the name of a manifest of noisytune, and is none"
@@ -48,9 +48,9 @@ def begins_a_manifest(content: bytes) -> bool:
 def read_earlier(path: Path) -> Earlier | None:
     """Return what the file at `path` says of its source, or None where it is no manifest of noisytune."""
     # Most sources have no manifest, and should not wait for its readers to be imported.
-    from noisytune_cli.commands.produced import with_output_files
     from noisytune_cli.manifest.average import RecordedAverage, read_any_manifest
     from noisytune_cli.manifest.read import read_content
+    from noisytune_cli.records import with_output_files
 
     name = path.name
     try:

@@ -15,24 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from noisytune_cli.checkpoint.layout import MANIFEST
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, Mismatch
 from noisytune_cli.manifest.fields import Fields, ManifestFault, check_string
 from noisytune_cli.manifest.strict_json import Document, JsonFault
 from noisytune_cli.manifest.tensors import read_tensors
-from noisytune_cli.manifest.write import MAX_BYTES, MAX_LINES, SCHEMA, encode
+from noisytune_cli.manifest.write import MANIFEST, MAX_BYTES, MAX_LINES, SCHEMA, encode
 from noisytune_cli.noise import distributions
 from noisytune_cli.noise.stream import STREAM
 from noisytune_cli.reading import read_small
-from noisytune_cli.records import (
-    FLOAT_DTYPES,
-    Conversion,
-    FileRecord,
-    Manifest,
-    NoiseSpec,
-    OutputRecord,
-    SourceRecord,
-)
+from noisytune_cli.records import Conversion, FileRecord, Manifest, NoiseSpec, OutputRecord, SourceRecord
 
 #: The longest list in a manifest.
 MAX_ENTRIES = 1_000_000

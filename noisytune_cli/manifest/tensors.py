@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from noisytune_cli.checkpoint.formats.safetensors.header import ALL_DTYPES, HeaderFault, stored_bytes
+from noisytune_cli.dtypes import ALL_DTYPES, FLOAT_DTYPES, stored_bytes
 from noisytune_cli.manifest.copy_reasons import PART_REASONS, REASONS, misfit
 from noisytune_cli.manifest.fields import Fields, ManifestFault
 from noisytune_cli.manifest.lines import Lines
@@ -20,10 +20,8 @@ from noisytune_cli.manifest.parts import check_runs, joined
 from noisytune_cli.manifest.strict_json import Document
 from noisytune_cli.manifest.write import MAX_LINES
 from noisytune_cli.noise import distributions
-from noisytune_cli.plan.parts import MAX_PARTS
-from noisytune_cli.plan.plan import out_dtype_of
 from noisytune_cli.records import (
-    FLOAT_DTYPES,
+    MAX_PARTS,
     Action,
     Conversion,
     FileRecord,
@@ -35,6 +33,7 @@ from noisytune_cli.records import (
     Receipt,
     Step,
     TensorSpec,
+    out_dtype_of,
 )
 
 _DONE_KEYS = ("action", "lambda", "std", "amplitude", "unchanged", "clamped")
@@ -102,9 +101,9 @@ def read_tensor(fields: Fields, where: str, files: Mapping[str, str]) -> TensorS
         raise fields.fault("dtype", "is no dtype of any format")
     shape = _shape(fields)
     try:
-        nbytes = stored_bytes(name, dtype, shape)
-    except HeaderFault as fault:
-        raise ManifestFault(f"{where}: {fault.why}") from fault
+        nbytes = stored_bytes(dtype, shape)
+    except ValueError as fault:
+        raise ManifestFault(f"{where}: {fault}") from fault
     return TensorSpec(name, dtype, tuple(shape), file, 0, nbytes)
 
 

@@ -1,8 +1,8 @@
 """The manifest: all that is needed to check an output, or to rebuild it from its source.
 
-Deterministic: the same inputs and options give the same bytes. It holds no time, host, user, thread count
-or absolute path. Its JSON Schema, `manifest/manifest.schema.json`, is shipped beside this file; `docs/manifest.md`
-explains every field.
+Deterministic: the same inputs and options give the same bytes. It holds no time, host, user, thread count or
+absolute path. Its JSON Schema, `manifest/manifest.schema.json`, is shipped beside this file;
+`docs/manifest.md` explains every field.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from noisytune_cli.records import (
     Receipt,
     SourceRecord,
 )
+
+#: The manifest in an output directory, and what follows the file's name for an output file.
+MANIFEST = "noisytune.json"
+MANIFEST_SUFFIX = ".noisytune.json"
 
 #: The version of the manifest's layout.
 SCHEMA = 1

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from noisytune_cli.engine.matrix import summed
 from noisytune_cli.memory import in_place
 from noisytune_cli.memory import matrices as in_place_parts
 from noisytune_cli.memory.ahead import FIRST_BATCH, SumsAhead
 from noisytune_cli.memory.plan import Matrix, Parameter
+from noisytune_cli.memory.sharded import Dose
 from noisytune_cli.noise import distributions
-from noisytune_cli.records import NoiseSpec, PartReceipt, Receipt, Step
+from noisytune_cli.records import NoiseSpec, PartReceipt, Receipt, Step, summed
 
 
 def batches(parameters: Sequence[Parameter], noise: NoiseSpec, ahead: SumsAhead) -> Iterator[list[Parameter]]:
@@ -49,7 +49,7 @@ def begin(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int) -> Ca
             parted.append(in_place_parts.PartedDose(held, parts, noise.distribution, stream, amplitudes))
         elif amplitudes[0] is not None:
             noised.append(parameter)
-            doses.append(in_place.Dose(held, noise.distribution, stream, amplitudes[0]))
+            doses.append(Dose(held, noise.distribution, stream, amplitudes[0]))
     counted = in_place.begin_noise(doses, threads)
     for parameter, by_part in zip(divided, in_place_parts.add_noise(parted, threads), strict=True):
         for matrix, counts in zip(parameter.matrices, by_part, strict=True):

@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from noisytune_cli.memory.sharded import Held, Run
+from noisytune_cli.dtypes import FLOAT_DTYPES
+from noisytune_cli.memory.sharded import Dose, LocalRun, LocalTensor
 from noisytune_cli.noise.devices.cpu import Cpu
 from noisytune_cli.noise.devices.cpu.rows import work_through
 from noisytune_cli.noise.devices.torch import operations as torch_kernels
 from noisytune_cli.noise.std import Moments
-from noisytune_cli.records import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from noisytune_cli.memory.in_place import Dose
 
 #: Bytes of a tile. Threads that take small ones in turn get in the way of each other's prefetching.
 _TILE_BYTES = 4 << 20
@@ -40,15 +39,15 @@ class _Tiles:
     firsts: NDArray[np.int64]
 
 
-def measure(parts: Mapping[int, Held], threads: int) -> dict[int, list[Moments]]:
+def measure(parts: Mapping[int, LocalTensor], threads: int) -> dict[int, list[Moments]]:
     """Return the moments of the tiles of each part, of a sharded one as of one tile."""
-    kinds: dict[tuple[str, bool], list[tuple[int, Held]]] = {}
+    kinds: dict[tuple[str, bool], list[tuple[int, LocalTensor]]] = {}
     for key, part in parts.items():
         kind = torch_kernels.NAMES[part.values.dtype], part.mesh is None
         kinds.setdefault(kind, []).append((key, part))
     calls, results = [], []
     for (dtype, divided), group in kinds.items():
-        whole = ((key, part, Run(0, 0, part.values.numel())) for key, part in group)
+        whole = ((key, part, LocalRun(0, 0, part.values.numel())) for key, part in group)
         tiles = _tiles(whole, FLOAT_DTYPES[dtype], divided=divided)
         rows, moments = _CPU.moments_rows(tiles.addresses, tiles.counts, dtype, keeps=group)
         calls.append(rows)
@@ -95,7 +94,7 @@ def add_noise(doses: Mapping[int, Dose], threads: int) -> dict[int, list[int]]:
     return counts
 
 
-def _tiles(runs: Iterable[tuple[int, Held, Run]], size: int, *, divided: bool = True) -> _Tiles:
+def _tiles(runs: Iterable[tuple[int, LocalTensor, LocalRun]], size: int, *, divided: bool = True) -> _Tiles:
     """Cut runs of parts, each with the key of its part, into tiles of elements of `size` bytes."""
     listed = [
         (key, part.values.data_ptr() + run.start * size, run.count, run.first) for key, part, run in runs

@@ -14,7 +14,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,13 +23,12 @@ from torch import Tensor
 from noisytune_cli.engine.threads import default_threads
 from noisytune_cli.errors import ResourceExhausted
 from noisytune_cli.memory import host as in_place_tables
-from noisytune_cli.memory.sharded import Held
+from noisytune_cli.memory.sharded import Dose, LocalTensor
 from noisytune_cli.noise.devices import cuda
 from noisytune_cli.noise.devices.cpu import Cpu
 from noisytune_cli.noise.devices.torch import operations as torch_kernels
 from noisytune_cli.noise.devices.torch.results import Queued, fetch, send
 from noisytune_cli.noise.std import Moments, new_exact_sums
-from noisytune_cli.noise.stream import StreamWords
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,17 +40,7 @@ _TILE_BYTES = 4 << 20
 _CPU = Cpu()
 
 
-@dataclass(frozen=True, slots=True)
-class Dose:
-    """The noise for one tensor: its part here, and the distribution, the stream and the amplitude."""
-
-    held: Held
-    distribution: str
-    stream: StreamWords
-    amplitude: float
-
-
-def measure(parts: Sequence[Held], threads: int | None = None) -> list[list[Moments]]:
+def measure(parts: Sequence[LocalTensor], threads: int | None = None) -> list[list[Moments]]:
     """Return the moments of each part; one Moments, or none if it is empty, of a sharded part."""
     found: list[list[Moments]] = [[] for _ in parts]
     on_device, flat_here, detour = _split(parts)
@@ -68,7 +57,7 @@ def measure(parts: Sequence[Held], threads: int | None = None) -> list[list[Mome
     return found
 
 
-def exact_sums(part: Held) -> NDArray[np.int64]:
+def exact_sums(part: LocalTensor) -> NDArray[np.int64]:
     """Return the exact sums of a part."""
     sums = new_exact_sums()
     with torch.no_grad():
@@ -104,7 +93,7 @@ def begin_noise(doses: Sequence[Dose], threads: int | None = None) -> Callable[[
     return counted
 
 
-def _split(parts: Sequence[Held]) -> tuple[list[int], list[int], list[int]]:
+def _split(parts: Sequence[LocalTensor]) -> tuple[list[int], list[int], list[int]]:
     """Return the indices of the parts to work on by their devices, flat in host memory, and by a detour."""
     on_device: list[int] = []
     flat_here: list[int] = []
@@ -134,7 +123,7 @@ def _is_exact_device(name: str) -> bool:
     )
 
 
-def _queue_sums(parts: Sequence[Held], indices: Sequence[int]) -> Iterator[Queued]:
+def _queue_sums(parts: Sequence[LocalTensor], indices: Sequence[int]) -> Iterator[Queued]:
     """Measure parts on their devices."""
     fused: dict[torch.device, list[int]] = {}
     for i in indices:
@@ -230,7 +219,7 @@ def flat(values: Tensor) -> Tensor:
     return values.view(-1)
 
 
-def _copied(part: Held) -> Held:
+def _copied(part: LocalTensor) -> LocalTensor:
     """Return a part with its values flat in host memory, [n]."""
     return replace(part, values=host_values(part.values))
 

@@ -1,8 +1,8 @@
 """The matrices of a tensor in memory: views to measure each, and noise for all of them in one pass.
 
 Sums do not depend on where a matrix lies, so a view of its elements is measured like a tensor. Noise does,
-and is added by way of the host tile by tile, as to a file (`engine/tiles.py`). Whole tensors only: which elements of
-a matrix a process holds of a sharded one is not worked out here.
+and is added by way of the host tile by tile, as to a file (`engine/tiles.py`). Whole tensors only: which
+elements of a matrix a process holds of a sharded one is not worked out here.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from noisytune_cli.engine import tiles
-from noisytune_cli.engine.threads import Crew, Hands, Pass, default_threads
+from noisytune_cli.engine.threads import Pool, TileLoop, Worker, default_threads
 from noisytune_cli.memory import in_place
-from noisytune_cli.memory.sharded import Held, Run
+from noisytune_cli.memory.sharded import LocalRun, LocalTensor
 from noisytune_cli.noise.devices.cpu import Cpu
 from noisytune_cli.noise.devices.torch import operations as torch_kernels
 from noisytune_cli.noise.stream import StreamWords
@@ -27,16 +27,16 @@ _CPU = Cpu()
 
 @dataclass(frozen=True, slots=True)
 class PartedDose:
-    """The noise for a tensor's matrices: as in `in_place.Dose`, an amplitude for each (None: no noise)."""
+    """The noise for a tensor's matrices: as in `sharded.Dose`, an amplitude for each (None: no noise)."""
 
-    held: Held
+    held: LocalTensor
     parts: tuple[Part, ...]
     distribution: str
     stream: StreamWords
     amplitudes: tuple[float | None, ...]
 
 
-def views(held: Held, parts: Sequence[Part]) -> list[Held]:
+def views(held: LocalTensor, parts: Sequence[Part]) -> list[LocalTensor]:
     """Return each matrix of a tensor as a tensor of its own, to be measured."""
     with torch.no_grad():
         values = in_place.flat(held.values)
@@ -44,7 +44,7 @@ def views(held: Held, parts: Sequence[Part]) -> list[Held]:
     for part in parts:
         start = values.storage_offset() + part.first
         view = values.as_strided((part.repeat, part.length), (part.stride, 1), start)
-        found.append(Held(view, (Run(0, 0, part.elements),)))
+        found.append(LocalTensor(view, (LocalRun(0, 0, part.elements),)))
     return found
 
 
@@ -54,25 +54,25 @@ def add_noise(doses: Sequence[PartedDose], threads: int | None = None) -> list[l
     tasks = [functools.partial(_add, dose, counts[i]) for i, dose in enumerate(doses)]
     if tasks:
         with torch.no_grad():
-            Crew(tasks, tile_bytes=0, slab_bytes=0).run(threads or default_threads())
+            Pool(tasks, tile_bytes=0, buffer_bytes=0).run(threads or default_threads())
     return counts
 
 
-def _add(dose: PartedDose, counts: list[tuple[int, int]], hands: Hands) -> None:
+def _add(dose: PartedDose, counts: list[tuple[int, int]], worker: Worker) -> None:
     with in_place.changing(dose.held.values) as values:
-        found = _add_to_host(dose, values, hands)
+        found = _add_to_host(dose, values, worker)
     for part, unchanged, clamped in found:
         counts[part] = (counts[part][0] + unchanged, counts[part][1] + clamped)
 
 
-def _add_to_host(dose: PartedDose, values: torch.Tensor, hands: Hands) -> list[tuple[int, int, int]]:
+def _add_to_host(dose: PartedDose, values: torch.Tensor, worker: Worker) -> list[tuple[int, int, int]]:
     """Add a dose to values in host memory, [n]; return pieces' (matrix, unchanged, clamped)."""
     dtype = torch_kernels.NAMES[values.dtype]
     work = list(in_place.tiles_of(values, 0, values.numel()))
     places = tiles.Places(dose.parts)
     done: list[list[tuple[int, int, int]]] = [[] for _ in work]
 
-    def tile(_: Hands, index: int) -> None:
+    def tile(_: Worker, index: int) -> None:
         data, first = work[index]
         for part, blocks in places.in_tile(first, tiles.count(data, dtype)):
             amplitude = dose.amplitudes[part]
@@ -91,5 +91,5 @@ def _add_to_host(dose: PartedDose, values: torch.Tensor, hands: Hands) -> list[t
                 )
                 done[index].append((part, *found))
 
-    hands.crew.share(Pass(len(work), tile), hands)
+    worker.pool.share(TileLoop(len(work), tile), worker)
     return [entry for entries in done for entry in entries]

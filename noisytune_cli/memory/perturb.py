@@ -36,7 +36,7 @@ from noisytune_cli.memory.plan import (
     plan_parameters,
     recorded_parameters,
 )
-from noisytune_cli.memory.sharded import Held, share_exact_sums, share_moments
+from noisytune_cli.memory.sharded import LocalTensor, share_exact_sums, share_moments
 from noisytune_cli.memory.tensors import Names, residents_of
 from noisytune_cli.noise import distributions
 from noisytune_cli.noise.std import Moments, exact_std, exactly_equal, std_and_equality
@@ -241,7 +241,7 @@ def _measure(
     for i, found in zip(whole, share_moments(held, in_place.measure(held, threads)), strict=True):
         moments[i] = found
     divided = (i for i, (_, matrix) in enumerate(wanted) if matrix.part is not None)
-    batch: list[tuple[int, Held]] = []
+    batch: list[tuple[int, LocalTensor]] = []
     nbytes = 0
     for _, group in itertools.groupby(divided, key=lambda i: id(wanted[i][0])):
         indices = list(group)
@@ -257,12 +257,14 @@ def _measure(
     return moments
 
 
-def _measure_views(batch: Sequence[tuple[int, Held]], moments: list[list[Moments]], threads: int) -> None:
+def _measure_views(
+    batch: Sequence[tuple[int, LocalTensor]], moments: list[list[Moments]], threads: int
+) -> None:
     for (i, _), found in zip(batch, in_place.measure([view for _, view in batch], threads), strict=True):
         moments[i] = found
 
 
-def _held(parameter: Parameter, matrix: Matrix) -> Held:
+def _held(parameter: Parameter, matrix: Matrix) -> LocalTensor:
     """Return the values of a matrix that are held here."""
     if matrix.part is None:
         return parameter.resident.held

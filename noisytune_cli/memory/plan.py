@@ -7,23 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from noisytune_cli.checkpoint.quantized import refuse_quantized
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, Mismatch
-from noisytune_cli.memory.tensors import Resident, first_bytes, same_bytes
+from noisytune_cli.memory.tensors import LiveTensor, first_bytes, same_bytes
 from noisytune_cli.noise.stream import StreamWords, stream_words
 from noisytune_cli.plan.patterns import check_matched, match_names
 from noisytune_cli.plan.plan import check_not_empty, confirm_ties, make_plan
 from noisytune_cli.plan.ties import split_tie
-from noisytune_cli.records import (
-    FLOAT_DTYPES,
-    Action,
-    Manifest,
-    NoiseSpec,
-    Part,
-    Reason,
-    Receipt,
-    Step,
-    Tie,
-)
+from noisytune_cli.records import Action, Manifest, NoiseSpec, Part, Reason, Receipt, Step, Tie
 
 #: What to say to those whose options leave nothing to perturb.
 OPTIONS_THAT_EXCLUDE = "Widen include= or drop an exclude=; frozen= and fresh_names= leave parameters out too"
@@ -48,7 +39,7 @@ class Matrix:
 class Parameter:
     """One parameter: a step for each of its names, the words of its stream, and its matrices."""
 
-    resident: Resident
+    resident: LiveTensor
     steps: tuple[Step, ...]
     stream: StreamWords
     matrices: list[Matrix] = field(default_factory=list)
@@ -67,7 +58,7 @@ class Parameter:
 
 
 def plan_parameters(
-    residents: Sequence[Resident],
+    residents: Sequence[LiveTensor],
     noise: NoiseSpec,
     *,
     is_module: bool,
@@ -95,7 +86,7 @@ def plan_parameters(
     return [_planned(r, tuple([steps[name] for name in r.names]), noise.seed) for r in residents]
 
 
-def _planned(resident: Resident, steps: tuple[Step, ...], seed: int) -> Parameter:
+def _planned(resident: LiveTensor, steps: tuple[Step, ...], seed: int) -> Parameter:
     step = steps[0]
     stream = stream_words(seed, step.stream)
     if step.reason is not None or not step.parts:
@@ -104,7 +95,7 @@ def _planned(resident: Resident, steps: tuple[Step, ...], seed: int) -> Paramete
     return Parameter(resident, steps, stream, [Matrix(part, None) for part in step.parts])
 
 
-def _refuse_sharded(resident: Resident) -> None:
+def _refuse_sharded(resident: LiveTensor) -> None:
     if resident.held.mesh is not None:
         raise InputInvalid(
             "cannot add noise by matrix in memory",
@@ -114,9 +105,9 @@ def _refuse_sharded(resident: Resident) -> None:
         )
 
 
-def _contents(tie: Tie, resident_of: Mapping[str, Resident], *, compare: bool) -> dict[str, int]:
+def _contents(tie: Tie, resident_of: Mapping[str, LiveTensor], *, compare: bool) -> dict[str, int]:
     """Return for each name of a candidate a number, equal where they are one, or `compare` equal."""
-    kinds: dict[Hashable, list[tuple[int, Resident]]] = {}
+    kinds: dict[Hashable, list[tuple[int, LiveTensor]]] = {}
     contents: dict[str, int] = {}
     for number, name in enumerate(tie.names):
         resident = resident_of[name]
@@ -129,7 +120,7 @@ def _contents(tie: Tie, resident_of: Mapping[str, Resident], *, compare: bool) -
     return contents
 
 
-def recorded_parameters(residents: Sequence[Resident], manifest: Manifest) -> list[Parameter]:
+def recorded_parameters(residents: Sequence[LiveTensor], manifest: Manifest) -> list[Parameter]:
     """Give each parameter what a manifest records of one of its names; those it does not name are left out.
 
     Raises Mismatch where it names none, or a recorded tensor has another shape or takes no noise in memory.
@@ -146,7 +137,7 @@ def recorded_parameters(residents: Sequence[Resident], manifest: Manifest) -> li
     return [_recorded(r, next((by_name[n] for n in r.names if n in by_name), None), seed) for r in residents]
 
 
-def _recorded(resident: Resident, receipt: Receipt | None, seed: int) -> Parameter:
+def _recorded(resident: LiveTensor, receipt: Receipt | None, seed: int) -> Parameter:
     specs = list(resident.specs())
     if receipt is None:
         steps = tuple(Step(spec, "copy", "excluded", 0.0, spec.name) for spec in specs)

@@ -24,6 +24,8 @@ from noisytune_cli.noise.std import Moments
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from noisytune_cli.noise.stream import StreamWords
+
 #: The classes of tensors that are nothing but their own values, as those of nearly all are.
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -32,7 +34,7 @@ _MOMENTS_ROW = 7
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class LocalRun:
     """`count` elements from `start` of a local tensor, which are elements `first`… of the whole one."""
 
     start: int
@@ -41,26 +43,36 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class LocalTensor:
     """The part of a tensor that this process holds, without autograd; `mesh` is None where that is all of it.
 
     `shards` are the mesh's dimensions that the tensor is sharded over.
     """
 
     values: Tensor
-    runs: tuple[Run, ...]
+    runs: tuple[LocalRun, ...]
     mesh: Any = None
     shards: tuple[int, ...] = ()
 
 
-def held_part(tensor: Tensor, name: str) -> Held:
+@dataclass(frozen=True, slots=True)
+class Dose:
+    """The noise for one tensor: its part here, and the distribution, the stream and the amplitude."""
+
+    held: LocalTensor
+    distribution: str
+    stream: StreamWords
+    amplitude: float
+
+
+def held_part(tensor: Tensor, name: str) -> LocalTensor:
     """Return what this process holds of a tensor; InputInvalid where a placement is not understood."""
     if type(tensor) in PLAIN or not hasattr(tensor, "placements"):
-        return Held(tensor.detach(), (Run(0, 0, tensor.numel()),))
+        return LocalTensor(tensor.detach(), (LocalRun(0, 0, tensor.numel()),))
     return _held_part(tensor, name)
 
 
-def _held_part(tensor: Any, name: str) -> Held:
+def _held_part(tensor: Any, name: str) -> LocalTensor:
     """Return what this process holds of a DTensor."""
     with torch.no_grad():
         local = tensor.to_local().detach()
@@ -68,7 +80,7 @@ def _held_part(tensor: Any, name: str) -> Held:
     indices = _indices(tensor, name)
     if tuple(len(i) for i in indices) != tuple(local.shape):
         raise _not_understood(name, "its local part has another shape than its placements say")
-    return Held(local, tuple(_runs(tuple(tensor.shape), indices)), tensor.device_mesh, shards)
+    return LocalTensor(local, tuple(_runs(tuple(tensor.shape), indices)), tensor.device_mesh, shards)
 
 
 def _indices(tensor: Any, name: str) -> list[NDArray[np.int64]]:
@@ -94,13 +106,13 @@ def _indices(tensor: Any, name: str) -> list[NDArray[np.int64]]:
     return [index.numpy() for index in indices]
 
 
-def _runs(shape: tuple[int, ...], indices: Sequence[NDArray[np.int64]]) -> Iterator[Run]:
+def _runs(shape: tuple[int, ...], indices: Sequence[NDArray[np.int64]]) -> Iterator[LocalRun]:
     """Yield the runs of the part of a tensor that holds `indices` of each dimension, in row-major order."""
     if not all(len(index) for index in indices):
         return
     partial = [d for d, index in enumerate(indices) if len(index) < shape[d]]
     if not partial:
-        yield Run(0, 0, math.prod(shape))
+        yield LocalRun(0, 0, math.prod(shape))
         return
     last = partial[-1]
     inner = math.prod(shape[last + 1 :])
@@ -111,7 +123,7 @@ def _runs(shape: tuple[int, ...], indices: Sequence[NDArray[np.int64]]) -> Itera
     for outer in itertools.product(*(index.tolist() for index in indices[:last])):
         offset = sum(i * stride for i, stride in zip(outer, strides, strict=True))
         for first, count in segments:
-            yield Run(start, offset + first * inner, count * inner)
+            yield LocalRun(start, offset + first * inner, count * inner)
             start += count * inner
 
 
@@ -124,7 +136,7 @@ def _not_understood(name: str, why: str) -> InputInvalid:
     )
 
 
-def share_moments(parts: Sequence[Held], moments: Sequence[Sequence[Moments]]) -> list[list[Moments]]:
+def share_moments(parts: Sequence[LocalTensor], moments: Sequence[Sequence[Moments]]) -> list[list[Moments]]:
     """Return for each tensor the moments of all its parts, the same in the same order on every process.
 
     A sharded part comes with one Moments. All processes of a mesh must call this with the same tensors.
@@ -141,7 +153,7 @@ def share_moments(parts: Sequence[Held], moments: Sequence[Sequence[Moments]]) -
     return shared
 
 
-def share_exact_sums(parts: Sequence[Held], sums: Mapping[int, NDArray[np.int64]]) -> None:
+def share_exact_sums(parts: Sequence[LocalTensor], sums: Mapping[int, NDArray[np.int64]]) -> None:
     """Add up the exact sums of the parts of each tensor, in place; `sums` are keyed by the part's index."""
     for indices in _by_mesh([parts[i] for i in sums]).values():
         keys = [list(sums)[i] for i in indices]
@@ -152,7 +164,7 @@ def share_exact_sums(parts: Sequence[Held], sums: Mapping[int, NDArray[np.int64]
             sums[key][:] = summed
 
 
-def _by_mesh(parts: Sequence[Held]) -> dict[tuple[Any, tuple[int, ...]], list[int]]:
+def _by_mesh(parts: Sequence[LocalTensor]) -> dict[tuple[Any, tuple[int, ...]], list[int]]:
     """Sort the indices of sharded parts by the processes that share them."""
     groups: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
     for i, part in enumerate(parts):

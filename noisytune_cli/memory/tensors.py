@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.memory.overlaps import find_overlap, has_memory, place, strides
-from noisytune_cli.memory.sharded import PLAIN, Held, held_part
+from noisytune_cli.memory.sharded import PLAIN, LocalTensor, held_part
 from noisytune_cli.records import TensorSpec
 
 #: How module names become the names in the checkpoint: a map, a function, or a prefix to take away.
@@ -62,13 +62,13 @@ _FSDP = "_fsdp_wrapped_module."
 
 
 @dataclass(frozen=True, slots=True)
-class Resident:
+class LiveTensor:
     """One parameter in memory: `own` are its names in the model, `names` those in the checkpoint."""
 
     own: tuple[str, ...]
     names: tuple[str, ...]
     tensor: Tensor
-    held: Held
+    held: LocalTensor
 
     def specs(self) -> Iterator[TensorSpec]:
         """Yield the parameter as a header would describe it, once for each name."""
@@ -78,7 +78,7 @@ class Resident:
             yield TensorSpec(name, dtype, tuple(self.tensor.shape), "", 0, nbytes)
 
 
-def residents_of(tensors: Iterable[tuple[str, object]], names: Names = None) -> list[Resident]:
+def residents_of(tensors: Iterable[tuple[str, object]], names: Names = None) -> list[LiveTensor]:
     """Return the parameters among named tensors, ties once, in order of their first names.
 
     Raises InputInvalid for a tensor that has no values of its own, and for tensors that overlap; UsageError
@@ -86,7 +86,7 @@ def residents_of(tensors: Iterable[tuple[str, object]], names: Names = None) -> 
     """
     tensors = list(tensors)
     to_checkpoint = _renaming(names, [own for own, _ in tensors])
-    found: dict[Hashable, tuple[list[str], Tensor, Held]] = {}
+    found: dict[Hashable, tuple[list[str], Tensor, LocalTensor]] = {}
     for own, value in tensors:
         tensor = _checked(own, value)
         held = held_part(tensor, own)
@@ -94,7 +94,7 @@ def residents_of(tensors: Iterable[tuple[str, object]], names: Names = None) -> 
             raise _cannot_add(own, "its memory was freed")
         found.setdefault(_identity(tensor, held.values), ([], tensor, held))[0].append(own)
     residents = [
-        Resident(tuple(own), tuple(dict.fromkeys(map(to_checkpoint, own))), tensor, held)
+        LiveTensor(tuple(own), tuple(dict.fromkeys(map(to_checkpoint, own))), tensor, held)
         for own, tensor, held in found.values()
     ]
     _refuse_shared_names(residents)
@@ -102,7 +102,7 @@ def residents_of(tensors: Iterable[tuple[str, object]], names: Names = None) -> 
     return residents
 
 
-def first_bytes(resident: Resident) -> bytes:
+def first_bytes(resident: LiveTensor) -> bytes:
     """Return what tells most parameters from others: the bytes of a few values, none of a sharded one."""
     values = resident.held.values
     if resident.held.mesh is not None or not values.numel():
@@ -112,7 +112,7 @@ def first_bytes(resident: Resident) -> bytes:
     return values.reshape(-1)[:_FIRST].contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 
-def same_bytes(a: Resident, b: Resident) -> bool:
+def same_bytes(a: LiveTensor, b: LiveTensor) -> bool:
     """Say whether two parameters of one dtype and shape are the same bytes; sharded ones are not."""
     if a.held.mesh is not None or b.held.mesh is not None:
         return a is b
@@ -227,8 +227,8 @@ def _identity(tensor: Tensor, local: Tensor) -> Hashable:
     return place(local), tuple(tensor.shape), tuple(local.shape), strides(local), local.dtype
 
 
-def _refuse_shared_names(residents: Sequence[Resident]) -> None:
-    owner: dict[str, Resident] = {}
+def _refuse_shared_names(residents: Sequence[LiveTensor]) -> None:
+    owner: dict[str, LiveTensor] = {}
     for resident in residents:
         for name in resident.names:
             if owner.setdefault(name, resident) is not resident:
@@ -239,7 +239,7 @@ def _refuse_shared_names(residents: Sequence[Resident]) -> None:
                 )
 
 
-def _refuse_overlaps(residents: Sequence[Resident]) -> None:
+def _refuse_overlaps(residents: Sequence[LiveTensor]) -> None:
     """Refuse views that share elements without being a tie: noise would reach these twice."""
     found = find_overlap([resident.held.values for resident in residents])
     if found is not None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from noisytune_cli.dtypes import LARGEST
 from noisytune_cli.noise import distributions
 
 if TYPE_CHECKING:
@@ -36,14 +37,6 @@ M0, M1 = 0xD2511F53, 0xCD9E8D57
 W0, W1 = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
 MASK = 0xFFFFFFFF
-
-#: The largest finite value of each dtype; results are clamped to it.
-LARGEST = {
-    "F64": float(np.finfo(np.float64).max),
-    "F32": float(np.finfo(np.float32).max),
-    "F16": 65504.0,
-    "BF16": float(np.uint32(0x7F7F0000).view(np.float32)),
-}
 
 
 def stream_id(name: str) -> int:

@@ -23,12 +23,13 @@ from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.dequantize import Dequantized
 from noisytune_cli.checkpoint.formats import Sink, Source
 from noisytune_cli.checkpoint.formats.safetensors import MAX_HEADER, SafetensorsSource, create_file
-from noisytune_cli.checkpoint.formats.safetensors.header import DTYPES, MAX_ENTRIES, PREFIX
+from noisytune_cli.checkpoint.formats.safetensors.header import MAX_ENTRIES, PREFIX
 from noisytune_cli.checkpoint.layout import METADATA, PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
+from noisytune_cli.dtypes import DTYPES, FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.output.destination import resolve_output
 from noisytune_cli.plan.ties import stream_of
-from noisytune_cli.records import FLOAT_DTYPES, Conversion, FileRecord, Plan, Step, TensorSpec
+from noisytune_cli.records import Conversion, FileRecord, Plan, Step, TensorSpec
 
 _METADATA = "__metadata__"
 

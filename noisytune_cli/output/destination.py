@@ -1,7 +1,7 @@
 """Where output may go: asked before any weight is read.
 
-Refused are an output that exists (unless it is to be replaced, and `output/overwrite.py` allows it), one that is,
-holds or lies in the input or the hub's cache (compared by device and inode, so that links, `..` and bind
+Refused are an output that exists (unless it is to be replaced, and `output/overwrite.py` allows it), one that
+is, holds or lies in the input or the hub's cache (compared by device and inode, so that links, `..` and bind
 mounts do not hide it), and one that is no regular file or directory. Whether it fits, `output/space.py` asks.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.hub_cache import cache_folder
-from noisytune_cli.checkpoint.layout import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.errors import OutputUnsafe, unwritable
+from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.output.overwrite import (
     check_file_replaceable,
     check_folder_replaceable,

@@ -15,10 +15,11 @@ from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
 from noisytune_cli.checkpoint.formats._signatures import HEAD
-from noisytune_cli.checkpoint.layout import MANIFEST, MANIFEST_SUFFIX, METADATA
+from noisytune_cli.checkpoint.layout import METADATA
 from noisytune_cli.errors import InputInvalid, InputUnreadable, OutputUnsafe, unwritable
 from noisytune_cli.escape import list_some
 from noisytune_cli.manifest.previous import begins_a_manifest
+from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.output.staging import remains
 from noisytune_cli.records import Manifest
 
@@ -104,8 +105,8 @@ def check_recipe_replaceable(output: Path) -> None:
 def _read(path: Path) -> Manifest:
     """Return the manifest at `path` with the output's own weight files; raises as `read_any_manifest`."""
     # Most outputs are new, and should not wait for its readers to be imported.
-    from noisytune_cli.commands.produced import with_output_files
     from noisytune_cli.manifest.average import read_any_manifest
+    from noisytune_cli.records import with_output_files
 
     return with_output_files(read_any_manifest(path).manifest)
 

@@ -1,4 +1,4 @@
-"""The outputs of one run of perturb: where they go, all of them or none, and whether there is room."""
+"""The outputs of one run of perturb: where they go, all of them or none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
-from noisytune_cli.commands.write import manifest_bytes, needed_bytes
 from noisytune_cli.output.convert import OutputFile, resolve_rewritten
 from noisytune_cli.output.destination import (
     check_distinct,
@@ -16,8 +15,6 @@ from noisytune_cli.output.destination import (
     resolve_folder,
     resolve_recipe,
 )
-from noisytune_cli.output.space import check_descriptors, check_space
-from noisytune_cli.records import Plan
 
 
 def check_places(
@@ -48,21 +45,3 @@ def check_places_of_download(outs: Sequence[str], *, recipe_only: bool, overwrit
     for output in outputs:
         (check_recipe if recipe_only else check_folder)(output, overwrite=overwrite)
     check_distinct(outputs)
-
-
-def check_room(
-    source: Checkpoint,
-    files: Sequence[OutputFile],
-    plan: Plan,
-    outputs: Sequence[Path],
-    *,
-    recipe_only: bool,
-) -> None:
-    """Raise ResourceExhausted unless there is room for all outputs, and to open their files at once."""
-    held = len(source.weight_files)
-    written = 0 if recipe_only else len(files) or held
-    if recipe_only:
-        check_space(outputs, manifest_bytes(plan), 1)
-    else:
-        check_space(outputs, needed_bytes(source, plan, files), written + len(source.others) + 1)
-    check_descriptors(held + len(outputs) * (written + 1))

@@ -23,8 +23,8 @@ from types import TracebackType
 
 from blake3 import blake3
 
-from noisytune_cli.checkpoint.layout import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.errors import OutputUnsafe, unreadable, unwritable
+from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.output import signals, staging
 from noisytune_cli.output.renames import (
     Steps,

@@ -10,10 +10,16 @@ import resource
 from collections.abc import Sequence
 from pathlib import Path
 
-from noisytune_cli.errors import ResourceExhausted, unwritable
+from noisytune_cli.checkpoint.checkpoint import Checkpoint
+from noisytune_cli.errors import ResourceExhausted, unreadable, unwritable
+from noisytune_cli.output.convert import OutputFile
+from noisytune_cli.records import Plan
 
 #: Descriptors that are open beside those of the weight files.
 _BESIDE = 64
+
+#: Room for the manifest in the check for space: a fixed part, that of each tensor, and of each part of one.
+_MANIFEST_BYTES, _MANIFEST_BYTES_A_TENSOR, _MANIFEST_BYTES_A_PART = 4096, 1024, 512
 
 
 def check_space(outputs: Sequence[Path], nbytes: int, files: int) -> None:
@@ -71,3 +77,45 @@ def _check_space_of(outputs: Sequence[Path], nbytes: int, files: int) -> None:
         why=f"{why}; nothing was written",
         next_step="Free space or choose another place with -o, then run again",
     )
+
+
+def check_room(
+    source: Checkpoint,
+    files: Sequence[OutputFile],
+    plan: Plan,
+    outputs: Sequence[Path],
+    *,
+    recipe_only: bool,
+) -> None:
+    """Raise ResourceExhausted unless there is room for all outputs, and to open their files at once."""
+    held = len(source.weight_files)
+    written = 0 if recipe_only else len(files) or held
+    if recipe_only:
+        check_space(outputs, manifest_bytes(plan), 1)
+    else:
+        check_space(outputs, needed_bytes(source, plan, files), written + len(source.others) + 1)
+    check_descriptors(held + len(outputs) * (written + 1))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise unreadable(error, path) from error
+
+
+def needed_bytes(source: Checkpoint, plan: Plan, files: Sequence[OutputFile] = ()) -> int:
+    """Return how many bytes an output of this source takes, its manifest included (an estimate)."""
+    return copied_bytes(source, files) + manifest_bytes(plan)
+
+
+def copied_bytes(source: Checkpoint, files: Sequence[OutputFile] = ()) -> int:
+    """Return how many bytes the weights and the other files of an output of this source take."""
+    weights = sum(file.size for file in files or source.sources)
+    return weights + sum(_size(source.root / name) for name in source.others)
+
+
+def manifest_bytes(plan: Plan) -> int:
+    """Return how many bytes the manifest of a plan takes (an estimate)."""
+    parts = sum(len(step.parts) for step in plan.steps)
+    return _MANIFEST_BYTES + _MANIFEST_BYTES_A_TENSOR * len(plan.steps) + _MANIFEST_BYTES_A_PART * parts

@@ -1,9 +1,9 @@
 """Parameter or buffer: what the names leave open, a model without weights settles.
 
-`plan/buffers.py` tells buffers by their names and shapes, at no cost and nearly always. Where `config.json` names
-one of transformers' architectures and transformers is installed, a model built from it on torch's meta device
-(`plan/meta_model.py`, in a process of its own) knows exactly. That takes seconds, and importing torch, so by
-default it is asked only where the names leave a doubt; what it does not know, the names still decide.
+`plan/buffers.py` tells buffers by their names and shapes, at no cost and nearly always. Where `config.json`
+names one of transformers' architectures and transformers is installed, a model built from it on torch's meta
+device (`plan/meta_model.py`, in a process of its own) knows exactly. That takes seconds, and importing torch,
+so by default it is asked only where the names leave a doubt; what it does not know, the names still decide.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import UsageError
 from noisytune_cli.escape import escape
 from noisytune_cli.plan.buffers import find_buffers
-from noisytune_cli.records import FLOAT_DTYPES, TensorSpec
+from noisytune_cli.records import TensorSpec
 
 Decider = Literal["auto", "names", "model"]
 

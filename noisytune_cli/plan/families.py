@@ -1,8 +1,8 @@
 """The tensors in which known models keep several matrices, and how these lie there.
 
 A rule is a name and evidence. Some layouts are certain from name and shapes alone: a stack of experts [n, …]
-(`plan/experts.py`), torch's `in_proj_weight`, GPT-2's `c_attn` with its 3 · h columns. Others depend on the model:
-the same `query_key_value` is stored by head in GPT-NeoX, by group of heads in Falcon 40B and in blocks
+(`plan/experts.py`), torch's `in_proj_weight`, GPT-2's `c_attn` with its 3 · h columns. Others depend on the
+model: the same `query_key_value` is stored by head in GPT-NeoX, by group of heads in Falcon 40B and in blocks
 elsewhere, and the sizes of keys and values are in the config. Where they cannot be told, the tensor stays
 whole and the rule says why. The layouts are those that the forward passes in transformers 5 take apart.
 """

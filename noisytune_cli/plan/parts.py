@@ -14,9 +14,6 @@ from dataclasses import replace
 
 from noisytune_cli.records import Part
 
-#: The most parts that one tensor is divided into: its entry in a manifest has to stay readable in one piece.
-MAX_PARTS = 4096
-
 
 def cut(
     shape: Sequence[int], axis: int, pieces: Iterable[tuple[str, int]], times: int = 1
@@ -53,37 +50,6 @@ def stack(shape: Sequence[int], inside: Sequence[Part], name: str = "expert") ->
 def within(outer: Part, inside: Iterable[Part]) -> tuple[Part, ...]:
     """Return the parts `inside` a part that is one run, as parts of the tensor."""
     return tuple(replace(p, name=f"{outer.name}.{p.name}", first=outer.first + p.first) for p in inside)
-
-
-def cover_exactly(parts: Sequence[Part], elements: int) -> bool:
-    """Say whether parts have every one of a tensor's elements, and none twice.
-
-    The parts' runs are merged from coarse to fine: neighbours of one stride and number of runs, which
-    together fill their stride, are one longer run. Only divisions that come apart so are accepted, as all
-    that `cut`, `stack` and `within` make do.
-    """
-    pending = sorted((p.first, p.length, p.stride, p.repeat) for p in parts)
-    merged: list[tuple[int, int]] = []  # (first, length) of single runs
-    open_runs: list[int] = []  # first, length, stride, repeat of a group that has not filled its stride yet
-    for first, length, stride, repeat in pending:
-        if repeat == 1 and not open_runs:
-            merged.append((first, length))
-            continue
-        if not open_runs:
-            open_runs = [first, length, stride, repeat]
-        elif [stride, repeat] == open_runs[2:] and first == open_runs[0] + open_runs[1]:
-            open_runs[1] += length
-        else:
-            return False
-        if open_runs[1] == stride:
-            merged.append((open_runs[0], stride * repeat))
-            open_runs = []
-    at = 0
-    for first, length in merged:
-        if first != at:
-            return False
-        at += length
-    return not open_runs and at == elements
 
 
 def _run(name: str, shape: tuple[int, ...], first: int, length: int, stride: int, repeat: int) -> Part:

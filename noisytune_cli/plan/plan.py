@@ -18,13 +18,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.plan.buffers import find_buffers
 from noisytune_cli.plan.patterns import check_matched, match_names
 from noisytune_cli.plan.split import Division, check_splits, divide
 from noisytune_cli.plan.ties import find_ties
 from noisytune_cli.records import (
-    FLOAT_DTYPES,
     Action,
     Conversion,
     NoiseSpec,
@@ -33,6 +33,7 @@ from noisytune_cli.records import (
     Step,
     TensorSpec,
     Tie,
+    out_dtype_of,
 )
 
 _SEED_LIMIT = 2**64
@@ -274,10 +275,3 @@ def convert(plan: Plan, conversion: Conversion) -> Plan:
             replace(step, out_dtype=out_dtype_of(step.tensor, step.reason, conversion)) for step in plan.steps
         ),
     )
-
-
-def out_dtype_of(tensor: TensorSpec, reason: Reason | None, conversion: Conversion) -> str | None:
-    """Return the dtype that a tensor is to be written in, or None where it keeps its own, as buffers do."""
-    if tensor.dtype not in FLOAT_DTYPES or reason == "buffer" or conversion.dtype == tensor.dtype:
-        return None
-    return conversion.dtype

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from noisytune_cli.checkpoint.hyperparameters import Hyperparameters
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import UsageError
 from noisytune_cli.manifest.write import FEWER_PARTS, MAX_LINES
 from noisytune_cli.plan.families import known_parts
-from noisytune_cli.plan.parts import MAX_PARTS, cut, within
-from noisytune_cli.records import FLOAT_DTYPES, Part, TensorSpec
+from noisytune_cli.plan.parts import cut, within
+from noisytune_cli.records import MAX_PARTS, Part, TensorSpec
 
 _LEVEL = re.compile(r"(-?\d{1,2}):(?:/(\d{1,18})|(\d{1,18}(?:,\d{1,18})*)(?:\*(\d{1,18}))?)")
 

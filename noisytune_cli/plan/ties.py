@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.plan.patterns import compile_pattern
-from noisytune_cli.records import FLOAT_DTYPES, TensorSpec, Tie
+from noisytune_cli.records import TensorSpec, Tie
 
 #: Input embeddings, by the end of their names (transformers' `_tied_weights_keys`, the right-hand sides).
 _EMBEDDINGS = (

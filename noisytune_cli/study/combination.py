@@ -20,7 +20,7 @@ _WORDS = {"true": True, "false": False}
 _KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}
 
 
-class Combination:
+class MethodCombination:
     """One or more methods that act as one; the hooks are those of `Method`.
 
     `name` is canonical, so that two spellings of one combination are one run; `options` holds every option
@@ -66,14 +66,14 @@ class Combination:
             method.finish(training)
 
 
-def combine(text: str, settings: Mapping[str, Value] | None = None) -> Combination:
+def combine(text: str, settings: Mapping[str, Value] | None = None) -> MethodCombination:
     """Return new methods, for one run, from a name such as `noisytune+mixout`.
 
     `settings` are options by full name (`read_settings`); those of other methods are left aside. UsageError
     for an unknown name, a value out of range, or methods that do not go together.
     """
     classes = _checked(text, [load(name) for name in text.split("+")])
-    return Combination(
+    return MethodCombination(
         [
             method(
                 **{

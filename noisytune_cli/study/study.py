@@ -32,7 +32,7 @@ Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
-class Request:
+class StudyRequest:
     """What is asked for: the model, the rows, the runs and the recipe. λ, noise and scope are noisytune's."""
 
     model: str
@@ -76,7 +76,7 @@ class Studied:
 
 
 def study(
-    request: Request,
+    request: StudyRequest,
     *,
     tell: Callable[[str], None] = lambda text: None,
     progress: Progress = lambda steps: nullcontext(lambda done: None),
@@ -161,7 +161,7 @@ def study(
 
 
 def _carry_out(
-    request: Request,
+    request: StudyRequest,
     material: Material,
     runs: Sequence[Run],
     parameters: int,
@@ -181,7 +181,7 @@ def _carry_out(
             add(done)
 
 
-def _probe(request: Request) -> dict[str, Any]:
+def _probe(request: StudyRequest) -> dict[str, Any]:
     """Return the probe's part of the material: a GLUE task, whose rows are read to see that they can be."""
     if request.probe is None:
         return {}

@@ -28,7 +28,6 @@ from noisytune_cli.commands import perturb as command
 from noisytune_cli.commands.perturb import Perturbed, Request, perturb, perturb_each
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
-from noisytune_cli.commands.write import needed_bytes
 from noisytune_cli.engine import walk as walk_module
 from noisytune_cli.engine.walk import Walk
 from noisytune_cli.errors import (
@@ -39,6 +38,7 @@ from noisytune_cli.errors import (
 )
 from noisytune_cli.output import destination as output_module
 from noisytune_cli.output import publish as publish_module
+from noisytune_cli.output.space import needed_bytes
 from noisytune_cli.records import Conversion, NoiseSpec
 
 TENSORS = {
@@ -102,19 +102,19 @@ def run_each(
 
 
 @pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES)
-@pytest.mark.parametrize("slab", [0, 1 << 20])
+@pytest.mark.parametrize("buffer", [0, 1 << 20])
 @pytest.mark.parametrize("scope", ["matrix", "global"])
 @pytest.mark.parametrize("distribution", ["uniform", "gaussian"])
 def test_each_output_is_that_of_a_single_run(
     make: Callable[[Path], Path],
-    slab: int,
+    buffer: int,
     scope: Any,
     distribution: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(command, "Walk", partial(Walk, tile_bytes=96))
-    monkeypatch.setattr(walk_module, "_LARGEST_SLAB", slab)
+    monkeypatch.setattr(walk_module, "_LARGEST_BUFFER", buffer)
     source = make(tmp_path)
     noise = NoiseSpec(scope=scope, distribution=distribution)
     results = run_each(

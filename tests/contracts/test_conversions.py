@@ -12,10 +12,10 @@ import oracle
 import pytest
 from levels import LEVELS, cpu_at
 
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import NoisytuneError
 from noisytune_cli.noise import devices, stream
 from noisytune_cli.noise.devices import Device
-from noisytune_cli.records import FLOAT_DTYPES
 
 PAIRS = [pair for pair in itertools.product(sorted(FLOAT_DTYPES), repeat=2) if pair[0] != pair[1]]
 NARROWING = [

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from levels import LEVELS, cpu_at
 
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import NoisytuneError
 from noisytune_cli.noise import devices, distributions, stream
 from noisytune_cli.noise.devices import Device
 from noisytune_cli.noise.std import BLOCK, RELATIVE_ERROR, new_exact_sums
-from noisytune_cli.records import FLOAT_DTYPES
 
 DTYPES = sorted(FLOAT_DTYPES)
 DISTRIBUTIONS = distributions.names()

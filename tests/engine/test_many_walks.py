@@ -13,7 +13,7 @@ from checkpoints import Tensor, numbers, save, weights
 
 from noisytune_cli.checkpoint.formats import open_source
 from noisytune_cli.engine import walk as walk_module
-from noisytune_cli.engine.walk import Variant, Walk, work_bytes
+from noisytune_cli.engine.walk import Output, Walk, work_bytes
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.plan.plan import make_plan
 from noisytune_cli.records import NoiseSpec, Receipt, TensorSpec
@@ -72,7 +72,7 @@ def carry_out(
     done: list[int] = []
     sinks = [Kept() for _ in noises]
     variants = [
-        Variant(make_plan(source.tensors, noise), {"f": sink}, recorded=dict(recorded[i]) if recorded else {})
+        Output(make_plan(source.tensors, noise), {"f": sink}, recorded=dict(recorded[i]) if recorded else {})
         for i, (noise, sink) in enumerate(zip(noises, sinks, strict=True))
     ]
     walk = Walk(open_device("cpu"), threads, tile_bytes=64, progress=done.append)
@@ -82,21 +82,21 @@ def carry_out(
     return [sink.written for sink in sinks], receipts, source.read_bytes
 
 
-@pytest.mark.parametrize("slab", [0, 512, 1 << 20])
+@pytest.mark.parametrize("buffer", [0, 512, 1 << 20])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("distribution", ["uniform", "gaussian"])
 @pytest.mark.parametrize("scope", ["matrix", "global"])
 @pytest.mark.parametrize("rules", [(), RULE], ids=["", "rule"])
 def test_each_output_is_that_of_a_walk_of_its_own(
     source: Path,
-    slab: int,
+    buffer: int,
     threads: int,
     distribution: str,
     scope: Any,
     rules: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(walk_module, "_LARGEST_SLAB", slab)
+    monkeypatch.setattr(walk_module, "_LARGEST_BUFFER", buffer)
     noises = [
         NoiseSpec(lam=lam, seed=seed, distribution=distribution, scope=scope, rules=rules)
         for lam, seed in ((0.1, 0), (0.1, 1), (0.0, 0), (0.2, 0), (1e-44, 0))

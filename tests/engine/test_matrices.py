@@ -19,7 +19,7 @@ from noisytune_cli.commands.inspect import inspect
 from noisytune_cli.commands.perturb import Request, plan_perturb
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
-from noisytune_cli.engine import matrices, tiles, walk
+from noisytune_cli.engine import tiles, walk
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.manifest.read import read_manifest
 from noisytune_cli.manifest.write import to_json
@@ -79,14 +79,14 @@ def test_tiles_slabs_and_threads_change_nothing(
     tensor = scaled("BF16", 24, 36)
     source = folder(tmp_path / "in", {"attn.c_attn.weight": scaled("F32", 12, 36), "w": tensor})
     noise = NoiseSpec(granularity="matrix", distribution=distribution, splits=(("w", "0:1,2,3*4"),), lam=0.3)
-    for slab in (64 << 20, 0):
-        monkeypatch.setattr(walk, "_LARGEST_SLAB", slab)
-        run(source, tmp_path / f"out-{slab}", noise, threads=3)
+    for buffer in (64 << 20, 0):
+        monkeypatch.setattr(walk, "_LARGEST_BUFFER", buffer)
+        run(source, tmp_path / f"out-{buffer}", noise, threads=3)
         by_six = {
             name: np.arange(24 * 36).reshape(4, 6, 36)[:, a:b].ravel()
             for name, a, b in (("0", 0, 1), ("1", 1, 3), ("2", 3, 6))
         }
-        assert outputs(tmp_path / f"out-{slab}")["w"] == noised(tensor, "w", by_six, noise)[0]
+        assert outputs(tmp_path / f"out-{buffer}")["w"] == noised(tensor, "w", by_six, noise)[0]
 
 
 def test_the_manifest_holds_all_that_verify_and_replay_need(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_sums_that_float64_cannot_decide_are_exact_by_part(
     source = folder(tmp_path / "in", {C_ATTN: scaled("F32", 8, 24)})
     run(source, tmp_path / "quick", MATRIX)
     monkeypatch.setattr("noisytune_cli.engine.matrix.std_and_equality", lambda moments: None)
-    monkeypatch.setattr("noisytune_cli.engine.tensor_walk.EXACT_AT_ONCE", 2)
+    monkeypatch.setattr("noisytune_cli.engine.walk.EXACT_AT_ONCE", 2)
     run(source, tmp_path / "exact", MATRIX)
     assert (tmp_path / "exact" / "noisytune.json").read_bytes() == (
         tmp_path / "quick" / "noisytune.json"

@@ -7,30 +7,30 @@ from collections.abc import Callable
 
 import pytest
 
-from noisytune_cli.engine.threads import Crew, Hands, Pass, Task
+from noisytune_cli.engine.threads import Pool, Task, TileLoop, Worker
 from noisytune_cli.errors import ResourceExhausted, Stopped
 
 
 def run(threads: int, *tasks: Task) -> None:
-    Crew(tasks, tile_bytes=8, slab_bytes=16).run(threads)
+    Pool(tasks, tile_bytes=8, buffer_bytes=16).run(threads)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_every_task_is_done_once(threads: int) -> None:
     done: list[int] = []
-    run(threads, *((lambda hands, i=i: done.append(i)) for i in range(50)))
+    run(threads, *((lambda worker, i=i: done.append(i)) for i in range(50)))
     assert sorted(done) == list(range(50))
 
 
 def test_one_thread_keeps_the_order() -> None:
     done: list[int] = []
-    run(1, *((lambda hands, i=i: done.append(i)) for i in range(50)))
+    run(1, *((lambda worker, i=i: done.append(i)) for i in range(50)))
     assert done == list(range(50))
 
 
 def test_hands_have_the_room_asked_for() -> None:
     rooms: list[tuple[int, int, int]] = []
-    run(1, lambda hands: rooms.append((len(hands.tile), len(hands.out), len(hands.slab))))
+    run(1, lambda worker: rooms.append((len(worker.tile), len(worker.out), len(worker.buffer))))
     assert rooms == [(8, 8, 16)]
 
 
@@ -38,13 +38,13 @@ def test_hands_have_the_room_asked_for() -> None:
 def test_turns_are_taken_in_order(threads: int) -> None:
     order: list[int] = []
 
-    def task(hands: Hands) -> None:
-        def tile(hands: Hands, index: int) -> None:
+    def task(worker: Worker) -> None:
+        def tile(worker: Worker, index: int) -> None:
             with work.in_turn(index):
                 order.append(index)
 
-        work = Pass(200, tile)
-        hands.crew.share(work, hands)
+        work = TileLoop(200, tile)
+        worker.pool.share(work, worker)
 
     run(threads, task)
     assert order == list(range(200))
@@ -54,30 +54,30 @@ def test_idle_threads_help_with_a_pass() -> None:
     helpers: set[str] = set()
     together = threading.Barrier(3)
 
-    def task(hands: Hands) -> None:
-        def tile(hands: Hands, index: int) -> None:
+    def task(worker: Worker) -> None:
+        def tile(worker: Worker, index: int) -> None:
             together.wait(timeout=30)  # passes only with three threads inside
             helpers.add(threading.current_thread().name)
 
-        hands.crew.share(Pass(3, tile), hands)
+        worker.pool.share(TileLoop(3, tile), worker)
 
     run(3, task)
     assert len(helpers) == 3
 
 
 def test_a_pass_without_tiles_ends() -> None:
-    run(3, lambda hands: hands.crew.share(Pass(0, lambda hands, index: None), hands))
+    run(3, lambda worker: worker.pool.share(TileLoop(0, lambda worker, index: None), worker))
 
 
-def share(count: int, tile: Callable[[Hands, int], None]) -> Task:
-    return lambda hands: hands.crew.share(Pass(count, tile), hands)
+def share(count: int, tile: Callable[[Worker, int], None]) -> Task:
+    return lambda worker: worker.pool.share(TileLoop(count, tile), worker)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_the_first_error_stops_everybody(threads: int) -> None:
     seen: list[int] = []
 
-    def tile(hands: Hands, index: int) -> None:
+    def tile(worker: Worker, index: int) -> None:
         seen.append(index)
         if index == 3:
             raise ValueError("tile 3")
@@ -90,8 +90,8 @@ def test_the_first_error_stops_everybody(threads: int) -> None:
 def test_an_error_frees_those_who_wait_for_their_turn() -> None:
     waiting = threading.Event()
 
-    def task(hands: Hands) -> None:
-        def tile(hands: Hands, index: int) -> None:
+    def task(worker: Worker) -> None:
+        def tile(worker: Worker, index: int) -> None:
             if index == 0:
                 waiting.wait(timeout=30)
                 raise ValueError("tile 0")
@@ -99,8 +99,8 @@ def test_an_error_frees_those_who_wait_for_their_turn() -> None:
             with work.in_turn(index):
                 pytest.fail("tile 0 never had its turn")
 
-        work = Pass(2, tile)
-        hands.crew.share(work, hands)
+        work = TileLoop(2, tile)
+        worker.pool.share(work, worker)
 
     with pytest.raises(ValueError, match="tile 0"):
         run(2, task)
@@ -109,12 +109,12 @@ def test_an_error_frees_those_who_wait_for_their_turn() -> None:
 def test_an_error_in_a_task_stops_a_pass_elsewhere() -> None:
     running = threading.Event()
 
-    def fail(hands: Hands) -> None:
+    def fail(worker: Worker) -> None:
         running.wait(timeout=30)
         raise ValueError("task")
 
     with pytest.raises(ValueError, match="task"):
-        run(2, share(10**9, lambda hands, index: running.set()), fail)
+        run(2, share(10**9, lambda worker, index: running.set()), fail)
 
 
 def test_memory_that_gives_out_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_memory_that_gives_out_is_reported(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("noisytune_cli.engine.threads.np.empty", empty)
     with pytest.raises(MemoryError):
-        run(2, lambda hands: None)
+        run(2, lambda worker: None)
 
 
 def test_a_thread_that_cannot_start_is_an_error_and_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,20 +136,20 @@ def test_a_thread_that_cannot_start_is_an_error_and_no_hang(monkeypatch: pytest.
 
     monkeypatch.setattr(threading.Thread, "start", start)
     with pytest.raises(ResourceExhausted, match="--threads"):
-        run(3, lambda hands: None)
+        run(3, lambda worker: None)
     assert not [t for t in threading.enumerate() if t.name.startswith("walk-")]
 
 
 def test_a_signal_in_the_waiting_thread_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    crew = Crew([share(10**9, lambda hands, index: None)], tile_bytes=8, slab_bytes=16)
-    waited = crew._change.wait_for
+    pool = Pool([share(10**9, lambda worker, index: None)], tile_bytes=8, buffer_bytes=16)
+    waited = pool._change.wait_for
 
     def wait_for(ready: Callable[[], bool]) -> bool:
         if threading.current_thread() is threading.main_thread():
             raise Stopped(2)
         return waited(ready)
 
-    monkeypatch.setattr(crew._change, "wait_for", wait_for)
+    monkeypatch.setattr(pool._change, "wait_for", wait_for)
     with pytest.raises(Stopped):
-        crew.run(2)
+        pool.run(2)
     assert not [t for t in threading.enumerate() if t.name.startswith("walk-")]

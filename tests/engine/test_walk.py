@@ -86,7 +86,7 @@ def test_receipts_equal_the_reference(source: Path, case: tuple[NoiseSpec, Pertu
 
 
 @pytest.mark.parametrize(
-    ("tile", "slab", "threads"),
+    ("tile", "buffer", "threads"),
     [
         (32, 0, 1),
         (32, 0, 5),
@@ -103,13 +103,13 @@ def test_tiles_threads_and_slabs_change_nothing(
     source: Path,
     case: tuple[NoiseSpec, Perturbed],
     tile: int,
-    slab: int,
+    buffer: int,
     threads: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     noise, expected = case
     monkeypatch.setattr(command, "Walk", partial(Walk, tile_bytes=tile))
-    monkeypatch.setattr(walk_module, "_LARGEST_SLAB", slab)
+    monkeypatch.setattr(walk_module, "_LARGEST_BUFFER", buffer)
     assert content(run(source, noise, threads=threads)) == content(expected)
 
 
@@ -119,7 +119,7 @@ def test_mapped_and_misaligned_reads_change_nothing(
 ) -> None:
     noise, expected = case
     monkeypatch.setattr(command, "Walk", partial(Walk, tile_bytes=tile))
-    monkeypatch.setattr(walk_module, "_LARGEST_SLAB", 512)
+    monkeypatch.setattr(walk_module, "_LARGEST_BUFFER", 512)
     assert content(run(source, noise, mmap=True, threads=2)) == content(expected)
     for pad in (1, 3):  # data that begins at an odd offset
         shifted = save(source.parent / f"shifted-{pad}.safetensors", TENSORS | COPIED, pad=pad)
@@ -142,7 +142,7 @@ def test_a_rounding_that_float64_cannot_decide(
     scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(walk_module, "round_std", lambda parts: None)
-    monkeypatch.setattr(walk_module, "_LARGEST_SLAB", 512)
+    monkeypatch.setattr(walk_module, "_LARGEST_BUFFER", 512)
     monkeypatch.setattr(command, "Walk", partial(Walk, tile_bytes=64))
     tensors = {"small": weights("F32", 100), "large": weights("BF16", 1000, centre=1.0)}
     noise = NoiseSpec(scope=scope)  # type: ignore[arg-type]
@@ -172,9 +172,9 @@ def test_global_scope_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scope", ["matrix", "global"])
-@pytest.mark.parametrize("slab", [0, 1 << 20])
-def test_progress_adds_up(scope: str, slab: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walk_module, "_LARGEST_SLAB", slab)
+@pytest.mark.parametrize("buffer", [0, 1 << 20])
+def test_progress_adds_up(scope: str, buffer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walk_module, "_LARGEST_BUFFER", buffer)
     monkeypatch.setattr(command, "Walk", partial(Walk, tile_bytes=64))
     promised, done = [], []
 

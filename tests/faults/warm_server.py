@@ -37,9 +37,6 @@ def serve(warm_up: list[list[str]]) -> None:
 
 def _load_modules() -> None:
     """Import what a run imports late, the way to an error included."""
-    import noisytune_cli.cli.app
-    import noisytune_cli.cli.show_perturb  # noqa: F401
-    import noisytune_cli.commands.perturb
 
 
 def _run_here(argv: list[str]) -> None:

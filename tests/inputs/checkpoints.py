@@ -1,7 +1,7 @@
 """Checkpoints for tests: built from arrays, read back into bytes, and noised by the reference.
 
-Shares nothing with the product but `noise/stream.py`, the NumPy reference: files are written and taken apart here
-with `json` and `struct`, the standard deviation is that of exact rational arithmetic (`oracle.py`).
+Shares nothing with the product but `noise/stream.py`, the NumPy reference: files are written and taken apart
+here with `json` and `struct`, the standard deviation is that of exact rational arithmetic (`oracle.py`).
 """
 
 from __future__ import annotations

@@ -82,13 +82,6 @@ class Limited:
 
 def serve(warm_up: list[list[str]]) -> None:
     """Warm up, then answer requests until stdin ends."""
-    import noisytune_cli.checkpoint.formats.torch
-    import noisytune_cli.cli.show_inspect
-    import noisytune_cli.cli.show_perturb
-    import noisytune_cli.cli.show_verify  # noqa: F401
-    import noisytune_cli.commands.inspect
-    import noisytune_cli.commands.perturb
-    import noisytune_cli.commands.verify
 
     command = _command()
     for argv in warm_up:

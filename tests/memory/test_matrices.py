@@ -13,8 +13,8 @@ import noisytune_cli
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.engine import tiles
 from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.memory.sharded import Held, Run
-from noisytune_cli.memory.tensors import Resident
+from noisytune_cli.memory.sharded import LocalRun, LocalTensor
+from noisytune_cli.memory.tensors import LiveTensor
 from noisytune_cli.records import NoiseSpec, Part
 
 C_ATTN = "h.0.attn.c_attn.weight"
@@ -107,8 +107,8 @@ def test_a_sharded_tensor_that_holds_several_matrices_is_refused() -> None:
     from noisytune_cli.memory.plan import plan_parameters
 
     values = torch.randn(8, 48)
-    held = Held(values, (Run(0, 0, 384),), mesh=object(), shards=(0,))
-    resident = Resident((C_ATTN,), (C_ATTN,), torch.randn(16, 48), held)
+    held = LocalTensor(values, (LocalRun(0, 0, 384),), mesh=object(), shards=(0,))
+    resident = LiveTensor((C_ATTN,), (C_ATTN,), torch.randn(16, 48), held)
     noise = NoiseSpec(granularity="matrix")
     with pytest.raises(InputInvalid, match="it is sharded, and holds several matrices"):
         plan_parameters([resident], noise, is_module=True, config=None, source="model")

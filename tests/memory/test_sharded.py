@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from noisytune_cli.memory.sharded import Run, held_part
+from noisytune_cli.memory.sharded import LocalRun, held_part
 
 _WORKER = Path(__file__).parents[1] / "inputs" / "distributed_worker.py"
 
@@ -18,7 +18,7 @@ _WORKER = Path(__file__).parents[1] / "inputs" / "distributed_worker.py"
 def test_a_plain_tensor_is_held_whole() -> None:
     parameter = torch.nn.Parameter(torch.randn(3, 4))
     held = held_part(parameter, "w")
-    assert held.runs == (Run(0, 0, 12),)
+    assert held.runs == (LocalRun(0, 0, 12),)
     assert held.values.data_ptr() == parameter.data_ptr()
     assert not held.values.requires_grad
     assert held.mesh is None

@@ -1,4 +1,4 @@
-"""Perturbed models in the hands of those who use them: transformers and the safetensors package."""
+"""Perturbed models in the worker of those who use them: transformers and the safetensors package."""
 
 from __future__ import annotations
 

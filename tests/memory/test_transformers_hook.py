@@ -147,7 +147,7 @@ def test_the_patch_ends_with_the_block_and_does_not_nest(checkpoint: Path) -> No
 
 
 class Training:
-    """What the Trainer hands to a callback as training begins."""
+    """What the Trainer worker to a callback as training begins."""
 
     def __init__(self, folder: Path, *, step: int = 0, main: bool = True, **arguments: Any) -> None:
         defaults = {"output_dir": str(folder / "out"), "deepspeed": None, "resume_from_checkpoint": None}

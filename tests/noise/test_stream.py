@@ -14,8 +14,8 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.noise import stream
-from noisytune_cli.records import FLOAT_DTYPES
 
 DATA = Path(os.environ.get("NOISYTUNE_DATA") or Path(__file__).parents[3] / "shared" / "data")
 VECTORS = DATA / "kat" / "philox4x32_10.txt"

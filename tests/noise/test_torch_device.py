@@ -293,7 +293,7 @@ def test_a_device_out_of_memory_says_so(monkeypatch):
 
 def test_neither_the_devices_nor_the_cpu_import_torch():
     program = (
-        "import sys; from noisytune_cli.noise import devices; from noisytune_cli.noise import distributions; devices.open_device('cpu');"
+        "import sys; from noisytune_cli.noise import devices, distributions; devices.open_device('cpu');"
         "devices.names(); [distributions.load(n) for n in distributions.names()];"
         "sys.exit('torch' in sys.modules)"
     )

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from noisytune_cli.study.report.conditions import Kind, common_pairs, families, gather, kind_of, name_kinds
+from noisytune_cli.study.report.conditions import (
+    ConditionKind,
+    common_pairs,
+    families,
+    gather,
+    kind_of,
+    name_kinds,
+)
 
 from .records import run, runs
 
@@ -114,5 +121,5 @@ def test_what_noise_is_added_to_is_the_rest_of_the_method() -> None:
     options = {"mixout.p": 0.7, "noisytune.fresh": False}
     both = kind_of(run("noisytune+mixout", options=options))
     assert both.noisy
-    assert both.without_noise() == Kind("mixout", None, None, (("mixout.p", 0.7),))
+    assert both.without_noise() == ConditionKind("mixout", None, None, (("mixout.p", 0.7),))
     assert kind_of(run("noisytune")).without_noise() == kind_of(run("plain"))

@@ -114,7 +114,7 @@ class InputFile:
         )
 
 
-class OutputFile:
+class WritableFile:
     """One weight file being written: what every `formats.Sink` has in common."""
 
     def __init__(self, fd: int, path: Path, size: int) -> None:

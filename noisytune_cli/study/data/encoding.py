@@ -1,4 +1,4 @@
-"""Rows as a model reads them: token ids, cut to a length, padded batch by batch.
+"""TaskRows as a model reads them: token ids, cut to a length, padded batch by batch.
 
 A row is encoded once for the whole study. Batches are padded to their own longest row, on the right, so the
 padding costs little where rows are short; evaluation takes rows of one length together.
@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from noisytune_cli.study.data.tasks import Rows
+    from noisytune_cli.study.data.tasks import TaskRows
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ class Encoded:
             yield order[start : start + batch_size]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, rows: Rows, *, max_length: int, regression: bool) -> Encoded:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, rows: TaskRows, *, max_length: int, regression: bool
+) -> Encoded:
     """Return rows as token ids, the longer text cut first where a row has more than `max_length`."""
     first = [texts[0] for texts in rows.texts]
     second = [texts[1] for texts in rows.texts] if len(rows.texts[0]) > 1 else None

@@ -37,8 +37,8 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of a task: [n] tuples of one or two texts, and [n] class indices or numbers."""
+class TaskRows:
+    """TaskRows of a task: [n] tuples of one or two texts, and [n] class indices or numbers."""
 
     texts: tuple[tuple[str, ...], ...]
     labels: tuple[float, ...]
@@ -46,9 +46,9 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, places: Sequence[int]) -> Rows:
+    def take(self, places: Sequence[int]) -> TaskRows:
         """Return the rows at `places`, in that order."""
-        return Rows(tuple(self.texts[i] for i in places), tuple(self.labels[i] for i in places))
+        return TaskRows(tuple(self.texts[i] for i in places), tuple(self.labels[i] for i in places))
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Data:
     """A task's rows; `label_names` in the order of the class indices, empty for regression."""
 
     task: Task
-    train: Rows
-    dev: Rows
+    train: TaskRows
+    dev: TaskRows
     label_names: tuple[str, ...]
 
     @property
@@ -139,8 +139,8 @@ def read_data(task: Task, train: Path, dev: Path) -> Data:
     return Data(task, _rows(tables[train], labels[train]), _rows(tables[dev], labels[dev]), names)
 
 
-def _rows(table: Sequence[TableRow], labels: Sequence[float]) -> Rows:
-    return Rows(tuple(row.values[:-1] for row in table), tuple(labels))
+def _rows(table: Sequence[TableRow], labels: Sequence[float]) -> TaskRows:
+    return TaskRows(tuple(row.values[:-1] for row in table), tuple(labels))
 
 
 def _number(path: Path, column: str, row: TableRow) -> float:

@@ -24,7 +24,7 @@ ChosenOn = Literal["held_out", "dev", "given"]
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ConditionKind:
     """A method with all that is set about it but λ; `options` are sorted, and those of the method alone."""
 
     method: str
@@ -37,18 +37,18 @@ class Kind:
         """Whether noisytune takes part."""
         return "noisytune" in self.method.split("+")
 
-    def without_noise(self) -> Kind:
+    def without_noise(self) -> ConditionKind:
         """Return what noisytune was added to: plain where it stands alone."""
         method = "+".join(name for name in self.method.split("+") if name != "noisytune")
         options = tuple(item for item in self.options if not item[0].startswith("noisytune."))
-        return Kind(method or "plain", None, None, options)
+        return ConditionKind(method or "plain", None, None, options)
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
     """The runs of one kind at one λ and one share of the training rows, by their seeds."""
 
-    kind: Kind
+    kind: ConditionKind
     lam: float | None
     share: float
     runs: Mapping[Pair, Run]
@@ -69,7 +69,7 @@ class Family:
 
 def gather(runs: Iterable[Run]) -> list[Condition]:
     """Return the conditions of some runs: the largest share first, in it plain, then the others by name."""
-    found: dict[tuple[Kind, float | None, float], dict[Pair, Run]] = {}
+    found: dict[tuple[ConditionKind, float | None, float], dict[Pair, Run]] = {}
     for run in runs:
         place = (kind_of(run), run["lambda"], float(run["share"]))
         found.setdefault(place, {})[pair_of(run)] = run
@@ -80,10 +80,10 @@ def gather(runs: Iterable[Run]) -> list[Condition]:
     return sorted(conditions, key=_order)
 
 
-def kind_of(run: Run) -> Kind:
+def kind_of(run: Run) -> ConditionKind:
     """Return a run's kind (also of a run that is only planned)."""
     options = tuple(sorted(run["options"].items()))
-    return Kind(run["method"], run["noise"], run["scope"], options)
+    return ConditionKind(run["method"], run["noise"], run["scope"], options)
 
 
 def pair_of(run: Run) -> Pair:
@@ -93,7 +93,7 @@ def pair_of(run: Run) -> Pair:
 
 def families(conditions: Sequence[Condition], metric: str) -> list[Family]:
     """Return the conditions by family, each with its λ chosen by `metric`."""
-    found: dict[tuple[Kind, float], list[Condition]] = {}
+    found: dict[tuple[ConditionKind, float], list[Condition]] = {}
     for condition in conditions:
         found.setdefault((condition.kind, condition.share), []).append(condition)
     return [_choose(members, metric) for members in found.values()]
@@ -104,7 +104,7 @@ def common_pairs(conditions: Iterable[Condition]) -> list[Pair]:
     return sorted(set.intersection(*(set(condition.runs) for condition in conditions)))
 
 
-def name_kinds(kinds: Iterable[Kind]) -> dict[Kind, str]:
+def name_kinds(kinds: Iterable[ConditionKind]) -> dict[ConditionKind, str]:
     """Return a name for each kind: its method, and in brackets what tells it from others of that method."""
     unique = list(dict.fromkeys(kinds))
     names = {}

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from noisytune_cli.study.report import ensemble, statistics
 from noisytune_cli.study.report.conditions import (
     Condition,
+    ConditionKind,
     Family,
-    Kind,
     Run,
     common_pairs,
     families,
@@ -78,7 +78,7 @@ def foresee(design: Iterable[Run]) -> tuple[int, int] | None:
     conditions = gather(design)
     conditions = [condition for condition in conditions if condition.share == conditions[0].share]
     plain = next((condition for condition in conditions if condition.kind.method == "plain"), None)
-    pairs: dict[Kind, int] = {}
+    pairs: dict[ConditionKind, int] = {}
     for condition in conditions:
         if plain is not None and condition is not plain and (common := common_pairs((condition, plain))):
             pairs[condition.kind] = max(len(common), pairs.get(condition.kind, 0))
@@ -103,7 +103,7 @@ def whole(results: Mapping[str, Any], key: str = "conditions") -> list[Any]:
     return [entry for entry in results[key] if entry["share"] == largest]
 
 
-def _missing(planned: Iterable[Run], names: Mapping[Kind, str]) -> list[dict[str, Any]]:
+def _missing(planned: Iterable[Run], names: Mapping[ConditionKind, str]) -> list[dict[str, Any]]:
     """Return the planned runs that are not finished, by condition."""
     found: dict[tuple[str, float | None, float], list[int]] = {}
     for run in planned:
@@ -211,7 +211,7 @@ def _noise_added(reported: Sequence[Condition]) -> list[tuple[Condition, Conditi
 
 
 def _compare(
-    couples: Iterable[tuple[Condition, Condition]], names: Mapping[Kind, str], metric: str
+    couples: Iterable[tuple[Condition, Condition]], names: Mapping[ConditionKind, str], metric: str
 ) -> list[dict[str, Any]]:
     """Return the comparisons of couples that have seeds in common, adjusted among those of one share."""
     found = [_comparison(one, other, names, metric) for one, other in couples if common_pairs((one, other))]
@@ -225,7 +225,9 @@ def _compare(
     return found
 
 
-def _comparison(one: Condition, other: Condition, names: Mapping[Kind, str], metric: str) -> dict[str, Any]:
+def _comparison(
+    one: Condition, other: Condition, names: Mapping[ConditionKind, str], metric: str
+) -> dict[str, Any]:
     pairs = common_pairs((one, other))
     differences = [
         ours - theirs

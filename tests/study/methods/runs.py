@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from noisytune_cli.study.combination import Combination
+from noisytune_cli.study.combination import MethodCombination
 from noisytune_cli.study.methods import Batch, Member, Training
 
 
@@ -78,7 +78,7 @@ def new_member(model: Any) -> Member:
     return Member(model, torch.optim.SGD(trained, lr=0.1), None)
 
 
-def run(method: Combination, training: Training, batches: list[dict[str, Tensor]]) -> None:
+def run(method: MethodCombination, training: Training, batches: list[dict[str, Tensor]]) -> None:
     """Train as the engine does."""
     method.prepare(training)
     optimizer = method.make_optimizer(training)

@@ -19,7 +19,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from noisytune_cli.checkpoint.formats._file import InputFile, OutputFile, create_output, open_input
+from noisytune_cli.checkpoint.formats._file import InputFile, WritableFile, create_output, open_input
 from noisytune_cli.checkpoint.formats.dcp.chunks import ChunkFile, invalid, open_chunks
 from noisytune_cli.checkpoint.formats.dcp.metadata import Chunk, ChunkedTensor, read_metadata
 from noisytune_cli.checkpoint.formats.dcp.rectangles import Rectangle, check_tiles, move_run
@@ -113,9 +113,9 @@ class DcpSource:
         for part in self._parts:
             yield part, part.create_sink(folder / posixpath.basename(part.name))
 
-    def metadata_sink(self, path: Path) -> OutputFile:
+    def metadata_sink(self, path: Path) -> WritableFile:
         """Create `.metadata` at `path`."""
-        sink = create_output(path, lambda fd: OutputFile(fd, path, len(self._content)))
+        sink = create_output(path, lambda fd: WritableFile(fd, path, len(self._content)))
         sink.write_at(0, self._content)
         return sink
 
@@ -153,7 +153,7 @@ class DcpSink:
         """Create the files; where this raises, those that were made are closed."""
         self._source = source
         self._sinks: dict[ChunkFile, StoredSink] = {}
-        self._metadata: OutputFile | None = None
+        self._metadata: WritableFile | None = None
         try:
             for part, sink in source.piece_sinks(path.parent):
                 self._sinks[part] = sink

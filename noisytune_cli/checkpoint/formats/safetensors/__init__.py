@@ -14,7 +14,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from noisytune_cli.checkpoint.formats._file import InputFile, OutputFile, create_output, open_input
+from noisytune_cli.checkpoint.formats._file import InputFile, WritableFile, create_output, open_input
 from noisytune_cli.checkpoint.formats._signatures import HEAD
 from noisytune_cli.checkpoint.formats._signatures import recognise as recognise_other
 from noisytune_cli.checkpoint.formats.safetensors.header import PREFIX, HeaderFault, parse_header
@@ -103,7 +103,7 @@ class SafetensorsSource(InputFile):
         return InputInvalid("not a safetensors file", path=self.path, why=why, next_step=next_step)
 
 
-class SafetensorsSink(OutputFile):
+class SafetensorsSink(WritableFile):
     """One safetensors file being written (see `formats.Sink`): a header, and its slots."""
 
     def __init__(self, fd: int, path: Path, header: bytes | bytearray, size: int) -> None:

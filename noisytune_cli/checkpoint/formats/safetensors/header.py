@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
+from noisytune_cli.dtypes import DTYPES, stored_bytes
 from noisytune_cli.records import TensorSpec
 
 #: The bytes of N.
@@ -24,22 +25,6 @@ PREFIX = 8
 #: more numbers: reading as many takes a second, so that a hostile header is refused soon.
 MAX_ENTRIES = 120_000
 _MAX_NUMBERS = 1_000_000
-
-_BITS = {
-    "F4": 4,
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    **dict.fromkeys(("BOOL", "U8", "I8"), 8),
-    **dict.fromkeys(("F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
-    **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
-}
-#: The dtypes of the format; one string for each, not one for each tensor.
-DTYPES = {name: name for name in _BITS}
-
-_OTHER_BITS = {"C32": 32, "C128": 128}
-#: The dtypes of all formats, as a manifest names them.
-ALL_DTYPES = {name: name for name in (*_BITS, *_OTHER_BITS)}
 
 _METADATA = "__metadata__"
 _MAX_ENTRY = 1 << 16  # characters in one tensor's entry: room for a shape of thousands of dimensions
@@ -250,7 +235,10 @@ def _tensor(name: str, entry: dict[str, object], file: str, data_start: int) -> 
     begin, end = extent
     if begin > end:
         raise HeaderFault("its data_offsets run backwards", name)
-    nbytes = stored_bytes(name, dtype, shape)
+    try:
+        nbytes = stored_bytes(dtype, shape)
+    except ValueError as error:
+        raise HeaderFault(str(error), name) from error
     if nbytes != end - begin:
         raise HeaderFault(
             f"its data_offsets hold {end - begin:,} bytes, its dtype and shape {nbytes:,}", name
@@ -263,21 +251,6 @@ def _integers(value: object) -> list[int] | None:
     if isinstance(value, list) and all(type(item) is int and 0 <= item <= _MAX_INT for item in value):
         return value
     return None
-
-
-def stored_bytes(name: str, dtype: str, shape: list[int]) -> int:
-    """Return the bytes that such a tensor takes; HeaderFault where no machine could address them."""
-    bits = _BITS.get(dtype) or _OTHER_BITS[dtype]
-    # A 0 does not excuse the other dimensions: [2^63, 4, 0] overflows in any reader that multiplies in order.
-    for dimension in shape:
-        bits *= dimension or 1
-        if bits > 8 * _MAX_INT:
-            raise HeaderFault("its shape multiplies to more than 2^63 - 1 bytes", name)
-    if 0 in shape:
-        return 0
-    if bits % 8:
-        raise HeaderFault(f"its {bits:,} bits do not fill whole bytes", name)
-    return bits // 8
 
 
 def _require_layout(tensors: list[TensorSpec], data_start: int, data_bytes: int) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from blake3 import blake3
 
-from noisytune_cli.checkpoint.formats._file import InputFile, OutputFile, create_output
+from noisytune_cli.checkpoint.formats._file import InputFile, WritableFile, create_output
 from noisytune_cli.checkpoint.formats.torch.archive import Archive, wrong_checksum
 from noisytune_cli.checkpoint.formats.torch.crc32 import RangeSums
 from noisytune_cli.checkpoint.formats.torch.globals import StoredTensor
@@ -170,7 +170,7 @@ class StoredSource(InputFile, ABC):
         return index < len(self.extents) and int(self.extents[index, 0]) < end
 
 
-class StoredSink(OutputFile):
+class StoredSink(WritableFile):
     """One file with storages being written (see `formats.Sink`): the source's copy, and its slots."""
 
     def __init__(self, fd: int, path: Path, source: StoredSource) -> None:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.noise.devices import Device, Summary, unknown_device
 from noisytune_cli.noise.devices.cpu import library
 from noisytune_cli.noise.devices.cpu.library import MOMENTS_ROW, NOISE_ROW
 from noisytune_cli.noise.devices.cpu.rows import Rows
 from noisytune_cli.noise.std import Moments
-from noisytune_cli.records import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

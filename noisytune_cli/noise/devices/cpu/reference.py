@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.noise import stream
 from noisytune_cli.noise.std import BLOCK
-from noisytune_cli.records import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -1,10 +1,10 @@
 """The fused noise kernel: draw, add and round tensors on a CUDA device in place, by Triton.
 
 Values are read once and written once; words and coefficients never leave the registers. The bits are the
-reference's: floating-point fusion is off, sums are rounded to BF16 on their integer bits (in
-`noise/devices/cuda/add_pairs.py`, by the GPU's own instruction), and Gaussian coefficients come from the very functions of
-`noise/distributions/gaussian.py`, whose float64 `+ - * / sqrt` CUDA rounds as IEEE 754 says. A distribution without
-a function in `_DRAWS` is left to `torch_kernels`.
+reference's: floating-point fusion is off, sums are rounded to BF16 on their integer bits (in `add_pairs.py`,
+by the GPU's own instruction), and Gaussian coefficients come from the very functions of
+`noise/distributions/gaussian.py`, whose float64 `+ - * / sqrt` CUDA rounds as IEEE 754 says. A distribution
+without a function in `_DRAWS` is left to `torch_kernels`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
@@ -95,7 +95,7 @@ def _gaussian(w0, w1, w2, w3):
     return c0, c1, c2, c3
 
 
-#: The function of each distribution, steps of a tile to unroll, and whether `noise/devices/cuda/add_pairs.py` does it.
+#: The function of each distribution, steps of a tile to unroll, and whether `add_pairs.py` does it.
 #: For Gaussian noise float64 sets the pace: there several loads under way at once would gain nothing and take
 #: long to compile.
 _DRAWS = {"uniform": (_uniform, 2, True), "gaussian": (_gaussian, 1, False)}

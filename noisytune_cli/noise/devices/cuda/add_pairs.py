@@ -1,8 +1,8 @@
 """Uniform noise for BF16 and F16 values in Triton, two at a time, in the 32-bit words that hold them.
 
 This is the way of whole tiles, where the number of instructions decides: while an H200 reads and writes two
-bytes, it can issue some 27. Its bits are those of the way for all tiles (`noise/devices/cuda/add.py`), to which it
-leaves sums that overflow.
+bytes, it can issue some 27. Its bits are those of the way for all tiles (`noise/devices/cuda/add.py`), to
+which it leaves sums that overflow.
 
 A uniform c is k - (2^24 - 1) / 2, k the top 24 bits of a word, times 2^-24. That difference is exact in
 float32, and where the amplitude times 2^-24 is exact too, one multiplication gives float32(c · a).

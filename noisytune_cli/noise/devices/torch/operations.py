@@ -2,7 +2,7 @@
 
 Words live in int64, because torch has no arithmetic on unsigned 32-bit integers everywhere; nothing here
 overflows. Each operation is a kernel of its own that writes its result to memory, so no compiler can fuse
-c · a and x + c · a into one rounding. Rounding to BF16 is done on the integer bits, as in `noise/devices/cpu/stored.py`:
+c · a and x + c · a into one rounding. Rounding to BF16 is done on the integer bits, as in `kernels.c`:
 conversion instructions differ between devices in what they do to subnormals.
 
 Bits can differ from the CPU's only where a device flushes subnormal float32 numbers to zero: Metal may do so;
@@ -124,7 +124,7 @@ def round_bits(y: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _round_to_odd(y: Tensor) -> Tensor:
-    """Return float64 cut off to float32, the last bit set where something was lost (`noise/devices/cpu/stored.py` says why)."""
+    """Return float64 cut off to float32, the last bit set where something was lost (`kernels.c` says why)."""
     nearest = y.float()
     back = nearest.double()
     bits = nearest.view(torch.int32)
