@@ -16,7 +16,7 @@ os.environ["NO_COLOR"] = "1"
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from noisytune_cli.cli import app
+from noisytune_cli.cli.app import app
 
 TARGET = Path(__file__).parent / "cli.md"
 

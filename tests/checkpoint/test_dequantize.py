@@ -15,7 +15,7 @@ from runs import run
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from noisytune_cli.cli import app
+from noisytune_cli.cli.app import app
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.engine.walk import Walk

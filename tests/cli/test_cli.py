@@ -14,7 +14,7 @@ from checkpoints import Tensor, numbers, safetensors_bytes, save, weights
 from typer.testing import CliRunner, Result
 
 from noisytune_cli import __version__
-from noisytune_cli.cli import app
+from noisytune_cli.cli.app import app
 from noisytune_cli.commands import perturb as command
 from noisytune_cli.errors import unwritable
 from noisytune_cli.output import staging

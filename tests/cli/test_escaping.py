@@ -18,7 +18,8 @@ import pytest
 from checkpoints import Tensor, numbers, save, save_sharded, weights
 from typer.testing import CliRunner, Result
 
-from noisytune_cli.cli import app, show
+from noisytune_cli.cli import show
+from noisytune_cli.cli.app import app
 from noisytune_cli.output.staging import prefix_for
 
 #: What a name may try: the screen, the title, a line of its own, the reading order, markup, a path.

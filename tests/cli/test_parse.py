@@ -11,7 +11,7 @@ import pytest
 from checkpoints import save, weights
 from typer.testing import CliRunner
 
-from noisytune_cli.cli import app
+from noisytune_cli.cli.app import app
 from noisytune_cli.cli.parse import make_noise
 from noisytune_cli.errors import UsageError
 from noisytune_cli.records import NoiseSpec

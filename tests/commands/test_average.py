@@ -20,7 +20,7 @@ from checkpoints import FLOATS, STORED, Tensor, Tensors, floats, numbers, save, 
 from chunked import save_chunked
 from typer.testing import CliRunner
 
-from noisytune_cli.cli import app
+from noisytune_cli.cli.app import app
 from noisytune_cli.commands import average as command
 from noisytune_cli.commands.average import average
 from noisytune_cli.commands.replay import replay

@@ -14,7 +14,7 @@ from checkpoints import FLOATS, STORED, Tensor, numbers, save, save_sharded, spl
 from runs import run
 from typer.testing import CliRunner
 
-from noisytune_cli.cli import app
+from noisytune_cli.cli.app import app
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.engine.walk import Walk

@@ -49,7 +49,7 @@ def watch(event, arguments):
 armed = False
 sys.addaudithook(watch)
 os.chdir(root)
-from noisytune_cli.cli import app
+from noisytune_cli.cli.app import app
 import typer.main
 command = typer.main.get_command(app)
 codes = []

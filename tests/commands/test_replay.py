@@ -15,7 +15,7 @@ from checkpoints import save, save_sharded, weights
 from hub_server import Repository, serve
 from typer.testing import CliRunner
 
-from noisytune_cli.cli import app
+from noisytune_cli.cli.app import app
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify

@@ -15,7 +15,7 @@ import pytest
 from checkpoints import FLOATS, Tensor, numbers, save, save_sharded, weights
 from typer.testing import CliRunner
 
-from noisytune_cli.cli import app
+from noisytune_cli.cli.app import app
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.commands.verify import Verified, verify
 from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from noisytune_cli.checkpoint.checkpoint import open_checkpoint
-from noisytune_cli.cli import app
+from noisytune_cli.cli.app import app
 from noisytune_cli.plan.buffers import find_buffers
 from noisytune_cli.plan.meta_model import _kinds
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import sys
@@ -37,11 +38,13 @@ def serve(warm_up: list[list[str]]) -> None:
 
 def _load_modules() -> None:
     """Import what a run imports late, the way to an error included."""
+    for module in ("cli.app", "cli.show_perturb", "commands.perturb"):
+        importlib.import_module(f"noisytune_cli.{module}")
 
 
 def _run_here(argv: list[str]) -> None:
     """Run noisytune in this process, its output thrown away."""
-    from noisytune_cli.cli import app
+    from noisytune_cli.cli.app import app
 
     real = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -9,6 +9,7 @@ nothing.
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -82,7 +83,10 @@ class Limited:
 
 def serve(warm_up: list[list[str]]) -> None:
     """Warm up, then answer requests until stdin ends."""
-
+    verbs = [f"commands.{verb}" for verb in ("inspect", "perturb", "verify")]
+    shown = [f"cli.show_{verb}" for verb in ("inspect", "perturb", "verify")]
+    for module in (*verbs, *shown, "checkpoint.formats.torch"):
+        importlib.import_module(f"noisytune_cli.{module}")
     command = _command()
     for argv in warm_up:
         _run(command, argv)
@@ -97,7 +101,7 @@ def serve(warm_up: list[list[str]]) -> None:
 def _command() -> Any:
     import typer.main
 
-    from noisytune_cli.cli import app
+    from noisytune_cli.cli.app import app
 
     return typer.main.get_command(app)
 

@@ -15,7 +15,7 @@ from places import accepted, old_manifest, old_output, refused
 from typer.testing import CliRunner
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
-from noisytune_cli.cli import app
+from noisytune_cli.cli.app import app
 from noisytune_cli.commands.average import average
 from noisytune_cli.commands.perturb import Request, perturb, plan_perturb
 from noisytune_cli.commands.verify import verify

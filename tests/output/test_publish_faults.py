@@ -119,7 +119,8 @@ def test_a_run_killed_at_any_step_can_be_repeated(flags: bool, tmp_path: Path) -
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
-        cwd=Path(__file__).parents[1] / "inputs",
+        cwd=Path(__file__).parent,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=False,

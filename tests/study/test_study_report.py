@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from noisytune_cli.cli import app
+from noisytune_cli.cli.app import app
 
 from .conftest import Tiny
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from noisytune_cli.cli import app
+from noisytune_cli.cli.app import app
 from noisytune_cli.errors import UsageError
 from noisytune_cli.study.combination import combine
 from noisytune_cli.study.methods import Member
