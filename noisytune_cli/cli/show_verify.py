@@ -46,6 +46,8 @@ def show_replayed(result: Replayed, *, as_json: bool, quiet: bool) -> None:
     """Say what was written: one line on stderr, or with `as_json` a document on stdout."""
     for name in result.cleared:
         note(f"noisytune: removed {escape(name)}, which a run that was killed had left")
+    for warning in result.warnings:
+        warn(warning)
     source, tensors = result.manifest.source, len(result.manifest.receipts)
     if as_json:
         document = {

@@ -94,6 +94,7 @@ def average(
         )
         manifest_path = publication.publish(encode(manifest))
         warnings = [warning for member in members for warning in member.warnings]
+        warnings += publication.warnings
         return Averaged(output, manifest_path, manifest, publication.cleared, (*warnings, *_warnings(done)))
 
 

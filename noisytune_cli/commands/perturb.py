@@ -205,7 +205,7 @@ def perturb_each(
                     path,
                     manifest,
                     publication.cleared,
-                    (*warnings, *_warnings(manifest.receipts)),
+                    (*warnings, *publication.warnings, *_warnings(manifest.receipts)),
                     recipe_only,
                 )
                 for publication, path, manifest in zip(publications, paths, manifests, strict=True)

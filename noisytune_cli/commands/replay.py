@@ -37,6 +37,7 @@ class Replayed:
     manifest_path: Path
     manifest: Manifest
     cleared: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 def replay(
@@ -86,7 +87,7 @@ def replay(
             (done,) = fill(walk, [plan], source, [publication], progress, rewritten, receipts)
             _refuse(compare_receipts(receipts, done), recorded, source)
             path = publication.publish(recorded.content)
-            return Replayed(output, path, manifest, publication.cleared)
+            return Replayed(output, path, manifest, publication.cleared, publication.warnings)
 
 
 def _missing_copies(manifest: Manifest, source: Checkpoint) -> list[Difference]:

@@ -35,7 +35,9 @@ def all_staged(publications: Sequence[Publication]) -> Iterator[None]:
 def commit_all(publications: Sequence[Publication]) -> list[Path]:
     """Commit sealed outputs in their order; return the paths of their manifests."""
     try:
-        return [publication.commit() for publication in publications]
+        paths = [publication.commit() for publication in publications]
+        signals.leave(_which(publications))
+        return paths
     except Stopped as stopped:
         if any(publication.published for publication in publications):
             stopped.left = _which(publications)

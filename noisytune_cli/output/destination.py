@@ -21,6 +21,7 @@ from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.output.overwrite import (
     check_file_replaceable,
     check_folder_replaceable,
+    check_manifest_replaceable,
     check_recipe_replaceable,
     contents,
 )
@@ -188,6 +189,7 @@ def _check_old_file(output: Path, mode: int | None, overwrite: bool, manifest: P
         there = _manifest_of(output)
         if manifest is not None and not os.path.islink(there) and _identity(there) == _identity(manifest):
             return
+        check_manifest_replaceable(output)
     elif output.name in remains(output.parent, output):
         return
     else:

@@ -4,7 +4,8 @@ A folder's replacement takes with it all that the folder holds, so neither a nam
 since may cost anything but an output. A folder is one where a manifest lies with the weights that it records,
 and nothing that it does not; a manifest without them is a recipe, which may have been put beside anything.
 What a killed run left counts for nothing. A single file needs no manifest: weights that were saved by other
-means are most often what is to be replaced, in whichever format they are. A recipe replaces a recipe only.
+means are most often what is to be replaced, in whichever format they are. What is in the manifest's place has
+to be one. A recipe replaces a recipe only.
 """
 
 from __future__ import annotations
@@ -64,14 +65,33 @@ def check_folder_replaceable(output: Path, names: Collection[str]) -> None:
 
 
 def check_file_replaceable(output: Path) -> None:
-    """Raise OutputUnsafe if the file `output` has no manifest, holds no weights and is not empty."""
+    """Raise OutputUnsafe if the file `output` has no manifest, holds no weights and is not empty.
+
+    What has the name of its manifest must be one: it would be replaced too.
+    """
     from noisytune_cli.checkpoint.formats import safetensors, torch
 
-    if _is_file(output.with_name(output.name + MANIFEST_SUFFIX)):
-        return
+    check_manifest_replaceable(output)
     head = _head(output)
-    if head and not (safetensors.recognise(head) or torch.recognise(head)):
-        raise _kept(output, "it holds no weights, and there is no manifest of noisytune beside it")
+    if head and not (safetensors.recognise(head) or torch.recognise(head) or _is_recorded(output)):
+        raise _kept(output, "it holds no weights, and no manifest of noisytune beside it records it")
+
+
+def check_manifest_replaceable(output: Path) -> None:
+    """Raise OutputUnsafe if what has the name of a file's manifest is none of noisytune, and not empty."""
+    beside = output.with_name(output.name + MANIFEST_SUFFIX)
+    if _is_file(beside) and (head := _head(beside)) and not begins_a_manifest(head):
+        raise _kept(beside, "it has the name of the output's manifest, and is none")
+
+
+def _is_recorded(output: Path) -> bool:
+    """Tell whether the manifest beside a file records one file, of this size; it may have any name."""
+    beside = output.with_name(output.name + MANIFEST_SUFFIX)
+    try:
+        files = _read(beside).source.files if _is_file(beside) else ()
+        return len(files) == 1 and files[0].size == output.stat().st_size
+    except (InputInvalid, InputUnreadable, OSError):
+        return False
 
 
 def check_recipe_replaceable(output: Path) -> None:

@@ -5,6 +5,9 @@
     rename     the staging directory (or its files) into place, never replacing what we did not check
     settle     fsync the parent; if that fails the rename is undone
 
+The staging directory is held by a descriptor, and is never made again: before the rename, its name must still
+stand for it and everything written must be in it. What the rename replaces is looked at again after it.
+
 So the output is absent or whole whenever the process or the machine stops, and exit code 0 means durable.
 A failed fsync is never retried: the kernel may have dropped the pages, and a second call would succeed.
 """
@@ -15,17 +18,20 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 
 from blake3 import blake3
 
-from noisytune_cli.errors import OutputUnsafe, unreadable, unwritable
+from noisytune_cli.errors import NOTHING_PUBLISHED, OutputUnsafe, ResourceExhausted, unreadable, unwritable
+from noisytune_cli.escape import escape
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.output import signals, staging
+from noisytune_cli.output.looks import Look, look
 from noisytune_cli.output.renames import (
     Steps,
     rename_any,
@@ -66,18 +72,25 @@ class Publication:
         self._made_parents: list[Path] = []
         self._stage: Path | None = None
         self._lock: int | None = None
+        self._written: set[str] = set()
+        self._left: list[str] = []
+        self._seen = self._look(output)
+        self._seen_manifest = None if directory or recipe else self._look(output.parent / self._manifest_name)
 
     def __enter__(self) -> Publication:
         """Make missing parents, clear dead left-overs, and make the staging directory."""
         try:
             with signals.deferred():
+                signals.leave(None)
                 self._make_parents()
                 self._in_place = self._directory and self.output.is_dir() and not self._overwrite
                 place = self.output if self._in_place else self.output.parent
-                self.cleared = staging.clear_dead(place, self.output)
+                self.cleared = staging.clear_dead(place, self.output, self._left)
                 if self._in_place and os.access(self.output.parent, os.W_OK):
                     # A run that makes the directory where there is no RENAME_NOREPLACE has its staging there.
-                    self.cleared += staging.clear_dead(self.output.parent, self.output)
+                    self.cleared += staging.clear_dead(self.output.parent, self.output, self._left)
+                if self._seen is None and any(name.endswith(staging.ASIDE) for name in self.cleared):
+                    self._seen = self._look(self.output)  # it has its name back
                 if self._in_place:
                     self._require_empty()
                 self._stage, self._lock = staging.create(place, self.output)
@@ -97,12 +110,15 @@ class Publication:
     def path(self, name: str) -> Path:
         """Return where to write the file `name` (relative, with `/`), its folders made."""
         assert self._stage is not None
-        path = self._stage / name
+        self._require_stage()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            for folder in reversed(PurePosixPath(name).parents[:-1]):
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(folder, 0o777, dir_fd=self._lock)
         except OSError as error:
             raise unwritable(error, self.output) from error
-        return path
+        self._written.add(name)
+        return self._stage / name
 
     def copy(self, source: Path, name: str) -> str:
         """Copy a regular file to `name`, flushed, and return its digest `blake3:HEX`."""
@@ -120,9 +136,9 @@ class Publication:
             except OSError as error:
                 raise unwritable(error, self.output) from error
 
-        path = self.path(name)
+        self.path(name)
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=self._lock)
             with os.fdopen(fd, "wb", buffering=0) as file:
                 yield write
                 os.fsync(file.fileno())
@@ -154,6 +170,7 @@ class Publication:
                     sync_directory(Path(folder))
                 for parent in self._made_parents:
                     sync_directory(parent.parent)
+                self._require_whole()
                 if self._recipe:
                     self._publish_recipe(self._stage)
                 elif not self._directory:
@@ -168,6 +185,8 @@ class Publication:
                 raise unwritable(error, self.output) from error
             self._made_parents.clear()
             self.published = True
+            signals.leave(f"{self.output} is complete")
+            self._discard()
         return (self.output if self._directory else self.output.parent) / self._manifest_name
 
     @property
@@ -176,15 +195,74 @@ class Publication:
             return MANIFEST
         return self.output.name if self._recipe else self.output.name + MANIFEST_SUFFIX
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What lies there yet because it cannot be deleted."""
+        return tuple(
+            f"{escape(name)} beside or in the output is left over: it could not be deleted"
+            for name in self._left
+        )
+
+    def _look(self, path: Path) -> Look | None:
+        """Return what stands at `path` now, as far as it may be replaced."""
+        try:
+            return look(path) if self._overwrite else None
+        except OSError as error:
+            raise unwritable(error, self.output) from error
+
+    def _require_seen(self, path: Path, seen: Look | None) -> None:
+        """Raise OutputUnsafe if what was moved to `path` is not what was there when this run began."""
+        if look(path) != seen:
+            raise OutputUnsafe(
+                "the output has changed",
+                path=self.output,
+                why=f"what was to be replaced is not what it was when this run began; {NOTHING_PUBLISHED}",
+                next_step="See what was added or changed there, then run again",
+            )
+
+    def _require_stage(self) -> None:
+        """Raise ResourceExhausted unless the staging directory still has its name."""
+        assert self._stage is not None
+        assert self._lock is not None
+        if not staging.is_at(self._stage, self._lock):
+            raise self._lost("the folder it grew in was")
+
+    def _require_whole(self) -> None:
+        """Raise ResourceExhausted unless the staging directory has its name, and all that was written."""
+        self._require_stage()
+        for name in self._written:
+            try:
+                mode = os.stat(name, dir_fd=self._lock, follow_symlinks=False).st_mode
+            except (FileNotFoundError, NotADirectoryError):
+                mode = 0
+            if not stat.S_ISREG(mode):
+                raise self._lost(f"{name} was")
+
+    def _require_arrived(self) -> None:
+        """Raise ResourceExhausted unless what bears the output's name is the staging directory."""
+        assert self._lock is not None
+        if not staging.is_at(self.output, self._lock):
+            raise self._lost("the folder it grew in was")
+
+    def _lost(self, what: str) -> ResourceExhausted:
+        return ResourceExhausted(
+            "cannot write",
+            path=self.output,
+            why=f"{what} removed or replaced while this run went on; {NOTHING_PUBLISHED}",
+            next_step="Find out what removes it, then run again",
+        )
+
     def _publish_directory(self, stage: Path) -> None:
         with undoing() as undo:
-            if self._overwrite and os.path.lexists(self.output):
+            if self._seen is not None and os.path.lexists(self.output):
                 # What was there before then bears the staging directory's name, and goes with it.
                 swap(stage, self.output)
                 undo.append(partial(swap, stage, self.output))
+                self._require_seen(stage, self._seen)
             else:
                 rename_directory(stage, self.output)
                 undo.append(partial(os.rename, self.output, stage))
+            self._require_arrived()
             sync_directory(self.output.parent)
 
     def _publish_file(self, stage: Path, manifest: str) -> None:
@@ -194,10 +272,11 @@ class Publication:
                 # It is what a replay followed, and a kill must not cost it: one rename completes the output.
                 self._put(stage / weights, undo)
                 return
-            if self._overwrite and os.path.lexists(place / manifest):
+            if self._seen_manifest is not None and os.path.lexists(place / manifest):
                 # From here until the new manifest is there the weights are whole, but unverified.
                 self._move(place / manifest, stage / _OLD_MANIFEST, undo)
-            if not (self._overwrite and os.path.lexists(self.output)):
+                self._require_seen(stage / _OLD_MANIFEST, self._seen_manifest)
+            if not (self._seen is not None and os.path.lexists(self.output)):
                 staging.announce_moves(stage, [weights], manifest=manifest)
             self._put(stage / weights, undo)
             self._move(stage / manifest, place / manifest, undo)
@@ -219,9 +298,10 @@ class Publication:
 
     def _put(self, staged: Path, undo: Steps) -> None:
         """Put a file in the output's place, durably; what it may replace goes with the staging directory."""
-        if self._overwrite and os.path.lexists(self.output):
+        if self._seen is not None and os.path.lexists(self.output):
             swap(staged, self.output)
             undo.append(partial(swap, staged, self.output))
+            self._require_seen(staged, self._seen)
             sync_directory(self.output.parent)
         else:
             self._move(staged, self.output, undo)
@@ -254,11 +334,23 @@ class Publication:
                 raise unwritable(error, folder) from error
             self._made_parents.append(folder)
 
+    def _is_ours(self, stage: Path, lock: int) -> bool:
+        """Tell whether what bears the staging directory's name is that, or the old output."""
+        if staging.is_at(stage, lock):
+            return True
+        there = look(stage) if self.published and self._directory else None
+        return there is not None and there == self._seen
+
     def _discard(self) -> None:
         """Remove the staging directory and the parents made for it, as far as that goes."""
-        if self._stage is not None:
+        if self._stage is not None and self._lock is not None:
             with contextlib.suppress(OSError):  # it does not ignore all of them
-                shutil.rmtree(self._stage, ignore_errors=True)
+                if self._is_ours(self._stage, self._lock):
+                    shutil.rmtree(self._stage, ignore_errors=True)
+                elif not staging.is_at(self.output, self._lock):
+                    _empty(self._lock)  # whoever moved it elsewhere
+                if self.published and os.path.lexists(self._stage):
+                    self._left.append(self._stage.name)
             self._stage = None
         if self._lock is not None:
             with contextlib.suppress(OSError):  # the lock is released all the same
@@ -268,6 +360,15 @@ class Publication:
             with contextlib.suppress(OSError):
                 os.rmdir(folder)
         self._made_parents.clear()
+
+
+def _empty(folder: int) -> None:
+    """Remove what an open directory holds, wherever that is."""
+    for name in os.listdir(folder):
+        if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            shutil.rmtree(name, dir_fd=folder)
+        else:
+            os.unlink(name, dir_fd=folder)
 
 
 def copy_file(source: Path, name: str, publications: Sequence[Publication]) -> str:
@@ -304,11 +405,20 @@ def _read(fd: int, source: Path) -> bytes:
         raise unreadable(error, source) from error
 
 
+def _left_beside(output: Path) -> str:
+    """Say what a killed run may have left beside an output that it had completed."""
+    try:
+        left = [name for name in os.listdir(output.parent) if name.startswith(staging.prefix_for(output))]
+    except OSError:
+        return ""
+    return f", and another run has, or has left, {left[0]} beside it" if left else ""
+
+
 def exists(output: Path) -> OutputUnsafe:
     """Return the error for an output that is already there."""
     return OutputUnsafe(
         "the output exists",
         path=output,
-        why="it would have to be replaced",
+        why=f"it would have to be replaced{_left_beside(output)}",
         next_step="Choose another with -o, or pass --overwrite to replace it",
     )

@@ -25,6 +25,7 @@ _deferring = 0
 _pending: int | None = None
 _raised_at = -math.inf
 _patience = 0.0  # until the handlers are installed
+_left: str | None = None
 
 
 def install() -> None:
@@ -40,6 +41,12 @@ def ignore() -> None:
     """Ignore the signals from here on: the work is done, and what is left is to end."""
     for signum in _SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+
+
+def leave(what: str | None) -> None:
+    """Say what a signal finds done from here on, so that who stops the run is told."""
+    global _left
+    _left = what
 
 
 @contextmanager
@@ -70,4 +77,6 @@ def _raise(signum: int) -> None:
     now = time.monotonic()
     if now - _raised_at >= _patience:
         _raised_at = now
-        raise Stopped(signum)
+        stopped = Stopped(signum)
+        stopped.left = _left
+        raise stopped

@@ -56,15 +56,15 @@ MUTATIONS = (
     Mutation(
         "the folder of a new directory is not flushed",
         "output/publish.py",
-        "partial(os.rename, self.output, stage))\n            sync_directory(self.output.parent)\n",
-        "partial(os.rename, self.output, stage))\n",
+        "            self._require_arrived()\n            sync_directory(self.output.parent)\n",
+        "            self._require_arrived()\n",
         _ORDER,
     ),
     Mutation(
         "replaced weights are not flushed before the manifest",
         "output/publish.py",
-        "partial(swap, staged, self.output))\n            sync_directory(self.output.parent)\n",
-        "partial(swap, staged, self.output))\n",
+        "self._require_seen(staged, self._seen)\n            sync_directory(self.output.parent)\n",
+        "self._require_seen(staged, self._seen)\n",
         _ORDER,
     ),
     Mutation(
@@ -105,15 +105,15 @@ MUTATIONS = (
     Mutation(
         "moves are not announced",
         "output/staging.py",
-        'json.dump({"manifest": manifest, "inodes": inodes}, file)',
-        'json.dump({"manifest": manifest, "inodes": {}}, file)',
+        '"names": names, "moved": moved}, file)',
+        '"names": [], "moved": moved}, file)',
         _FAULTS,
     ),
     Mutation(
         "what a failed run has made is not removed",
         "output/publish.py",
-        "                shutil.rmtree(self._stage, ignore_errors=True)\n",
-        "                pass\n",
+        "                    shutil.rmtree(self._stage, ignore_errors=True)\n",
+        "                    pass\n",
         _FAULTS,
     ),
     Mutation(
@@ -126,8 +126,8 @@ MUTATIONS = (
     Mutation(
         "what a killed run left is not removed",
         "output/staging.py",
-        "            _remove_dead(place / name, output)\n",
-        "            continue\n",
+        "        elif not _remove_dead(place / name, output, keep=left is not None):\n",
+        "        elif False:\n",
         ("tests/faults/test_stopped_runs.py::test_killed_at_random_moments",),
     ),
     Mutation(
@@ -213,5 +213,33 @@ MUTATIONS = (
         "            if read and self._sums.over(",
         "            if False and self._sums.over(",
         ("tests/checkpoint/test_torch_format.py", "tests/checkpoint/test_corpus.py"),
+    ),
+    Mutation(
+        "a stage that was lost is not noticed",
+        "output/publish.py",
+        "                self._require_whole()\n",
+        "",
+        ("tests/test_publish_stage.py::test_a_stage_that_is_lost_is_not_made_again",),
+    ),
+    Mutation(
+        "what was replaced is not looked at again",
+        "output/publish.py",
+        "        if look(path) != seen:\n",
+        "        if False:\n",
+        ("tests/test_publish_stage.py::test_what_changed_since_it_was_looked_at_is_not_replaced",),
+    ),
+    Mutation(
+        "what another user planted is cleared",
+        "output/staging.py",
+        "    if status.st_uid != os.geteuid():\n        return",
+        "    if False:\n        return",
+        ("tests/test_publish_stage.py::test_what_another_user_planted_is_refused_and_named",),
+    ),
+    Mutation(
+        "a killed run's file is known by its inode alone",
+        "output/staging.py",
+        "        if [status.st_ino, status.st_size, status.st_mtime_ns] != kept:\n",
+        "        if status.st_ino != kept[0]:\n",
+        ("tests/test_publish_stage.py::test_what_was_moved_is_known_and_what_was_changed_since_is_kept",),
     ),
 )

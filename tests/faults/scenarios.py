@@ -181,4 +181,4 @@ def _old_folder(place: Path) -> None:
 def _old_file(place: Path) -> None:
     # Without its manifest, as a kill can leave it, only weights are replaced.
     (place / "out.safetensors").write_bytes(weights({"old": ("F32", 30)}))
-    (place / "out.safetensors.noisytune.json").write_text("{}")
+    (place / "out.safetensors.noisytune.json").write_text('{"schema": 1, "tool": {"name": "noisytune"}}')

@@ -182,10 +182,27 @@ def test_a_file_that_holds_no_weights_is_not_replaced(
     thesis = tmp_path / "thesis.txt"
     thesis.write_text("It was a dark and stormy night.")
     line = refused(thesis, file, overwrite=overwrite)
-    assert "it holds no weights, and there is no manifest" in line
+    assert "it holds no weights, and no manifest of noisytune beside it records it" in line
     assert "--overwrite" not in line
-    (tmp_path / "thesis.txt.noisytune.json").write_text("{}")  # an output that was damaged since
+    beside = tmp_path / "thesis.txt.noisytune.json"
+    beside.write_bytes(old_manifest("model.safetensors"))  # of another file: this one is larger
+    assert "it holds no weights" in refused(thesis, file, overwrite=overwrite)
+    thesis.write_bytes(b"0123456789")  # an output whose bytes were damaged since
     assert accepted(thesis, file, overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("there", [True, False])
+def test_notes_with_a_manifests_name_are_not_replaced(
+    file: Checkpoint, tmp_path: Path, there: bool, overwrite: bool
+) -> None:
+    notes = tmp_path / "out.noisytune.json"
+    notes.write_text('{"title": "notes"}')
+    if there:
+        save(tmp_path / "out", {"w": weights("F32", 8)})
+    line = refused(tmp_path / "out", file, overwrite=overwrite)
+    assert f"{notes}: it has the name of the output's manifest, and is none" in line
+    assert "--overwrite" not in line
 
 
 def test_weights_are_replaced_without_a_manifest(file: Checkpoint, tmp_path: Path) -> None:
