@@ -12,6 +12,7 @@ import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -270,11 +271,11 @@ def _check_names(names: list[str]) -> None:
         if name in files:
             raise ManifestFault(f'it has two files of the name "{name}"')
         files.add(name)
-    for name in names:
-        parts = name.split("/")
-        for depth in range(1, len(parts)):
-            if (folder := "/".join(parts[:depth])) in files:
-                raise ManifestFault(f'it has both a file "{folder}" and a folder of that name')
+    # With the lowest character for "/", a file comes right before what lies in a folder of its name.
+    ordered = sorted(files, key=lambda name: name.replace("/", "\0"))
+    for name, following in pairwise(ordered):
+        if following.startswith(name + "/"):
+            raise ManifestFault(f'it has both a file "{name}" and a folder of that name')
 
 
 def _check_totals(value: Any, manifest: Manifest) -> None:

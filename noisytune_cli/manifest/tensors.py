@@ -175,7 +175,10 @@ class _Reader:
         entries = fields.list("parts")
         if not 2 <= len(entries) <= MAX_PARTS:
             raise fields.fault("parts", f"is not a list of 2 to {MAX_PARTS:,} parts")
-        receipts = tuple(self._part(entry, f"{where}.parts[{i}]", tensor) for i, entry in enumerate(entries))
+        elements = tensor.elements  # once: a shape may have half a million dimensions
+        receipts = tuple(
+            self._part(entry, f"{where}.parts[{i}]", tensor, elements) for i, entry in enumerate(entries)
+        )
         receipt = joined(tensor, fields.string("stream"), receipts, source_digest, digest, where)
         if fields.has("reason") != (receipt.reason is not None):
             raise fields.fault("reason", "is not that of its parts")
@@ -192,13 +195,13 @@ class _Reader:
                 raise fields.fault(key, "is not what its parts make it")
         return receipt
 
-    def _part(self, entry: Any, where: str, tensor: TensorSpec) -> PartReceipt:
+    def _part(self, entry: Any, where: str, tensor: TensorSpec, elements: int) -> PartReceipt:
         fields = Fields(entry, where, (*_PART_KEYS, *self._range), ("reason",))
         name, shape = fields.string("name"), _shape(fields)
         if not _PART_NAME.fullmatch(name):
             raise fields.fault("name", "is not made of small letters, digits, underscores and dots")
         first, length, stride, repeat = (
-            fields.count(key, tensor.elements) for key in ("first", "length", "stride", "repeat")
+            fields.count(key, elements) for key in ("first", "length", "stride", "repeat")
         )
         part = Part(name, tuple(shape), first, length, stride, repeat)
         check_runs(part, tensor, where)
