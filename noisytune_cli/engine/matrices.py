@@ -54,7 +54,8 @@ class Matrices:
     ) -> Iterator[tuple[int, memoryview]]:
         """Yield each part that a tile has some of, with its elements there, one after the other."""
         if self._places is None:
-            yield 0, data
+            if wanted is None or 0 in wanted:
+                yield 0, data
             return
         for part, blocks in self._places.in_tile(first, tiles.count(data, self._dtype)):
             if wanted is None or part in wanted:

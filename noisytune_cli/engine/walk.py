@@ -137,6 +137,7 @@ class Walk:
             tasks = (
                 partial(walk.add_exact_sums, {i: exact for i, s in enumerate(walk.matrices.sums) if s.finite})
                 for walk in walks
+                if any(sums.finite for sums in walk.matrices.sums)
             )
             self._run(tasks, threads=1)
             std = exact_std(exact, count)

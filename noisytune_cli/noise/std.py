@@ -99,11 +99,11 @@ def _round_quickly(parts: Sequence[Moments], count: int) -> float | None:
     first_error: list[float] = []
     magnitude: list[float] = []
     for p in parts:
-        s1, s2 = p.s1[0], p.s2[0]
+        (s1, low1), (s2, low2) = p.s1, p.s2
         shift = p.pivot - centre
         moved = p.count * shift
-        first += (s1, moved)
-        second += (s2, 2 * shift * s1, moved * shift)
+        first += (s1, low1, moved)
+        second += (s2, low2, 2 * shift * s1, 2 * shift * low1, moved * shift)
         first_error.append(math.sqrt(p.count * s2) + abs(s1) + abs(moved))
         magnitude.append(s2 + 2 * abs(shift) * (abs(s1) + math.sqrt(p.count * s2)) + moved * shift)
     # What the device's sums are off by, and a few roundings here, of what was added up: twice RELATIVE_ERROR

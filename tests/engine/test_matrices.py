@@ -188,6 +188,19 @@ def test_global_scope_has_one_std_of_all_finite_parts(tmp_path: Path) -> None:
     assert verify(str(tmp_path / "out"), base=str(source)).ok
 
 
+def test_a_tensor_that_is_not_finite_is_left_out_of_exact_sums(tmp_path: Path) -> None:
+    # A bias of zeros leaves float64 squares that may have underflowed, so that exact sums decide.
+    broken = numbers("F64", 1, 2, 3)
+    broken.values[0] = np.nan
+    tensors = {"w": scaled("F64", 4, 4), "bias": numbers("F64", 0, 0, 0), "broken": broken}
+    found = receipts(
+        run(folder(tmp_path / "in", tensors), tmp_path / "out", NoiseSpec(scope="global")).manifest
+    )
+    assert found["broken"].reason == "non-finite"
+    plain = folder(tmp_path / "plain", {name: tensors[name] for name in ("w", "bias")})
+    assert receipts(run(plain, tmp_path / "o", NoiseSpec(scope="global")).manifest)["w"].std == found["w"].std
+
+
 def test_sums_that_float64_cannot_decide_are_exact_by_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

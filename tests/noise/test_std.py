@@ -244,3 +244,24 @@ def test_a_constant_is_one_though_its_pivot_is_rounded(value: float, count: int)
         CPU.add_exact_sums(oracle.tile(stored), "F64", sums)
         found = exact_std(sums, count), exactly_equal(sums, count)
     assert found == (0.0, True)
+
+
+@pytest.mark.parametrize("power", [20, 25, 35])
+def test_one_large_tile_is_rounded_like_many(power: int) -> None:
+    # ±v, as many of each: what a kernel's sum of n/BLOCK runs leaves in its low word is more than the bound.
+    v = float.fromhex("0x1.42f904af41ac9p+0")
+    runs, n = 2 ** (power - 10), 2**power
+    square = v * v
+    high = low = 0.0
+    for _ in range(runs if power < 35 else 0):  # as kernels.c compensates
+        total = high + 1024 * square
+        part = total - high
+        low += (high - (total - part)) + (1024 * square - part)
+        high = total
+    if power == 35:
+        exact = Fraction(runs) * Fraction(1024 * square)
+        high = float(exact) * (1 - 2.0**-40)  # the most that so many runs may leave to the low word
+        low = float(exact - Fraction(high))
+    parts = [Moments(n, 0.0, (0.0, 0.0), (high, low), True, True)]
+    # Where the bound cannot decide it says so, and exact sums will; it must not be wrong.
+    assert round_std(parts) in (None, oracle.sqrt32(Fraction(n * Fraction(v) ** 2, n - 1)))

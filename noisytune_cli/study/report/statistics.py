@@ -60,9 +60,13 @@ def permutation_p(differences: Sequence[float]) -> float:
 
     if len(differences) == 1:
         return 1.0
+    values = np.asarray(differences, dtype=np.float64)
+    # Differences of scores carry their rounding, by which means that are equal would not tie: so they are
+    # compared as multiples of a billionth of the largest, which no difference worth telling is below.
+    unit = np.abs(values).max() or 1.0
     return float(
         stats.permutation_test(
-            (np.asarray(differences, dtype=np.float64),),
+            (values / unit,),
             _mean,
             permutation_type="samples",
             n_resamples=_MOST_FLIPS,
@@ -96,4 +100,4 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _mean(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-    return np.asarray(np.mean(values, axis=axis))
+    return np.asarray(np.mean(values, axis=axis).round(9))
