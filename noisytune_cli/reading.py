@@ -3,16 +3,23 @@
 A checkpoint is somebody else's folder: a name in it may be a FIFO that never answers, a device that acts
 when it is opened, or a config of a terabyte. So an input is looked at before it is opened, opened without
 waiting, looked at again through the descriptor, and read up to a limit. Every failure is one of errors.py.
+
+A source ends at its folder, and the blobs that a snapshot in the hub's cache links to (`Reach`). A link out
+of it would bring content into an output that nobody means to publish. So a file counts by where it really
+lies, which is asked of its open descriptor: what happens to names in the meantime cannot change the answer.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
-from noisytune_cli.errors import InputInvalid, unreadable
+from noisytune_cli.errors import InputInvalid, Mismatch, unreadable
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
@@ -26,15 +33,71 @@ _KINDS = {
 
 _CHUNK = 1 << 20
 
+#: Device, inode, size, and the times of modification and of any change, in ns.
+Fingerprint = tuple[int, int, int, int, int]
+
 #: Values in a JSON document, or what looks like one inside a string: 16 MB of `[],` would unfold to 400 MB.
 _MAX_VALUES = 1_000_000
 
+#: A snapshot in a cache of the hub: what it links to lies in its model's `blobs`, or in the whole cache's.
+_SNAPSHOT = re.compile(r"(?P<cache>.*)/(?P<model>models--[^/]+)/snapshots/[0-9a-f]{40}(?:/|$)")
 
-def open_regular(path: Path) -> int:
+_BLOBS = "blobs"
+
+_PATH_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The folders, as real paths, that the files of a source may lie in."""
+
+    folders: tuple[str, ...]
+
+    def check(self, fd: int, path: Path) -> None:
+        """Raise InputInvalid unless the open file lies in reach; `path` is what it was opened by."""
+        self.check_place(_place(fd, path), path)
+
+    def check_place(self, place: str | None, path: Path) -> None:
+        """Raise InputInvalid unless a real path lies in reach."""
+        if place is None or not any(place.startswith(f"{folder.rstrip('/')}/") for folder in self.folders):
+            raise InputInvalid(
+                "it is a link out of the checkpoint",
+                path=path,
+                why="what it leads to would become part of the output",
+                next_step="Put the file itself there, or pass --follow-links if it is meant",
+            )
+
+
+def reach_of(folder: Path) -> Reach:
+    """Return what a checkpoint in `folder` may consist of."""
+    real = os.path.realpath(folder)
+    folders = [real]
+    if found := _SNAPSHOT.match(real):
+        cache = found["cache"]
+        blobs = (f"{cache}/{found['model']}/{_BLOBS}", f"{cache}/{_BLOBS}")
+        folders += [blob for blob in blobs if os.path.realpath(blob) == blob]
+    return Reach(tuple(folders))
+
+
+def _place(fd: int, path: Path) -> str | None:
+    """Return the real path of an open file; None where it has none that can be found."""
+    try:
+        if hasattr(fcntl, "F_GETPATH"):
+            return os.fsdecode(fcntl.fcntl(fd, fcntl.F_GETPATH, bytes(_PATH_BYTES)).rstrip(b"\0"))
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:  # no /proc: the name has to lead to the same file still
+        place = os.path.realpath(path)
+        try:
+            return place if os.path.samestat(os.lstat(place), os.fstat(fd)) else None
+        except OSError:
+            return None
+
+
+def open_regular(path: Path, reach: Reach | None = None) -> int:
     """Return a descriptor of the regular file at `path` (symlinks followed), without ever waiting for one.
 
-    Raises InputInvalid for anything else that has a name (FIFO, device, socket, directory),
-    InputUnreadable if it is missing or may not be read.
+    Raises InputInvalid for anything else that has a name (FIFO, device, socket, directory), and for what lies
+    out of `reach`, where that is given; InputUnreadable if it is missing or may not be read.
     """
     try:
         # Opening a device can have effects of its own (a tape rewinds), so ask before.
@@ -47,15 +110,32 @@ def open_regular(path: Path) -> int:
     try:
         # Ask again: the name may mean another file by now.
         _require_regular(os.fstat(fd), path)
+        if reach is not None:
+            reach.check(fd, path)
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
-def read_small(path: Path, limit: int) -> bytes:
+def fingerprint(status: os.stat_result) -> Fingerprint:
+    """Return what tells a file from what it was; ctime, for a writer can set mtime as it likes."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def changed(path: Path, how: str) -> Mismatch:
+    """Return the error for an input that is no longer what it was when it was opened."""
+    return Mismatch(
+        "the input changed while it was read",
+        path=path,
+        why=how,
+        next_step="Wait until nothing writes to it any more, then run again",
+    )
+
+
+def read_small(path: Path, limit: int, reach: Reach | None = None) -> bytes:
     """Return the whole file at `path`; InputInvalid if it has more than `limit` bytes."""
-    fd = open_regular(path)
+    fd = open_regular(path, reach)
     chunks: list[bytes] = []
     room = limit + 1
     try:
@@ -72,12 +152,12 @@ def read_small(path: Path, limit: int) -> bytes:
     return b"".join(chunks)
 
 
-def read_json(path: Path, limit: int) -> object:
+def read_json(path: Path, limit: int, reach: Reach | None = None) -> object:
     """Return the JSON document at `path`, strictly UTF-8; InputInvalid if it is none, or too large.
 
     As in most readers, of a key given twice the last counts, and NaN and Infinity are numbers.
     """
-    content = read_small(path, limit)
+    content = read_small(path, limit, reach)
     if sum(map(content.count, (b",", b"[", b"{"))) > _MAX_VALUES:
         raise _not_json(path, f"it holds more than {_MAX_VALUES:,} values, which no file of its kind does")
     try:

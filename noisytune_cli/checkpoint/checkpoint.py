@@ -13,7 +13,7 @@ import re
 import stat
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,7 +36,11 @@ from noisytune_cli.checkpoint.weights import choose_weights
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.previous import NAMESAKE, Earlier, EarlierCheck, of_file, of_folder
+from noisytune_cli.reading import Reach, changed, fingerprint, open_regular, reach_of
 from noisytune_cli.records import TensorSpec
+
+#: Why a file that is copied is refused in the end.
+_ANOTHER = "its size or its times are others, or another file took its place"
 
 #: A snapshot in the hub's cache, which tells id and commit.
 _SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/|$)")
@@ -49,7 +53,8 @@ class Checkpoint:
     `id` is a plain name or hub id, never a path of this machine; `revision` the hub's commit. `sources` are
     in the order of their names; `others` are to be copied (the index among them), `left_out` are not, each
     with its reason. File names are relative to `root`, with `/`. `earlier` is what a manifest that lies with
-    the weights says of them.
+    the weights says of them; `reach` bounds where links may lead, and `seen` has what `others` were when all
+    was opened.
     """
 
     id: str
@@ -63,6 +68,8 @@ class Checkpoint:
     left_out: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...]
     earlier: Earlier | None
+    reach: Reach | None = None
+    seen: Mapping[str, os.stat_result] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -92,6 +99,23 @@ class Checkpoint:
         """The groups of names that share a slot in their file."""
         return tuple(names for source in self.sources for names in source.ties)
 
+    def open_beside(self, path: Path) -> int:
+        """Return a descriptor of one of the `others`; Mismatch if it is another than at the beginning."""
+        fd = open_regular(path, self.reach)
+        if fingerprint(os.fstat(fd)) != fingerprint(self.seen[path.relative_to(self.root).as_posix()]):
+            os.close(fd)
+            raise changed(path, _ANOTHER)
+        return fd
+
+    def mode_beside(self, name: str) -> int:
+        """Return the mode of one of the `others`."""
+        return self.seen[name].st_mode
+
+    def check_beside(self) -> None:
+        """Raise Mismatch if one of the `others` is another than at the beginning."""
+        for name in self.others:
+            os.close(self.open_beside(self.root / name))
+
     def close(self) -> None:
         """Close every weight file (twice is fine)."""
         for source in self.sources:
@@ -116,10 +140,12 @@ def open_checkpoint(
     check_place: Callable[[], None] | None = None,
     check_earlier: EarlierCheck | None = None,
     quiet: bool = False,
+    follow_links: bool = False,
 ) -> Checkpoint:
     """Open SOURCE: a weight file, a checkpoint's folder, or a hub id, which is downloaded.
 
-    `weights` and `revision` are what --weights and --revision name; `quiet` hides the download's progress.
+    `weights` and `revision` are what --weights and --revision name; `quiet` hides the download's progress,
+    and with `follow_links` a folder may consist of links that lead out of it.
     `check_place` may refuse before anything is downloaded, and `check_earlier` before any weights are, given
     what `Checkpoint.earlier` will be.
     """
@@ -141,7 +167,9 @@ def open_checkpoint(
             check_earlier=check_earlier,
             quiet=quiet,
         )
-        return _open_folder(snapshot.root, snapshot.listing, source, snapshot.commit, weights, mmap, None)
+        return _open_folder(
+            snapshot.root, snapshot.listing, source, snapshot.commit, weights, mmap, None, follow_links
+        )
     if revision is not None:
         raise UsageError(
             "--revision cannot be used",
@@ -156,7 +184,7 @@ def open_checkpoint(
         raise unreadable(error if isinstance(error, OSError) else OSError(str(error)), source) from error
     name, commit = _identify(path, is_folder)
     if is_folder:
-        return _open_folder(path, list_folder(path), name, commit, weights, mmap, check_config)
+        return _open_folder(path, list_folder(path), name, commit, weights, mmap, check_config, follow_links)
     if weights is not None:
         raise UsageError(
             "--weights cannot be used",
@@ -197,13 +225,15 @@ def _open_folder(
     weights: str | None,
     mmap: bool,
     check_config: ConfigCheck | None,
+    follow_links: bool,
 ) -> Checkpoint:
+    reach = None if follow_links else reach_of(root)
     chosen = choose_weights(listing, weights, os.fspath(root))
     config_path = root / posixpath.dirname(chosen) / CONFIG
-    config = read_config(config_path)
+    config = read_config(config_path, reach)
     if config is not None and check_config is not None:
         check_config(config, os.fspath(config_path))
-    index = read_index(root, chosen) if chosen.endswith(INDEX_SUFFIXES) else None
+    index = read_index(root, chosen, reach) if chosen.endswith(INDEX_SUFFIXES) else None
     files = (chosen,) if index is None else index.shards
     if index is not None:
         check_present(index, {*listing.files, *listing.special}, os.fspath(root))
@@ -218,10 +248,11 @@ def _open_folder(
     with ExitStack() as opened:
         sources: list[Source] = []
         for file in files:
-            sources.append(open_source(root / file, file, mmap))
+            sources.append(open_source(root / file, file, mmap, reach))
             opened.callback(sources[-1].close)
         weight_files = {name for source in sources for name in source.files}
         others, left_out = arrange(listing, chosen, weight_files)
+        seen = {file: _look(root / file, reach) for file in others}
         warnings = [warning for source in sources for warning in source.warnings]
         earlier, namesakes = of_folder(root, manifests(listing), weight_files)
         left_out = [(file, NAMESAKE if file in namesakes else why) for file, why in left_out]
@@ -241,7 +272,18 @@ def _open_folder(
         left_out=tuple(left_out),
         warnings=tuple(warnings),
         earlier=earlier,
+        reach=reach,
+        seen=seen,
     )
+
+
+def _look(path: Path, reach: Reach | None) -> os.stat_result:
+    """Return what a file is that is to be copied; it must be in reach."""
+    fd = open_regular(path, reach)
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
 
 
 def _open_file(

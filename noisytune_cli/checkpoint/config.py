@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.reading import read_json
+from noisytune_cli.reading import Reach, read_json
 
 CONFIG = "config.json"
 
@@ -22,11 +22,11 @@ ConfigCheck = Callable[[Mapping[str, Any], str], None]
 _MAX_BYTES = 16 << 20
 
 
-def read_config(path: Path) -> Mapping[str, Any] | None:
+def read_config(path: Path, reach: Reach | None = None) -> Mapping[str, Any] | None:
     """Return the parsed config, None where there is none; raises InputInvalid if it is no JSON object."""
     if not os.path.lexists(path):
         return None
-    config = read_json(path, _MAX_BYTES)
+    config = read_json(path, _MAX_BYTES, reach)
     if not isinstance(config, dict):
         raise InputInvalid(
             "cannot read the config",

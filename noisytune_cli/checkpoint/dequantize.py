@@ -113,7 +113,7 @@ class Dequantized:
 
     def __init__(self, inner: Source, scales: Mapping[str, _Scale], dropped: frozenset[str]) -> None:
         self.inner = inner
-        self.path, self.name, self.size = inner.path, inner.name, inner.size
+        self.path, self.name, self.size, self.mode = inner.path, inner.name, inner.size, inner.mode
         self.metadata, self.warnings, self.beside = inner.metadata, inner.warnings, inner.beside
         self._codes = {tensor.name: tensor for tensor in inner.tensors if tensor.name in scales}
         self._scales = scales
@@ -154,7 +154,7 @@ class Dequantized:
         self._device.convert(values.view(np.uint8).data, buffer, "F32", "BF16")
         return buffer
 
-    def create_sink(self, path: Path) -> Sink:
+    def create_sink(self, path: Path, mode: int = 0o666) -> Sink:
         """Have none: the output's file is another (`output/convert.py`)."""
         raise NotImplementedError
 

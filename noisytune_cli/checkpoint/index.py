@@ -15,7 +15,7 @@ from pathlib import Path
 from noisytune_cli.checkpoint.formats import Source
 from noisytune_cli.checkpoint.layout import is_plain_name
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.reading import read_json
+from noisytune_cli.reading import Reach, read_json
 
 #: The index of the largest open models (100,000 tensors) is about 10 MB.
 _MAX_BYTES = 16 << 20
@@ -42,10 +42,10 @@ class ShardIndex:
         return tuple(sorted(set(self.shard_of.values())))
 
 
-def read_index(root: Path, name: str) -> ShardIndex:
+def read_index(root: Path, name: str, reach: Reach | None = None) -> ShardIndex:
     """Read and validate the index `name` under `root`; its shards lie beside it. Raises InputInvalid."""
     path = root / name
-    document = read_json(path, _MAX_BYTES)
+    document = read_json(path, _MAX_BYTES, reach)
     if not isinstance(document, dict):
         raise _invalid(path, "the index is not a JSON object")
     weight_map = document.get("weight_map")

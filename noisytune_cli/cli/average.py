@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from noisytune_cli.cli.options import AsJson, Mmap, Overwrite, Quiet, Threads
+from noisytune_cli.cli.options import AsJson, FollowLinks, Mmap, Overwrite, Quiet, Threads
 
 
 def average(
@@ -37,6 +37,7 @@ def average(
     ] = None,
     threads: Threads = None,
     mmap: Mmap = False,
+    follow_links: FollowLinks = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -59,6 +60,7 @@ def average(
         threads=threads,
         mmap=mmap,
         quiet=quiet,
+        follow_links=follow_links,
         progress=lambda nbytes: show.progress(nbytes, "average", enabled=not quiet),
     )
     show_average.show_averaged(result, as_json=as_json, quiet=quiet)

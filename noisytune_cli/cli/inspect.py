@@ -9,6 +9,7 @@ import typer
 
 from noisytune_cli.cli.options import (
     BuffersFrom,
+    FollowLinks,
     Granularity,
     GranularityOption,
     Mmap,
@@ -66,6 +67,7 @@ def inspect(
     buffers_from: BuffersFrom = "auto",
     threads: Threads = None,
     mmap: Mmap = False,
+    follow_links: FollowLinks = False,
     weights: Weights = None,
     revision: Revision = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
@@ -96,6 +98,7 @@ def inspect(
         mmap=mmap,
         threads=threads or default_threads(),
         quiet=quiet,
+        follow_links=follow_links,
         progress=lambda nbytes: show.progress(nbytes, "inspect", enabled=not quiet),
     )
     show_inspect.show_inspection(result, output_format.value)

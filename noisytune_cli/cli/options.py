@@ -75,5 +75,12 @@ Overwrite = Annotated[
         "--overwrite", help="Replace an existing output: a folder that noisytune wrote, or a weight file."
     ),
 ]
+FollowLinks = Annotated[
+    bool,
+    typer.Option(
+        "--follow-links",
+        help="Take files that links lead to outside the folder too: what they hold comes into the output.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary on stderr.")]

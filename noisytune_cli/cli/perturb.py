@@ -12,6 +12,7 @@ from noisytune_cli.cli.options import (
     AsJson,
     BuffersFrom,
     Device,
+    FollowLinks,
     Granularity,
     GranularityOption,
     Mmap,
@@ -124,6 +125,7 @@ def perturb(
     device: Device = "cpu",
     threads: Threads = None,
     mmap: Mmap = False,
+    follow_links: FollowLinks = False,
     weights: Weights = None,
     revision: Revision = None,
     recipe_only: Annotated[
@@ -194,6 +196,7 @@ def perturb(
         mmap=mmap,
         again=again,
         quiet=quiet,
+        follow_links=follow_links,
         buffers_from=buffers_from,
     )
     if dry_run:

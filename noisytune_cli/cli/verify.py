@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from noisytune_cli.cli.options import AsJson, Device, Mmap, Overwrite, Quiet, Threads
+from noisytune_cli.cli.options import AsJson, Device, FollowLinks, Mmap, Overwrite, Quiet, Threads
 
 
 def verify(
@@ -24,6 +24,7 @@ def verify(
     ] = None,
     threads: Threads = None,
     mmap: Mmap = False,
+    follow_links: FollowLinks = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON on stdout.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -40,6 +41,7 @@ def verify(
         threads=threads,
         mmap=mmap,
         quiet=quiet,
+        follow_links=follow_links,
         progress=lambda nbytes: show.progress(nbytes, "verify", enabled=not quiet),
     )
     show_verify.show_verified(result, as_json=as_json, quiet=quiet)
@@ -74,6 +76,7 @@ def replay(
     device: Device = "cpu",
     threads: Threads = None,
     mmap: Mmap = False,
+    follow_links: FollowLinks = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -96,6 +99,7 @@ def replay(
         threads=threads,
         mmap=mmap,
         quiet=quiet,
+        follow_links=follow_links,
         progress=lambda nbytes: show.progress(nbytes, "replay", enabled=not quiet),
     )
     show_verify.show_replayed(result, as_json=as_json, quiet=quiet)

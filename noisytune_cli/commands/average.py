@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.checkpoint.formats._file import common_mode
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine import mean as means
@@ -50,6 +51,7 @@ def average(
     threads: int | None = None,
     mmap: bool = False,
     quiet: bool = False,
+    follow_links: bool = False,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
 ) -> Averaged:
     """Write the mean of `sources` and its manifest to `out`, durably, or change nothing.
@@ -67,7 +69,13 @@ def average(
         for source in sources:
             # The output is a folder where the first source is: what the others are makes no difference.
             members.append(
-                _open(source, mmap=mmap, quiet=quiet, check_place=None if members else check_place)
+                _open(
+                    source,
+                    mmap=mmap,
+                    quiet=quiet,
+                    follow_links=follow_links,
+                    check_place=None if members else check_place,
+                )
             )
             opened.callback(members[-1].close)
             # What is open, and room for as much as the last again: the next one, or the output.
@@ -89,9 +97,12 @@ def average(
         manifest = AverageManifest(
             members=tuple((weight, _record(member)) for weight, member in zip(weights, members, strict=True)),
             tensors=tuple(one.tensor for one in done),
-            copied=tuple((name, publication.copy(first.root / name, name)) for name in first.others),
+            copied=tuple(
+                (name, publication.copy(first.root / name, name, first.open_beside)) for name in first.others
+            ),
             left_out=first.left_out,
         )
+        first.check_beside()
         manifest_path = publication.publish(encode(manifest))
         warnings = [warning for member in members for warning in member.warnings]
         warnings += publication.warnings
@@ -129,9 +140,16 @@ def _check_coefficients(sources: Sequence[str], coefficients: Sequence[float]) -
     return list(coefficients)
 
 
-def _open(source: str, *, mmap: bool, quiet: bool, check_place: Callable[[], None] | None) -> Checkpoint:
+def _open(
+    source: str, *, mmap: bool, quiet: bool, follow_links: bool, check_place: Callable[[], None] | None
+) -> Checkpoint:
     member = open_checkpoint(
-        source, mmap=mmap, check_config=refuse_quantized_config, check_place=check_place, quiet=quiet
+        source,
+        mmap=mmap,
+        check_config=refuse_quantized_config,
+        check_place=check_place,
+        quiet=quiet,
+        follow_links=follow_links,
     )
     try:
         refuse_quantized(member.tensors, config=member.config, metadata=member.metadata, path=source)
@@ -199,9 +217,10 @@ def _carry_out(
     first, total = members[0], math.fsum(weights)
     with ExitStack() as opened:
         sinks = {}
+        mode = common_mode(file.mode for member in members for file in member.sources)
         for file in first.sources:
             name = publication.output.name if first.single_file else file.name
-            sinks[file.name] = file.create_sink(publication.path(name))
+            sinks[file.name] = file.create_sink(publication.path(name), mode)
             opened.callback(sinks[file.name].abort)
         shares = [
             means.AverageMember(

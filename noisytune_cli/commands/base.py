@@ -27,6 +27,7 @@ def open_original(
     *,
     mmap: bool = False,
     quiet: bool = False,
+    follow_links: bool = False,
     check_place: Callable[[], None] | None = None,
 ) -> Checkpoint:
     """Open `base`, or where it is None the hub id and commit that the manifest records.
@@ -60,6 +61,7 @@ def open_original(
         mmap=mmap,
         check_place=check_place,
         quiet=quiet,
+        follow_links=follow_links,
     )
     output = recorded.manifest.output
     if output is None or output.conversion.dequantized is None:

@@ -46,6 +46,7 @@ def inspect(
     mmap: bool = False,
     threads: int = 1,
     quiet: bool = False,
+    follow_links: bool = False,
     buffers_from: str = "auto",
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
 ) -> Inspection:
@@ -58,7 +59,9 @@ def inspect(
     noise = NoiseSpec(lam=lam, granularity=granularity, splits=tuple(splits))
     check_noise(noise)
     _check_sort(sort)
-    with open_checkpoint(source, weights=weights, revision=revision, mmap=mmap, quiet=quiet) as checkpoint:
+    with open_checkpoint(
+        source, weights=weights, revision=revision, mmap=mmap, quiet=quiet, follow_links=follow_links
+    ) as checkpoint:
         told = tell_buffers(checkpoint.tensors, config=checkpoint.config, decider=buffers_from)
         plan = make_plan(
             checkpoint.tensors,

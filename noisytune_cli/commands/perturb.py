@@ -58,6 +58,7 @@ class Request:
     again: bool = False
     quiet: bool = False
     buffers_from: str = "auto"
+    follow_links: bool = False
 
 
 @dataclass(frozen=True)
@@ -232,8 +233,14 @@ def _write_beside(
     """Write what lies beside the weights to every output: return what was copied, and what was converted."""
     anew = [] if conversion is None else companions(source, files, conversion)
     kept = [name for name in source.others if name not in {one.source for one in anew}]
-    copied = tuple((name, copy_file(source.root / name, name, publications)) for name in kept)
-    rewritten = tuple((c.name, c.source, write_file(c.content, c.name, publications)) for c in anew)
+    copied = tuple(
+        (name, copy_file(source.root / name, name, publications, source.open_beside)) for name in kept
+    )
+    rewritten = tuple(
+        (c.name, c.source, write_file(c.content, c.name, publications, source.mode_beside(c.source)))
+        for c in anew
+    )
+    source.check_beside()
     if conversion is None:
         return copied, None
     return copied, OutputRecord(conversion, tuple(file.record for file in files), rewritten)
@@ -268,6 +275,7 @@ def _open(
         check_place=check_place,
         check_earlier=check_earlier,
         quiet=request.quiet,
+        follow_links=request.follow_links,
     )
     try:
         if source.earlier is not None:

@@ -50,6 +50,7 @@ def replay(
     threads: int | None = None,
     mmap: bool = False,
     quiet: bool = False,
+    follow_links: bool = False,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
 ) -> Replayed:
     """Write to `out` what the manifest records, durably, or change nothing.
@@ -66,7 +67,9 @@ def replay(
     def check_place() -> None:
         check_places_of_download([out], recipe_only=False, overwrite=overwrite)
 
-    with open_original(recorded, base, mmap=mmap, quiet=quiet, check_place=check_place) as source:
+    with open_original(
+        recorded, base, mmap=mmap, quiet=quiet, follow_links=follow_links, check_place=check_place
+    ) as source:
         files, found = match_files(manifest, source)
         _refuse([*found, *_missing_copies(manifest, source)], recorded, source)
         walk = Walk(open_device(device), threads or default_threads())
@@ -78,7 +81,10 @@ def replay(
         check_space([output], needed_bytes(source, plan, rewritten), written + len(source.others) + 1)
         check_descriptors(len(source.weight_files) + written + 1)
         with Publication(output, directory=not source.single_file, overwrite=overwrite) as publication:
-            digests = {name: publication.copy(source.root / name, name) for name, _ in manifest.copied}
+            digests = {
+                name: publication.copy(source.root / name, name, source.open_beside)
+                for name, _ in manifest.copied
+            }
             changed = [name for name, digest in manifest.copied if digests[name] != digest]
             found = [Difference(name, None, "its bytes are not those recorded") for name in changed]
             if manifest.output is not None:

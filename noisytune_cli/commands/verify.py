@@ -76,6 +76,7 @@ def verify(
     threads: int | None = None,
     mmap: bool = False,
     quiet: bool = False,
+    follow_links: bool = False,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
 ) -> Verified:
     """Hold an output against its manifest and, where given, against the base.
@@ -103,7 +104,9 @@ def verify(
         plans = [_plan_digests(produced, matched)]
         originals: dict[str, Source] = {}
         if base is not None:
-            original = opened.enter_context(open_original(recorded, base, mmap=mmap, quiet=quiet))
+            original = opened.enter_context(
+                open_original(recorded, base, mmap=mmap, quiet=quiet, follow_links=follow_links)
+            )
             originals, headers = match_files(manifest, original, "the base: ")
             found += headers
             plans.append(Plan(manifest.noise, recorded_steps(manifest.receipts, originals)))

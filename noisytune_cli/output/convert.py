@@ -41,13 +41,14 @@ _STEMS = ("pytorch_model", "model")
 class OutputFile:
     """One weight file of the output: its header, and for each tensor of the source the slot it goes to.
 
-    `aliases` maps names that are stored under another one to that.
+    `aliases` maps names that are stored under another one to that; `mode` is the source's.
     """
 
     name: str
     header: bytes
     slots: Mapping[str, TensorSpec]
     aliases: Mapping[str, str]
+    mode: int
 
     @property
     def size(self) -> int:
@@ -67,7 +68,7 @@ class OutputFile:
 
     def create_sink(self, path: Path) -> Sink:
         """Create the file at `path`, which must not exist, with its header and empty slots."""
-        return create_file(path, self.header, self.size)
+        return create_file(path, self.header, self.size, self.mode)
 
 
 def lay_out(sources: Sequence[Source], plan: Plan, conversion: Conversion) -> tuple[OutputFile, ...]:
@@ -88,7 +89,7 @@ def _lay_out(source: Source, steps: Iterable[Step], conversion: Conversion) -> O
     if isinstance(file, SafetensorsSource):
         if same_dtypes and file is source:
             slots = {tensor.name: tensor for tensor in source.tensors}
-            return OutputFile(source.name, bytes(file.header), slots, {})
+            return OutputFile(source.name, bytes(file.header), slots, {}, source.mode)
     elif conversion.format is None:
         raise UsageError(
             "--to safetensors is missing",
@@ -116,7 +117,7 @@ def _lay_out(source: Source, steps: Iterable[Step], conversion: Conversion) -> O
         raise _cannot_hold(source, "its tensors' names need a header larger than readers accept")
     name = output_name(source.name, conversion)
     slots |= {alias: slots[keep] for alias, keep in aliases.items()}
-    return OutputFile(name, head, slots, aliases)
+    return OutputFile(name, head, slots, aliases, source.mode)
 
 
 def output_name(name: str, conversion: Conversion) -> str:

@@ -27,6 +27,7 @@ from types import TracebackType
 
 from blake3 import blake3
 
+from noisytune_cli.checkpoint.formats._file import output_mode
 from noisytune_cli.errors import NOTHING_PUBLISHED, OutputUnsafe, ResourceExhausted, unreadable, unwritable
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
@@ -45,6 +46,9 @@ from noisytune_cli.output.staging import sync_directory
 from noisytune_cli.reading import open_regular
 
 _CHUNK = 1 << 20
+
+#: Returns a descriptor of a file to be copied.
+Opener = Callable[[Path], int]
 
 #: What an old manifest is called in the staging directory, where an output may have any other name.
 _OLD_MANIFEST = f"{staging.PREFIX}replaced"
@@ -120,13 +124,13 @@ class Publication:
         self._written.add(name)
         return self._stage / name
 
-    def copy(self, source: Path, name: str) -> str:
+    def copy(self, source: Path, name: str, open_file: Opener = open_regular) -> str:
         """Copy a regular file to `name`, flushed, and return its digest `blake3:HEX`."""
-        return copy_file(source, name, [self])
+        return copy_file(source, name, [self], open_file)
 
     @contextmanager
-    def create(self, name: str) -> Iterator[Callable[[bytes], None]]:
-        """Create the file `name`; yield what writes to it, and flush it at the end."""
+    def create(self, name: str, mode: int = 0o666) -> Iterator[Callable[[bytes], None]]:
+        """Create the file `name` from one of `mode`; yield what writes to it, and flush it at the end."""
 
         def write(chunk: bytes) -> None:
             view = memoryview(chunk)
@@ -138,7 +142,8 @@ class Publication:
 
         self.path(name)
         try:
-            fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=self._lock)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            fd = os.open(name, flags, output_mode(mode), dir_fd=self._lock)
             with os.fdopen(fd, "wb", buffering=0) as file:
                 yield write
                 os.fsync(file.fileno())
@@ -371,16 +376,19 @@ def _empty(folder: int) -> None:
             os.unlink(name, dir_fd=folder)
 
 
-def copy_file(source: Path, name: str, publications: Sequence[Publication]) -> str:
+def copy_file(
+    source: Path, name: str, publications: Sequence[Publication], open_file: Opener = open_regular
+) -> str:
     """Copy a regular file to `name` in each publication, flushed, and return its digest `blake3:HEX`.
 
     It is read once, also where there is no publication.
     """
     digest = blake3()
-    fd = open_regular(source)
+    fd = open_file(source)
     try:
+        mode = os.fstat(fd).st_mode
         with ExitStack() as created:
-            writers = [created.enter_context(publication.create(name)) for publication in publications]
+            writers = [created.enter_context(publication.create(name, mode)) for publication in publications]
             while chunk := _read(fd, source):
                 digest.update(chunk)
                 for write in writers:
@@ -390,10 +398,10 @@ def copy_file(source: Path, name: str, publications: Sequence[Publication]) -> s
     return f"blake3:{digest.hexdigest()}"
 
 
-def write_file(content: bytes, name: str, publications: Sequence[Publication]) -> str:
+def write_file(content: bytes, name: str, publications: Sequence[Publication], mode: int = 0o666) -> str:
     """Write a small file to `name` in each publication, flushed, and return its digest `blake3:HEX`."""
     for publication in publications:
-        with publication.create(name) as write:
+        with publication.create(name, mode) as write:
             write(content)
     return f"blake3:{blake3(content).hexdigest()}"
 

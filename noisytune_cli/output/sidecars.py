@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
@@ -59,7 +58,7 @@ def companions(source: Checkpoint, files: Sequence[OutputFile], conversion: Conv
     main = source.sources[0] if source.index is None else source.index
     config = posixpath.join(posixpath.dirname(main.name), CONFIG)
     if config in source.others:
-        made.append(_rewrite(source.root, config, config, partial(_follow, conversion=conversion)))
+        made.append(_rewrite(source, config, config, partial(_follow, conversion=conversion)))
     return [companion for companion in made if companion is not None]
 
 
@@ -90,7 +89,7 @@ def _index(
         if isinstance(metadata, dict) and "total_size" in metadata:
             metadata["total_size"] = total
 
-    return _rewrite(source.root, name, renamed, follow)
+    return _rewrite(source, name, renamed, follow)
 
 
 def _follow(document: dict[str, Any], conversion: Conversion) -> None:
@@ -115,10 +114,11 @@ def _sections(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _rewrite(
-    root: Path, name: str, renamed: str, follow: Callable[[dict[str, Any]], None]
+    source: Checkpoint, name: str, renamed: str, follow: Callable[[dict[str, Any]], None]
 ) -> Companion | None:
     """Return the file as `follow` changes it, or None where it stays what and where it is."""
-    document = read_json(root / name, _MAX_BYTES)
+    root, reach = source.root, source.reach
+    document = read_json(root / name, _MAX_BYTES, reach)
     before = json.dumps(document)
     try:
         assert isinstance(document, dict)
@@ -132,7 +132,7 @@ def _rewrite(
         ) from error
     if renamed == name and json.dumps(document) == before:
         return None
-    return Companion(renamed, name, _dump(document, read_small(root / name, _MAX_BYTES)))
+    return Companion(renamed, name, _dump(document, read_small(root / name, _MAX_BYTES, reach)))
 
 
 def _dump(document: object, like: bytes) -> bytes:

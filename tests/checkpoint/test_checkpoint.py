@@ -15,7 +15,7 @@ import pytest
 from noisytune_cli.checkpoint import checkpoint as checkpoint_module
 from noisytune_cli.checkpoint import folder as folder_module
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError
+from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch, UsageError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -276,8 +276,47 @@ def test_shards_may_be_links(tmp_path: Path) -> None:
     root = save_sharded(tmp_path / "model")
     os.rename(root / SHARDS[0], tmp_path / "blob")
     (root / SHARDS[0]).symlink_to("../blob")
-    with open_checkpoint(str(root)) as opened:
+    assert "--follow-links" in refused(root)
+    with open_checkpoint(str(root), follow_links=True) as opened:
         assert names(opened) == list(SHARDS)
+
+
+@pytest.mark.parametrize("name", ["config.json", "README.md", "model.safetensors.index.json", SHARDS[1]])
+def test_a_link_out_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    root = save_sharded(tmp_path / "model")
+    outside = tmp_path / "model-secrets"
+    outside.write_bytes((root / name).read_bytes() if (root / name).exists() else b"{}")
+    (root / name).unlink(missing_ok=True)
+    (root / name).symlink_to(outside)
+    said = refused(root)
+    assert f"/{name}" in said
+    assert "--follow-links" in said
+    with open_checkpoint(str(root), follow_links=True):
+        pass
+
+
+def test_a_file_that_is_swapped_for_a_link_out_is_not_copied(tmp_path: Path) -> None:
+    root = tmp_path / "model"
+    save(root / "model.safetensors", "a")
+    write(root, "README.md")
+    (tmp_path / "secret").write_bytes(b"x")
+    with open_checkpoint(str(root)) as opened:
+        (root / "README.md").unlink()
+        (root / "README.md").symlink_to(tmp_path / "secret")
+        with pytest.raises(InputInvalid, match="link out"):
+            opened.open_beside(root / "README.md")
+
+
+def test_a_side_file_that_is_rewritten_is_noticed(tmp_path: Path) -> None:
+    save(tmp_path / "model.safetensors", "a")
+    write(tmp_path, "README.md")
+    before = (tmp_path / "README.md").stat()
+    with open_checkpoint(str(tmp_path)) as opened:
+        opened.check_beside()
+        (tmp_path / "README.md").write_bytes(b"y")
+        os.utime(tmp_path / "README.md", ns=(before.st_atime_ns, before.st_mtime_ns))
+        with pytest.raises(Mismatch, match=r"README\.md"):
+            opened.check_beside()
 
 
 def test_shards_without_their_index(tmp_path: Path) -> None:
@@ -397,7 +436,7 @@ def test_links_and_special_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     root = tmp_path / "model"
     save(root / "model.safetensors", "a")
     write(root, "sub/deep/file.txt")
-    (root / "vocab.txt").symlink_to(outside / "vocab.txt")
+    (root / "vocab.txt").symlink_to("sub/deep/file.txt")
     (root / "out").symlink_to(outside)
     (root / "sub/deep/up").symlink_to("../..")
     (root / "alias").symlink_to("sub/deep")

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from malformed import CASES, HEADER, Case, crowd, frame
 
+from noisytune_cli import dtypes
 from noisytune_cli.checkpoint.formats.safetensors import SafetensorsSource, open_source
 from noisytune_cli.checkpoint.formats.safetensors import header as _header
 from noisytune_cli.errors import InputInvalid
@@ -135,14 +136,14 @@ def test_no_tensors_is_warned_of(tmp_path: Path) -> None:
 
 
 def test_every_dtype_of_the_package_is_known_with_its_size(tmp_path: Path) -> None:
-    for dtype, bits in _header._BITS.items():
+    for dtype, bits in dtypes._BITS.items():
         header = f'{{"a":{{"dtype":"{dtype}","shape":[8],"data_offsets":[0,{bits}]}}}}'
         content = frame(header, bytes(bits))
         assert contents(opened(tmp_path / "f", content)) == official(content)
     with pytest.raises(safetensors.SafetensorError) as caught:
         safetensors.deserialize(frame(HEADER.replace("F32", "F128")))
     listed = str(caught.value).split("expected one of ")[1].split(" at line")[0]
-    assert {name.strip("` ") for name in listed.split(",")} == set(_header._BITS)
+    assert {name.strip("` ") for name in listed.split(",")} == set(dtypes._BITS)
 
 
 def test_the_cap_counts_entries_not_braces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

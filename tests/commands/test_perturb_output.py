@@ -27,6 +27,7 @@ from noisytune_cli.errors import (
     UsageError,
 )
 from noisytune_cli.output import places as outputs_module
+from noisytune_cli.output import space as space_module
 from noisytune_cli.output import staging
 from noisytune_cli.records import NoiseSpec
 
@@ -303,7 +304,17 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ResourceExhausted, match="nothing was written"):
         run(source, small_disk / "out")
     # Found while writing, where space is not what it seemed.
-    monkeypatch.setattr(outputs_module, "check_space", lambda *_: None)
+    monkeypatch.setattr(space_module, "check_space", lambda *_: None)
     with pytest.raises(ResourceExhausted, match="free; nothing was published"):
         run(source, small_disk / "out")
     assert os.listdir(small_disk) == []
+
+
+def test_an_output_is_no_more_readable_than_its_source(tmp_path: Path) -> None:
+    source = save(tmp_path / "in/model.safetensors", {"w": weights("F32", 8, 8)}).parent
+    (source / "README.md").write_text("private")
+    for path in source.iterdir():
+        path.chmod(0o600)
+    run(source, tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "out/README.md").stat().st_mode & 0o777 == 0o600

@@ -29,7 +29,10 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     from noisytune_cli.noise.devices.cpu.build import FLAGS
 
     built = tmp_path_factory.mktemp("arm64") / "kernels"
-    source, kernels = Path(__file__).with_name("emulated_kernels.c"), Path(library.__file__).parent
+    source, kernels = (
+        Path(__file__).parents[1] / "inputs" / "emulated_kernels.c",
+        Path(library.__file__).parent,
+    )
     chosen = ["-target", "aarch64-linux-musl", "-static", "-DLEVEL=neon", "-DLOWEST", f"-I{kernels}"]
     command = [sys.executable, "-m", "ziglang", "cc", *FLAGS, *chosen, str(source), "-o", str(built)]
     subprocess.run(command, check=True, timeout=240)

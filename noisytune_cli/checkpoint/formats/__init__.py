@@ -2,7 +2,7 @@
 
 A format module's name is the name a user types. It offers
 
-    open_source(path, name, mmap) -> Source    parse and validate the header; read no tensor data
+    open_source(path, name, mmap, reach=None) -> Source    parse and validate the header; read no tensor data
     recognise(head) -> bool                    whether a file that begins so is one
 
 A `Source` is one weight file: where its tensors lie, and plain positioned reads. A `Sink` is its twin in
@@ -19,20 +19,22 @@ from typing import Protocol
 from noisytune_cli.checkpoint.formats._signatures import HEAD
 from noisytune_cli.checkpoint.layout import METADATA
 from noisytune_cli.errors import unreadable
-from noisytune_cli.reading import open_regular
+from noisytune_cli.reading import Reach, open_regular
 from noisytune_cli.records import TensorSpec
 
 
 class Source(Protocol):
     """One open weight file, or a directory that is read as one; `name` is then its main file's.
 
-    `files` are the names of all files it is made of, `size` their bytes. Threads may read at once; nothing is
+    `files` are the names of all files it is made of, `size` their bytes, `mode` what all of
+    them allow. Threads may read at once; nothing is
     ever written to it.
     """
 
     path: Path
     name: str
     size: int
+    mode: int
     tensors: tuple[TensorSpec, ...]
     metadata: Mapping[str, str]
     warnings: tuple[str, ...]
@@ -58,11 +60,14 @@ class Source(Protocol):
         InputUnreadable if the read fails.
         """
 
-    def create_sink(self, path: Path) -> Sink:
-        """Create the file at `path`, which must not exist, with this file's header and empty slots."""
+    def create_sink(self, path: Path, mode: int = 0o666) -> Sink:
+        """Create the file at `path`, which must not exist, with this file's header and empty slots.
+
+        Nobody may read it who may not read this file, nor one of `mode`.
+        """
 
     def check_unchanged(self) -> None:
-        """Raise Mismatch if size, mtime or inode differ from what they were at open."""
+        """Raise Mismatch if size, mtime, ctime or inode differ from what they were at open."""
 
     def check_sums(self) -> None:
         """Raise InputInvalid if what was read so far does not fit the checksums that the format keeps."""
@@ -97,7 +102,7 @@ class Nowhere:
         """Have nothing to close."""
 
 
-def open_source(path: Path, name: str, mmap: bool) -> Source:
+def open_source(path: Path, name: str, mmap: bool, reach: Reach | None = None) -> Source:
     """Open the weight file at `path` in its format: the name's where it is plain, else the content's.
 
     `name` is the file's name relative to the checkpoint, for the TensorSpecs. No tensor data is read.
@@ -107,18 +112,18 @@ def open_source(path: Path, name: str, mmap: bool) -> Source:
     if path.name == METADATA:
         from noisytune_cli.checkpoint.formats import dcp
 
-        return dcp.open_source(path, name, mmap)
-    if path.name.endswith(safetensors.SUFFIX) or safetensors.recognise(head := _read_head(path)):
-        return safetensors.open_source(path, name, mmap)
+        return dcp.open_source(path, name, mmap, reach)
+    if path.name.endswith(safetensors.SUFFIX) or safetensors.recognise(head := _read_head(path, reach)):
+        return safetensors.open_source(path, name, mmap, reach)
     from noisytune_cli.checkpoint.formats import torch
 
     if torch.recognise(head) or path.name.endswith(torch.SUFFIXES):
-        return torch.open_source(path, name, mmap)
-    return safetensors.open_source(path, name, mmap)
+        return torch.open_source(path, name, mmap, reach)
+    return safetensors.open_source(path, name, mmap, reach)
 
 
-def _read_head(path: Path) -> bytes:
-    fd = open_regular(path)
+def _read_head(path: Path, reach: Reach | None) -> bytes:
+    fd = open_regular(path, reach)
     try:
         return os.pread(fd, HEAD, 0)
     except OSError as error:

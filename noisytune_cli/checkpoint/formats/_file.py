@@ -12,13 +12,15 @@ import errno
 import mmap as mapping
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import reduce
+from operator import and_
 from pathlib import Path
 from typing import TypeVar
 
 from noisytune_cli.checkpoint.formats import _system as system
 from noisytune_cli.errors import Mismatch, NoisytuneError, ResourceExhausted, unreadable, unwritable
-from noisytune_cli.reading import open_regular
+from noisytune_cli.reading import Reach, changed, fingerprint, open_regular
 
 _WRITEBACK_BYTES = 64 << 20
 
@@ -33,7 +35,9 @@ class InputFile:
         self.path = path
         self.name = name
         self._fd = fd
-        self._at_open = _fingerprint(os.fstat(fd))
+        status = os.fstat(fd)
+        self._at_open = fingerprint(status)
+        self.mode = status.st_mode
         self.identity = self._at_open[:2]
         self.size = self._at_open[2]
         self._mapped: memoryview | None = None
@@ -83,10 +87,10 @@ class InputFile:
             raise unreadable(error, self.path) from error
 
     def check_unchanged(self) -> None:
-        """Raise Mismatch if size, mtime or inode differ from what they were at open."""
+        """Raise Mismatch if size, mtime, ctime or inode differ from what they were at open."""
         try:
-            by_name = _fingerprint(os.stat(self.path))
-            by_descriptor = _fingerprint(os.fstat(self._fd))
+            by_name = fingerprint(os.stat(self.path))
+            by_descriptor = fingerprint(os.fstat(self._fd))
         except FileNotFoundError as error:
             raise self._changed("it was removed") from error
         except OSError as error:
@@ -94,7 +98,7 @@ class InputFile:
         if by_name[:2] != self.identity:
             raise self._changed("another file took its place")
         if by_descriptor != self._at_open or by_name != self._at_open:
-            raise self._changed("its size or its time of modification is another")
+            raise self._changed("its size or its time of modification or change is another")
 
     def close(self) -> None:
         """Release the descriptor (twice is fine); a mapping lives as long as the views into it."""
@@ -106,12 +110,7 @@ class InputFile:
                 os.close(fd)
 
     def _changed(self, how: str) -> Mismatch:
-        return Mismatch(
-            "the input changed while it was read",
-            path=self.path,
-            why=how,
-            next_step="Wait until nothing writes to it any more, then run again",
-        )
+        return changed(self.path, how)
 
 
 class WritableFile:
@@ -197,12 +196,23 @@ class WritableFile:
             system.start_writeback(self._fd, 0, 0)
 
 
-def open_input(path: Path, open_as: Callable[[int], _Opened]) -> _Opened:
+def common_mode(modes: Iterable[int]) -> int:
+    """Return a mode that allows what all of these allow."""
+    return reduce(and_, modes, 0o666)
+
+
+def output_mode(mode: int) -> int:
+    """Return the mode for a file that is made from one of `mode`: for nobody who may not read that."""
+    return 0o600 | (mode & 0o066)
+
+
+def open_input(path: Path, open_as: Callable[[int], _Opened], reach: Reach | None = None) -> _Opened:
     """Open the regular file at `path` and return what `open_as` makes of the descriptor.
 
-    Raises InputInvalid if it is no regular file, InputUnreadable if it is missing or cannot be read.
+    Raises InputInvalid if it is no regular file or out of `reach`, InputUnreadable if it is missing
+    or cannot be read.
     """
-    fd = open_regular(path)
+    fd = open_regular(path, reach)
     try:
         return open_as(fd)
     except OSError as error:
@@ -213,10 +223,13 @@ def open_input(path: Path, open_as: Callable[[int], _Opened]) -> _Opened:
         raise
 
 
-def create_output(path: Path, open_as: Callable[[int], _Opened]) -> _Opened:
-    """Create the file at `path`, which must not exist, and return what `open_as` makes of the descriptor."""
+def create_output(path: Path, open_as: Callable[[int], _Opened], mode: int) -> _Opened:
+    """Create the file at `path`, which must not exist, and return what `open_as` makes of the descriptor.
+
+    Nobody may read it who may not read a file of `mode`.
+    """
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, output_mode(mode))
     except OSError as error:
         raise unwritable(error, path) from error
     try:
@@ -227,8 +240,3 @@ def create_output(path: Path, open_as: Callable[[int], _Opened]) -> _Opened:
     except BaseException:
         os.close(fd)
         raise
-
-
-def _fingerprint(status: os.stat_result) -> tuple[int, int, int, int]:
-    """Return what tells a file from what it was: device, inode, size, time of modification in ns."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -19,7 +19,13 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from noisytune_cli.checkpoint.formats._file import InputFile, WritableFile, create_output, open_input
+from noisytune_cli.checkpoint.formats._file import (
+    InputFile,
+    WritableFile,
+    common_mode,
+    create_output,
+    open_input,
+)
 from noisytune_cli.checkpoint.formats.dcp.chunks import ChunkFile, invalid, open_chunks
 from noisytune_cli.checkpoint.formats.dcp.metadata import Chunk, ChunkedTensor, read_metadata
 from noisytune_cli.checkpoint.formats.dcp.rectangles import Rectangle, check_tiles, move_run
@@ -30,6 +36,7 @@ from noisytune_cli.checkpoint.formats.torch.storages import StoredSink
 from noisytune_cli.checkpoint.formats.torch.values import PickleFault
 from noisytune_cli.checkpoint.layout import CHUNKS_SUFFIX
 from noisytune_cli.errors import unreadable
+from noisytune_cli.reading import Reach
 from noisytune_cli.records import TensorSpec
 
 #: `.metadata` may be larger, by as much again, for each of so many stored bytes of chunks, up to a limit: a
@@ -43,7 +50,7 @@ _Piece = tuple["ChunkFile", TensorSpec]
 class DcpSource:
     """One open directory (see `formats.Source`); `path` and `name` are those of its `.metadata`."""
 
-    def __init__(self, metadata: InputFile, opened: ExitStack, mmap: bool) -> None:
+    def __init__(self, metadata: InputFile, opened: ExitStack, mmap: bool, reach: Reach | None) -> None:
         """Open the files that `metadata` names; where this raises, `opened` closes what it had opened."""
         self.path, self.name = metadata.path, metadata.name
         try:
@@ -64,10 +71,13 @@ class DcpSource:
                 chunks[chunk.file][_label(name, number)] = chunk, tensor.dtype
         home = posixpath.dirname(self.name)
         self._parts = [
-            open_chunks(self.path.with_name(file), posixpath.join(home, file), mmap, chunks[file], opened)
+            open_chunks(
+                self.path.with_name(file), posixpath.join(home, file), mmap, chunks[file], opened, reach
+            )
             for file in saved.files
         ]
         self._inputs: tuple[InputFile, ...] = (metadata, *self._parts)
+        self.mode = common_mode(file.mode for file in self._inputs)
         self.files = tuple(file.name for file in self._inputs)
         self.size = sum(file.size for file in self._inputs)
         pieces = {spec.name: (part, spec) for part in self._parts for spec in part.tensors}
@@ -104,18 +114,18 @@ class DcpSource:
         move_run(_byte_shape(tensor), rectangles, start, np.frombuffer(buffer, np.uint8), _read_piece)
         return buffer
 
-    def create_sink(self, path: Path) -> DcpSink:
+    def create_sink(self, path: Path, mode: int = 0o666) -> DcpSink:
         """Create all files beside `path`, which becomes `.metadata`; none of them may exist."""
-        return DcpSink(self, path)
+        return DcpSink(self, path, mode)
 
-    def piece_sinks(self, folder: Path) -> Iterator[tuple[ChunkFile, StoredSink]]:
+    def piece_sinks(self, folder: Path, mode: int) -> Iterator[tuple[ChunkFile, StoredSink]]:
         """Create each chunk file in `folder`, with empty slots."""
         for part in self._parts:
-            yield part, part.create_sink(folder / posixpath.basename(part.name))
+            yield part, part.create_sink(folder / posixpath.basename(part.name), mode)
 
-    def metadata_sink(self, path: Path) -> WritableFile:
+    def metadata_sink(self, path: Path, mode: int) -> WritableFile:
         """Create `.metadata` at `path`."""
-        sink = create_output(path, lambda fd: WritableFile(fd, path, len(self._content)))
+        sink = create_output(path, lambda fd: WritableFile(fd, path, len(self._content)), self.mode & mode)
         sink.write_at(0, self._content)
         return sink
 
@@ -124,7 +134,7 @@ class DcpSource:
         return self._rectangles[tensor.name]
 
     def check_unchanged(self) -> None:
-        """Raise Mismatch if size, mtime or inode of a file differ from what they were at open."""
+        """Raise Mismatch if size, mtime, ctime or inode of a file differ from what they were at open."""
         for file in self._inputs:
             file.check_unchanged()
 
@@ -149,15 +159,15 @@ class DcpSource:
 class DcpSink:
     """One directory being written (see `formats.Sink`)."""
 
-    def __init__(self, source: DcpSource, path: Path) -> None:
+    def __init__(self, source: DcpSource, path: Path, mode: int) -> None:
         """Create the files; where this raises, those that were made are closed."""
         self._source = source
         self._sinks: dict[ChunkFile, StoredSink] = {}
         self._metadata: WritableFile | None = None
         try:
-            for part, sink in source.piece_sinks(path.parent):
+            for part, sink in source.piece_sinks(path.parent, mode):
                 self._sinks[part] = sink
-            self._metadata = source.metadata_sink(path)
+            self._metadata = source.metadata_sink(path, mode)
         except BaseException:
             self.abort()
             raise
@@ -191,16 +201,16 @@ def recognise(head: bytes) -> bool:
     return b"torch.distributed.checkpoint.metadata" in head
 
 
-def open_source(path: Path, name: str, mmap: bool) -> DcpSource:
+def open_source(path: Path, name: str, mmap: bool, reach: Reach | None = None) -> DcpSource:
     """Open the directory whose `.metadata` is at `path` and read its structure; no tensor data is read.
 
     `name` is that file's name relative to the checkpoint, for the TensorSpecs. Raises InputInvalid for
     whatever is no checkpoint or not a safe one, InputUnreadable if `.metadata` is missing or cannot be read.
     """
     with ExitStack() as opened:
-        metadata = open_input(path, lambda fd: InputFile(fd, path, name))
+        metadata = open_input(path, lambda fd: InputFile(fd, path, name), reach)
         opened.callback(metadata.close)
-        return DcpSource(metadata, opened, mmap)
+        return DcpSource(metadata, opened, mmap, reach)
 
 
 def _times_larger(folder: Path) -> int:

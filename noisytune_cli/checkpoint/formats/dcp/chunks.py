@@ -21,6 +21,7 @@ from noisytune_cli.checkpoint.formats.torch.values import PickleFault
 from noisytune_cli.checkpoint.formats.torch.zip import Record
 from noisytune_cli.checkpoint.layout import METADATA
 from noisytune_cli.errors import InputInvalid
+from noisytune_cli.reading import Reach
 
 _FETCH = "The checkpoint is damaged or unfinished: fetch it again, or save it anew"
 _WHOLE = "Fetch all files of the checkpoint, .metadata among them"
@@ -70,7 +71,9 @@ class ChunkFile(StoredSource):
         return invalid(self.path, fault, tensor)
 
 
-def open_chunks(path: Path, name: str, mmap: bool, chunks: Chunks, opened: ExitStack) -> ChunkFile:
+def open_chunks(
+    path: Path, name: str, mmap: bool, chunks: Chunks, opened: ExitStack, reach: Reach | None
+) -> ChunkFile:
     """Open the file at `path`, and have `opened` close it; InputInvalid if it is absent or another."""
     if not os.path.lexists(path):
         raise InputInvalid(
@@ -79,7 +82,7 @@ def open_chunks(path: Path, name: str, mmap: bool, chunks: Chunks, opened: ExitS
             why=f"{METADATA} names this file, which is absent",
             next_step=_WHOLE,
         )
-    part = open_input(path, lambda fd: ChunkFile(fd, path, name, mmap, chunks))
+    part = open_input(path, lambda fd: ChunkFile(fd, path, name, mmap, chunks), reach)
     opened.callback(part.close)
     return part
 

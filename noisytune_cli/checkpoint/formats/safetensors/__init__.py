@@ -19,6 +19,7 @@ from noisytune_cli.checkpoint.formats._signatures import HEAD
 from noisytune_cli.checkpoint.formats._signatures import recognise as recognise_other
 from noisytune_cli.checkpoint.formats.safetensors.header import PREFIX, HeaderFault, parse_header
 from noisytune_cli.errors import InputInvalid
+from noisytune_cli.reading import Reach
 from noisytune_cli.records import TensorSpec
 
 #: What a file's name ends in.
@@ -69,9 +70,9 @@ class SafetensorsSource(InputFile):
     def check_sums(self) -> None:
         """Do nothing: the format keeps no checksums."""
 
-    def create_sink(self, path: Path) -> SafetensorsSink:
+    def create_sink(self, path: Path, mode: int = 0o666) -> SafetensorsSink:
         """Create the file at `path`, which must not exist, with this file's header and empty slots."""
-        return create_file(path, self.header, self.size)
+        return create_file(path, self.header, self.size, self.mode & mode)
 
     def _read_header(self) -> bytearray:
         if self.size == 0:
@@ -121,15 +122,15 @@ def recognise(head: bytes) -> bool:
     return int.from_bytes(head[:PREFIX], "little") <= MAX_HEADER and head[PREFIX : PREFIX + 1] == b"{"
 
 
-def open_source(path: Path, name: str, mmap: bool) -> SafetensorsSource:
+def open_source(path: Path, name: str, mmap: bool, reach: Reach | None = None) -> SafetensorsSource:
     """Open the safetensors file at `path` and validate its header; no tensor data is read.
 
     `name` is the file's name relative to the checkpoint, for the TensorSpecs. Raises InputInvalid for
     whatever is not a safetensors file, InputUnreadable if it is missing or cannot be read.
     """
-    return open_input(path, lambda fd: SafetensorsSource(fd, path, name, mmap))
+    return open_input(path, lambda fd: SafetensorsSource(fd, path, name, mmap), reach)
 
 
-def create_file(path: Path, header: bytes | bytearray, size: int) -> SafetensorsSink:
+def create_file(path: Path, header: bytes | bytearray, size: int, mode: int) -> SafetensorsSink:
     """Create the file at `path`, which must not exist: `size` bytes that begin with the whole `header`."""
-    return create_output(path, lambda fd: SafetensorsSink(fd, path, header, size))
+    return create_output(path, lambda fd: SafetensorsSink(fd, path, header, size), mode)

@@ -19,6 +19,7 @@ from noisytune_cli.checkpoint.formats.torch.state_dict import find_weights, rest
 from noisytune_cli.checkpoint.formats.torch.storages import StoredSource
 from noisytune_cli.checkpoint.formats.torch.values import PickleFault
 from noisytune_cli.errors import InputInvalid
+from noisytune_cli.reading import Reach
 
 #: What a file's name ends in.
 SUFFIXES = (".bin", ".pt", ".pth", ".th", ".ckpt")
@@ -67,10 +68,10 @@ class TorchSource(StoredSource):
         )
 
 
-def open_source(path: Path, name: str, mmap: bool) -> TorchSource:
+def open_source(path: Path, name: str, mmap: bool, reach: Reach | None = None) -> TorchSource:
     """Open the PyTorch checkpoint at `path` and read its structure; no tensor data is read.
 
     `name` is the file's name relative to the checkpoint, for the TensorSpecs. Raises InputInvalid for
     whatever is no PyTorch checkpoint or not a safe one, InputUnreadable if it is missing or cannot be read.
     """
-    return open_input(path, lambda fd: TorchSource(fd, path, name, mmap))
+    return open_input(path, lambda fd: TorchSource(fd, path, name, mmap), reach)

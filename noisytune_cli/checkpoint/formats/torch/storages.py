@@ -121,9 +121,9 @@ class StoredSource(InputFile, ABC):
                 place += len(data)
             place = end
 
-    def create_sink(self, path: Path) -> StoredSink:
+    def create_sink(self, path: Path, mode: int = 0o666) -> StoredSink:
         """Create the file at `path`, which must not exist, as a copy of this file with empty slots."""
-        return create_output(path, lambda fd: StoredSink(fd, path, self))
+        return create_output(path, lambda fd: StoredSink(fd, path, self), self.mode & mode)
 
     def check_sums(self) -> None:
         """Raise InputInvalid if a record of which something was read does not fit its CRC-32."""
