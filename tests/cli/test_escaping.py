@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 from noisytune_cli.cli import show
 from noisytune_cli.cli.app import app
-from noisytune_cli.output.staging import prefix_for
+from noisytune_cli.output.staging import create
 
 #: What a name may try: the screen, the title, a line of its own, the reading order, markup, a path.
 HOSTILE = (
@@ -104,7 +104,8 @@ def test_perturb_and_what_follows(source: Path, tmp_path: Path) -> None:
 
 def test_perturb_json_and_left_overs(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out\x1b]0;x\x07"
-    (tmp_path / f"{prefix_for(out)}0123").mkdir()
+    _, lock = create(tmp_path, out)
+    os.close(lock)  # as when its run is killed
     result = run("perturb", source, "-o", out, "--json")
     assert "killed" in result.stderr
     assert json.loads(result.stdout)["output"] == str(out)
