@@ -204,16 +204,27 @@ def clear_dead(place: Path, output: Path, left: list[str] | None = None) -> tupl
 
 def _tags(place: Path) -> tuple[str, str, str]:
     """Return what stands for this host, this run of its kernel, and the mount that `place` is on."""
-    told = (_text(_HOST) + platform.node(), _text(_BOOT), str(os.stat(place).st_dev))
-    host, boot, mount = (hashlib.blake2b(os.fsencode(text), digest_size=4).hexdigest() for text in told)
+    told = (_text(_HOST) + os.fsencode(platform.node()), _text(_BOOT), b"%d" % os.stat(place).st_dev)
+    host, boot, mount = (hashlib.blake2b(text, digest_size=4).hexdigest() for text in told)
     return host, boot, mount
 
 
-def _text(path: Path) -> str:
+def _text(path: Path) -> bytes:
+    """Return a small file of the system's; nothing where there is none.
+
+    That it cannot be closed loses nothing: a tag that changed would make a run's own left-over another's.
+    """
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return ""
+        return b""
+    try:
+        return os.read(fd, 4096)
+    except OSError:
+        return b""
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(fd)
 
 
 def _whose(path: Path) -> str | None:

@@ -138,3 +138,18 @@ def test_what_is_kept_has_the_very_bytes_and_is_flushed(
     there.write_bytes(b"same")
     assert staging.keeps(staged, there)
     assert flushed == [there.stat().st_ino]
+
+
+def test_a_failing_close_changes_no_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The left-over of a run whose every close failed is still known for ours.
+    close = os.close
+
+    def failing(fd: int) -> None:
+        close(fd)
+        raise OSError(errno.EIO, "no")
+
+    expected = staging._tags(tmp_path)
+    monkeypatch.setattr(os, "close", failing)
+    assert staging._tags(tmp_path) == expected
+    monkeypatch.undo()
+    assert expected[0] != expected[1]
