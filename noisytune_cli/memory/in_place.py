@@ -1,6 +1,6 @@
 """Measure tensors where they lie, and add noise to them in place.
 
-Host memory goes through the compiled loops without a copy, all tensors together. On a CUDA device a few
+Host memory goes through the compiled kernels without a copy, all tensors together. On a CUDA device a few
 launches of fused kernels, or else torch operations, are queued for all tensors given before the first result
 is fetched: so it is waited for once for the sums and once for the counts, whatever the number of tensors.
 What cannot be worked on where it lies takes a detour, one tensor at a time: values that are not contiguous by
