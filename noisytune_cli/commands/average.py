@@ -16,7 +16,7 @@ from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.formats._file import common_mode
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.dtypes import FLOAT_DTYPES
-from noisytune_cli.engine import mean as means
+from noisytune_cli.engine import mean
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import enumerate_some, escape
@@ -212,7 +212,7 @@ def _carry_out(
     publication: Publication,
     threads: int,
     progress: Progress,
-) -> list[means.Done]:
+) -> list[mean.Done]:
     """Fill every weight file and flush it; the sources must be as they were throughout."""
     first, total = members[0], math.fsum(weights)
     with ExitStack() as opened:
@@ -223,7 +223,7 @@ def _carry_out(
             sinks[file.name] = file.create_sink(publication.path(name), mode)
             opened.callback(sinks[file.name].abort)
         shares = [
-            means.AverageMember(
+            mean.AverageMember(
                 weight / total,
                 {file.name: file for file in member.sources},
                 {tensor.name: tensor for tensor in member.tensors},
@@ -231,7 +231,7 @@ def _carry_out(
             for weight, member in zip(weights, members, strict=True)
         ]
         with progress(sum(tensor.nbytes for tensor in first.tensors) * len(members)) as report:
-            done = means.average(
+            done = mean.average(
                 first.tensors, shares, sinks, open_device("cpu"), threads=threads, progress=report
             )
         for member in members:
@@ -248,7 +248,7 @@ def _record(member: Checkpoint) -> SourceRecord:
     return SourceRecord(member.id, member.revision, files)
 
 
-def _warnings(done: Sequence[means.Done]) -> list[str]:
+def _warnings(done: Sequence[mean.Done]) -> list[str]:
     """Say which tensors hold what is no number, and which could not be averaged though they differ."""
     broken = [one.tensor.tensor.name for one in done if one.strange]
     apart = [one.tensor.tensor.name for one in done if one.tensor.action == "copy" and one.differs]

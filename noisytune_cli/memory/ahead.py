@@ -17,7 +17,7 @@ from noisytune_cli.memory.in_place import enough_memory, is_exact, lies_flat
 from noisytune_cli.memory.overlaps import has_memory
 from noisytune_cli.memory.sharded import PLAIN
 from noisytune_cli.noise.devices import cuda
-from noisytune_cli.noise.devices.torch import operations as torch_kernels
+from noisytune_cli.noise.devices.torch import operations
 from noisytune_cli.noise.devices.torch.results import send_to_host
 from noisytune_cli.noise.std import Moments
 
@@ -47,10 +47,10 @@ class SumsAhead:
             self._begin(batch)
 
     def _begin(self, batch: list[Tensor]) -> None:
-        from noisytune_cli.noise.devices.cuda import sums as triton_sums
+        from noisytune_cli.noise.devices.cuda import sums
 
         with torch.no_grad(), enough_memory():
-            self._sent.append((batch, send_to_host(triton_sums.sums(batch))))
+            self._sent.append((batch, send_to_host(sums.sums(batch))))
 
     def __contains__(self, tensor: Tensor) -> bool:
         return id(tensor) in self._tensors
@@ -61,7 +61,7 @@ class SumsAhead:
             batch, rows = self._sent.popleft()
             with enough_memory():
                 for each, row in zip(batch, rows(), strict=True):
-                    self._moments[id(each)] = torch_kernels.moments_of(row, each)
+                    self._moments[id(each)] = operations.moments_of(row, each)
         return self._moments[id(tensor)]
 
 
@@ -71,7 +71,7 @@ def _can_go_ahead(tensor: Tensor) -> bool:
         type(tensor) in PLAIN
         and not tensor.is_nested
         and tensor.layout == torch.strided
-        and tensor.dtype in torch_kernels.NAMES
+        and tensor.dtype in operations.NAMES
         and tensor.numel() > 0
         and has_memory(tensor)
         and is_exact(tensor.device)

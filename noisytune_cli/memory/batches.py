@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from noisytune_cli.memory import in_place
-from noisytune_cli.memory import matrices as in_place_parts
+from noisytune_cli.memory import in_place, matrices
 from noisytune_cli.memory.ahead import FIRST_BATCH, SumsAhead
 from noisytune_cli.memory.plan import Matrix, Parameter
 from noisytune_cli.memory.sharded import Dose
@@ -46,12 +45,12 @@ def begin(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int) -> Ca
         held, stream, parts = parameter.resident.held, parameter.stream, parameter.parts
         if parts:
             divided.append(parameter)
-            parted.append(in_place_parts.PartedDose(held, parts, noise.distribution, stream, amplitudes))
+            parted.append(matrices.PartedDose(held, parts, noise.distribution, stream, amplitudes))
         elif amplitudes[0] is not None:
             noised.append(parameter)
             doses.append(Dose(held, noise.distribution, stream, amplitudes[0]))
     counted = in_place.begin_noise(doses, threads)
-    for parameter, by_part in zip(divided, in_place_parts.add_noise(parted, threads), strict=True):
+    for parameter, by_part in zip(divided, matrices.add_noise(parted, threads), strict=True):
         for matrix, counts in zip(parameter.matrices, by_part, strict=True):
             matrix.unchanged, matrix.clamped = counts
 

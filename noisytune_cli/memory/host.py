@@ -16,7 +16,7 @@ from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.memory.sharded import Dose, LocalRun, LocalTensor
 from noisytune_cli.noise.devices.cpu import Cpu
 from noisytune_cli.noise.devices.cpu.rows import work_through
-from noisytune_cli.noise.devices.torch import operations as torch_kernels
+from noisytune_cli.noise.devices.torch import operations
 from noisytune_cli.noise.std import Moments
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def measure(parts: Mapping[int, LocalTensor], threads: int) -> dict[int, list[Mo
     """Return the moments of the tiles of each part, of a sharded one as of one tile."""
     kinds: dict[tuple[str, bool], list[tuple[int, LocalTensor]]] = {}
     for key, part in parts.items():
-        kind = torch_kernels.NAMES[part.values.dtype], part.mesh is None
+        kind = operations.NAMES[part.values.dtype], part.mesh is None
         kinds.setdefault(kind, []).append((key, part))
     calls, results = [], []
     for (dtype, divided), group in kinds.items():
@@ -64,7 +64,7 @@ def add_noise(doses: Mapping[int, Dose], threads: int) -> dict[int, list[int]]:
     """Add the noise of each dose; return the [unchanged, clamped] elements of each."""
     kinds: dict[tuple[str, str], list[int]] = {}
     for key, dose in doses.items():
-        kind = torch_kernels.NAMES[dose.held.values.dtype], dose.distribution
+        kind = operations.NAMES[dose.held.values.dtype], dose.distribution
         kinds.setdefault(kind, []).append(key)
     calls, results = [], []
     for (dtype, distribution), group in kinds.items():

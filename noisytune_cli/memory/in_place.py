@@ -22,11 +22,11 @@ from torch import Tensor
 
 from noisytune_cli.engine.threads import default_threads
 from noisytune_cli.errors import ResourceExhausted
-from noisytune_cli.memory import host as in_place_tables
+from noisytune_cli.memory import host
 from noisytune_cli.memory.sharded import Dose, LocalTensor
 from noisytune_cli.noise.devices import cuda
 from noisytune_cli.noise.devices.cpu import Cpu
-from noisytune_cli.noise.devices.torch import operations as torch_kernels
+from noisytune_cli.noise.devices.torch import operations
 from noisytune_cli.noise.devices.torch.results import Queued, fetch, send
 from noisytune_cli.noise.std import Moments, new_exact_sums
 
@@ -47,13 +47,13 @@ def measure(parts: Sequence[LocalTensor], threads: int | None = None) -> list[li
     count = threads or default_threads()
     with torch.no_grad(), enough_memory():
         queued = send(_queue_sums(parts, on_device))
-        measured = in_place_tables.measure({i: parts[i] for i in flat_here}, count)
+        measured = host.measure({i: parts[i] for i in flat_here}, count)
         for i in detour:
-            measured |= in_place_tables.measure({i: _copied(parts[i])}, count)
+            measured |= host.measure({i: _copied(parts[i])}, count)
         for i, moments in measured.items():
             found[i] = moments
         for i, row in fetch(queued):
-            found[i] = [torch_kernels.moments_of(row, parts[i].values)]
+            found[i] = [operations.moments_of(row, parts[i].values)]
     return found
 
 
@@ -63,7 +63,7 @@ def exact_sums(part: LocalTensor) -> NDArray[np.int64]:
     with torch.no_grad():
         values = host_values(part.values)
         for data, _ in tiles_of(values, 0, values.numel()):
-            _CPU.add_exact_sums(data, torch_kernels.NAMES[values.dtype], sums)
+            _CPU.add_exact_sums(data, operations.NAMES[values.dtype], sums)
     return sums
 
 
@@ -78,7 +78,7 @@ def begin_noise(doses: Sequence[Dose], threads: int | None = None) -> Callable[[
     with torch.no_grad(), enough_memory():
         queued = send(_queue_noise(doses, on_device))
         _tell_autograd([doses[i].held.values for i in flat_here])
-        added = in_place_tables.add_noise({i: doses[i] for i in flat_here}, count)
+        added = host.add_noise({i: doses[i] for i in flat_here}, count)
         for i in detour:
             added |= _add_by_detour(i, doses[i], count)
         for i, both in added.items():
@@ -131,11 +131,11 @@ def _queue_sums(parts: Sequence[LocalTensor], indices: Sequence[int]) -> Iterato
         if lies_flat(values) and cuda.sums_exactly(values.device, values.dtype):
             fused.setdefault(values.device, []).append(i)
         else:
-            yield [i], torch_kernels.sums([flat(values)])
+            yield [i], operations.sums([flat(values)])
     for group in fused.values():
-        from noisytune_cli.noise.devices.cuda import sums as triton_sums
+        from noisytune_cli.noise.devices.cuda import sums
 
-        yield group, triton_sums.sums([parts[i].values for i in group])
+        yield group, sums.sums([parts[i].values for i in group])
 
 
 def _queue_noise(doses: Sequence[Dose], indices: Sequence[int]) -> Iterator[Queued]:
@@ -148,27 +148,27 @@ def _queue_noise(doses: Sequence[Dose], indices: Sequence[int]) -> Iterator[Queu
         else:
             yield [i], _add_on_device(doses[i]).view(1, -1)
     for (_, distribution), group in fused.items():
-        from noisytune_cli.noise.devices.cuda import add as triton_noise
+        from noisytune_cli.noise.devices.cuda import add
         from noisytune_cli.noise.devices.cuda.launch import Row
 
         rows = [
             Row(d.held.values, d.stream, d.held.runs[0].first, d.amplitude) for d in (doses[i] for i in group)
         ]
         _tell_autograd([doses[i].held.values for i in group])
-        yield group, triton_noise.add_noise(rows, distribution)
+        yield group, add.add_noise(rows, distribution)
 
 
 def _add_by_detour(key: int, dose: Dose, threads: int) -> dict[int, list[int]]:
     with changing(dose.held.values) as values:
         copied = replace(dose, held=replace(dose.held, values=values))
-        return in_place_tables.add_noise({key: copied}, threads)
+        return host.add_noise({key: copied}, threads)
 
 
 def _add_on_device(dose: Dose) -> Tensor:
     values, (run,) = dose.held.values, dose.held.runs
     every = flat(values)
     with torch.inference_mode(True) if values.is_inference() else torch.no_grad():
-        counts = torch_kernels.add_noise(
+        counts = operations.add_noise(
             every,
             every,
             distribution=dose.distribution,

@@ -18,7 +18,7 @@ from noisytune_cli.engine.threads import Pool, TileLoop, Worker, default_threads
 from noisytune_cli.memory import in_place
 from noisytune_cli.memory.sharded import LocalRun, LocalTensor
 from noisytune_cli.noise.devices.cpu import Cpu
-from noisytune_cli.noise.devices.torch import operations as torch_kernels
+from noisytune_cli.noise.devices.torch import operations
 from noisytune_cli.noise.stream import StreamWords
 from noisytune_cli.records import Part
 
@@ -67,7 +67,7 @@ def _add(dose: PartedDose, counts: list[tuple[int, int]], worker: Worker) -> Non
 
 def _add_to_host(dose: PartedDose, values: torch.Tensor, worker: Worker) -> list[tuple[int, int, int]]:
     """Add a dose to values in host memory, [n]; return pieces' (matrix, unchanged, clamped)."""
-    dtype = torch_kernels.NAMES[values.dtype]
+    dtype = operations.NAMES[values.dtype]
     work = list(in_place.tiles_of(values, 0, values.numel()))
     places = tiles.Places(dose.parts)
     done: list[list[tuple[int, int, int]]] = [[] for _ in work]

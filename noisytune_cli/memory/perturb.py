@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from noisytune_cli.errors import UsageError
 from noisytune_cli.manifest.locate import manifest_of
 from noisytune_cli.manifest.read import read_manifest
-from noisytune_cli.memory import in_place, subnormals
-from noisytune_cli.memory import matrices as in_place_parts
+from noisytune_cli.memory import in_place, matrices, subnormals
 from noisytune_cli.memory.ahead import SumsAhead
 from noisytune_cli.memory.arguments import (
     Pairs,
@@ -246,7 +245,7 @@ def _measure(
     for _, group in itertools.groupby(divided, key=lambda i: id(wanted[i][0])):
         indices = list(group)
         parts = [part for i in indices if (part := wanted[i][1].part) is not None]
-        views = in_place_parts.views(wanted[indices[0]][0].resident.held, parts)
+        views = matrices.views(wanted[indices[0]][0].resident.held, parts)
         batch += zip(indices, views, strict=True)
         nbytes += sum(view.values.nbytes for view in views)
         if nbytes >= _BATCH_BYTES:
@@ -268,7 +267,7 @@ def _held(parameter: Parameter, matrix: Matrix) -> LocalTensor:
     """Return the values of a matrix that are held here."""
     if matrix.part is None:
         return parameter.resident.held
-    return in_place_parts.views(parameter.resident.held, [matrix.part])[0]
+    return matrices.views(parameter.resident.held, [matrix.part])[0]
 
 
 def _elements(parameter: Parameter, matrix: Matrix) -> int:

@@ -2,7 +2,7 @@
 
 Findings come first, each with its interval, its p-value and the words that these allow. What a study was not
 asked for is listed at the end, so that nobody takes an absent figure for an absent effect. What lies beside
-the scores (change of the parameters, probe, cost, settings) is in `particulars`.
+the scores (change of the parameters, probe, cost, settings) is in `appendix`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from noisytune_cli.study.report import appendix as particulars
-from noisytune_cli.study.report import wording
+from noisytune_cli.study.report import appendix, wording
 from noisytune_cli.study.report.markdown import bullets, image, table, text
 from noisytune_cli.study.report.results import NO_EVIDENCE, whole
 
@@ -42,10 +41,10 @@ def render(results: Results, drawn: Collection[str]) -> str:
         _noises(results, figures),
         _combinations(results, figures),
         _shares(results, figures),
-        particulars.drift(results, figures.get("drift")),
-        particulars.probe(results),
-        particulars.cost(results),
-        particulars.settings(results),
+        appendix.drift(results, figures.get("drift")),
+        appendix.probe(results),
+        appendix.cost(results),
+        appendix.settings(results),
         _absent(results, drawn),
     ]
     return "\n\n".join("\n\n".join(part) for part in parts if part) + "\n"

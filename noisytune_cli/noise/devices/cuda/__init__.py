@@ -18,8 +18,7 @@ import torch
 from noisytune_cli.noise import stream
 from noisytune_cli.noise.devices import Device
 from noisytune_cli.noise.devices.cpu import Cpu
-from noisytune_cli.noise.devices.torch import NUMPY, Torch, open_torch
-from noisytune_cli.noise.devices.torch import operations as torch_kernels
+from noisytune_cli.noise.devices.torch import NUMPY, Torch, open_torch, operations
 from noisytune_cli.noise.std import round_std
 
 if TYPE_CHECKING:
@@ -36,9 +35,9 @@ class Cuda(Torch):
     def _moments(self, values: Tensor) -> Moments:
         if not values.numel() or not sums_exactly(self.device, values.dtype):
             return super()._moments(values)
-        from noisytune_cli.noise.devices.cuda import sums as triton_sums
+        from noisytune_cli.noise.devices.cuda import sums
 
-        return torch_kernels.moments_of(triton_sums.sums([values])[0].tolist(), values)
+        return operations.moments_of(sums.sums([values])[0].tolist(), values)
 
     def _add_noise(
         self,
@@ -55,10 +54,10 @@ class Cuda(Torch):
             return super()._add_noise(
                 values, out, distribution=distribution, stream=stream, first=first, amplitude=amplitude
             )
-        from noisytune_cli.noise.devices.cuda import add as triton_noise
+        from noisytune_cli.noise.devices.cuda import add
         from noisytune_cli.noise.devices.cuda.launch import Row
 
-        return triton_noise.add_noise([Row(values, stream, first, amplitude)], distribution)[0]
+        return add.add_noise([Row(values, stream, first, amplitude)], distribution)[0]
 
 
 def open_device(name: str) -> Device:
@@ -71,10 +70,10 @@ def adds_exactly(device: torch.device, dtype: torch.dtype, distribution: str) ->
     """Say whether the fused kernel can add noise of a distribution, with the bits of the reference."""
     if not _can_run(device):
         return False
-    from noisytune_cli.noise.devices.cuda import add as triton_noise
+    from noisytune_cli.noise.devices.cuda import add
     from noisytune_cli.noise.devices.cuda.launch import Row
 
-    if not triton_noise.offers(distribution):
+    if not add.offers(distribution):
         return False
     seed, name = 2**64 - 1, "w"
     # Nearly half of the largest value that both the dtype and the amplitude, a float32, can hold.
@@ -84,11 +83,11 @@ def adds_exactly(device: torch.device, dtype: torch.dtype, distribution: str) ->
             for scale in (1.0, large, 2.0**-12, 2.0**-126):
                 values = _samples(dtype, scale)
                 c = stream.coefficients(distribution, seed, name, first, values.numel())
-                stored, label = _stored(values), torch_kernels.NAMES[dtype]
+                stored, label = _stored(values), operations.NAMES[dtype]
                 expected, *counts = stream.add_noise(stored, label, c, np.float32(0.3 * scale))
                 noised = values.to(device)
                 row = Row(noised, stream.stream_words(seed, name), first, float(np.float32(0.3 * scale)))
-                (got,) = triton_noise.add_noise([row], distribution).tolist()
+                (got,) = add.add_noise([row], distribution).tolist()
                 if got != counts or _stored(noised.cpu()).tobytes() != expected.tobytes():
                     return False
     except torch.OutOfMemoryError:
@@ -103,7 +102,7 @@ def sums_exactly(device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether the fused kernels give moments from which the std is what the CPU makes of the values."""
     if not _can_run(device):
         return False
-    from noisytune_cli.noise.devices.cuda import sums as triton_sums
+    from noisytune_cli.noise.devices.cuda import sums
 
     values = _samples(dtype, 1.0)
     wild = values.clone()
@@ -112,14 +111,14 @@ def sums_exactly(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         # Of two alignments, so that each kernel is run.
         tensors = [values.to(device), wild.to(device), values.to(device)[1:]]
-        rows = triton_sums.sums(tensors).tolist()
+        rows = sums.sums(tensors).tolist()
     except torch.OutOfMemoryError:
         raise
     except Exception:  # as above
         return False
-    whole, with_nan, rest = (torch_kernels.moments_of(row, t) for row, t in zip(rows, tensors, strict=True))
+    whole, with_nan, rest = (operations.moments_of(row, t) for row, t in zip(rows, tensors, strict=True))
     size = values.element_size()
-    cpu, label = Cpu(), torch_kernels.NAMES[dtype]
+    cpu, label = Cpu(), operations.NAMES[dtype]
     return (
         not with_nan.finite
         and whole.finite
@@ -149,4 +148,4 @@ def _samples(dtype: torch.dtype, scale: float) -> Tensor:
 
 def _stored(values: Tensor) -> NDArray[np.generic]:
     """Return values in host memory as the reference takes them."""
-    return values.view(torch.uint8).numpy().view(NUMPY[torch_kernels.NAMES[values.dtype]])
+    return values.view(torch.uint8).numpy().view(NUMPY[operations.NAMES[values.dtype]])

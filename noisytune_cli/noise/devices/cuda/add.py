@@ -4,7 +4,7 @@ Values are read once and written once; words and coefficients never leave the re
 reference's: floating-point fusion is off, sums are rounded to BF16 on their integer bits (in `add_pairs.py`,
 by the GPU's own instruction), and Gaussian coefficients come from the very functions of
 `noise/distributions/gaussian.py`, whose float64 `+ - * / sqrt` CUDA rounds as IEEE 754 says. A distribution
-without a function in `_DRAWS` is left to `torch_kernels`.
+without a function in `_DRAWS` is left to torch's `operations`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"

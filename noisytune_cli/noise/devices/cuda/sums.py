@@ -147,7 +147,7 @@ def _add_up(table, partials, sums, wide: tl.constexpr):
 def sums(values: Sequence[Tensor]) -> Tensor:
     """Return float64 [tensors, SUMS] of tensors of one device, each contiguous and not empty.
 
-    The columns are those of `torch_kernels.sums`. Nothing waits for the result.
+    The columns are those of `operations.sums`. Nothing waits for the result.
     """
     device = values[0].device
     found = torch.empty((len(values), SUMS), dtype=torch.float64, device=device)

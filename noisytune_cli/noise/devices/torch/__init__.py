@@ -23,7 +23,7 @@ from noisytune_cli.errors import ResourceExhausted, UsageError
 from noisytune_cli.noise import distributions, stream
 from noisytune_cli.noise.devices import Device, Summary, unknown_device
 from noisytune_cli.noise.devices.cpu import Cpu
-from noisytune_cli.noise.devices.torch import operations as torch_kernels
+from noisytune_cli.noise.devices.torch import operations
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -92,7 +92,7 @@ class Torch:
             values = self._to_device(tile, dtype)
             noised = values
             if out_dtype not in (None, dtype):
-                noised = torch.empty_like(values, dtype=torch_kernels.DTYPES[out_dtype])
+                noised = torch.empty_like(values, dtype=operations.DTYPES[out_dtype])
             counts = self._add_noise(
                 values, noised, distribution=distribution, stream=stream, first=first, amplitude=amplitude
             )
@@ -112,8 +112,8 @@ class Torch:
 
     def _moments(self, values: Tensor) -> Moments:
         """Return the moments of values on the device."""
-        sums: list[float] = torch_kernels.block_sums(values).tolist()
-        return torch_kernels.moments(sums, values.numel(), wide=values.dtype == torch.float64)
+        sums: list[float] = operations.block_sums(values).tolist()
+        return operations.moments(sums, values.numel(), wide=values.dtype == torch.float64)
 
     def _add_noise(
         self,
@@ -126,7 +126,7 @@ class Torch:
         amplitude: float,
     ) -> Tensor:
         """Write values + noise to `out`, which may be the values themselves; return [unchanged, clamped]."""
-        return torch_kernels.add_noise(
+        return operations.add_noise(
             values, out, distribution=distribution, stream=stream, first=first, amplitude=amplitude
         )
 
@@ -136,7 +136,7 @@ class Torch:
         staging = self._staging(len(tile))
         staging.numpy()[:] = np.frombuffer(tile, np.uint8)
         # The caller fetches a result before it is done, so the buffer is free again when its thread returns.
-        return staging.view(torch_kernels.DTYPES[dtype]).to(self.device, non_blocking=staging.is_pinned())
+        return staging.view(operations.DTYPES[dtype]).to(self.device, non_blocking=staging.is_pinned())
 
     def _staging(self, size: int) -> Tensor:
         """Return the first `size` bytes of this thread's staging buffer."""
@@ -212,7 +212,7 @@ def is_exact(device: Torch) -> bool:
     # Other pairs are these roundings again, after sums that are checked above.
     checks += [(dtype, out, "uniform") for dtype in ("F32", "F64") for out in NUMPY if out != dtype]
     for dtype, out_dtype, distribution in checks:
-        as_bytes = values.to(torch_kernels.DTYPES[dtype]).view(torch.uint8).numpy()
+        as_bytes = values.to(operations.DTYPES[dtype]).view(torch.uint8).numpy()
         c = stream.coefficients(distribution, seed, name, first, count)
         stored = as_bytes.view(NUMPY[dtype])
         expected, *counts = stream.add_noise(stored, dtype, c, np.float32(0.3), out_dtype)
