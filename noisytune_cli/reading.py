@@ -39,8 +39,11 @@ Fingerprint = tuple[int, int, int, int, int]
 #: Values in a JSON document, or what looks like one inside a string: 16 MB of `[],` would unfold to 400 MB.
 _MAX_VALUES = 1_000_000
 
-#: A snapshot in a cache of the hub: what it links to lies in its model's `blobs`, or in the whole cache's.
-_SNAPSHOT = re.compile(r"(?P<cache>.*)/(?P<model>models--[^/]+)/snapshots/[0-9a-f]{40}(?:/|$)")
+#: A snapshot in a cache of the hub, which tells id and commit. What it links to lies in its model's `blobs`,
+#: or in the whole cache's.
+SNAPSHOT = re.compile(
+    r"(?P<cache>.*)/models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/|$)", re.DOTALL
+)
 
 _BLOBS = "blobs"
 
@@ -72,9 +75,9 @@ def reach_of(folder: Path) -> Reach:
     """Return what a checkpoint in `folder` may consist of."""
     real = os.path.realpath(folder)
     folders = [real]
-    if found := _SNAPSHOT.match(real):
+    if found := SNAPSHOT.match(real):
         cache = found["cache"]
-        blobs = (f"{cache}/{found['model']}/{_BLOBS}", f"{cache}/{_BLOBS}")
+        blobs = (f"{cache}/models--{found['id']}/{_BLOBS}", f"{cache}/{_BLOBS}")
         folders += [blob for blob in blobs if os.path.realpath(blob) == blob]
     return Reach(tuple(folders))
 

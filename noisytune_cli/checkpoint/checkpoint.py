@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import posixpath
-import re
 import stat
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -36,14 +35,11 @@ from noisytune_cli.checkpoint.weights import choose_weights
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.previous import NAMESAKE, Earlier, EarlierCheck, of_file, of_folder
-from noisytune_cli.reading import Reach, changed, fingerprint, open_regular, reach_of
+from noisytune_cli.reading import SNAPSHOT, Reach, changed, fingerprint, open_regular, reach_of
 from noisytune_cli.records import TensorSpec
 
 #: Why a file that is copied is refused in the end.
 _ANOTHER = "its size or its times are others, or another file took its place"
-
-#: A snapshot in the hub's cache, which tells id and commit.
-_SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/|$)")
 
 
 @dataclass(frozen=True)
@@ -204,7 +200,7 @@ def _identify(path: Path, is_folder: bool) -> tuple[str, str | None]:
     absolute = Path(os.path.abspath(path))
     folder = absolute if is_folder else absolute.parent
     for candidate in (os.fspath(folder), os.path.realpath(folder)):
-        if found := _SNAPSHOT.search(candidate):
+        if found := SNAPSHOT.match(candidate):
             return found["id"].replace("--", "/"), found["commit"]
     return _printable(absolute.name or "checkpoint"), None
 

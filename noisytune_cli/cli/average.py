@@ -1,12 +1,17 @@
-"""The options of `noisytune average`: the mean of several checkpoints' weights."""
+"""`noisytune average`, the mean of several checkpoints' weights: its options, and what it tells."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from noisytune_cli.cli.options import AsJson, FollowLinks, Mmap, Overwrite, Quiet, Threads
+from noisytune_cli.escape import escape
+
+if TYPE_CHECKING:
+    from noisytune_cli.commands.average import Averaged
 
 
 def average(
@@ -47,7 +52,7 @@ def average(
     The mean is taken in float64, in the order of the sources, and rounded once to the stored dtype. The
     output has the first SOURCE's format, layout and other files; tensors that are not floats are its own.
     """
-    from noisytune_cli.cli import show, show_average
+    from noisytune_cli.cli import show
     from noisytune_cli.cli.parse import check_out, numbers
     from noisytune_cli.commands import average as command
 
@@ -63,4 +68,38 @@ def average(
         follow_links=follow_links,
         progress=lambda nbytes: show.progress(nbytes, "average", enabled=not quiet),
     )
-    show_average.show_averaged(result, as_json=as_json, quiet=quiet)
+    _show(result, as_json=as_json, quiet=quiet)
+
+
+def _show(result: Averaged, *, as_json: bool, quiet: bool) -> None:
+    """Print the summary: one line on stderr, or with `as_json` a document on stdout."""
+    from noisytune_cli.cli.show import note, note_left_out, warn, write_out
+
+    for name in result.cleared:
+        note(f"noisytune: removed {escape(name)}, which a run that was killed had left")
+    for warning in result.warnings:
+        warn(warning)
+    manifest = result.manifest
+    averaged = sum(done.action == "average" for done in manifest.tensors)
+    nbytes = sum(file.size for file in manifest.members[0][1].files)
+    if as_json:
+        document = {
+            "output": str(result.output),
+            "manifest": str(result.manifest_path),
+            "members": [
+                {"id": source.id, "revision": source.revision, "coefficient": coefficient}
+                for coefficient, source in manifest.members
+            ],
+            "tensors": len(manifest.tensors),
+            "averaged": averaged,
+            "bytes": nbytes,
+            "left_out": [{"name": name, "why": why} for name, why in manifest.left_out],
+            "warnings": list(result.warnings),
+        }
+        write_out(json.dumps(document, indent=1) + "\n", [result.output])
+    if not quiet:
+        note(
+            f"averaged {averaged} of {len(manifest.tensors)} tensors of {len(manifest.members)} checkpoints "
+            f"-> {result.output}: {nbytes / 1e6:,.1f} MB"
+        )
+        note_left_out(manifest.left_out)

@@ -12,15 +12,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from noisytune_cli.cli.parse import numbers
+from noisytune_cli.cli.parse import MOST, numbers, read_seeds
 from noisytune_cli.errors import UsageError
 from noisytune_cli.records import Combination
-
-#: The most outputs of one run: what it remembers of them grows with their number.
-MOST = 1000
-
-_SEED_RANGE = re.compile(r"([0-9]+)(?:-([0-9]+))?", re.ASCII)
-_LARGEST_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +34,8 @@ def combine(
     Raises UsageError for a list that makes no sense, and for an `out` that names two outputs alike.
     """
     strengths = _read_strengths(lam, noise_std, default)
-    seeds = _read_seeds(seed)
+    seeds = read_seeds(seed)
+    _refuse_twice("--seed", seed, seeds)
     if len(strengths) * len(seeds) > MOST:
         raise UsageError(
             f"{len(strengths) * len(seeds):,} outputs",
@@ -81,31 +76,6 @@ def _read_strengths(lam: str | None, noise_std: str | None, default: float) -> l
     return [
         _Strength(value, {"lambda": text.strip()}) for value, text in zip(values, lam.split(","), strict=True)
     ]
-
-
-def _read_seeds(text: str) -> list[int]:
-    """Return the seeds of a comma list of numbers and ranges such as `0-4`, both ends included."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        found = _SEED_RANGE.fullmatch(part.strip())
-        # 20 digits hold every seed; Python refuses to read thousands of them.
-        if found is None or max(map(len, filter(None, found.groups()))) > 20:
-            raise _bad_seed(text, f'"{part}" is neither a seed (0 to 2^64-1) nor a range of seeds')
-        first = int(found[1])
-        last = first if found[2] is None else int(found[2])
-        if max(first, last) > _LARGEST_SEED:
-            raise _bad_seed(text, f'in "{part}" a seed is larger than 2^64-1')
-        if last < first:
-            raise _bad_seed(text, f'the range "{part}" ends before it begins')
-        if last - first >= MOST:
-            raise _bad_seed(text, f'the range "{part}" has {last - first + 1:,} seeds; {MOST:,} is the most')
-        seeds += range(first, last + 1)
-    _refuse_twice("--seed", text, seeds)
-    return seeds
-
-
-def _bad_seed(text: str, why: str) -> UsageError:
-    return UsageError(f"--seed {text}", why=why, next_step="Write for example --seed 7, or --seed 0-4,9")
 
 
 def _refuse_twice(option: str, text: str, values: Sequence[Hashable]) -> None:

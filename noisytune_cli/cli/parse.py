@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from noisytune_cli.dtypes import BY_TORCH_NAME
 from noisytune_cli.errors import UsageError
 from noisytune_cli.records import Conversion, Granularity, NoiseSpec, Scope
+
+#: The most outputs of one run, and seeds of a list: what a run remembers of them grows with their number.
+MOST = 1000
+
+_SEED_RANGE = re.compile(r"([0-9]+)(?:-([0-9]+))?", re.ASCII)
+_LARGEST_SEED = 2**64 - 1
 
 #: λ of the paper on GLUE.
 DEFAULT_LAMBDA = 0.15
@@ -122,10 +129,16 @@ def _rule(text: str) -> tuple[str, float]:
 
 
 def decimal(text: str) -> float:
-    """Return the number that is written; ValueError for what only Python takes for one (`1_0`, `０.１`)."""
+    """Return the number that is written, 0 without a sign.
+
+    ValueError for what only Python takes for one (`1_0`, `０.１`), and for what float64 would make 0.
+    """
     if "_" in text or not text.isascii():
         raise ValueError
-    return float(text)
+    value = float(text)
+    if value == 0.0 and re.search("[1-9]", text.lower().partition("e")[0]):
+        raise ValueError  # it is not 0, and float64 has no number so near to it
+    return value + 0.0  # which takes the sign from a zero
 
 
 def numbers(option: str, text: str) -> tuple[float, ...]:
@@ -141,3 +154,28 @@ def numbers(option: str, text: str) -> tuple[float, ...]:
                 next_step="Write numbers with commas between them, such as 0.1,0.2",
             ) from None
     return tuple(found)
+
+
+def read_seeds(text: str, largest: int = _LARGEST_SEED) -> list[int]:
+    """Return the seeds of a comma list of numbers and ranges such as `0-4`, both ends included."""
+    bound = f"2^{largest.bit_length()}-1"
+    seeds: list[int] = []
+    for part in text.split(","):
+        found = _SEED_RANGE.fullmatch(part.strip())
+        # 20 digits hold every seed; Python refuses to read thousands of them.
+        if found is None or max(map(len, filter(None, found.groups()))) > 20:
+            raise _bad_seed(text, f'"{part}" is neither a seed (0 to {bound}) nor a range of seeds')
+        first = int(found[1])
+        last = first if found[2] is None else int(found[2])
+        if max(first, last) > largest:
+            raise _bad_seed(text, f'in "{part}" a seed is larger than {bound}')
+        if last < first:
+            raise _bad_seed(text, f'the range "{part}" ends before it begins')
+        if last - first >= MOST:
+            raise _bad_seed(text, f'the range "{part}" has {last - first + 1:,} seeds; {MOST:,} is the most')
+        seeds += range(first, last + 1)
+    return seeds
+
+
+def _bad_seed(text: str, why: str) -> UsageError:
+    return UsageError(f"--seed {text}", why=why, next_step="Write for example --seed 7, or --seed 0-4,9")

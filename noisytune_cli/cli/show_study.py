@@ -1,10 +1,11 @@
-"""What a study tells: a table of the methods on stdout, or the results as JSON, and the findings' limits."""
+"""What a study tells: how far it is, and a table of the methods or JSON, with the findings' limits."""
 
 from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,42 @@ def _drop(widths: dict[str, int], available: int) -> list[str]:
 
 def _pad(cell: str, by: int, key: str) -> str:
     return cell + " " * by if key in _LEFT else " " * by + cell
+
+
+@contextmanager
+def progress(total_steps: int, *, enabled: bool = True) -> Iterator[Callable[[int], None]]:
+    """Show a bar of steps with the time left on stderr; yield what to call with the steps just done.
+
+    Without a terminal, or where not `enabled`, nothing is shown.
+    """
+    if not (enabled and total_steps and is_terminal(sys.stderr)):
+        yield lambda steps: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    bar = Progress(
+        TextColumn("study"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        # A run's first steps say little about those of the other methods, so look far back.
+        TimeRemainingColumn(),
+        console=Console(file=sys.stderr),
+        transient=True,
+        speed_estimate_period=600.0,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    with bar:
+        task = bar.add_task("study", total=total_steps)
+        yield lambda steps: bar.advance(task, steps)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, TypeVar
 
 import typer
 
-from noisytune_cli.cli.parse import decimal
+from noisytune_cli.cli.parse import decimal, read_seeds
 from noisytune_cli.errors import UsageError
 
 _T = TypeVar("_T")
@@ -164,7 +163,7 @@ def study(
     Every finished run is kept, so a study that was stopped continues with the same command; more methods, λ,
     shares and seeds may be asked for later. Needs the extra: pip install '.[study]' in a clone.
     """
-    from noisytune_cli.cli import show, show_study, show_study_progress
+    from noisytune_cli.cli import show, show_study
     from noisytune_cli.cli.parse import check_out
     from noisytune_cli.study import study as command
     from noisytune_cli.study.settings import Recipe
@@ -185,7 +184,7 @@ def study(
         noises=_choices("--noise", noise, ("uniform", "gaussian")),
         scopes=_choices("--scope", scope, ("matrix", "global")),
         shares=_numbers("--share", share, low=0.0, high=1.0),
-        seeds=parse_seeds(seed),
+        seeds=tuple(dict.fromkeys(read_seeds(seed, _MAX_SEED))),
         init_seed=init_seed,
         order_seed=order_seed,
         noise_seed=noise_seed,
@@ -217,7 +216,7 @@ def study(
     result = command.study(
         request,
         tell=lambda text: None if quiet else show.note(text),
-        progress=lambda steps: show_study_progress.progress(steps, enabled=not quiet),
+        progress=lambda steps: show_study.progress(steps, enabled=not quiet),
     )
     show_study.show_studied(result.results, result.folder, as_json=as_json, quiet=quiet)
 
@@ -264,25 +263,3 @@ def _numbers(option: str, text: str, *, low: float, high: float = float("inf")) 
 
     kind = f"a number of at least {low:g}" if high == float("inf") else f"a number from {low:g} to {high:g}"
     return _list(option, text, number, kind)
-
-
-#: More pairs than anybody has waited for.
-_MOST_SEEDS = 1000
-
-_SPAN = re.compile(r"[0-9]{1,20}(?:-[0-9]{1,20})?")
-
-
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """Return the seeds that `0-4,7` names, in their order; UsageError for what is no such list."""
-
-    def span(part: str) -> range:
-        if not _SPAN.fullmatch(part):
-            raise ValueError
-        first, dash, last = part.partition("-")
-        found = range(int(first), int(last if dash else first) + 1)
-        if not (found and found[0] >= 0 and found[-1] <= _MAX_SEED and len(found) <= _MOST_SEEDS):
-            raise ValueError
-        return found
-
-    spans = _list("--seed", text, span, "a seed or a range such as 0-4")
-    return tuple(dict.fromkeys(seed for span_ in spans for seed in span_))

@@ -1,12 +1,19 @@
-"""The options of `noisytune verify` and `noisytune replay`: what a manifest is checked and rebuilt by."""
+"""`noisytune verify` and `noisytune replay`, which check and rebuild: options and answers."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from noisytune_cli.cli.options import AsJson, Device, FollowLinks, Mmap, Overwrite, Quiet, Threads
+from noisytune_cli.escape import escape
+
+if TYPE_CHECKING:
+    from noisytune_cli.commands.replay import Replayed
+    from noisytune_cli.commands.verify import Verified
 
 
 def verify(
@@ -32,7 +39,7 @@ def verify(
 
     Exit code 8 and the names of the first tensors and files that do not match, 0 if all do.
     """
-    from noisytune_cli.cli import show, show_verify
+    from noisytune_cli.cli import show
     from noisytune_cli.commands import verify as command
 
     result = command.verify(
@@ -44,7 +51,7 @@ def verify(
         follow_links=follow_links,
         progress=lambda nbytes: show.progress(nbytes, "verify", enabled=not quiet),
     )
-    show_verify.show_verified(result, as_json=as_json, quiet=quiet)
+    _show_verified(result, as_json=as_json, quiet=quiet)
 
 
 def replay(
@@ -85,7 +92,7 @@ def replay(
 
     Nothing is published unless every byte is as the manifest says; a base that differs is exit code 8.
     """
-    from noisytune_cli.cli import show, show_verify
+    from noisytune_cli.cli import show
     from noisytune_cli.cli.parse import check_out
     from noisytune_cli.commands import replay as command
 
@@ -102,4 +109,58 @@ def replay(
         follow_links=follow_links,
         progress=lambda nbytes: show.progress(nbytes, "replay", enabled=not quiet),
     )
-    show_verify.show_replayed(result, as_json=as_json, quiet=quiet)
+    _show_replayed(result, as_json=as_json, quiet=quiet)
+
+
+def _show_verified(result: Verified, *, as_json: bool, quiet: bool) -> None:
+    """Print the answer; raises Mismatch, which names the first differences, where it is no."""
+    from noisytune_cli.cli.show import note, warn, write_out
+    from noisytune_cli.commands.compare import mismatch
+
+    for warning in result.warnings:
+        warn(warning)
+    if as_json:
+        answer = {
+            "ok": result.ok,
+            "checked": asdict(result.checked),
+            "mismatches": [asdict(difference) for difference in result.mismatches],
+        }
+        write_out(json.dumps(answer, indent=1) + "\n")
+    if not result.ok:
+        what, next_step = "the output does not match its manifest", "Fetch it again"
+        if result.checked.base:
+            what = "output, manifest and base do not match"
+            next_step = "Give as --base the checkpoint that was perturbed, fetch the output again"
+        raise mismatch(
+            result.mismatches,
+            what=what,
+            path=result.output,
+            next_step=f"{next_step}, or write it again with perturb or replay",
+        )
+    if not quiet:
+        made = " and the base gives" if result.checked.base else ""
+        note(
+            f"verified {result.checked.tensors} tensors, {result.checked.bytes / 1e6:,.1f} MB: "
+            f"all as the manifest says{made}"
+        )
+
+
+def _show_replayed(result: Replayed, *, as_json: bool, quiet: bool) -> None:
+    """Say what was written: one line on stderr, or with `as_json` a document on stdout."""
+    from noisytune_cli.cli.show import note, warn, write_out
+
+    for name in result.cleared:
+        note(f"noisytune: removed {escape(name)}, which a run that was killed had left")
+    for warning in result.warnings:
+        warn(warning)
+    source, tensors = result.manifest.source, len(result.manifest.receipts)
+    if as_json:
+        document = {
+            "output": str(result.output),
+            "manifest": str(result.manifest_path),
+            "source": {"id": source.id, "revision": source.revision},
+            "tensors": tensors,
+        }
+        write_out(json.dumps(document, indent=1) + "\n", [result.output])
+    if not quiet:
+        note(f"rebuilt {tensors} tensors exactly as recorded: {result.output}")

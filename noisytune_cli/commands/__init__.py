@@ -1,1 +1,1 @@
-"""The verbs, one file each."""
+"""The verbs, one file each. A command takes plain values and returns records; it never prints."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from noisytune_cli.cli.combinations import MOST, combine
+from noisytune_cli.cli.combinations import combine
+from noisytune_cli.cli.parse import MOST
 from noisytune_cli.errors import UsageError
 from noisytune_cli.records import Combination
 

@@ -12,7 +12,7 @@ from checkpoints import save, weights
 from typer.testing import CliRunner
 
 from noisytune_cli.cli.app import app
-from noisytune_cli.cli.parse import make_noise
+from noisytune_cli.cli.parse import make_noise, numbers, read_seeds
 from noisytune_cli.errors import UsageError
 from noisytune_cli.records import NoiseSpec
 
@@ -100,3 +100,20 @@ def test_an_unknown_preset() -> None:
 
 def test_an_exclusion_adds_to_the_presets() -> None:
     assert made(preset="xtreme", exclude=["*.bias"]).exclude == ("@embeddings", "*.bias")
+
+
+@pytest.mark.parametrize("text", ["1e-400", "-0.0001e-9999", "1" + "e-330"])
+def test_a_number_that_float64_would_make_zero_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is no number"):
+        numbers("--lambda", text)
+
+
+def test_zero_has_no_sign() -> None:
+    assert repr(numbers("--lambda", "-0,-0e7,0.0")) == "(0.0, 0.0, 0.0)"
+
+
+def test_seeds_mean_the_same_everywhere() -> None:
+    assert read_seeds("0-4, 7") == [0, 1, 2, 3, 4, 7]
+    assert read_seeds(str(2**64 - 1)) == [2**64 - 1]
+    with pytest.raises(UsageError, match=r"larger than 2\^63-1"):
+        read_seeds(str(2**63), 2**63 - 1)

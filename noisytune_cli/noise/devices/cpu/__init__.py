@@ -11,7 +11,6 @@ import numpy as np
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.noise.devices import Device, Summary, unknown_device
 from noisytune_cli.noise.devices.cpu import library
-from noisytune_cli.noise.devices.cpu.library import MOMENTS_ROW, NOISE_ROW
 from noisytune_cli.noise.devices.cpu.rows import Rows
 from noisytune_cli.noise.std import Moments
 
@@ -61,7 +60,7 @@ class Cpu:
         out_dtype = out_dtype or dtype
         count = _count(tile, out, dtype, out_dtype)
         rows = np.array(
-            [(_address(tile), _address(out), count, first, stream, amplitude, 0, 0)], dtype=NOISE_ROW
+            [(_address(tile), _address(out), count, first, stream, amplitude, 0, 0)], dtype=library.NOISE_ROW
         )
         library.load().noise(distribution, dtype, out_dtype, rows, np.zeros(1, np.int64), 1)
         return int(rows["unchanged"][0]), int(rows["clamped"][0])
@@ -83,7 +82,7 @@ class Cpu:
         All are [n], but for `streams`, [n, 4]; `keeps` holds that memory. The results are the rows' fields
         `unchanged` and `clamped`.
         """
-        rows = np.zeros(len(addresses), NOISE_ROW)
+        rows = np.zeros(len(addresses), library.NOISE_ROW)
         rows["x"] = rows["y"] = addresses
         rows["n"], rows["first"], rows["stream"], rows["amplitude"] = counts, firsts, streams, amplitudes
         return Rows(partial(library.load().noise, distribution, dtype, dtype), rows, keeps)
@@ -106,7 +105,7 @@ def open_device(name: str) -> Device:
 
 
 def _moments_rows(addresses: Any, counts: Any, length: int) -> NDArray[Any]:
-    rows = np.zeros(length, MOMENTS_ROW)
+    rows = np.zeros(length, library.MOMENTS_ROW)
     rows["x"], rows["n"] = addresses, counts
     return rows
 
