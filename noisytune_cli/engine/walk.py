@@ -19,8 +19,7 @@ from blake3 import blake3
 
 from noisytune_cli.checkpoint.formats import Sink, Source
 from noisytune_cli.dtypes import FLOAT_DTYPES, LARGEST
-from noisytune_cli.engine.matrices import EXACT_AT_ONCE, Counts, Matrices, Outcomes
-from noisytune_cli.engine.matrix import Spread
+from noisytune_cli.engine.matrix import EXACT_AT_ONCE, Counts, Matrices, Outcomes, Spread
 from noisytune_cli.engine.threads import Pool, Task, TileLoop, Worker
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.noise.devices import Device
