@@ -57,7 +57,11 @@ INLINE f32x8 upper(f32x16 x) { return __builtin_shufflevector(x, x, 8, 9, 10, 11
 
 INLINE int any(u32x16 mask) {
     u64x8 lanes = (u64x8)mask;
+#if defined(__clang__) /* which makes one test of this, but of the sum below eight */
+    return __builtin_reduce_or(lanes) != 0;
+#else
     return ((lanes[0] | lanes[1]) | (lanes[2] | lanes[3]) | (lanes[4] | lanes[5]) | (lanes[6] | lanes[7])) != 0;
+#endif
 }
 
 /* How many lanes of a sum of masks were true, up to 2^32 - 1 each. */
@@ -315,16 +319,24 @@ INLINE f32x16 plain(enum dtype dtype, enum dtype out, const char *x, int64_t i) 
     return dtype != F64 ? loaded(dtype, x, i) : narrowed_for(out, loaded_wide(x, i), loaded_wide(x, i + 8));
 }
 
+/* The bits of sixteen values without noise: of one dtype those that are stored, which need no rounding. */
+INLINE u32x16 unnoised(enum dtype dtype, enum dtype out, const char *x, int64_t i) {
+    if (dtype != out || dtype == F32) return rounded(out, plain(dtype, out, x, i));
+    u16x16 stored;
+    memcpy(&stored, x + 2 * i, sizeof stored);
+    return __builtin_convertvector(stored, u32x16);
+}
+
 /* A block of BLOCK values of which those from `from` up to `to` count. Nothing is written before it is known
-   whether a sum overflowed: y may be x. */
+   whether a sum overflowed: y may be x. `unchanged` counts in its lanes. */
 INLINE void add_to_block(enum distribution distribution, enum dtype dtype, enum dtype out, const char *x, char *y,
-                         const u32x16 words[VECTORS], int64_t from, int64_t to, struct noise_row *row) {
+                         const u32x16 words[VECTORS], int64_t from, int64_t to, struct noise_row *row, u32x16 *unchanged) {
     const uint32_t magnitude = magnitude_of(out), infinity = infinity_of(out);
     u32x16 bits[VECTORS], same = {0}, largest = {0};
     for (int v = 0; v < VECTORS; v++) {
         f32x16 c = coefficients(distribution, words[v]);
         bits[v] = rounded(out, summed(dtype, out, x, 16 * v, c, row->amplitude));
-        same -= (u32x16)(bits[v] == rounded(out, plain(dtype, out, x, 16 * v)));
+        same -= (u32x16)(bits[v] == unnoised(dtype, out, x, 16 * v));
         u32x16 size = bits[v] & magnitude;
         largest = SELECT(u32x16, (u32x16)(size > largest), size, largest);
     }
@@ -336,11 +348,11 @@ INLINE void add_to_block(enum distribution distribution, enum dtype dtype, enum 
             u32x16 over = (u32x16)((bits[v] & magnitude) >= infinity);
             bits[v] = SELECT(u32x16, over, (bits[v] & ~magnitude) | (infinity - 1), bits[v]);
             clamped -= over & counts;
-            same -= (u32x16)(bits[v] == rounded(out, plain(dtype, out, x, 16 * v))) & counts;
+            same -= (u32x16)(bits[v] == unnoised(dtype, out, x, 16 * v)) & counts;
         }
         row->clamped += counted(clamped);
     }
-    row->unchanged += counted(same);
+    *unchanged += same;
     for (int v = 0; v < VECTORS; v++) store(out, y, 16 * v, bits[v]);
 }
 
@@ -364,6 +376,7 @@ INLINE void add_to_wide_block(enum distribution distribution, const char *x, cha
 
 INLINE void add_to_row(enum distribution distribution, enum dtype dtype, enum dtype out, struct noise_row *row) {
     const int64_t size = size_of(dtype), out_size = size_of(out);
+    u32x16 unchanged = {0};
     row->unchanged = row->clamped = 0;
     for (int64_t at = -(int64_t)(row->first & 3); at < row->n; at += BLOCK) {
         const int64_t from = at < 0 ? -at : 0, to = row->n - at < BLOCK ? row->n - at : BLOCK;
@@ -382,9 +395,10 @@ INLINE void add_to_row(enum distribution distribution, enum dtype dtype, enum dt
         if (dtype == F64 && out == F64)
             add_to_wide_block(distribution, x, target, words, from, to, row);
         else
-            add_to_block(distribution, dtype, out, x, target, words, from, to, row);
+            add_to_block(distribution, dtype, out, x, target, words, from, to, row, &unchanged);
         if (RARELY(!whole)) memcpy(y + from * out_size, noised + from * out_size, (size_t)((to - from) * out_size));
     }
+    row->unchanged += counted(unchanged);
 }
 
 /* Each pair of dtypes and each distribution is a function of its own. */
@@ -497,25 +511,30 @@ INLINE double compensated(double a, double b, double *low) {
     return sum;
 }
 
-/* Σ(x - pivot) and Σ(x - pivot)² of count <= RUN values from element i on. */
-INLINE void run_sums(enum dtype dtype, const char *x, int64_t i, int64_t count, double pivot, double sums[2]) {
-    struct lanes first = {0}, second = {0};
-    for (int64_t at = 0; at < count; at += 16) {
-        struct lanes d = lanes_at(dtype, x, i + at, count - at);
-        d.even -= pivot;
-        d.odd -= pivot;
-        if (RARELY(count - at < 16)) { /* what is not there adds nothing */
-            i64x8 place = {0, 1, 2, 3, 4, 5, 6, 7};
-            d.even = (f64x8)((u64x8)d.even & (u64x8)(place < count - at));
-            d.odd = (f64x8)((u64x8)d.odd & (u64x8)(place + 8 < count - at));
-        }
-        first.even += d.even;
-        first.odd += d.odd;
-        second.even += d.even * d.even;
-        second.odd += d.odd * d.odd;
+/* Adds the sixteen values from element i on, of which `count` are there, to Σ(x - pivot) and Σ(x - pivot)². */
+INLINE void add_lanes(enum dtype dtype, const char *x, int64_t i, int64_t count, double pivot, struct lanes sums[2]) {
+    struct lanes d = lanes_at(dtype, x, i, count);
+    d.even -= pivot;
+    d.odd -= pivot;
+    if (count < 16) { /* what is not there adds nothing */
+        i64x8 place = {0, 1, 2, 3, 4, 5, 6, 7};
+        d.even = (f64x8)((u64x8)d.even & (u64x8)(place < count));
+        d.odd = (f64x8)((u64x8)d.odd & (u64x8)(place + 8 < count));
     }
-    sums[0] = folded(first);
-    sums[1] = folded(second);
+    sums[0].even += d.even;
+    sums[0].odd += d.odd;
+    sums[1].even += d.even * d.even;
+    sums[1].odd += d.odd * d.odd;
+}
+
+/* Both sums of count <= RUN values from element i on. */
+INLINE void run_sums(enum dtype dtype, const char *x, int64_t i, int64_t count, double pivot, double sums[2]) {
+    struct lanes both[2] = {{{0}, {0}}, {{0}, {0}}};
+    int64_t at = 0;
+    for (; at + 16 <= count; at += 16) add_lanes(dtype, x, i + at, 16, pivot, both);
+    if (at < count) add_lanes(dtype, x, i + at, count - at, pivot, both);
+    sums[0] = folded(both[0]);
+    sums[1] = folded(both[1]);
 }
 
 /* One run of values to be measured, n elements; the rest are results. */
@@ -534,7 +553,11 @@ INLINE void measure(enum dtype dtype, struct moments_row *row) {
     row->pivot = 2 * sums[0] * sums[0] > (double)begun * sums[1] ? sums[0] / (double)begun : 0.0;
     row->s1 = row->s2 = row->low1 = row->low2 = 0.0;
     for (int64_t i = 0; i < n; i += RUN) {
-        run_sums(dtype, row->x, i, n - i < RUN ? n - i : RUN, row->pivot, sums);
+        const int64_t count = n - i < RUN ? n - i : RUN;
+        if (row->pivot == 0.0) /* the usual case, without the subtraction */
+            run_sums(dtype, row->x, i, count, 0.0, sums);
+        else
+            run_sums(dtype, row->x, i, count, row->pivot, sums);
         row->s1 = compensated(row->s1, sums[0], &row->low1);
         row->s2 = compensated(row->s2, sums[1], &row->low2);
     }
