@@ -84,7 +84,7 @@ class Limited:
 def serve(warm_up: list[list[str]]) -> None:
     """Warm up, then answer requests until stdin ends."""
     verbs = [f"commands.{verb}" for verb in ("inspect", "perturb", "verify")]
-    shown = [f"cli.show_{verb}" for verb in ("inspect", "perturb", "verify")]
+    shown = ["cli.show_inspect", "cli.show_perturb"]
     for module in (*verbs, *shown, "checkpoint.formats.torch"):
         importlib.import_module(f"noisytune_cli.{module}")
     command = _command()
