@@ -241,6 +241,8 @@ MUTATIONS = (
         "output/staging.py",
         "        if [status.st_ino, status.st_size, status.st_mtime_ns] != kept:\n",
         "        if status.st_ino != kept[0]:\n",
-        ("tests/output/test_publish_stage.py::test_what_was_moved_is_known_and_what_was_changed_since_is_kept",),
+        (
+            "tests/output/test_publish_stage.py::test_what_was_moved_is_known_and_what_was_changed_since_is_kept",
+        ),
     ),
 )
