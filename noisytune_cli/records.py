@@ -2,15 +2,18 @@
 
 A checkpoint is a set of weight files; a weight file is a header and a run of tensors (`TensorSpec`), some of
 which hold several matrices (`Part`). What the user asks for is a `NoiseSpec`. From both, and before any
-weight is read, comes a `Plan`: one `Step` for each tensor, an action and a reason. Carrying a step out leaves
-a `Receipt`; the receipts, in file order, are the `Manifest`. Records are plain data: no record reads, writes
+weight is read, comes a `Plan`: one `Step` for each tensor, an action and a reason. From a step and the std of
+a matrix comes an `Outcome`, its amplitude or why it has none; carrying the step out leaves a `Receipt`; the
+receipts, in file order, are the `Manifest`. Records are plain data: no record reads, writes
 or prints.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Literal
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
@@ -79,6 +82,11 @@ class Part:
         return self.length * self.repeat
 
 
+def whole(tensor: TensorSpec) -> Part:
+    """Return a tensor as the only matrix that it holds."""
+    return Part("", tensor.shape, 0, tensor.elements, tensor.elements, 1)
+
+
 @dataclass(frozen=True, slots=True)
 class NoiseSpec:
     """What noise the user asks for. λ is the full width of the uniform noise in units of std(W).
@@ -143,6 +151,11 @@ class Step:
     parts: tuple[Part, ...] = ()
     undivided: str | None = None
 
+    @property
+    def matrices(self) -> tuple[Part, ...]:
+        """The matrices that have a std each: the parts, or the whole tensor as its only one."""
+        return self.parts or (whole(self.tensor),)
+
 
 @dataclass(frozen=True, slots=True)
 class Tie:
@@ -174,34 +187,14 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class PartReceipt:
-    """What was done to one part of a tensor; the fields mean what they mean on a `Receipt`."""
-
-    part: Part
-    action: Action
-    reason: Reason | None
-    lam: float
-    std: float | None
-    amplitude: float | None
-    low: float | None
-    high: float | None
-    noise_std: float | None
-    unchanged: int
-    clamped: int
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """What was done to one tensor.
+class Outcome:
+    """What comes of one matrix: an amplitude, or the reason why it stays as it is.
 
     `std` and `amplitude` are float32 values held in Python floats; `low`/`high` bound the uniform noise,
     `noise_std` is the std of Gaussian noise. `unchanged` counts elements that rounding left as they would be
-    without noise, `clamped` those held back at the dtype's largest finite value. Digests are `blake3:HEX`
-    over the stored bytes; empty where the noise was added in memory. A tensor whose `parts` had a std each is
-    perturbed if any of them is; std, amplitude and range are then theirs and None here, the counts are sums.
+    without noise, `clamped` those held back at the dtype's largest finite value.
     """
 
-    step: Step
     action: Action
     reason: Reason | None
     lam: float
@@ -212,6 +205,33 @@ class Receipt:
     noise_std: float | None
     unchanged: int
     clamped: int
+
+
+_Number = float | None
+#: The fields of an outcome, with which a receipt begins.
+outcome_fields: Callable[
+    [Outcome],
+    tuple[Action, Reason | None, float, _Number, _Number, _Number, _Number, _Number, int, int],
+] = attrgetter(*Outcome.__slots__)
+
+
+@dataclass(frozen=True, slots=True)
+class PartReceipt(Outcome):
+    """What was done to one part of a tensor."""
+
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt(Outcome):
+    """What was done to one tensor.
+
+    Digests are `blake3:HEX` over the stored bytes; empty where the noise was added in memory. A tensor whose
+    `parts` had a std each is perturbed if any of them is; std, amplitude and range are then theirs and None
+    here, the counts are sums.
+    """
+
+    step: Step
     source_digest: str
     digest: str
     parts: tuple[PartReceipt, ...] = ()
@@ -269,6 +289,11 @@ def with_output_files(manifest: Manifest) -> Manifest:
     return replace(manifest, source=replace(manifest.source, files=manifest.output.files))
 
 
+def copied(reason: Reason | None, std: float | None = None) -> Outcome:
+    """Return the outcome of a matrix that stays as it is, for a reason that its std may show."""
+    return Outcome("copy", reason, 0.0, std, None, None, None, None, 0, 0)
+
+
 def summed(step: Step, parts: tuple[PartReceipt, ...], source_digest: str, digest: str) -> Receipt:
     """Return the receipt of a tensor from those of its parts; it is perturbed if any of them is.
 
@@ -276,23 +301,14 @@ def summed(step: Step, parts: tuple[PartReceipt, ...], source_digest: str, diges
     """
     perturbed = any(part.action == "perturb" for part in parts)
     reasons = [part.reason for part in parts]
-    reason = None if perturbed else "non-finite" if "non-finite" in reasons else reasons[0]
-    return Receipt(
-        step=step,
+    whole = replace(
+        copied(None if perturbed else "non-finite" if "non-finite" in reasons else reasons[0]),
         action="perturb" if perturbed else "copy",
-        reason=reason,
         lam=step.lam if perturbed else 0.0,
-        std=None,
-        amplitude=None,
-        low=None,
-        high=None,
-        noise_std=None,
         unchanged=sum(part.unchanged for part in parts),
         clamped=sum(part.clamped for part in parts),
-        source_digest=source_digest,
-        digest=digest,
-        parts=parts,
     )
+    return Receipt(*outcome_fields(whole), step, source_digest, digest, parts)
 
 
 def out_dtype_of(tensor: TensorSpec, reason: Reason | None, conversion: Conversion) -> str | None:

@@ -7,7 +7,6 @@ A checkpoint that perturb would refuse as quantised is listed all the same.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
@@ -17,16 +16,17 @@ from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.quantized import refuse_quantized
 from noisytune_cli.commands.report import Inspection, TensorReport, Totals
 from noisytune_cli.dtypes import FLOAT_DTYPES
+from noisytune_cli.engine.matrix import Spread, outcome_of
 from noisytune_cli.engine.statistics import Statistics, measure
 from noisytune_cli.engine.threads import Progress
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import escape
-from noisytune_cli.noise import devices, distributions
+from noisytune_cli.noise import devices
 from noisytune_cli.plan.buffers_by_model import tell_buffers
 from noisytune_cli.plan.patterns import check_matched, match_names
 from noisytune_cli.plan.plan import check_noise, make_plan
 from noisytune_cli.plan.settle import settle_ties
-from noisytune_cli.records import Granularity, NoiseSpec, Part, Plan, Step
+from noisytune_cli.records import Granularity, NoiseSpec, Part, Plan, Step, whole
 
 SORT_KEYS = tuple(field.name for field in fields(TensorReport) if field.name != "unsure")
 
@@ -133,27 +133,25 @@ def _noised_before(checkpoint: Checkpoint) -> list[str]:
 def _report(
     plan: Plan, names: frozenset[str], measured: Mapping[str, Sequence[Statistics]], refused: bool
 ) -> list[TensorReport]:
-    distribution = distributions.load(plan.noise.distribution)
     rows = []
     for step in plan.steps:
         tensor = step.tensor
         if tensor.name not in names:
             continue
-        parts: Sequence[Part | None] = (step.action == "perturb" and step.parts) or (None,)
+        parts = step.matrices if step.action == "perturb" else (whole(tensor),)
         for part, found in zip(parts, measured.get(tensor.name, [None] * len(parts)), strict=True):
-            elements = tensor.elements if part is None else part.elements
             rows.append(
                 TensorReport(
                     name=tensor.name,
                     file=tensor.file,
                     dtype=tensor.dtype,
-                    shape=tensor.shape if part is None else part.shape,
-                    elements=elements,
-                    bytes=tensor.nbytes if part is None else elements * FLOAT_DTYPES[tensor.dtype],
+                    shape=part.shape,
+                    elements=part.elements,
+                    bytes=part.elements * FLOAT_DTYPES[tensor.dtype] if part.name else tensor.nbytes,
                     **asdict(found or Statistics()),
-                    **_outcome(step, part, found, distribution, refused),
+                    **_outcome(plan.noise, step, part, found, refused),
                     stream=step.stream,
-                    part=None if part is None else part.name,
+                    part=part.name or None,
                     undivided=step.undivided,
                 )
             )
@@ -161,32 +159,24 @@ def _report(
 
 
 def _outcome(
-    step: Step,
-    part: Part | None,
-    found: Statistics | None,
-    distribution: distributions.Distribution,
-    refused: bool,
+    noise: NoiseSpec, step: Step, part: Part, found: Statistics | None, refused: bool
 ) -> dict[str, Any]:
     """Return action, reason, low, high and unsure: what perturb would do, as far as the values are known."""
-    outcome: dict[str, Any] = {"action": step.action, "reason": step.reason, "low": None, "high": None}
     if refused:
-        return {**outcome, "action": "refuse", "reason": "quantized", "unsure": ()}
-    if part is not None and part.elements == 1:
-        return {**outcome, "action": "copy", "reason": "one-element", "unsure": ()}
-    if found is None:
-        return {**outcome, "unsure": step.unsure}
-    outcome["unsure"] = ()
-    if step.action == "copy":
-        return outcome
-    if found.nan or found.inf:
-        return {**outcome, "action": "copy", "reason": "non-finite"}
-    assert found.std is not None  # finite, and of two elements at least
-    if found.min == found.max:
-        return {**outcome, "action": "copy", "reason": "constant"}
-    amplitude = float(distribution.amplitude(step.lam, found.std))
-    if amplitude == 0.0 or math.isinf(amplitude):
-        return {**outcome, "action": "copy", "reason": "unrepresentable"}
-    return {**outcome, **distribution.noise_range(amplitude)}
+        return {"action": "refuse", "reason": "quantized", "low": None, "high": None, "unsure": ()}
+    if found is None and part.elements != 1:
+        return {
+            "action": step.action,
+            "reason": step.reason,
+            "low": None,
+            "high": None,
+            "unsure": step.unsure,
+        }
+    spread = None
+    if found is not None and found.std is not None:
+        spread = Spread(found.std, found.min == found.max)
+    outcome = outcome_of(noise, step, part, spread)
+    return {key: getattr(outcome, key) for key in ("action", "reason", "low", "high")}
 
 
 def _total(rows: Sequence[TensorReport], *, counted: bool) -> Totals:

@@ -1,23 +1,35 @@
-"""The matrices of a tensor on its walk: what a matrix's std makes of it, and all that is done to each alone.
+"""The matrices of a tensor on its walk: what a matrix's std makes of it, and what is done to each alone.
 
-A tensor is one matrix, or has several (`Step.parts`): values that share one standard deviation. A matrix is
-measured once, whatever the number of outputs (`Sums`). What each output makes of it, an amplitude or the
-reason why there is none, and the counts of what was added, is an `Outcome`. `Matrices` measures all of a
-tensor, tile by tile; `Outcomes` are what one output makes of them: it adds to each its own noise, and leaves
-the tensor's receipt.
+A tensor is one matrix, or has several (`Step.matrices`): values that share one std. A matrix is measured
+once, whatever the number of outputs (`Sums`), and `outcome_of` is the one rule from its spread to an
+amplitude, or to the reason why there is none. `Matrices` measures all of a tensor, tile by tile; `Outcomes`
+are what one output makes of them: it adds to each its own noise, and leaves the tensor's receipt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from noisytune_cli.engine import tiles
 from noisytune_cli.noise import distributions
 from noisytune_cli.noise.devices import Device
 from noisytune_cli.noise.std import Moments, exact_std, exactly_equal, std_and_equality
-from noisytune_cli.noise.stream import stream_words
-from noisytune_cli.records import NoiseSpec, Part, PartReceipt, Reason, Receipt, Step, TensorSpec, summed
+from noisytune_cli.noise.stream import Noise, stream_words
+from noisytune_cli.records import (
+    NoiseSpec,
+    Outcome,
+    Part,
+    PartReceipt,
+    Receipt,
+    Step,
+    TensorSpec,
+    copied,
+    outcome_fields,
+    summed,
+    whole,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,68 +82,45 @@ class Sums:
         return Spread(exact_std(sums, self.elements), exactly_equal(sums, self.elements))
 
 
-class Outcome:
-    """What one output makes of a part (None: of the whole tensor).
+def outcome_of(noise: NoiseSpec, step: Step, matrix: Part, spread: Spread | None) -> Outcome:
+    """Return what comes of a step's matrix from the spread of its values, None if these are not all finite.
 
-    `recorded` is what an earlier run made of it, whose numbers then hold.
+    A matrix that the plan copies needs none.
     """
+    if step.action == "copy":
+        return copied(step.reason)
+    if matrix.elements == 1 and noise.scope == "matrix":
+        return copied("one-element")
+    if spread is None:
+        return copied("non-finite")
+    if spread.constant:
+        return copied("constant", spread.std)
+    distribution = distributions.load(noise.distribution)
+    amplitude = float(distribution.amplitude(step.lam, spread.std))
+    if amplitude in (0.0, float("inf")):
+        return copied("unrepresentable", spread.std)
+    bounds = distribution.noise_range(amplitude).get
+    return Outcome(
+        "perturb",
+        None,
+        step.lam,
+        spread.std,
+        amplitude,
+        bounds("low"),
+        bounds("high"),
+        bounds("noise_std"),
+        unchanged=0,
+        clamped=0,
+    )
 
-    def __init__(
-        self, noise: NoiseSpec, step: Step, part: Part | None, recorded: Receipt | PartReceipt | None
-    ) -> None:
-        self._noise, self._step, self._part, self._recorded = noise, step, part, recorded
-        self.reason: Reason | None = step.reason if recorded is None else recorded.reason
-        self.std: float | None = None
-        self.amplitude: float | None = None
-        self.unchanged = self.clamped = 0
 
-    def settle(self, spread: Spread | None) -> None:
-        """Take the amplitude from the spread of the part's values, which is None where there is none."""
-        if self._recorded is not None:
-            self.std, self.amplitude = self._recorded.std, self._recorded.amplitude
-        elif self._step.action == "copy":
-            return
-        elif self._part is not None and self._part.elements == 1 and self._noise.scope == "matrix":
-            self.reason = "one-element"
-        elif spread is None:
-            self.reason = "non-finite"
-        else:
-            self.std = spread.std
-            amplitude = float(self._distribution().amplitude(self._step.lam, spread.std))
-            if spread.constant:
-                self.reason = "constant"
-            elif amplitude in (0.0, float("inf")):
-                self.reason = "unrepresentable"
-            else:
-                self.amplitude = amplitude
-
-    def receipt(self, source_digest: str, digest: str) -> Receipt:
-        """Return what was done to the whole tensor."""
-        return Receipt(step=self._step, source_digest=source_digest, digest=digest, **self._done())
-
-    def part_receipt(self) -> PartReceipt:
-        """Return what was done to the part."""
-        assert self._part is not None
-        return PartReceipt(part=self._part, **self._done())
-
-    def _done(self) -> dict[str, Any]:
-        perturbed = self.amplitude is not None
-        noise_range = {} if self.amplitude is None else self._distribution().noise_range(self.amplitude)
-        return {
-            "action": "perturb" if perturbed else "copy",
-            "reason": self.reason,
-            "lam": self._step.lam if perturbed else 0.0,
-            "std": self.std,
-            "amplitude": self.amplitude,
-            "low": noise_range.get("low"),
-            "high": noise_range.get("high"),
-            "noise_std": noise_range.get("noise_std"),
-            "unchanged": self.unchanged,
-            "clamped": self.clamped,
-        }
-
-    def _distribution(self) -> distributions.Distribution:
-        return distributions.load(self._noise.distribution)
+def receipt_of(step: Step, outcomes: Sequence[Outcome], source_digest: str = "", digest: str = "") -> Receipt:
+    """Return the receipt of a tensor from what came of each of its matrices."""
+    if len(outcomes) == 1:
+        return Receipt(*outcome_fields(outcomes[0]), step, source_digest, digest)
+    parts = zip(outcomes, step.parts, strict=True)
+    receipts = tuple([PartReceipt(*outcome_fields(outcome), part) for outcome, part in parts])
+    return summed(step, receipts, source_digest, digest)
 
 
 class Counts(NamedTuple):
@@ -147,30 +136,18 @@ class Matrices:
 
     def __init__(self, device: Device, tensor: TensorSpec, parts: Sequence[Part]) -> None:
         self._device, self._dtype = device, tensor.dtype
-        self._places = tiles.Places(parts) if parts else None
-        self.sums = [Sums(size) for size in [part.elements for part in parts] or [tensor.elements]]
+        self._places = tiles.Places(parts)
+        self.sums = [Sums(part.elements) for part in parts]
 
     def measure(self, index: int, first: int, data: memoryview) -> None:
         """Take the sums of tile `index`, whose first element is `first`."""
-        for part, values in self._values(first, data):
+        for part, values in self._places.values(first, data, self._dtype):
             self.sums[part].add(index, self._device.moments(values, self._dtype))
 
     def add_exact_sums(self, sums: Mapping[int, NDArray[np.int64]], first: int, data: memoryview) -> None:
         """Add a tile's values to the exact sums of their part, for those parts that have some in `sums`."""
-        for part, values in self._values(first, data, sums):
+        for part, values in self._places.values(first, data, self._dtype, sums):
             self._device.add_exact_sums(values, self._dtype, sums[part])
-
-    def _values(
-        self, first: int, data: memoryview, wanted: Collection[int] | None = None
-    ) -> Iterator[tuple[int, memoryview]]:
-        """Yield each part that a tile has some of, with its elements there, one after the other."""
-        if self._places is None:
-            if wanted is None or 0 in wanted:
-                yield 0, data
-            return
-        for part, blocks in self._places.in_tile(first, tiles.count(data, self._dtype)):
-            if wanted is None or part in wanted:
-                yield part, tiles.gather(data, self._dtype, blocks)
 
 
 class Outcomes:
@@ -183,73 +160,51 @@ class Outcomes:
 
         A spread is None where a matrix has none; without any, none was needed.
         """
-        self._noise, self._step = noise, step
-        self._stream = stream_words(noise.seed, step.stream)
+        self._step = step
         # What the plan copies is never taken apart.
-        parts: Sequence[Part | None] = step.parts if step.action == "perturb" else ()
-        self._places = tiles.Places(step.parts) if parts else None
-        earlier: Sequence[Receipt | PartReceipt | None] = recorded.parts if parts and recorded else [recorded]
-        if parts and recorded is None:
-            earlier = [None] * len(parts)
-        self._outcomes = [
-            Outcome(noise, step, part, once) for part, once in zip(parts or (None,), earlier, strict=True)
+        parts = step.matrices if step.action == "perturb" else (whole(step.tensor),)
+        self._places = tiles.Places(parts)
+        self._outcomes: Sequence[Outcome]
+        if recorded is not None:
+            self._outcomes = recorded.parts or (recorded,)
+        else:
+            found = spreads or [None] * len(parts)
+            self._outcomes = [outcome_of(noise, step, *one) for one in zip(parts, found, strict=True)]
+        stream = stream_words(noise.seed, step.stream)
+        self._noises = [
+            None if one.amplitude is None else Noise(noise.distribution, stream, one.amplitude)
+            for one in self._outcomes
         ]
-        for i, outcome in enumerate(self._outcomes):
-            outcome.settle(spreads[i] if spreads else None)
-        self.perturbs = any(outcome.amplitude is not None for outcome in self._outcomes)
+        self._counts = [[0, 0] for _ in parts]
+        self.perturbs = any(self._noises)
 
     def add(self, device: Device, data: memoryview, out: memoryview, first: int) -> list[Counts]:
         """Write a tile's elements, from `first` of the tensor, to `out`: with noise or as they are."""
         dtype = self._step.tensor.dtype
         out_dtype = self._step.out_dtype or dtype
-        if self._places is None:
-            (outcome,) = self._outcomes
-            assert outcome.amplitude is not None
-            counts = device.add_noise(
-                data,
-                out,
-                dtype,
-                out_dtype,
-                distribution=self._noise.distribution,
-                stream=self._stream,
-                first=first,
-                amplitude=outcome.amplitude,
-            )
-            return [Counts(0, *counts)]
-        done = []
         present = list(self._places.in_tile(first, tiles.count(data, dtype)))
-        if any(self._outcomes[part].amplitude is None for part, _ in present):
+        if any(self._noises[part] is None for part, _ in present):
             if out_dtype == dtype:
                 out[:] = data
             else:
                 device.convert(data, out, dtype, out_dtype)
+        done = []
         for part, blocks in present:
-            amplitude = self._outcomes[part].amplitude
-            if amplitude is not None:
-                counts = tiles.add_noise(
-                    device,
-                    data,
-                    out,
-                    dtype,
-                    out_dtype,
-                    blocks,
-                    distribution=self._noise.distribution,
-                    stream=self._stream,
-                    first=first,
-                    amplitude=amplitude,
-                )
+            if (noise := self._noises[part]) is not None:
+                counts = tiles.add_noise(device, data, out, dtype, out_dtype, blocks, noise, first)
                 done.append(Counts(part, *counts))
         return done
 
     def count(self, done: Sequence[Counts]) -> None:
         """Add up what `add` returned; one thread at a time."""
         for part, unchanged, clamped in done:
-            self._outcomes[part].unchanged += unchanged
-            self._outcomes[part].clamped += clamped
+            self._counts[part][0] += unchanged
+            self._counts[part][1] += clamped
 
     def receipt(self, source_digest: str, digest: str) -> Receipt:
         """Return what was done."""
-        if self._places is None:
-            return self._outcomes[0].receipt(source_digest, digest)
-        parts = tuple(outcome.part_receipt() for outcome in self._outcomes)
-        return summed(self._step, parts, source_digest, digest)
+        done = [
+            replace(outcome, unchanged=unchanged, clamped=clamped)
+            for outcome, (unchanged, clamped) in zip(self._outcomes, self._counts, strict=True)
+        ]
+        return receipt_of(self._step, done, source_digest, digest)

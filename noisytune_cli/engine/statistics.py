@@ -8,7 +8,7 @@ sums cannot decide std32, or overflow, the tensor is read again for exact sums.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -27,7 +27,7 @@ from noisytune_cli.noise.std import (
     norm,
     round_std,
 )
-from noisytune_cli.records import Part, TensorSpec
+from noisytune_cli.records import Part, TensorSpec, whole
 
 _TILE_BYTES = 1 << 20
 
@@ -66,7 +66,8 @@ def measure(
     from any thread, with the bytes just done.
     """
     jobs = [
-        _Job(tensor, parts.get(tensor.name, ()), sources[tensor.file], device, progress) for tensor in tensors
+        _Job(tensor, parts.get(tensor.name) or [whole(tensor)], sources[tensor.file], device, progress)
+        for tensor in tensors
     ]
     Pool([job.run for job in jobs], tile_bytes=_TILE_BYTES, buffer_bytes=0).run(threads)
     return [job.statistics for job in jobs]
@@ -84,8 +85,8 @@ class _Job:
         progress: Callable[[int], None],
     ) -> None:
         self._tensor, self._source, self._device, self._progress = tensor, source, device, progress
-        self._places = tiles.Places(parts) if parts else None
-        self._counts = [part.elements for part in parts] or [tensor.elements]
+        self._places = tiles.Places(parts)
+        self._counts = [part.elements for part in parts]
         self.statistics: list[Statistics] = []
 
     def run(self, worker: Worker) -> None:
@@ -96,7 +97,7 @@ class _Job:
 
         def tile(worker: Worker, index: int) -> None:
             data = self._read(worker, starts[index])
-            for part, values in self._matrices(starts[index], data):
+            for part, values in self._values(starts[index], data):
                 sums[part][index] = (
                     self._device.moments(values, tensor.dtype),
                     self._device.summarize(values, tensor.dtype),
@@ -108,18 +109,12 @@ class _Job:
             done = [found[index] for index in sorted(found)]
             self.statistics.append(self._merge(part, [m for m, _ in done], [s for _, s in done], worker))
 
-    def _matrices(
-        self, start: int, data: memoryview, only: int | None = None
+    def _values(
+        self, start: int, data: memoryview, wanted: Collection[int] | None = None
     ) -> Iterator[tuple[int, memoryview]]:
         """Yield each matrix that a tile, from byte `start`, has some of, with its values there."""
-        if self._places is None:
-            yield 0, data
-            return
         dtype = self._tensor.dtype
-        first = start // FLOAT_DTYPES[dtype]
-        for part, blocks in self._places.in_tile(first, tiles.count(data, dtype)):
-            if only is None or part == only:
-                yield part, tiles.gather(data, dtype, blocks)
+        return self._places.values(start // FLOAT_DTYPES[dtype], data, dtype, wanted)
 
     def _merge(
         self, part: int, moments: list[Moments], summaries: list[Summary], worker: Worker
@@ -154,7 +149,7 @@ class _Job:
         sums = new_exact_sums()
         for start in range(0, self._tensor.nbytes, _TILE_BYTES):
             worker.pool.check()
-            for _, values in self._matrices(start, self._read(worker, start), part):
+            for _, values in self._values(start, self._read(worker, start), (part,)):
                 self._device.add_exact_sums(values, self._tensor.dtype, sums)
         count = self._counts[part]
         return exact_mean(sums, count), exact_std(sums, count) if count > 1 else None, exact_norm(sums)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from noisytune_cli.records import Part
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from noisytune_cli.noise.stream import StreamWords
+    from noisytune_cli.noise.stream import Noise
 
 #: How the reference handles each dtype's stored values.
 _STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
@@ -77,6 +77,17 @@ class Places:
             if blocks := _blocks(self._parts[index], first, count):
                 yield index, blocks
 
+    def values(
+        self, first: int, tile: memoryview, dtype: str, wanted: Collection[int] | None = None
+    ) -> Iterator[tuple[int, memoryview]]:
+        """Yield the index of each part in a tile from element `first`, and its elements there in order.
+
+        Of parts that are not `wanted` nothing is taken.
+        """
+        for part, blocks in self.in_tile(first, count(tile, dtype)):
+            if wanted is None or part in wanted:
+                yield part, gather(tile, dtype, blocks)
+
 
 def _blocks(part: Part, first: int, count: int) -> list[Block]:
     """Return what a tile has of a part: a run cut off at its start, whole runs, one cut off at its end."""
@@ -120,11 +131,8 @@ def add_noise(
     dtype: str,
     out_dtype: str,
     blocks: Sequence[Block],
-    *,
-    distribution: str,
-    stream: StreamWords,
+    noise: Noise,
     first: int,
-    amplitude: float,
 ) -> tuple[int, int]:
     """Write the elements of a part with their noise to their places in `out`; return (unchanged, clamped).
 
@@ -132,7 +140,6 @@ def add_noise(
     the tile itself.
     """
     unchanged = clamped = 0
-    noise: dict[str, Any] = {"distribution": distribution, "stream": stream, "amplitude": amplitude}
     for block in blocks:
         if block.repeat == 1 or block.length >= _LONG:
             for run in block.runs():
@@ -140,10 +147,12 @@ def add_noise(
                     _bytes(memory, FLOAT_DTYPES[kind], run)
                     for memory, kind in ((tile, dtype), (out, out_dtype))
                 )
-                counts = device.add_noise(source, target, dtype, out_dtype, first=first + run.start, **noise)
+                counts = device.add_noise(
+                    source, target, dtype, out_dtype, noise=noise, first=first + run.start
+                )
                 unchanged, clamped = unchanged + counts[0], clamped + counts[1]
         else:
-            counts = _pick(device, tile, out, dtype, out_dtype, block, first=first, **noise)
+            counts = _pick(device, tile, out, dtype, out_dtype, block, noise, first)
             unchanged, clamped = unchanged + counts[0], clamped + counts[1]
     return unchanged, clamped
 
@@ -155,33 +164,23 @@ def _pick(
     dtype: str,
     out_dtype: str,
     block: Block,
-    *,
-    distribution: str,
-    stream: StreamWords,
+    noise: Noise,
     first: int,
-    amplitude: float,
 ) -> tuple[int, int]:
     """Add noise to all from the first run to the last, and write those of the runs."""
     span = slice(block.at, block.at + block.extent)
     source = _bytes(tile, FLOAT_DTYPES[dtype], span)
     scratch = np.empty(block.extent * FLOAT_DTYPES[out_dtype], np.uint8)
     _, suspects = device.add_noise(
-        source,
-        scratch.data,
-        dtype,
-        out_dtype,
-        distribution=distribution,
-        stream=stream,
-        first=first + block.at,
-        amplitude=amplitude,
+        source, scratch.data, dtype, out_dtype, noise=noise, first=first + block.at
     )
     noised = block.of(_values(scratch.data, out_dtype), block.at)
     if suspects:
         # Something between the runs may have been clamped, or be no number: only the reference tells which.
-        c = reference.draw(distribution, stream, first + block.at, block.extent)
+        c = reference.draw(noise.distribution, noise.stream, first + block.at, block.extent)
         chosen = block.of(np.frombuffer(tile, _STORED[dtype])).ravel()
         counts = reference.add_noise(
-            chosen, dtype, block.of(c, block.at).ravel(), np.float32(amplitude), out_dtype
+            chosen, dtype, block.of(c, block.at).ravel(), np.float32(noise.amplitude), out_dtype
         )[1:]
     else:
         plain = source

@@ -178,7 +178,7 @@ class TensorWalk:
         self._walk, self._outputs, self._index, self._source = walk, outputs, index, source
         self._size = _unit(self.tensor)
         self._tiles = self._divide(max(self._size, *(_out_unit(step) for step in steps)))
-        self.matrices = Matrices(walk.device, self.tensor, steps[0].parts)
+        self.matrices = Matrices(walk.device, self.tensor, steps[0].matrices)
         self._buffer: memoryview | None = None
         self._source_hash = blake3()
         self.receipts: tuple[Receipt, ...] = ()

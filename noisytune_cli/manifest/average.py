@@ -29,7 +29,16 @@ from noisytune_cli.manifest.read import (
 from noisytune_cli.manifest.strict_json import Document
 from noisytune_cli.manifest.tensors import read_tensor
 from noisytune_cli.manifest.write import MAX_LINES, SCHEMA, lay_out, source_json
-from noisytune_cli.records import Manifest, NoiseSpec, Receipt, SourceRecord, Step, TensorSpec
+from noisytune_cli.records import (
+    Manifest,
+    NoiseSpec,
+    Receipt,
+    SourceRecord,
+    Step,
+    TensorSpec,
+    copied,
+    outcome_fields,
+)
 from noisytune_cli.version import __version__
 
 OPERATION = "average"
@@ -67,19 +76,10 @@ class AverageManifest:
         """
         receipts = tuple(
             Receipt(
-                step=Step(done.tensor, "copy", "excluded", 0.0, done.tensor.name),
-                action="copy",
-                reason="excluded",
-                lam=0.0,
-                std=None,
-                amplitude=None,
-                low=None,
-                high=None,
-                noise_std=None,
-                unchanged=0,
-                clamped=0,
-                source_digest=done.digest,
-                digest=done.digest,
+                *outcome_fields(copied("excluded")),
+                Step(done.tensor, "copy", "excluded", 0.0, done.tensor.name),
+                done.digest,
+                done.digest,
             )
             for done in self.tensors
         )

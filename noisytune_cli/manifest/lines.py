@@ -80,7 +80,7 @@ class Lines:
                 return None
             step = _Step(tensor, done[0], done[1], done[2], stream, (), "names", out_dtype, (), None)
             step.__class__ = Step
-            receipt = _Receipt(step, *done, before, after, ())
+            receipt = _Receipt(*done, step, before, after, ())
             receipt.__class__ = Receipt
         else:
             if (whole := self._whole(text, end, tensor, stream, found[6:-1])) is None:
@@ -142,14 +142,14 @@ class Lines:
             return None
         if (done := self._done(found, tensor.dtype, length * repeat, PART_REASONS)) is None:
             return None
-        receipt: Any = _PartReceipt(part, *done)
+        receipt: Any = _PartReceipt(*done, part)
         receipt.__class__ = PartReceipt
         return cast(PartReceipt, receipt)
 
     def _done(
         self, found: Sequence[str | Any], dtype: str, elements: int, reasons: Mapping[str, Reason]
     ) -> tuple[Any, ...] | None:
-        """Return what was done to a tensor or to a part of one, in the order of a Receipt's fields."""
+        """Return what was done to a tensor or to a part of one, in the order of an Outcome's fields."""
         action, reason, raw_lam, raw_std, raw_amplitude = found[6:11]
         bounds = found[11 : self._counts]
         unchanged, clamped = int(found[self._counts]), int(found[self._counts + 1])

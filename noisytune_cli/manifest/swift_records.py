@@ -14,4 +14,11 @@ from typing import Any
 def twin(record: type[Any]) -> Any:
     """Return a class that is built from all fields of `record` (with slots) and can take on its class."""
     names = [field.name for field in dataclasses.fields(record)]
-    return dataclasses.make_dataclass(f"{record.__name__}Twin", names, slots=True, eq=False, repr=False)
+    # Not by `dataclass`, which gives a frozen base no other heirs. Slots have to be added at the same level.
+    made: dict[str, Any] = {}
+    body = "".join(f"\n    self.{name} = {name}" for name in names)
+    exec(f"def __init__(self, {', '.join(names)}):{body}", made)
+    made |= {"__slots__": record.__slots__}
+    # Both, or neither would be the quick one.
+    made |= {"__setattr__": object.__setattr__, "__delattr__": object.__delattr__}
+    return type(f"{record.__name__}Twin", record.__bases__, made)

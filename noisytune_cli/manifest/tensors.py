@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from noisytune_cli.dtypes import ALL_DTYPES, FLOAT_DTYPES, stored_bytes
 from noisytune_cli.manifest.copy_reasons import PART_REASONS, REASONS, misfit
@@ -22,10 +22,10 @@ from noisytune_cli.manifest.write import MAX_LINES
 from noisytune_cli.noise import distributions
 from noisytune_cli.records import (
     MAX_PARTS,
-    Action,
     Conversion,
     FileRecord,
     NoiseSpec,
+    Outcome,
     OutputRecord,
     Part,
     PartReceipt,
@@ -34,6 +34,7 @@ from noisytune_cli.records import (
     Step,
     TensorSpec,
     out_dtype_of,
+    outcome_fields,
 )
 
 _DONE_KEYS = ("action", "lambda", "std", "amplitude", "unchanged", "clamped")
@@ -114,21 +115,6 @@ def _shape(fields: Fields) -> list[int]:
     return shape
 
 
-class _Done(NamedTuple):
-    """What was done to a tensor or to a part of one, in the order of a Receipt's fields."""
-
-    action: Action
-    reason: Reason | None
-    lam: float
-    std: float | None
-    amplitude: float | None
-    low: float | None
-    high: float | None
-    noise_std: float | None
-    unchanged: int
-    clamped: int
-
-
 class _Reader:
     """What an entry is read against: the noise, the weight files, and what the output converts."""
 
@@ -156,7 +142,7 @@ class _Reader:
         else:
             done = self._done(fields, where, tensor.dtype, tensor.elements, REASONS)
             step = Step(tensor, done.action, done.reason, done.lam, fields.string("stream"))
-            receipt = Receipt(step, *done, source_digest, digest)
+            receipt = Receipt(*outcome_fields(done), step, source_digest, digest)
         if receipt.action == "copy" and source_digest != digest and not fields.has("out_dtype"):
             raise ManifestFault(f"{where} is a copy, but its fields are those of a perturbed tensor")
         out_dtype = out_dtype_of(tensor, receipt.reason, self._conversion)
@@ -206,11 +192,11 @@ class _Reader:
         part = Part(name, tuple(shape), first, length, stride, repeat)
         check_runs(part, tensor, where)
         done = self._done(fields, where, tensor.dtype, part.elements, PART_REASONS)
-        return PartReceipt(part=part, **done._asdict())
+        return PartReceipt(*outcome_fields(done), part)
 
     def _done(
         self, fields: Fields, where: str, dtype: str, elements: int, reasons: Mapping[str, Reason]
-    ) -> _Done:
+    ) -> Outcome:
         """Return what was done to a tensor or part of so many elements, which may be copied for `reasons`."""
         lam, std = fields.strength("lambda"), fields.float32("std")
         amplitude = fields.float32("amplitude")
@@ -229,7 +215,7 @@ class _Reader:
             if lam or amplitude is not None or unchanged or clamped:
                 raise ManifestFault(f"{where} is a copy, but its fields are those of a perturbed tensor")
         noise_range = self._check_range(fields, amplitude)
-        return _Done(
+        return Outcome(
             action="perturb" if reason is None else "copy",
             reason=reason,
             lam=lam,

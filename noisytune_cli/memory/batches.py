@@ -7,14 +7,15 @@ and writes receipts: for a model of some hundreds of parameters that takes about
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import replace
 
+from noisytune_cli.engine.matrix import receipt_of
 from noisytune_cli.memory import in_place, matrices
 from noisytune_cli.memory.ahead import FIRST_BATCH, SumsAhead
 from noisytune_cli.memory.plan import Matrix, Parameter
 from noisytune_cli.memory.sharded import Dose
-from noisytune_cli.noise import distributions
-from noisytune_cli.records import NoiseSpec, PartReceipt, Receipt, Step, summed
+from noisytune_cli.noise.stream import Noise
+from noisytune_cli.records import NoiseSpec, Receipt
 
 
 def batches(parameters: Sequence[Parameter], noise: NoiseSpec, ahead: SumsAhead) -> Iterator[list[Parameter]]:
@@ -24,8 +25,8 @@ def batches(parameters: Sequence[Parameter], noise: NoiseSpec, ahead: SumsAhead)
     """
     early, rest = [], list(parameters)
     if noise.scope == "matrix":
-        early = [p for p in parameters if p.resident.tensor in ahead and not p.parts]
-        rest = [p for p in parameters if p.resident.tensor not in ahead or p.parts]
+        early = [p for p in parameters if p.resident.tensor in ahead and not p.is_divided]
+        rest = [p for p in parameters if p.resident.tensor not in ahead or p.is_divided]
     size = FIRST_BATCH
     while early:
         yield early[:size]
@@ -39,56 +40,38 @@ def begin(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int) -> Ca
     noised, doses = [], []
     divided, parted = [], []
     for parameter in parameters:
-        amplitudes = tuple([None if m.reason is not None else m.amplitude for m in parameter.matrices])
-        if amplitudes.count(None) == len(amplitudes):
-            continue
-        held, stream, parts = parameter.resident.held, parameter.stream, parameter.parts
-        if parts:
+        noises = tuple([_noise(matrix, parameter, noise) for matrix in parameter.matrices])
+        if parameter.is_divided and any(noises):
             divided.append(parameter)
-            parted.append(matrices.PartedDose(held, parts, noise.distribution, stream, amplitudes))
-        elif amplitudes[0] is not None:
+            parts = tuple([matrix.part for matrix in parameter.matrices])
+            parted.append(matrices.PartedDose(parameter.resident.held, parts, noises))
+        elif noises[0] is not None:
             noised.append(parameter)
-            doses.append(Dose(held, noise.distribution, stream, amplitudes[0]))
+            doses.append(Dose(parameter.resident.held, noises[0]))
     counted = in_place.begin_noise(doses, threads)
     for parameter, by_part in zip(divided, matrices.add_noise(parted, threads), strict=True):
-        for matrix, counts in zip(parameter.matrices, by_part, strict=True):
-            matrix.unchanged, matrix.clamped = counts
+        _count(parameter, by_part)
 
     def finish() -> None:
         for parameter, counts in zip(noised, counted(), strict=True):
-            (matrix,) = parameter.matrices
-            matrix.unchanged, matrix.clamped = counts
+            _count(parameter, [counts])
 
     return finish
 
 
-def receipts_of(parameter: Parameter, noise: NoiseSpec) -> list[Receipt]:
+def _noise(matrix: Matrix, parameter: Parameter, noise: NoiseSpec) -> Noise | None:
+    assert matrix.outcome is not None  # settled
+    amplitude = matrix.outcome.amplitude
+    return None if amplitude is None else Noise(noise.distribution, parameter.stream, amplitude)
+
+
+def _count(parameter: Parameter, counts: Sequence[tuple[int, int]]) -> None:
+    for matrix, (unchanged, clamped) in zip(parameter.matrices, counts, strict=True):
+        assert matrix.outcome is not None
+        matrix.outcome = replace(matrix.outcome, unchanged=unchanged, clamped=clamped)
+
+
+def receipts_of(parameter: Parameter) -> list[Receipt]:
     """Return what was done, once for each name of a parameter."""
-    receipts = []
-    for step in parameter.steps:
-        done = [_done(matrix, step, noise) for matrix in parameter.matrices]
-        if parameter.parts:
-            parts = tuple(
-                PartReceipt(part=part, **fields) for part, fields in zip(parameter.parts, done, strict=True)
-            )
-            receipts.append(summed(step, parts, "", ""))
-        else:
-            receipts.append(Receipt(step=step, source_digest="", digest="", **done[0]))
-    return receipts
-
-
-def _done(matrix: Matrix, step: Step, noise: NoiseSpec) -> dict[str, Any]:
-    amplitude = matrix.amplitude
-    noise_range = {} if amplitude is None else distributions.load(noise.distribution).noise_range(amplitude)
-    return {
-        "action": "copy" if amplitude is None else "perturb",
-        "reason": matrix.reason,
-        "lam": 0.0 if amplitude is None else step.lam,
-        "std": matrix.std,
-        "amplitude": amplitude,
-        "low": noise_range.get("low"),
-        "high": noise_range.get("high"),
-        "noise_std": noise_range.get("noise_std"),
-        "unchanged": matrix.unchanged,
-        "clamped": matrix.clamped,
-    }
+    outcomes = [matrix.outcome for matrix in parameter.matrices if matrix.outcome is not None]
+    return [receipt_of(step, outcomes) for step in parameter.steps]

@@ -64,7 +64,7 @@ def add_noise(doses: Mapping[int, Dose], threads: int) -> dict[int, list[int]]:
     """Add the noise of each dose; return the [unchanged, clamped] elements of each."""
     kinds: dict[tuple[str, str], list[int]] = {}
     for key, dose in doses.items():
-        kind = operations.NAMES[dose.held.values.dtype], dose.distribution
+        kind = operations.NAMES[dose.held.values.dtype], dose.noise.distribution
         kinds.setdefault(kind, []).append(key)
     calls, results = [], []
     for (dtype, distribution), group in kinds.items():
@@ -77,9 +77,9 @@ def add_noise(doses: Mapping[int, Dose], threads: int) -> dict[int, list[int]]:
             tiles.counts,
             dtype,
             distribution=distribution,
-            streams=np.array([doses[key].stream for key in group], np.uint64)[of],
+            streams=np.array([doses[key].noise.stream for key in group], np.uint64)[of],
             firsts=tiles.firsts,
-            amplitudes=np.array([doses[key].amplitude for key in group], np.float32)[of],
+            amplitudes=np.array([doses[key].noise.amplitude for key in group], np.float32)[of],
             keeps=[doses[key].held for key in group],
         )
         calls.append(rows)

@@ -142,7 +142,7 @@ def _queue_noise(doses: Sequence[Dose], indices: Sequence[int]) -> Iterator[Queu
     """Add noise to parts on their devices."""
     fused: dict[tuple[torch.device, str], list[int]] = {}
     for i in indices:
-        values, distribution = doses[i].held.values, doses[i].distribution
+        values, distribution = doses[i].held.values, doses[i].noise.distribution
         if lies_flat(values) and cuda.adds_exactly(values.device, values.dtype, distribution):
             fused.setdefault((values.device, distribution), []).append(i)
         else:
@@ -152,7 +152,8 @@ def _queue_noise(doses: Sequence[Dose], indices: Sequence[int]) -> Iterator[Queu
         from noisytune_cli.noise.devices.cuda.launch import Row
 
         rows = [
-            Row(d.held.values, d.stream, d.held.runs[0].first, d.amplitude) for d in (doses[i] for i in group)
+            Row(d.held.values, d.noise.stream, d.held.runs[0].first, d.noise.amplitude)
+            for d in (doses[i] for i in group)
         ]
         _tell_autograd([doses[i].held.values for i in group])
         yield group, add.add_noise(rows, distribution)
@@ -168,14 +169,7 @@ def _add_on_device(dose: Dose) -> Tensor:
     values, (run,) = dose.held.values, dose.held.runs
     every = flat(values)
     with torch.inference_mode(True) if values.is_inference() else torch.no_grad():
-        counts = operations.add_noise(
-            every,
-            every,
-            distribution=dose.distribution,
-            stream=dose.stream,
-            first=run.first,
-            amplitude=dose.amplitude,
-        )
+        counts = operations.add_noise(every, every, dose.noise, run.first)
         if not lies_flat(values):
             values.copy_(every.view(values.shape))
     return counts

@@ -19,7 +19,7 @@ from noisytune_cli.memory import in_place
 from noisytune_cli.memory.sharded import LocalRun, LocalTensor
 from noisytune_cli.noise.devices.cpu import Cpu
 from noisytune_cli.noise.devices.torch import operations
-from noisytune_cli.noise.stream import StreamWords
+from noisytune_cli.noise.stream import Noise
 from noisytune_cli.records import Part
 
 _CPU = Cpu()
@@ -27,13 +27,11 @@ _CPU = Cpu()
 
 @dataclass(frozen=True, slots=True)
 class PartedDose:
-    """The noise for a tensor's matrices: as in `sharded.Dose`, an amplitude for each (None: no noise)."""
+    """The noise for each of a tensor's matrices, None for one that gets none."""
 
     held: LocalTensor
     parts: tuple[Part, ...]
-    distribution: str
-    stream: StreamWords
-    amplitudes: tuple[float | None, ...]
+    noises: tuple[Noise | None, ...]
 
 
 def views(held: LocalTensor, parts: Sequence[Part]) -> list[LocalTensor]:
@@ -75,20 +73,8 @@ def _add_to_host(dose: PartedDose, values: torch.Tensor, worker: Worker) -> list
     def tile(_: Worker, index: int) -> None:
         data, first = work[index]
         for part, blocks in places.in_tile(first, tiles.count(data, dtype)):
-            amplitude = dose.amplitudes[part]
-            if amplitude is not None:
-                found = tiles.add_noise(
-                    _CPU,
-                    data,
-                    data,
-                    dtype,
-                    dtype,
-                    blocks,
-                    distribution=dose.distribution,
-                    stream=dose.stream,
-                    first=first,
-                    amplitude=amplitude,
-                )
+            if (noise := dose.noises[part]) is not None:
+                found = tiles.add_noise(_CPU, data, data, dtype, dtype, blocks, noise, first)
                 done[index].append((part, *found))
 
     worker.pool.share(TileLoop(len(work), tile), worker)

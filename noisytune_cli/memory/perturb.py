@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from noisytune_cli.engine.matrix import Spread, outcome_of
 from noisytune_cli.errors import UsageError
 from noisytune_cli.manifest.locate import manifest_of
 from noisytune_cli.manifest.read import read_manifest
@@ -37,7 +38,6 @@ from noisytune_cli.memory.plan import (
 )
 from noisytune_cli.memory.sharded import LocalTensor, share_exact_sums, share_moments
 from noisytune_cli.memory.tensors import Names, residents_of
-from noisytune_cli.noise import distributions
 from noisytune_cli.noise.std import Moments, exact_std, exactly_equal, std_and_equality
 from noisytune_cli.plan.plan import check_outcomes
 from noisytune_cli.records import (
@@ -130,7 +130,7 @@ def perturb_(
     receipts: dict[int, list[Receipt]] = {}
     for batch, finish in begun:
         finish()
-        receipts |= {id(parameter): receipts_of(parameter, spec) for parameter in batch}
+        receipts |= {id(parameter): receipts_of(parameter) for parameter in batch}
     in_order = tuple([receipt for parameter in parameters for receipt in receipts[id(parameter)]])
     return Manifest("noisytune", __version__, source, spec, in_order)
 
@@ -185,38 +185,30 @@ def _read(manifest: Manifest | str | os.PathLike[str], spec: NoiseSpec) -> Manif
 
 def _settle(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int, ahead: SumsAhead) -> None:
     """Give each matrix its std and its amplitude, or the reason why it has none."""
-    wanted: list[tuple[Parameter, Matrix]] = []
-    for parameter in parameters:
-        for matrix in parameter.matrices:
-            if matrix.part is not None and matrix.part.elements == 1 and noise.scope == "matrix":
-                matrix.reason = "one-element"
-            if matrix.reason is None:
-                wanted.append((parameter, matrix))
+    wanted = [(p, matrix) for p in parameters for matrix in p.matrices if matrix.outcome is None]
     moments = _measure(wanted, threads, ahead)
-    finite = []
-    for i, (_, matrix) in enumerate(wanted):
-        if all(m.finite for m in moments[i]):
-            finite.append(i)
-        else:
-            matrix.reason = "non-finite"
+    finite = [i for i, found in enumerate(moments) if all(m.finite for m in found)]
     groups = [_once(finite, wanted)] if noise.scope == "global" else [[i] for i in finite]
-    counts = [sum([_elements(*wanted[i]) for i in group]) for group in groups]
-    spreads = [
+    counts = [sum([wanted[i][1].part.elements for i in group]) for group in groups]
+    found = [
         # Of fewer than two values there is no std, and nothing to scale noise with.
         std_and_equality([m for i in group for m in moments[i]]) if count > 1 else (0.0, True)
         for group, count in zip(groups, counts, strict=True)
     ]
-    undecided = [i for group, found in zip(groups, spreads, strict=True) if found is None for i in group]
+    undecided = [i for group, std in zip(groups, found, strict=True) if std is None for i in group]
     sums = {i: in_place.exact_sums(_held(*wanted[i])) for i in undecided}
     share_exact_sums([parameter.resident.held for parameter, _ in wanted], sums)
-    for group, count, found in zip(groups, counts, spreads, strict=True):
-        if found is None:
+    spreads: dict[int, Spread] = {}
+    for group, count, std in zip(groups, counts, found, strict=True):
+        if std is None:
             total = sum(sums[i] for i in group[1:]) + sums[group[0]]
-            found = exact_std(total, count), exactly_equal(total, count)
-        std, constant = found
-        for i in finite if noise.scope == "global" else group:
-            parameter, matrix = wanted[i]
-            _take(matrix, parameter.steps[0].lam, noise, std, constant=constant and noise.scope == "matrix")
+            std = exact_std(total, count), exactly_equal(total, count)
+        if noise.scope == "global":
+            spreads = dict.fromkeys(finite, Spread(std[0]))
+        else:
+            spreads[group[0]] = Spread(*std)
+    for i, (parameter, matrix) in enumerate(wanted):
+        matrix.outcome = outcome_of(noise, parameter.steps[0], matrix.part, spreads.get(i))
 
 
 def _once(indices: Sequence[int], wanted: Sequence[tuple[Parameter, Matrix]]) -> list[int]:
@@ -230,22 +222,22 @@ def _measure(
 ) -> list[list[Moments]]:
     """Return the moments of each matrix; of divided parameters, a few are measured at a time."""
     moments: list[list[Moments]] = [[] for _ in wanted]
-    whole = []
-    for i, (parameter, matrix) in enumerate(wanted):
-        if matrix.part is None and parameter.resident.tensor in ahead:
+    whole, divided = [], []
+    for i, (parameter, _) in enumerate(wanted):
+        if parameter.is_divided:
+            divided.append(i)
+        elif parameter.resident.tensor in ahead:
             moments[i] = [ahead.moments(parameter.resident.tensor)]
-        elif matrix.part is None:
+        else:
             whole.append(i)
     held = [wanted[i][0].resident.held for i in whole]
     for i, found in zip(whole, share_moments(held, in_place.measure(held, threads)), strict=True):
         moments[i] = found
-    divided = (i for i, (_, matrix) in enumerate(wanted) if matrix.part is not None)
     batch: list[tuple[int, LocalTensor]] = []
     nbytes = 0
     for _, group in itertools.groupby(divided, key=lambda i: id(wanted[i][0])):
         indices = list(group)
-        parts = [part for i in indices if (part := wanted[i][1].part) is not None]
-        views = matrices.views(wanted[indices[0]][0].resident.held, parts)
+        views = matrices.views(wanted[indices[0]][0].resident.held, [wanted[i][1].part for i in indices])
         batch += zip(indices, views, strict=True)
         nbytes += sum(view.values.nbytes for view in views)
         if nbytes >= _BATCH_BYTES:
@@ -265,22 +257,5 @@ def _measure_views(
 
 def _held(parameter: Parameter, matrix: Matrix) -> LocalTensor:
     """Return the values of a matrix that are held here."""
-    if matrix.part is None:
-        return parameter.resident.held
-    return matrices.views(parameter.resident.held, [matrix.part])[0]
-
-
-def _elements(parameter: Parameter, matrix: Matrix) -> int:
-    return parameter.resident.tensor.numel() if matrix.part is None else matrix.part.elements
-
-
-def _take(matrix: Matrix, lam: float, noise: NoiseSpec, std: float, *, constant: bool) -> None:
-    matrix.std = std
-    if constant:
-        matrix.reason = "constant"
-        return
-    amplitude = float(distributions.load(noise.distribution).amplitude(lam, std))
-    if amplitude in (0.0, float("inf")):
-        matrix.reason = "unrepresentable"
-        return
-    matrix.amplitude = amplitude
+    held = parameter.resident.held
+    return matrices.views(held, [matrix.part])[0] if parameter.is_divided else held

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from noisytune_cli.checkpoint.quantized import refuse_quantized
@@ -14,7 +14,19 @@ from noisytune_cli.noise.stream import StreamWords, stream_words
 from noisytune_cli.plan.patterns import check_matched, match_names
 from noisytune_cli.plan.plan import check_not_empty, confirm_ties, make_plan
 from noisytune_cli.plan.ties import split_tie
-from noisytune_cli.records import Action, Manifest, NoiseSpec, Part, Reason, Receipt, Step, Tie
+from noisytune_cli.records import (
+    Action,
+    Manifest,
+    NoiseSpec,
+    Outcome,
+    Part,
+    Reason,
+    Receipt,
+    Step,
+    Tie,
+    copied,
+    whole,
+)
 
 #: What to say to those whose options leave nothing to perturb.
 OPTIONS_THAT_EXCLUDE = "Widen include= or drop an exclude=; frozen= and fresh_names= leave parameters out too"
@@ -22,17 +34,10 @@ OPTIONS_THAT_EXCLUDE = "Widen include= or drop an exclude=; frozen= and fresh_na
 
 @dataclass(slots=True)
 class Matrix:
-    """One matrix of a parameter (`part` None: the parameter is one), and what has come of it so far.
+    """One matrix of a parameter, and what comes of it: None until its std is known."""
 
-    `reason` says why it stays as it is; `std` and `amplitude` are float32 values.
-    """
-
-    part: Part | None
-    reason: Reason | None
-    std: float | None = None
-    amplitude: float | None = None
-    unchanged: int = 0
-    clamped: int = 0
+    part: Part
+    outcome: Outcome | None = None
 
 
 @dataclass(slots=True)
@@ -45,15 +50,13 @@ class Parameter:
     matrices: list[Matrix] = field(default_factory=list)
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        """The parts that have a std each, none if the parameter is one matrix."""
-        if len(self.matrices) == 1 and self.matrices[0].part is None:
-            return ()  # as nearly always
-        return tuple(matrix.part for matrix in self.matrices if matrix.part is not None)
+    def is_divided(self) -> bool:
+        """Whether it has several matrices with a std each."""
+        return len(self.matrices) > 1
 
     def outcome(self) -> tuple[Action, Reason | None]:
-        """Return what becomes of it: it is perturbed if one of its matrices is."""
-        reasons = [matrix.reason for matrix in self.matrices]
+        """Return what becomes of it as far as is known: it is perturbed if one of its matrices is."""
+        reasons = [None if matrix.outcome is None else matrix.outcome.reason for matrix in self.matrices]
         return ("perturb", None) if None in reasons else ("copy", reasons[0])
 
 
@@ -89,10 +92,11 @@ def plan_parameters(
 def _planned(resident: LiveTensor, steps: tuple[Step, ...], seed: int) -> Parameter:
     step = steps[0]
     stream = stream_words(seed, step.stream)
-    if step.reason is not None or not step.parts:
-        return Parameter(resident, steps, stream, [Matrix(None, step.reason)])
-    _refuse_sharded(resident)
-    return Parameter(resident, steps, stream, [Matrix(part, None) for part in step.parts])
+    if step.reason is not None:
+        return Parameter(resident, steps, stream, [Matrix(whole(step.tensor), copied(step.reason))])
+    if step.parts:
+        _refuse_sharded(resident)
+    return Parameter(resident, steps, stream, [Matrix(part) for part in step.matrices])
 
 
 def _refuse_sharded(resident: LiveTensor) -> None:
@@ -141,7 +145,8 @@ def _recorded(resident: LiveTensor, receipt: Receipt | None, seed: int) -> Param
     specs = list(resident.specs())
     if receipt is None:
         steps = tuple(Step(spec, "copy", "excluded", 0.0, spec.name) for spec in specs)
-        return Parameter(resident, steps, stream_words(seed, steps[0].stream), [Matrix(None, "excluded")])
+        matrices = [Matrix(whole(specs[0]), copied("excluded"))]
+        return Parameter(resident, steps, stream_words(seed, steps[0].stream), matrices)
     recorded = receipt.step.tensor
     if recorded.shape != specs[0].shape or (recorded.dtype in FLOAT_DTYPES) != (
         specs[0].dtype in FLOAT_DTYPES
@@ -153,14 +158,15 @@ def _recorded(resident: LiveTensor, receipt: Receipt | None, seed: int) -> Param
             f"{specs[0].dtype} {list(specs[0].shape)}",
             next_step="Give the manifest of the checkpoint that the model was loaded from, or other names=",
         )
-    steps = tuple(
-        Step(spec, receipt.action, receipt.reason, receipt.lam, receipt.step.stream) for spec in specs
+    step = replace(
+        receipt.step, action=receipt.action, reason=receipt.reason, lam=receipt.lam, out_dtype=None
     )
-    matrices = [Matrix(p.part, p.reason, p.std, p.amplitude) for p in receipt.parts]
-    if receipt.parts:
+    steps = tuple([replace(step, tensor=spec) for spec in specs])
+    matrices = [Matrix(part.part, part) for part in receipt.parts]
+    if matrices:
         _refuse_sharded(resident)
     else:
-        matrices = [Matrix(None, receipt.reason, receipt.std, receipt.amplitude)]
+        matrices = [Matrix(whole(specs[0]), receipt)]
     return Parameter(resident, steps, stream_words(seed, receipt.step.stream), matrices)
 
 
@@ -182,4 +188,4 @@ def leave_out(
             (frozen == "copy" and not resident.tensor.requires_grad)
             or (fresh == "copy" and are_fresh.issuperset(resident.own))
         ):
-            parameter.matrices = [Matrix(None, "excluded")]
+            parameter.matrices = [Matrix(whole(parameter.steps[0].tensor), copied("excluded"))]

@@ -24,7 +24,7 @@ from noisytune_cli.noise.std import Moments
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from noisytune_cli.noise.stream import StreamWords
+    from noisytune_cli.noise.stream import Noise
 
 #: The classes of tensors that are nothing but their own values, as those of nearly all are.
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -57,12 +57,10 @@ class LocalTensor:
 
 @dataclass(frozen=True, slots=True)
 class Dose:
-    """The noise for one tensor: its part here, and the distribution, the stream and the amplitude."""
+    """The noise for one tensor, and its part here."""
 
     held: LocalTensor
-    distribution: str
-    stream: StreamWords
-    amplitude: float
+    noise: Noise
 
 
 def held_part(tensor: Tensor, name: str) -> LocalTensor:

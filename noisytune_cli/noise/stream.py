@@ -16,6 +16,7 @@ below are that paper's. This stream is a contract with saved manifests: it never
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +32,19 @@ STREAM = "philox4x32-10/v1"
 
 #: Key words 0 and 1 and counter words 2 and 3 of a stream.
 StreamWords = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """What is added to a matrix: a stream's coefficients of a distribution, times the amplitude.
+
+    `amplitude` is a float32 value held in a Python float.
+    """
+
+    distribution: str
+    stream: StreamWords
+    amplitude: float
+
 
 #: Round multipliers and Weyl key increments of Philox4x32.
 M0, M1 = 0xD2511F53, 0xCD9E8D57

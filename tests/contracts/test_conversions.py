@@ -163,10 +163,8 @@ def test_devices_add_noise_as_the_reference(
             memoryview(out),
             dtype,
             out_dtype,
-            distribution=distribution,
-            stream=stream.stream_words(9, "w"),
+            noise=stream.Noise(distribution, stream.stream_words(9, "w"), float(np.float32(amplitude))),
             first=first,
-            amplitude=float(np.float32(amplitude)),
         )
         assert out.tobytes() == expected.tobytes()
         assert list(got) == counts
@@ -181,10 +179,8 @@ def test_a_sum_in_float32_stays_in_its_range_in_float64(device: Device) -> None:
         oracle.tile(out),
         "F32",
         "F64",
-        distribution="uniform",
-        stream=stream.stream_words(0, "w"),
+        noise=stream.Noise("uniform", stream.stream_words(0, "w"), 2.0**126),
         first=0,
-        amplitude=2.0**126,
     )
     assert 10 < clamped < 60
     assert out.max() == float(np.finfo(np.float32).max)

@@ -59,10 +59,8 @@ def add_noise(
         oracle.tile(stored),
         memoryview(room)[size : size + stored.nbytes],
         dtype,
-        distribution=distribution,
-        stream=stream.stream_words(seed, "w"),
+        noise=stream.Noise(distribution, stream.stream_words(seed, "w"), amplitude),
         first=first,
-        amplitude=amplitude,
     )
     assert stored.tobytes() == before
     assert set(room[:size].tolist() + room[size + stored.nbytes :].tolist()) == {0xA5}
@@ -157,14 +155,13 @@ def test_products_and_sums_are_rounded_apart(device: Device) -> None:
 def test_golden_digests(device: Device, case: dict[str, object]) -> None:
     stored = oracle.ramp(str(case["dtype"]))
     out = np.empty_like(stored)
+    words = stream.stream_words(int(str(case["seed"])), str(case["name"]))
     device.add_noise(
         oracle.tile(stored),
         oracle.tile(out),
         str(case["dtype"]),
-        distribution=str(case["distribution"]),
-        stream=stream.stream_words(int(str(case["seed"])), str(case["name"])),
+        noise=stream.Noise(str(case["distribution"]), words, float(str(case["amplitude"]))),
         first=int(str(case["first"])),
-        amplitude=float(str(case["amplitude"])),
     )
     assert blake3(out.tobytes()).hexdigest() == case["digest"]
 
@@ -192,10 +189,8 @@ def test_an_output_that_does_not_fit_is_refused(device: Device, room: memoryview
             memoryview(bytes(8)),
             room,
             "F32",
-            distribution="uniform",
-            stream=(0, 0, 0, 0),
+            noise=stream.Noise("uniform", (0, 0, 0, 0), 1.0),
             first=0,
-            amplitude=1.0,
         )
 
 

@@ -79,10 +79,8 @@ def test_each_element_gets_the_noise_of_its_index_with_its_parts_amplitude(
                     dtype,
                     dtype,
                     blocks,
-                    distribution="uniform",
-                    stream=stream.stream_words(5, "x"),
+                    noise=stream.Noise("uniform", stream.stream_words(5, "x"), AMPLITUDES[part]),
                     first=first,
-                    amplitude=AMPLITUDES[part],
                 )
         for part in range(len(parts)):
             own = owner == part
@@ -106,10 +104,8 @@ def test_the_sum_is_rounded_to_another_dtype_where_asked(out_dtype: str) -> None
             "F32",
             out_dtype,
             blocks,
-            distribution="gaussian",
-            stream=stream.stream_words(5, "x"),
+            noise=stream.Noise("gaussian", stream.stream_words(5, "x"), 0.0078125),
             first=0,
-            amplitude=0.0078125,
         )
         own = owner == part
         expected, *tallied = stream.add_noise(values[own], "F32", c[own], np.float32(0.0078125), out_dtype)
@@ -132,10 +128,8 @@ def test_values_between_the_runs_need_not_be_finite() -> None:
                 "F32",
                 "F32",
                 blocks,
-                distribution="uniform",
-                stream=stream.stream_words(0, "x"),
+                noise=stream.Noise("uniform", stream.stream_words(0, "x"), 0.5),
                 first=0,
-                amplitude=0.5,
             )
             assert (unchanged, clamped) == (0, 0)
     c = stream.coefficients("uniform", 0, "x", 0, owner.size)

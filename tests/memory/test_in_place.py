@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
 
@@ -20,9 +17,8 @@ def test_the_compiled_loop_works_in_place(dtype: str, distribution: str) -> None
     )
     source = bytearray(values.view(torch.uint8).numpy().tobytes())
     apart = bytearray(len(source))
-    noise: dict[str, Any] = {"distribution": distribution, "stream": stream.stream_words(7, "w")}
-    noise |= {"first": 2**32 - 5, "amplitude": float(np.float32(900.0))}
-    counts = cpu.add_noise(memoryview(source), memoryview(apart), dtype, **noise)
-    assert cpu.add_noise(memoryview(source), memoryview(source), dtype, **noise) == counts
+    first, noise = 2**32 - 5, stream.Noise(distribution, stream.stream_words(7, "w"), 900.0)
+    counts = cpu.add_noise(memoryview(source), memoryview(apart), dtype, noise=noise, first=first)
+    assert cpu.add_noise(memoryview(source), memoryview(source), dtype, noise=noise, first=first) == counts
     assert source == apart
     assert dtype != "F16" or counts[1] > 0

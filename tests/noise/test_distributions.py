@@ -40,10 +40,8 @@ def uniform_noise(stored: np.ndarray, name: str, lam: float = 0.15) -> np.ndarra
         oracle.tile(flat),
         oracle.tile(out),
         "F32",
-        distribution="uniform",
-        stream=stream.stream_words(0, name),
+        noise=stream.Noise("uniform", stream.stream_words(0, name), amplitude),
         first=0,
-        amplitude=amplitude,
     )
     return (out.astype(np.float64) - flat) / amplitude
 

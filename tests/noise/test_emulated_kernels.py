@@ -16,6 +16,7 @@ from levels import cpu_at
 
 from noisytune_cli.noise import distributions
 from noisytune_cli.noise.devices.cpu import library
+from noisytune_cli.noise.stream import Noise
 
 EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 WORDS = (123, 2**31, 789, 2**32 - 1)
@@ -61,10 +62,8 @@ def test_arm64_has_the_references_bits(program: list[str]) -> None:
                     room,
                     dtype,
                     out_dtype,
-                    distribution=distribution,
-                    stream=WORDS,
+                    noise=Noise(distribution, WORDS, amplitude),
                     first=first,
-                    amplitude=amplitude,
                 )
                 expected.append(out.tobytes() + struct.pack("<2q", *counts))
                 sums, found = cpu.moments(tile, dtype), cpu.summarize(tile, dtype)

@@ -49,10 +49,8 @@ def check(
             tile,
             out,
             dtype,
-            distribution=distribution,
-            stream=stream.stream_words(SEED, NAME),
+            noise=stream.Noise(distribution, stream.stream_words(SEED, NAME), amplitude),
             first=first,
-            amplitude=amplitude,
         )
         assert out.tobytes() == expected.tobytes()
         assert counts == (unchanged, clamped)
@@ -135,10 +133,8 @@ def test_noise_into_every_dtype(cpu: Cpu, dtype: str, out_dtype: str, distributi
                 oracle.tile(out),
                 dtype,
                 out_dtype,
-                distribution=distribution,
-                stream=stream.stream_words(SEED, NAME),
+                noise=stream.Noise(distribution, stream.stream_words(SEED, NAME), amplitude),
                 first=5,
-                amplitude=amplitude,
             )
             assert out.tobytes() == expected.tobytes()
             assert list(got) == counts

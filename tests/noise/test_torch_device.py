@@ -69,10 +69,8 @@ def noised(device, stored, dtype, distribution, name, seed, first, amplitude):
         memoryview(tile),
         memoryview(out),
         dtype,
-        distribution=distribution,
-        stream=stream.stream_words(seed, name),
+        noise=stream.Noise(distribution, stream.stream_words(seed, name), float(amplitude)),
         first=first,
-        amplitude=float(amplitude),
     )
     return bytes(out), *counts
 
@@ -204,11 +202,11 @@ def test_without_float64_the_cpu_does_what_needs_it(monkeypatch):
     calls = []
     add_noise = torch_kernels.add_noise
     monkeypatch.setattr(torch_kernels, "block_sums", lambda stored: pytest.fail("moments on the device"))
-    monkeypatch.setattr(torch_kernels, "add_noise", lambda *a, **k: calls.append(k) or add_noise(*a, **k))
+    monkeypatch.setattr(torch_kernels, "add_noise", lambda *a: calls.append(a[2]) or add_noise(*a))
     for dtype, distribution in (("F64", "uniform"), ("F32", "gaussian"), ("F32", "uniform")):
         arguments = (finite(dtype, 999), dtype, distribution, "w", 0, 1, np.float32(0.5))
         assert noised(one, *arguments) == reference(*arguments)
-    assert [call["distribution"] for call in calls] == ["uniform"]
+    assert [noise.distribution for noise in calls] == ["uniform"]
     tile = memoryview(np.arange(9, dtype=np.float32).tobytes())
     assert one.moments(tile, "F32") == CPU.moments(tile, "F32")
 
@@ -264,11 +262,12 @@ def test_a_device_that_is_not_exact_is_refused(monkeypatch):
 
 
 def test_a_fused_multiply_add_would_be_noticed(monkeypatch):
-    def fused(stored, out, *, amplitude, **drawn):
+    def fused(stored, out, noise, first):
         assert stored.is_contiguous()
-        c = torch_kernels.coefficients(count=stored.numel(), device=stored.device, **drawn)
+        drawn = noise.distribution, noise.stream, first, stored.numel()
+        c = torch_kernels.coefficients(*drawn, stored.device)
         before = stored.clone()
-        out.copy_((c.double() * amplitude + stored.double()).float())
+        out.copy_((c.double() * noise.amplitude + stored.double()).float())
         return torch.stack(((out == before).sum(), torch.tensor(0)))
 
     one = torch_device.Torch(torch.device("cpu"))

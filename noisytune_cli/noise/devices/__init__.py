@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from noisytune_cli.noise.std import Moments
-    from noisytune_cli.noise.stream import StreamWords
+    from noisytune_cli.noise.stream import Noise
 
 #: Kinds of device that have no module of their own, and the one that serves them.
 _SHARED = {"mps": "torch"}
@@ -53,16 +53,14 @@ class Device(Protocol):
         dtype: str,
         out_dtype: str | None = None,
         *,
-        distribution: str,
-        stream: StreamWords,
+        noise: Noise,
         first: int,
-        amplitude: float,
     ) -> tuple[int, int]:
         """Write tile + noise to `out`; return (unchanged, clamped) elements.
 
         `out` is apart from the tile or, in the tile's dtype, the tile itself.
-        `stream` is `stream.stream_words`, `first` the logical index of the tile's first element. The sum
-        is rounded once, to `out_dtype` (None: the tile's); what `convert` gives counts as unchanged.
+        `first` is the logical index of the tile's first element. The sum is rounded once, to `out_dtype`
+        (None: the tile's); what `convert` gives counts as unchanged.
         """
 
     def convert(self, tile: memoryview, out: memoryview, dtype: str, out_dtype: str) -> int:

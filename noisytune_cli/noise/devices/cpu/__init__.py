@@ -17,7 +17,7 @@ from noisytune_cli.noise.std import Moments
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from noisytune_cli.noise.stream import StreamWords
+    from noisytune_cli.noise.stream import Noise
 
 
 class Cpu:
@@ -51,18 +51,17 @@ class Cpu:
         dtype: str,
         out_dtype: str | None = None,
         *,
-        distribution: str,
-        stream: StreamWords,
+        noise: Noise,
         first: int,
-        amplitude: float,
     ) -> tuple[int, int]:
         """Write tile + noise to `out`, apart from the tile or, in the tile's dtype, the tile itself."""
         out_dtype = out_dtype or dtype
         count = _count(tile, out, dtype, out_dtype)
         rows = np.array(
-            [(_address(tile), _address(out), count, first, stream, amplitude, 0, 0)], dtype=library.NOISE_ROW
+            [(_address(tile), _address(out), count, first, noise.stream, noise.amplitude, 0, 0)],
+            dtype=library.NOISE_ROW,
         )
-        library.load().noise(distribution, dtype, out_dtype, rows, np.zeros(1, np.int64), 1)
+        library.load().noise(noise.distribution, dtype, out_dtype, rows, np.zeros(1, np.int64), 1)
         return int(rows["unchanged"][0]), int(rows["clamped"][0])
 
     def noise_rows(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from noisytune_cli.noise.std import Moments
-    from noisytune_cli.noise.stream import StreamWords
+    from noisytune_cli.noise.stream import Noise
 
 
 class Cuda(Torch):
@@ -39,25 +39,14 @@ class Cuda(Torch):
 
         return operations.moments_of(sums.sums([values])[0].tolist(), values)
 
-    def _add_noise(
-        self,
-        values: Tensor,
-        out: Tensor,
-        *,
-        distribution: str,
-        stream: StreamWords,
-        first: int,
-        amplitude: float,
-    ) -> Tensor:
+    def _add_noise(self, values: Tensor, out: Tensor, noise: Noise, first: int) -> Tensor:
         fits = out is values and values.numel()
-        if not fits or not adds_exactly(self.device, values.dtype, distribution):
-            return super()._add_noise(
-                values, out, distribution=distribution, stream=stream, first=first, amplitude=amplitude
-            )
+        if not fits or not adds_exactly(self.device, values.dtype, noise.distribution):
+            return super()._add_noise(values, out, noise, first)
         from noisytune_cli.noise.devices.cuda import add
         from noisytune_cli.noise.devices.cuda.launch import Row
 
-        return add.add_noise([Row(values, stream, first, amplitude)], distribution)[0]
+        return add.add_noise([Row(values, noise.stream, first, noise.amplitude)], noise.distribution)[0]
 
 
 def open_device(name: str) -> Device:

@@ -24,14 +24,13 @@ from noisytune_cli.noise import distributions, stream
 from noisytune_cli.noise.devices import Device, Summary, unknown_device
 from noisytune_cli.noise.devices.cpu import Cpu
 from noisytune_cli.noise.devices.torch import operations
+from noisytune_cli.noise.stream import Noise
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
     from noisytune_cli.noise.std import Moments
-    from noisytune_cli.noise.stream import StreamWords
-
 
 #: NumPy's view of each stored dtype, as the reference takes it.
 NUMPY: dict[str, type[np.generic]] = {
@@ -69,33 +68,20 @@ class Torch:
         dtype: str,
         out_dtype: str | None = None,
         *,
-        distribution: str,
-        stream: StreamWords,
+        noise: Noise,
         first: int,
-        amplitude: float,
     ) -> tuple[int, int]:
         """Write tile + noise to `out`; return (unchanged, clamped) elements."""
-        needs_float64 = "F64" in (dtype, out_dtype) or distributions.load(distribution).FLOAT64
+        needs_float64 = "F64" in (dtype, out_dtype) or distributions.load(noise.distribution).FLOAT64
         if needs_float64 and not self.has_float64:
-            return self._cpu.add_noise(
-                tile,
-                out,
-                dtype,
-                out_dtype,
-                distribution=distribution,
-                stream=stream,
-                first=first,
-                amplitude=amplitude,
-            )
+            return self._cpu.add_noise(tile, out, dtype, out_dtype, noise=noise, first=first)
         with self._enough_memory():
             self._staging(max(len(tile), len(out)))
             values = self._to_device(tile, dtype)
             noised = values
             if out_dtype not in (None, dtype):
                 noised = torch.empty_like(values, dtype=operations.DTYPES[out_dtype])
-            counts = self._add_noise(
-                values, noised, distribution=distribution, stream=stream, first=first, amplitude=amplitude
-            )
+            counts = self._add_noise(values, noised, noise, first)
             staging = self._staging(noised.nbytes)
             staging.copy_(noised.view(torch.uint8))
             unchanged, clamped = counts.tolist()
@@ -115,20 +101,9 @@ class Torch:
         sums: list[float] = operations.block_sums(values).tolist()
         return operations.moments(sums, values.numel(), wide=values.dtype == torch.float64)
 
-    def _add_noise(
-        self,
-        values: Tensor,
-        out: Tensor,
-        *,
-        distribution: str,
-        stream: StreamWords,
-        first: int,
-        amplitude: float,
-    ) -> Tensor:
+    def _add_noise(self, values: Tensor, out: Tensor, noise: Noise, first: int) -> Tensor:
         """Write values + noise to `out`, which may be the values themselves; return [unchanged, clamped]."""
-        return operations.add_noise(
-            values, out, distribution=distribution, stream=stream, first=first, amplitude=amplitude
-        )
+        return operations.add_noise(values, out, noise, first)
 
     def _to_device(self, tile: memoryview, dtype: str) -> Tensor:
         """Return a tile's values on the device; the copy may still be under way."""
@@ -217,16 +192,8 @@ def is_exact(device: Torch) -> bool:
         stored = as_bytes.view(NUMPY[dtype])
         expected, *counts = stream.add_noise(stored, dtype, c, np.float32(0.3), out_dtype)
         out = np.empty(expected.nbytes, np.uint8)
-        got = device.add_noise(
-            as_bytes.data,
-            out.data,
-            dtype,
-            out_dtype,
-            distribution=distribution,
-            stream=stream.stream_words(seed, name),
-            first=first,
-            amplitude=float(np.float32(0.3)),
-        )
+        noise = Noise(distribution, stream.stream_words(seed, name), float(np.float32(0.3)))
+        got = device.add_noise(as_bytes.data, out.data, dtype, out_dtype, noise=noise, first=first)
         if list(got) != counts or out.tobytes() != expected.tobytes():
             return False
     return True

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from noisytune_cli.noise import distributions
 from noisytune_cli.noise.std import BLOCK, Moments
-from noisytune_cli.noise.stream import M0, M1, MASK, ROUNDS, W0, W1, StreamWords
+from noisytune_cli.noise.stream import M0, M1, MASK, ROUNDS, W0, W1, Noise, StreamWords
 
 #: The tensor dtype of each stored dtype.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -85,9 +85,7 @@ def coefficients(
     return drawn[first - begin :][:count]
 
 
-def add_noise(
-    stored: Tensor, out: Tensor, *, distribution: str, stream: StreamWords, first: int, amplitude: float
-) -> Tensor:
+def add_noise(stored: Tensor, out: Tensor, noise: Noise, first: int) -> Tensor:
     """Write `stored` + noise to `out` ([n], contiguous, finite, without grad; `out` may be `stored`).
 
     The sum is rounded once, to the dtype of `out`. Returns [unchanged, clamped] elements as an int64 tensor
@@ -100,8 +98,8 @@ def add_noise(
     excess = infinity - LARGEST_F32_IN_F64 if out.dtype == torch.float64 and wide == torch.float32 else 1
     counts = torch.zeros(2, dtype=torch.int64, device=stored.device)
     for begin, values in _chunks(stored):
-        c = coefficients(distribution, stream, first + begin, values.numel(), stored.device)
-        bits = round_bits(c.to(wide).mul_(amplitude).add_(values.to(wide)), out.dtype)
+        c = coefficients(noise.distribution, noise.stream, first + begin, values.numel(), stored.device)
+        bits = round_bits(c.to(wide).mul_(noise.amplitude).add_(values.to(wide)), out.dtype)
         clamped = (bits & magnitude) >= infinity
         bits.sub_(clamped.to(bits_dtype).mul_(excess))  # the sign is a bit of its own
         same_dtype = out.dtype == stored.dtype
