@@ -23,9 +23,7 @@ from noisytune_cli.escape import enumerate_some, escape
 from noisytune_cli.manifest.average import AverageManifest, encode, manifest_bytes
 from noisytune_cli.manifest.write import MAX_BYTES
 from noisytune_cli.noise.devices import open_device
-from noisytune_cli.output.convert import resolve_rewritten
-from noisytune_cli.output.destination import check_output
-from noisytune_cli.output.places import check_places_of_download
+from noisytune_cli.output.destination import check_output, check_places_of_download, resolve_rewritten
 from noisytune_cli.output.publish import Publication
 from noisytune_cli.output.space import check_descriptors, check_space, copied_bytes
 from noisytune_cli.records import FileRecord, SourceRecord, TensorSpec

@@ -24,7 +24,7 @@ from noisytune_cli.manifest.write import encode
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.output.commits import all_staged, commit_all
 from noisytune_cli.output.convert import OutputFile, lay_out
-from noisytune_cli.output.places import check_places, check_places_of_download
+from noisytune_cli.output.destination import check_places, check_places_of_download
 from noisytune_cli.output.publish import Publication, copy_file, write_file
 from noisytune_cli.output.sidecars import companions, left_behind
 from noisytune_cli.output.space import check_room

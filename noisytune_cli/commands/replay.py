@@ -20,9 +20,8 @@ from noisytune_cli.engine.walk import Walk
 from noisytune_cli.manifest.locate import manifest_of
 from noisytune_cli.manifest.read import RecordedManifest, read_manifest
 from noisytune_cli.noise.devices import open_device
-from noisytune_cli.output.convert import OutputFile, lay_out, resolve_rewritten
-from noisytune_cli.output.destination import check_output
-from noisytune_cli.output.places import check_places_of_download
+from noisytune_cli.output.convert import OutputFile, lay_out
+from noisytune_cli.output.destination import check_output, check_places_of_download, resolve_rewritten
 from noisytune_cli.output.publish import Publication
 from noisytune_cli.output.sidecars import companions
 from noisytune_cli.output.space import check_descriptors, check_space, needed_bytes

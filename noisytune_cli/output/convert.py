@@ -19,7 +19,6 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.dequantize import Dequantized
 from noisytune_cli.checkpoint.formats import Sink, Source
 from noisytune_cli.checkpoint.formats.safetensors import MAX_HEADER, SafetensorsSource, create_file
@@ -27,7 +26,6 @@ from noisytune_cli.checkpoint.formats.safetensors.header import MAX_ENTRIES, PRE
 from noisytune_cli.checkpoint.layout import METADATA, PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
 from noisytune_cli.dtypes import DTYPES, FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.output.destination import resolve_output
 from noisytune_cli.plan.ties import stream_of
 from noisytune_cli.records import Conversion, FileRecord, Plan, Step, TensorSpec
 
@@ -131,38 +129,6 @@ def output_name(name: str, conversion: Conversion) -> str:
     if stem.startswith(_STEMS[0]):
         stem = _STEMS[1] + stem.removeprefix(_STEMS[0])
     return posixpath.join(folder, stem + SAFETENSORS_SUFFIX)
-
-
-def resolve_rewritten(
-    out: str, source: Checkpoint, files: Sequence[OutputFile] = (), *, convertible: bool = False
-) -> Path:
-    """Return the output's absolute path (`output.resolve_output`); a single file keeps a fitting name.
-
-    UsageError where the name of a single file promises the other format; `convertible` tells that the verb
-    has --to.
-    """
-    if not source.single_file:
-        return resolve_output(out, source)
-    (file,) = source.sources
-    if files or isinstance(file, SafetensorsSource):
-        if out.endswith(PICKLE_SUFFIXES):
-            raise _wrong_ending(out, "safetensors", f"Give a name that ends in {SAFETENSORS_SUFFIX}")
-    elif out.endswith(SAFETENSORS_SUFFIX):
-        own = file.path.suffix if file.path.suffix in PICKLE_SUFFIXES else PICKLE_SUFFIXES[0]
-        advice = "Add --to safetensors, or give" if convertible else "Give"
-        raise _wrong_ending(out, "a pickle, as the source is", f"{advice} a name that ends in {own}")
-    if not files:
-        return resolve_output(out, source)
-    return resolve_output(out, source, output_name(file.path.name, Conversion(format="safetensors")))
-
-
-def _wrong_ending(out: str, written: str, next_step: str) -> UsageError:
-    return UsageError(
-        "--out has the wrong ending",
-        path=out,
-        why=f"what is written is {written}, and loaders go by the name",
-        next_step=next_step,
-    )
 
 
 def _nbytes(tensor: TensorSpec, dtype: str) -> int:

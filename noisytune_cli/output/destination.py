@@ -15,9 +15,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
+from noisytune_cli.checkpoint.formats.safetensors import SafetensorsSource
 from noisytune_cli.checkpoint.hub_cache import cache_folder
-from noisytune_cli.errors import OutputUnsafe, unwritable
+from noisytune_cli.checkpoint.layout import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
+from noisytune_cli.errors import OutputUnsafe, UsageError, unwritable
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
+from noisytune_cli.output.convert import OutputFile, output_name
 from noisytune_cli.output.overwrite import (
     check_file_replaceable,
     check_folder_replaceable,
@@ -27,12 +30,66 @@ from noisytune_cli.output.overwrite import (
 )
 from noisytune_cli.output.publish import exists
 from noisytune_cli.output.staging import remains
+from noisytune_cli.records import Conversion
 
 #: Device and inode.
 _Identity = tuple[int, int]
 
 #: A repository's folder in the hub's cache.
 _CACHED_REPOSITORY = re.compile(r"(?:models|datasets|spaces)--.")
+
+
+def check_places(
+    source: Checkpoint,
+    files: Sequence[OutputFile],
+    outs: Sequence[str],
+    *,
+    recipe_only: bool,
+    overwrite: bool,
+) -> list[Path]:
+    """Return where the outputs go; raises unless all of them may be written there.
+
+    `files` are their weight files where they are not like the source's.
+    """
+    if recipe_only:
+        outputs = [resolve_recipe(out) for out in outs]
+    else:
+        outputs = [resolve_rewritten(out, source, files, convertible=True) for out in outs]
+    for output in outputs:
+        (check_recipe if recipe_only else check_output)(output, source, overwrite=overwrite)
+    check_distinct(outputs)
+    return outputs
+
+
+def check_places_of_download(outs: Sequence[str], *, recipe_only: bool, overwrite: bool) -> None:
+    """Raise what `check_places` would for outputs of a hub's model, a folder, before that is downloaded."""
+    outputs = [(resolve_recipe if recipe_only else resolve_folder)(out) for out in outs]
+    for output in outputs:
+        (check_recipe if recipe_only else check_folder)(output, overwrite=overwrite)
+    check_distinct(outputs)
+
+
+def resolve_rewritten(
+    out: str, source: Checkpoint, files: Sequence[OutputFile] = (), *, convertible: bool = False
+) -> Path:
+    """Return the output's absolute path (`resolve_output`); a single file keeps a fitting name.
+
+    UsageError where the name of a single file promises the other format; `convertible` tells that the verb
+    has --to.
+    """
+    if not source.single_file:
+        return resolve_output(out, source)
+    (file,) = source.sources
+    if files or isinstance(file, SafetensorsSource):
+        if out.endswith(PICKLE_SUFFIXES):
+            raise _wrong_ending(out, "safetensors", f"Give a name that ends in {SAFETENSORS_SUFFIX}")
+    elif out.endswith(SAFETENSORS_SUFFIX):
+        own = file.path.suffix if file.path.suffix in PICKLE_SUFFIXES else PICKLE_SUFFIXES[0]
+        advice = "Add --to safetensors, or give" if convertible else "Give"
+        raise _wrong_ending(out, "a pickle, as the source is", f"{advice} a name that ends in {own}")
+    if not files:
+        return resolve_output(out, source)
+    return resolve_output(out, source, output_name(file.path.name, Conversion(format="safetensors")))
 
 
 def resolve_output(out: str, source: Checkpoint, name_in_folder: str | None = None) -> Path:
@@ -253,6 +310,15 @@ def _identity(path: Path) -> _Identity | None:
 
 def _identities(paths: Iterable[Path]) -> set[_Identity]:
     return {identity for path in paths if (identity := _identity(path)) is not None}
+
+
+def _wrong_ending(out: str, written: str, next_step: str) -> UsageError:
+    return UsageError(
+        "--out has the wrong ending",
+        path=out,
+        why=f"what is written is {written}, and loaders go by the name",
+        next_step=next_step,
+    )
 
 
 def _unsafe(output: Path, why: str) -> OutputUnsafe:

@@ -26,9 +26,8 @@ from noisytune_cli.errors import (
     ResourceExhausted,
     UsageError,
 )
-from noisytune_cli.output import places as outputs_module
+from noisytune_cli.output import destination, staging
 from noisytune_cli.output import space as space_module
-from noisytune_cli.output import staging
 from noisytune_cli.records import NoiseSpec
 
 
@@ -257,13 +256,13 @@ def test_an_input_that_changes_while_it_is_read(change: Any, mmap: bool, source:
 def test_a_file_beside_the_weights_that_vanishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "in/model.safetensors", {"w": weights("F32", 99)})
     (tmp_path / "in/config.json").write_text("{}")
-    resolve = outputs_module.resolve_rewritten
+    resolve = destination.resolve_rewritten
 
     def vanish(*arguments: Any, **options: Any) -> Path:
         (tmp_path / "in/config.json").unlink()
         return resolve(*arguments, **options)
 
-    monkeypatch.setattr(outputs_module, "resolve_rewritten", vanish)
+    monkeypatch.setattr(destination, "resolve_rewritten", vanish)
     with pytest.raises(InputUnreadable):
         run(tmp_path / "in")
 
