@@ -21,7 +21,7 @@ from dataclasses import fields
 from typing import Any
 
 from noisytune_cli.cli.show import is_terminal, warn, write_out
-from noisytune_cli.commands.report import Inspection, TensorReport, Totals
+from noisytune_cli.commands.inspect import Inspection, TensorReport, Totals
 from noisytune_cli.escape import escape
 
 FORMATS = ("table", "json", "jsonl", "csv")

@@ -1,7 +1,9 @@
 """Where files are not what a manifest says of them.
 
 Base and output have the same header, so one comparison serves both: is this weight file, as far as its
-header tells, the one that the manifest records? What tensors hold is a matter of digests.
+header tells, the one that the manifest records? What tensors hold is a matter of digests. A manifest records
+tensors as the base has them; `as_produced` makes of it what the output's files, which may have other names,
+dtypes and headers, are compared with.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from noisytune_cli.checkpoint.formats import Source
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import Mismatch
-from noisytune_cli.records import FileRecord, Receipt, Step, TensorSpec
+from noisytune_cli.output.convert import aligned
+from noisytune_cli.records import FileRecord, Manifest, Receipt, Step, TensorSpec, with_output_files
 
 #: How many differences an error line names.
 _MAX_NAMED = 10
@@ -100,3 +104,46 @@ def mismatch(
     if (more := len(differences) - 1 - len(others)) > 0:
         why += f" and {more:,} more"
     return Mismatch(what, path=path, tensor=first.tensor, why=why, next_step=next_step)
+
+
+def as_produced(manifest: Manifest, files: Mapping[str, Source]) -> tuple[Manifest, list[Difference]]:
+    """Return the manifest as it reads for the output, and what contradicts itself in that.
+
+    `files` are the output's weight files, by recorded name, as far as they could be opened. A name that one
+    of them stores under another is left out; what is recorded of it has to be what is recorded of that.
+    """
+    if manifest.output is None:
+        return manifest, []
+    receipts: list[Receipt] = []
+    found: list[Difference] = []
+    by_file: dict[str, list[Receipt]] = {file.name: [] for file in manifest.source.files}
+    for receipt in manifest.receipts:
+        by_file[receipt.step.tensor.file].append(receipt)
+    digests = {receipt.step.tensor.name: receipt.digest for receipt in manifest.receipts}
+    for base, made in zip(manifest.source.files, manifest.output.files, strict=True):
+        own = [_as_written(receipt, made.name) for receipt in by_file[base.name]]
+        source = files.get(made.name)
+        present = {tensor.name for tensor in source.tensors} if source is not None else set()
+        stored = []
+        for receipt in own:
+            name = receipt.step.tensor.name
+            other = "" if source is None or name in present else source.metadata.get(name, "")
+            if other not in present:
+                stored.append(receipt)
+            elif digests.get(other) != receipt.digest:
+                found.append(
+                    Difference(made.name, name, f'it is stored as "{other}", whose bytes are others')
+                )
+        if base.header_digest != made.header_digest:
+            place = {t.name: i for i, t in enumerate(aligned([r.step.tensor for r in stored]))}
+            stored.sort(key=lambda receipt: place[receipt.step.tensor.name])
+        receipts += stored
+    return replace(with_output_files(manifest), receipts=tuple(receipts)), found
+
+
+def _as_written(receipt: Receipt, file: str) -> Receipt:
+    """Return a receipt whose tensor is the output's."""
+    tensor, dtype = receipt.step.tensor, receipt.step.out_dtype
+    if dtype is not None:
+        tensor = replace(tensor, dtype=dtype, nbytes=tensor.elements * FLOAT_DTYPES[dtype])
+    return replace(receipt, step=replace(receipt.step, tensor=replace(tensor, file=file), out_dtype=None))

@@ -3,18 +3,21 @@
 The plan is perturb's own. What it leaves to the values (constant, non-finite, ties) is settled from them, and
 std is the number that perturb would use; with headers only, neither is known and no weight is read.
 A checkpoint that perturb would refuse as quantised is listed all the same.
+
+What it reports are plain records, whose field names are the columns and keys that users see. A number that
+does not exist is None: statistics of what is no float or was not read, those of values that NaN or Inf makes
+meaningless, the std of a single element.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.quantized import refuse_quantized
-from noisytune_cli.commands.report import Inspection, TensorReport, Totals
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine.matrix import Spread, outcome_of
 from noisytune_cli.engine.statistics import Statistics, measure
@@ -27,6 +30,71 @@ from noisytune_cli.plan.patterns import check_matched, match_names
 from noisytune_cli.plan.plan import check_noise, make_plan
 from noisytune_cli.plan.settle import settle_ties
 from noisytune_cli.records import Granularity, NoiseSpec, Part, Plan, Step, whole
+
+
+@dataclass(frozen=True, slots=True)
+class TensorReport:
+    """One tensor: what it is, its statistics, and what perturb would do with it and why.
+
+    `stream` names the noise stream; `low` and `high` bound the noise. `unsure` says what perturb would look
+    for in values that were not read (`constant`, `non-finite`, `tied`). Of a tensor whose matrices have a std
+    each there is a record for each `part`, with its own shape; `undivided` says why one that looks like
+    several matrices is taken as one.
+    """
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    elements: int
+    bytes: int
+    mean: float | None
+    std: float | None
+    min: float | None
+    max: float | None
+    l1: float | None
+    l2: float | None
+    zeros: float | None
+    nan: int | None
+    inf: int | None
+    action: Literal["perturb", "copy", "refuse"]
+    reason: str | None
+    stream: str
+    low: float | None
+    high: float | None
+    unsure: tuple[str, ...] = ()
+    part: str | None = None
+    undivided: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over the tensors reported; `perturbed` counts tensors, `nan` and `inf` elements."""
+
+    tensors: int
+    perturbed: int
+    parameters: int
+    bytes: int
+    nan: int | None
+    inf: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A checkpoint as `inspect` found it.
+
+    `lam` is the λ that the noise ranges are for. `quantized` says why perturb would refuse the checkpoint
+    whole, or is None.
+    """
+
+    id: str
+    revision: str | None
+    lam: float
+    quantized: str | None
+    tensors: tuple[TensorReport, ...]
+    totals: Totals
+    warnings: tuple[str, ...] = ()
+
 
 SORT_KEYS = tuple(field.name for field in fields(TensorReport) if field.name != "unsure")
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from noisytune_cli.cli.show_inspect import FORMATS, render, show_inspection
-from noisytune_cli.commands.report import Inspection, TensorReport, Totals
+from noisytune_cli.commands.inspect import Inspection, TensorReport, Totals
 
 ROW = TensorReport(
     name="layers.0.weight",

@@ -11,8 +11,7 @@ import pytest
 from checkpoints import STORED, Tensor, floats, save, save_sharded, split, std32, weights
 
 from noisytune_cli.checkpoint.formats.safetensors import SafetensorsSource
-from noisytune_cli.commands.inspect import SORT_KEYS, inspect
-from noisytune_cli.commands.report import TensorReport
+from noisytune_cli.commands.inspect import SORT_KEYS, TensorReport, inspect
 from noisytune_cli.errors import Mismatch, UsageError
 from noisytune_cli.records import TensorSpec
 
