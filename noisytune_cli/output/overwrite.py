@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from noisytune_cli.checkpoint.formats._signatures import HEAD
@@ -26,6 +26,9 @@ from noisytune_cli.records import Manifest
 
 #: How many of the entries that would be lost an error names.
 _SHOWN = 3
+
+#: Type, inode, and for what is no directory size and times, by the name in what was looked at.
+Look = Mapping[str, tuple[int, ...]]
 
 
 def contents(folder: Path) -> set[str]:
@@ -200,3 +203,34 @@ def _kept(
     return OutputUnsafe(
         "cannot replace what noisytune did not write", path=output, why=why, next_step=next_step
     )
+
+
+def look(path: Path) -> Look | None:
+    """Return what stands at `path`, with all that is in it; None where nothing does.
+
+    An exchange of names cannot ask what it moves. So what is to be replaced is looked at before, and again
+    once it is out of the way: it is swapped back if somebody has changed it meanwhile.
+    """
+    try:
+        status = os.lstat(path)
+        # A rename changes the ctime of what it renames, and of nothing in it.
+        top = _status(status)[:-1] if not stat.S_ISDIR(status.st_mode) else _status(status)
+        return {"": top, **dict(_inner(path, "") if stat.S_ISDIR(status.st_mode) else ())}
+    except FileNotFoundError:
+        return None
+
+
+def _inner(root: Path, folder: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for name in os.listdir(root / folder):
+        path = f"{folder}{name}"
+        status = os.lstat(root / path)
+        yield path, _status(status)
+        if stat.S_ISDIR(status.st_mode):
+            yield from _inner(root, f"{path}/")
+
+
+def _status(status: os.stat_result) -> tuple[int, ...]:
+    identity = (stat.S_IFMT(status.st_mode), status.st_ino)
+    if stat.S_ISDIR(status.st_mode):
+        return identity
+    return (*identity, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

@@ -32,7 +32,7 @@ from noisytune_cli.errors import NOTHING_PUBLISHED, OutputUnsafe, ResourceExhaus
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.output import signals, staging
-from noisytune_cli.output.looks import Look, look
+from noisytune_cli.output.overwrite import Look, look
 from noisytune_cli.output.renames import (
     Steps,
     rename_any,
