@@ -1,15 +1,23 @@
-"""What the command line's options mean, as a NoiseSpec: rules of precedence in one place."""
+"""What the command line's options mean: lists, numbers and seeds by one grammar, the noise that they ask for.
+
+Names that would not tell two outputs of a list apart are refused before anything is opened.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+from typing import TypeVar
 
 from noisytune_cli.dtypes import BY_TORCH_NAME
 from noisytune_cli.errors import UsageError
-from noisytune_cli.records import Conversion, Granularity, NoiseSpec, Scope
+from noisytune_cli.records import Combination, Conversion, Granularity, NoiseSpec, Scope
+
+_T = TypeVar("_T")
 
 #: The most outputs of one run, and seeds of a list: what a run remembers of them grows with their number.
 MOST = 1000
@@ -57,46 +65,37 @@ def make_conversion(dtype: str | None, to: str | None, dequantize: str | None) -
     return None if conversion == Conversion() else conversion
 
 
+def read_preset(name: str | None) -> Preset:
+    """Return the settings that have a name, the paper's without one."""
+    if name is not None and name not in PRESETS:
+        raise UsageError(
+            f"--preset {name}", why="there is no such preset", next_step=f"Use one of: {', '.join(PRESETS)}"
+        )
+    return Preset(DEFAULT_LAMBDA, ()) if name is None else PRESETS[name]
+
+
 def make_noise(
     *,
-    lam: float | None,
-    noise_std: float | None,
-    seed: int,
+    lam: float,
     distribution: str,
     scope: Scope,
     include: Sequence[str],
     exclude: Sequence[str],
     rules: Sequence[str],
-    preset: str | None,
+    preset: Preset,
     granularity: Granularity = "tensor",
     splits: Sequence[str] = (),
 ) -> NoiseSpec:
-    """Return the noise that the options ask for; UsageError where they contradict each other."""
-    if lam is not None and noise_std is not None:
-        raise UsageError(
-            "--lambda and --noise-std",
-            why="both set the strength of the noise",
-            next_step="Give one of them: --noise-std S is --lambda √12 · S",
-        )
-    if preset is not None and preset not in PRESETS:
-        raise UsageError(
-            f"--preset {preset}", why="there is no such preset", next_step=f"Use one of: {', '.join(PRESETS)}"
-        )
-    chosen = PRESETS[preset] if preset is not None else Preset(DEFAULT_LAMBDA, ())
-    if noise_std is not None:
-        # The uniform distribution of width λ has std λ/√12, and Gaussian noise is scaled to match it.
-        lam = math.sqrt(12) * noise_std
-    # Exclude beats include, so a preset's exclusions would beat an explicit --include: they give way to it.
-    filters = tuple(exclude) if include else (*chosen.exclude, *exclude)
+    """Return the noise that the options ask for; of lists it has the first λ, and no seed yet."""
     return NoiseSpec(
-        lam=chosen.lam if lam is None else lam,
-        seed=seed,
+        lam=lam,
         distribution=distribution,
         scope=scope,
         granularity=granularity,
         rules=tuple(_rule(text) for text in rules),
         include=tuple(include),
-        exclude=filters,
+        # Exclude beats include, so a preset's exclusions would beat an explicit --include: they give way.
+        exclude=tuple(exclude) if include else (*preset.exclude, *exclude),
         splits=tuple(parse_split(text) for text in splits),
     )
 
@@ -111,6 +110,101 @@ def parse_split(text: str) -> tuple[str, str]:
             next_step="Write for example --split '*.qkv_proj.weight=0:4096,1024,1024'",
         )
     return pattern, division
+
+
+@dataclass(frozen=True, slots=True)
+class _Strength:
+    """A λ, and what stands for each placeholder that it fills."""
+
+    lam: float
+    names: Mapping[str, str]
+
+
+def combine(
+    out: str | None, *, lam: str | None, noise_std: str | None, seed: str, default: float
+) -> tuple[Combination, ...]:
+    """Return every combination of the lists, λ by λ and within it seed by seed, with its output's name.
+
+    `lam` and `noise_std`, of which one is None, are the options as written; without both λ is `default`. A
+    name holds placeholders, `{lambda}` (or `{noise-std}`) and `{seed}`, for each value as the user wrote it.
+    Raises UsageError for a list that makes no sense, and for an `out` that names two outputs alike.
+    """
+    strengths = _read_strengths(lam, noise_std, default)
+    seeds = read_seeds(seed)
+    _refuse_twice("--seed", seed, seeds)
+    if len(strengths) * len(seeds) > MOST:
+        raise UsageError(
+            f"{len(strengths) * len(seeds):,} outputs",
+            why=f"one run makes {MOST:,} at most",
+            next_step="Give shorter lists, and run again for the rest",
+        )
+    pairs = list(product(strengths, seeds))
+    if out is None:
+        return tuple(Combination(strength.lam, number, None) for strength, number in pairs)
+    outs = [_fill(out, {**strength.names, "seed": str(number)}) for strength, number in pairs]
+    if len(set(outs)) < len(outs):
+        raise _alike(out, strengths, seeds)
+    return tuple(
+        Combination(strength.lam, number, name) for (strength, number), name in zip(pairs, outs, strict=True)
+    )
+
+
+def _read_strengths(lam: str | None, noise_std: str | None, default: float) -> list[_Strength]:
+    if lam is not None and noise_std is not None:
+        raise UsageError(
+            "--lambda and --noise-std",
+            why="both set the strength of the noise",
+            next_step="Give one of them: --noise-std S is --lambda √12 · S",
+        )
+    option, text = ("--lambda", lam) if noise_std is None else ("--noise-std", noise_std)
+    if text is None:
+        return [_Strength(default, {"lambda": repr(default)})]
+    values = numbers(option, text)
+    _refuse_twice(option, text, values)
+    written = zip(values, map(str.strip, text.split(",")), strict=True)
+    if noise_std is None:
+        return [_Strength(value, {"lambda": as_given}) for value, as_given in written]
+    # The uniform distribution of width λ has std λ/√12, and Gaussian noise is scaled to match it.
+    lams = ((math.sqrt(12) * value, as_given) for value, as_given in written)
+    return [_Strength(value, {"lambda": repr(value), "noise-std": as_given}) for value, as_given in lams]
+
+
+def _fill(out: str, names: Mapping[str, str]) -> str:
+    """Replace the placeholders that are known; other braces stay as they are."""
+    return re.sub(r"\{([a-z-]+)\}", lambda found: names.get(found[1], found[0]), out)
+
+
+def _refuse_twice(option: str, text: str, values: Sequence[Hashable]) -> None:
+    seen = set()
+    for value in values:
+        if value in seen:
+            raise UsageError(
+                f"{option} {text}",
+                why=f"{value} is in it twice",
+                next_step="Name each value once: the second output would be the first again",
+            )
+        seen.add(value)
+
+
+def _alike(out: str, strengths: Sequence[_Strength], seeds: Sequence[int]) -> UsageError:
+    """Return the error for outputs that would bear one name: most often a placeholder is missing."""
+    missing = []
+    if len(strengths) > 1 and not any(f"{{{name}}}" in out for name in strengths[0].names):
+        missing.append("{noise-std}" if "noise-std" in strengths[0].names else "{lambda}")
+    if len(seeds) > 1 and "{seed}" not in out:
+        missing.append("{seed}")
+    count = len(strengths) * len(seeds)
+    if not missing:
+        return UsageError(
+            f"--out {out}",
+            why=f"two of the {count:,} outputs would bear one name",
+            next_step="Put something between the placeholders, such as l{lambda}-s{seed}",
+        )
+    return UsageError(
+        f"--out {out}",
+        why=f"it names all of {count:,} outputs alike: {' and '.join(missing)} is missing",
+        next_step="Write for example -o 'out-l{lambda}-s{seed}'",
+    )
 
 
 def _rule(text: str) -> tuple[str, float]:
@@ -141,19 +235,45 @@ def decimal(text: str) -> float:
     return value + 0.0  # which takes the sign from a zero
 
 
-def numbers(option: str, text: str) -> tuple[float, ...]:
-    """Return the numbers of a comma list; UsageError that names the one that is none."""
+def items(option: str, text: str, convert: Callable[[str], _T], kind: str) -> tuple[_T, ...]:
+    """Return the items of a comma list; UsageError that names the one that is not of its `kind`."""
     found = []
     for part in text.split(","):
         try:
-            found.append(decimal(part))
+            found.append(convert(part.strip()))
         except ValueError:
             raise UsageError(
                 f"{option} {text}",
-                why=f'"{part}" is no number',
-                next_step="Write numbers with commas between them, such as 0.1,0.2",
+                why=f'"{part.strip()}" is not {kind}',
+                next_step=f"Write {kind}, or several with commas between them",
             ) from None
     return tuple(found)
+
+
+def numbers(option: str, text: str, low: float | None = None, high: float | None = None) -> tuple[float, ...]:
+    """Return the numbers of a comma list; from `low` they are to be finite, and up to `high`."""
+    kind = "a number"
+    if low is not None:
+        kind += f" of at least {low:g}" if high is None else f" from {low:g} to {high:g}"
+
+    def number(part: str) -> float:
+        value = decimal(part)
+        if low is not None and not low <= value <= (sys.float_info.max if high is None else high):
+            raise ValueError
+        return value
+
+    return items(option, text, number, kind)
+
+
+def words(option: str, text: str, choices: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the words of a comma list, each one of `choices` where these are given."""
+
+    def word(part: str) -> str:
+        if not part or (choices and part not in choices):
+            raise ValueError
+        return part
+
+    return items(option, text, word, " or ".join(choices) or "a name")
 
 
 def read_seeds(text: str, largest: int = _LARGEST_SEED) -> list[int]:

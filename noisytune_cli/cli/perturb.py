@@ -166,17 +166,16 @@ def perturb(
     OUT, or as noisytune.json in OUT where that is a folder or ends in /. `replay` makes the rest of it.
     """
     from noisytune_cli.cli import show, show_perturb
-    from noisytune_cli.cli.combinations import combine
-    from noisytune_cli.cli.parse import check_out, make_conversion, make_noise, numbers
+    from noisytune_cli.cli.parse import check_out, combine, make_conversion, make_noise, read_preset
     from noisytune_cli.commands import perturb as command
 
     started = time.monotonic()
     if out is not None:
         check_out(out)
+    chosen = read_preset(preset)
+    wanted = combine(out, lam=lam, noise_std=noise_std, seed=seed, default=chosen.lam)
     spec = make_noise(
-        lam=None if lam is None else numbers("--lambda", lam)[0],
-        noise_std=None if noise_std is None else numbers("--noise-std", noise_std)[0],
-        seed=0,
+        lam=wanted[0].lam,
         distribution=noise.value,
         scope=scope.value,
         granularity=granularity.value,
@@ -184,9 +183,8 @@ def perturb(
         include=include or (),
         exclude=exclude or (),
         rules=lambda_for or (),
-        preset=preset,
+        preset=chosen,
     )
-    wanted = combine(out, lam=lam, noise_std=noise_std, seed=seed, default=spec.lam)
     request = command.Request(
         source=source,
         noise=spec,

@@ -1,15 +1,12 @@
-"""The options of `noisytune study`, which are many, and lists that a user types: `0-4,7` and `0.05,0.1`."""
+"""The options of `noisytune study`, which are many."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated, TypeVar
 
 import typer
-
-from noisytune_cli.cli.parse import decimal, read_seeds
-from noisytune_cli.errors import UsageError
 
 _T = TypeVar("_T")
 
@@ -164,7 +161,7 @@ def study(
     shares and seeds may be asked for later. Needs the extra: pip install '.[study]' in a clone.
     """
     from noisytune_cli.cli import show, show_study
-    from noisytune_cli.cli.parse import check_out
+    from noisytune_cli.cli.parse import check_out, numbers, read_seeds, words
     from noisytune_cli.study import study as command
     from noisytune_cli.study.settings import Recipe
 
@@ -172,19 +169,19 @@ def study(
     request = command.StudyRequest(
         model=model,
         out=out,
-        methods=_words("--method", method),
+        methods=_once(words("--method", method)),
         task=task,
         data=data,
         train=train,
         dev=dev,
-        text=_words("--text", text) if text else (),
+        text=_once(words("--text", text)) if text else (),
         label=label,
-        metrics=_words("--metric", metric) if metric else (),
-        lambdas=_numbers("--lambda", lam, low=0.0),
-        noises=_choices("--noise", noise, ("uniform", "gaussian")),
-        scopes=_choices("--scope", scope, ("matrix", "global")),
-        shares=_numbers("--share", share, low=0.0, high=1.0),
-        seeds=tuple(dict.fromkeys(read_seeds(seed, _MAX_SEED))),
+        metrics=_once(words("--metric", metric)) if metric else (),
+        lambdas=_once(numbers("--lambda", lam, 0)),
+        noises=_once(words("--noise", noise, ("uniform", "gaussian"))),
+        scopes=_once(words("--scope", scope, ("matrix", "global"))),
+        shares=_once(numbers("--share", share, 0, 1)),
+        seeds=_once(read_seeds(seed, _MAX_SEED)),
         init_seed=init_seed,
         order_seed=order_seed,
         noise_seed=noise_seed,
@@ -221,45 +218,6 @@ def study(
     show_study.show_studied(result.results, result.folder, as_json=as_json, quiet=quiet)
 
 
-def _list(option: str, text: str, convert: Callable[[str], _T], kind: str) -> tuple[_T, ...]:
-    """Return the items of a list with commas, each once; UsageError for one that is none of its kind."""
-    items: dict[_T, None] = {}
-    for part in text.split(","):
-        try:
-            items[convert(part.strip())] = None
-        except ValueError:
-            raise UsageError(
-                f"{option} {text}",
-                why=f"'{part.strip()}' is not {kind}",
-                next_step=f"Write {kind}, or several with commas between them",
-            ) from None
-    return tuple(items)
-
-
-def _words(option: str, text: str) -> tuple[str, ...]:
-    def word(part: str) -> str:
-        if not part:
-            raise ValueError
-        return part
-
-    return _list(option, text, word, "a name")
-
-
-def _choices(option: str, text: str, choices: tuple[str, ...]) -> tuple[str, ...]:
-    def choice(part: str) -> str:
-        if part not in choices:
-            raise ValueError
-        return part
-
-    return _list(option, text, choice, " or ".join(choices))
-
-
-def _numbers(option: str, text: str, *, low: float, high: float = float("inf")) -> tuple[float, ...]:
-    def number(part: str) -> float:
-        value = decimal(part)
-        if not low <= value <= high or value == float("inf"):
-            raise ValueError
-        return value
-
-    kind = f"a number of at least {low:g}" if high == float("inf") else f"a number from {low:g} to {high:g}"
-    return _list(option, text, number, kind)
+def _once(values: Iterable[_T]) -> tuple[_T, ...]:
+    """Return the items of a list, each once."""
+    return tuple(dict.fromkeys(values))

@@ -185,7 +185,7 @@ def test_names_are_printed_escaped(tmp_path: Path) -> None:
         (["perturb", "{}"], "-o OUT"),
         (["perturb", "{}", "-o", "x", "--lambda", "-1"], "not negative"),
         (["perturb", "{}", "-o", "x", "--lambda", "nan"], "finite"),
-        (["perturb", "{}", "-o", "x", "--lambda", "wide"], "is no number"),
+        (["perturb", "{}", "-o", "x", "--lambda", "wide"], "is not a number"),
         (["perturb", "{}", "-o", "x", "--lambda", "1", "--noise-std", "1"], "--noise-std"),
         (["perturb", "{}", "-o", "x", "--seed", "-1"], "--seed"),
         (["perturb", "{}", "-o", "x", "--seed", str(2**64)], "--seed"),

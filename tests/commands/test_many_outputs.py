@@ -23,7 +23,7 @@ from pickles import saved
 from places import old_manifest
 from runs import run
 
-from noisytune_cli.cli.combinations import combine
+from noisytune_cli.cli.parse import combine
 from noisytune_cli.commands import perturb as command
 from noisytune_cli.commands.perturb import Perturbed, Request, perturb, perturb_each
 from noisytune_cli.commands.replay import replay
