@@ -15,12 +15,12 @@ import csv
 import io
 import json
 import math
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from noisytune_cli.cli.show import is_terminal, warn, write_out
+from noisytune_cli.cli.show import warn, write_out
+from noisytune_cli.cli.table import lay_out
 from noisytune_cli.commands.inspect import Inspection, TensorReport, Totals
 from noisytune_cli.escape import escape
 
@@ -49,7 +49,6 @@ _COLUMNS = (
 )
 _DISPENSABLE = ("file", "l1", "elements", "nan", "inf", "l2", "zeros", "mean", "max", "min", "dtype", "shape")
 _LEFT = {"name", "file", "dtype", "shape", "action"}
-_GAP = "  "
 
 
 def show_inspection(inspection: Inspection, format: str) -> None:
@@ -135,30 +134,12 @@ def _dump(value: object) -> str:
 
 
 def _table(inspection: Inspection) -> Iterator[str]:
-    from rich.cells import cell_len
-    from rich.console import Console
-    from rich.text import Text
-
-    on_terminal = is_terminal(sys.stdout)
-    out = io.StringIO()
-    console = Console(file=out, force_terminal=on_terminal or None)
-    rows = [dict(zip(_COLUMNS, _COLUMNS, strict=True)), *map(_row, inspection.tensors)]
-    rows.append(_total_row(inspection.totals))
-    widths = {key: max(cell_len(row[key]) for row in rows) for key in _filled(inspection, rows)}
-    dropped = _drop(widths, console.width) if on_terminal else []
-    lines = [
-        _GAP.join(_pad(row[key], width - cell_len(row[key]), key) for key, width in widths.items()).rstrip()
-        for row in rows
-    ]
-    styles = ["bold", *("yellow" if row.nan or row.inf else "" for row in inspection.tensors), "bold"]
-    if dropped:
-        lines.append(f"(too narrow for {', '.join(dropped)}; --format csv has all)")
-        styles.append("dim")
-    for line, style in zip(lines, styles, strict=True):
-        console.print(Text(line, style), soft_wrap=True)
-        yield out.getvalue()
-        out.seek(0)
-        out.truncate()
+    rows = [(_row(row), "yellow" if row.nan or row.inf else "") for row in inspection.tensors]
+    rows.append((_total_row(inspection.totals), "bold"))
+    several = len({row.file for row in inspection.tensors}) != 1
+    # Those with something to say: no blank ones, no file's name where there is one file.
+    columns = [key for key in _COLUMNS if any(row[key] for row, _ in rows) and (several or key != "file")]
+    return lay_out(columns, rows, left=_LEFT, dispensable=_DISPENSABLE, all_in="--format csv")
 
 
 def _row(row: TensorReport) -> dict[str, str]:
@@ -203,28 +184,3 @@ def _number(value: float | None) -> str:
 
 def _count(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
-
-
-def _filled(inspection: Inspection, rows: Sequence[dict[str, str]]) -> list[str]:
-    """Return the columns with something to say: no blank ones, no file name where there is one file."""
-    files = {row.file for row in inspection.tensors}
-    return [
-        key
-        for key in _COLUMNS
-        if any(row[key] for row in rows[1:]) and not (key == "file" and len(files) == 1)
-    ]
-
-
-def _drop(widths: dict[str, int], available: int) -> list[str]:
-    """Take columns out of `widths` until the rest fits; return their names."""
-    dropped: list[str] = []
-    for key in _DISPENSABLE:
-        if sum(widths.values()) + len(_GAP) * (len(widths) - 1) <= available:
-            break
-        if widths.pop(key, None) is not None:
-            dropped.append(key)
-    return sorted(dropped, key=_COLUMNS.index)
-
-
-def _pad(cell: str, by: int, key: str) -> str:
-    return cell + " " * by if key in _LEFT else " " * by + cell

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from noisytune_cli.cli.show import is_terminal, note, warn, write_out
+from noisytune_cli.cli.table import lay_out
 from noisytune_cli.escape import escape
 from noisytune_cli.study.report import wording
 from noisytune_cli.study.report.results import NO_EVIDENCE, encode, whole
@@ -18,7 +18,6 @@ from noisytune_cli.study.report.results import NO_EVIDENCE, encode, whole
 _COLUMNS = ("method", "λ", "seeds", "mean ± std", "difference from plain [95 %]", "p", "p (Holm)", "verdict")
 _DISPENSABLE = ("p", "seeds", "p (Holm)", "λ")
 _LEFT = {"method", "verdict"}
-_GAP = "  "
 
 
 def show_studied(results: Mapping[str, Any], folder: Path, *, as_json: bool, quiet: bool) -> None:
@@ -37,29 +36,10 @@ def show_studied(results: Mapping[str, Any], folder: Path, *, as_json: bool, qui
 
 
 def _table(results: Mapping[str, Any]) -> Iterator[str]:
-    from rich.cells import cell_len
-    from rich.console import Console
-    from rich.text import Text
-
-    on_terminal = is_terminal(sys.stdout)
-    out = io.StringIO()
-    console = Console(file=out, force_terminal=on_terminal or None)
     metric = wording.METRICS[results["study"]["primary"]]
-    rows = [dict(zip(_COLUMNS, _COLUMNS, strict=True)), *_rows(results)]
-    widths = {key: max(cell_len(row[key]) for row in rows) for key in _COLUMNS}
-    dropped = _drop(widths, console.width) if on_terminal else []
-    lines = [f"{escape(results['study']['task'])}: {metric} × 100 on the dev rows"]
-    lines += [
-        _GAP.join(_pad(row[key], width - cell_len(row[key]), key) for key, width in widths.items()).rstrip()
-        for row in rows
-    ]
-    styles = ["", "bold", *("green" if row["verdict"] not in ("", NO_EVIDENCE) else "" for row in rows[1:])]
-    if dropped:
-        lines.append(f"(too narrow for {', '.join(dropped)}; --json has all)")
-        styles.append("dim")
-    for line, style in zip(lines, styles, strict=True):
-        console.print(Text(line, style), soft_wrap=True)
-    yield out.getvalue()
+    yield f"{escape(results['study']['task'])}: {metric} × 100 on the dev rows\n"
+    rows = [(row, "green" if row["verdict"] not in ("", NO_EVIDENCE) else "") for row in _rows(results)]
+    yield from lay_out(_COLUMNS, rows, left=_LEFT, dispensable=_DISPENSABLE, all_in="--json")
 
 
 def _rows(results: Mapping[str, Any]) -> Iterator[dict[str, str]]:
@@ -97,21 +77,6 @@ def _row(
             comparison["verdict"],
         ]
     return dict(zip(_COLUMNS, [method, wording.strength(lam), seeds, score, *told], strict=True))
-
-
-def _drop(widths: dict[str, int], available: int) -> list[str]:
-    """Take columns out of `widths` until the rest fits; return their names."""
-    dropped: list[str] = []
-    for key in _DISPENSABLE:
-        if sum(widths.values()) + len(_GAP) * (len(widths) - 1) <= available:
-            break
-        del widths[key]
-        dropped.append(key)
-    return sorted(dropped, key=_COLUMNS.index)
-
-
-def _pad(cell: str, by: int, key: str) -> str:
-    return cell + " " * by if key in _LEFT else " " * by + cell
 
 
 @contextmanager

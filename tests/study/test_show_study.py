@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from noisytune_cli.cli import show_study
+from noisytune_cli.cli import show_study, table
 from noisytune_cli.study.report import results
 
 from .records import run, runs, study
@@ -69,7 +69,7 @@ def test_an_unfinished_study_and_a_choice_on_dev_are_warned_of(capsys: pytest.Ca
 def test_a_narrow_terminal_loses_the_less_telling_columns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(show_study, "is_terminal", lambda stream: True)
+    monkeypatch.setattr(table, "is_terminal", lambda stream: True)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "xterm")
     show(summarise([*runs("plain", [0.40, 0.42]), *runs("noisytune", [0.45, 0.43])]), quiet=True)
