@@ -1,8 +1,7 @@
 """The command line: the app, its verbs in the order of `--help`, and the exit codes of errors.
 
-With `cli_*.py`, which hold the verbs' options, it is all that knows Typer. A verb there turns options into
-records, calls the function of its name in `commands/`, and hands what comes back to `show*.py`. Everything
-heavy is imported inside the verbs, so `--help` stays quick. Errors are caught in one place
+A verb turns its options into records, calls the function of its name in `commands/`, and tells what came back.
+Everything heavy is imported inside the verbs, so `--help` stays quick. Errors are caught in one place
 (`_Command.invoke`), which serves the terminal and the test runner alike.
 """
 

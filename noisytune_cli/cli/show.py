@@ -81,49 +81,50 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 @contextmanager
-def progress(total_bytes: int, description: str, enabled: bool = True) -> Iterator[Callable[[int], None]]:
-    """Show a bar of bytes, bytes/s and time left on stderr; yield what to call with the bytes just done.
+def progress(
+    total: int, description: str, enabled: bool = True, *, of_steps: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Show a bar of bytes, or of steps, and the time left on stderr; yield what to call with those just done.
 
     It may be called from any thread. Without a terminal, or where not `enabled`, nothing is shown.
     """
-    if not (enabled and total_bytes and is_terminal(sys.stderr)):
-        yield lambda nbytes: None
+    if not (enabled and total and is_terminal(sys.stderr)):
+        yield lambda done: None
         return
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
 
+    if of_steps:
+        columns: list[bars.ProgressColumn] = [bars.MofNCompleteColumn(), bars.TextColumn("steps")]
+        columns += [bars.TimeElapsedColumn(), bars.TextColumn("left")]
+    else:
+        columns = [bars.DownloadColumn(binary_units=True), bars.TransferSpeedColumn()]
     lock = threading.Lock()
-    done, next_update = 0, 0.0
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+    completed, next_update = 0, 0.0
+    bar = bars.Progress(
+        bars.TextColumn("{task.description}", markup=False),
+        bars.BarColumn(),
+        *columns,
+        bars.TimeRemainingColumn(),
         console=Console(file=sys.stderr),
         transient=True,
+        # A run's first steps say little about those of other methods, so look far back.
+        speed_estimate_period=600.0 if of_steps else 30.0,
         redirect_stdout=False,
         redirect_stderr=False,
     )
 
-    def advance(nbytes: int) -> None:
-        nonlocal done, next_update
+    def advance(done: int) -> None:
+        nonlocal completed, next_update
         with lock:
-            done += nbytes
+            completed += done
             now = time.monotonic()
-            if now >= next_update or done >= total_bytes:
+            if now >= next_update or completed >= total:
                 next_update = now + _UPDATE_EVERY
-                bar.update(task, completed=done)
+                bar.update(task, completed=completed)
 
     with bar:
-        task = bar.add_task(_printable(description), total=total_bytes)
+        task = bar.add_task(_printable(description), total=total)
         yield advance
 
 

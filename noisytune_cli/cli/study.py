@@ -1,16 +1,25 @@
-"""The options of `noisytune study`, which are many."""
+"""`noisytune study`: its options, which are many, and a table of the methods with the findings' limits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
-from typing import Annotated, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import typer
+
+from noisytune_cli.escape import escape
 
 _T = TypeVar("_T")
 
 _MAX_SEED = 2**63 - 1
+
+
+#: The columns, and those that a narrow terminal does without, the first to go first.
+_COLUMNS = ("method", "λ", "seeds", "mean ± std", "difference from plain [95 %]", "p", "p (Holm)", "verdict")
+_DISPENSABLE = ("p", "seeds", "p (Holm)", "λ")
+_LEFT = {"method", "verdict"}
 
 
 class _Anchor(StrEnum):
@@ -160,7 +169,7 @@ def study(
     Every finished run is kept, so a study that was stopped continues with the same command; more methods, λ,
     shares and seeds may be asked for later. Needs the extra: pip install '.[study]' in a clone.
     """
-    from noisytune_cli.cli import show, show_study
+    from noisytune_cli.cli import show
     from noisytune_cli.cli.parse import check_out, numbers, read_seeds, words
     from noisytune_cli.study import study as command
     from noisytune_cli.study.settings import Recipe
@@ -213,9 +222,78 @@ def study(
     result = command.study(
         request,
         tell=lambda text: None if quiet else show.note(text),
-        progress=lambda steps: show_study.progress(steps, enabled=not quiet),
+        progress=lambda steps: show.progress(steps, "study", enabled=not quiet, of_steps=True),
     )
-    show_study.show_studied(result.results, result.folder, as_json=as_json, quiet=quiet)
+    _show(result.results, result.folder, as_json=as_json, quiet=quiet)
+
+
+def _show(results: Mapping[str, Any], folder: Path, *, as_json: bool, quiet: bool) -> None:
+    """Print the results; on stderr, unless `quiet`, where the rest lies and what the seeds cannot show."""
+    from noisytune_cli.cli.show import note, warn, write_out
+    from noisytune_cli.study.report import wording
+    from noisytune_cli.study.report.results import encode, whole
+
+    write_out(encode(results) if as_json else _table(results))
+    if results["missing"]:
+        warn(f"the study is not finished: {results['finished']} of {results['planned']} runs are done")
+    if results["lambda_chosen_on"] == "dev":
+        warn(wording.choice("dev"))
+    if quiet:
+        return
+    compared = whole(results, "comparisons")
+    if compared and (weak := wording.power(compared)):
+        note(weak)
+    note(f"report, results and figures: {folder}")
+
+
+def _table(results: Mapping[str, Any]) -> Iterator[str]:
+    from noisytune_cli.cli.table import lay_out
+    from noisytune_cli.study.report import wording
+    from noisytune_cli.study.report.results import NO_EVIDENCE
+
+    metric = wording.METRICS[results["study"]["primary"]]
+    yield f"{escape(results['study']['task'])}: {metric} × 100 on the dev rows\n"
+    rows = [(row, "green" if row["verdict"] not in ("", NO_EVIDENCE) else "") for row in _rows(results)]
+    yield from lay_out(_COLUMNS, rows, left=_LEFT, dispensable=_DISPENSABLE, all_in="--json")
+
+
+def _rows(results: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Yield a row for each method at its λ; for each share of the training rows where there are several."""
+    from noisytune_cli.study.report import wording
+    from noisytune_cli.study.report.results import whole
+
+    def row(
+        method: str, lam: float | None, seeds: str, score: str, comparison: Mapping[str, Any] | None
+    ) -> dict[str, str]:
+        told = [""] * 4
+        if comparison is not None:
+            told = [
+                wording.difference(comparison),
+                wording.probability(comparison["p"]),
+                wording.probability(comparison["p_holm"]),
+                comparison["verdict"],
+            ]
+        return dict(zip(_COLUMNS, [method, wording.strength(lam), seeds, score, *told], strict=True))
+
+    primary = results["study"]["primary"]
+    compared = {(c["name"], c["share"]): c for c in results["comparisons"]}
+    several = len({entry["share"] for entry in results["conditions"]}) > 1
+    for entry in results["conditions"]:
+        if entry["reported"]:
+            where = f", {entry['train_rows']:,} rows" if several else ""
+            yield row(
+                f"{escape(entry['name'], None)}{where}",
+                entry["lambda"],
+                str(len(entry["seeds"])),
+                wording.spread(entry["dev"][primary]),
+                compared.get((entry["name"], entry["share"])),
+            )
+    for entry in whole(results, "ensembles"):
+        name = f"ensemble of {entry['members']} plain runs"
+        yield row(name, None, "", wording.score(entry["dev"][primary]), None)
+    for comparison in whole(results, "combinations"):
+        name = f"{escape(comparison['name'], None)} against {escape(comparison['against'], None)}"
+        yield row(name, comparison["lambda"], str(len(comparison["seeds"])), "", comparison)
 
 
 def _once(values: Iterable[_T]) -> tuple[_T, ...]:

@@ -142,6 +142,16 @@ def test_the_bar_shows_on_a_terminal_and_counts_from_any_thread(monkeypatch: pyt
     assert "/s" in shown
 
 
+def test_a_bar_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with show.progress(4, "study", of_steps=True) as advance:
+        advance(1)
+        advance(3)
+    assert "4/4 steps" in terminal.getvalue()
+
+
 @pytest.mark.parametrize(("enabled", "total"), [(False, 10), (True, 0)])
 def test_no_bar_when_quiet_or_without_work(
     monkeypatch: pytest.MonkeyPatch, enabled: bool, total: int
