@@ -1,6 +1,6 @@
 """The command line: the app, its verbs in the order of `--help`, and the exit codes of errors.
 
-A verb turns its options into records, calls the function of its name in `commands/`, and tells what came back.
+A verb turns options into records, calls the function of its name in `commands/`, and tells what came of it.
 Everything heavy is imported inside the verbs, so `--help` stays quick. Errors are caught in one place
 (`_Command.invoke`), which serves the terminal and the test runner alike.
 """

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from noisytune_cli.cli.options import AsJson, FollowLinks, Mmap, Overwrite, Quiet, Threads
-from noisytune_cli.escape import escape
 
 if TYPE_CHECKING:
     from noisytune_cli.commands.average import Averaged
@@ -73,12 +72,9 @@ def average(
 
 def _show(result: Averaged, *, as_json: bool, quiet: bool) -> None:
     """Print the summary: one line on stderr, or with `as_json` a document on stdout."""
-    from noisytune_cli.cli.show import note, note_left_out, warn, write_out
+    from noisytune_cli.cli.show import list_left_out, note, note_left_out, warn_all, write_out
 
-    for name in result.cleared:
-        note(f"noisytune: removed {escape(name)}, which a run that was killed had left")
-    for warning in result.warnings:
-        warn(warning)
+    warn_all(result.warnings, result.cleared)
     manifest = result.manifest
     averaged = sum(done.action == "average" for done in manifest.tensors)
     nbytes = sum(file.size for file in manifest.members[0][1].files)
@@ -93,7 +89,7 @@ def _show(result: Averaged, *, as_json: bool, quiet: bool) -> None:
             "tensors": len(manifest.tensors),
             "averaged": averaged,
             "bytes": nbytes,
-            "left_out": [{"name": name, "why": why} for name, why in manifest.left_out],
+            "left_out": list_left_out(manifest.left_out),
             "warnings": list(result.warnings),
         }
         write_out(json.dumps(document, indent=1) + "\n", [result.output])

@@ -67,12 +67,25 @@ def warn(text: str) -> None:
     note(f"noisytune: warning: {cut}")
 
 
+def warn_all(warnings: Iterable[str], cleared: Iterable[str] = ()) -> None:
+    """Say what a run that was killed had left and this one `cleared`, then warn of the rest."""
+    for name in cleared:
+        note(f"noisytune: removed {escape(name)}, which a run that was killed had left")
+    for warning in warnings:
+        warn(warning)
+
+
 def note_left_out(left_out: Sequence[tuple[str, str]]) -> None:
     """Name the first files that are not in an output, each with the reason, on a line of stderr."""
     if left_out:
         shown = ", ".join(f"{escape(name)} ({why})" for name, why in left_out[:_MOST_LEFT_OUT])
         more = len(left_out) - _MOST_LEFT_OUT
         note(f"left out: {shown}" + (f" and {more:,} more" if more > 0 else ""))
+
+
+def list_left_out(left_out: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """Return the files that are not in an output as a manifest has them."""
+    return [{"name": name, "why": why} for name, why in left_out]
 
 
 def is_terminal(stream: TextIO | None) -> bool:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from noisytune_cli.cli.show import warn, write_out
+from noisytune_cli.cli.show import warn, warn_all, write_out
 from noisytune_cli.cli.table import lay_out
 from noisytune_cli.commands.inspect import Inspection, TensorReport, Totals
 from noisytune_cli.escape import escape
@@ -53,8 +53,7 @@ _LEFT = {"name", "file", "dtype", "shape", "action"}
 
 def show_inspection(inspection: Inspection, format: str) -> None:
     """Print the inspection in one of FORMATS, and on stderr what the user should know of it."""
-    for warning in inspection.warnings:
-        warn(warning)
+    warn_all(inspection.warnings)
     if inspection.quantized is not None:
         warn(f"perturb would refuse this checkpoint: {inspection.quantized}")
     write_out(render(inspection, format))

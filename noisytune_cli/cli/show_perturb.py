@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from noisytune_cli.cli.show import note, note_left_out, warn, write_out
+from noisytune_cli.cli.show import list_left_out, note, note_left_out, warn_all, write_out
 from noisytune_cli.commands.perturb import Perturbed, Planned
 from noisytune_cli.escape import escape
 from noisytune_cli.records import Manifest, NoiseSpec, Step
@@ -18,8 +18,7 @@ _TOLD_BY = {"names": "its name", "model": "the model"}
 
 def show_planned(planned: Planned, *, as_json: bool) -> None:
     """Print a dry run's plan on stdout: a tensor a line, then what is left out, then several outputs."""
-    for warning in planned.warnings:
-        warn(warning)
+    warn_all(planned.warnings)
     by_tensor = _by_tensor(planned)
     several = len(planned.plans) > 1
     if as_json:
@@ -32,7 +31,7 @@ def show_planned(planned: Planned, *, as_json: bool) -> None:
                 {"stream": tie.stream, "names": list(tie.all_names), "evidence": tie.evidence}
                 for tie in planned.plan.ties
             ],
-            "left_out": _left_out(planned.left_out),
+            "left_out": list_left_out(planned.left_out),
         }
         if several:
             document["tensors"] = [
@@ -59,10 +58,10 @@ def show_perturbed(results: Sequence[Perturbed], *, as_json: bool, quiet: bool, 
 
     Of several outputs the documents are a line each, in the outputs' order.
     """
-    for name in dict.fromkeys(name for result in results for name in result.cleared):
-        note(f"noisytune: removed {escape(name)}, which a run that was killed had left")
-    for warning in dict.fromkeys(warning for result in results for warning in result.warnings):
-        warn(warning)
+    warn_all(
+        dict.fromkeys(warning for result in results for warning in result.warnings),
+        dict.fromkeys(name for result in results for name in result.cleared),
+    )
     if as_json:
         indent = 1 if len(results) == 1 else None
         documents = (f"{json.dumps(_document(result), indent=indent)}\n" for result in results)
@@ -90,7 +89,7 @@ def _document(result: Perturbed) -> dict[str, Any]:
         "unchanged": sum(receipt.unchanged for receipt in manifest.receipts),
         "clamped": sum(receipt.clamped for receipt in manifest.receipts),
         "bytes": _bytes(manifest),
-        "left_out": _left_out(manifest.left_out),
+        "left_out": list_left_out(manifest.left_out),
         "warnings": list(result.warnings),
     }
 
@@ -164,11 +163,6 @@ def _noise(noise: NoiseSpec) -> dict[str, Any]:
         "seed": str(noise.seed),
         "lambda": noise.lam,
     }
-
-
-def _left_out(left_out: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    """Return the files as a manifest has them."""
-    return [{"name": name, "why": why} for name, why in left_out]
 
 
 def _step(step: Step) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from noisytune_cli.cli.options import AsJson, Device, FollowLinks, Mmap, Overwrite, Quiet, Threads
-from noisytune_cli.escape import escape
 
 if TYPE_CHECKING:
     from noisytune_cli.commands.replay import Replayed
@@ -114,11 +113,10 @@ def replay(
 
 def _show_verified(result: Verified, *, as_json: bool, quiet: bool) -> None:
     """Print the answer; raises Mismatch, which names the first differences, where it is no."""
-    from noisytune_cli.cli.show import note, warn, write_out
+    from noisytune_cli.cli.show import note, warn_all, write_out
     from noisytune_cli.commands.compare import mismatch
 
-    for warning in result.warnings:
-        warn(warning)
+    warn_all(result.warnings)
     if as_json:
         answer = {
             "ok": result.ok,
@@ -147,12 +145,9 @@ def _show_verified(result: Verified, *, as_json: bool, quiet: bool) -> None:
 
 def _show_replayed(result: Replayed, *, as_json: bool, quiet: bool) -> None:
     """Say what was written: one line on stderr, or with `as_json` a document on stdout."""
-    from noisytune_cli.cli.show import note, warn, write_out
+    from noisytune_cli.cli.show import note, warn_all, write_out
 
-    for name in result.cleared:
-        note(f"noisytune: removed {escape(name)}, which a run that was killed had left")
-    for warning in result.warnings:
-        warn(warning)
+    warn_all(result.warnings, result.cleared)
     source, tensors = result.manifest.source, len(result.manifest.receipts)
     if as_json:
         document = {
