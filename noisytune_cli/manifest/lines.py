@@ -14,10 +14,9 @@ from dataclasses import replace
 from typing import Any, cast
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
-from noisytune_cli.manifest.copy_reasons import PART_REASONS, REASONS, misfit
+from noisytune_cli.manifest.consistency import PART_REASONS, REASONS, check_runs, joined, misfit
 from noisytune_cli.manifest.fields import ManifestFault, is_float32
 from noisytune_cli.manifest.line_forms import LONGEST_LINE, Shapes, part_pattern, tensor_pattern, text_of
-from noisytune_cli.manifest.parts import check_runs, joined
 from noisytune_cli.manifest.swift_records import twin
 from noisytune_cli.noise import distributions
 from noisytune_cli.records import (

@@ -7,7 +7,7 @@ import oracle
 import pytest
 
 from noisytune_cli.engine import tiles
-from noisytune_cli.manifest.parts import cover_exactly
+from noisytune_cli.manifest.consistency import cover_exactly
 from noisytune_cli.noise import stream
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.plan.parts import cut, stack

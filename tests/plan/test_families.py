@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matrices import LAYOUTS, indices
 
-from noisytune_cli.manifest.parts import cover_exactly
+from noisytune_cli.manifest.consistency import cover_exactly
 from noisytune_cli.plan.split import Division, divide
 from noisytune_cli.records import Part, TensorSpec
 
