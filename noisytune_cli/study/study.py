@@ -18,8 +18,7 @@ from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.engine.threads import default_threads
 from noisytune_cli.errors import InputInvalid, unreadable
 from noisytune_cli.study import machine
-from noisytune_cli.study.data import choice
-from noisytune_cli.study.data.tasks import read_data
+from noisytune_cli.study.data.tasks import choose_glue, choose_task, read_data
 from noisytune_cli.study.report import wording
 from noisytune_cli.study.settings import Material, Recipe, record
 from noisytune_cli.version import __version__
@@ -93,7 +92,7 @@ def study(
     from noisytune_cli.study.report.results import foresee
     from noisytune_cli.study.report.write import write_outputs
 
-    task, train, dev = choice.choose_task(
+    task, train, dev = choose_task(
         task=request.task,
         data=request.data,
         train=request.train,
@@ -187,7 +186,7 @@ def _probe(request: StudyRequest) -> dict[str, Any]:
     """Return the probe's part of the material: a GLUE task, whose rows are read to see that they can be."""
     if request.probe is None:
         return {}
-    task, train, dev = choice.choose_glue("--probe", request.probe, request.data)
+    task, train, dev = choose_glue("--probe", request.probe, request.data)
     read_data(task, train, dev)
     return {"probe": task, "probe_train": train, "probe_dev": dev}
 

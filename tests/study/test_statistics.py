@@ -1,4 +1,4 @@
-"""Paired statistics against numbers by hand and against scipy."""
+"""Paired statistics against numbers by hand and against scipy; the majority vote over runs that are there."""
 
 from __future__ import annotations
 
@@ -100,3 +100,20 @@ def test_means_that_are_equal_tie_whatever_their_rounding() -> None:
     assert exact == 26 / 512
     for plain in (700, 613, 801):
         assert statistics.permutation_p([(plain + k) / 872 - plain / 872 for k in counts]) == exact
+
+
+def test_the_majority_decides_on_each_row() -> None:
+    assert statistics.vote([[0, 1, 2, 1], [0, 1, 1, 2], [1, 1, 1, 0]], regression=False) == [0, 1, 1, 1]
+
+
+def test_the_first_member_decides_where_votes_are_equal() -> None:
+    assert statistics.vote([[1, 0], [0, 1]], regression=False) == [1, 0]
+    assert statistics.vote([[2], [1], [0], [0], [1]], regression=False) == [1]
+
+
+def test_numbers_are_averaged() -> None:
+    assert statistics.vote([[1.0, 4.0], [2.0, 0.5]], regression=True) == [1.5, 2.25]
+
+
+def test_each_member_is_left_out_once() -> None:
+    assert statistics.leave_one_out([[1], [2], [3]]) == [[[2], [3]], [[1], [3]], [[1], [2]]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from noisytune_cli.errors import InputUnreadable, UsageError
@@ -116,6 +116,58 @@ def glue_files(task: Task, folder: Path) -> tuple[Path, Path]:
     )
 
 
+def choose_task(
+    *,
+    task: str | None,
+    data: str | None,
+    train: str | None,
+    dev: str | None,
+    text: Sequence[str],
+    label: str | None,
+    chosen: Sequence[str],
+) -> tuple[Task, Path, Path]:
+    """Return the task with its train and dev file; `chosen` are metrics in place of its own.
+
+    UsageError where the options contradict each other or are not enough.
+    """
+    _check_metrics(chosen)
+    if task is not None:
+        if train or dev or text or label:
+            raise UsageError(
+                f"--task {task} with --train, --dev, --text or --label",
+                why="the task's files and columns are known",
+                next_step="Give --task and --data, or the files and columns",
+            )
+        known, files, held = choose_glue("--task", task, data)
+        return (replace(known, metrics=tuple(chosen)) if chosen else known), files, held
+    if not (train and dev and text and label):
+        raise UsageError(
+            "no task",
+            why="neither a task's name nor its files and columns are given",
+            next_step="Give --task NAME --data DIR, or --train, --dev, --text and --label",
+        )
+    if len(text) > 2:
+        raise UsageError(
+            f"--text {','.join(text)}",
+            why="a row is one text or a pair",
+            next_step="Name one column or two",
+        )
+    own = Task(Path(train).stem, tuple(text), label, tuple(chosen) or ("accuracy",))
+    return own, Path(train), Path(dev)
+
+
+def choose_glue(option: str, name: str, data: str | None) -> tuple[Task, Path, Path]:
+    """Return a GLUE task by name, with its train and dev file in the folder of --data."""
+    task = glue_task(name)
+    if data is None:
+        raise UsageError(
+            f"{option} {name} without --data",
+            why="nothing is downloaded",
+            next_step="Name the folder of the GLUE tasks with --data",
+        )
+    return task, *glue_files(task, Path(data))
+
+
 def read_data(task: Task, train: Path, dev: Path) -> Data:
     """Read a task's files; InputInvalid, with line and column, for labels that make no sense."""
     columns = (*task.text, task.label)
@@ -137,6 +189,22 @@ def read_data(task: Task, train: Path, dev: Path) -> Data:
             )
     labels = {path: [index[row.values[-1]] for row in table] for path, table in tables.items()}
     return Data(task, _rows(tables[train], labels[train]), _rows(tables[dev], labels[dev]), names)
+
+
+def _check_metrics(chosen: Sequence[str]) -> None:
+    known = (*metrics.CLASSIFICATION, *metrics.REGRESSION)
+    for name in chosen:
+        if name not in known:
+            raise UsageError(
+                f"--metric {name}", why="there is no such metric", next_step=f"Use one of: {', '.join(known)}"
+            )
+    if len({name in metrics.REGRESSION for name in chosen}) > 1:
+        raise UsageError(
+            f"--metric {','.join(chosen)}",
+            why="some are of classes and some of numbers",
+            next_step=f"Give either some of {', '.join(metrics.CLASSIFICATION)}, "
+            f"or some of {', '.join(metrics.REGRESSION)}",
+        )
 
 
 def _rows(table: Sequence[TableRow], labels: Sequence[float]) -> TaskRows:

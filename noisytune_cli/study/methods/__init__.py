@@ -74,7 +74,7 @@ class Training:
     of the original weights; where `anchor_kind` is "noised", noisytune puts its own there. `fresh` names
     the freshly initialised parameters. `steps` counts the optimizer's steps of the whole run, `warmup` is a
     share of them. `peft`: only adapters and the head are trained. `generator` is on the CPU, seeded with
-    `noise_seed`, and the only randomness for a method's noise (`study.draws`).
+    `noise_seed`, and the only randomness for a method's noise, which `generator_on` a device follows.
     """
 
     model: PreTrainedModel
@@ -95,6 +95,18 @@ class Training:
     forward: Forward
     members: list[Member] = field(default_factory=list)
     anchor_kind: Literal["original", "noised"] = "original"
+
+    def generator_on(self, device: torch.device) -> torch.Generator:
+        """Return a generator for `device`: the run's own on the CPU, else one that it seeds.
+
+        To draw a large tensor on the CPU and copy it would take longer than a step.
+        """
+        if device.type == "cpu":
+            return self.generator
+        import torch
+
+        seed = int(torch.randint(2**63 - 1, (), generator=self.generator))
+        return torch.Generator(device).manual_seed(seed)
 
 
 class Method:

@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 
 from noisytune_cli.errors import UsageError
 from noisytune_cli.study.methods import Method, Training, Value
-from noisytune_cli.study.methods._draws import generator_on
 
 #: Layers that are mixed, and the dimension of their weights that counts input neurons.
 _INPUT = {nn.Linear: 1, Conv1D: 0}
@@ -45,7 +44,7 @@ class Mixout(Method):
         for name, module in training.model.named_modules():
             anchor = training.anchor.get(f"{name}.weight")
             if type(module) in _INPUT and anchor is not None and module.weight.requires_grad:
-                self._mix(module, anchor.to(module.weight.device), training.generator)
+                self._mix(module, anchor.to(module.weight.device), training)
         if not self._handles:
             raise UsageError(
                 "mixout changes nothing here",
@@ -63,7 +62,7 @@ class Mixout(Method):
         for module, attribute, value in self._undo:
             setattr(module, attribute, value)
 
-    def _mix(self, module: nn.Module, anchor: Tensor, generator: torch.Generator) -> None:
+    def _mix(self, module: nn.Module, anchor: Tensor, training: Training) -> None:
         """Mix a layer's weight while its forward pass lasts.
 
         The hooks are functions, and hold nothing of one module: copies of the model share them.
@@ -78,7 +77,7 @@ class Mixout(Method):
             if module.training:
                 weight = weights[module] = module._parameters["weight"]
                 keep = torch.empty(shape, dtype=anchor.dtype, device=anchor.device)
-                keep.bernoulli_(1 - self.p, generator=generator_on(anchor.device, generator))
+                keep.bernoulli_(1 - self.p, generator=training.generator_on(anchor.device))
                 module._parameters["weight"] = mixed(weight, anchor, keep, self.p)  # type: ignore[assignment,arg-type]
 
         def restore(module: nn.Module, inputs: object, output: object) -> None:

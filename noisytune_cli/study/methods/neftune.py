@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from noisytune_cli.study.methods import Batch, Member, Method, Training, Value
-from noisytune_cli.study.methods._draws import generator_on
 from noisytune_cli.study.methods._embeddings import changed_embeddings
 
 
@@ -34,7 +33,7 @@ class NEFTune(Method):
         mask = batch.get("attention_mask") if self.length == "true" else None
 
         def noised(embeddings: Tensor) -> Tensor:
-            generator = generator_on(embeddings.device, training.generator)
+            generator = training.generator_on(embeddings.device)
             noise = torch.empty_like(embeddings).uniform_(-1.0, 1.0, generator=generator)
             return embeddings + noise * self._scale(embeddings, mask)
 

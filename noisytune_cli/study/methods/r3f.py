@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from noisytune_cli.study.methods import Batch, Member, Method, Training, Value
-from noisytune_cli.study.methods._draws import generator_on
 from noisytune_cli.study.methods._embeddings import changed_embeddings
 
 
@@ -47,7 +46,7 @@ class R3F(Method):
         return loss + self.lam * symmetric_divergence(logits, noised)
 
     def _noised(self, embeddings: Tensor, training: Training) -> Tensor:
-        generator = generator_on(embeddings.device, training.generator)
+        generator = training.generator_on(embeddings.device)
         noise = torch.empty_like(embeddings)
         if self.noise == "uniform":
             noise.uniform_(-self.sigma, self.sigma, generator=generator)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from noisytune_cli.errors import UsageError
 from noisytune_cli.plan.patterns import match_names
 from noisytune_cli.study.methods import Method, Training, Value
-from noisytune_cli.study.methods._draws import generator_on
 
 
 class WeightNoise(Method):
@@ -53,7 +52,7 @@ def add_gaussian(training: Training, model: nn.Module, scale: float) -> None:
         for weight in noised(training, model):
             if weight.numel() > 1:
                 noise = torch.empty_like(weight)
-                noise.normal_(generator=generator_on(weight.device, training.generator))
+                noise.normal_(generator=training.generator_on(weight.device))
                 weight.add_(noise * (scale * weight.std()))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, Literal
 
-from noisytune_cli.study.report import ensemble, statistics
+from noisytune_cli.study.report import statistics
 from noisytune_cli.study.report.conditions import (
     Condition,
     ConditionKind,
@@ -263,7 +263,7 @@ def _ensemble(plain: Condition, study: Mapping[str, Any]) -> dict[str, Any]:
     primary = study["primary"]
 
     def score(members: Sequence[Sequence[float]], wanted: Sequence[str]) -> dict[str, float]:
-        voted = ensemble.vote(members, regression=study["regression"])
+        voted = statistics.vote(members, regression=study["regression"])
         return metrics.score(wanted, voted, study["dev_labels"])
 
     total = {m: sum(run[m] for run in runs) for m in ("member_steps", "forwards", "seconds")}
@@ -272,6 +272,6 @@ def _ensemble(plain: Condition, study: Mapping[str, Any]) -> dict[str, Any]:
         "members": len(runs),
         "seeds": [list(pair) for pair in plain.runs],
         "dev": score(predictions, names),
-        "leave_one_out": [score(rest, [primary])[primary] for rest in ensemble.leave_one_out(predictions)],
+        "leave_one_out": [score(rest, [primary])[primary] for rest in statistics.leave_one_out(predictions)],
         "cost": {**total, "relative": _relative(total, runs)},
     }

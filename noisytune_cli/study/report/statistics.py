@@ -6,10 +6,15 @@ permutation test, which assumes only that a difference would be as likely with t
 were equal. Few seeds bound both: n seeds have 2ⁿ flips, so no two-sided p lies below 2/2ⁿ, and the interval
 of few differences is too narrow (`docs/results-format.md` has its measured coverage). Several comparisons
 are adjusted after Holm (1979).
+
+The plain runs of several seeds, by majority vote, are the ensemble that costs nothing more: every run keeps
+its predictions on the dev rows. It is one number; how far it hangs on single members is told by leaving each
+of them out in turn.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -99,5 +104,25 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def vote(predictions: Sequence[Sequence[float]], *, regression: bool) -> list[float]:
+    """Return [n] predictions from those of M members, [M, n]: the majority's class, or the mean number.
+
+    Where classes have equally many votes, the first of the members that voted for one of them decides.
+    """
+    if regression:
+        return [sum(row) / len(row) for row in zip(*predictions, strict=True)]
+    return [_majority(row) for row in zip(*predictions, strict=True)]
+
+
+def leave_one_out(predictions: Sequence[Sequence[float]]) -> list[Sequence[Sequence[float]]]:
+    """Return the M ensembles of M - 1 members, [M - 1, n] each."""
+    return [[*predictions[:out], *predictions[out + 1 :]] for out in range(len(predictions))]
+
+
 def _mean(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
     return np.asarray(np.mean(values, axis=axis).round(9))
+
+
+def _majority(votes: Sequence[float]) -> float:
+    # Counter lists what is equally common in the order in which it was met first.
+    return Counter(votes).most_common(1)[0][0]

@@ -5,18 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from noisytune_cli.study.methods._draws import generator_on
+from .runs import tiny_bert, training_of
 
 
 def test_on_the_cpu_it_is_the_runs_own_generator() -> None:
-    generator = torch.Generator()
-    assert generator_on(torch.device("cpu"), generator) is generator
+    training = training_of(tiny_bert())
+    assert training.generator_on(torch.device("cpu")) is training.generator
 
 
 def test_another_devices_generator_is_seeded_anew_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = training_of(tiny_bert())
+
     def seeds(start: int) -> list[int]:
-        generator = real("cpu").manual_seed(start)
-        return [generator_on(torch.device("cuda:1"), generator).initial_seed() for _ in range(3)]
+        training.generator = real("cpu").manual_seed(start)
+        return [training.generator_on(torch.device("cuda:1")).initial_seed() for _ in range(3)]
 
     real, devices = torch.Generator, []
 
