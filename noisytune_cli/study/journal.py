@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from noisytune_cli.errors import InputInvalid, OutputUnsafe, unreadable, unwritable
+from noisytune_cli.output.staging import sync_directory
 
 STUDY = "study.json"
 RUNS = "runs.jsonl"
@@ -125,24 +126,24 @@ class Journal:
                 why=f"{RUNS} is there without {STUDY}, so nobody can tell what its runs are",
                 next_step="Choose another folder with -o",
             )
-        write_durably(path, json.dumps(settled, indent=1, ensure_ascii=False) + "\n")
+        write_durably(path, json.dumps(settled, indent=1, ensure_ascii=False).encode() + b"\n")
         return settled
 
 
-def write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, content: bytes) -> None:
     """Write a small file beside its place, flush it, and rename it into place."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         try:
-            with open(staged, "w", encoding="utf-8") as file:
-                file.write(text)
+            with open(staged, "wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(staged, path)
         except BaseException:
             staged.unlink(missing_ok=True)
             raise
-        _sync(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         raise unwritable(error, path) from error
 
@@ -152,7 +153,7 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = {entry.name for entry in os.scandir(folder)}
-        _sync(folder.parent)
+        sync_directory(folder.parent)
     except FileExistsError:
         raise OutputUnsafe(
             "cannot write the study",
@@ -169,14 +170,6 @@ def _make(folder: Path) -> None:
             why="the folder holds other files and no study",
             next_step="Choose an empty or a new folder with -o",
         )
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_study(path: Path) -> dict[str, Any]:

@@ -8,10 +8,7 @@ from typing import Any
 
 from noisytune_cli.study.report import wording
 from noisytune_cli.study.report.markdown import image, table, text
-from noisytune_cli.study.report.results import whole
-
-Results = Mapping[str, Any]
-Entry = Mapping[str, Any]
+from noisytune_cli.study.report.results import Results, whole
 
 
 def drift(results: Results, figure: str | None) -> list[str]:

@@ -6,19 +6,16 @@ seed. The colours are Okabe and Ito's, which all common kinds of colour vision t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from noisytune_cli.escape import escape
 from noisytune_cli.study.report import wording
-from noisytune_cli.study.report.results import whole
+from noisytune_cli.study.report.results import Entry, Results, whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Results = Mapping[str, Any]
-Entry = Mapping[str, Any]
 
 #: Okabe and Ito (2008): black is plain's.
 _BLACK, _COLOURS = "#000000", ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -8,11 +8,10 @@ the scores (change of the parameters, probe, cost, settings) is in `appendix`.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 from noisytune_cli.study.report import appendix, wording
 from noisytune_cli.study.report.markdown import bullets, image, table, text
-from noisytune_cli.study.report.results import NO_EVIDENCE, whole
+from noisytune_cli.study.report.results import NO_EVIDENCE, Entry, Results, whole
 
 #: Every figure, with what a study needs to have it, in the order of the report.
 FIGURES = {
@@ -23,9 +22,6 @@ FIGURES = {
     "share": "share of the training data: several --share",
     "drift": "relative L1 change of each kind of parameter: full finetuning",
 }
-
-Results = Mapping[str, Any]
-Entry = Mapping[str, Any]
 
 
 def render(results: Results, drawn: Collection[str]) -> str:

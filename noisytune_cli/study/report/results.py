@@ -6,11 +6,11 @@ them at any time, also of a study that is not finished. `docs/results-format.md`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, Literal
 
+from noisytune_cli.manifest.write import lay_out
 from noisytune_cli.study.report import statistics
 from noisytune_cli.study.report.conditions import (
     Condition,
@@ -24,6 +24,10 @@ from noisytune_cli.study.report.conditions import (
     name_kinds,
 )
 from noisytune_cli.study.training import metrics
+
+#: The document, and an entry of one of its lists.
+Results = Mapping[str, Any]
+Entry = Mapping[str, Any]
 
 #: The version of the document's layout.
 SCHEMA = 1
@@ -85,19 +89,12 @@ def foresee(design: Iterable[Run]) -> tuple[int, int] | None:
     return (min(pairs.values()), len(pairs)) if pairs else None
 
 
-def encode(results: Mapping[str, Any]) -> str:
-    """Return the results as JSON, one line for each entry of a list; floats round-trip."""
-    members = []
-    for key, value in results.items():
-        if isinstance(value, list) and value:
-            lines = ",\n".join(f"  {json.dumps(entry, allow_nan=False)}" for entry in value)
-            members.append(f' "{key}": [\n{lines}\n ]')
-        else:
-            members.append(f' "{key}": {json.dumps(value, allow_nan=False)}')
-    return "{\n" + ",\n".join(members) + "\n}\n"
+def encode(results: Results) -> str:
+    """Return the results as JSON in ASCII, laid out as a manifest is; floats round-trip."""
+    return lay_out(results).decode()
 
 
-def whole(results: Mapping[str, Any], key: str = "conditions") -> list[Any]:
+def whole(results: Results, key: str = "conditions") -> list[Any]:
     """Return the entries of a list of the results that belong to the largest share of the training rows."""
     largest = max((entry["share"] for entry in results["conditions"]), default=1.0)
     return [entry for entry in results[key] if entry["share"] == largest]

@@ -1,7 +1,8 @@
-"""The figures: which there are, that they open as what they are, and that they are the same twice."""
+"""What a study leaves: files that agree and are replaced, figures that open and are the same twice."""
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from noisytune_cli.errors import ResourceExhausted
-from noisytune_cli.study.report import figures, plots, results
+from noisytune_cli.study.report import plots, results, write
 
 from .records import run, runs, study
 
@@ -33,7 +34,7 @@ def summarise(made: list[dict[str, Any]], **others: Any) -> dict[str, Any]:
 
 
 def test_a_whole_study_has_every_figure_as_png_and_svg(tmp_path: Path) -> None:
-    drawn = figures.draw(summarise(with_everything()), tmp_path / "figures")
+    drawn = write.draw(summarise(with_everything()), tmp_path / "figures")
     assert drawn == list(plots.PLOTS)
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         f"{name}.{kind}" for name in drawn for kind in ("png", "svg")
@@ -52,7 +53,7 @@ def test_a_whole_study_has_every_figure_as_png_and_svg(tmp_path: Path) -> None:
 def test_the_same_results_give_the_same_files(tmp_path: Path) -> None:
     summary = summarise([*runs("plain", [0.4, 0.5]), *runs("noisytune", [0.5, 0.5])])
     for folder in ("one", "other"):
-        assert figures.draw(summary, tmp_path / folder) == ["methods"]
+        assert write.draw(summary, tmp_path / folder) == ["methods"]
     for kind in ("png", "svg"):
         one, other = ((tmp_path / folder / f"methods.{kind}").read_bytes() for folder in ("one", "other"))
         assert one == other
@@ -99,13 +100,13 @@ def test_figures_say_what_they_are_of() -> None:
 def test_names_with_markup_are_drawn_as_they_are(tmp_path: Path) -> None:
     model = {"id": r"$\frac{", "revision": None, "parameters": 1}
     summary = summarise([run("plain"), run("r3f")], model=model)
-    assert figures.draw(summary, tmp_path) == ["methods"]
+    assert write.draw(summary, tmp_path) == ["methods"]
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "figures").write_text("in the way")
     with pytest.raises(ResourceExhausted, match="cannot write"):
-        figures.draw(summarise([run("plain"), run("r3f")]), tmp_path / "figures")
+        write.draw(summarise([run("plain"), run("r3f")]), tmp_path / "figures")
 
 
 def test_no_method_is_left_out_or_looks_like_another() -> None:
@@ -121,3 +122,24 @@ def test_no_method_is_left_out_or_looks_like_another() -> None:
     assert len(looks) == 9
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"method{n}" for n in range(9)]
     assert list(axes.get_xticks()) == [500, 1000]
+
+
+def test_results_figures_and_report_agree(tmp_path: Path) -> None:
+    made = [*runs("plain", [0.40, 0.42]), *runs("noisytune", [0.45, 0.43])]
+    results = write.write_outputs(tmp_path, study(made), made)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    report = (tmp_path / "report.md").read_text()
+    assert "noisytune (λ 0.15) against plain: +3.00" in report
+    for path in ("figures/methods.png", "figures/methods.svg"):
+        assert (tmp_path / path).stat().st_size > 1000
+    assert "](figures/methods.png)" in report
+
+
+def test_they_are_replaced_when_more_runs_are_done(tmp_path: Path) -> None:
+    made = [*runs("plain", [0.40, 0.42]), *runs("noisytune", [0.45, 0.43])]
+    write.write_outputs(tmp_path, study(made), made[:3])
+    assert "not finished" in (tmp_path / "report.md").read_text()
+    write.write_outputs(tmp_path, study(made), made)
+    assert "not finished" not in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "results.json").read_text())["finished"] == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures", "report.md", "results.json"]
