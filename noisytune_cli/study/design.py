@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from noisytune_cli.errors import UsageError
 from noisytune_cli.study.combination import combine
 from noisytune_cli.study.methods import Value
+from noisytune_cli.study.settings import Recipe
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,10 @@ class Split:
     def share(self, share: float) -> tuple[int, ...]:
         """Return the first `share` of the rows trained on: a smaller share lies within every larger one."""
         return self.train[: max(1, round(share * len(self.train)))]
+
+    def steps(self, share: float, recipe: Recipe) -> int:
+        """Return how many optimizer steps a run on a share of the rows takes."""
+        return recipe.epochs * math.ceil(len(self.share(share)) / recipe.batch_size)
 
 
 def split_rows(rows: int, *, train_rows: int | None, held_out: int | None, seed: int) -> Split:

@@ -24,7 +24,7 @@ from noisytune_cli.study.settings import Material, Recipe, record
 from noisytune_cli.version import __version__
 
 if TYPE_CHECKING:
-    from noisytune_cli.study.design import Run
+    from noisytune_cli.study.design import Run, Split
 
 #: Reports progress: entered with the steps in all, gives what is called with the steps just done.
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
@@ -155,7 +155,7 @@ def study(
             foreseen = foresee(journal.study["design"])
             if foreseen is not None and (weak := wording.too_few(*foreseen)):
                 tell(weak)
-            _carry_out(request, material, lacking, parameters, threads, journal.add, progress)
+            _carry_out(request, material, lacking, split, parameters, threads, journal.add, progress)
         planned = [run["key"] for run in journal.study["design"]]
         finished = [journal.runs[key] for key in planned if key in journal.runs]
         return Studied(journal.folder, write_outputs(journal.folder, journal.study, finished))
@@ -165,6 +165,7 @@ def _carry_out(
     request: StudyRequest,
     material: Material,
     runs: Sequence[Run],
+    split: Split,
     parameters: int,
     threads: int,
     add: Callable[[dict[str, Any]], None],
@@ -173,12 +174,9 @@ def _carry_out(
     from noisytune_cli.study.workers import Place, carry_out, check_memory
 
     check_memory(parameters, request.jobs)
-    recipe = request.recipe
     place = Place(request.device, request.jobs, threads)
-    rows = material.train_rows or 0
-    steps = sum(recipe.epochs * -(-max(1, round(rows * run.share)) // recipe.batch_size) for run in runs)
-    with progress(steps) as report:
-        for done in carry_out(material, recipe, runs, place, report):
+    with progress(sum(split.steps(run.share, request.recipe) for run in runs)) as report:
+        for done in carry_out(material, request.recipe, runs, place, report):
             add(done)
 
 

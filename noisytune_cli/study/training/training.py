@@ -92,11 +92,6 @@ class Bench:
         length = min(self.recipe.max_length, self.pretrained.longest)
         return encode(self.pretrained.tokenizer, rows, max_length=length, regression=data.task.regression)
 
-    def steps(self, run: Run) -> int:
-        """Return how many optimizer steps a run takes."""
-        rows = len(self.split.share(run.share))
-        return self.recipe.epochs * math.ceil(rows / self.recipe.batch_size)
-
     def carry_out(self, run: Run, after_step: Step = lambda: None) -> dict[str, Any]:
         """Train and evaluate one run; return its record, a line of runs.jsonl."""
         started = time.perf_counter()
@@ -111,7 +106,7 @@ class Bench:
             fresh=start.fresh,
             regression=self.data.task.regression,
             task_loss=_squared_error if self.data.task.regression else nn.functional.cross_entropy,
-            steps=self.steps(run),
+            steps=self.split.steps(run.share, recipe),
             learning_rate=recipe.learning_rate,
             weight_decay=recipe.weight_decay,
             warmup=recipe.warmup,
