@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
 import oracle
 import pytest
-from levels import LEVELS, cpu_at
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
-from noisytune_cli.errors import NoisytuneError
-from noisytune_cli.noise import devices, stream
+from noisytune_cli.noise import stream
 from noisytune_cli.noise.devices import Device
 
 PAIRS = [pair for pair in itertools.product(sorted(FLOAT_DTYPES), repeat=2) if pair[0] != pair[1]]
@@ -23,18 +20,6 @@ NARROWING = [
 ]
 
 pairs = pytest.mark.parametrize(("dtype", "out_dtype"), PAIRS, ids=lambda dtype: dtype)
-
-
-@pytest.fixture(scope="module", params=[*devices.names(), *(f"cpu at {level}" for level in LEVELS[:-1])])
-def device(request: pytest.FixtureRequest) -> Iterator[Device]:
-    if request.param.startswith("cpu at "):
-        with cpu_at(request.param.removeprefix("cpu at ")) as cpu:
-            yield cpu
-        return
-    try:
-        yield devices.load(request.param).open_device(request.param)
-    except (ImportError, NoisytuneError) as error:
-        pytest.skip(f"{request.param} is not here: {error}")
 
 
 def hard_values(dtype: str, out_dtype: str) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -15,10 +14,8 @@ import pytest
 from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from levels import LEVELS, cpu_at
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
-from noisytune_cli.errors import NoisytuneError
 from noisytune_cli.noise import devices, distributions, stream
 from noisytune_cli.noise.devices import Device
 from noisytune_cli.noise.std import BLOCK, RELATIVE_ERROR, new_exact_sums
@@ -34,18 +31,6 @@ AMPLITUDES = st.one_of(
     st.floats(2.0**-20, 2.0**-1, width=32),
     st.floats(2.0**100, float(np.finfo(np.float32).max), width=32),
 )
-
-
-@pytest.fixture(scope="module", params=[*devices.names(), *(f"cpu at {level}" for level in LEVELS[:-1])])
-def device(request: pytest.FixtureRequest) -> Iterator[Device]:
-    if request.param.startswith("cpu at "):
-        with cpu_at(request.param.removeprefix("cpu at ")) as cpu:
-            yield cpu
-        return
-    try:
-        yield devices.load(request.param).open_device(request.param)
-    except (ImportError, NoisytuneError) as error:
-        pytest.skip(f"{request.param} is not here: {error}")
 
 
 def add_noise(

@@ -117,7 +117,7 @@ def test_parts_that_lie(change: Callable[[Any], Any], words: str) -> None:
 @pytest.mark.parametrize("original", [malformed_manifests.written, malformed_manifests.parted])
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
-def test_any_line_says_the_same(original: Callable[[], bytes], data: st.DataObject) -> None:
+def test_any_line_says_the_same_and_comes_back(original: Callable[[], bytes], data: st.DataObject) -> None:
     content = original()
     start = content.index(b'"tensors": [')
     tokens = list(_TOKEN.finditer(content, start, content.index(b'"copied": ')))
@@ -129,7 +129,10 @@ def test_any_line_says_the_same(original: Callable[[], bytes], data: st.DataObje
         tokens = [found for found in tokens if found.end() <= start]
         if not tokens:
             break
-    both(content)
+    found = both(content)
+    if not isinstance(found, str):
+        assert json.loads(manifest.encode(found)) == json.loads(content)
+        assert parse(manifest.encode(found)) == found
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "gaussian"])
