@@ -72,7 +72,8 @@ def average(
 
 def _show(result: Averaged, *, as_json: bool, quiet: bool) -> None:
     """Print the summary: one line on stderr, or with `as_json` a document on stdout."""
-    from noisytune_cli.cli.show import list_left_out, note, note_left_out, warn_all, write_out
+    from noisytune_cli.cli.show import note, note_left_out, warn_all, write_out
+    from noisytune_cli.manifest.write import left_out_json
 
     warn_all(result.warnings, result.cleared)
     manifest = result.manifest
@@ -89,7 +90,7 @@ def _show(result: Averaged, *, as_json: bool, quiet: bool) -> None:
             "tensors": len(manifest.tensors),
             "averaged": averaged,
             "bytes": nbytes,
-            "left_out": list_left_out(manifest.left_out),
+            "left_out": left_out_json(manifest.left_out),
             "warnings": list(result.warnings),
         }
         write_out(json.dumps(document, indent=1) + "\n", [result.output])

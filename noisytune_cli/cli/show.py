@@ -83,11 +83,6 @@ def note_left_out(left_out: Sequence[tuple[str, str]]) -> None:
         note(f"left out: {shown}" + (f" and {more:,} more" if more > 0 else ""))
 
 
-def list_left_out(left_out: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    """Return the files that are not in an output as a manifest has them."""
-    return [{"name": name, "why": why} for name, why in left_out]
-
-
 def is_terminal(stream: TextIO | None) -> bool:
     """Tell whether a person looks at `stream`."""
     return stream is not None and not stream.closed and stream.isatty()

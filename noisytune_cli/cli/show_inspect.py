@@ -24,8 +24,6 @@ from noisytune_cli.cli.table import lay_out
 from noisytune_cli.commands.inspect import Inspection, TensorReport, Totals
 from noisytune_cli.escape import escape
 
-FORMATS = ("table", "json", "jsonl", "csv")
-
 _KEYS = tuple(field.name for field in fields(TensorReport))
 
 #: The table's columns, and those that a narrow terminal does without, the first to go first.
@@ -61,7 +59,7 @@ def show_inspection(inspection: Inspection, format: str) -> None:
 
 def render(inspection: Inspection, format: str) -> Iterator[str]:
     """Yield the inspection in one of FORMATS, in chunks."""
-    return {"table": _table, "json": _json, "jsonl": _jsonl, "csv": _csv}[format](inspection)
+    return FORMATS[format](inspection)
 
 
 def _json(inspection: Inspection) -> Iterator[str]:
@@ -183,3 +181,6 @@ def _number(value: float | None) -> str:
 
 def _count(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
+
+
+FORMATS = {"table": _table, "json": _json, "jsonl": _jsonl, "csv": _csv}

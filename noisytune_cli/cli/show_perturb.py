@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from noisytune_cli.cli.show import list_left_out, note, note_left_out, warn_all, write_out
+from noisytune_cli.cli.show import note, note_left_out, warn_all, write_out
 from noisytune_cli.commands.perturb import Perturbed, Planned
 from noisytune_cli.escape import escape
+from noisytune_cli.manifest.write import left_out_json
 from noisytune_cli.records import Manifest, NoiseSpec, Step
 
 _TOLD_BY = {"names": "its name", "model": "the model"}
@@ -31,7 +32,7 @@ def show_planned(planned: Planned, *, as_json: bool) -> None:
                 {"stream": tie.stream, "names": list(tie.all_names), "evidence": tie.evidence}
                 for tie in planned.plan.ties
             ],
-            "left_out": list_left_out(planned.left_out),
+            "left_out": left_out_json(planned.left_out),
         }
         if several:
             document["tensors"] = [
@@ -89,7 +90,7 @@ def _document(result: Perturbed) -> dict[str, Any]:
         "unchanged": sum(receipt.unchanged for receipt in manifest.receipts),
         "clamped": sum(receipt.clamped for receipt in manifest.receipts),
         "bytes": _bytes(manifest),
-        "left_out": list_left_out(manifest.left_out),
+        "left_out": left_out_json(manifest.left_out),
         "warnings": list(result.warnings),
     }
 

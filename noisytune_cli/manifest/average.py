@@ -28,7 +28,7 @@ from noisytune_cli.manifest.read import (
 )
 from noisytune_cli.manifest.strict_json import Document
 from noisytune_cli.manifest.tensors import read_tensor
-from noisytune_cli.manifest.write import MAX_LINES, SCHEMA, lay_out, source_json
+from noisytune_cli.manifest.write import MAX_LINES, SCHEMA, lay_out, left_out_json, source_json
 from noisytune_cli.records import (
     Manifest,
     NoiseSpec,
@@ -111,7 +111,7 @@ def to_json(manifest: AverageManifest) -> dict[str, Any]:
             for done in manifest.tensors
         ],
         "copied": [{"name": name, "digest": digest} for name, digest in manifest.copied],
-        "left_out": [{"name": name, "why": why} for name, why in manifest.left_out],
+        "left_out": left_out_json(manifest.left_out),
         "totals": {
             "tensors": len(tensors),
             "averaged": sum(done.action == "average" for done in manifest.tensors),

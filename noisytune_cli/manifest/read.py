@@ -20,7 +20,7 @@ from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, Mismatch
 from noisytune_cli.manifest.fields import Fields, ManifestFault, check_string
 from noisytune_cli.manifest.strict_json import Document, JsonFault
-from noisytune_cli.manifest.tensors import read_tensors
+from noisytune_cli.manifest.tensors import SMALLEST_FILE, read_tensors
 from noisytune_cli.manifest.write import MANIFEST, MAX_BYTES, MAX_LINES, SCHEMA, encode
 from noisytune_cli.noise import distributions
 from noisytune_cli.noise.stream import STREAM
@@ -31,7 +31,6 @@ from noisytune_cli.records import Conversion, FileRecord, Manifest, NoiseSpec, O
 MAX_ENTRIES = 1_000_000
 
 _MAX_SIZE = 2**63 - 1
-_SMALLEST_FILE = 10  # a header's length, and `{}`
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ def _files(fields: Fields, where: str, fewest: int = 1) -> tuple[FileRecord, ...
     for i, entry in enumerate(entries):
         file = Fields(entry, f"{where}.files[{i}]", ("name", "size", "header_digest"))
         size = file.count("size", _MAX_SIZE)
-        if size < _SMALLEST_FILE:
+        if size < SMALLEST_FILE:
             raise ManifestFault(f"{where}.files[{i}].size is less than any weight file's")
         files.append(FileRecord(file.name("name"), size, file.digest("header_digest")))
     return tuple(files)

@@ -42,8 +42,10 @@ _KEYS = (*_KEYS_IN_MEMORY, "source_digest", "digest")
 _PART_KEYS = ("name", "shape", "first", "length", "stride", "repeat", *_DONE_KEYS)
 _MAX_DIMENSION = 2**63 - 1
 _PART_NAME = re.compile(r"(?=.{1,64}\Z)[a-z0-9_]+(?:\.[a-z0-9_]+)*", re.ASCII)
-_SMALLEST_HEADER = 10  # a length, and `{}`
 _NO_FILE = {"": ""}
+
+#: Bytes of a weight file without tensors: a header's length, and `{}`.
+SMALLEST_FILE = 10
 
 
 def read_tensors(
@@ -84,7 +86,7 @@ def _check_files(receipts: Sequence[Receipt], files: Sequence[FileRecord], *, pa
     places = [order[receipt.step.tensor.file] for receipt in receipts]
     if places != sorted(places):
         raise ManifestFault("its tensors are not in the order of source.files")
-    room = [file.size - _SMALLEST_HEADER for file in files]
+    room = [file.size - SMALLEST_FILE for file in files]
     for place, receipt in zip(places, receipts, strict=True):
         if receipt.step.tensor.nbytes > room[place] * packed:
             raise ManifestFault(f"source.files[{place}].size is less than its tensors need")

@@ -100,7 +100,7 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
         "noise": _noise(manifest.noise),
         "tensors": [_tensor(receipt, range_keys) for receipt in manifest.receipts],
         "copied": [{"name": name, "digest": digest} for name, digest in manifest.copied],
-        "left_out": [{"name": name, "why": why} for name, why in manifest.left_out],
+        "left_out": left_out_json(manifest.left_out),
         "totals": {
             "tensors": len(manifest.receipts),
             "perturbed": perturbed,
@@ -117,6 +117,11 @@ def source_json(source: SourceRecord) -> dict[str, Any]:
         "revision": source.revision,
         "files": [_file(file) for file in source.files],
     }
+
+
+def left_out_json(left_out: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    """Return the files that are not in an output as they stand in a manifest."""
+    return [{"name": name, "why": why} for name, why in left_out]
 
 
 def _file(file: FileRecord) -> dict[str, Any]:
