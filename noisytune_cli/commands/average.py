@@ -15,6 +15,7 @@ from pathlib import Path
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.formats._file import common_mode
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
+from noisytune_cli.commands.write import complete, record_source
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine import mean
 from noisytune_cli.engine.threads import Progress, default_threads
@@ -26,7 +27,7 @@ from noisytune_cli.noise.devices import open_device
 from noisytune_cli.output.destination import check_output, check_places_of_download, resolve_rewritten
 from noisytune_cli.output.publish import Publication
 from noisytune_cli.output.space import check_descriptors, check_space, copied_bytes
-from noisytune_cli.records import FileRecord, SourceRecord, TensorSpec
+from noisytune_cli.records import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ def average(
         )
         done = _carry_out(members, weights, publication, threads or default_threads(), progress)
         manifest = AverageManifest(
-            members=tuple((weight, _record(member)) for weight, member in zip(weights, members, strict=True)),
+            members=tuple(
+                (weight, record_source(member)) for weight, member in zip(weights, members, strict=True)
+            ),
             tensors=tuple(one.tensor for one in done),
             copied=tuple(
                 (name, publication.copy(first.root / name, name, first.open_beside)) for name in first.others
@@ -232,18 +235,8 @@ def _carry_out(
             done = mean.average(
                 first.tensors, shares, sinks, open_device("cpu"), threads=threads, progress=report
             )
-        for member in members:
-            for file in member.sources:
-                file.check_unchanged()
-                file.check_sums()
-        for sink in sinks.values():
-            sink.finish()
+        complete([file for member in members for file in member.sources], sinks.values())
     return done
-
-
-def _record(member: Checkpoint) -> SourceRecord:
-    files = tuple(FileRecord(file.name, file.size, file.header_digest) for file in member.sources)
-    return SourceRecord(member.id, member.revision, files)
 
 
 def _warnings(done: Sequence[mean.Done]) -> list[str]:

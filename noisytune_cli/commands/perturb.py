@@ -14,7 +14,7 @@ from pathlib import Path
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.dequantize import check_config, dequantize
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
-from noisytune_cli.commands.write import fill
+from noisytune_cli.commands.write import fill, record_source
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
 from noisytune_cli.errors import InputInvalid
@@ -34,13 +34,11 @@ from noisytune_cli.plan.plans import make_plans, settle_plans
 from noisytune_cli.records import (
     Combination,
     Conversion,
-    FileRecord,
     Manifest,
     NoiseSpec,
     OutputRecord,
     Plan,
     Receipt,
-    SourceRecord,
 )
 from noisytune_cli.version import __version__
 
@@ -183,11 +181,7 @@ def perturb_each(
                 Manifest(
                     tool_name="noisytune",
                     tool_version=__version__,
-                    source=SourceRecord(
-                        source.id,
-                        source.revision,
-                        tuple(FileRecord(s.name, s.size, s.header_digest) for s in source.sources),
-                    ),
+                    source=record_source(source),
                     noise=plan.noise,
                     receipts=done,
                     copied=copied,

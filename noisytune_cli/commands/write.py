@@ -5,7 +5,7 @@ Publishing is not decided here: what is filled is flushed, and is as the source 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from noisytune_cli.engine.threads import Progress
 from noisytune_cli.engine.walk import Output, Walk, work_bytes
 from noisytune_cli.output.convert import OutputFile
 from noisytune_cli.output.publish import Publication
-from noisytune_cli.records import Plan, Receipt
+from noisytune_cli.records import FileRecord, Plan, Receipt, SourceRecord
 
 
 def fill(
@@ -50,10 +50,20 @@ def fill(
         with progress(work_bytes(variants)) as report:
             sources = {file.name: file for file in source.sources}
             receipts = replace(walk, progress=report).carry_out(variants, sources)
-        for file in source.sources:
-            file.check_unchanged()
-            file.check_sums()
-        for variant in variants:
-            for sink in variant.sinks.values():
-                sink.finish()
+        complete(source.sources, [sink for variant in variants for sink in variant.sinks.values()])
     return receipts
+
+
+def complete(sources: Iterable[Source], sinks: Iterable[Sink]) -> None:
+    """Flush what was filled, unless its sources are not as they were when they were opened."""
+    for source in sources:
+        source.check_unchanged()
+        source.check_sums()
+    for sink in sinks:
+        sink.finish()
+
+
+def record_source(source: Checkpoint) -> SourceRecord:
+    """Return where weights come from, as a manifest records it."""
+    files = tuple(FileRecord(file.name, file.size, file.header_digest) for file in source.sources)
+    return SourceRecord(source.id, source.revision, files)

@@ -155,8 +155,8 @@ MUTATIONS = (
     Mutation(
         "a changed input goes unnoticed",
         "commands/write.py",
-        "            file.check_unchanged()\n",
-        "            pass\n",
+        "        source.check_unchanged()\n",
+        "        pass\n",
         (f"{_MACHINE}::test_an_input_that_changes_while_it_is_read",),
     ),
     Mutation(
