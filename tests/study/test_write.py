@@ -76,7 +76,7 @@ def test_a_figure_is_there_where_runs_have_what_it_shows(
     made: list[dict[str, Any]], drawn: list[str]
 ) -> None:
     summary = summarise(made)
-    assert [name for name, plot in plots.PLOTS.items() if plot(summary) is not None] == drawn
+    assert [name for name, (plot, _) in plots.PLOTS.items() if plot(summary) is not None] == drawn
 
 
 def test_figures_say_what_they_are_of() -> None:

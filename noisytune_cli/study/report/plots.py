@@ -161,14 +161,14 @@ def drift(results: Results) -> Figure | None:
     return figure
 
 
-#: Every figure by its file's name.
+#: Every figure by its file's name, with what a study needs to have it, in the order of the report.
 PLOTS = {
-    "methods": methods,
-    "lambda": lambdas,
-    "noise": noises,
-    "combinations": combinations,
-    "share": shares,
-    "drift": drift,
+    "methods": (methods, "methods beside plain: plain and another --method"),
+    "lambda": (lambdas, "λ against score: several --lambda"),
+    "noise": (noises, "kinds and scopes of noise: several --noise or --scope"),
+    "combinations": (combinations, "noise combined with other methods: --method mixout,noisytune+mixout"),
+    "share": (shares, "share of the training data: several --share"),
+    "drift": (drift, "relative L1 change of each kind of parameter: full finetuning"),
 }
 
 _INTERVALS = "bars: 95 % bootstrap intervals"

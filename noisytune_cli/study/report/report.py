@@ -11,17 +11,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from noisytune_cli.study.report import appendix, wording
 from noisytune_cli.study.report.markdown import bullets, image, table, text
+from noisytune_cli.study.report.plots import PLOTS
 from noisytune_cli.study.report.results import NO_EVIDENCE, Entry, Results, whole
-
-#: Every figure, with what a study needs to have it, in the order of the report.
-FIGURES = {
-    "methods": "methods beside plain: plain and another --method",
-    "lambda": "λ against score: several --lambda",
-    "noise": "kinds and scopes of noise: several --noise or --scope",
-    "combinations": "noise combined with other methods: --method mixout,noisytune+mixout",
-    "share": "share of the training data: several --share",
-    "drift": "relative L1 change of each kind of parameter: full finetuning",
-}
 
 
 def render(results: Results, drawn: Collection[str]) -> str:
@@ -219,7 +210,7 @@ def _shares(results: Results, figures: Mapping[str, str]) -> list[str]:
 
 
 def _absent(results: Results, drawn: Collection[str]) -> list[str]:
-    absent = [needs for name, needs in FIGURES.items() if name not in drawn]
+    absent = [needs for name, (_, needs) in PLOTS.items() if name not in drawn]
     if not any(entry["probe"] for entry in results["conditions"]):
         absent.append("probe of representational collapse: --probe")
     if not absent:

@@ -67,7 +67,7 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[str]:
 
     drawn = []
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
-        for name, plot in PLOTS.items():
+        for name, (plot, _) in PLOTS.items():
             figure = plot(results)
             if figure is None:
                 continue
