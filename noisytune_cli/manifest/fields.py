@@ -12,7 +12,7 @@ from typing import Any
 _DIGEST = re.compile(r"blake3:[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SEED = re.compile(r"0|[1-9][0-9]{0,19}")
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 _FLOAT32 = struct.Struct("<f")
 _INFINITE = (math.inf, -math.inf)
@@ -35,7 +35,7 @@ def check_string(value: Any, where: str) -> str:
     """Return `value` if it is a string that UTF-8 can spell."""
     if not isinstance(value, str):
         raise ManifestFault(f"{where} is not a string")
-    if not value.isascii() and _SURROGATE.search(value):
+    if not value.isascii() and SURROGATE.search(value):
         raise ManifestFault(f"{where} has half a surrogate pair")
     return value
 

@@ -12,6 +12,7 @@ import math
 import re
 
 from noisytune_cli.dtypes import ALL_DTYPES, stored_bytes
+from noisytune_cli.manifest.fields import SURROGATE
 
 #: The longest line that is read by its form, its parts not counted.
 LONGEST_LINE = 1 << 15
@@ -31,8 +32,6 @@ _FLOAT = (
 _SHAPE = rf"\[((?:{_INTEGER}(?:, {_INTEGER}){{0,63}}+)?+)\]"
 _DIGEST = r"blake3:[0-9a-f]{64}"
 _DTYPE = r'"([A-Z0-9_]{1,20}+)"'
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _done(range_keys: tuple[str, ...]) -> str:
@@ -84,7 +83,7 @@ def text_of(raw: str) -> str | None:
     if "\\" not in raw:
         return raw
     text = str(json.loads(f'"{raw}"'))
-    return None if _SURROGATE.search(text) else text
+    return None if SURROGATE.search(text) else text
 
 
 class Shapes:
