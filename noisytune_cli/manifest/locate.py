@@ -13,7 +13,7 @@ from pathlib import Path
 from noisytune_cli.errors import InputInvalid, InputUnreadable, unreadable
 from noisytune_cli.manifest.average import read_any_manifest
 from noisytune_cli.manifest.previous import of_file
-from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
+from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX, manifest_beside
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def place_of(path: str) -> Location:
     found = Path(os.path.expanduser(path))
     if _is_folder(found):
         return Location(found, True, found / MANIFEST)
-    beside = _beside(found)
+    beside = manifest_beside(found)
     if os.path.lexists(beside) or found.suffix != ".json":
         return Location(found, False, _require_own(found))
     if found.name == MANIFEST:
@@ -66,7 +66,7 @@ def manifest_of(path: str) -> Path:
     found = Path(os.path.expanduser(path))
     if _is_folder(found):
         return require_manifest(found / MANIFEST)
-    if os.path.lexists(_beside(found)) or found.suffix != ".json":
+    if os.path.lexists(manifest_beside(found)) or found.suffix != ".json":
         return require_manifest(_require_own(found))
     return found
 
@@ -85,7 +85,7 @@ def require_manifest(path: Path) -> Path:
 
 def _require_own(file: Path) -> Path:
     """Return where a file's own manifest lies; InputUnreadable where its folder's records it instead."""
-    beside = _beside(file)
+    beside = manifest_beside(file)
     if not os.path.lexists(beside) and of_file(file) is not None:
         raise InputUnreadable(
             "no manifest of its own",
@@ -94,10 +94,6 @@ def _require_own(file: Path) -> Path:
             next_step=f"Name the whole output: {file.parent}",
         )
     return beside
-
-
-def _beside(output: Path) -> Path:
-    return output.with_name(output.name + MANIFEST_SUFFIX)
 
 
 def _is_folder(path: Path) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from noisytune_cli.errors import InputInvalid, InputUnreadable
 from noisytune_cli.escape import list_some
-from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
+from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX, manifest_beside
 
 #: Why a file is left out that has a manifest's name and is none.
 NAMESAKE = "it has the name of a manifest of noisytune, and is none"
@@ -89,7 +89,7 @@ def of_folder(
 
 def of_file(path: Path) -> Earlier | None:
     """Return what a manifest beside a weight file says of it: its own, or the folder's that records it."""
-    own, folder = path.with_name(path.name + MANIFEST_SUFFIX), path.with_name(MANIFEST)
+    own, folder = manifest_beside(path), path.with_name(MANIFEST)
     if own.is_file() and (said := read_earlier(own)) is not None:
         return said
     said = read_earlier(folder) if folder.is_file() else None

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from noisytune_cli.errors import InputInvalid
@@ -45,6 +46,11 @@ MAX_LINES = MAX_BYTES // _ENTRY_BYTES
 
 #: What to do where parts are what makes a manifest too large.
 FEWER_PARTS = "Keep the tensors with the most of them whole, with --split 'PATTERN=0:/1'"
+
+
+def manifest_beside(output: Path) -> Path:
+    """Return where the manifest of an output that is a file lies."""
+    return Path(f"{output}{MANIFEST_SUFFIX}")  # with_name refuses the root
 
 
 def encode(manifest: Manifest) -> bytes:

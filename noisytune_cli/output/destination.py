@@ -19,7 +19,7 @@ from noisytune_cli.checkpoint.formats.safetensors import SafetensorsSource
 from noisytune_cli.checkpoint.hub_cache import cache_folder
 from noisytune_cli.checkpoint.layout import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
 from noisytune_cli.errors import OutputUnsafe, UsageError, unwritable
-from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
+from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX, manifest_beside
 from noisytune_cli.output.convert import OutputFile, output_name
 from noisytune_cli.output.overwrite import (
     check_file_replaceable,
@@ -175,7 +175,7 @@ def _check_apart(output: Path, sources: Sequence[Checkpoint], *, replaces: bool,
     if not single_file:
         return
     files = {_identity(file.path) for source in sources for file in source.sources}
-    for path in (output, _manifest_of(output)):
+    for path in (output, manifest_beside(output)):
         if _identity(path) in files:
             raise _unsafe(output, "it is the input, or a link to it")
 
@@ -221,8 +221,8 @@ def _mode(path: Path) -> int | None:
 
 def _check_kind(output: Path, mode: int | None, single_file: bool) -> None:
     """Raise OutputUnsafe if what is there, of `mode`, is of a kind that is never replaced."""
-    if single_file and (beside := _mode(_manifest_of(output))) is not None and stat.S_ISDIR(beside):
-        raise _unsafe(_manifest_of(output), "it is a directory, and the manifest's place")
+    if single_file and (beside := _mode(manifest_beside(output))) is not None and stat.S_ISDIR(beside):
+        raise _unsafe(manifest_beside(output), "it is a directory, and the manifest's place")
     if mode is None:
         return
     if stat.S_ISLNK(mode):
@@ -243,7 +243,7 @@ def _check_old_file(output: Path, mode: int | None, overwrite: bool, manifest: P
     """
     there = output
     if mode is None:
-        there = _manifest_of(output)
+        there = manifest_beside(output)
         if manifest is not None and not os.path.islink(there) and _identity(there) == _identity(manifest):
             return
         check_manifest_replaceable(output)
@@ -275,10 +275,6 @@ def _paths(sources: Sequence[Checkpoint]) -> Iterator[Path]:
     for source in sources:
         yield source.root
         yield from (file.path for file in source.sources)
-
-
-def _manifest_of(output: Path) -> Path:
-    return Path(f"{output}{MANIFEST_SUFFIX}")  # with_name refuses the root
 
 
 def _inhabited() -> Iterator[tuple[str, Path]]:
