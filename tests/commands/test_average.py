@@ -6,7 +6,8 @@ import json
 import math
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from importlib.resources import files
 from pathlib import Path
@@ -25,7 +26,7 @@ from noisytune_cli.commands import average as command
 from noisytune_cli.commands.average import average
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
-from noisytune_cli.errors import InputInvalid, OutputUnsafe, ResourceExhausted, UsageError
+from noisytune_cli.errors import InputInvalid, Mismatch, OutputUnsafe, ResourceExhausted, UsageError
 from noisytune_cli.manifest.average import manifest_bytes, read_any_manifest
 from noisytune_cli.noise.devices.cpu import Cpu
 
@@ -350,3 +351,17 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert runner.invoke(app, ["average", *paths, "-o", out]).exit_code == 5
     assert runner.invoke(app, ["average", *paths, "-o", out, "--coefficients", "1;2"]).exit_code == 2
     assert runner.invoke(app, ["average", paths[0], "-o", out]).exit_code == 2
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_a_member_that_changes_while_it_is_read(changed: int, tmp_path: Path) -> None:
+    sources = [save(tmp_path / f"{seed}.safetensors", member(seed, 9)) for seed in (0, 1)]
+
+    @contextmanager
+    def progress(nbytes: int) -> Iterator[Any]:
+        os.utime(sources[changed], ns=(1, 1))
+        yield lambda done: None
+
+    with pytest.raises(Mismatch):
+        average([str(source) for source in sources], str(tmp_path / "out.safetensors"), progress=progress)
+    assert sorted(os.listdir(tmp_path)) == ["0.safetensors", "1.safetensors"]
