@@ -161,18 +161,26 @@ def read_json(path: Path, limit: int, reach: Reach | None = None) -> object:
     As in most readers, of a key given twice the last counts, and NaN and Infinity are numbers.
     """
     content = read_small(path, limit, reach)
+    try:
+        return parse_json(content)
+    except ValueError as error:
+        raise _not_json(path, str(error)) from error
+
+
+def parse_json(content: bytes) -> object:
+    """Return the JSON document in `content`; ValueError if it is none, or has too many values."""
     if sum(map(content.count, (b",", b"[", b"{"))) > _MAX_VALUES:
-        raise _not_json(path, f"it holds more than {_MAX_VALUES:,} values, which no file of its kind does")
+        raise ValueError(f"it holds more than {_MAX_VALUES:,} values, which no file of its kind does")
     try:
         document: object = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise _not_json(path, f"byte {error.start:,} is not UTF-8") from error
+        raise ValueError(f"byte {error.start:,} is not UTF-8") from error
     except json.JSONDecodeError as error:
-        raise _not_json(path, f"{error.msg} at line {error.lineno}, column {error.colno}") from error
+        raise ValueError(f"{error.msg} at line {error.lineno}, column {error.colno}") from error
     except RecursionError as error:
-        raise _not_json(path, "it is nested too deep") from error
+        raise ValueError("it is nested too deep") from error
     except ValueError as error:  # Python refuses integers of thousands of digits
-        raise _not_json(path, "it holds a number with too many digits") from error
+        raise ValueError("it holds a number with too many digits") from error
     return document
 
 

@@ -8,6 +8,7 @@ is fetched at all. The cache, the token, HF_ENDPOINT and HF_HUB_OFFLINE are hugg
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import posixpath
@@ -15,15 +16,26 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape as glob_escape
+from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from noisytune_cli.checkpoint.config import CONFIG, ConfigCheck, read_config
 from noisytune_cli.checkpoint.folder import list_folder
+from noisytune_cli.checkpoint.hub_answers import (
+    COMMIT,
+    SHA256,
+    Answers,
+    Untrue,
+    check_listed,
+    is_safe,
+    watched,
+)
 from noisytune_cli.checkpoint.hub_errors import CANNOT_FETCH, mapped_errors
 from noisytune_cli.checkpoint.index import check_present, read_index
 from noisytune_cli.checkpoint.layout import (
@@ -39,6 +51,9 @@ from noisytune_cli.checkpoint.weights import choose_weights
 from noisytune_cli.errors import HubError
 from noisytune_cli.manifest.previous import EarlierCheck, of_folder
 from noisytune_cli.manifest.write import MAX_BYTES
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
 
 _ID_PART = re.compile(r"(?=.{1,96}$)\w(?:[\w.-]*\w)?", re.ASCII)
 
@@ -85,28 +100,22 @@ def download(
     the config, and `check_earlier` what an earlier run of noisytune left. Raises HubError for the hub and the
     network, InputInvalid for a repository without weights.
     """
-    with mapped_errors(repo_id, revision), _silenced(quiet):
-        commit = _resolve(repo_id, revision)
-        home = posixpath.dirname(weights or "")
-        config_name = posixpath.join(home, CONFIG)
-        root = _fetch(repo_id, commit, [CONFIG, config_name])
-        sizes = _cached_sizes(repo_id, commit)
-    listing = list_folder(root) if sizes is None else list_names(_checked_names(repo_id, sizes))
-
+    repository = _Repository(repo_id, revision, quiet)
+    listing = repository.listing
     chosen = choose_weights(listing, weights, repo_id)
-    _check_sizes(root, sizes, [name for name in (config_name,) if name in listing.files])
-    config = read_config(root / config_name)
-    if config is not None and check_config is not None:
-        check_config(config, f"{repo_id}/{config_name}")
+    config_name = posixpath.join(posixpath.dirname(weights or ""), CONFIG)
+    if config_name in listing.files:
+        repository.fetch([config_name])
+        config = read_config(repository.root / config_name)
+        if config is not None and check_config is not None:
+            check_config(config, f"{repo_id}/{config_name}")
 
     files: tuple[str, ...] = (chosen,)
     if chosen.endswith(INDEX_SUFFIXES):
-        with mapped_errors(repo_id, revision), _silenced(quiet):
-            _fetch(repo_id, commit, [chosen])
-        _check_sizes(root, sizes, [chosen])
-        index = read_index(root, chosen)
+        repository.fetch([chosen])
+        index = read_index(repository.root, chosen)
         files = index.shards
-        if sizes is None and (missing := set(files).difference(listing.files)):
+        if not repository.is_listed and (missing := set(files).difference(listing.files)):
             raise _not_cached(repo_id, f"{min(missing)} is not in the cache")
         check_present(index, listing.files, repo_id)
 
@@ -116,27 +125,122 @@ def download(
         files += tuple(name for name in chunks if posixpath.dirname(name) == home)
 
     # A manifest is not copied, but says what was done to the weights.
-    left = [name for name in manifests(listing) if sizes is None or sizes[name] <= MAX_BYTES]
+    left = [name for name in manifests(listing) if repository.size(name) <= MAX_BYTES]
     if left:
-        with mapped_errors(repo_id, revision), _silenced(quiet):
-            _fetch(repo_id, commit, left)
-        earlier, _ = of_folder(root, left, files)
+        repository.fetch(left)
+        earlier, _ = of_folder(repository.root, left, files)
         if earlier is not None and check_earlier is not None:
             check_earlier(earlier)
 
     others, _ = arrange(listing, chosen, files)
-    needed = [*files, *others]
-    with mapped_errors(repo_id, revision), _silenced(quiet):
-        _fetch(repo_id, commit, needed)
-    _check_sizes(root, sizes, needed)
-    return Snapshot(root, commit, listing)
+    repository.fetch([*files, *others])
+    return Snapshot(repository.root, repository.commit, listing)
+
+
+class _Repository:
+    """One commit of a repository: its names, and where in the cache those lie that are fetched.
+
+    A name is in the snapshot only if its content is what the hub says it is, unless the process was killed.
+    """
+
+    def __init__(self, repo_id: str, revision: str | None, quiet: bool) -> None:
+        self._id, self._revision, self._quiet = repo_id, revision, quiet
+        self._answers = Answers()
+        with self._asked():
+            self.commit = self._answers.commit = _resolve(repo_id, revision)
+            with _silenced(quiet=True):
+                self.root = _fetch(repo_id, self.commit, [])
+            self._listed = _cached_list(repo_id, self.commit)
+        self.listing = list_folder(self.root) if self._listed is None else list_names(list(self._listed))
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether the hub ever listed it; if not, its names are those in the cache."""
+        return self._listed is not None
+
+    def size(self, name: str) -> int:
+        """Return how long the hub says a file is, 0 where it never did."""
+        return 0 if self._listed is None else self._listed[name].size
+
+    def fetch(self, names: Sequence[str]) -> None:
+        """Bring `names` into the cache; raises HubError unless each is then what the hub lists."""
+        paths = {name: self.root / name for name in names}
+        new = [name for name, path in paths.items() if self._listed is not None and not path.exists()]
+        try:
+            if new or self._listed is None:
+                self._answers.longest = max(map(self.size, new), default=0)
+                with self._asked():
+                    _fetch(self._id, self.commit, names)
+            with mapped_errors(self._id, self._revision):
+                for name in new:
+                    self._check_new(paths[name], name)
+        except BaseException:
+            # What nobody looked at must not be taken for good by the next run.
+            for name in new:
+                paths[name].unlink(missing_ok=True)
+            raise
+        for name, path in paths.items():
+            self._check_size(path, name)
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        with watched(self._answers), mapped_errors(self._id, self._revision), _silenced(self._quiet):
+            yield
+
+    def _check_new(self, path: Path, name: str) -> None:
+        """Raise HubError, and keep nothing of it, unless the content is of the size and digest told.
+
+        The cache names a blob by its ETag, which is the SHA-256 of a large file and git's digest of others.
+        """
+        assert self._listed is not None
+        listed, size = self._listed[name], path.stat().st_size
+        blob = path.parent / os.readlink(path) if path.is_symlink() else path
+        told = {self._answers.sha256.get(name, blob.name), blob.name}
+        if size != listed.size:
+            why = f"it has {size:,} bytes, the hub lists {listed.size:,}"
+        elif any(_differs(path, size, digest, listed.blob_id) for digest in told):
+            why = "its content has another digest than the hub says"
+        else:
+            return
+        for file in {Path(os.path.realpath(path)), blob, path}:
+            file.unlink(missing_ok=True)
+        raise HubError(
+            CANNOT_FETCH,
+            path=f"{self._id}/{name}",
+            why=why,
+            next_step="Run again; nothing of it was kept",
+        )
+
+    def _check_size(self, path: Path, name: str) -> None:
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise _not_cached(str(path), "the file is not in the cache") from None
+        if self._listed is not None and size != self._listed[name].size:
+            raise HubError(
+                "the hub's cache holds a damaged file",
+                path=path,
+                why=f"it has {size:,} bytes, the hub lists {self._listed[name].size:,}",
+                next_step=f"Delete {os.path.realpath(path)} and this link to it, then run again",
+            )
 
 
 def _resolve(repo_id: str, revision: str | None) -> str:
     """Return the commit that `revision` names, from the cache where the hub cannot be reached."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
-    return HfApi().resolve_revision(repo_id, revision=revision).resolved
+    if revision is not None and not is_safe(revision):  # it becomes the name of a file
+        raise HubError(
+            CANNOT_FETCH,
+            path=f"{repo_id}@{revision}",
+            why="it has no such revision",
+            next_step="Name a branch, tag or full commit of it with --revision",
+        )
+    offline = constants.is_offline_mode()
+    commit = HfApi().resolve_revision(repo_id, revision=revision, local_files_only=offline).resolved
+    if not COMMIT.fullmatch(commit):
+        raise Untrue(f"'{commit}' in the cache's refs is no commit")
+    return commit
 
 
 def _fetch(repo_id: str, commit: str, names: Iterable[str]) -> Path:
@@ -164,7 +268,13 @@ def _fetch(repo_id: str, commit: str, names: Iterable[str]) -> Path:
     def fetch() -> None:
         try:
             outcome.set_result(
-                snapshot_download(repo_id, revision=commit, allow_patterns=patterns, tqdm_class=Bar)
+                snapshot_download(
+                    repo_id,
+                    revision=commit,
+                    allow_patterns=patterns,
+                    tqdm_class=Bar,
+                    local_files_only=constants.is_offline_mode(),
+                )
             )
         except BaseException as error:  # handed to the thread that waits, whatever it is
             outcome.set_exception(error)
@@ -179,45 +289,33 @@ def _fetch(repo_id: str, commit: str, names: Iterable[str]) -> Path:
         thread.join(_GRACE)
 
 
-def _cached_sizes(repo_id: str, commit: str) -> dict[str, int] | None:
-    """Return size in bytes by name of all the commit's files; None when offline and never listed."""
+def _cached_list(repo_id: str, commit: str) -> dict[str, RepoFile] | None:
+    """Return all the commit's files by name; None when offline and never listed."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     try:
-        return {file.path: file.size for file in get_cached_repo_tree(repo_id, revision=commit)}
+        listed = {file.path: file for file in get_cached_repo_tree(repo_id, revision=commit)}
     except CachedRepoTreeNotFoundError:
         return None
+    for name, file in listed.items():  # others write there too
+        check_listed(name, file.size)
+        for folder in accumulate(name.split("/")[:-1], "{}/{}".format):
+            if folder in listed:
+                raise Untrue(f"it lists '{folder}' as a file and as a folder")
+    return listed
 
 
-def _checked_names(repo_id: str, sizes: Mapping[str, int]) -> list[str]:
-    """Return the repository's file names; raises HubError for one that would leave the snapshot's folder."""
-    for name in sizes:
-        if any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
-            raise HubError(
-                CANNOT_FETCH,
-                path=repo_id,
-                why=f"it lists an unsafe file name, '{name}'",
-                next_step="Report it to the hub",
-            )
-    return list(sizes)
-
-
-def _check_sizes(root: Path, sizes: Mapping[str, int] | None, names: Iterable[str]) -> None:
-    """Raise HubError unless every file is in the cache, as long as the hub says it is."""
-    for name in names:
-        path = root / name
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            raise _not_cached(str(path), "the file is not in the cache") from None
-        if sizes is not None and size != sizes[name]:
-            raise HubError(
-                "the hub's cache holds a damaged file",
-                path=path,
-                why=f"it has {size:,} bytes, the hub lists {sizes[name]:,}",
-                next_step=f"Delete {os.path.realpath(path)} and this link to it, then run again",
-            )
+def _differs(path: Path, size: int, digest: str, blob_id: str) -> bool:
+    """Tell whether a file's content is not what `digest` says, as far as that says anything."""
+    if SHA256.fullmatch(digest):
+        told = hashlib.sha256()
+    elif digest == blob_id:
+        told = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    else:
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: told).hexdigest() != digest
 
 
 def _not_cached(path: str, why: str) -> HubError:

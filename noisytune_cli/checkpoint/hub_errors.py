@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
-from noisytune_cli.errors import HubError, ResourceExhausted
+from noisytune_cli.errors import HubError, NoisytuneError, ResourceExhausted
 
 CANNOT_FETCH = "cannot fetch from the hub"
 
@@ -40,18 +40,20 @@ def mapped_errors(repo_id: str, revision: str | None) -> Iterator[None]:
             ) from error
         why, next_step = _explain(error)
         raise HubError(CANNOT_FETCH, path=where, why=why, next_step=next_step) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except NoisytuneError:
+        raise
+    except Exception as error:  # what the library makes of an answer that it did not expect can be anything
         raise HubError(
             CANNOT_FETCH,
             path=where,
-            why=f"the answer is not that of a hub ({error})",
+            why=f"the answer is not that of a hub ({error or type(error).__name__})",
             next_step="Check HF_ENDPOINT and the proxy, then run again",
         ) from error
 
 
 def _explain(error: BaseException) -> tuple[str, str]:
     """Return why fetching failed, and what the user can do."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     log_in = "log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(error, errors.GatedRepoError):
@@ -70,7 +72,7 @@ def _explain(error: BaseException) -> tuple[str, str]:
         if status == 429:
             return "too many requests (HTTP 429)", "Wait a few minutes, then run again"
         return f"the hub answered HTTP {status}", "Run again later; what was fetched is kept"
-    if isinstance(error, errors.OfflineModeIsEnabled):
+    if constants.is_offline_mode():
         return "it is not in the cache, and HF_HUB_OFFLINE is set", "Unset HF_HUB_OFFLINE, then run again"
     if isinstance(error, errors.RevisionResolutionError | errors.LocalEntryNotFoundError):
         # Raised when the cache could not help either; the cause is what the hub or the network did.

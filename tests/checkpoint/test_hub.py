@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from chunked import save_chunked
-from hub_server import Hub, Repository, serve
+from hub_server import PLAIN, Hub, Repository, safetensors
 
 from noisytune_cli.checkpoint import hub as hub_module
 from noisytune_cli.checkpoint.checkpoint import open_checkpoint
@@ -38,62 +34,6 @@ from noisytune_cli.errors import (
 from noisytune_cli.records import Combination, NoiseSpec
 
 COMMIT = Repository({}).commit
-
-
-def safetensors(**tensors: list[float]) -> bytes:
-    """A safetensors file of F32 vectors."""
-    header, data = {}, b""
-    for name, values in tensors.items():
-        packed = struct.pack(f"<{len(values)}f", *values)
-        span = [len(data), len(data) + len(packed)]
-        header[name] = {"dtype": "F32", "shape": [len(values)], "data_offsets": span}
-        data += packed
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
-PLAIN = {
-    ".gitattributes": b"*.bin filter=lfs\n",
-    "config.json": b'{"model_type": "bert"}',
-    "tokenizer [v1].json": b"{}",
-    "model.safetensors": safetensors(a=[1.0, 2.0]),
-    "pytorch_model.bin": b"pickle",
-    "tf_model.h5": b"h5",
-    "onnx/model.onnx": b"onnx",
-    "onnx/config.json": b"{ }",
-    "2_Dense/model.safetensors": safetensors(b=[3.0]),
-    "coreml/a.mlpackage/Data/weight.bin": b"coreml",
-}
-
-SHARDED = {
-    "config.json": b"{}",
-    "model.safetensors.index.json": json.dumps(
-        {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    ).encode(),
-    "model-00001-of-00002.safetensors": safetensors(a=[1.0]),
-    "model-00002-of-00002.safetensors": safetensors(b=[2.0]),
-    "consolidated.safetensors": safetensors(a=[1.0], b=[2.0]),
-}
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub with a plain and a sharded model, and a huggingface_hub that asks it and never waits."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import close_session
-
-    with serve(plain=Repository(dict(PLAIN)), owner__sharded=Repository(dict(SHARDED))) as served:
-        monkeypatch.setattr(constants, "ENDPOINT", served.endpoint)
-        template = served.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path / "harnesses.json"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
-        yield served
-        close_session()
 
 
 def fails(repo_id: str, revision: str | None = None) -> HubError:
@@ -300,7 +240,7 @@ def test_a_repository_without_weights_is_refused_before_any_download(hub: Hub) -
         del files[name]
     with pytest.raises(InputInvalid, match=r"no safetensors or PyTorch weights, only.*ONNX.*TensorFlow"):
         open_checkpoint("plain")
-    assert hub.fetched() == ["config.json"]
+    assert hub.fetched() == []
 
 
 def test_the_config_can_refuse_before_any_weights(hub: Hub) -> None:

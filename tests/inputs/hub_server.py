@@ -1,19 +1,57 @@
 """A model hub on loopback, as far as huggingface_hub speaks to one: repository info, file tree, files.
 
-It serves repositories out of dictionaries, writes down every request, and fails on demand: `faults` maps a
-file name (or `api`) to the way in which its answers are wrong.
+It serves repositories out of dictionaries, writes down every request, and fails or lies on demand: `faults`
+maps a file name (or `api`) to the way in which its answers are wrong, `headers` to headers of its answers,
+`sent` a file name to what comes in place of its content, `answers` a question (`info`, `tree`) to the answer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+
+def safetensors(**tensors: list[float]) -> bytes:
+    """A safetensors file of F32 vectors."""
+    header, data = {}, b""
+    for name, values in tensors.items():
+        packed = struct.pack(f"<{len(values)}f", *values)
+        span = [len(data), len(data) + len(packed)]
+        header[name] = {"dtype": "F32", "shape": [len(values)], "data_offsets": span}
+        data += packed
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+PLAIN = {
+    ".gitattributes": b"*.bin filter=lfs\n",
+    "config.json": b'{"model_type": "bert"}',
+    "tokenizer [v1].json": b"{}",
+    "model.safetensors": safetensors(a=[1.0, 2.0]),
+    "pytorch_model.bin": b"pickle",
+    "tf_model.h5": b"h5",
+    "onnx/model.onnx": b"onnx",
+    "onnx/config.json": b"{ }",
+    "2_Dense/model.safetensors": safetensors(b=[3.0]),
+    "coreml/a.mlpackage/Data/weight.bin": b"coreml",
+}
+
+SHARDED = {
+    "config.json": b"{}",
+    "model.safetensors.index.json": json.dumps(
+        {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    ).encode(),
+    "model-00001-of-00002.safetensors": safetensors(a=[1.0]),
+    "model-00002-of-00002.safetensors": safetensors(b=[2.0]),
+    "consolidated.safetensors": safetensors(a=[1.0], b=[2.0]),
+}
 
 
 @dataclass
@@ -41,6 +79,9 @@ class Hub:
     endpoint: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, dict[str, str]] = field(default_factory=dict)
+    sent: dict[str, bytes] = field(default_factory=dict)
+    answers: dict[str, bytes] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     stopped: threading.Event = field(default_factory=threading.Event)
 
@@ -71,6 +112,7 @@ def serve(**repositories: Repository) -> Iterator[Hub]:
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def log_message(self, *args: object) -> None:
         """Keep the test's stderr clean."""
@@ -104,8 +146,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self._fails("api"):
             return
         kind, _, revision = rest.partition("/")
+        kind = kind if kind == "tree" else "info"
         if revision and unquote(revision) not in (repo.commit, *repo.branches):
             self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        elif kind in self.hub.answers:
+            self._send(200, self.hub.answers[kind], self.hub.headers.get(kind, {}))
         elif kind == "tree":
             tree = [_tree_entry(name, content) for name, content in repo.files.items()]
             self._send(200, json.dumps(tree).encode(), {})
@@ -118,6 +163,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         content = repo.files[name]
         headers = {"X-Repo-Commit": repo.commit, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        headers |= self.hub.headers.get(name, {})
+        content = self.hub.sent.get(name, content)
         fault = self.hub.faults.get(name)
         start = self.headers["Range"]
         if fault == "short":
@@ -131,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, b"", headers | {"Content-Length": str(len(content))})
             self.hub.stopped.wait()
             self.close_connection = True
-        elif body and self._fails(name):
+        elif (body or fault == "404") and self._fails(name):
             return
         elif body and start and fault != "200 to a range":
             offset = int(start.removeprefix("bytes=").rstrip("-"))
@@ -148,7 +195,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "html":
             self._send(200, b"<html>Log in to the network</html>", {})
         elif fault is not None and fault.isdigit():
-            self._send(int(fault), b"{}", {"X-Error-Code": "GatedRepo"} if fault == "403" else {})
+            codes = {"403": {"X-Error-Code": "GatedRepo"}, "404": {"X-Error-Code": "EntryNotFound"}}
+            self._send(int(fault), b"{}", codes.get(fault, {}) | self.hub.headers.get(name, {}))
         else:
             return False
         return True
