@@ -16,14 +16,13 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from glob import escape as glob_escape
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from noisytune_cli.checkpoint.config import CONFIG, ConfigCheck, read_config
 from noisytune_cli.checkpoint.folder import list_folder
@@ -59,6 +58,9 @@ _ID_PART = re.compile(r"(?=.{1,96}$)\w(?:[\w.-]*\w)?", re.ASCII)
 
 #: A name that ends so is a misspelt path, not a repository.
 _FILE_SUFFIXES = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".git")
+
+#: Files that are fetched at a time, as huggingface_hub does.
+_WORKERS = 8
 
 #: How much is fetched between two looks at whether to stop, in bytes, and how long the workers then get to
 #: remove their partial files, in seconds.
@@ -149,7 +151,7 @@ class _Repository:
         with self._asked():
             self.commit = self._answers.commit = _resolve(repo_id, revision)
             with _silenced(quiet=True):
-                self.root = _fetch(repo_id, self.commit, [])
+                self.root = _list(repo_id, self.commit)
             self._listed = _cached_list(repo_id, self.commit)
         self.listing = list_folder(self.root) if self._listed is None else list_names(list(self._listed))
 
@@ -167,10 +169,11 @@ class _Repository:
         paths = {name: self.root / name for name in names}
         new = [name for name, path in paths.items() if self._listed is not None and not path.exists()]
         try:
-            if new or self._listed is None:
-                self._answers.longest = max(map(self.size, new), default=0)
+            if new:
+                sizes = {name: self.size(name) for name in new}
+                self._answers.longest = max(sizes.values())
                 with self._asked():
-                    _fetch(self._id, self.commit, names)
+                    _fetch(self._id, self.commit, sizes)
             with mapped_errors(self._id, self._revision):
                 for name in new:
                     self._check_new(paths[name], name)
@@ -243,50 +246,69 @@ def _resolve(repo_id: str, revision: str | None) -> str:
     return commit
 
 
-def _fetch(repo_id: str, commit: str, names: Iterable[str]) -> Path:
-    """Bring `names` (those that exist) into the cache and return the snapshot's folder.
-
-    snapshot_download waits for its worker threads even when a signal has asked us to stop. So it runs in a
-    thread of its own, which is left behind then, and the workers give up at the next piece of data.
-    """
+def _list(repo_id: str, commit: str) -> Path:
+    """Bring the list of the commit's files into the cache and return the snapshot's folder."""
     from huggingface_hub import constants, snapshot_download
+
+    offline = constants.is_offline_mode()
+    return Path(snapshot_download(repo_id, revision=commit, allow_patterns=[], local_files_only=offline))
+
+
+def _fetch(repo_id: str, commit: str, sizes: Mapping[str, int]) -> None:
+    """Bring files, whose sizes are given by name, into the cache.
+
+    snapshot_download would compare each of its patterns with each name of the repository, which takes hours
+    for what a stranger can list, and waits for its workers even when a signal has asked us to stop. Here the
+    workers' pool has a thread of its own, which is left behind then; they give up at the next piece of data.
+    """
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.utils.tqdm import tqdm
 
     left_behind = threading.Event()
+    offline = constants.is_offline_mode()
+    said = f"Fetching {len(sizes)} files"
+    shown = tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=said)  # type: ignore[no-untyped-call]
 
-    class Bar(tqdm):
-        def update(self, n: float | None = 1) -> bool | None:
+    class Part(tqdm):
+        """What is shown of one file: its share of the whole."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options | {"disable": True})  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> None:
             if left_behind.is_set():
                 raise RuntimeError("the download was abandoned")
-            shown: bool | None = super().update(n)
-            return shown
+            shown.update(n)
 
-    # Names are handed over as patterns; a bracket in a name must match itself.
-    patterns = [glob_escape(name) for name in names]
-    outcome: Future[str] = Future()
+        def update_transfer(self, n: float | None = 1) -> None:
+            """What comes over the wire is shown as what is made of it."""
 
-    def fetch() -> None:
+        def set_transfer_postfix_str(self, *args: object, **options: object) -> None:
+            """No rate beside that of the whole."""
+
+    def fetch(name: str) -> None:
+        hf_hub_download(repo_id, name, revision=commit, tqdm_class=Part, local_files_only=offline)
+
+    outcome: Future[None] = Future()
+
+    def fetch_all() -> None:
         try:
-            outcome.set_result(
-                snapshot_download(
-                    repo_id,
-                    revision=commit,
-                    allow_patterns=patterns,
-                    tqdm_class=Bar,
-                    local_files_only=constants.is_offline_mode(),
-                )
-            )
+            with ThreadPoolExecutor(_WORKERS) as pool:
+                for _ in pool.map(fetch, sizes):
+                    pass
+            outcome.set_result(None)
         except BaseException as error:  # handed to the thread that waits, whatever it is
             outcome.set_exception(error)
 
     constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, _CHUNK)
-    thread = threading.Thread(target=fetch, daemon=True)
+    thread = threading.Thread(target=fetch_all, daemon=True)
     thread.start()
     try:
-        return Path(outcome.result())
+        outcome.result()
     finally:
         left_behind.set()
         thread.join(_GRACE)
+        shown.close()
 
 
 def _cached_list(repo_id: str, commit: str) -> dict[str, RepoFile] | None:

@@ -19,7 +19,7 @@ from noisytune_cli.reading import parse_json
 
 #: A repository has no more files than a folder; a hub sends about a thousand of them a page.
 MAX_FILES = 100_000
-_MAX_ANSWERS = 300
+_MAX_ANSWERS = 200
 
 #: Of an answer that is no file, in bytes.
 _MAX_BYTES = 16 << 20

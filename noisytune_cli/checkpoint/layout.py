@@ -13,7 +13,8 @@ import posixpath
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
+from functools import cache
 
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
 
@@ -191,5 +192,10 @@ def _is_pickled_twin(base: str, stem: str) -> bool:
     return any(base == name + suffix for name in (*_PICKLE_STEMS, stem) for suffix in _TWIN_SUFFIXES)
 
 
-def _matches(base: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(base.lower(), pattern) for pattern in patterns)
+def _matches(base: str, patterns: tuple[str, ...]) -> bool:
+    return _pattern(patterns).match(base.lower()) is not None
+
+
+@cache
+def _pattern(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(translate, patterns)))
