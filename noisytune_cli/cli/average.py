@@ -48,8 +48,8 @@ def average(
 ) -> None:
     """Write the mean of several checkpoints' weights (a model soup), and a manifest of what was done.
 
-    The mean is taken in float64, in the order of the sources, and rounded once to the stored dtype. The
-    output has the first SOURCE's format, layout and other files; tensors that are not floats are its own.
+    Each value is the one nearest to the exact mean, whatever the order of the sources. The output has the
+    first SOURCE's format, layout and other files; tensors that are not floats are its own.
     """
     from noisytune_cli.cli import show
     from noisytune_cli.cli.parse import check_out, numbers

@@ -215,7 +215,7 @@ def _carry_out(
     progress: Progress,
 ) -> list[mean.Done]:
     """Fill every weight file and flush it; the sources must be as they were throughout."""
-    first, total = members[0], math.fsum(weights)
+    first = members[0]
     with ExitStack() as opened:
         sinks = {}
         mode = common_mode(file.mode for member in members for file in member.sources)
@@ -223,9 +223,9 @@ def _carry_out(
             name = publication.output.name if first.single_file else file.name
             sinks[file.name] = file.create_sink(publication.path(name), mode)
             opened.callback(sinks[file.name].abort)
-        shares = [
+        weighted = [
             mean.AverageMember(
-                weight / total,
+                weight,
                 {file.name: file for file in member.sources},
                 {tensor.name: tensor for tensor in member.tensors},
             )
@@ -233,7 +233,7 @@ def _carry_out(
         ]
         with progress(sum(tensor.nbytes for tensor in first.tensors) * len(members)) as report:
             done = mean.average(
-                first.tensors, shares, sinks, open_device("cpu"), threads=threads, progress=report
+                first.tensors, weighted, sinks, open_device("cpu"), threads=threads, progress=report
             )
         complete([file for member in members for file in member.sources], sinks.values())
     return done

@@ -6,15 +6,17 @@ import json
 import math
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from importlib.resources import files
+from operator import mul
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import numpy as np
+import oracle
 import pytest
 import torch
 from checkpoints import FLOATS, STORED, Tensor, Tensors, floats, numbers, save, save_sharded, split, weights
@@ -26,6 +28,7 @@ from noisytune_cli.commands import average as command
 from noisytune_cli.commands.average import average
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
+from noisytune_cli.dtypes import LARGEST
 from noisytune_cli.errors import InputInvalid, Mismatch, OutputUnsafe, ResourceExhausted, UsageError
 from noisytune_cli.manifest.average import manifest_bytes, read_any_manifest
 from noisytune_cli.noise.devices.cpu import Cpu
@@ -45,39 +48,94 @@ def member(seed: int, *shape: int) -> Tensors:
     }
 
 
-def rounded(value: Fraction, dtype: str) -> bytes:
-    """The stored value nearest to an exact number, ties to even: by comparing both its neighbours."""
-    near = torch.tensor([float(value)], dtype=torch.float64).to(
-        {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
+def means(members: Sequence[Tensor], coefficients: Sequence[float]) -> list[Fraction]:
+    """The exact means, element by element."""
+    shares = [Fraction(c) / sum(map(Fraction, coefficients)) for c in coefficients]
+    columns = zip(*(map(Fraction, floats(tensor)) for tensor in members), strict=True)
+    return [sum(map(mul, shares, column), Fraction()) for column in columns]
+
+
+def any_finite(dtype: str, count: int, rng: np.random.Generator) -> Tensor:
+    """Numbers of all magnitudes, subnormal and largest ones too."""
+    stored, bits, infinity = oracle.STORED[dtype]
+    drawn = rng.integers(0, 1 << (8 * bits.itemsize), count, np.uint64).astype(bits)
+    drawn[drawn & infinity == infinity] = infinity - 1
+    return Tensor(dtype, drawn.view(stored))
+
+
+#: name -> a tensor of some dtype; the values of several, drawn one after the other, are averaged.
+DRAWN: dict[str, Callable[[str, np.random.Generator], Tensor]] = {
+    "weights": lambda dtype, rng: weights(dtype, 200, seed=int(rng.integers(1 << 32))),
+    "ties": lambda dtype, rng: numbers(dtype, *rng.integers(-9, 10, 200).tolist()),
+    "any": lambda dtype, rng: any_finite(dtype, 200, rng),
+    "largest": lambda dtype, rng: numbers(dtype, *[LARGEST[dtype]] * 3, *[-LARGEST[dtype]] * 3),
+    "cancel": lambda dtype, rng: numbers(
+        dtype, *rng.choice([1.0, -1.0, 1e-4, 2.0**-24, 60000.0], 200).tolist()
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "coefficients",
+    [
+        *((1.0,) * n for n in (2, 3, 4, 7)),
+        (2.0, 1.0, 1.0),
+        (0.5, 0.3, 0.2),
+        (0.1, 3.0, 1e-17, 0.7),
+        (1e300, 3e299, 1e-300),
+        (5e-324, 1e-323),
+    ],
+)
+def test_every_value_is_the_nearest_to_the_mean_whatever_the_order(
+    coefficients: tuple[float, ...], tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(len(coefficients))
+    members = [
+        {f"{dtype} {name}": draw(dtype, rng) for dtype in FLOATS for name, draw in DRAWN.items()}
+        for _ in coefficients
+    ]
+    paths = [str(save(tmp_path / f"{i}.safetensors", tensors)) for i, tensors in enumerate(members)]
+    average(paths, str(tmp_path / "out.safetensors"), coefficients=coefficients)
+    _, found = split((tmp_path / "out.safetensors").read_bytes())
+    for name, data in found.items():
+        dtype = name.split()[0]
+        values = floats(Tensor(dtype, np.frombuffer(data, STORED[dtype])))
+        exact = means([tensors[name] for tensors in members], coefficients)
+        assert values == [oracle.nearest(mean, dtype) for mean in exact], name
+    order = rng.permutation(len(paths))
+    average(
+        [paths[i] for i in order],
+        str(tmp_path / "again.safetensors"),
+        coefficients=[coefficients[i] for i in order],
     )
-    candidates = [near, torch.nextafter(near.cpu(), near + 1), torch.nextafter(near.cpu(), near - 1)]
-    exact = [abs(Fraction(float(c)) - value) for c in candidates]
-    best = min(exact)
-    winners = [c for c, distance in zip(candidates, exact, strict=True) if distance == best]
-    even = min(winners, key=lambda c: c.view(torch.uint8).numpy()[0] & 1)
-    return bytes(even.view(torch.uint8).numpy().tobytes())
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "out.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("coefficients", [(), (1, 1, 1), (0.7, 0.1, 0.3)])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_the_mean_of_two_is_the_nearest_value(dtype: str, tmp_path: Path) -> None:
-    members = [{"w": weights(dtype, 300, seed=seed)} for seed in (1, 2)]
+def test_what_all_agree_on_stays_to_the_bit(
+    dtype: str, coefficients: tuple[float, ...], tmp_path: Path
+) -> None:
+    stored, bits, infinity = oracle.STORED[dtype]
+    sign = (infinity << 1) & ~infinity & ((1 << 8 * bits.itemsize) - 1)
+    agreed = [sign, 0, infinity, infinity + 1, infinity + sign, infinity - 1, 1, sign + 1]
+    members = [Tensor(dtype, np.array([*agreed, *own], bits).view(stored)) for own in ([sign], [0], [sign])]
+    paths = [str(save(tmp_path / f"{i}.safetensors", {"w": tensor})) for i, tensor in enumerate(members)]
+    average(paths, str(tmp_path / "out.safetensors"), coefficients=coefficients)
+    _, found = split((tmp_path / "out.safetensors").read_bytes())
+    assert np.frombuffer(found["w"], bits).tolist() == [*agreed, 0]
+
+
+def test_tiles_and_other_tensors_are_averaged_apart(tmp_path: Path) -> None:
+    members = [member(seed, _LARGE) for seed in (1, 2, 3)]
     paths = [save(tmp_path / f"{i}.safetensors", tensors) for i, tensors in enumerate(members)]
     average([str(path) for path in paths], str(tmp_path / "out.safetensors"))
     _, found = split((tmp_path / "out.safetensors").read_bytes())
-    pairs = zip(*(floats(tensors["w"]) for tensors in members), strict=True)
-    assert found["w"] == b"".join(rounded((Fraction(a) + Fraction(b)) / 2, dtype) for a, b in pairs)
-
-
-@pytest.mark.parametrize("shape", [(7, 11), (_LARGE,)])
-def test_coefficients_weigh_in_float64(shape: tuple[int, ...], tmp_path: Path) -> None:
-    members = [member(seed, *shape) for seed in (1, 2, 3)]
-    paths = [save(tmp_path / f"{i}.safetensors", tensors) for i, tensors in enumerate(members)]
-    average([str(path) for path in paths], str(tmp_path / "out.safetensors"), coefficients=(2, 1, 1))
-    _, found = split((tmp_path / "out.safetensors").read_bytes())
-    for name in ("F32", "F64", "scalar"):
-        values = [m[name].values.astype(np.float64).ravel() for m in members]
-        expected = values[0] * 0.5 + values[1] * 0.25 + values[2] * 0.25
-        assert found[name] == expected.astype(STORED[members[0][name].dtype]).tobytes(), name
+    for name in (*FLOATS, "scalar"):
+        tensors = [m[name] for m in members]
+        exact = means([Tensor(t.dtype, t.values.ravel()[::997]) for t in tensors], (1.0, 1.0, 1.0))
+        values = floats(Tensor(tensors[0].dtype, np.frombuffer(found[name], STORED[tensors[0].dtype])[::997]))
+        assert values == [oracle.nearest(mean, tensors[0].dtype) for mean in exact], name
     assert found["count"] == members[0]["count"].data
     assert found["empty"] == b""
 
