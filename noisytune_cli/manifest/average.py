@@ -26,9 +26,9 @@ from noisytune_cli.manifest.read import (
     read_source,
     refusing,
 )
-from noisytune_cli.manifest.strict_json import Document
 from noisytune_cli.manifest.tensors import read_tensor
 from noisytune_cli.manifest.write import MAX_LINES, SCHEMA, lay_out, left_out_json, source_json
+from noisytune_cli.reading import Document
 from noisytune_cli.records import (
     Manifest,
     NoiseSpec,

@@ -19,12 +19,11 @@ from typing import Any
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, Mismatch
 from noisytune_cli.manifest.fields import Fields, ManifestFault, check_string
-from noisytune_cli.manifest.strict_json import Document, JsonFault
 from noisytune_cli.manifest.tensors import SMALLEST_FILE, read_tensors
 from noisytune_cli.manifest.write import MANIFEST, MAX_BYTES, MAX_LINES, SCHEMA, encode
 from noisytune_cli.noise import distributions
 from noisytune_cli.noise.stream import STREAM
-from noisytune_cli.reading import read_small
+from noisytune_cli.reading import Document, JsonFault, read_small
 from noisytune_cli.records import Conversion, FileRecord, Manifest, NoiseSpec, OutputRecord, SourceRecord
 
 #: The longest list in a manifest.

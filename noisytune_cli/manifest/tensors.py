@@ -16,9 +16,9 @@ from noisytune_cli.dtypes import ALL_DTYPES, FLOAT_DTYPES, stored_bytes
 from noisytune_cli.manifest.consistency import PART_REASONS, REASONS, check_runs, joined, misfit
 from noisytune_cli.manifest.fields import Fields, ManifestFault
 from noisytune_cli.manifest.lines import Lines
-from noisytune_cli.manifest.strict_json import Document
 from noisytune_cli.manifest.write import MAX_LINES
 from noisytune_cli.noise import distributions
+from noisytune_cli.reading import Document
 from noisytune_cli.records import (
     MAX_PARTS,
     Conversion,

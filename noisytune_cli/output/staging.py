@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from noisytune_cli.errors import OutputUnsafe, unwritable
-from noisytune_cli.manifest.strict_json import Document, JsonFault
+from noisytune_cli.reading import Document, JsonFault
 
 #: What every staging directory's name begins with.
 PREFIX = ".noisytune-"

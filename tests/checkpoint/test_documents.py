@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from noisytune_cli.manifest.strict_json import Document, JsonFault
+from noisytune_cli.reading import Document, JsonFault
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(0, 2**63) | st.floats(allow_nan=False, allow_infinity=False)
@@ -43,7 +43,7 @@ def test_a_piece_longer_than_the_first_look(length: int) -> None:
 
 
 def test_a_piece_longer_than_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("noisytune_cli.manifest.strict_json._LONGEST_PIECE", 4096)
+    monkeypatch.setattr("noisytune_cli.reading._LONGEST_PIECE", 4096)
     document = Document(json.dumps({"a": "x" * 5000}).encode())
     document.member("a")
     with pytest.raises(JsonFault, match="Unterminated string"):
