@@ -8,13 +8,12 @@ A source ends at its folder, and the blobs that a snapshot in the hub's cache li
 of it would bring content into an output that nobody means to publish. So a file counts by where it really
 lies, which is asked of its open descriptor: what happens to names in the meantime cannot change the answer.
 
-A JSON document can be read piece by piece (`Document`). It is one object whose members come in a known order;
-a member is one value, or a list of objects that are handed out one at a time. So memory is bounded by the
-longest piece, not by what the text could unfold to, and the reader can refuse a document at its first bad
-member. Stricter than JSON: no key twice, no NaN or Infinity, no integer of more than 20 digits, ASCII only
-(as `json.dumps` writes). A number past the range of float64 is read as infinite, which is for the reader of the
-field to refuse. All this takes time, so only so much of a document is read this way; a long list is for a
-quicker reader of its usual entries.
+JSON is read strictly: no key twice, no NaN or Infinity, no integer of more than 20 digits, no -0 for one. A
+number past the range of float64 is infinite, which is for the reader of the field to refuse. `read_json` reads
+a small file whole, and leniently where it is for another program to say what is right. A `Document` is read
+piece by piece: it is one object, whose members are handed out one at a time, and so are the entries of a list.
+So memory is bounded by the longest piece (`JsonLimits`), not by what the text could unfold to, and the reader
+can refuse a document at its first bad member.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from noisytune_cli.errors import InputInvalid, Mismatch, unreadable
 
@@ -65,17 +64,20 @@ Record = TypeVar("Record")
 #: what it stands for and where it ends, or None where that is for the strict reader to say.
 LineReader = Callable[[str, int], tuple[Record, int] | None]
 
-#: Characters that one piece may have (they can unfold to some 50 MB), how many are looked at first, and how
-#: that grows.
-_LONGEST_PIECE, _FIRST_LOOK, _GROWTH = 2 << 20, 4096, 8
+#: How many characters are looked at first for a piece, and how that grows.
+_FIRST_LOOK, _GROWTH = 4096, 8
 
-#: Characters that are read piece by piece in all, and how many a short piece counts for.
-_MOST_READ, _LEAST_COUNTED = 8 << 20, 256
+#: What a short piece counts for at least of those that are read in all, in characters.
+_LEAST_COUNTED = 256
 
 _MAX_DIGITS = 20  # of 2^64
-_MAX_SHOWN = 40  # characters of a key or number that a message quotes
+_MAX_SHOWN = 60  # characters of a key or number that a message quotes
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SPACE = re.compile(r"[ \t\n\r]*+")
+_OPEN = re.compile(r"\{[ \t\n\r]*+(\}[ \t\n\r]*+)?")
+_COLON = re.compile(r"[ \t\n\r]*+:[ \t\n\r]*+")
+_NEXT = re.compile(r"[ \t\n\r]*+([,}])[ \t\n\r]*+")
 _NEXT_LINE = ",\n  "
 _SEPARATOR = re.compile(r"[ \t\n\r]*+([,\]])[ \t\n\r]*+")
 
@@ -239,17 +241,107 @@ class JsonFault(Exception):
         self.why = why
 
 
-class Document:
-    """A position in the text; `member` moves to a member's value, `value` or `entries` reads it."""
+@dataclass(frozen=True)
+class JsonLimits:
+    """What is read of a document at most: characters of a piece and of all pieces, members of an object.
 
-    def __init__(self, content: bytes) -> None:
+    A piece of two million characters can unfold to some 50 MB. A flat object has limits of its own, its
+    characters, and the values of all of them.
+    """
+
+    piece: int = 2 << 20
+    pieces: int = 8 << 20
+    members: int = 0
+    flat: int = 0
+    flat_values: int = 0
+
+
+class Document:
+    """A position in the text of one object, and what can be read from there.
+
+    `member` moves to the value of the next one in a known order, `members` to one after the other in any; then
+    `value`, `entries`, `string` or `flat` reads it. `name` is what the document is called in a fault.
+    """
+
+    def __init__(
+        self,
+        content: bytes | memoryview,
+        limits: JsonLimits,
+        *,
+        name: str = "it",
+        encoding: Literal["ASCII", "UTF-8"] = "ASCII",
+    ) -> None:
         try:
-            self._text = content.decode("ascii")
+            self._text = str(content, encoding)
         except UnicodeDecodeError as error:
-            raise JsonFault(f"byte {error.start:,} is not ASCII") from error
+            raise JsonFault(f"{name} is not {encoding}: byte {error.start:,} of it") from error
+        self._name, self._limits = name, limits
         self._at = 0
         self._first = True
-        self._left = _MOST_READ
+        self._left, self._values_left = limits.pieces, limits.flat_values
+
+    def members(self, what: str) -> Iterator[str]:
+        """Yield the keys of the object that begins here; the consumer reads each key's value."""
+        opening = self._pass(_OPEN)
+        if opening is None:
+            raise JsonFault(f"{what} does not begin with a brace")
+        seen: set[str] = set()
+        more = not opening[1]
+        while more:
+            key = self.string(f"a key of {what}")
+            if key in seen:
+                raise JsonFault(f'{what} has the key "{key[:_MAX_SHOWN]}" twice')
+            if len(seen) == self._limits.members:
+                raise JsonFault(f"{what} has more than {self._limits.members:,} entries")
+            seen.add(key)
+            if self._pass(_COLON) is None:
+                self._fail("no colon after a key", self._at)
+            yield key
+            following = self._pass(_NEXT)
+            if following is None:
+                self._fail("neither a comma nor a closing brace", self._at)
+            more = following[1] == ","
+
+    def string(self, what: str) -> str:
+        """Return the string that begins here, however long it is."""
+        if not self._text.startswith('"', self._at):
+            self._fail(f"{what} is not a string", self._at)
+        try:
+            value, self._at = _strict.raw_decode(self._text, self._at)
+        except json.JSONDecodeError as error:
+            self._fail(error.msg, self._at)
+        assert isinstance(value, str)
+        if not value.isascii() and _SURROGATE.search(value):
+            self._fail("half a surrogate pair", self._at)
+        return value
+
+    def null(self) -> bool:
+        """Pass over null, if it is here."""
+        found = self._text.startswith("null", self._at)
+        self._at += len("null") if found else 0
+        return found
+
+    def flat(self, what: str) -> dict[str, Any]:
+        """Return the object that begins here, of integers, and ends at the first closing brace."""
+        if not self._text.startswith("{", self._at):
+            raise JsonFault(f"{what} is not an object")
+        end = self._text.find("}", self._at) + 1
+        if end == 0:
+            raise JsonFault(f"{self._name} ends within {what}")
+        if end - self._at > self._limits.flat:
+            raise JsonFault(f"{what} is longer than {self._limits.flat:,} characters")
+        self._values_left -= self._text.count(",", self._at, end)
+        if self._values_left < 0:
+            raise JsonFault(f"{self._name} has more than {self._limits.flat_values:,} numbers by {what}")
+        try:
+            value, length = _strict_integers.raw_decode(self._text[self._at : end])
+        except json.JSONDecodeError as error:
+            self._fail(error.msg, self._at)
+        except RecursionError as error:
+            raise JsonFault("it is nested too deep") from error
+        self._at += length
+        assert isinstance(value, dict)
+        return value
 
     def member(self, key: str) -> None:
         """Go to the value of the next member, which must be `key`."""
@@ -275,9 +367,9 @@ class Document:
         while True:
             window = self._text[self._at : self._at + look]
             try:
-                value, length = _decoder.raw_decode(window)
+                value, length = _strict.raw_decode(window)
             except json.JSONDecodeError as error:
-                if look >= _LONGEST_PIECE or self._at + look >= len(self._text):
+                if look >= self._limits.piece or self._at + look >= len(self._text):
                     self._fail(error.msg, self._at + error.pos)
                 look *= _GROWTH
                 continue
@@ -316,12 +408,22 @@ class Document:
                     return
 
     def end(self) -> None:
-        """Refuse anything that follows the last member."""
+        """Refuse anything that follows the last member, in an object of a known order."""
         if self._peek() == ",":
             raise JsonFault("it has more members than a manifest")
         self._take("}", "it is not valid JSON: no closing brace:")
+        self.end_of_text()
+
+    def end_of_text(self) -> None:
+        """Refuse anything that follows the object."""
         if self._peek():
             self._fail("something follows the closing brace", self._at)
+
+    def _pass(self, token: re.Pattern[str]) -> re.Match[str] | None:
+        match = token.match(self._text, self._at)
+        if match is not None:
+            self._at = match.end()
+        return match
 
     def _skip(self) -> None:
         match = _SPACE.match(self._text, self._at)
@@ -339,7 +441,7 @@ class Document:
         self._at += 1
 
     def _fail(self, why: str, at: int) -> NoReturn:
-        raise JsonFault(f"it is not valid JSON: {why}, near character {at:,}")
+        raise JsonFault(f"{self._name} is not valid JSON: {why}, near character {at:,}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -353,7 +455,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _integer(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
-        raise JsonFault(f"it has a number of more than {_MAX_DIGITS} digits")
+        raise JsonFault(f"it has a number of {len(digits):,} digits, more than {_MAX_DIGITS}")
     if digits == "-0":
         raise JsonFault("it has -0 for an integer")
     return int(digits)
@@ -363,4 +465,11 @@ def _no_number(name: str) -> NoReturn:
     raise JsonFault(f"it has {name}, which is no number in JSON")
 
 
-_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer, parse_constant=_no_number)
+def _no_integer(number: str) -> NoReturn:
+    raise JsonFault(f"it has {number[:_MAX_DIGITS]}, which is not an integer")
+
+
+_strict = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer, parse_constant=_no_number)
+_strict_integers = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_int=_integer, parse_float=_no_integer, parse_constant=_no_number
+)

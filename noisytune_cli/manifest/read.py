@@ -23,8 +23,11 @@ from noisytune_cli.manifest.tensors import SMALLEST_FILE, read_tensors
 from noisytune_cli.manifest.write import MANIFEST, MAX_BYTES, MAX_LINES, SCHEMA, encode
 from noisytune_cli.noise import distributions
 from noisytune_cli.noise.stream import STREAM
-from noisytune_cli.reading import Document, JsonFault, read_small
+from noisytune_cli.reading import Document, JsonFault, JsonLimits, read_small
 from noisytune_cli.records import Conversion, FileRecord, Manifest, NoiseSpec, OutputRecord, SourceRecord
+
+#: What of a manifest is read piece by piece: what is not spelt as usual, so little.
+LIMITS = JsonLimits(piece=2 << 20, pieces=8 << 20)
 
 #: The longest list in a manifest.
 MAX_ENTRIES = 1_000_000
@@ -144,7 +147,7 @@ def parse(content: bytes) -> Manifest:
 
 def begin(content: bytes) -> tuple[Document, str]:
     """Read the members that every manifest begins with; return the document and the tool's version."""
-    document = Document(content)
+    document = Document(content, LIMITS)
     document.member("schema")
     schema = document.value()
     if type(schema) is not int or schema < 1:

@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from noisytune_cli.errors import OutputUnsafe, unwritable
-from noisytune_cli.reading import Document, JsonFault
+from noisytune_cli.reading import Document, JsonFault, JsonLimits
 
 #: What every staging directory's name begins with.
 PREFIX = ".noisytune-"
@@ -323,7 +323,7 @@ def _announced(fd: int) -> tuple[str, list[str], dict[str, tuple[int, ...]]]:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_size > _MOST_BYTES:
             raise JsonFault("it is no small file of this user")
-        document = Document(file.read(_MOST_BYTES))
+        document = Document(file.read(_MOST_BYTES), JsonLimits())
     document.member("manifest")
     manifest = _path(document.value())
     document.member("names")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from noisytune_cli.reading import Document, JsonFault
+from noisytune_cli.reading import Document, JsonFault, JsonLimits
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(0, 2**63) | st.floats(allow_nan=False, allow_infinity=False)
@@ -23,7 +23,9 @@ VALUES = st.recursive(
 @given(value=VALUES, entries=st.lists(st.dictionaries(st.text(max_size=5), VALUES, max_size=3), max_size=5))
 @pytest.mark.parametrize("indent", [None, 2])
 def test_reads_what_json_reads(indent: int | None, value: Any, entries: list[Any]) -> None:
-    document = Document(json.dumps({"one": value, "many": entries, "last": 1}, indent=indent).encode())
+    document = Document(
+        json.dumps({"one": value, "many": entries, "last": 1}, indent=indent).encode(), JsonLimits()
+    )
     document.member("one")
     assert document.value() == value
     document.member("many")
@@ -36,22 +38,21 @@ def test_reads_what_json_reads(indent: int | None, value: Any, entries: list[Any
 @pytest.mark.parametrize("length", [4000, 4096, 5000, 70_000, 1_100_000])
 def test_a_piece_longer_than_the_first_look(length: int) -> None:
     text = json.dumps({"a": [{"name": "x" * length}, {"name": "y"}]})
-    document = Document(text.encode())
+    document = Document(text.encode(), JsonLimits())
     document.member("a")
     assert [len(entry["name"]) for entry in document.entries(2)] == [length, 1]
     document.end()
 
 
-def test_a_piece_longer_than_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("noisytune_cli.reading._LONGEST_PIECE", 4096)
-    document = Document(json.dumps({"a": "x" * 5000}).encode())
+def test_a_piece_longer_than_the_longest() -> None:
+    document = Document(json.dumps({"a": "x" * 5000}).encode(), JsonLimits(piece=4096))
     document.member("a")
     with pytest.raises(JsonFault, match="Unterminated string"):
         document.value()
 
 
 def test_an_entry_is_handed_out_before_the_next_is_read() -> None:
-    document = Document(b'{"a": [{"x": 1}, {broken')
+    document = Document(b'{"a": [{"x": 1}, {broken', JsonLimits())
     document.member("a")
     entries = document.entries(10)
     assert next(entries) == {"x": 1}

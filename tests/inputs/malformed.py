@@ -150,8 +150,8 @@ JSON = (
 )
 
 SCHEMA = (
-    Case("shape twice", one(extra=',"shape":[4]'), ("key twice",), "a"),
-    Case("shape twice, differently spelt", one(extra=',"sh\\u0061pe":[4]'), ("key twice",), "a"),
+    Case("shape twice", one(extra=',"shape":[4]'), ('"shape" twice',), "a"),
+    Case("shape twice, differently spelt", one(extra=',"sh\\u0061pe":[4]'), ('"shape" twice',), "a"),
     Case(
         "a number in metadata", headed('{"__metadata__":{"step":7},' + HEADER[1:]), ('"step"', "not a string")
     ),

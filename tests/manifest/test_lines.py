@@ -16,17 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from malformed_manifests import FIELDS, PARTS
 
-from noisytune_cli import reading
 from noisytune_cli.commands.average import average
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.manifest import average as averages
+from noisytune_cli.manifest import read
 from noisytune_cli.manifest import write as manifest
 from noisytune_cli.manifest.average import read_any_manifest
 from noisytune_cli.manifest.fields import ManifestFault
 from noisytune_cli.manifest.lines import Lines
 from noisytune_cli.manifest.read import parse
-from noisytune_cli.reading import JsonFault
+from noisytune_cli.reading import JsonFault, JsonLimits
 from noisytune_cli.records import Conversion, NoiseSpec
 
 #: What a line is made of: strings, numbers, words.
@@ -183,7 +183,7 @@ def _average_told(path: Path) -> Any:
 
 def test_only_so_much_is_read_in_another_form(monkeypatch: pytest.MonkeyPatch) -> None:
     content = malformed_manifests.written()
-    monkeypatch.setattr(reading, "_MOST_READ", len(content))
+    monkeypatch.setattr(read, "LIMITS", JsonLimits(pieces=len(content)))
     parse(content)
     with pytest.raises(JsonFault, match="laid out in another way than noisytune's"):
         parse(json.dumps(json.loads(content), indent=2).encode())

@@ -9,13 +9,12 @@ meant?), white space before the brace, entries as lists. Format: https://hugging
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any
 
 from noisytune_cli.dtypes import DTYPES, stored_bytes
+from noisytune_cli.reading import Document, JsonFault, JsonLimits
 from noisytune_cli.records import TensorSpec
 
 #: The bytes of N.
@@ -28,17 +27,12 @@ _MAX_NUMBERS = 1_000_000
 
 _METADATA = "__metadata__"
 _MAX_ENTRY = 1 << 16  # characters in one tensor's entry: room for a shape of thousands of dimensions
-_MAX_DIGITS = 20  # of 2^64
 _MAX_SHOWN = 60  # characters of a key that a message quotes
 _MAX_INT = 2**63 - 1
 
 # Outside strings a brace opens an entry. The possessive quantifiers and the optional closing quote make
 # the scan linear, whatever the bytes.
 _BRACE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|(\{)', re.DOTALL)
-_OPEN = re.compile(r"\{[ \t\n\r]*(\}[ \t\n\r]*)?")
-_COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
-_SEPARATOR = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class HeaderFault(Exception):
@@ -65,19 +59,19 @@ def parse_header(header: bytearray, file: str, data_bytes: int) -> Header:
     """
     _bound_entries(header)
     data_start = len(header)
-    try:
-        text = str(memoryview(header)[PREFIX:], "utf-8")
-    except UnicodeDecodeError as error:
-        raise HeaderFault(f"its header is not UTF-8: byte {error.start:,} of it") from error
     metadata: dict[str, str] = {}
     tensors: list[TensorSpec] = []
-    scanner = _Scanner(text)
-    for name in scanner.members("header"):
-        if name == _METADATA:
-            metadata = scanner.metadata()
-        else:
-            tensors.append(_tensor(name, scanner.entry(name), file, data_start))
-    scanner.end()
+    limits = JsonLimits(members=MAX_ENTRIES, flat=_MAX_ENTRY, flat_values=_MAX_NUMBERS)
+    try:
+        document = Document(memoryview(header)[PREFIX:], limits, name="its header", encoding="UTF-8")
+        for name in document.members("its header"):
+            if name == _METADATA:
+                metadata = _metadata(document)
+            else:
+                tensors.append(_tensor(name, _entry(document, name), file, data_start))
+        document.end_of_text()
+    except JsonFault as fault:
+        raise HeaderFault(fault.why) from fault
     # Stable, so that empty tensors at one offset keep the header's order.
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _require_layout(tensors, data_start, data_bytes)
@@ -93,130 +87,27 @@ def _bound_entries(header: bytearray) -> None:
     for match in _BRACE.finditer(header, PREFIX):
         braces += match.lastindex is not None
         if braces > limit:
-            _refuse_more_entries()
+            raise HeaderFault(f"its header has more than {MAX_ENTRIES:,} entries")
 
 
-def _refuse_more_entries() -> NoReturn:
-    raise HeaderFault(f"its header has more than {MAX_ENTRIES:,} entries")
+def _metadata(document: Document) -> dict[str, str]:
+    """Return the metadata that begin here: strings by name, or null, as some writers put for none."""
+    if document.null():
+        return {}
+    return {
+        key: document.string(f'the value of "{key[:_MAX_SHOWN]}"')
+        for key in document.members(f"its {_METADATA}")
+    }
 
 
-class _Scanner:
-    """A position in the header's text, and what can be read from there."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._at = 0
-        self._commas = 0
-
-    def members(self, where: str) -> Iterator[str]:
-        """Yield the keys of the object that begins here; the consumer reads each key's value."""
-        opening = self._take(_OPEN)
-        if opening is None:
-            raise HeaderFault(f"its {where} does not begin with a brace")
-        seen: set[str] = set()
-        more = not opening[1]
-        while more:
-            key = self.string(f"a key of its {where}")
-            if key in seen:
-                raise HeaderFault(f'its {where} has the key "{key[:_MAX_SHOWN]}" twice')
-            if len(seen) == MAX_ENTRIES:
-                _refuse_more_entries()
-            seen.add(key)
-            if self._take(_COLON) is None:
-                self._fail("no colon after a key")
-            yield key
-            separator = self._take(_SEPARATOR)
-            if separator is None:
-                self._fail("neither a comma nor a closing brace")
-            more = separator[1] == ","
-
-    def string(self, what: str) -> str:
-        """Return the string that begins here."""
-        if not self._text.startswith('"', self._at):
-            self._fail(f"{what} is not a string")
-        value, self._at = self._decode(self._text, self._at, _decoder)
-        assert isinstance(value, str)
-        if not value.isascii() and _SURROGATE.search(value):
-            self._fail("half a surrogate pair")
-        return value
-
-    def metadata(self) -> dict[str, str]:
-        """Return the metadata that begin here: strings by name, or null, as some writers put for none."""
-        if self._text.startswith("null", self._at):
-            self._at += len("null")
-            return {}
-        return {key: self.string(f'the value of "{key[:_MAX_SHOWN]}"') for key in self.members(_METADATA)}
-
-    def entry(self, name: str) -> dict[str, object]:
-        """Return the tensor's entry that begins here: a flat object, ended by the first closing brace."""
-        if not self._text.startswith("{", self._at):
-            raise HeaderFault("its entry in the header is not an object", name)
-        end = self._text.find("}", self._at) + 1
-        if end == 0:
-            raise HeaderFault("the header ends within its entry", name)
-        if end - self._at > _MAX_ENTRY:
-            raise HeaderFault(f"its entry in the header is longer than {_MAX_ENTRY:,} characters", name)
-        self._commas += self._text.count(",", self._at, end)
-        if self._commas > _MAX_NUMBERS:
-            raise HeaderFault(f"the header has more than {_MAX_NUMBERS:,} numbers by its entry", name)
-        try:
-            value, length = self._decode(self._text[self._at : end], 0, _entry_decoder)
-        except HeaderFault as fault:
-            raise HeaderFault(fault.why, name) from fault
-        self._at += length
-        assert isinstance(value, dict)
-        return value
-
-    def end(self) -> None:
-        """Refuse anything but padding from here on."""
-        if self._at != len(self._text):
-            self._fail("something follows the closing brace")
-
-    def _take(self, token: re.Pattern[str]) -> re.Match[str] | None:
-        match = token.match(self._text, self._at)
-        if match is not None:
-            self._at = match.end()
-        return match
-
-    def _decode(self, text: str, at: int, decoder: json.JSONDecoder) -> tuple[object, int]:
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            self._fail(error.msg)
-        except RecursionError as error:
-            raise HeaderFault("it is nested too deep") from error
-        return value, end
-
-    def _fail(self, why: str) -> NoReturn:
-        raise HeaderFault(f"its header is not valid JSON: {why}, near character {self._at:,}")
+def _entry(document: Document, name: str) -> dict[str, Any]:
+    try:
+        return document.flat("its entry")
+    except JsonFault as fault:
+        raise HeaderFault(fault.why, name) from fault
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    entry = dict(pairs)
-    if len(entry) != len(pairs):
-        raise HeaderFault("its entry in the header has a key twice")
-    return entry
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > _MAX_DIGITS:
-        raise HeaderFault(f"its entry in the header has a number of {len(digits):,} digits")
-    if digits == "-0":
-        raise HeaderFault("its entry in the header has -0 for an integer")
-    return int(digits)
-
-
-def _no_integer(number: str) -> NoReturn:
-    raise HeaderFault(f"its entry in the header has {number[:_MAX_DIGITS]}, which is not an integer")
-
-
-_decoder = json.JSONDecoder()
-_entry_decoder = json.JSONDecoder(
-    object_pairs_hook=_unique, parse_int=_integer, parse_float=_no_integer, parse_constant=_no_integer
-)
-
-
-def _tensor(name: str, entry: dict[str, object], file: str, data_start: int) -> TensorSpec:
+def _tensor(name: str, entry: dict[str, Any], file: str, data_start: int) -> TensorSpec:
     """Return the tensor that `entry` describes; its extent agrees with its dtype and shape."""
     for key in ("dtype", "shape", "data_offsets"):
         if key not in entry:
