@@ -9,11 +9,11 @@ of it would bring content into an output that nobody means to publish. So a file
 lies, which is asked of its open descriptor: what happens to names in the meantime cannot change the answer.
 
 JSON is read strictly: no key twice, no NaN or Infinity, no integer of more than 20 digits, no -0 for one. A
-number past the range of float64 is infinite, which is for the reader of the field to refuse. `read_json` reads
-a small file whole, and leniently where it is for another program to say what is right. A `Document` is read
-piece by piece: it is one object, whose members are handed out one at a time, and so are the entries of a list.
-So memory is bounded by the longest piece (`JsonLimits`), not by what the text could unfold to, and the reader
-can refuse a document at its first bad member.
+number past the range of float64 is infinite, which is for the reader of the field to refuse. `read_json`
+reads a small file whole, and leniently where it is for another program to say what is right. A `Document` is
+read piece by piece: it is one object, whose members are handed out one at a time, as are the entries of a
+list. So memory is bounded by the longest piece (`JsonLimits`), not by what the text could unfold to, and the
+reader can refuse a document at its first bad member.
 """
 
 from __future__ import annotations
@@ -187,10 +187,11 @@ def read_small(path: Path, limit: int, reach: Reach | None = None) -> bytes:
     return b"".join(chunks)
 
 
-def read_json(path: Path, limit: int, reach: Reach | None = None) -> object:
-    """Return the JSON document at `path`, strictly UTF-8; InputInvalid if it is none, or too large.
+def read_json(path: Path, limit: int, reach: Reach | None = None, *, lenient: bool = False) -> object:
+    """Return the JSON document at `path`, in UTF-8; InputInvalid if it is none, or too large.
 
-    As in most readers, of a key given twice the last counts, and NaN and Infinity are numbers.
+    `lenient` is as most readers are: of a key given twice the last counts, NaN and Infinity are numbers, and
+    so is -0.
     """
     content = read_small(path, limit, reach)
     try:
@@ -204,7 +205,9 @@ def parse_json(content: bytes) -> object:
     if sum(map(content.count, (b",", b"[", b"{"))) > _MAX_VALUES:
         raise ValueError(f"it holds more than {_MAX_VALUES:,} values, which no file of its kind does")
     try:
-        document: object = json.loads(content.decode("utf-8"))
+        document: object = (_lenient if lenient else _strict).decode(content.decode("utf-8"))
+    except JsonFault as fault:
+        raise _not_json(path, fault.why) from fault
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start:,} is not UTF-8") from error
     except json.JSONDecodeError as error:
@@ -259,8 +262,8 @@ class JsonLimits:
 class Document:
     """A position in the text of one object, and what can be read from there.
 
-    `member` moves to the value of the next one in a known order, `members` to one after the other in any; then
-    `value`, `entries`, `string` or `flat` reads it. `name` is what the document is called in a fault.
+    `member` moves to the value of the next one in a known order, `members` to one after the other in any;
+    then `value`, `entries`, `string` or `flat` reads it. `name` is what the document is called in a fault.
     """
 
     def __init__(
@@ -469,6 +472,7 @@ def _no_integer(number: str) -> NoReturn:
     raise JsonFault(f"it has {number[:_MAX_DIGITS]}, which is not an integer")
 
 
+_lenient = json.JSONDecoder()
 _strict = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer, parse_constant=_no_number)
 _strict_integers = json.JSONDecoder(
     object_pairs_hook=_unique, parse_int=_integer, parse_float=_no_integer, parse_constant=_no_number

@@ -26,7 +26,7 @@ def read_config(path: Path, reach: Reach | None = None) -> Mapping[str, Any] | N
     """Return the parsed config, None where there is none; raises InputInvalid if it is no JSON object."""
     if not os.path.lexists(path):
         return None
-    config = read_json(path, _MAX_BYTES, reach)
+    config = read_json(path, _MAX_BYTES, reach, lenient=True)
     if not isinstance(config, dict):
         raise InputInvalid(
             "cannot read the config",

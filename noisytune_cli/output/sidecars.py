@@ -118,7 +118,7 @@ def _rewrite(
 ) -> Companion | None:
     """Return the file as `follow` changes it, or None where it stays what and where it is."""
     root, reach = source.root, source.reach
-    document = read_json(root / name, _MAX_BYTES, reach)
+    document = read_json(root / name, _MAX_BYTES, reach, lenient=not name.endswith(_INDEX_END))
     before = json.dumps(document)
     try:
         assert isinstance(document, dict)

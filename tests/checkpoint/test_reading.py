@@ -143,9 +143,10 @@ def test_a_sparse_terabyte_is_not_read_beyond_the_limit(tmp_path: Path) -> None:
 def test_json_documents_are_read(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
-    assert repr(read_json(path, 1000)) == repr(json.loads(text))
+    assert repr(read_json(path, 1000, lenient=True)) == repr(json.loads(text))
 
 
+@pytest.mark.parametrize("lenient", [False, True])
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -157,13 +158,15 @@ def test_json_documents_are_read(tmp_path: Path, text: str) -> None:
         ('{"a": 1}'.encode("utf-8-sig"), "column 1"),
         (b'{"a":' * 20_000, "nested too deep"),
         (b"[" * 200_000 + b"]" * 200_000, "nested too deep"),
-        (b"[" + b"9" * 5000 + b"]", "too many digits"),
+        (b"[" + b"9" * 5000 + b"]", "digits"),
     ],
 )
-def test_what_is_not_json_is_refused_in_one_line(tmp_path: Path, content: bytes, words: str) -> None:
+def test_what_is_not_json_is_refused_in_one_line(
+    tmp_path: Path, content: bytes, words: str, lenient: bool
+) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(content)
     with pytest.raises(InputInvalid, match=words) as caught:
-        read_json(path, 1 << 20)
+        read_json(path, 1 << 20, lenient=lenient)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("not valid JSON")
