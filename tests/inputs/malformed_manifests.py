@@ -351,7 +351,7 @@ TEXT: list[tuple[Callable[[bytes], bytes], str]] = [
     (lambda content: content.decode().encode("utf-16"), "not ASCII"),
     (lambda content: b"\xef\xbb\xbf" + content, "not ASCII"),
     (lambda content: b'{"schema": ' + b"[" * 100_000, "nested too deep"),
-    (lambda content: b'{"schema": ' + b"9" * 5000 + b"}", "5,000 digits"),
+    (lambda content: b'{"schema": ' + b"9" * 5000 + b"}", "digits, more than 20"),
     (lambda content: b'{"schema": 1' + b" " * 9000 + b'"tool"', '"," is due'),
     (lambda content: b'{"schema" 1}', "no colon"),
     (lambda content: b'{"schema": 1, "tool": [' + b"[]," * 5_000_000 + b"[]]}", "not valid JSON"),
