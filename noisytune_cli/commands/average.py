@@ -24,6 +24,7 @@ from noisytune_cli.escape import enumerate_some, escape
 from noisytune_cli.manifest.average import AverageManifest, encode, manifest_bytes
 from noisytune_cli.manifest.write import MAX_BYTES
 from noisytune_cli.noise.devices import open_device
+from noisytune_cli.output.convert import check_names
 from noisytune_cli.output.destination import check_output, check_places_of_download, resolve_rewritten
 from noisytune_cli.output.publish import Publication
 from noisytune_cli.output.space import check_descriptors, check_space, copied_bytes
@@ -85,6 +86,7 @@ def average(
             _check_same_tensors(first, sources[0], member, name)
         _check_has_floats(first.tensors, sources[0])
         recorded = _check_recordable(first.tensors, len(members), sources[0])
+        check_names(first)
         output = resolve_rewritten(out, first)
         check_output(output, *members, overwrite=overwrite)
         files = len(first.weight_files) + len(first.others) + 1

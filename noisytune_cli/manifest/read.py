@@ -12,7 +12,6 @@ import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, Mismatch
 from noisytune_cli.manifest.fields import Fields, ManifestFault, check_string
 from noisytune_cli.manifest.tensors import SMALLEST_FILE, read_tensors
-from noisytune_cli.manifest.write import MANIFEST, MAX_BYTES, MAX_LINES, SCHEMA, encode
+from noisytune_cli.manifest.write import MAX_BYTES, MAX_LINES, SCHEMA, encode, why_not_together
 from noisytune_cli.noise import distributions
 from noisytune_cli.noise.stream import STREAM
 from noisytune_cli.reading import Document, JsonFault, JsonLimits, read_small
@@ -267,16 +266,8 @@ def _left_out(value: Any, index: int) -> tuple[str, str]:
 
 def _check_names(names: list[str]) -> None:
     """Refuse files that could not lie in one folder together, or would take the manifest's place."""
-    files = {MANIFEST}
-    for name in names:
-        if name in files:
-            raise ManifestFault(f'it has two files of the name "{name}"')
-        files.add(name)
-    # With the lowest character for "/", a file comes right before what lies in a folder of its name.
-    ordered = sorted(files, key=lambda name: name.replace("/", "\0"))
-    for name, following in pairwise(ordered):
-        if following.startswith(name + "/"):
-            raise ManifestFault(f'it has both a file "{name}" and a folder of that name')
+    if why := why_not_together(names):
+        raise ManifestFault(f"it has {why}")
 
 
 def _check_totals(value: Any, manifest: Manifest) -> None:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,21 @@ FEWER_PARTS = "Keep the tensors with the most of them whole, with --split 'PATTE
 def manifest_beside(output: Path) -> Path:
     """Return where the manifest of an output that is a file lies."""
     return Path(f"{output}{MANIFEST_SUFFIX}")  # with_name refuses the root
+
+
+def why_not_together(names: Iterable[str]) -> str | None:
+    """Say which files could not lie in one folder with a manifest; None where all can."""
+    files = {MANIFEST}
+    for name in names:
+        if name in files:
+            return f'two files of the name "{name}"'
+        files.add(name)
+    # With the lowest character for "/", a file comes right before what lies in a folder of its name.
+    ordered = sorted(files, key=lambda name: name.replace("/", "\0"))
+    for name, following in pairwise(ordered):
+        if following.startswith(name + "/"):
+            return f'both a file "{name}" and a folder of that name'
+    return None
 
 
 def encode(manifest: Manifest) -> bytes:

@@ -26,6 +26,7 @@ from noisytune_cli.checkpoint.formats.safetensors.header import MAX_ENTRIES, PRE
 from noisytune_cli.checkpoint.layout import METADATA, PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
 from noisytune_cli.dtypes import DTYPES, FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.manifest.write import why_not_together
 from noisytune_cli.plan.ties import stream_of
 from noisytune_cli.records import Conversion, FileRecord, Plan, Step, TensorSpec
 
@@ -116,6 +117,18 @@ def _lay_out(source: Source, steps: Iterable[Step], conversion: Conversion) -> O
     name = output_name(source.name, conversion)
     slots |= {alias: slots[keep] for alias, keep in aliases.items()}
     return OutputFile(name, head, slots, aliases, source.mode)
+
+
+def check_names(source: Checkpoint, files: Sequence[OutputFile] = ()) -> None:
+    """Raise InputInvalid where an output would have a file, its manifest too, and a folder of one name."""
+    weights = [file.name for file in files] or source.weight_files
+    if why := why_not_together([*weights, *source.others]):
+        raise InputInvalid(
+            "cannot make an output of the checkpoint",
+            path=source.path,
+            why=f"it would have {why}",
+            next_step="Rename or move the folder, or give the weight file alone",
+        )
 
 
 def output_name(name: str, conversion: Conversion) -> str:

@@ -20,7 +20,7 @@ from noisytune_cli.checkpoint.hub_cache import cache_folder
 from noisytune_cli.checkpoint.layout import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
 from noisytune_cli.errors import OutputUnsafe, UsageError, unwritable
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX, manifest_beside
-from noisytune_cli.output.convert import OutputFile, output_name
+from noisytune_cli.output.convert import OutputFile, check_names, output_name
 from noisytune_cli.output.overwrite import (
     check_file_replaceable,
     check_folder_replaceable,
@@ -51,6 +51,7 @@ def check_places(
 
     `files` are their weight files where they are not like the source's.
     """
+    check_names(source, files)
     if recipe_only:
         outputs = [resolve_recipe(out) for out in outs]
     else:

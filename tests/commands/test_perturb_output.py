@@ -17,6 +17,10 @@ from blake3 import blake3
 from checkpoints import Tensor, Tensors, noised, numbers, save, save_sharded, split, weights
 from runs import run
 
+from noisytune_cli.checkpoint.formats.safetensors import SafetensorsSource
+from noisytune_cli.commands.average import average
+from noisytune_cli.commands.perturb import Request, plan_perturb
+from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import (
     InputInvalid,
     InputUnreadable,
@@ -317,3 +321,32 @@ def test_an_output_is_no_more_readable_than_its_source(tmp_path: Path) -> None:
     run(source, tmp_path / "out")
     assert (tmp_path / "out/model.safetensors").stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "out/README.md").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("folder", ["noisytune.json", "noisytune.json/more"])
+def test_a_folder_in_the_manifests_place_is_the_inputs_fault_from_the_start(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, other = tmp_path / "model", tmp_path / "other"
+    for root in (source, other):
+        save(root / "model.safetensors", {"w": weights("F32", 9, 9)})
+    (source / folder).mkdir(parents=True)
+    (source / folder / "notes.txt").touch()
+    monkeypatch.setattr(SafetensorsSource, "read", None)
+    for attempt in (
+        lambda: run(source),
+        lambda: run(source, recipe_only=True),
+        lambda: plan_perturb(Request(str(source), NoiseSpec())),
+        lambda: average([str(source), str(other)], str(tmp_path / "out")),
+    ):
+        with pytest.raises(InputInvalid, match=r'both a file "noisytune.json" and a folder of that name'):
+            attempt()
+    assert sorted(os.listdir(tmp_path)) == ["model", "other"]
+
+
+def test_an_empty_folder_in_the_manifests_place_is_in_nobodys_way(tmp_path: Path) -> None:
+    save(tmp_path / "model" / "model.safetensors", {"w": weights("F32", 9, 9)})
+    (tmp_path / "model" / "noisytune.json").mkdir()
+    (tmp_path / "model" / "deeper" / "noisytune.json").mkdir(parents=True)
+    (tmp_path / "model" / "deeper" / "noisytune.json" / "notes.txt").touch()
+    assert verify(str(run(tmp_path / "model").output)).ok

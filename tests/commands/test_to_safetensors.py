@@ -266,3 +266,13 @@ def test_training_state_that_holds_itself_is_named_and_not_followed(tmp_path: Pa
         "last.ckpt",
         f"its weights alone were taken, without optimizer, …, …, {'x' * 60}",
     )
+
+
+def test_a_folder_in_the_place_of_the_new_weights(tmp_path: Path) -> None:
+    source = write(tmp_path / "in" / "pytorch_model.bin", {"w": to_torch(W)}).parent
+    (source / "model.safetensors").mkdir()
+    (source / "model.safetensors" / "notes.txt").touch()
+    with pytest.raises(InputInvalid, match=r'both a file "model.safetensors" and a folder of that name'):
+        run(source, conversion=TO)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    run(source)
