@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import os
 import resource
 import sys
-from typing import NoReturn
+from typing import NoReturn, cast
 
 #: Enough for 4,000 files, and what every system allows.
 _MOST_DESCRIPTORS = 8192
@@ -28,6 +29,19 @@ def _hold_standard_descriptors() -> None:
             opened = os.open(os.devnull, mode)
             if opened != fd:  # the lower ones are taken, so this cannot be
                 os.dup2(opened, fd)
+
+
+def _write_whole() -> None:
+    """Let stdout have a buffer, which `python -u` and PYTHONUNBUFFERED take from it.
+
+    Without one a write that the system takes only a part of is cut short, and nobody is told.
+    """
+    out = sys.stdout
+    if out is not None and isinstance(out, io.TextIOWrapper) and isinstance(out.buffer, io.RawIOBase):
+        encoding, errors, raw = out.encoding, out.errors, out.detach()
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(cast(io.RawIOBase, raw)), encoding, errors, line_buffering=True
+        )
 
 
 def _raise_their_limit() -> None:
@@ -49,6 +63,7 @@ def _start_quickly() -> None:
 def main() -> NoReturn:
     """Run noisytune as a process."""
     _hold_standard_descriptors()
+    _write_whole()
     _raise_their_limit()
     _start_quickly()
     from noisytune_cli.errors import Stopped

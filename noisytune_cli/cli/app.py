@@ -113,4 +113,11 @@ for _verb, _line in _VERBS.items():
 
 def run() -> None:
     """Run the command line and end the process with its exit code."""
-    app(prog_name="noisytune", args=sys.argv[1:])
+    try:
+        app(prog_name="noisytune", args=sys.argv[1:])
+    except NoisytuneError as error:  # of --version, which no verb runs
+        sys.exit(_report(error).exit_code)
+    except OSError as error:  # of --help, which Typer prints
+        from noisytune_cli.cli import show
+
+        sys.exit(_report(show.lost_out(error)).exit_code)

@@ -47,8 +47,14 @@ def write_out(text: str | Iterable[str], published: Sequence[Path] = ()) -> None
         _abandon(out)
         raise PipeClosed from None
     except OSError as error:
-        _abandon(out)
-        raise _lost(os.strerror(error.errno) if error.errno else str(error), published) from error
+        raise lost_out(error, published) from error
+
+
+def lost_out(error: OSError, published: Sequence[Path] = ()) -> ResourceExhausted:
+    """Return what it is that stdout failed with this error, and give it up."""
+    if sys.stdout is not None:
+        _abandon(sys.stdout)
+    return _lost(os.strerror(error.errno) if error.errno else str(error), published)
 
 
 def note(text: str) -> None:

@@ -61,6 +61,28 @@ def test_output_that_is_lost_is_an_error(source: Path) -> None:
     assert result.stderr.endswith("then run again.\n")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_of_which_the_system_takes_only_a_part_is_an_error(
+    unbuffered: str, source: Path, tmp_path: Path
+) -> None:
+    run(source, tmp_path / "out.safetensors")
+    begun = tmp_path / "begun"
+    for command in (
+        ["--version"],
+        ["--help"],
+        ["inspect", source, "--format", "csv"],
+        ["verify", tmp_path / "out.safetensors", "--json"],
+    ):
+        begun.write_bytes(bytes(1020))  # of the 1,024 that a file may have
+        limited = f'ulimit -f 1; "$0" -m noisytune_cli "$@" >>{begun}'
+        arguments = ["bash", "-c", limited, sys.executable, *map(str, command)]
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        result = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
+        assert result.returncode == 6, (command, result)
+        assert result.stderr.startswith("noisytune: error: cannot write the result: standard output: ")
+        assert result.stderr.count("\n") == 1
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 @pytest.mark.parametrize("redirect", [">/dev/full", ">&-"])
 def test_a_result_that_is_lost_after_publishing_says_what_is_there(
