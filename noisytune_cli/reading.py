@@ -195,19 +195,19 @@ def read_json(path: Path, limit: int, reach: Reach | None = None, *, lenient: bo
     """
     content = read_small(path, limit, reach)
     try:
-        return parse_json(content)
+        return parse_json(content, lenient=lenient)
     except ValueError as error:
         raise _not_json(path, str(error)) from error
 
 
-def parse_json(content: bytes) -> object:
+def parse_json(content: bytes, *, lenient: bool = False) -> object:
     """Return the JSON document in `content`; ValueError if it is none, or has too many values."""
     if sum(map(content.count, (b",", b"[", b"{"))) > _MAX_VALUES:
         raise ValueError(f"it holds more than {_MAX_VALUES:,} values, which no file of its kind does")
     try:
         document: object = (_lenient if lenient else _strict).decode(content.decode("utf-8"))
     except JsonFault as fault:
-        raise _not_json(path, fault.why) from fault
+        raise ValueError(fault.why) from fault
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start:,} is not UTF-8") from error
     except json.JSONDecodeError as error:

@@ -95,7 +95,7 @@ class Answers:
         if not response.is_success:
             return
         response.read()
-        answer = parse_json(response.content)
+        answer = parse_json(response.content, lenient=True)
         is_list = self.commit is not None and f"/tree/{self.commit}" in response.url.path
         if isinstance(answer, list) != is_list:
             raise Untrue(f"it is {'no' if is_list else 'a'} list")

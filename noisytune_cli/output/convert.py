@@ -19,6 +19,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.dequantize import Dequantized
 from noisytune_cli.checkpoint.formats import Sink, Source
 from noisytune_cli.checkpoint.formats.safetensors import MAX_HEADER, SafetensorsSource, create_file
