@@ -1,13 +1,13 @@
 """The model's own `config.json`, read as data.
 
-It helps to decide ties and to recognise quantised weights. Nothing it names (`auto_map`, Python files) is
-ever imported or run.
+It helps to decide ties, to recognise quantised weights and to tell a layout from its sizes. Nothing it names
+(`auto_map`, Python files) is ever imported or run.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,12 @@ CONFIG = "config.json"
 ConfigCheck = Callable[[Mapping[str, Any], str], None]
 
 _MAX_BYTES = 16 << 20
+
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
+_WIDTH = ("hidden_size", "n_embd", "n_embed", "d_model", "embed_dim")
+
+_NO_CONFIG = "its layout depends on the model, and no config names it"
 
 
 def read_config(path: Path, reach: Reach | None = None) -> Mapping[str, Any] | None:
@@ -35,3 +41,67 @@ def read_config(path: Path, reach: Reach | None = None) -> Mapping[str, Any] | N
             next_step="Fetch or save the checkpoint again",
         )
     return config
+
+
+class Hyperparameters:
+    """The sizes and types in a config, wherever in it they stand; empty without one.
+
+    Configs of models with several towers hold configs (`text_config`, `vision_config`), and families spell
+    one thing in several ways (`num_attention_heads`, `n_head`). A value counts only where all that could be
+    meant agree: what is not clear is not known. Values are used as plain numbers or not at all.
+    """
+
+    def __init__(self, config: Mapping[str, Any] | None) -> None:
+        self._sections = list(_sections(config or {}))
+        self.types = frozenset(str(s["model_type"]) for s in self._sections if "model_type" in s)
+
+    @property
+    def unknown(self) -> str:
+        """Why a layout that depends on the model cannot be told."""
+        if not self.types:
+            return _NO_CONFIG
+        return f"its layout in a model of type {' / '.join(sorted(self.types))[:80]} is not known"
+
+    def attention(self, outputs: int, inputs: int, *, grouped: bool) -> tuple[int, int, int] | None:
+        """Return (query heads, key heads, head size) of a fused projection [outputs, inputs].
+
+        Without `grouped` there are as many key heads as query heads, whatever other layers have.
+        """
+        found = set()
+        for section in self._sections:
+            query, width = _number(section, _HEADS), _number(section, _WIDTH)
+            if query is None or width != inputs:
+                continue
+            inner = section.get("attn_config")
+            key = _number({**(inner if isinstance(inner, Mapping) else {}), **section}, _KEY_HEADS)
+            key = key if key is not None and grouped else query
+            size = _number(section, ("head_dim",)) or width // query
+            if (query + 2 * key) * size == outputs:
+                found.add((query, key, size))
+        return found.pop() if len(found) == 1 else None
+
+    def heads(self) -> int | None:
+        """Return the number of attention heads."""
+        return self.number(*_HEADS)
+
+    def number(self, *keys: str) -> int | None:
+        """Return what the first of `keys` that a section has is in it, if all sections agree."""
+        found = {_number(section, keys) for section in self._sections} - {None}
+        return found.pop() if len(found) == 1 else None
+
+    def flag(self, key: str) -> bool | None:
+        """Return a setting that is true or false."""
+        found = {value for section in self._sections if isinstance(value := section.get(key), bool)}
+        return found.pop() if len(found) == 1 else None
+
+
+def _sections(config: Mapping[str, Any], depth: int = 2) -> Iterator[Mapping[str, Any]]:
+    yield config
+    for value in config.values():
+        if depth and isinstance(value, Mapping):
+            yield from _sections(value, depth - 1)
+
+
+def _number(section: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
+    """Return the first of `keys` that is a whole number above 0."""
+    return next((v for key in keys if type(v := section.get(key)) is int and v > 0), None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from noisytune_cli.checkpoint.hyperparameters import Hyperparameters
+from noisytune_cli.checkpoint.config import Hyperparameters
 from noisytune_cli.plan.parts import cut, stack
 from noisytune_cli.records import Part, TensorSpec
 

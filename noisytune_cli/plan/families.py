@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from noisytune_cli.checkpoint.hyperparameters import Hyperparameters
+from noisytune_cli.checkpoint.config import Hyperparameters
 from noisytune_cli.plan.experts import stacked_parts
 from noisytune_cli.plan.parts import cut
 from noisytune_cli.records import Part, TensorSpec

@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from noisytune_cli.checkpoint.hyperparameters import Hyperparameters
+from noisytune_cli.checkpoint.config import Hyperparameters
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import UsageError
 from noisytune_cli.manifest.write import FEWER_PARTS, MAX_LINES

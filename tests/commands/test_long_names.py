@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 
+from noisytune_cli.checkpoint.config import Hyperparameters
 from noisytune_cli.checkpoint.formats.torch.state_dict import find_weights
-from noisytune_cli.checkpoint.hyperparameters import Hyperparameters
 from noisytune_cli.plan.buffers import find_buffers
 from noisytune_cli.plan.buffers_by_model import tell_buffers
 from noisytune_cli.plan.families import known_parts
