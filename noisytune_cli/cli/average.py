@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from noisytune_cli.cli.options import AsJson, FollowLinks, Mmap, Overwrite, Quiet, Threads
+from noisytune_cli.cli.options import AsJson, FollowLinks, Mmap, Overwrite, OverwriteChanged, Quiet, Threads
 
 if TYPE_CHECKING:
     from noisytune_cli.commands.average import Averaged
@@ -43,6 +43,7 @@ def average(
     mmap: Mmap = False,
     follow_links: FollowLinks = False,
     overwrite: Overwrite = False,
+    overwrite_changed: OverwriteChanged = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -61,6 +62,7 @@ def average(
         out,
         coefficients=() if coefficients is None else numbers("--coefficients", coefficients),
         overwrite=overwrite,
+        overwrite_changed=overwrite_changed,
         threads=threads,
         mmap=mmap,
         quiet=quiet,

@@ -75,6 +75,14 @@ Overwrite = Annotated[
         "--overwrite", help="Replace an existing output: a folder that noisytune wrote, or a weight file."
     ),
 ]
+OverwriteChanged = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite-changed",
+        help="Replace an existing output also where its files were changed since noisytune wrote them; else "
+        "--overwrite refuses that.",
+    ),
+]
 FollowLinks = Annotated[
     bool,
     typer.Option(

@@ -17,6 +17,7 @@ from noisytune_cli.cli.options import (
     GranularityOption,
     Mmap,
     Overwrite,
+    OverwriteChanged,
     Patterns,
     Quiet,
     Revision,
@@ -137,6 +138,7 @@ def perturb(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     overwrite: Overwrite = False,
+    overwrite_changed: OverwriteChanged = False,
     again: Annotated[
         bool,
         typer.Option("--again", help="Perturb a checkpoint that noisytune has noised or averaged before."),
@@ -198,7 +200,9 @@ def perturb(
         buffers_from=buffers_from,
     )
     if dry_run:
-        planned = command.plan_perturb(request, wanted, recipe_only=recipe_only, overwrite=overwrite)
+        planned = command.plan_perturb(
+            request, wanted, recipe_only=recipe_only, overwrite=overwrite, overwrite_changed=overwrite_changed
+        )
         show_perturb.show_planned(planned, as_json=as_json)
         return
     if out is None:
@@ -210,6 +214,7 @@ def perturb(
         wanted,
         recipe_only=recipe_only,
         overwrite=overwrite,
+        overwrite_changed=overwrite_changed,
         device=device,
         threads=threads,
         progress=lambda nbytes: show.progress(nbytes, "perturb", enabled=not quiet),

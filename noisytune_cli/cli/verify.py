@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from noisytune_cli.cli.options import AsJson, Device, FollowLinks, Mmap, Overwrite, Quiet, Threads
+from noisytune_cli.cli.options import (
+    AsJson,
+    Device,
+    FollowLinks,
+    Mmap,
+    Overwrite,
+    OverwriteChanged,
+    Quiet,
+    Threads,
+)
 
 if TYPE_CHECKING:
     from noisytune_cli.commands.replay import Replayed
@@ -84,6 +93,7 @@ def replay(
     mmap: Mmap = False,
     follow_links: FollowLinks = False,
     overwrite: Overwrite = False,
+    overwrite_changed: OverwriteChanged = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -101,6 +111,7 @@ def replay(
         out,
         base=base,
         overwrite=overwrite,
+        overwrite_changed=overwrite_changed,
         device=device,
         threads=threads,
         mmap=mmap,

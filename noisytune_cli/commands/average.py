@@ -15,6 +15,7 @@ from pathlib import Path
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.formats._file import common_mode
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
+from noisytune_cli.commands.replaced import require_unchanged
 from noisytune_cli.commands.write import complete, record_source
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine import mean
@@ -48,6 +49,7 @@ def average(
     *,
     coefficients: Sequence[float] = (),
     overwrite: bool = False,
+    overwrite_changed: bool = False,
     threads: int | None = None,
     mmap: bool = False,
     quiet: bool = False,
@@ -60,9 +62,11 @@ def average(
     sum. Raises UsageError for those, InputInvalid where the sources are not checkpoints of one model.
     """
     weights = _check_coefficients(sources, coefficients)
+    overwrite = overwrite or overwrite_changed
 
     def check_place() -> None:
-        check_places_of_download([out], recipe_only=False, overwrite=overwrite)
+        outputs = check_places_of_download([out], recipe_only=False, overwrite=overwrite)
+        require_unchanged(outputs, insists=overwrite_changed)
 
     with ExitStack() as opened:
         members: list[Checkpoint] = []
@@ -89,6 +93,7 @@ def average(
         check_names(first)
         output = resolve_rewritten(out, first)
         check_output(output, *members, overwrite=overwrite)
+        require_unchanged([output], insists=overwrite_changed, threads=threads, progress=progress)
         files = len(first.weight_files) + len(first.others) + 1
         check_space([output], copied_bytes(first) + recorded, files)
         publication = opened.enter_context(

@@ -14,6 +14,7 @@ from pathlib import Path
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.dequantize import check_config, dequantize
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
+from noisytune_cli.commands.replaced import require_unchanged
 from noisytune_cli.commands.write import fill, record_source
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
@@ -100,17 +101,20 @@ def plan_perturb(
     *,
     recipe_only: bool = False,
     overwrite: bool = False,
+    overwrite_changed: bool = False,
 ) -> Planned:
     """Say what `perturb` (with combinations, `perturb_each`) would do, without reading a weight.
 
     Outputs that are named are refused as there; whether there is room for them is not asked.
     """
     wanted = wanted or [_only(request, None)]
-    with _open(request, _outs(wanted), recipe_only=recipe_only, overwrite=overwrite) as source:
+    with _open(request, _outs(wanted), recipe_only, overwrite, overwrite_changed) as source:
         told = tell_buffers(source.tensors, config=source.config, decider=request.buffers_from)
         plans = make_plans(source, request.noise, wanted, told, request.conversion)
         files = _lay_out(source, plans, request.conversion)
-        check_places(source, files, _outs(wanted), recipe_only=recipe_only, overwrite=overwrite)
+        overwrite = overwrite or overwrite_changed
+        outputs = check_places(source, files, _outs(wanted), recipe_only=recipe_only, overwrite=overwrite)
+        require_unchanged(outputs, insists=overwrite_changed)
         return Planned(
             id=source.id,
             revision=source.revision,
@@ -127,6 +131,7 @@ def perturb(
     *,
     recipe_only: bool = False,
     overwrite: bool = False,
+    overwrite_changed: bool = False,
     device: str = "cpu",
     threads: int | None = None,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
@@ -137,6 +142,7 @@ def perturb(
         [_only(request, out)],
         recipe_only=recipe_only,
         overwrite=overwrite,
+        overwrite_changed=overwrite_changed,
         device=device,
         threads=threads,
         progress=progress,
@@ -150,6 +156,7 @@ def perturb_each(
     *,
     recipe_only: bool = False,
     overwrite: bool = False,
+    overwrite_changed: bool = False,
     device: str = "cpu",
     threads: int | None = None,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
@@ -157,13 +164,16 @@ def perturb_each(
     """Write what `perturb` would for each λ and seed of `wanted`, from one pass over the source.
 
     All are complete before the first is published. With `recipe_only` the manifests alone are written.
+    `overwrite` replaces outputs that are as noisytune wrote them, `overwrite_changed` others too.
     """
-    with _open(request, _outs(wanted), recipe_only=recipe_only, overwrite=overwrite) as source:
+    with _open(request, _outs(wanted), recipe_only, overwrite, overwrite_changed) as source:
         told = tell_buffers(source.tensors, config=source.config, decider=request.buffers_from)
         plans = make_plans(source, request.noise, wanted, told, request.conversion)
         files = _lay_out(source, plans, request.conversion)
         walk = Walk(open_device(device), threads or default_threads())
+        overwrite = overwrite or overwrite_changed
         outputs = check_places(source, files, _outs(wanted), recipe_only=recipe_only, overwrite=overwrite)
+        require_unchanged(outputs, insists=overwrite_changed, threads=threads, progress=progress)
         check_room(source, files, plans[0], outputs, recipe_only=recipe_only)
         is_folder = not (source.single_file or recipe_only)
         publications = [
@@ -246,12 +256,19 @@ def _only(request: Request, out: str | None) -> Combination:
 
 
 def _open(
-    request: Request, outs: Sequence[str] = (), *, recipe_only: bool = False, overwrite: bool = False
+    request: Request,
+    outs: Sequence[str] = (),
+    recipe_only: bool = False,
+    overwrite: bool = False,
+    overwrite_changed: bool = False,
 ) -> Checkpoint:
     """Open the source; what can be refused without a hub's weights is refused before they are downloaded."""
 
     def check_place() -> None:
-        check_places_of_download(outs, recipe_only=recipe_only, overwrite=overwrite)
+        outputs = check_places_of_download(
+            outs, recipe_only=recipe_only, overwrite=overwrite or overwrite_changed
+        )
+        require_unchanged(outputs, insists=overwrite_changed)
 
     def check_earlier(earlier: Earlier) -> None:
         if not request.again:

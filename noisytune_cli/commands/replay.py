@@ -14,6 +14,7 @@ from pathlib import Path
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.commands.base import match_files, not_the_base, open_original
 from noisytune_cli.commands.compare import Difference, compare_receipts, recorded_steps
+from noisytune_cli.commands.replaced import require_unchanged
 from noisytune_cli.commands.write import fill
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
@@ -45,6 +46,7 @@ def replay(
     *,
     base: str | None = None,
     overwrite: bool = False,
+    overwrite_changed: bool = False,
     device: str = "cpu",
     threads: int | None = None,
     mmap: bool = False,
@@ -62,9 +64,11 @@ def replay(
     recorded.require_original()
     manifest = recorded.manifest
     receipts = {receipt.step.tensor.name: receipt for receipt in manifest.receipts}
+    overwrite = overwrite or overwrite_changed
 
     def check_place() -> None:
-        check_places_of_download([out], recipe_only=False, overwrite=overwrite)
+        outputs = check_places_of_download([out], recipe_only=False, overwrite=overwrite)
+        require_unchanged(outputs, insists=overwrite_changed)
 
     with open_original(
         recorded, base, mmap=mmap, quiet=quiet, follow_links=follow_links, check_place=check_place
@@ -76,6 +80,7 @@ def replay(
         rewritten = () if manifest.output is None else _rewrite(manifest.output, plan, source, recorded)
         output = resolve_rewritten(out, source, rewritten)
         check_output(output, source, overwrite=overwrite, manifest=recorded.path)
+        require_unchanged([output], insists=overwrite_changed, threads=threads, progress=progress)
         written = len(rewritten) or len(source.weight_files)
         check_space([output], needed_bytes(source, plan, rewritten), written + len(source.others) + 1)
         check_descriptors(len(source.weight_files) + written + 1)

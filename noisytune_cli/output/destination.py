@@ -62,12 +62,13 @@ def check_places(
     return outputs
 
 
-def check_places_of_download(outs: Sequence[str], *, recipe_only: bool, overwrite: bool) -> None:
-    """Raise what `check_places` would for outputs of a hub's model, a folder, before that is downloaded."""
+def check_places_of_download(outs: Sequence[str], *, recipe_only: bool, overwrite: bool) -> list[Path]:
+    """Do as `check_places` for outputs of a hub's model, a folder, before that is downloaded."""
     outputs = [(resolve_recipe if recipe_only else resolve_folder)(out) for out in outs]
     for output in outputs:
         (check_recipe if recipe_only else check_folder)(output, overwrite=overwrite)
     check_distinct(outputs)
+    return outputs
 
 
 def resolve_rewritten(

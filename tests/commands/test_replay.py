@@ -143,7 +143,9 @@ def test_existing_output_stays_unless_it_may_be_replaced(pristine: tuple[Path, P
     shutil.rmtree(out)
     shutil.copytree(made, out)
     (out / "sub/tokenizer.json").write_text("changed")
-    replay(str(made / "noisytune.json"), str(out), base=str(base), overwrite=True)
+    with pytest.raises(OutputUnsafe, match="not as its manifest records it"):
+        replay(str(made / "noisytune.json"), str(out), base=str(base), overwrite=True)
+    replay(str(made / "noisytune.json"), str(out), base=str(base), overwrite_changed=True)
     assert tree(out) == tree(made)
 
 

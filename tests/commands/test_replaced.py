@@ -1,0 +1,137 @@
+"""What was changed in an output since noisytune wrote it is replaced only where the user insists."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from checkpoints import save, save_sharded, weights
+from runs import run
+from typer.testing import CliRunner
+
+from noisytune_cli.cli.app import app
+from noisytune_cli.commands import replaced
+from noisytune_cli.commands.average import average
+from noisytune_cli.commands.perturb import Request, plan_perturb
+from noisytune_cli.commands.replay import replay
+from noisytune_cli.commands.verify import verify
+from noisytune_cli.errors import OutputUnsafe
+from noisytune_cli.output.publish import Publication
+from noisytune_cli.records import Combination, NoiseSpec
+
+WEIGHTS = "model-00002-of-00002.safetensors"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    root = save_sharded(
+        tmp_path / "in", {"a": weights("F32", 9, 9)}, {"b": weights("BF16", 5, 5), "c": weights("F32", 0)}
+    )
+    (root / "README.md").write_text("of the base")
+    (root / "sub").mkdir()
+    (root / "sub" / "vocab.txt").write_text("a b c")
+    return root
+
+
+def flip(path: Path) -> None:
+    """Change the last byte where it is."""
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+
+
+def flip_and_set_times_back(path: Path) -> None:
+    status = path.stat()
+    flip(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def put_an_older_one_there(path: Path) -> None:
+    """Rename a file of the same size and of an older time to that name."""
+    other = path.parent.parent / "other"
+    shutil.copyfile(path, other)
+    flip(other)
+    os.utime(other, (1, 1))
+    os.rename(other, path)
+
+
+@pytest.mark.parametrize("name", ["README.md", "sub/vocab.txt", WEIGHTS, "model.safetensors.index.json"])
+@pytest.mark.parametrize("change", [flip, flip_and_set_times_back, put_an_older_one_there])
+def test_a_changed_output_is_replaced_only_on_demand(
+    change: Callable[[Path], None],
+    name: str,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = run(source, tmp_path / "out").output
+    manifest = shutil.copy(out / "noisytune.json", tmp_path)
+    change(out / name)
+    kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patched:
+        patched.setattr(Publication, "__init__", None)  # refused before there is one
+        for again in (
+            lambda: run(source, out, overwrite=True),
+            lambda: plan_perturb(
+                Request(str(source), NoiseSpec()), [Combination(0.15, 0, str(out))], overwrite=True
+            ),
+            lambda: average([str(source), str(source)], str(out), overwrite=True),
+            lambda: replay(str(manifest), str(out), base=str(source), overwrite=True),
+        ):
+            with pytest.raises(OutputUnsafe, match=f"{name} is not as its .*--overwrite-changed"):
+                again()
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == kept
+    run(source, out, overwrite_changed=True)
+    assert verify(str(out)).ok
+
+
+def test_a_file_that_was_trained_on(tmp_path: Path) -> None:
+    source = save(tmp_path / "in.safetensors", {"w": weights("F32", 9)})
+    out = tmp_path / "out.safetensors"
+    run(source, out)
+    save(out, {"w": weights("F32", 9, seed=3)})
+    trained = out.read_bytes()
+    with pytest.raises(OutputUnsafe, match="--overwrite-changed"):
+        run(source, out, overwrite=True)
+    assert out.read_bytes() == trained
+    arguments = ["perturb", str(source), "-o", str(out), "--overwrite-changed"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert verify(str(out)).ok
+
+
+def test_an_average_that_was_trained_on(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    average([str(source), str(source)], str(out))
+    flip(out / WEIGHTS)
+    with pytest.raises(OutputUnsafe, match=f"{WEIGHTS} .*--overwrite-changed"):
+        average([str(source), str(source)], str(out), overwrite=True)
+    average([str(source), str(source)], str(out), overwrite_changed=True)
+    assert verify(str(out)).ok
+
+
+def test_what_is_as_it_was_is_replaced_though_it_is_younger_or_lacks_a_file(
+    source: Path, tmp_path: Path
+) -> None:
+    run(source, tmp_path / "first")
+    out = tmp_path / "out"
+    shutil.copytree(tmp_path / "first", out)
+    (out / "README.md").touch()
+    (out / "sub" / "vocab.txt").unlink()
+    assert run(source, out, overwrite=True).warnings == ()
+    assert (out / "sub" / "vocab.txt").exists()
+
+
+def test_nothing_is_read_of_an_output_that_is_as_it_was_left(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replaced, "_what_changed", None)
+    for noise in (NoiseSpec(), NoiseSpec(seed=1)):
+        run(source, tmp_path / "out", noise, overwrite=True)
+    single = source / WEIGHTS
+    for noise in (NoiseSpec(), NoiseSpec(seed=1)):
+        run(single, tmp_path / "out.safetensors", noise, overwrite=True)
