@@ -197,7 +197,7 @@ def read_json(path: Path, limit: int, reach: Reach | None = None, *, lenient: bo
     try:
         return parse_json(content, lenient=lenient)
     except ValueError as error:
-        raise _not_json(path, str(error)) from error
+        raise not_json(path, str(error)) from error
 
 
 def parse_json(content: bytes, *, lenient: bool = False) -> object:
@@ -230,7 +230,7 @@ def _cannot_read(path: Path, why: str, next_step: str) -> InputInvalid:
     return InputInvalid("cannot read", path=path, why=why, next_step=next_step)
 
 
-def _not_json(path: Path, why: str) -> InputInvalid:
+def not_json(path: Path, why: str) -> InputInvalid:
     return InputInvalid(
         "not valid JSON", path=path, why=why, next_step="Fetch the file again from where it came"
     )

@@ -18,20 +18,21 @@ from types import TracebackType
 from typing import Any
 
 from noisytune_cli.checkpoint import hub
-from noisytune_cli.checkpoint.config import CONFIG, ConfigCheck, read_config
+from noisytune_cli.checkpoint.config import CONFIG, ConfigCheck, look_at_config, read_config
 from noisytune_cli.checkpoint.folder import list_folder
 from noisytune_cli.checkpoint.formats import Source, open_source
-from noisytune_cli.checkpoint.index import ShardIndex, check_present, check_tensors, read_index
+from noisytune_cli.checkpoint.index import ShardIndex, check_tensors, read_index
 from noisytune_cli.checkpoint.layout import (
     CHUNKS_SUFFIX,
-    INDEX_SUFFIXES,
     METADATA,
     OTHER_WEIGHTS,
     Listing,
     arrange,
+    index_suffix,
     manifests,
 )
-from noisytune_cli.checkpoint.weights import choose_weights
+from noisytune_cli.checkpoint.twins import sort_weights
+from noisytune_cli.checkpoint.weights import choose
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.previous import NAMESAKE, Earlier, EarlierCheck, of_file, of_folder
@@ -142,8 +143,8 @@ def open_checkpoint(
 
     `weights` and `revision` are what --weights and --revision name; `quiet` hides the download's progress,
     and with `follow_links` a folder may consist of links that lead out of it.
-    `check_place` may refuse before anything is downloaded, and `check_earlier` before any weights are, given
-    what `Checkpoint.earlier` will be.
+    `check_place` may refuse before anything is downloaded; `check_config` and `check_earlier` before any
+    weights are, given the config, and what `Checkpoint.earlier` will be.
     """
     if not _is_local(source):
         if not hub.is_repo_id(source):
@@ -164,7 +165,7 @@ def open_checkpoint(
             quiet=quiet,
         )
         return _open_folder(
-            snapshot.root, snapshot.listing, source, snapshot.commit, weights, mmap, None, follow_links
+            snapshot.root, snapshot.listing, source, snapshot.commit, weights, mmap, follow_links
         )
     if revision is not None:
         raise UsageError(
@@ -180,7 +181,7 @@ def open_checkpoint(
         raise unreadable(error if isinstance(error, OSError) else OSError(str(error)), source) from error
     name, commit = _identify(path, is_folder)
     if is_folder:
-        return _open_folder(path, list_folder(path), name, commit, weights, mmap, check_config, follow_links)
+        return _open_folder(path, list_folder(path), name, commit, weights, mmap, follow_links)
     if weights is not None:
         raise UsageError(
             "--weights cannot be used",
@@ -188,7 +189,7 @@ def open_checkpoint(
             why="it chooses a file in a folder, and SOURCE is a file",
             next_step="Leave --weights out, or give the folder",
         )
-    return _open_file(path, name, commit, mmap, check_config)
+    return _open_file(path, name, commit, mmap)
 
 
 def _is_local(source: str) -> bool:
@@ -220,19 +221,15 @@ def _open_folder(
     commit: str | None,
     weights: str | None,
     mmap: bool,
-    check_config: ConfigCheck | None,
     follow_links: bool,
 ) -> Checkpoint:
     reach = None if follow_links else reach_of(root)
-    chosen = choose_weights(listing, weights, os.fspath(root))
+    choice = choose(listing, weights, os.fspath(root), lambda name: read_index(root, name, reach))
+    chosen, index = choice.name, choice.index
     config_path = root / posixpath.dirname(chosen) / CONFIG
-    config = read_config(config_path, reach)
-    if config is not None and check_config is not None:
-        check_config(config, os.fspath(config_path))
-    index = read_index(root, chosen, reach) if chosen.endswith(INDEX_SUFFIXES) else None
+    config, useless = look_at_config(config_path, reach)
+    warnings = [*choice.warnings, *([useless] if useless else ())]
     files = (chosen,) if index is None else index.shards
-    if index is not None:
-        check_present(index, {*listing.files, *listing.special}, os.fspath(root))
     for file in files:
         if file in listing.special:
             raise InputInvalid(
@@ -247,14 +244,24 @@ def _open_folder(
             sources.append(open_source(root / file, file, mmap, reach))
             opened.callback(sources[-1].close)
         weight_files = {name for source in sources for name in source.files}
-        others, left_out = arrange(listing, chosen, weight_files)
+        tensors = [tensor for source in sources for tensor in source.tensors]
+        arranged = arrange(listing, chosen, weight_files)
+        found = sort_weights(root, arranged.weights, arranged.twins, tensors, reach)
+        others = sorted((*arranged.others, *found.others))
+        left_out = sorted([*arranged.left_out, *((name, arranged.weights[name]) for name in found.twins)])
         seen = {file: _look(root / file, reach) for file in others}
-        warnings = [warning for source in sources for warning in source.warnings]
+        warnings += [warning for source in sources for warning in source.warnings]
+        warnings += found.warnings
         earlier, namesakes = of_folder(root, manifests(listing), weight_files)
         left_out = [(file, NAMESAKE if file in namesakes else why) for file, why in left_out]
         warnings += [f"{escape(file)} is left out: {NAMESAKE}" for file in sorted(namesakes)]
         if index is not None:
-            warnings += check_tensors(index, sources) + _strays(index, left_out)
+            warnings += check_tensors(index, sources)
+            warnings += [
+                f"{escape(name)} is not listed in {escape(index.name)} and is left out"
+                for name in sorted(found.twins)
+                if arranged.weights[name] == OTHER_WEIGHTS and index_suffix(name) is None
+            ]
         opened.pop_all()
     return Checkpoint(
         id=name,
@@ -282,10 +289,8 @@ def _look(path: Path, reach: Reach | None) -> os.stat_result:
         os.close(fd)
 
 
-def _open_file(
-    path: Path, name: str, commit: str | None, mmap: bool, check_config: ConfigCheck | None
-) -> Checkpoint:
-    if path.name.endswith(INDEX_SUFFIXES):
+def _open_file(path: Path, name: str, commit: str | None, mmap: bool) -> Checkpoint:
+    if index_suffix(path.name) is not None:
         raise InputInvalid(
             "cannot read the checkpoint",
             path=path,
@@ -307,8 +312,6 @@ def _open_file(
         # What merely lies beside the file is no part of SOURCE: it can help, but not hinder.
         config = None
         warnings.append(f"not used: {error.line()}")
-    if config is not None and check_config is not None:
-        check_config(config, os.fspath(config_path))
     source: Source = open_source(path, _printable(path.name), mmap)
     return Checkpoint(
         id=name,
@@ -323,11 +326,3 @@ def _open_file(
         warnings=(*warnings, *source.warnings),
         earlier=of_file(path),
     )
-
-
-def _strays(index: ShardIndex, left_out: list[tuple[str, str]]) -> list[str]:
-    return [
-        f"{name} is not listed in {index.name} and is left out"
-        for name, why in left_out
-        if why == OTHER_WEIGHTS and not name.endswith(".json")
-    ]

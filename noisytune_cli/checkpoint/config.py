@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.reading import Reach, read_json
+from noisytune_cli.reading import Reach, not_json, parse_json, read_small
 
 CONFIG = "config.json"
 
@@ -32,7 +32,29 @@ def read_config(path: Path, reach: Reach | None = None) -> Mapping[str, Any] | N
     """Return the parsed config, None where there is none; raises InputInvalid if it is no JSON object."""
     if not os.path.lexists(path):
         return None
-    config = read_json(path, _MAX_BYTES, reach, lenient=True)
+    return _parse(path, read_small(path, _MAX_BYTES, reach))
+
+
+def look_at_config(path: Path, reach: Reach | None = None) -> tuple[Mapping[str, Any] | None, str | None]:
+    """Return the config, or why it is none.
+
+    Other programs call theirs so too, with comments in it, or a list: it is copied as any file, and helps
+    nobody to read the weights. What is no file, or not within reach, is refused.
+    """
+    if not os.path.lexists(path):
+        return None, None
+    content = read_small(path, _MAX_BYTES, reach)
+    try:
+        return _parse(path, content), None
+    except InputInvalid as error:
+        return None, f"not used: {error.line()}"
+
+
+def _parse(path: Path, content: bytes) -> Mapping[str, Any]:
+    try:
+        config = parse_json(content, lenient=True)
+    except ValueError as error:
+        raise not_json(path, str(error)) from error
     if not isinstance(config, dict):
         raise InputInvalid(
             "cannot read the config",

@@ -24,7 +24,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from noisytune_cli.checkpoint.config import CONFIG, ConfigCheck, read_config
+from noisytune_cli.checkpoint.config import CONFIG, ConfigCheck, look_at_config
 from noisytune_cli.checkpoint.folder import list_folder
 from noisytune_cli.checkpoint.hub_answers import (
     COMMIT,
@@ -36,17 +36,16 @@ from noisytune_cli.checkpoint.hub_answers import (
     watched,
 )
 from noisytune_cli.checkpoint.hub_errors import CANNOT_FETCH, mapped_errors
-from noisytune_cli.checkpoint.index import check_present, read_index
+from noisytune_cli.checkpoint.index import ShardIndex, read_index
 from noisytune_cli.checkpoint.layout import (
     CHUNKS_SUFFIX,
-    INDEX_SUFFIXES,
     METADATA,
     Listing,
     arrange,
     list_names,
     manifests,
 )
-from noisytune_cli.checkpoint.weights import choose_weights
+from noisytune_cli.checkpoint.weights import choose, choose_weights
 from noisytune_cli.errors import HubError
 from noisytune_cli.manifest.previous import EarlierCheck, of_folder
 from noisytune_cli.manifest.write import MAX_BYTES
@@ -104,24 +103,26 @@ def download(
     """
     repository = _Repository(repo_id, revision, quiet)
     listing = repository.listing
-    chosen = choose_weights(listing, weights, repo_id)
+
+    def read(name: str) -> ShardIndex:
+        repository.fetch([name])
+        index = read_index(repository.root, name)
+        if not repository.is_listed and (missing := set(index.shards).difference(listing.files)):
+            raise _not_cached(repo_id, f"{min(missing)} is not in the cache")
+        return index
+
+    choose_weights(listing, weights, repo_id)
     config_name = posixpath.join(posixpath.dirname(weights or ""), CONFIG)
     if config_name in listing.files:
         repository.fetch([config_name])
-        config = read_config(repository.root / config_name)
+        config, _ = look_at_config(repository.root / config_name)
         if config is not None and check_config is not None:
             check_config(config, f"{repo_id}/{config_name}")
 
-    files: tuple[str, ...] = (chosen,)
-    if chosen.endswith(INDEX_SUFFIXES):
-        repository.fetch([chosen])
-        index = read_index(repository.root, chosen)
-        files = index.shards
-        if not repository.is_listed and (missing := set(files).difference(listing.files)):
-            raise _not_cached(repo_id, f"{min(missing)} is not in the cache")
-        check_present(index, listing.files, repo_id)
-
-    elif posixpath.basename(chosen) == METADATA:
+    choice = choose(listing, weights, repo_id, read)
+    chosen = choice.name
+    files: tuple[str, ...] = (chosen,) if choice.index is None else choice.index.shards
+    if posixpath.basename(chosen) == METADATA:
         home = posixpath.dirname(chosen)
         chunks = (name for name in listing.files if name.endswith(CHUNKS_SUFFIX))
         files += tuple(name for name in chunks if posixpath.dirname(name) == home)
@@ -134,8 +135,8 @@ def download(
         if earlier is not None and check_earlier is not None:
             check_earlier(earlier)
 
-    others, _ = arrange(listing, chosen, files)
-    repository.fetch([*files, *others])
+    arranged = arrange(listing, chosen, files)
+    repository.fetch([*files, *arranged.others, *(arranged.weights.keys() - arranged.twins)])
     return Snapshot(repository.root, repository.commit, listing)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from noisytune_cli.checkpoint.formats import Source
-from noisytune_cli.checkpoint.layout import is_plain_name
+from noisytune_cli.checkpoint.layout import index_suffix, is_plain_name
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.reading import Reach, read_json
 
@@ -121,9 +121,8 @@ def _check_shard_name(path: Path, tensor: str, shard: object) -> None:
         raise _invalid(path, "the shard's name is not a string", tensor)
     if not is_plain_name(shard):
         raise _invalid(path, f"the shard's name '{shard}' is no plain name inside the folder", tensor)
-    suffix = path.name.removesuffix(".index.json")
-    suffix = suffix[suffix.rindex(".") :]
-    if not shard.endswith(suffix):
+    suffix = index_suffix(path.name)
+    if suffix is not None and not shard.endswith(suffix):
         raise _invalid(path, f"the shard '{shard}' is no *{suffix} file", tensor)
 
 

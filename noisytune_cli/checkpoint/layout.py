@@ -2,9 +2,10 @@
 
 One idea: everything is decided from names, so a folder on disk and a repository on the hub, of which nothing
 has been fetched yet, get the same answer. `checkpoint/weights.py` chooses the weights in the same way. The
-folder that holds them is their home; only there can another file be a twin of them. Weights in other folders
-are other modules (sentence-transformers' `2_Dense/`) and are copied; exports (ONNX, GGUF…) and trainer state
-are left out wherever they lie. Every file that is left out is named, with the reason.
+folder that holds them is their home; only there can another file be a twin of them, and of weights under
+another name only their tensors tell (`checkpoint/twins.py`). Weights in other folders are other modules
+(sentence-transformers' `2_Dense/`) and are copied; exports (ONNX, GGUF…) and trainer state are left out
+wherever they lie. Every file that is left out is named, with the reason.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import posixpath
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase, translate
+from fnmatch import translate
 from functools import cache
 
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
@@ -23,8 +24,12 @@ SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".th", ".ckpt")
 WEIGHTS_SUFFIXES = (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES)
 
-#: What the name of an index ends in, and the shards' names with it.
-INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+#: An index of shards: `model.safetensors.index.json`, of a variant `model.safetensors.index.fp16.json`.
+_INDEX = re.compile(
+    r"(?P<stem>.*)(?P<suffix>\.safetensors|\.bin)\.index(?P<variant>\.[\w-]+)?\.json", re.DOTALL
+)
+
+_SHARD = re.compile(r"-\d{3,}-of-\d{3,}$")
 
 #: The file that makes a folder a checkpoint of torch.distributed.checkpoint, which writes it last; and what
 #: the names of the files with the weights end in.
@@ -46,6 +51,7 @@ _FOLDERS_LEFT_OUT = (
     (r"checkpoint-\d+", TRAINER_CHECKPOINT),
     (r"global_step\d+|optimizer_\d+", "optimizer and trainer state"),
     (r"pytorch_model_fsdp_\d+", SHARDED_STATE),
+    (r"__MACOSX", "left by macOS"),
     (r".*\.(mlpackage|mlmodelc)", "the weights in another format (Core ML)"),
 )
 
@@ -71,10 +77,11 @@ _EXPORTS = (
     ("PyTorch", ("consolidated.*.pth", "pytorch_model_fsdp*.bin")),
 )
 
-#: The weights as a pickle, in the weights' home only.
-_PICKLES = ("pytorch_model*.bin", "pytorch_model*.bin.index*.json", "*.ckpt")
-_TWIN_SUFFIXES = (*PICKLE_SUFFIXES, ".pkl", ".bin.index.json")
-_PICKLE_STEMS = ("model", "pytorch_model", "adapter_model", "diffusion_pytorch_model", "consolidated")
+#: What one model's weights are called by the loaders and programs that look for them by their names.
+_TWIN_STEMS = (
+    *("model", "pytorch_model", "diffusion_pytorch_model", "consolidated"),
+    *("open_clip_model", "open_clip_pytorch_model"),
+)
 
 
 @dataclass(frozen=True)
@@ -126,25 +133,42 @@ def export_format(base: str) -> str | None:
     return next((label for label, patterns in _EXPORTS if _matches(base, patterns)), None)
 
 
-def arrange(
-    listing: Listing, chosen: str, weights: Collection[str]
-) -> tuple[list[str], list[tuple[str, str]]]:
-    """Sort every file but `weights` into those to copy and those left out, with the reason.
+@dataclass(frozen=True)
+class Arranged:
+    """Every file but the weights: `others` are to be copied, `left_out` are not, each with the reason.
+
+    `weights` are other weight files (and their indexes) in the home of those chosen, each with why it is left
+    out if it holds the same; `twins` are those of them whose names say so.
+    """
+
+    others: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+    weights: Mapping[str, str]
+    twins: frozenset[str]
+
+
+def arrange(listing: Listing, chosen: str, weights: Collection[str]) -> Arranged:
+    """Sort every file but `weights`.
 
     `chosen` is what `weights.choose_weights` returned; when it is an index it is among the files to copy.
     """
     home = posixpath.dirname(chosen)
     others: list[str] = []
     left_out = [*listing.special.items(), *listing.folders.items()]
+    unsure: dict[str, str] = {}
     for name in listing.files:
         if name in weights:
             continue
-        why = None if name == chosen else _why_left_out(name, home, posixpath.basename(chosen))
-        if why is None:
+        if name == chosen:
             others.append(name)
-        else:
+        elif (why := _why_left_out(name, home, chosen)) is not None:
             left_out.append((name, why))
-    return sorted(others), sorted(left_out)
+        elif posixpath.dirname(name) == home and is_weights(name):
+            unsure[name] = _why_twin(name, chosen)
+        else:
+            others.append(name)
+    twins = frozenset(name for name in unsure if _is_named_twin(name, chosen))
+    return Arranged(tuple(sorted(others)), tuple(sorted(left_out)), unsure, twins)
 
 
 def manifests(listing: Listing) -> list[str]:
@@ -152,44 +176,77 @@ def manifests(listing: Listing) -> list[str]:
     return [name for name in listing.files if "/" not in name and _is_manifest(name)]
 
 
+def index_suffix(name: str) -> str | None:
+    """Return what the names of an index's shards end in, None where it is no index of such shards."""
+    found = _INDEX.fullmatch(posixpath.basename(name))
+    return None if found is None else found["suffix"]
+
+
+def is_weights(name: str) -> bool:
+    """Tell whether a file is named as weights that can be read, or as an index of them; hidden ones are not.
+
+    What `._model.safetensors` or `.model.safetensors.part` holds was left by a file system or a download.
+    """
+    base = posixpath.basename(name)
+    return not base.startswith(".") and (base.endswith(WEIGHTS_SUFFIXES) or index_suffix(base) is not None)
+
+
+def stem_of(name: str) -> str:
+    """Return the name of weights, of a shard or an index without what tells these: `model`, `model.fp16`."""
+    base = posixpath.basename(name)
+    if base == METADATA:
+        return ""
+    if (found := _INDEX.fullmatch(base)) is not None:
+        return found["stem"] + (found["variant"] or "")
+    suffix = next((suffix for suffix in WEIGHTS_SUFFIXES if base.endswith(suffix)), "")
+    return _SHARD.sub("", base.removesuffix(suffix))
+
+
+def is_variant(stem: str, of: str) -> bool:
+    """Tell whether weights are a variant of others, such as `model.fp16` of `model`."""
+    return stem.startswith(f"{of}.")
+
+
 def _why_left_out(name: str, home: str, chosen: str) -> str | None:
     base = posixpath.basename(name)
-    at_home = posixpath.dirname(name) == home
     if "/" not in name and _is_manifest(base):
         return "the manifest of an earlier run"
+    if base.startswith("._"):
+        return "left by macOS"
     if why := why_folder_left_out(base):
         return why
     if _matches(base, _TRAINER_STATE):
         return "optimizer and trainer state"
     if label := export_format(base):
         return f"the weights in another format ({label})"
-    if at_home and (base == METADATA or base.endswith(CHUNKS_SUFFIX)):
-        return OTHER_WEIGHTS if chosen == METADATA else f"the weights in another format ({_CHUNKED})"
-    in_safetensors = chosen.endswith((SAFETENSORS_SUFFIX, INDEX_SUFFIXES[0]))
-    in_pickles = chosen != METADATA and not in_safetensors
-    if at_home and _is_pickled_twin(base, _stem(chosen)):
-        return OTHER_WEIGHTS if in_pickles else "the weights in another format (PyTorch)"
-    if at_home and (base.endswith(SAFETENSORS_SUFFIX) or fnmatchcase(base, "*.safetensors.index*.json")):
-        return OTHER_WEIGHTS if in_safetensors else "the weights in another format (safetensors)"
+    if posixpath.dirname(name) == home and (base == METADATA or base.endswith(CHUNKS_SUFFIX)):
+        chunked = posixpath.basename(chosen) == METADATA
+        return OTHER_WEIGHTS if chunked else f"the weights in another format ({_CHUNKED})"
     return None
 
 
-def _stem(chosen: str) -> str:
-    """Return the name of the weights or their index without what it ends in."""
-    if chosen == METADATA:
-        return ""
-    suffix = next(s for s in (*INDEX_SUFFIXES, *WEIGHTS_SUFFIXES) if chosen.endswith(s))
-    return chosen.removesuffix(suffix)
+def _why_twin(name: str, chosen: str) -> str:
+    """Return why other weights are left out that hold what the chosen ones hold."""
+    ours, theirs = _in_safetensors(chosen), _in_safetensors(name)
+    if ours == theirs and posixpath.basename(chosen) != METADATA:
+        return OTHER_WEIGHTS
+    return f"the weights in another format ({'safetensors' if theirs else 'PyTorch'})"
+
+
+def _in_safetensors(name: str) -> bool:
+    return (index_suffix(name) or name).endswith(SAFETENSORS_SUFFIX)
+
+
+def _is_named_twin(name: str, chosen: str) -> bool:
+    """Tell whether a name alone makes weights a twin: that of the chosen ones, or one that stands for it."""
+    stem, ours = stem_of(name), stem_of(chosen)
+    usual = any(ours == one or is_variant(ours, one) for one in _TWIN_STEMS)
+    stems = (ours, *_TWIN_STEMS) if usual or not ours else (ours,)
+    return any(stem == one or is_variant(stem, one) for one in stems if one)
 
 
 def _is_manifest(base: str) -> bool:
     return base == MANIFEST or base.endswith(MANIFEST_SUFFIX)
-
-
-def _is_pickled_twin(base: str, stem: str) -> bool:
-    if _matches(base, _PICKLES):
-        return True
-    return any(base == name + suffix for name in (*_PICKLE_STEMS, stem) for suffix in _TWIN_SUFFIXES)
 
 
 def _matches(base: str, patterns: tuple[str, ...]) -> bool:

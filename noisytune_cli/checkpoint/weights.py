@@ -1,19 +1,24 @@
 """Which file of a checkpoint holds the weights: chosen by name, or refused with what to name instead.
 
-An index, else the file that frameworks take by themselves, else the only one; safetensors before the chunks
-of torch.distributed.checkpoint, and those before pickles. Only the folder itself is looked in: what lies
-deeper is another module, an earlier step or a cache, and the refusal says where that is.
+The file that frameworks take by themselves, else the only index, else the only file; safetensors before the
+chunks of torch.distributed.checkpoint, and those before pickles. As in transformers a whole file comes before
+an index of the same name, which an earlier save in shards has left; in diffusers, where shards are there, the
+index comes first. A variant (`model.fp16`) is taken where there is nothing that it is a variant of. Only the
+folder itself is looked in: what lies deeper is another module, an earlier step or a cache, and the refusal
+says where that is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import posixpath
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
+from noisytune_cli.checkpoint.index import ShardIndex, check_present
 from noisytune_cli.checkpoint.layout import (
     CHUNKS_SUFFIX,
-    INDEX_SUFFIXES,
     METADATA,
     PICKLE_SUFFIXES,
     SAFETENSORS_SUFFIX,
@@ -22,24 +27,64 @@ from noisytune_cli.checkpoint.layout import (
     WEIGHTS_SUFFIXES,
     Listing,
     export_format,
+    index_suffix,
     is_no_model,
     is_plain_name,
+    is_variant,
+    is_weights,
+    stem_of,
 )
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError
-from noisytune_cli.escape import list_some
+from noisytune_cli.escape import escape, list_some
 
-#: Weight files that are chosen by name, the first that is there.
-_DEFAULT_WEIGHTS = (
+#: What loaders take by its name, the first that is there, whole or by its index; then an adapter.
+_MODELS = (
     "model.safetensors",
-    "adapter_model.safetensors",
+    "diffusion_pytorch_model.safetensors",
     "pytorch_model.bin",
-    "adapter_model.bin",
+    "diffusion_pytorch_model.bin",
 )
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
-_SHARD = re.compile(r"-(\d{3,})-of-(\d{3,})\.(?:safetensors|bin)$")
+_SHARD = re.compile(r"-\d{3,}-of-(\d{3,})\.(?:safetensors|bin)$")
 
 #: A snapshot in the hub's cache of a repository.
 _SNAPSHOT = re.compile(r"snapshots/[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The weight file, or the index of its shards, and what to warn of."""
+
+    name: str
+    index: ShardIndex | None
+    warnings: tuple[str, ...] = ()
+
+
+def choose(listing: Listing, requested: str | None, where: str, read: Callable[[str], ShardIndex]) -> Choice:
+    """Choose as `choose_weights` does, and `read` the index if it is one; its shards must be there.
+
+    An index of which no shard is there was left beside other weights, and those are taken.
+    """
+    name = choose_weights(listing, requested, where)
+    if index_suffix(name) is None:
+        left = [] if requested is not None else _other_indexes(listing, name)
+        return Choice(name, None, tuple(f"{escape(one)} is left over: loaders take {name}" for one in left))
+    index = read(name)
+    names = {*listing.files, *listing.special}
+    if requested is None and names.isdisjoint(index.shards):
+        with contextlib.suppress(InputInvalid):
+            rest = replace(listing, files=tuple(file for file in listing.files if file != name))
+            other = choose(rest, None, where, read)
+            if _is_safetensors(other.name) == _is_safetensors(name):
+                warning = f"{escape(name)} is left over: none of its {len(index.shards)} shards is here"
+                return replace(other, warnings=(warning, *other.warnings))
+    check_present(index, names, where)
+    return Choice(name, index)
+
+
+def _other_indexes(listing: Listing, name: str) -> list[str]:
+    return [other for other in listing.files if index_suffix(other) and _whole(other) == name]
 
 
 def choose_weights(listing: Listing, requested: str | None, where: str) -> str:
@@ -53,14 +98,24 @@ def choose_weights(listing: Listing, requested: str | None, where: str) -> str:
         return _check_requested(requested, names, where)
     root = sorted(name for name in names if "/" not in name and not is_no_model(name))
     chunks = [name for name in root if name.endswith(CHUNKS_SUFFIX)]
-    for index_suffix, suffixes in zip(INDEX_SUFFIXES, ((SAFETENSORS_SUFFIX,), PICKLE_SUFFIXES), strict=True):
-        if chosen := _choose_among(root, index_suffix, suffixes, where):
+    weights = [name for name in root if is_weights(name)]
+    for in_safetensors in (True, False):
+        files = [name for name in weights if _is_safetensors(name) == in_safetensors]
+        chosen = _choose_among(files, where)
+        # An adapter is chosen where no model is, in whatever format.
+        if chosen in _ADAPTERS and any(_whole(name) in _MODELS for name in weights):
+            continue
+        if chosen is not None:
             return chosen
         if chunks:
             # Before pickles: those beside it hold what is left of the training state.
             return _metadata_of(chunks, names, where)
-    for suffixes in ((SAFETENSORS_SUFFIX, INDEX_SUFFIXES[0]), (*PICKLE_SUFFIXES, INDEX_SUFFIXES[1])):
-        elsewhere = sorted(name for name in names if name.endswith(suffixes) and not is_no_model(name))
+    for in_safetensors in (True, False):
+        elsewhere = sorted(
+            name
+            for name in names
+            if is_weights(name) and _is_safetensors(name) == in_safetensors and not is_no_model(name)
+        )
         if elsewhere:
             raise _elsewhere(elsewhere, where)
     if METADATA in names:
@@ -87,29 +142,49 @@ def _metadata_of(chunks: list[str], names: Collection[str], where: str) -> str:
     return METADATA
 
 
-def _choose_among(root: list[str], index_suffix: str, suffixes: tuple[str, ...], where: str) -> str | None:
-    """Return the weights that end in `suffixes` among the names in the root folder; None if none do."""
-    indexes = [name for name in root if name.endswith(index_suffix)]
-    if len(indexes) == 1:
-        return indexes[0]
-    if len(indexes) > 1:
-        raise _ambiguous(indexes, where)
-    for name in _DEFAULT_WEIGHTS:
-        if name in root and name.endswith(suffixes):
-            return name
-    files = [name for name in root if name.endswith(suffixes)]
-    if len(files) == 1 and not _is_one_of_many(files[0]):
-        return files[0]
-    if files and all(_SHARD.search(name) for name in files):
+def _is_safetensors(name: str) -> bool:
+    return (index_suffix(name) or name).endswith(SAFETENSORS_SUFFIX)
+
+
+def _whole(name: str) -> str:
+    """Return the name that an index's weights have where they are one file; else the name itself."""
+    suffix = index_suffix(name)
+    return name if suffix is None else stem_of(name) + suffix
+
+
+def _choose_among(files: list[str], where: str) -> str | None:
+    """Return the weights among files of one format in the root folder; None if there are none."""
+    shards = [name for name in files if _is_one_of_many(name)]
+    heads = [name for name in files if name not in shards]
+    stems = {stem_of(name) for name in heads}
+    heads = [name for name in heads if not any(is_variant(stem_of(name), stem) for stem in stems)]
+    of: dict[str, list[str]] = {}
+    for name in heads:
+        of.setdefault(_whole(name), []).append(name)
+    sharded = {stem_of(name) for name in shards}
+    indexed = [whole for whole, names in of.items() if any(map(index_suffix, names))]
+    named = [whole for whole in _MODELS if whole in of]
+    named += indexed if len(indexed) == 1 else []
+    named += [] if indexed else [whole for whole in _ADAPTERS if whole in of]
+    if named or len(of) == 1:
+        return _first(of[named[0] if named else next(iter(of))], sharded)
+    if len(of) > 1:
+        raise _ambiguous(indexed or heads, where)
+    if shards:
+        suffix = SAFETENSORS_SUFFIX if _is_safetensors(shards[0]) else PICKLE_SUFFIXES[0]
         raise InputInvalid(
             "cannot read the checkpoint",
             path=where,
-            why=f"it has shards ({list_some(files)}) but no index (*{index_suffix})",
+            why=f"it has shards ({list_some(shards)}) but no index (*{suffix}.index.json)",
             next_step="Fetch the index too, or name one shard with --weights",
         )
-    if files:
-        raise _ambiguous(files, where)
     return None
+
+
+def _first(names: list[str], sharded: Collection[str]) -> str:
+    """Return what the loader of one model's weights takes: the whole file, but in diffusers the shards."""
+    by_index = stem_of(names[0]) == "diffusion_pytorch_model" and stem_of(names[0]) in sharded
+    return min(names, key=lambda name: (index_suffix(name) is None) == by_index)
 
 
 def _check_requested(requested: str, names: Collection[str], where: str) -> str:
@@ -121,26 +196,27 @@ def _check_requested(requested: str, names: Collection[str], where: str) -> str:
             next_step="Give a name relative to SOURCE, such as model.safetensors",
         )
     if name not in names:
-        offered = sorted(other for other in names if other.endswith(WEIGHTS_SUFFIXES))
+        offered = sorted(filter(is_weights, names))
         raise InputUnreadable(
             "no such weights",
             path=f"{where}/{name}",
             why="the checkpoint has no file of this name",
             next_step=f"Choose from {list_some(offered) or 'none'}",
         )
-    if not name.endswith((*WEIGHTS_SUFFIXES, *INDEX_SUFFIXES)) and posixpath.basename(name) != METADATA:
+    is_index = index_suffix(name) is not None
+    if not (is_index or name.endswith(WEIGHTS_SUFFIXES) or posixpath.basename(name) == METADATA):
         raise InputInvalid(
             "cannot read the checkpoint",
             path=f"{where}/{name}",
             why="--weights names neither safetensors or PyTorch weights nor an index of them",
-            next_step=f"Name a file that ends in {', '.join((*WEIGHTS_SUFFIXES, *INDEX_SUFFIXES))}",
+            next_step=f"Name a file that ends in {', '.join(WEIGHTS_SUFFIXES)}, or an index of such files",
         )
     return name
 
 
 def _is_one_of_many(name: str) -> bool:
     shard = _SHARD.search(name)
-    return shard is not None and int(shard[2]) > 1
+    return shard is not None and int(shard[1]) > 1
 
 
 def _ambiguous(candidates: list[str], where: str) -> InputInvalid:

@@ -14,7 +14,7 @@ from noisytune_cli.checkpoint import hub
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.dequantize import dequantize
 from noisytune_cli.checkpoint.formats import Source
-from noisytune_cli.checkpoint.layout import INDEX_SUFFIXES
+from noisytune_cli.checkpoint.layout import index_suffix
 from noisytune_cli.commands.compare import Difference, compare_header, mismatch
 from noisytune_cli.errors import InputInvalid, Mismatch, UsageError
 from noisytune_cli.manifest.read import RecordedManifest
@@ -124,7 +124,7 @@ def _weights(recorded: RecordedManifest) -> str:
     home = posixpath.dirname(names[0])
     rewritten = () if manifest.output is None else manifest.output.rewritten
     others = [*(name for name, _ in manifest.copied), *(source for _, source, _ in rewritten)]
-    indexes = [name for name in others if name.endswith(INDEX_SUFFIXES) and posixpath.dirname(name) == home]
+    indexes = [name for name in others if index_suffix(name) and posixpath.dirname(name) == home]
     if len(indexes) == 1:
         return indexes[0]
     if len(names) == 1 and not indexes:

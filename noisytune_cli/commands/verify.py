@@ -22,7 +22,7 @@ from blake3 import blake3
 from noisytune_cli.checkpoint.folder import list_folder
 from noisytune_cli.checkpoint.formats import Nowhere, Source, open_source
 from noisytune_cli.checkpoint.index import read_index
-from noisytune_cli.checkpoint.layout import INDEX_SUFFIXES, WEIGHTS_SUFFIXES
+from noisytune_cli.checkpoint.layout import index_suffix, is_weights
 from noisytune_cli.commands.base import compare_files, match_files, open_original
 from noisytune_cli.commands.compare import Difference, as_produced, compare_receipts, recorded_steps
 from noisytune_cli.engine.threads import Progress, default_threads
@@ -38,9 +38,6 @@ from noisytune_cli.reading import open_regular
 from noisytune_cli.records import Manifest, NoiseSpec, Plan, Receipt, with_output_files
 
 _CHUNK = 1 << 20
-
-#: Names of files that a framework might take for the weights.
-_STRAY = (*WEIGHTS_SUFFIXES, *INDEX_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -153,9 +150,7 @@ def _strays(place: Location, manifest: Manifest) -> list[str]:
     known = {*(file.name for file in files), *_other_files(manifest)}
     names = [name for name in list_folder(place.output).files if name not in known]
     return [
-        f"{escape(name)} is not in the manifest, and was not verified"
-        for name in names
-        if name.endswith(_STRAY)
+        f"{escape(name)} is not in the manifest, and was not verified" for name in names if is_weights(name)
     ]
 
 
@@ -210,7 +205,7 @@ def _aliases(files: Mapping[str, Source], place: Location, manifest: Manifest) -
     """Return what index and weight files say of names, as it was when the noise was planned."""
     said: dict[str, str] = {}
     for name in _other_files(manifest):
-        if name.endswith(INDEX_SUFFIXES):
+        if index_suffix(name):
             with suppress(InputInvalid, InputUnreadable):  # which is told of the file by its digest
                 said |= read_index(place.output, name).metadata
     for _, file in sorted(files.items()):

@@ -25,7 +25,8 @@ from noisytune_cli.records import Conversion
 
 _MAX_BYTES = 16 << 20
 
-_INDEX_END = ".index.json"
+#: What stands between the weights' name and the rest of their index's.
+_INDEX = ".index."
 
 #: How a config spells the dtypes that follow, and those that are written.
 _DTYPE_NAMES = frozenset({"float64", "float32", "float16", "bfloat16", "double", "float", "half"})
@@ -80,7 +81,8 @@ def _index(
     home = posixpath.dirname(name)
     shard_of = {t.name: posixpath.relpath(file.name, home or ".") for file in files for t in file.tensors}
     total = sum(tensor.nbytes for file in files for tensor in file.tensors)
-    renamed = output_name(name.removesuffix(_INDEX_END), conversion) + _INDEX_END
+    weights, _, end = name.rpartition(_INDEX)
+    renamed = output_name(weights, conversion) + _INDEX + end
 
     def follow(document: dict[str, Any]) -> None:
         listed = document["weight_map"]
@@ -118,7 +120,7 @@ def _rewrite(
 ) -> Companion | None:
     """Return the file as `follow` changes it, or None where it stays what and where it is."""
     root, reach = source.root, source.reach
-    document = read_json(root / name, _MAX_BYTES, reach, lenient=not name.endswith(_INDEX_END))
+    document = read_json(root / name, _MAX_BYTES, reach, lenient=_INDEX not in name)
     before = json.dumps(document)
     try:
         assert isinstance(document, dict)

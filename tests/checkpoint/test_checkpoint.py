@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import socket
 import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from checkpoints import Tensor, weights
+from checkpoints import save as save_tensors
 
 from noisytune_cli.checkpoint import checkpoint as checkpoint_module
 from noisytune_cli.checkpoint import folder as folder_module
@@ -177,13 +181,13 @@ def test_an_adapter(tmp_path: Path) -> None:
     write(tmp_path, "adapter_config.json", "adapter_model.bin")
     with open_checkpoint(str(tmp_path)) as opened:
         assert names(opened) == ["adapter_model.safetensors"]
-        assert opened.others == ("adapter_config.json",)
+        assert opened.others == ("adapter_config.json", "extra.safetensors")
         assert opened.config is None
 
 
 def test_shards(tmp_path: Path) -> None:
     save_sharded(tmp_path, metadata={"total_size": 24})
-    save(tmp_path / "model.safetensors", "whole")
+    save(tmp_path / "consolidated.safetensors", "a", "b", "c")
     with open_checkpoint(str(tmp_path)) as opened:
         assert names(opened) == list(SHARDS)
         assert [tensor.name for tensor in opened.tensors] == ["a", "b", "c"]
@@ -192,7 +196,7 @@ def test_shards(tmp_path: Path) -> None:
         assert opened.others == ("model.safetensors.index.json",)
         assert opened.metadata == {"format": "pt"}
         assert opened.warnings == (
-            "model.safetensors is not listed in model.safetensors.index.json and is left out",
+            "consolidated.safetensors is not listed in model.safetensors.index.json and is left out",
         )
 
 
@@ -337,17 +341,155 @@ def test_weights_that_cannot_be_told_apart(tmp_path: Path) -> None:
     assert "--weights" in message
     with open_checkpoint(str(tmp_path), weights="./a.safetensors") as opened:
         assert names(opened) == ["a.safetensors"]
-        assert [name for name, _ in opened.left_out] == ["b.safetensors"]
+        assert opened.others == ("b.safetensors",)
 
 
 def test_two_indexes(tmp_path: Path) -> None:
-    save_sharded(tmp_path)
-    text = (tmp_path / "model.safetensors.index.json").read_text()
-    (tmp_path / "model.fp16.safetensors.index.json").write_text(text)
-    assert "--weights" in refused(tmp_path)
-    with open_checkpoint(str(tmp_path), weights="model.safetensors.index.json") as opened:
+    save_sharded(tmp_path / "1")
+    text = (tmp_path / "1/model.safetensors.index.json").read_text()
+    (tmp_path / "1/model.safetensors.index.json").rename(tmp_path / "1/one.safetensors.index.json")
+    (tmp_path / "1/two.safetensors.index.json").write_text(text)
+    assert "--weights" in refused(tmp_path / "1")
+    save_sharded(tmp_path / "2")
+    (tmp_path / "2/model.fp16.safetensors.index.json").write_text(text)
+    with open_checkpoint(str(tmp_path / "2")) as opened:
         assert opened.others == ("model.safetensors.index.json",)
         assert [name for name, _ in opened.left_out] == ["model.fp16.safetensors.index.json"]
+
+
+@pytest.mark.parametrize("stem", ["model", "net"])
+def test_a_whole_file_comes_before_an_index_that_an_earlier_save_left(tmp_path: Path, stem: str) -> None:
+    save_sharded(tmp_path)
+    index = (tmp_path / "model.safetensors.index.json").rename(tmp_path / f"{stem}.safetensors.index.json")
+    save(tmp_path / f"{stem}.safetensors", "a", "b", "c", "d")
+    for shards_too in (True, False):
+        with open_checkpoint(str(tmp_path)) as opened:
+            assert (names(opened), opened.index, opened.others) == ([f"{stem}.safetensors"], None, ())
+            assert opened.warnings == (f"{index.name} is left over: loaders take {stem}.safetensors",)
+            assert {name for name, _ in opened.left_out} == {index.name, *(SHARDS if shards_too else ())}
+        for shard in SHARDS:
+            (tmp_path / shard).unlink(missing_ok=True)
+
+
+def test_diffusers_takes_shards_that_are_there_before_a_whole_file(tmp_path: Path) -> None:
+    stem = "diffusion_pytorch_model"
+    save(tmp_path / f"{stem}.safetensors", "a")
+    save(tmp_path / f"{stem}.fp16.safetensors", "a")
+    save(tmp_path / "lora.safetensors", "x", "y")
+    shards = {tensor: f"{stem}-0000{i}-of-00002.safetensors" for i, tensor in enumerate("ab", start=1)}
+    (tmp_path / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with open_checkpoint(str(tmp_path)) as opened:
+        assert names(opened) == [f"{stem}.safetensors"]
+        assert opened.others == ("lora.safetensors",)
+    for tensor, shard in shards.items():
+        save(tmp_path / shard, tensor)
+    with open_checkpoint(str(tmp_path)) as opened:
+        assert names(opened) == list(shards.values())
+
+
+def test_the_index_of_a_variant(tmp_path: Path) -> None:
+    shards = [f"model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for shard, tensor in zip(shards, "ab", strict=True):
+        save(tmp_path / shard, tensor)
+    index = "model.safetensors.index.fp16.json"
+    (tmp_path / index).write_text(json.dumps({"weight_map": dict(zip("ab", shards, strict=True))}))
+    for options in ({}, {"weights": index}):
+        with open_checkpoint(str(tmp_path), **options) as opened:
+            assert names(opened) == shards
+            assert opened.others == (index,)
+    save(tmp_path / "model.safetensors", "a", "b")
+    with open_checkpoint(str(tmp_path)) as opened:
+        assert names(opened) == ["model.safetensors"]
+        assert {name for name, _ in opened.left_out} == {index, *shards}
+
+
+def test_an_index_without_any_of_its_shards_was_left_over(tmp_path: Path) -> None:
+    index = save_sharded(tmp_path) / "model.safetensors.index.json"
+    for shard in SHARDS:
+        (tmp_path / shard).unlink()
+    assert "incomplete" in refused(tmp_path)
+    save(tmp_path / "output.safetensors", "a")
+    with open_checkpoint(str(tmp_path)) as opened:
+        assert names(opened) == ["output.safetensors"]
+        assert opened.warnings == (f"{index.name} is left over: none of its 2 shards is here",)
+    save(tmp_path / SHARDS[0], "a", "b")
+    assert "absent (1 of 2" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("dropping", ["._{}", ".{}.swp", ".{}", "__MACOSX/._{}"])
+@pytest.mark.parametrize("name", ["unet.safetensors", "weights.pth", "model.safetensors.index.json"])
+def test_droppings_are_no_weights(tmp_path: Path, dropping: str, name: str) -> None:
+    save(tmp_path / "unet.safetensors", "a")
+    write(tmp_path, dropping.format(name))
+    with open_checkpoint(str(tmp_path)) as opened:
+        assert names(opened) == ["unet.safetensors"]
+
+
+def test_an_adapter_beside_a_model_comes_along(tmp_path: Path) -> None:
+    save(tmp_path / "adapter_model.safetensors", "base_model.model.a.lora_A", "base_model.model.a.lora_B")
+    write(tmp_path, "adapter_config.json")
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        save(tmp_path / whole, "a", "b")
+        with open_checkpoint(str(tmp_path), weights=whole) as opened:
+            assert "adapter_model.safetensors" in opened.others
+        with open_checkpoint(str(tmp_path)) as opened:
+            assert names(opened) == [whole]
+            assert {"adapter_config.json", "adapter_model.safetensors"} <= {*opened.others}
+        (tmp_path / whole).unlink()
+
+
+OURS = ("enc.0.w", "enc.1.w", "enc.2.w", "head.w")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "is_twin"),
+    [
+        (OURS, True),
+        (OURS[:1], True),
+        ((*OURS[:2], "x", "y"), True),
+        ((*OURS, *"uvwxyz"), True),
+        (tuple(f"module.{name}" for name in OURS), True),
+        (tuple(name.removeprefix("enc.") for name in OURS), True),
+        (("head.w", "x", "y"), False),
+        (("w",), False),
+        (
+            ("base_model.model.enc.0.w.lora_A", "base_model.model.enc.0.w.lora_B", "base_model.model.head.w"),
+            False,
+        ),
+        ((), False),
+    ],
+)
+def test_a_twin_is_told_by_its_tensors(tmp_path: Path, theirs: tuple[str, ...], is_twin: bool) -> None:
+    save(tmp_path / "ours.safetensors", *OURS)
+    save(tmp_path / "other.ckpt", *theirs)
+    index = {"weight_map": dict.fromkeys(theirs or ("z",), "shard.safetensors")}
+    (tmp_path / "x.safetensors.index.json").write_text(json.dumps(index))
+    with open_checkpoint(str(tmp_path), weights="ours.safetensors") as opened:
+        left_out = [] if not is_twin else ["other.ckpt", "x.safetensors.index.json"]
+        assert [name for name, _ in opened.left_out] == left_out
+        assert len(opened.others) == 2 - len(left_out)
+
+
+def test_a_twin_of_other_shapes_is_none_and_one_of_as_many_values_is(tmp_path: Path) -> None:
+    ours = {"a": weights("F32", 100, 150, seed=1), "n": Tensor("I64", np.arange(3))}
+    save_tensors(tmp_path / "ours.safetensors", ours)
+    save_tensors(tmp_path / "generator.safetensors", {"a": weights("F32", 100, 151, seed=1)})
+    save_tensors(
+        tmp_path / "fused.safetensors", {"q": weights("F16", 100, 50), "kv": weights("F16", 100, 100)}
+    )
+    with open_checkpoint(str(tmp_path), weights="ours.safetensors") as opened:
+        assert opened.others == ("generator.safetensors",)
+        assert [name for name, _ in opened.left_out] == ["fused.safetensors"]
+
+
+def test_what_cannot_be_looked_into_comes_along_with_a_warning(tmp_path: Path) -> None:
+    save(tmp_path / "net.safetensors", "a")
+    (tmp_path / "labels.ckpt").write_text("'id1' => 0")
+    (tmp_path / "other.ckpt").write_bytes(pickle.dumps(Path("x"), protocol=2))
+    with open_checkpoint(str(tmp_path)) as opened:
+        assert opened.others == ("labels.ckpt", "other.ckpt")
+        assert [warning.split(" is copied")[0] for warning in opened.warnings] == ["other.ckpt"]
 
 
 def test_weights_in_a_subfolder(tmp_path: Path) -> None:
@@ -480,29 +622,30 @@ def test_too_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "more than 3 files" in refused(tmp_path)
 
 
-def test_a_config_that_is_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[[64, 3], [128, 3]]", "not a JSON object"),
+        ('{"a": 1, // of the audio\n}', "not valid JSON"),
+        ("model: vits\n", "not valid JSON"),
+    ],
+)
+def test_the_config_of_another_program_is_copied(tmp_path: Path, text: str, why: str) -> None:
+    save(tmp_path / "model.safetensors", "a")
+    (tmp_path / "config.json").write_text(text)
+    with open_checkpoint(str(tmp_path)) as opened:
+        assert (opened.config, opened.others) == (None, ("config.json",))
+        assert [why in warning for warning in opened.warnings] == [True]
+
+
+def test_a_config_that_is_no_file(tmp_path: Path) -> None:
     save(tmp_path / "model.safetensors", "a")
     config = tmp_path / "config.json"
-    config.write_text("[]")
-    assert "not a JSON object" in refused(tmp_path)
-    config.write_text("not json")
-    assert "not valid JSON" in refused(tmp_path)
-    config.unlink()
     config.mkdir()
     assert "a directory" in refused(tmp_path)
     config.rmdir()
     os.mkfifo(config)
     assert "a FIFO" in refused(tmp_path)
-
-
-def test_the_config_is_checked_before_the_weights_are_opened(tmp_path: Path) -> None:
-    def refuse(config: Any, path: str) -> None:
-        raise InputInvalid("quantised", path=path, why=config["quant"], next_step="none")
-
-    write(tmp_path, "model.safetensors")
-    (tmp_path / "config.json").write_text('{"quant": "gptq"}')
-    assert "gptq" in refused(tmp_path, check_config=refuse)
-    assert "gptq" in refused(tmp_path / "model.safetensors", check_config=refuse)
 
 
 def test_a_path_into_the_hub_cache_tells_id_and_commit(tmp_path: Path) -> None:

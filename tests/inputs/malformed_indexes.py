@@ -165,7 +165,7 @@ SHARDS = tuple(
         ("the index is absent", tree({FIRST: weight_file("a"), SECOND: weight_file("c")}), ("no index",)),
         (
             "two indexes",
-            tree({FIRST: weight_file("a"), INDEX: "{}", f"model.fp16{INDEX[5:]}": "{}"}),
+            tree({FIRST: weight_file("a"), f"one{INDEX[5:]}": "{}", f"two{INDEX[5:]}": "{}"}),
             ("--weights",),
         ),
         ("the index itself is given", tree({INDEX: "{}"}, f"model/{INDEX}"), ("this is an index",)),

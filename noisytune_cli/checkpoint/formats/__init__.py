@@ -122,6 +122,14 @@ def open_source(path: Path, name: str, mmap: bool, reach: Reach | None = None) -
     return safetensors.open_source(path, name, mmap, reach)
 
 
+def begins_weights(path: Path, reach: Reach | None = None) -> bool:
+    """Tell whether a file begins as weights of one of the formats do, whether or not it can be read."""
+    from noisytune_cli.checkpoint.formats import safetensors, torch
+
+    head = _read_head(path, reach)
+    return safetensors.recognise(head) or torch.recognise(head)
+
+
 def _read_head(path: Path, reach: Reach | None) -> bytes:
     fd = open_regular(path, reach)
     try:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from noisytune_cli.checkpoint.formats.torch.values import PickleFault
+from noisytune_cli.checkpoint.formats.torch.values import NoStateDict, PickleFault
 
 _Leaf = TypeVar("_Leaf")
 
@@ -66,12 +66,12 @@ def find_weights(root: object, leaf: type[_Leaf]) -> list[tuple[str, _Leaf]]:
     `leaf` is what tensors are there.
     """
     if isinstance(root, leaf):
-        raise PickleFault("it holds one tensor without a name, not a state dict", _NOT_A_STATE_DICT)
+        raise NoStateDict("it holds one tensor without a name, not a state dict", _NOT_A_STATE_DICT)
     if type(root) is not dict:
         kind = "a list" if type(root) in (list, tuple) else "no dictionary"
-        raise PickleFault(f"at its top level is {kind}, not a state dict", _NOT_A_STATE_DICT)
+        raise NoStateDict(f"at its top level is {kind}, not a state dict", _NOT_A_STATE_DICT)
     if _is_optimizer(root):
-        raise PickleFault(
+        raise NoStateDict(
             "it is an optimizer's state, not a model's", "Name the file with the model's weights"
         )
     found = list(_Search(leaf).walk(root, (), frozenset()))

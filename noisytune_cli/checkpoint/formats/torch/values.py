@@ -30,6 +30,10 @@ class PickleFault(ValueError):
         self.why, self.next_step = why, next_step
 
 
+class NoStateDict(PickleFault):
+    """Why a pickle that can be read holds no weights under names."""
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Function:
     """What a pickle may call; it takes plain data and raises PickleFault or TypeError for the wrong kind."""
