@@ -57,6 +57,8 @@ def dequantize(checkpoint: Checkpoint, path: str) -> Checkpoint:
     Raises UsageError where it has none, InputInvalid where anything quantised is left or a scale does not
     fit.
     """
+    if checkpoint.config is not None:
+        check_config(checkpoint.config, path)
     block = _block_size(checkpoint)
     found = {tensor.name: (tensor, source) for source in checkpoint.sources for tensor in source.tensors}
     weights: dict[str, _Scale] = {}

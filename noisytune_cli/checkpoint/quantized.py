@@ -1,9 +1,11 @@
 """Recognise a quantised checkpoint, name the method, and refuse it whole.
 
 What is stored there as a weight are codes, on which noise means nothing, and noising only the norms and
-embeddings that were left in floating point would be silent nonsense. The config says it best, then the
-dtypes, then families of names with the dtypes that go with them, then `__metadata__`. An integer tensor
-or a `scale` alone proves nothing: batch norms count batches, masks are bytes, and models have scales.
+embeddings that were left in floating point would be silent nonsense. The config names the method best, then
+the dtypes, then families of names with the dtypes that go with them, then `__metadata__`. Of methods that
+nobody has heard of yet the structure tells: a layer that has integers where others have their matrix. An
+integer tensor or a `scale` alone proves nothing: batch norms count batches, masks are bytes, and models have
+scales. Nor does a config: it may be what is left of a method that the weights were freed from.
 """
 
 from __future__ import annotations
@@ -91,6 +93,9 @@ _FAMILIES = (
 )
 _CODES = tuple({family.codes for family in _FAMILIES})
 
+#: What names have in them of tensors that belong to quantised weights, or to such as only act as if.
+_SCALES = ("scale", "zero", "quant", "absmax")
+
 #: How the dtypes of 8, 6 and 4-bit floats begin: as safetensors spells them, and as torch does.
 _SMALL_FLOATS = ("F8_", "F6_", "F4", "FLOAT8_", "FLOAT4_")
 
@@ -111,15 +116,30 @@ def refuse_quantized(
     config: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
     path: str | os.PathLike[str],
+    are_all: bool = False,
 ) -> None:
-    """Raise InputInvalid, naming the method, if the checkpoint is quantised."""
-    refuse_quantized_config(config, path)
+    """Raise InputInvalid, naming the method, if the checkpoint is quantised.
+
+    `are_all` says that `tensors` are all that is stored, so that they may belie the config.
+    """
+    claim = _claim_of(config or {})
+    if claim is not None and are_all and claim.may_be_left_over and _are_plain(tensors):
+        raise InputInvalid(
+            "cannot use a checkpoint that calls itself quantised",
+            path=path,
+            why=f"config.json says that it is: {claim.method}, but its weights are of full precision",
+            next_step=f"Remove {claim.key} from config.json (in a copy), and it can be used",
+        )
+    if claim is not None:
+        raise claim.refusal(path)
     names = {tensor.name for tensor in tensors}
     for find in (_method_of_dtype, _method_of_family):
         for tensor in tensors:
             method = find(tensor, names)
             if method is not None:
                 raise _refusal(method, f"{tensor.dtype} values", path, tensor.name)
+    if (codes := _find_codes(tensors)) is not None:
+        raise _refusal("codes in place of a matrix", f"{codes.dtype} values", path, codes.name)
     for key, value in (metadata or {}).items():
         if key in _METADATA_KEYS and value.strip().lower() not in _NOTHING:
             method = _METHODS.get(value.strip().lower(), "by a method not known here")
@@ -130,13 +150,20 @@ def refuse_quantized(
 
 def refuse_quantized_config(config: Mapping[str, Any] | None, path: str | os.PathLike[str]) -> None:
     """Raise InputInvalid if config.json alone says that the weights are quantised."""
-    method = _method_of_config(config or {})
-    if method is not None:
-        raise _refusal(method, "config.json says so", path)
+    claim = _claim_of(config or {})
+    if claim is not None:
+        raise claim.refusal(path)
+
+
+_NEXT_STEP = "Use the full-precision checkpoint it was made from, then quantise the result"
 
 
 def _refusal(
-    method: str, evidence: str, path: str | os.PathLike[str], tensor: str | None = None
+    method: str,
+    evidence: str,
+    path: str | os.PathLike[str],
+    tensor: str | None = None,
+    next_step: str = _NEXT_STEP,
 ) -> InputInvalid:
     return InputInvalid(
         "cannot use a quantised checkpoint",
@@ -144,22 +171,41 @@ def _refusal(
         tensor=tensor,
         why=f"it is quantised: {method} ({evidence}); "
         "noise on codes, a mean of them, or either on what is left alone, means nothing",
-        next_step="Use the full-precision checkpoint it was made from, then quantise the result",
+        next_step=next_step,
     )
 
 
-def _method_of_config(config: Mapping[str, Any]) -> str | None:
-    """Name the method in the config or in a part of it (`text_config`, `vision_config`)."""
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """A method that a config names, under which key, and whether plain weights would belie it."""
+
+    method: str
+    key: str
+    may_be_left_over: bool = True
+
+    def refusal(self, path: str | os.PathLike[str]) -> InputInvalid:
+        next_step = _NEXT_STEP
+        if self.may_be_left_over:
+            next_step += f"; if this is it, remove {self.key} from config.json (in a copy)"
+        return _refusal(self.method, "config.json says so", path, next_step=next_step)
+
+
+def _claim_of(config: Mapping[str, Any]) -> _Claim | None:
+    """Return what the config or a part of it (`text_config`, `vision_config`) says."""
     for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         for key in _CONFIG_KEYS:
             section = part.get(key)
             if isinstance(section, Mapping) and section:
                 method = _method_of_section(section)
                 if method is not None:
-                    return method
-        mlx = part.get("quantization")
-        if isinstance(mlx, Mapping) and "bits" in mlx and "group_size" in mlx:
-            return f"MLX {mlx['bits']}-bit"
+                    return _Claim(method, key)
+        section = part.get("quantization")
+        if isinstance(section, Mapping):
+            if "bits" in section and "group_size" in section:
+                return _Claim(f"MLX {section['bits']}-bit", "quantization")
+            if section.get("quant_algo"):
+                # Its packed codes are stored as if they were F16.
+                return _Claim(f"TensorRT-LLM {section['quant_algo']}", "quantization", False)
     return None
 
 
@@ -203,3 +249,64 @@ def _method_of_family(tensor: TensorSpec, names: set[str]) -> str | None:
             if any(stem + companion in names for companion in family.companions):
                 return family.method
     return None
+
+
+def _find_codes(tensors: Sequence[TensorSpec]) -> TensorSpec | None:
+    """Return integers that stand where a layer's matrix would; None where there are none.
+
+    A layer is a module that nothing with a matrix lies in: what masks and tables of positions belong to is
+    made of layers. Beside its codes it has scales, zero points or codebooks.
+    """
+    modules: dict[str, list[TensorSpec]] = {}
+    for tensor in tensors:
+        modules.setdefault(tensor.name.rpartition(".")[0], []).append(tensor)
+    composed: set[str] = {""}  # a model is more than a layer
+    for module, held in modules.items():
+        if any(tensor.dtype in FLOAT_DTYPES and _is_matrix(tensor) for tensor in held):
+            while module not in composed and (module := module.rpartition(".")[0]) not in composed:
+                composed.add(module)
+    for module, held in modules.items():
+        if module not in composed and (codes := _codes_of_layer(held)) is not None:
+            return codes
+    return None
+
+
+def _codes_of_layer(held: Sequence[TensorSpec]) -> TensorSpec | None:
+    integers = [tensor for tensor in held if tensor.dtype in _INTEGERS and tensor.elements > 1]
+    floats = [tensor for tensor in held if tensor.dtype in FLOAT_DTYPES]
+    beside = [tensor for tensor in floats if not tensor.name.endswith(".bias")]
+    shapes = {tensor.shape for tensor in floats}
+    for codes in integers:
+        if codes.shape in shapes or _is_mask(codes):
+            continue  # what hides elements is as large as what it hides
+        if not _is_matrix(codes):
+            found = codes.dtype in _BYTES and bool(beside) and codes.elements > 64
+            found &= all(codes.elements > tensor.elements for tensor in floats)
+        elif any(map(_is_matrix, floats)):
+            found = codes.dtype != "I64"  # as the indexes of a table beside it are
+        else:
+            found = bool(beside) and len(beside) + len(integers) > (2 if codes.dtype == "I64" else 1)
+        if found:
+            return codes
+    # All in integers: sparse codes with offsets and columns, or packed with their scales.
+    packed = len(integers) > 2 and len({tensor.dtype for tensor in integers}) > 1
+    return integers[0] if packed and not beside else None
+
+
+def _is_matrix(tensor: TensorSpec) -> bool:
+    return sum(size > 1 for size in tensor.shape) > 1
+
+
+def _is_mask(tensor: TensorSpec) -> bool:
+    """Tell whether a tensor is [1, 1, n, n], as causal masks are."""
+    return len(tensor.shape) == 4 and tensor.shape[:2] == (1, 1) and tensor.shape[2] == tensor.shape[3]
+
+
+def _are_plain(tensors: Sequence[TensorSpec]) -> bool:
+    """Tell whether weights are of full precision beyond doubt: no codes, and nothing to scale them with."""
+    for tensor in tensors:
+        last = tensor.name.rpartition(".")[2]
+        codes = tensor.dtype.startswith(_SMALL_FLOATS) or (tensor.dtype in _INTEGERS and _is_matrix(tensor))
+        if codes or any(word in last for word in _SCALES):
+            return False
+    return True

@@ -185,7 +185,11 @@ def _refusal(checkpoint: Checkpoint, path: str) -> str | None:
     """Return why perturb would refuse the checkpoint as quantised, or None."""
     try:
         refuse_quantized(
-            checkpoint.tensors, config=checkpoint.config, metadata=checkpoint.metadata, path=path
+            checkpoint.tensors,
+            config=checkpoint.config,
+            metadata=checkpoint.metadata,
+            path=path,
+            are_all=True,
         )
     except InputInvalid as error:
         return error.why

@@ -293,7 +293,9 @@ def _open(
             check_earlier(source.earlier)
         if dequantizes:
             return dequantize(source, request.source)
-        refuse_quantized(source.tensors, config=source.config, metadata=source.metadata, path=request.source)
+        refuse_quantized(
+            source.tensors, config=source.config, metadata=source.metadata, path=request.source, are_all=True
+        )
     except BaseException:
         source.close()
         raise

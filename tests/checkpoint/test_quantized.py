@@ -1,14 +1,19 @@
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import save, weights
 
 import noisytune_cli
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
+from noisytune_cli.commands.average import average
+from noisytune_cli.commands.inspect import inspect
+from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.records import TensorSpec
+from noisytune_cli.records import NoiseSpec, TensorSpec
 
 
 def specs(dtypes: dict[str, str]) -> list[TensorSpec]:
@@ -133,6 +138,132 @@ def test_the_metadata_names_the_method(metadata: dict[str, str], method: str) ->
 def test_a_plain_checkpoint_is_let_through(dtypes: dict[str, str]) -> None:
     metadata = {"format": "pt", "quantization": "none"}
     refuse_quantized(specs(dtypes), metadata=metadata, config={}, path="ckpt")
+
+
+Layer = dict[str, tuple[str, tuple[int, ...]]]
+
+#: What one layer of 64 inputs and 32 outputs holds, as the methods store it.
+LAYERS: dict[str, Layer] = {
+    "EXL2": {
+        "q_weight": ("I32", (8, 32)),
+        "q_scale": ("I32", (4, 4)),
+        "q_scale_max": ("F16", (4,)),
+        "q_groups": ("I16", (8,)),
+        "q_invperm": ("I32", (64,)),
+    },
+    "EXL3": {"trellis": ("I16", (4, 2, 64)), "suh": ("F16", (64,)), "svh": ("F16", (32,))},
+    "AQLM": {
+        "codes": ("I8", (32, 8, 1)),
+        "codebooks": ("F16", (1, 256, 1, 8)),
+        "scales": ("F16", (32, 1, 1, 1)),
+    },
+    "QuIP#": {"Qidxs": ("I64", (32, 8)), "SU": ("F16", (64,)), "SV": ("F16", (32,)), "Wscale": ("F32", ())},
+    "SVDQuant": {
+        "qweight": ("I8", (32, 32)),
+        "wscales": ("BF16", (1, 32)),
+        "proj_down": ("BF16", (64, 16)),
+        "proj_up": ("BF16", (32, 16)),
+        "bias": ("BF16", (32,)),
+    },
+    "Marlin": {"B": ("I32", (4, 64)), "s": ("F16", (2, 32))},
+    "QQQ": {"B": ("I32", (4, 64)), "s_channel": ("F32", (1, 32)), "s_group": ("F16", (2, 32))},
+    "SpQR": {"dense_weights": ("I64", (128,)), "row_offsets": ("I32", (33,)), "col_vals": ("I32", (90,))},
+    "VPTQ": {
+        "indices": ("I16", (1, 32, 8)),
+        "centroids.weight": ("F16", (1, 512)),
+        "weight_scale": ("F16", (64,)),
+    },
+    "TensorRT-LLM": {"weight": ("I8", (64, 32)), "per_channel_scale": ("F16", (32,)), "bias": ("F16", (32,))},
+    "packed bytes": {"packed": ("U8", (2048,)), "step": ("F32", (32,))},
+    "compressed sparsity": {"compressed": ("BF16", (1024,)), "bitmask": ("U8", (32, 8))},
+}
+
+#: Layers with integers that are no codes.
+PLAIN: dict[str, Layer] = {
+    "batch norm": {
+        "weight": ("F32", (32,)),
+        "running_mean": ("F32", (32,)),
+        "num_batches_tracked": ("I64", ()),
+    },
+    "relative positions": {"relative_position_index": ("I64", (64, 64)), "table": ("F32", (225, 4))},
+    "a masked layer": {"weight": ("F32", (32, 64)), "mask": ("U8", (32, 64))},
+    "a masked vector": {"weight": ("F32", (96,)), "mask": ("U8", (96,))},
+    "a causal mask": {
+        "bias": ("U8", (1, 1, 64, 64)),
+        "masked_bias": ("F32", ()),
+        "c_attn.weight": ("F32", (64, 64)),
+    },
+    "a mask alone": {"mask": ("U8", (1, 1, 64, 64)), "value": ("F32", ())},
+    "positions": {
+        "position_ids": ("I64", (2, 64)),
+        "kinds": ("I64", (2, 64)),
+        "word.weight": ("F32", (64, 8)),
+    },
+    "a table": {"table": ("I32", (64, 2))},
+    "a confusion matrix": {"confmat": ("I64", (8, 8)), "weight": ("F32", (8,))},
+    "a codebook": {"embed": ("F32", (8, 64)), "inited": ("U8", (1,)), "usage": ("I64", (8,))},
+    "a hash": {"ids": ("I64", (64,)), "offsets": ("I64", (8,)), "lengths": ("I64", (8,))},
+}
+
+
+def layer(tensors: Layer) -> list[TensorSpec]:
+    """A model in which such a layer lies between others."""
+    whole = {
+        "embed_tokens.weight": ("BF16", (64, 64)),
+        **{f"layers.0.q.{name}": found for name, found in tensors.items()},
+        "layers.0.norm.weight": ("BF16", (64,)),
+    }
+    return [
+        TensorSpec(name, dtype, shape, "model.safetensors", 0, 0) for name, (dtype, shape) in whole.items()
+    ]
+
+
+@pytest.mark.parametrize("method", LAYERS)
+def test_codes_in_place_of_a_matrix_are_known_whatever_their_names(method: str) -> None:
+    for names in (LAYERS[method], {f"x{i}": found for i, found in enumerate(LAYERS[method].values())}):
+        with pytest.raises(InputInvalid, match="cannot use a quantised checkpoint") as raised:
+            refuse_quantized(layer(names), path="ckpt")
+        assert (raised.value.tensor or "").startswith("layers.0.q.")
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_integers_that_are_no_codes(kind: str) -> None:
+    refuse_quantized(layer(PLAIN[kind]), path="ckpt")
+
+
+@pytest.mark.parametrize(("config", "method"), CONFIGS)
+def test_plain_weights_belie_a_config(config: dict[str, Any], method: str) -> None:
+    plain = specs({"q.weight": "BF16", "q.bias": "BF16", "norm.weight": "F32"})
+    with pytest.raises(InputInvalid, match=f"{method}.*, but its weights are of full precision") as raised:
+        refuse_quantized(plain, config=config, path="ckpt", are_all=True)
+    assert re.match(
+        r"Remove (quantization|quantization_config|compression_config) from", raised.value.next_step
+    )
+    with pytest.raises(InputInvalid, match=r"config\.json says so.*; if this is it, remove"):
+        refuse_quantized(plain, config=config, path="ckpt")
+    for more in ({"q.weight_scale": "BF16"}, {"table.codes": "I32"}, {"head.weight": "F8_E4M3"}):
+        with pytest.raises(InputInvalid, match=r"config\.json says so.*; if this is it, remove"):
+            refuse_quantized([*plain, *specs(more)], config=config, path="ckpt", are_all=True)
+
+
+def test_a_method_that_packs_codes_into_floats_is_refused_by_its_config() -> None:
+    config = {"quantization": {"quant_algo": "W4A16_AWQ", "kv_cache_quant_algo": None}}
+    plain = specs({"q.weight": "F16"})
+    with pytest.raises(InputInvalid, match="TensorRT-LLM W4A16_AWQ") as raised:
+        refuse_quantized(plain, config=config, path="ckpt", are_all=True)
+    assert "remove" not in raised.value.next_step
+    refuse_quantized(plain, config={"quantization": {"quant_algo": None}}, path="ckpt", are_all=True)
+
+
+def test_a_left_over_quantization_config_is_named(tmp_path: Path) -> None:
+    save(tmp_path / "m/model.safetensors", {"q.weight": weights("F32", 9, 4)})
+    (tmp_path / "m/config.json").write_text('{"quantization_config": {"load_in_4bit": true}}')
+    for source in (tmp_path / "m", tmp_path / "m/model.safetensors"):
+        with pytest.raises(InputInvalid, match="Remove quantization_config"):
+            perturb(Request(str(source), NoiseSpec()), str(tmp_path / "out"))
+        with pytest.raises(InputInvalid, match="Remove quantization_config"):
+            average([str(source)] * 2, str(tmp_path / "out"))
+    assert "of full precision" in (inspect(str(tmp_path / "m")).quantized or "")
 
 
 DATA = Path(os.environ.get("NOISYTUNE_DATA") or Path(__file__).parents[3] / "shared" / "data") / "checkpoints"
