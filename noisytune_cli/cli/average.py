@@ -39,6 +39,12 @@ def average(
             help="How much each SOURCE counts, in their order; only ratios matter. [default: all alike]",
         ),
     ] = None,
+    ignore_config: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-config", help="Average though the members' config.json differs: the first's is kept."
+        ),
+    ] = False,
     threads: Threads = None,
     mmap: Mmap = False,
     follow_links: FollowLinks = False,
@@ -61,6 +67,7 @@ def average(
         sources,
         out,
         coefficients=() if coefficients is None else numbers("--coefficients", coefficients),
+        ignore_config=ignore_config,
         overwrite=overwrite,
         overwrite_changed=overwrite_changed,
         threads=threads,

@@ -15,13 +15,19 @@ from pathlib import Path
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.formats._file import common_mode
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
+from noisytune_cli.commands.one_model import (
+    check_same_buffers,
+    check_same_config,
+    check_same_tensors,
+    refuse_adapter,
+)
 from noisytune_cli.commands.replaced import require_unchanged
 from noisytune_cli.commands.write import complete, record_source
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine import mean
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.escape import enumerate_some, escape
+from noisytune_cli.escape import enumerate_some
 from noisytune_cli.manifest.average import AverageManifest, encode, manifest_bytes
 from noisytune_cli.manifest.write import MAX_BYTES
 from noisytune_cli.noise.devices import open_device
@@ -48,6 +54,7 @@ def average(
     out: str,
     *,
     coefficients: Sequence[float] = (),
+    ignore_config: bool = False,
     overwrite: bool = False,
     overwrite_changed: bool = False,
     threads: int | None = None,
@@ -59,7 +66,8 @@ def average(
     """Write the mean of `sources` and its manifest to `out`, durably, or change nothing.
 
     `coefficients` are the sources' weights, finite and > 0, by default all alike; they are divided by their
-    sum. Raises UsageError for those, InputInvalid where the sources are not checkpoints of one model.
+    sum. Raises UsageError for those, InputInvalid where the sources are not checkpoints of one model; with
+    `ignore_config` their configs need not say so.
     """
     weights = _check_coefficients(sources, coefficients)
     overwrite = overwrite or overwrite_changed
@@ -86,9 +94,13 @@ def average(
             held = [len(member.weight_files) for member in members]
             check_descriptors(sum(held) + held[-1])
         first = members[0]
+        refuse_adapter(first, sources[0])
         for name, member in zip(sources[1:], members[1:], strict=True):
-            _check_same_tensors(first, sources[0], member, name)
+            check_same_tensors(first, sources[0], member, name)
+            if not ignore_config:
+                check_same_config(first, sources[0], member, name)
         _check_has_floats(first.tensors, sources[0])
+        estimates = check_same_buffers(members, sources)
         recorded = _check_recordable(first.tensors, len(members), sources[0])
         check_names(first)
         output = resolve_rewritten(out, first)
@@ -113,7 +125,7 @@ def average(
         first.check_beside()
         manifest_path = publication.publish(encode(manifest))
         warnings = [warning for member in members for warning in member.warnings]
-        warnings += publication.warnings
+        warnings += [*estimates, *publication.warnings]
         return Averaged(output, manifest_path, manifest, publication.cleared, (*warnings, *_warnings(done)))
 
 
@@ -160,34 +172,13 @@ def _open(
         follow_links=follow_links,
     )
     try:
-        refuse_quantized(member.tensors, config=member.config, metadata=member.metadata, path=source)
+        refuse_quantized(
+            member.tensors, config=member.config, metadata=member.metadata, path=source, are_all=True
+        )
     except BaseException:
         member.close()
         raise
     return member
-
-
-def _check_same_tensors(first: Checkpoint, first_name: str, other: Checkpoint, name: str) -> None:
-    """Raise InputInvalid unless `other` has just the tensors that `first` has, wherever they are stored."""
-    ours = {tensor.name: tensor for tensor in first.tensors}
-    theirs = {tensor.name: tensor for tensor in other.tensors}
-    for tensor in (*first.tensors, *other.tensors):
-        a, b = ours.get(tensor.name), theirs.get(tensor.name)
-        if a is None or b is None:
-            why = f"{escape(first_name if b is None else name)} alone has it"
-        elif a.shape != b.shape:
-            why = f"its shape is {list(b.shape)}, and {list(a.shape)} in {escape(first_name)}"
-        elif a.dtype != b.dtype:
-            why = f"its dtype is {b.dtype}, and {a.dtype} in {escape(first_name)}"
-        else:
-            continue
-        raise InputInvalid(
-            "not checkpoints of one model",
-            path=name,
-            tensor=tensor.name,
-            why=why,
-            next_step="Average checkpoints with the same tensors, such as finetuned copies of one base",
-        )
 
 
 def _check_has_floats(tensors: Sequence[TensorSpec], path: str) -> None:

@@ -216,6 +216,129 @@ def test_refuses_what_is_another_model(other: Tensors, words: str, tmp_path: Pat
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "b.safetensors"]
 
 
+def test_a_tied_head_that_one_member_stores_is_explained(tmp_path: Path) -> None:
+    table = weights("F32", 8, 4, seed=1)
+    one = {"model.embed_tokens.weight": table, "model.norm.weight": weights("F32", 4)}
+    save(tmp_path / "a.safetensors", one)
+    save(tmp_path / "b.safetensors", {**one, "lm_head.weight": table})
+    for names in (("a", "b"), ("b", "a")):
+        with pytest.raises(InputInvalid, match="not checkpoints of one model") as refused:
+            average([str(tmp_path / f"{name}.safetensors") for name in names], str(tmp_path / "out"))
+        assert refused.value.tensor == "lm_head.weight"
+        assert "b.safetensors alone has it, beside model.embed_tokens.weight that it is tied to" in str(
+            refused.value
+        )
+        assert "stores a tied weight once" in refused.value.next_step
+
+
+FACTORS = (
+    "base_model.model.q_proj.lora_A.weight",
+    "unet.mid.to_q.lora.down.weight",
+    "unet.mid.processor.to_q_lora.up.weight",
+    "lora_unet_down_blocks_0_to_q.lora_down.weight",
+    "lycoris_mid_to_q.hada_w1_a",
+    "lycoris_mid_to_q.lokr_w2",
+    "base_model.model.q_proj.oft_R.weight",
+    "base_model.model.q_proj.vera_lambda_b",
+)
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_refuses_adapters_by_their_factors(factor: str, tmp_path: Path) -> None:
+    paths = [
+        str(save(tmp_path / f"{i}.safetensors", {factor: weights("F32", 4, 8, seed=i)})) for i in range(2)
+    ]
+    with pytest.raises(InputInvalid, match=r"cannot average adapters.*merge_and_unload") as refused:
+        average(paths, str(tmp_path / "out.safetensors"))
+    assert refused.value.tensor == factor
+
+
+@pytest.mark.parametrize("kind", ["LORA", "BONE", "IA3", "PROMPT_TUNING"])
+def test_an_adapter_without_factors_has_a_mean(kind: str, tmp_path: Path) -> None:
+    for i, name in enumerate("abc"):
+        save(tmp_path / name / "adapter_model.safetensors", {"q.x": weights("F32", 8, seed=i)})
+        config = {"peft_type": kind, "num_virtual_tokens": 4 + (name == "c"), "base_model_name_or_path": name}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    if kind in ("LORA", "BONE"):
+        with pytest.raises(InputInvalid, match=rf"factors \({kind}\)"):
+            average([a, b], str(tmp_path / "out"))
+        return
+    average([a, b], str(tmp_path / "out"))
+    with pytest.raises(InputInvalid, match=r'adapter_config\.json differs.*"num_virtual_tokens" is 5, and 4'):
+        average([a, c], str(tmp_path / "other"))
+
+
+def test_an_adapter_beside_a_model_does_not_hinder(tmp_path: Path) -> None:
+    for name in "ab":
+        save(tmp_path / name / "model.safetensors", {"w": weights("F32", 9, seed=ord(name))})
+        save(tmp_path / name / "adapter_model.safetensors", {"q.lora_A": weights("F32", 4, 8)})
+        (tmp_path / name / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    average([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "out"))
+    assert (tmp_path / "out/adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "field"),
+    [
+        ({"id2label": {"0": "no", "1": "yes"}}, "id2label.0"),
+        ({"vocab_size": 9}, "vocab_size"),
+        ({"text_config": {"num_attention_heads": 4}}, "text_config.num_attention_heads"),
+        ({"rope_theta": 1e6}, "rope_theta"),
+    ],
+)
+def test_configs_that_differ_are_refused_by_field(theirs: dict[str, Any], field: str, tmp_path: Path) -> None:
+    ours = {"id2label": {"0": "yes", "1": "no"}, "vocab_size": 8, "text_config": {"num_attention_heads": 2}}
+    for name, config in (("a", ours), ("b", {**ours, **theirs})):
+        save(tmp_path / name / "model.safetensors", {"w": weights("F32", 9, seed=ord(name))})
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    members = [str(tmp_path / "a"), str(tmp_path / "b")]
+    with pytest.raises(InputInvalid, match=r"config\.json differs.*--ignore-config") as refused:
+        average(members, str(tmp_path / "out"))
+    assert refused.value.why.startswith(f'"{field}" is ')
+    done = CliRunner().invoke(app, ["average", *members, "-o", str(tmp_path / "out"), "--ignore-config"])
+    assert done.exit_code == 0
+    assert json.loads((tmp_path / "out/config.json").read_text()) == ours
+
+
+def test_what_a_config_says_of_its_origin_and_training_may_differ(tmp_path: Path) -> None:
+    for name in "ab":
+        save(tmp_path / name / "model.safetensors", {"w": weights("F32", 9, seed=ord(name))})
+        config = {"_name_or_path": name, "hidden_dropout_prob": ord(name) / 999, "transformers_version": name}
+        config |= {"problem_type": None} if name == "a" else {"pruned_heads": {}}
+        (tmp_path / name / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+    average([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "out"))
+    assert verify(str(tmp_path / "out")).ok
+
+
+def test_buffers_must_agree(tmp_path: Path) -> None:
+    mask = Tensor("F32", np.tril(np.ones((1, 1, 6, 6), np.float32)))
+    other = Tensor("F32", np.ones((1, 1, 6, 6), np.float32))
+    for name, table in (("a", mask), ("b", mask), ("c", other)):
+        tensors = {"h.0.attn.bias": table, "w": weights("F32", 9, 4, seed=ord(name))}
+        save(tmp_path / f"{name}.safetensors", tensors)
+    a, b, c = (str(tmp_path / f"{name}.safetensors") for name in "abc")
+    average([a, b], str(tmp_path / "out.safetensors"))
+    _, found = split((tmp_path / "out.safetensors").read_bytes())
+    assert found["h.0.attn.bias"] == mask.data
+    with pytest.raises(InputInvalid, match=r"a buffer differs: .*h\.0\.attn\.bias") as refused:
+        average([a, b, c], str(tmp_path / "other.safetensors"))
+    assert refused.value.path == c
+    assert not (tmp_path / "other.safetensors").exists()
+
+
+def test_statistics_of_a_batch_norm_are_averaged_with_a_warning(tmp_path: Path) -> None:
+    for i in range(2):
+        names = ("weight", "running_mean", "running_var")
+        tensors = {f"bn.{name}": weights("F32", 4, seed=i * 9 + j) for j, name in enumerate(names)}
+        tensors["bn.num_batches_tracked"] = Tensor("I64", np.array(i))
+        save(tmp_path / f"{i}.safetensors", tensors)
+    result = average(
+        [str(tmp_path / f"{i}.safetensors") for i in range(2)], str(tmp_path / "out.safetensors")
+    )
+    assert "bn.running_mean, bn.running_var: the mean of a batch norm" in result.warnings[0]
+
+
 def test_refuses_what_holds_nothing_to_average(tmp_path: Path) -> None:
     a = save(tmp_path / "a.safetensors", {"n": Tensor("I64", np.arange(2))})
     with pytest.raises(InputInvalid, match="nothing to average"):
@@ -224,7 +347,7 @@ def test_refuses_what_holds_nothing_to_average(tmp_path: Path) -> None:
 
 def test_refuses_a_quantised_member(tmp_path: Path) -> None:
     for name in "ab":
-        save(tmp_path / name / "model.safetensors", {"w": numbers("F32", 1, 2)})
+        save(tmp_path / name / "model.safetensors", {"scale": numbers("F32", 1, 2)})
     (tmp_path / "b" / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
     with pytest.raises(InputInvalid, match=r"cannot use a quantised checkpoint.* GPTQ .* a mean of them"):
         average([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "out"))
