@@ -36,14 +36,25 @@ StreamWords = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """What is added to a matrix: a stream's coefficients of a distribution, times the amplitude.
+    """What is done to a matrix: kept · x + Σ c_k · a_k, c_k the coefficients of a distribution.
 
-    `amplitude` is a float32 value held in a Python float.
+    `terms` are (stream, amplitude) in the order that they are added up; an amplitude is a float32 value held
+    in a Python float, and may be negative. Without terms the matrix is only shrunk.
     """
 
     distribution: str
-    stream: StreamWords
-    amplitude: float
+    terms: tuple[tuple[StreamWords, float], ...]
+    kept: float = 1.0
+
+    @classmethod
+    def of(cls, distribution: str, stream: StreamWords, amplitude: float) -> Noise:
+        """Return the noise of one stream."""
+        return cls(distribution, ((stream, amplitude),))
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it is the noise of one stream, and nothing else."""
+        return len(self.terms) == 1 and self.kept == 1.0
 
 
 #: Round multipliers and Weyl key increments of Philox4x32.
@@ -127,18 +138,52 @@ def add_noise(
     the stored values). A result past its largest finite value is clamped to it, or to that of float32 where
     the sum was computed in float32. An element that is what `convert` gives is unchanged.
     """
-    out_dtype = out_dtype or dtype
+    return _add(stored, dtype, _scaled(coefficient, dtype, float(amplitude)), out_dtype or dtype)
+
+
+def mix(
+    stored: NDArray[np.generic], dtype: str, noise: Noise, first: int, out_dtype: str | None = None
+) -> tuple[NDArray[np.generic], int, int]:
+    """Return what `add_noise` does, of values from element `first` on with any noise.
+
+    With x in float32 (in float64 where the values are F64) and one rounding for each operation:
+    t_k = c_k · a_k, acc = ((t_1 + t_2) + …), y = kept · x + acc. An element is unchanged that kept · x would
+    be too.
+    """
+    total = None
+    for words, amplitude in noise.terms:
+        drawn = draw(noise.distribution, words, first, len(stored))
+        term = _scaled(drawn, dtype, amplitude)
+        total = term if total is None else total + term
+    return _add(stored, dtype, total, out_dtype or dtype, noise.kept)
+
+
+def _scaled(
+    coefficient: NDArray[np.float32], dtype: str, amplitude: float
+) -> NDArray[np.float32] | NDArray[np.float64]:
     with np.errstate(over="ignore"):  # an overflow is what the clamp is for
-        x = upcast(stored, dtype)
         if dtype == "F64":
-            y = x + coefficient.astype(np.float64) * np.float64(amplitude)
-        else:
-            y = x + coefficient * amplitude
+            return coefficient.astype(np.float64) * np.float64(amplitude)
+        return coefficient * np.float32(amplitude)
+
+
+def _add(
+    stored: NDArray[np.generic],
+    dtype: str,
+    total: NDArray[np.float32] | NDArray[np.float64] | None,
+    out_dtype: str,
+    kept: float = 1.0,
+) -> tuple[NDArray[np.generic], int, int]:
+    with np.errstate(over="ignore", under="ignore"):
+        x = upcast(stored, dtype)
+        if kept != 1.0:
+            x = x * x.dtype.type(kept)
+        y = x if total is None else x + total
         rounded = _round_to(y, out_dtype)
         largest = np.asarray(min(LARGEST[out_dtype], float(np.finfo(y.dtype).max)), dtype=y.dtype)
         clamped = ~np.isfinite(upcast(rounded, out_dtype))
         rounded = np.where(clamped, _round_to(np.copysign(largest, y), out_dtype), rounded)
-        plain = stored if out_dtype == dtype else _round_to(x, out_dtype)
+        plain = stored if out_dtype == dtype and kept == 1.0 else _round_to(x, out_dtype)
     bits = np.dtype(f"u{rounded.dtype.itemsize}")
     unchanged = int(np.count_nonzero(rounded.view(bits) == plain.view(bits)))
     return rounded, unchanged, int(np.count_nonzero(clamped))

@@ -148,7 +148,7 @@ def test_devices_add_noise_as_the_reference(
             memoryview(out),
             dtype,
             out_dtype,
-            noise=stream.Noise(distribution, stream.stream_words(9, "w"), float(np.float32(amplitude))),
+            noise=stream.Noise.of(distribution, stream.stream_words(9, "w"), float(np.float32(amplitude))),
             first=first,
         )
         assert out.tobytes() == expected.tobytes()
@@ -164,7 +164,7 @@ def test_a_sum_in_float32_stays_in_its_range_in_float64(device: Device) -> None:
         oracle.tile(out),
         "F32",
         "F64",
-        noise=stream.Noise("uniform", stream.stream_words(0, "w"), 2.0**126),
+        noise=stream.Noise.of("uniform", stream.stream_words(0, "w"), 2.0**126),
         first=0,
     )
     assert 10 < clamped < 60

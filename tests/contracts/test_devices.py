@@ -44,7 +44,7 @@ def add_noise(
         oracle.tile(stored),
         memoryview(room)[size : size + stored.nbytes],
         dtype,
-        noise=stream.Noise(distribution, stream.stream_words(seed, "w"), amplitude),
+        noise=stream.Noise.of(distribution, stream.stream_words(seed, "w"), amplitude),
         first=first,
     )
     assert stored.tobytes() == before
@@ -145,7 +145,7 @@ def test_golden_digests(device: Device, case: dict[str, object]) -> None:
         oracle.tile(stored),
         oracle.tile(out),
         str(case["dtype"]),
-        noise=stream.Noise(str(case["distribution"]), words, float(str(case["amplitude"]))),
+        noise=stream.Noise.of(str(case["distribution"]), words, float(str(case["amplitude"]))),
         first=int(str(case["first"])),
     )
     assert blake3(out.tobytes()).hexdigest() == case["digest"]
@@ -174,7 +174,7 @@ def test_an_output_that_does_not_fit_is_refused(device: Device, room: memoryview
             memoryview(bytes(8)),
             room,
             "F32",
-            noise=stream.Noise("uniform", (0, 0, 0, 0), 1.0),
+            noise=stream.Noise.of("uniform", (0, 0, 0, 0), 1.0),
             first=0,
         )
 

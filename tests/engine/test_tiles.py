@@ -79,7 +79,7 @@ def test_each_element_gets_the_noise_of_its_index_with_its_parts_amplitude(
                     dtype,
                     dtype,
                     blocks,
-                    noise=stream.Noise("uniform", stream.stream_words(5, "x"), AMPLITUDES[part]),
+                    noise=stream.Noise.of("uniform", stream.stream_words(5, "x"), AMPLITUDES[part]),
                     first=first,
                 )
         for part in range(len(parts)):
@@ -104,7 +104,7 @@ def test_the_sum_is_rounded_to_another_dtype_where_asked(out_dtype: str) -> None
             "F32",
             out_dtype,
             blocks,
-            noise=stream.Noise("gaussian", stream.stream_words(5, "x"), 0.0078125),
+            noise=stream.Noise.of("gaussian", stream.stream_words(5, "x"), 0.0078125),
             first=0,
         )
         own = owner == part
@@ -128,7 +128,7 @@ def test_values_between_the_runs_need_not_be_finite() -> None:
                 "F32",
                 "F32",
                 blocks,
-                noise=stream.Noise("uniform", stream.stream_words(0, "x"), 0.5),
+                noise=stream.Noise.of("uniform", stream.stream_words(0, "x"), 0.5),
                 first=0,
             )
             assert (unchanged, clamped) == (0, 0)

@@ -17,7 +17,7 @@ def test_the_compiled_loop_works_in_place(dtype: str, distribution: str) -> None
     )
     source = bytearray(values.view(torch.uint8).numpy().tobytes())
     apart = bytearray(len(source))
-    first, noise = 2**32 - 5, stream.Noise(distribution, stream.stream_words(7, "w"), 900.0)
+    first, noise = 2**32 - 5, stream.Noise.of(distribution, stream.stream_words(7, "w"), 900.0)
     counts = cpu.add_noise(memoryview(source), memoryview(apart), dtype, noise=noise, first=first)
     assert cpu.add_noise(memoryview(source), memoryview(source), dtype, noise=noise, first=first) == counts
     assert source == apart

@@ -40,7 +40,7 @@ def uniform_noise(stored: np.ndarray, name: str, lam: float = 0.15) -> np.ndarra
         oracle.tile(flat),
         oracle.tile(out),
         "F32",
-        noise=stream.Noise("uniform", stream.stream_words(0, name), amplitude),
+        noise=stream.Noise.of("uniform", stream.stream_words(0, name), amplitude),
         first=0,
     )
     return (out.astype(np.float64) - flat) / amplitude

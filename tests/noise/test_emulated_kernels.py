@@ -62,7 +62,7 @@ def test_arm64_has_the_references_bits(program: list[str]) -> None:
                     room,
                     dtype,
                     out_dtype,
-                    noise=Noise(distribution, WORDS, amplitude),
+                    noise=Noise.of(distribution, WORDS, amplitude),
                     first=first,
                 )
                 expected.append(out.tobytes() + struct.pack("<2q", *counts))

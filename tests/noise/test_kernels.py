@@ -49,7 +49,7 @@ def check(
             tile,
             out,
             dtype,
-            noise=stream.Noise(distribution, stream.stream_words(SEED, NAME), amplitude),
+            noise=stream.Noise.of(distribution, stream.stream_words(SEED, NAME), amplitude),
             first=first,
         )
         assert out.tobytes() == expected.tobytes()
@@ -133,7 +133,7 @@ def test_noise_into_every_dtype(cpu: Cpu, dtype: str, out_dtype: str, distributi
                 oracle.tile(out),
                 dtype,
                 out_dtype,
-                noise=stream.Noise(distribution, stream.stream_words(SEED, NAME), amplitude),
+                noise=stream.Noise.of(distribution, stream.stream_words(SEED, NAME), amplitude),
                 first=5,
             )
             assert out.tobytes() == expected.tobytes()

@@ -69,7 +69,7 @@ def noised(device, stored, dtype, distribution, name, seed, first, amplitude):
         memoryview(tile),
         memoryview(out),
         dtype,
-        noise=stream.Noise(distribution, stream.stream_words(seed, name), float(amplitude)),
+        noise=stream.Noise.of(distribution, stream.stream_words(seed, name), float(amplitude)),
         first=first,
     )
     return bytes(out), *counts

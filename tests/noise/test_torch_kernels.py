@@ -45,7 +45,7 @@ def test_words_at_the_ends_of_the_index_and_of_the_multiplication():
 
 def test_addition_in_place_counts_what_stayed():
     stored = torch.tensor([1.0, 1e30, -1e30, 2.0])
-    noise = stream.Noise("uniform", stream.stream_words(0, "w"), 1.0)
+    noise = stream.Noise.of("uniform", stream.stream_words(0, "w"), 1.0)
     counts = torch_kernels.add_noise(stored, stored, noise, first=0)
     assert counts.tolist() == [2, 0]
     assert stored[0] == np.float32(1.0) + np.float32(0.09509900212287903)

@@ -295,7 +295,7 @@ def test_tiles_of_a_file_go_through_the_kernels(distribution: str, monkeypatch: 
     device = cuda.Cuda(DEVICE)
     stored = oracle.weights(np.random.default_rng(1), SIZE + 77, "BF16")
     monkeypatch.setattr(torch_kernels, "block_sums", lambda values: pytest.fail("torch operations"))
-    noise = stream.Noise(distribution, stream.stream_words(3, "w"), 0.5)
+    noise = stream.Noise.of(distribution, stream.stream_words(3, "w"), 0.5)
     out = bytearray(stored.nbytes)
     counts = device.add_noise(oracle.tile(stored), memoryview(out), "BF16", noise=noise, first=8)
     assert (bytes(out), *counts) == reference([(stored, "BF16", 0, 3, 8)], distribution, 0.5)[0]
@@ -308,7 +308,7 @@ def test_what_the_kernels_do_not_offer_goes_through_torch_operations() -> None:
     c = stream.coefficients("uniform", 3, "w", 5, stored.size)
     expected, *counts = stream.add_noise(stored, "F32", c, np.float32(0.5), "BF16")
     out = bytearray(expected.nbytes)
-    noise = stream.Noise("uniform", stream.stream_words(3, "w"), 0.5)
+    noise = stream.Noise.of("uniform", stream.stream_words(3, "w"), 0.5)
     got = device.add_noise(oracle.tile(stored), memoryview(out), "F32", "BF16", noise=noise, first=5)
     assert (bytes(out), list(got)) == (expected.tobytes(), counts)
     assert device.moments(memoryview(b""), "F32").count == 0

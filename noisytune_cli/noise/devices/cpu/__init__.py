@@ -57,11 +57,16 @@ class Cpu:
         """Write tile + noise to `out`, apart from the tile or, in the tile's dtype, the tile itself."""
         out_dtype = out_dtype or dtype
         count = _count(tile, out, dtype, out_dtype)
-        rows = np.array(
-            [(_address(tile), _address(out), count, first, noise.stream, noise.amplitude, 0, 0)],
-            dtype=library.NOISE_ROW,
-        )
-        library.load().noise(noise.distribution, dtype, out_dtype, rows, np.zeros(1, np.int64), 1)
+        at = _address(tile), _address(out), count, first
+        kernels = library.load()
+        if noise.is_single:
+            rows = np.array([(*at, *noise.terms[0], 0, 0)], dtype=library.NOISE_ROW)
+            add = kernels.noise
+        else:
+            terms = np.array([*noise.terms], library.TERM)
+            rows = np.array([(*at, terms.ctypes.data, len(terms), noise.kept, 0, 0)], dtype=library.MIX_ROW)
+            add = kernels.mix
+        add(noise.distribution, dtype, out_dtype, rows, np.zeros(1, np.int64), 1)
         return int(rows["unchanged"][0]), int(rows["clamped"][0])
 
     def noise_rows(

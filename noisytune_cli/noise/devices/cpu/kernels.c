@@ -12,7 +12,8 @@
    names it and ends the functions' names), and the caller asks `noisytune_level` which of them this CPU has.
 
    Noise stream v1 (`noise/stream.py` is its reference in NumPy): element e takes word e mod 4 of the block
-   Philox4x32-10(counter e / 4, stream), key the seed, and becomes round(x + float32(c · a)).
+   Philox4x32-10(counter e / 4, stream), key the seed, and becomes round(x + float32(c · a)); of several noises
+   and of shrunk values, see `mix_row`.
    Philox: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. */
 
 #include <stdint.h>
@@ -425,6 +426,133 @@ static adding *const add[2][4][4] = {EACH_PAIR(ADDED, UNIFORM) EACH_PAIR(ADDED, 
 void EXPORT(noise)(int distribution, int dtype, int out, struct noise_row *rows, int64_t count, int64_t *next,
                    int64_t most) {
     TAKE(row) add[distribution][dtype][out](rows + row);
+}
+
+/* ---- Mixtures: noise of several seeds, and values shrunk -------------------------------------------------- */
+
+/* One of the noises that are added up: a stream, and what its coefficients are multiplied by. */
+struct term {
+    uint32_t stream[4];
+    float amplitude;
+};
+
+/* One run of values as in `noise_row`: y = kept · x + Σ c_k · a_k, the terms added up in order before they are
+   added to x; without terms, y = kept · x. Every product and every sum is rounded, to float32 (to float64 where
+   x is F64). The terms' sum must not overflow. `unchanged` counts the elements that kept · x would be too. */
+struct mix_row {
+    const char *x;
+    char *y;
+    int64_t n;
+    uint64_t first;
+    const struct term *terms;
+    int64_t count;
+    double kept;
+    int64_t unchanged, clamped;
+};
+
+/* The terms of a block added up: float32, or float64 if `wide`. */
+INLINE void add_terms(enum distribution distribution, int wide, uint64_t counter, const struct mix_row *row, char *sums) {
+    for (int64_t k = 0; k < row->count; k++) {
+        const struct term *term = row->terms + k;
+        u32x16 words[VECTORS];
+        draw(words, counter, term->stream);
+        for (int v = 0; v < VECTORS; v++) {
+            f32x16 c = coefficients(distribution, words[v]);
+            if (!wide) {
+                f32x16 t = c * term->amplitude;
+                if (k) t += loaded(F32, sums, 16 * v);
+                memcpy(sums + 64 * v, &t, sizeof t);
+                continue;
+            }
+            f64x8 halves[2] = {__builtin_convertvector(lower(c), f64x8), __builtin_convertvector(upper(c), f64x8)};
+            for (int h = 0; h < 2; h++) {
+                f64x8 t = halves[h] * (double)term->amplitude;
+                if (k) t += loaded_wide(sums, 16 * v + 8 * h);
+                memcpy(sums + 8 * (16 * v + 8 * h), &t, sizeof t);
+            }
+        }
+    }
+}
+
+#define SUMMING(distribution, wide)                                                                              \
+    static __attribute__((noinline)) void add_terms_##distribution##_##wide(uint64_t counter,                    \
+                                                                            const struct mix_row *row, char *sums) { \
+        add_terms(distribution, wide, counter, row, sums);                                                       \
+    }
+SUMMING(UNIFORM, 0) SUMMING(UNIFORM, 1) SUMMING(GAUSSIAN, 0) SUMMING(GAUSSIAN, 1)
+
+typedef void summing(uint64_t, const struct mix_row *, char *);
+static summing *const sum_terms[2][2] = {{add_terms_UNIFORM_0, add_terms_UNIFORM_1},
+                                         {add_terms_GAUSSIAN_0, add_terms_GAUSSIAN_1}};
+
+/* A block of values, of which those from `from` up to `to` count, with their sums of terms. */
+INLINE void mix_block(enum dtype dtype, enum dtype out, const char *x, char *y, const char *sums, int64_t from, int64_t to,
+                      struct mix_row *row) {
+    const uint32_t magnitude = magnitude_of(out), infinity = infinity_of(out);
+    u32x16 place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, same = {0}, clamped = {0};
+    u64x8 wide_place = {0, 1, 2, 3, 4, 5, 6, 7}, wide_same = {0};
+    for (int v = 0; v < VECTORS; v++, place += 16) {
+        f32x16 base, sum;
+        if (dtype == F64) {
+            f64x8 bases[2], totals[2];
+            for (int h = 0; h < 2; h++, wide_place += 8) {
+                bases[h] = loaded_wide(x, 16 * v + 8 * h) * row->kept;
+                totals[h] = row->count ? bases[h] + loaded_wide(sums, 16 * v + 8 * h) : bases[h];
+                if (out != F64) continue;
+                u64x8 counts = (u64x8)(wide_place >= (uint64_t)from) & (u64x8)(wide_place < (uint64_t)to);
+                wide_same -= (u64x8)((u64x8)totals[h] == (u64x8)bases[h]) & counts;
+                memcpy(y + 8 * (16 * v + 8 * h), &totals[h], sizeof totals[h]);
+            }
+            if (out == F64) continue;
+            base = narrowed_for(out, bases[0], bases[1]);
+            sum = narrowed_for(out, totals[0], totals[1]);
+        } else {
+            base = loaded(dtype, x, 16 * v) * (float)row->kept;
+            sum = row->count ? base + loaded(F32, sums, 16 * v) : base;
+        }
+        u32x16 counts = (u32x16)(place >= (uint32_t)from) & (u32x16)(place < (uint32_t)to);
+        u32x16 bits = rounded(out, sum), over = (u32x16)((bits & magnitude) >= infinity);
+        bits = SELECT(u32x16, over, (bits & ~magnitude) | (infinity - 1), bits);
+        clamped -= over & counts;
+        same -= (u32x16)(bits == rounded(out, base)) & counts;
+        store(out, y, 16 * v, bits);
+    }
+    row->unchanged += counted(same) + counted((u32x16)wide_same);
+    row->clamped += counted(clamped);
+}
+
+INLINE void mix_row(enum dtype dtype, enum dtype out, summing *sum, struct mix_row *row) {
+    const int64_t size = size_of(dtype), out_size = size_of(out);
+    row->unchanged = row->clamped = 0;
+    for (int64_t at = -(int64_t)(row->first & 3); at < row->n; at += BLOCK) {
+        const int64_t from = at < 0 ? -at : 0, to = row->n - at < BLOCK ? row->n - at : BLOCK;
+        char held[8 * BLOCK], mixed[8 * BLOCK], sums[8 * BLOCK];
+        const char *x = row->x + at * size;
+        char *y = row->y + at * out_size;
+        const int whole = to - from == BLOCK;
+        if (!whole) {
+            memset(held, 0, sizeof held);
+            memcpy(held + from * size, x + from * size, (size_t)((to - from) * size));
+        }
+        sum((row->first + (uint64_t)at) / 4, row, sums);
+        mix_block(dtype, out, whole ? x : held, whole ? y : mixed, sums, from, to, row);
+        if (!whole) memcpy(y + from * out_size, mixed + from * out_size, (size_t)((to - from) * out_size));
+    }
+}
+
+#define MIXING(prefix, dtype, out)                                                                              \
+    static __attribute__((noinline)) void prefix##_##dtype##_##out(summing *sum, struct mix_row *row) { \
+        mix_row(dtype, out, sum, row);                                                                          \
+    }
+EACH_PAIR(MIXING, mix)
+
+#define MIXED(prefix, dtype, out) [dtype][out] = prefix##_##dtype##_##out,
+typedef void mixing(summing *, struct mix_row *);
+static mixing *const mixtures[4][4] = {EACH_PAIR(MIXED, mix)};
+
+void EXPORT(mix)(int distribution, int dtype, int out, struct mix_row *rows, int64_t count, int64_t *next,
+                 int64_t most) {
+    TAKE(row) mixtures[dtype][out](sum_terms[distribution][dtype == F64], rows + row);
 }
 
 /* ---- Conversion ------------------------------------------------------------------------------------------ */

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 DTYPES = ("F32", "F64", "BF16", "F16")
 DISTRIBUTIONS = ("uniform", "gaussian")
 
-#: The structs of kernels.c: runs of values to be given noise, and to be measured.
+#: The structs of kernels.c: runs of values to be given one noise, or a mixture of several, and to be measured.
 NOISE_ROW = np.dtype(
     [
         ("x", np.uint64),
@@ -34,6 +34,21 @@ NOISE_ROW = np.dtype(
         ("first", np.uint64),
         ("stream", np.uint32, 4),
         ("amplitude", np.float32),
+        ("unchanged", np.int64),
+        ("clamped", np.int64),
+    ],
+    align=True,
+)
+TERM = np.dtype([("stream", np.uint32, 4), ("amplitude", np.float32)], align=True)
+MIX_ROW = np.dtype(
+    [
+        ("x", np.uint64),
+        ("y", np.uint64),
+        ("n", np.int64),
+        ("first", np.uint64),
+        ("terms", np.uint64),
+        ("count", np.int64),
+        ("kept", np.float64),
         ("unchanged", np.int64),
         ("clamped", np.int64),
     ],
@@ -72,6 +87,17 @@ class Kernels(Protocol):
     ) -> None:
         """Add noise to NOISE_ROW rows, from `following[0]` on, up to `most` of them."""
 
+    def mix(
+        self,
+        distribution: str,
+        dtype: str,
+        out_dtype: str,
+        rows: NDArray[Any],
+        following: NDArray[np.int64],
+        most: int,
+    ) -> None:
+        """Add mixtures to MIX_ROW rows in the same way."""
+
     def moments(self, dtype: str, rows: NDArray[Any], following: NDArray[np.int64], most: int) -> None:
         """Measure MOMENTS_ROW rows in the same way."""
 
@@ -105,6 +131,7 @@ class Library:
             return found
 
         self._noise = function("noise", kind, kind, kind, *taking)
+        self._mix = function("mix", kind, kind, kind, *taking)
         self._moments = function("moments", kind, *taking)
         self._exact = function("exact", kind, address, number, address)
         self._summary = function("summary", kind, address, number, address)
@@ -127,6 +154,24 @@ class Library:
             return
         kinds = DISTRIBUTIONS.index(distribution), DTYPES.index(dtype), DTYPES.index(out_dtype)
         self._noise(*kinds, rows.ctypes.data, len(rows), following.ctypes.data, most)
+
+    def mix(
+        self,
+        distribution: str,
+        dtype: str,
+        out_dtype: str,
+        rows: NDArray[Any],
+        following: NDArray[np.int64],
+        most: int,
+    ) -> None:
+        """Add mixtures; of a distribution that kernels.c has not, in NumPy."""
+        if distribution not in DISTRIBUTIONS:
+            from noisytune_cli.noise.devices.cpu import reference
+
+            reference.mix(distribution, dtype, out_dtype, rows, following, most)
+            return
+        kinds = DISTRIBUTIONS.index(distribution), DTYPES.index(dtype), DTYPES.index(out_dtype)
+        self._mix(*kinds, rows.ctypes.data, len(rows), following.ctypes.data, most)
 
     def moments(self, dtype: str, rows: NDArray[Any], following: NDArray[np.int64], most: int) -> None:
         """Measure."""

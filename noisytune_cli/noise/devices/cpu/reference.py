@@ -14,6 +14,7 @@ import numpy as np
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.noise import stream
+from noisytune_cli.noise.devices.cpu.library import TERM
 from noisytune_cli.noise.std import BLOCK
 
 if TYPE_CHECKING:
@@ -48,6 +49,29 @@ def noise(
             c = stream.draw(distribution, (k0, k1, s0, s1), int(row["first"]) + at, len(tile))
             noised, unchanged, clamped = stream.add_noise(tile, dtype, c, row["amplitude"], out_dtype)
             y[at : at + len(tile)] = noised.view(y.dtype)
+            row["unchanged"] += unchanged
+            row["clamped"] += clamped
+
+
+def mix(
+    distribution: str,
+    dtype: str,
+    out_dtype: str,
+    rows: NDArray[Any],
+    following: NDArray[np.int64],
+    most: int,
+) -> None:
+    """Add mixtures to rows."""
+    for row in _taken(rows, following, most):
+        x, y = _values(int(row["x"]), int(row["n"]), dtype), _values(int(row["y"]), int(row["n"]), out_dtype)
+        memory = (ctypes.c_char * (int(row["count"]) * TERM.itemsize)).from_address(int(row["terms"]))
+        terms = tuple([(tuple(w.tolist()), float(a)) for w, a in np.frombuffer(memory, TERM)])
+        noise = stream.Noise(distribution, terms, float(row["kept"]))
+        row["unchanged"] = row["clamped"] = 0
+        for at in range(0, len(x), _AT_A_TIME):
+            tile = x[at : at + _AT_A_TIME]
+            mixed, unchanged, clamped = stream.mix(tile, dtype, noise, int(row["first"]) + at, out_dtype)
+            y[at : at + len(tile)] = mixed.view(y.dtype)
             row["unchanged"] += unchanged
             row["clamped"] += clamped
 

@@ -40,13 +40,15 @@ class Cuda(Torch):
         return operations.moments_of(sums.sums([values])[0].tolist(), values)
 
     def _add_noise(self, values: Tensor, out: Tensor, noise: Noise, first: int) -> Tensor:
-        fits = out is values and values.numel()
+        fits = out is values and values.numel() and noise.is_single
         if not fits or not adds_exactly(self.device, values.dtype, noise.distribution):
             return super()._add_noise(values, out, noise, first)
         from noisytune_cli.noise.devices.cuda import add
         from noisytune_cli.noise.devices.cuda.launch import Row
 
-        return add.add_noise([Row(values, noise.stream, first, noise.amplitude)], noise.distribution)[0]
+        return add.add_noise(
+            [Row(values, *noise.terms[0][:1], first, noise.terms[0][1])], noise.distribution
+        )[0]
 
 
 def open_device(name: str) -> Device:

@@ -192,7 +192,7 @@ def is_exact(device: Torch) -> bool:
         stored = as_bytes.view(NUMPY[dtype])
         expected, *counts = stream.add_noise(stored, dtype, c, np.float32(0.3), out_dtype)
         out = np.empty(expected.nbytes, np.uint8)
-        noise = Noise(distribution, stream.stream_words(seed, name), float(np.float32(0.3)))
+        noise = Noise.of(distribution, stream.stream_words(seed, name), float(np.float32(0.3)))
         got = device.add_noise(as_bytes.data, out.data, dtype, out_dtype, noise=noise, first=first)
         if list(got) != counts or out.tobytes() != expected.tobytes():
             return False

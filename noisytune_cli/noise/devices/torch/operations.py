@@ -98,12 +98,17 @@ def add_noise(stored: Tensor, out: Tensor, noise: Noise, first: int) -> Tensor:
     excess = infinity - LARGEST_F32_IN_F64 if out.dtype == torch.float64 and wide == torch.float32 else 1
     counts = torch.zeros(2, dtype=torch.int64, device=stored.device)
     for begin, values in _chunks(stored):
-        c = coefficients(noise.distribution, noise.stream, first + begin, values.numel(), stored.device)
-        bits = round_bits(c.to(wide).mul_(noise.amplitude).add_(values.to(wide)), out.dtype)
+        base = values.to(wide) if noise.kept == 1.0 else values.to(wide) * noise.kept
+        total: Tensor | None = None
+        for stream, amplitude in noise.terms:
+            c = coefficients(noise.distribution, stream, first + begin, values.numel(), stored.device)
+            term = c.to(wide).mul_(amplitude)
+            total = term if total is None else total.add_(term)
+        bits = round_bits(base.clone() if total is None else total.add_(base), out.dtype)
         clamped = (bits & magnitude) >= infinity
         bits.sub_(clamped.to(bits_dtype).mul_(excess))  # the sign is a bit of its own
-        same_dtype = out.dtype == stored.dtype
-        plain = values.view(bits_dtype) if same_dtype else round_bits(values.to(wide), out.dtype)
+        as_stored = out.dtype == stored.dtype and noise.kept == 1.0
+        plain = values.view(bits_dtype) if as_stored else round_bits(base, out.dtype)
         counts += torch.stack(((bits == plain).sum(), clamped.sum()))
         out[begin : begin + values.numel()].view(bits_dtype).copy_(bits)
     return counts
