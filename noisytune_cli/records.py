@@ -18,9 +18,10 @@ from typing import Literal
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
 
-Action = Literal["perturb", "copy"]
+#: "shrink" is what noise with `kept` below 1 does to a matrix that takes no noise.
+Action = Literal["perturb", "shrink", "copy"]
 Distribution = str
-Scope = Literal["matrix", "global"]
+Scope = Literal["matrix", "global", "absolute"]
 Granularity = Literal["tensor", "matrix"]
 
 #: Why a tensor is copied byte for byte (design: "Not perturbed").
@@ -88,11 +89,23 @@ def whole(tensor: TensorSpec) -> Part:
 
 
 @dataclass(frozen=True, slots=True)
-class NoiseSpec:
-    """What noise the user asks for. λ is the full width of the uniform noise in units of std(W).
+class Term:
+    """One noise of a mixture: its seed, its strength (λ or σ, as the scope has it), and its coefficient."""
 
-    `splits` (pattern, division) are the user's own divisions of tensors; a manifest has the parts that came
-    of them instead.
+    seed: int
+    strength: float
+    coefficient: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseSpec:
+    """What noise the user asks for.
+
+    `lam` is its strength: λ, the full width of the uniform noise in units of std(W), or in scope `absolute`
+    σ, the noise's own std; of `rules` too. Below 0 it is the negative noise. `kept` is the share of the
+    weights that is kept. `mix` are noises to be added up in place of that of `seed`; `lam` is then
+    √Σ(coefficient · strength)². `splits` (pattern, division) are the user's own divisions of tensors; a
+    manifest has the parts that came of them instead.
     """
 
     lam: float = 0.15
@@ -104,6 +117,13 @@ class NoiseSpec:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     splits: tuple[tuple[str, str], ...] = field(default=(), compare=False)
+    kept: float = 1.0
+    mix: tuple[Term, ...] = ()
+
+    @property
+    def needs_std(self) -> bool:
+        """Whether the noise is scaled with the values' std."""
+        return self.scope != "absolute"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +152,12 @@ class Combination:
 class Step:
     """What will happen to one tensor, decided from headers alone.
 
-    `stream` names the noise stream (the tensor's own name, or that of the tie it belongs to). `lam` is 0
-    for a copy. `unsure` says what only the values can tell (`constant`, `non-finite`) of a tensor that is
-    to be perturbed. `told_by` says what decided whether it is a buffer: its name, or a model built from the
-    config. `out_dtype` is the dtype it is written in, None where that is its own. `parts` are its matrices
-    if they are to have a std each, two at least; `undivided` says why a tensor that looks like several
-    matrices is taken as one.
+    `stream` names the noise stream (the tensor's own name, or that of the tie it belongs to). `lam` is the
+    strength (λ or σ), 0 for a copy. `unsure` says what only the values can tell (`constant`, `non-finite`) of
+    a tensor that is to be perturbed. `told_by` says what decided whether it is a buffer: its name, or a model
+    built from the config. `out_dtype` is the dtype it is written in, None where that is its own. `parts` are
+    its matrices if they are to have a std each, two at least; `undivided` says why a tensor that looks like
+    several matrices is taken as one.
     """
 
     tensor: TensorSpec
@@ -188,11 +208,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What comes of one matrix: an amplitude, or the reason why it stays as it is.
+    """What comes of one matrix: an amplitude, or the reason why it stays as it is, or is only shrunk.
 
-    `std` and `amplitude` are float32 values held in Python floats; `low`/`high` bound the uniform noise,
-    `noise_std` is the std of Gaussian noise. `unchanged` counts elements that rounding left as they would be
-    without noise, `clamped` those held back at the dtype's largest finite value.
+    `std` and `amplitude` are float32 values held in Python floats, but for a mixture, whose amplitude is the
+    float64 of its sum; `low`/`high` bound the uniform noise, `noise_std` is the std of Gaussian noise.
+    `unchanged` counts elements that rounding left as they would be without noise, `clamped` those held back
+    at the dtype's largest finite value.
     """
 
     action: Action
@@ -301,9 +322,10 @@ def summed(step: Step, parts: tuple[PartReceipt, ...], source_digest: str, diges
     """
     perturbed = any(part.action == "perturb" for part in parts)
     reasons = [part.reason for part in parts]
+    actions = {part.action for part in parts}
     whole = replace(
         copied(None if perturbed else "non-finite" if "non-finite" in reasons else reasons[0]),
-        action="perturb" if perturbed else "copy",
+        action="perturb" if perturbed else "shrink" if "shrink" in actions else "copy",
         lam=step.lam if perturbed else 0.0,
         unchanged=sum(part.unchanged for part in parts),
         clamped=sum(part.clamped for part in parts),

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from noisytune_cli.engine import tiles
 from noisytune_cli.noise import distributions
+from noisytune_cli.noise.amplitudes import amplitudes, noise_of, overall
 from noisytune_cli.noise.devices import Device
 from noisytune_cli.noise.std import Moments, exact_std, exactly_equal, std_and_equality
-from noisytune_cli.noise.stream import Noise, stream_words
 from noisytune_cli.records import (
+    Action,
     NoiseSpec,
     Outcome,
     Part,
@@ -40,10 +41,14 @@ EXACT_AT_ONCE = 64
 
 
 class Spread(NamedTuple):
-    """The std32 to scale noise with, and whether it is 0 because all values are equal."""
+    """The std32 to scale noise with, if any is needed, and whether it is 0 because all values are equal."""
 
-    std: float
+    std: float | None
     constant: bool = False
+
+
+#: What is known of a matrix that is not measured: its values are taken for finite until noise meets others.
+UNMEASURED = Spread(None)
 
 
 class Sums:
@@ -89,17 +94,19 @@ def outcome_of(noise: NoiseSpec, step: Step, matrix: Part, spread: Spread | None
     """
     if step.action == "copy":
         return copied(step.reason)
-    if matrix.elements == 1 and noise.scope == "matrix":
-        return copied("one-element")
+    action: Action = "copy" if noise.kept == 1.0 else "shrink"
+    if matrix.elements == 1 and noise.scope == "matrix" and (spread is not None or action == "copy"):
+        return replace(copied("one-element"), action=action)
     if spread is None:
         return copied("non-finite")
+    if step.reason is not None:
+        return replace(copied(step.reason), action=action)
     if spread.constant:
-        return copied("constant", spread.std)
-    distribution = distributions.load(noise.distribution)
-    amplitude = float(distribution.amplitude(step.lam, spread.std))
-    if amplitude in (0.0, float("inf")):
-        return copied("unrepresentable", spread.std)
-    bounds = distribution.noise_range(amplitude).get
+        return replace(copied("constant", spread.std), action=action)
+    amplitude = overall(noise, amplitudes(noise, step.lam, spread.std))
+    if not 0.0 < abs(amplitude) < float("inf"):
+        return replace(copied("unrepresentable", spread.std), action=action)
+    bounds = distributions.load(noise.distribution).noise_range(amplitude).get
     return Outcome(
         "perturb",
         None,
@@ -158,25 +165,24 @@ class Outcomes:
     ) -> None:
         """Take the amplitudes from the spreads of the matrices, or from what an earlier run recorded.
 
-        A spread is None where a matrix has none; without any, none was needed.
+        A spread is None where a matrix has none; without any, none was measured.
         """
         self._step = step
+        #: The matrices that were taken for finite, and are not: what was written of them is wrong.
+        self.wild: set[int] = set()
+        self._is_measured = recorded is not None or bool(spreads)
         # What the plan copies is never taken apart.
-        parts = step.matrices if step.action == "perturb" else (whole(step.tensor),)
+        parts = (whole(step.tensor),) if step.action == "copy" else step.matrices
         self._places = tiles.Places(parts)
         self._outcomes: Sequence[Outcome]
         if recorded is not None:
             self._outcomes = recorded.parts or (recorded,)
         else:
-            found = spreads or [None] * len(parts)
+            found = spreads or [UNMEASURED] * len(parts)
             self._outcomes = [outcome_of(noise, step, *one) for one in zip(parts, found, strict=True)]
-        stream = stream_words(noise.seed, step.stream)
-        self._noises = [
-            None if one.amplitude is None else Noise(noise.distribution, stream, one.amplitude)
-            for one in self._outcomes
-        ]
+        self._noises = [noise_of(noise, step.stream, one) for one in self._outcomes]
         self._counts = [[0, 0] for _ in parts]
-        self.perturbs = any(self._noises)
+        self.changes = any(self._noises)
 
     def add(self, device: Device, data: memoryview, out: memoryview, first: int) -> list[Counts]:
         """Write a tile's elements, from `first` of the tensor, to `out`: with noise or as they are."""
@@ -193,6 +199,11 @@ class Outcomes:
             if (noise := self._noises[part]) is not None:
                 counts = tiles.add_noise(device, data, out, dtype, out_dtype, blocks, noise, first)
                 done.append(Counts(part, *counts))
+                # Noise on a NaN or an infinity is counted as clamped.
+                if counts[1] and not self._is_measured:
+                    values = tiles.gather(data, dtype, blocks)
+                    if not device.moments(values, dtype).finite:
+                        self.wild.add(part)
         return done
 
     def count(self, done: Sequence[Counts]) -> None:

@@ -177,11 +177,11 @@ def _pick(
     noised = block.of(_values(scratch.data, out_dtype), block.at)
     if suspects:
         # Something between the runs may have been clamped, or be no number: only the reference tells which.
-        c = reference.draw(noise.distribution, noise.stream, first + block.at, block.extent)
-        chosen = block.of(np.frombuffer(tile, _STORED[dtype])).ravel()
-        counts = reference.add_noise(
-            chosen, dtype, block.of(c, block.at).ravel(), np.float32(noise.amplitude), out_dtype
-        )[1:]
+        values = np.frombuffer(tile, _STORED[dtype])
+        each = [
+            reference.mix(values[run], dtype, noise, first + run.start, out_dtype) for run in block.runs()
+        ]
+        counts = sum(unchanged for _, unchanged, _ in each), sum(clamped for _, _, clamped in each)
     else:
         plain = source
         if out_dtype != dtype:

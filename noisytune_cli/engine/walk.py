@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from noisytune_cli.checkpoint.formats import Sink, Source
 from noisytune_cli.dtypes import FLOAT_DTYPES, LARGEST
-from noisytune_cli.engine.matrix import EXACT_AT_ONCE, Counts, Matrices, Outcomes, Spread
+from noisytune_cli.engine.matrix import EXACT_AT_ONCE, UNMEASURED, Counts, Matrices, Outcomes, Spread
 from noisytune_cli.engine.threads import Pool, Task, TileLoop, Worker
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.noise.devices import Device
@@ -61,7 +61,10 @@ class Output:
 
     def measures(self, index: int) -> bool:
         """Say whether the std of the `index`-th tensor is needed."""
-        return self.plan.steps[index].action == "perturb" and not self.recorded
+        if self.recorded or not self.plan.noise.needs_std:
+            return False
+        # What is only shrunk has to be finite for it, as what gets noise.
+        return self.plan.steps[index].action != "copy"
 
 
 @dataclass(frozen=True)
@@ -209,18 +212,27 @@ class TensorWalk:
 
     def write(self, worker: Worker) -> None:
         """Write every output's tensor with its noise, or as it is, and leave the receipts."""
+        written = self._write(worker)
+        if wild := set[int]().union(*(one.outcomes.wild for one in written)):
+            # Only now it is known which matrices are to be left as they are: write the tensor again.
+            found = [None if i in wild else UNMEASURED for i in range(len(self.matrices.sums))]
+            self.spreads = [found] * len(self._outputs)
+            written = self._write(worker, again=True)
+        for one in written:
+            one.check_range(self._source)
+        source_digest = f"blake3:{self._source_hash.hexdigest()}"
+        self.receipts = tuple(one.receipt(source_digest) for one in written)
+
+    def _write(self, worker: Worker, again: bool = False) -> list[_Written]:
         written = [
             _Written(output, self._index, spreads)
             for output, spreads in zip(self._outputs, self.spreads, strict=True)
         ]
         work = TileLoop(
-            len(self._tiles), lambda worker, index: self._write_tile(worker, work, index, written)
+            len(self._tiles), lambda worker, index: self._write_tile(worker, work, index, written, again)
         )
         self._do(work, worker)
-        for one in written:
-            one.check_range(self._source)
-        source_digest = f"blake3:{self._source_hash.hexdigest()}"
-        self.receipts = tuple(one.receipt(source_digest) for one in written)
+        return written
 
     def add_exact_sums(self, sums: Mapping[int, NDArray[np.int64]], worker: Worker) -> None:
         """Add the values of each matrix that `sums` has exact sums for to these."""
@@ -232,7 +244,7 @@ class TensorWalk:
     def _own_spreads(self, worker: Worker) -> list[Spread | None]:
         """Return the spread of each matrix alone, None for one that has none."""
         sums = self.matrices.sums
-        spreads = [one.spread() if one.has_std else None for one in sums]
+        spreads = [one.spread() if one.has_std else UNMEASURED if one.finite else None for one in sums]
         undecided = [i for i, spread in enumerate(spreads) if spread is None and sums[i].has_std]
         for at in range(0, len(undecided), EXACT_AT_ONCE):
             exact = {i: new_exact_sums() for i in undecided[at : at + EXACT_AT_ONCE]}
@@ -241,11 +253,13 @@ class TensorWalk:
                 spreads[i] = sums[i].exact_spread(found)
         return spreads
 
-    def _write_tile(self, worker: Worker, work: TileLoop, index: int, written: Sequence[_Written]) -> None:
+    def _write_tile(
+        self, worker: Worker, work: TileLoop, index: int, written: Sequence[_Written], again: bool
+    ) -> None:
         """Write a tile to every output; each has a turn of its own, so that threads follow one another."""
         data = self._buffer_tile(index) if self._buffer is not None else self._read(worker, index)
         first, _ = self._tiles[index]
-        if not self.is_measured:  # otherwise it was hashed when it was measured
+        if not (self.is_measured or again):  # otherwise it was hashed already
             with work.in_turn(index):
                 self._source_hash.update(data)
         for lane, one in enumerate(written, start=1):
@@ -258,7 +272,8 @@ class TensorWalk:
                     one.hash.update(out)
                     one.outcomes.count(counts)
                     one.overflowed += overflowed
-            self._walk.progress(len(data))
+            if not again:
+                self._walk.progress(len(data))
 
     def _divide(self, unit: int) -> list[tuple[int, int]]:
         """Return (first element, elements) of each tile; `unit` is the most bytes of an element, anywhere."""
@@ -306,7 +321,7 @@ class _Written:
     @property
     def is_plain_copy(self) -> bool:
         """Whether the output has the source's bytes."""
-        return not self.outcomes.perturbs and self._step.out_dtype is None
+        return not self.outcomes.changes and self._step.out_dtype is None
 
     def make(
         self, walk: Walk, worker: Worker, data: memoryview, first: int
@@ -315,9 +330,9 @@ class _Written:
         dtype, out_dtype = self._step.tensor.dtype, self._step.out_dtype
         out = worker.out[: len(data) // _unit(self._step.tensor) * self._unit]
         overflowed = 0
-        if out_dtype is not None and (not self.outcomes.perturbs or _narrows(dtype, out_dtype)):
+        if out_dtype is not None and (not self.outcomes.changes or _narrows(dtype, out_dtype)):
             overflowed = walk.device.convert(data, out, dtype, out_dtype)
-        if not self.outcomes.perturbs:
+        if not self.outcomes.changes:
             return out, [], overflowed
         return out, self.outcomes.add(walk.device, data, out, first), overflowed
 

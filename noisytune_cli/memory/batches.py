@@ -12,9 +12,9 @@ from dataclasses import replace
 from noisytune_cli.engine.matrix import receipt_of
 from noisytune_cli.memory import in_place, matrices
 from noisytune_cli.memory.ahead import FIRST_BATCH, SumsAhead
-from noisytune_cli.memory.plan import Matrix, Parameter
+from noisytune_cli.memory.plan import Parameter
 from noisytune_cli.memory.sharded import Dose
-from noisytune_cli.noise.stream import Noise
+from noisytune_cli.noise.amplitudes import noise_of
 from noisytune_cli.records import NoiseSpec, Receipt
 
 
@@ -40,7 +40,13 @@ def begin(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int) -> Ca
     noised, doses = [], []
     divided, parted = [], []
     for parameter in parameters:
-        noises = tuple([_noise(matrix, parameter, noise) for matrix in parameter.matrices])
+        noises = tuple(
+            [
+                noise_of(noise, parameter.steps[0].stream, matrix.outcome)
+                for matrix in parameter.matrices
+                if matrix.outcome is not None  # as all are, once settled
+            ]
+        )
         if parameter.is_divided and any(noises):
             divided.append(parameter)
             parts = tuple([matrix.part for matrix in parameter.matrices])
@@ -57,12 +63,6 @@ def begin(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int) -> Ca
             _count(parameter, [counts])
 
     return finish
-
-
-def _noise(matrix: Matrix, parameter: Parameter, noise: NoiseSpec) -> Noise | None:
-    assert matrix.outcome is not None  # settled
-    amplitude = matrix.outcome.amplitude
-    return None if amplitude is None else Noise(noise.distribution, parameter.stream, amplitude)
 
 
 def _count(parameter: Parameter, counts: Sequence[tuple[int, int]]) -> None:

@@ -62,12 +62,12 @@ def measure(parts: Mapping[int, LocalTensor], threads: int) -> dict[int, list[Mo
 
 def add_noise(doses: Mapping[int, Dose], threads: int) -> dict[int, list[int]]:
     """Add the noise of each dose; return the [unchanged, clamped] elements of each."""
-    kinds: dict[tuple[str, str], list[int]] = {}
+    kinds: dict[tuple[str, str, bool], list[int]] = {}
     for key, dose in doses.items():
-        kind = operations.NAMES[dose.held.values.dtype], dose.noise.distribution
+        kind = operations.NAMES[dose.held.values.dtype], dose.noise.distribution, dose.noise.is_single
         kinds.setdefault(kind, []).append(key)
     calls, results = [], []
-    for (dtype, distribution), group in kinds.items():
+    for (dtype, _, _), group in kinds.items():
         runs = ((key, doses[key].held, run) for key in group for run in doses[key].held.runs)
         tiles = _tiles(runs, FLOAT_DTYPES[dtype])
         each = {key: i for i, key in enumerate(group)}
@@ -76,10 +76,9 @@ def add_noise(doses: Mapping[int, Dose], threads: int) -> dict[int, list[int]]:
             tiles.addresses,
             tiles.counts,
             dtype,
-            distribution=distribution,
-            streams=np.array([doses[key].noise.stream for key in group], np.uint64)[of],
+            noises=[doses[key].noise for key in group],
+            of=of,
             firsts=tiles.firsts,
-            amplitudes=np.array([doses[key].noise.amplitude for key in group], np.float32)[of],
             keeps=[doses[key].held for key in group],
         )
         calls.append(rows)

@@ -143,7 +143,8 @@ def _queue_noise(doses: Sequence[Dose], indices: Sequence[int]) -> Iterator[Queu
     fused: dict[tuple[torch.device, str], list[int]] = {}
     for i in indices:
         values, distribution = doses[i].held.values, doses[i].noise.distribution
-        if lies_flat(values) and cuda.adds_exactly(values.device, values.dtype, distribution):
+        fits = lies_flat(values) and doses[i].noise.is_single
+        if fits and cuda.adds_exactly(values.device, values.dtype, distribution):
             fused.setdefault((values.device, distribution), []).append(i)
         else:
             yield [i], _add_on_device(doses[i]).view(1, -1)
@@ -152,8 +153,9 @@ def _queue_noise(doses: Sequence[Dose], indices: Sequence[int]) -> Iterator[Queu
         from noisytune_cli.noise.devices.cuda.launch import Row
 
         rows = [
-            Row(d.held.values, d.noise.stream, d.held.runs[0].first, d.noise.amplitude)
+            Row(d.held.values, stream, d.held.runs[0].first, amplitude)
             for d in (doses[i] for i in group)
+            for stream, amplitude in d.noise.terms
         ]
         _tell_autograd([doses[i].held.values for i in group])
         yield group, add.add_noise(rows, distribution)

@@ -72,7 +72,12 @@ def stream_id(name: str) -> int:
 def stream_words(seed: int, name: str) -> StreamWords:
     """Return (key word 0, key word 1, counter word 2, counter word 3): all a kernel needs of a stream."""
     sid = stream_id(name)
-    return seed & MASK, seed >> 32, sid & MASK, sid >> 32
+    return *key_words(seed), sid & MASK, sid >> 32
+
+
+def key_words(seed: int) -> tuple[int, int]:
+    """Return the words of a seed's key, with which those of its streams begin."""
+    return seed & MASK, seed >> 32
 
 
 def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint32]:

@@ -44,19 +44,29 @@ OPTIONS_THAT_EXCLUDE = "Widen --include or drop an --exclude; --dry-run shows th
 #: The division of a tensor that is one matrix.
 _UNDIVIDED = Division()
 
+#: Reasons for which a parameter gets no noise, and is shrunk all the same where that is asked for.
+_SHRUNK = frozenset({"one-element", "lambda-zero"})
+
 #: Reasons that hold whatever the user asks for.
 _SAFETY = frozenset({"not-float", "empty", "one-element"})
 
 
 def check_noise(noise: NoiseSpec) -> None:
-    """Raise UsageError unless every λ is finite and >= 0, the seed is a u64 and the splits can be read."""
-    for option, lam in [("--lambda", noise.lam), *((f"--lambda-for {p}", lam) for p, lam in noise.rules)]:
-        if not (math.isfinite(lam) and lam >= 0):
+    """Raise UsageError unless every strength is finite, the seed a u64, and the splits can be read."""
+    option = "--lambda" if noise.needs_std else "--sigma"
+    for given, lam in [(option, noise.lam), *((f"{option}-for {p}", lam) for p, lam in noise.rules)]:
+        if not math.isfinite(lam):
             raise UsageError(
-                f"{option}: {lam} is no noise strength",
-                why="λ is the width of the noise in units of std(W), so it is finite and not negative",
-                next_step="Give a number such as 0.15; 0 adds no noise",
+                f"{given}: {lam} is no noise strength",
+                why="the noise would have no end",
+                next_step="Give a number such as 0.15; 0 adds no noise, and one below 0 the negative noise",
             )
+    if not 0.0 <= noise.kept <= 1.0:
+        raise UsageError(
+            f"--shrink: {noise.kept} is no share",
+            why="it is the share of each weight that is kept",
+            next_step="Give a number from 0 to 1, such as 0.5",
+        )
     if not 0 <= noise.seed < _SEED_LIMIT:
         raise UsageError(
             f"--seed: {noise.seed} is out of range",
@@ -203,8 +213,10 @@ def _decide(tensor: TensorSpec, wish: _Wish, noise: NoiseSpec, filters: _Filters
     parts, undivided = wish.division.parts, wish.division.undivided
     reason = _reason_to_copy(tensor, wish, lam, noise, filters)
     if reason is not None:
-        return Step(tensor, "copy", reason, 0.0, wish.stream, parts=parts, undivided=undivided)
-    unsure = ("non-finite",) if noise.scope == "global" else ("constant", "non-finite")
+        shrinks = noise.kept != 1.0 and reason in _SHRUNK
+        action: Action = "shrink" if shrinks else "copy"
+        return Step(tensor, action, reason, 0.0, wish.stream, parts=parts, undivided=undivided)
+    unsure = ("constant", "non-finite") if noise.scope == "matrix" else ("non-finite",)
     return Step(tensor, "perturb", None, lam, wish.stream, unsure, parts=parts, undivided=undivided)
 
 
@@ -246,7 +258,7 @@ def check_outcomes(
     """
     counts: Counter[Reason | None] = Counter()
     for action, reason in outcomes:
-        if action == "perturb":
+        if action != "copy":
             return
         counts[reason] += 1
     if counts["lambda-zero"] or (noise.lam == 0 and not any(lam for _, lam in noise.rules)):

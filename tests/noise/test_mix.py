@@ -41,9 +41,9 @@ def by_hand(
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize("dtype", ("F32", "F64"))
-@pytest.mark.parametrize("kept", (1.0, 0.5, 0.3, 0.0))
-@pytest.mark.parametrize("terms", (TERMS, TERMS[:1], TERMS[1:2], ()), ids=("four", "one", "negative", "none"))
+@pytest.mark.parametrize("dtype", ["F32", "F64"])
+@pytest.mark.parametrize("kept", [1.0, 0.5, 0.3, 0.0])
+@pytest.mark.parametrize("terms", [TERMS, TERMS[:1], TERMS[1:2], ()], ids=["four", "one", "negative", "none"])
 def test_the_reference_is_the_formula(distribution: str, dtype: str, kept: float, terms: Any) -> None:
     stored = oracle.weights(np.random.default_rng(5), 1003, dtype)
     expected = by_hand(stored, dtype, distribution, terms, kept, 7)

@@ -4,6 +4,8 @@ A distribution module offers
 
     coefficients(words)           u32 words [n], n a multiple of 4 -> float32 noise of unit amplitude [n]
     amplitude(lam, std)           λ and std32 -> the float32 that multiplies the coefficients
+    absolute_amplitude(sigma)     σ, the noise's own std -> the same
+    overall_amplitude(found)      the amplitudes of a sum of noises -> that of the sum, for its range
     noise_range(amplitude)        {low, high} or {noise_std}, as the manifest has them
     tensor_coefficients(words)    `coefficients` in torch's operations: int64 tensor -> float32 tensor
     FLOAT64                       whether `tensor_coefficients` needs a device with float64
@@ -17,7 +19,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import pkgutil
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
 if TYPE_CHECKING:
@@ -36,8 +40,17 @@ class Distribution(Protocol):
 
     def coefficients(self, words: NDArray[np.uint32]) -> NDArray[np.float32]: ...
     def amplitude(self, lam: float, std: float) -> np.float32: ...
+    def absolute_amplitude(self, sigma: float) -> np.float32: ...
+    def overall_amplitude(self, found: Sequence[float]) -> float: ...
     def noise_range(self, amplitude: float) -> dict[str, float]: ...
     def tensor_coefficients(self, words: Tensor) -> Tensor: ...
+
+
+def to_float32(value: float) -> np.float32:
+    """Return the float32 nearest to a float64; infinite, of either sign, where float32 cannot hold it."""
+    import numpy as np
+
+    return np.float32(value if abs(value) < PAST_FLOAT32 else math.copysign(math.inf, value))
 
 
 @functools.cache  # what looks into the folder

@@ -21,12 +21,14 @@ of taking words apart.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from math import factorial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from noisytune_cli.noise.distributions import PAST_FLOAT32
+from noisytune_cli.noise.distributions import to_float32
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -135,10 +137,19 @@ def tensor_coefficients(words: Tensor) -> Tensor:
 
 def amplitude(lam: float, std: float) -> np.float32:
     """Return float32(λ · std / sqrt(12)), the noise's std; infinite where float32 cannot hold it."""
-    quotient = float(lam) * float(std) / _SQRT_12
-    return np.float32(quotient if quotient < PAST_FLOAT32 else np.inf)
+    return to_float32(float(lam) * float(std) / _SQRT_12)
+
+
+def absolute_amplitude(sigma: float) -> np.float32:
+    """Return float32(σ): the amplitude is the noise's std."""
+    return to_float32(float(sigma))
+
+
+def overall_amplitude(found: Sequence[float]) -> float:
+    """Return the std of a sum of noises: √Σ a²."""
+    return math.hypot(*found)
 
 
 def noise_range(amplitude: float) -> dict[str, float]:
     """Return {noise_std}: the noise has no bounds."""
-    return {"noise_std": amplitude}
+    return {"noise_std": abs(amplitude)}

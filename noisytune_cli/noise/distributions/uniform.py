@@ -6,11 +6,13 @@ The top 24 bits k of a word give c = (2k + 1 - 2^24) · 2^-25: exact in float32,
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from noisytune_cli.noise.distributions import PAST_FLOAT32
+from noisytune_cli.noise.distributions import to_float32
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,10 +38,19 @@ def tensor_coefficients(words: Tensor) -> Tensor:
 
 def amplitude(lam: float, std: float) -> np.float32:
     """Return float32(λ · std), the full width of the noise; infinite where float32 cannot hold it."""
-    product = float(lam) * float(std)
-    return np.float32(product if product < PAST_FLOAT32 else np.inf)
+    return to_float32(float(lam) * float(std))
+
+
+def absolute_amplitude(sigma: float) -> np.float32:
+    """Return float32(σ · √12): the full width of noise whose std is σ."""
+    return to_float32(float(sigma) * math.sqrt(12.0))
+
+
+def overall_amplitude(found: Sequence[float]) -> float:
+    """Return the full width of a sum of noises: Σ |a|."""
+    return math.fsum(map(abs, found))
 
 
 def noise_range(amplitude: float) -> dict[str, float]:
     """Return the bounds {low, high} of the noise."""
-    return {"low": -amplitude / 2, "high": amplitude / 2}
+    return {"low": -abs(amplitude) / 2, "high": abs(amplitude) / 2}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.noise.devices import Device, Summary, unknown_device
 from noisytune_cli.noise.devices.cpu import library
-from noisytune_cli.noise.devices.cpu.rows import Rows
+from noisytune_cli.noise.devices.cpu.rows import MIX_ROW, MOMENTS_ROW, NOISE_ROW, TERM, Rows
 from noisytune_cli.noise.std import Moments
 
 if TYPE_CHECKING:
@@ -60,11 +60,11 @@ class Cpu:
         at = _address(tile), _address(out), count, first
         kernels = library.load()
         if noise.is_single:
-            rows = np.array([(*at, *noise.terms[0], 0, 0)], dtype=library.NOISE_ROW)
+            rows = np.array([(*at, *noise.terms[0], 0, 0)], dtype=NOISE_ROW)
             add = kernels.noise
         else:
-            terms = np.array([*noise.terms], library.TERM)
-            rows = np.array([(*at, terms.ctypes.data, len(terms), noise.kept, 0, 0)], dtype=library.MIX_ROW)
+            terms = np.array([*noise.terms], TERM)
+            rows = np.array([(*at, terms.ctypes.data, len(terms), noise.kept, 0, 0)], dtype=MIX_ROW)
             add = kernels.mix
         add(noise.distribution, dtype, out_dtype, rows, np.zeros(1, np.int64), 1)
         return int(rows["unchanged"][0]), int(rows["clamped"][0])
@@ -75,21 +75,30 @@ class Cpu:
         counts: NDArray[np.int64],
         dtype: str,
         *,
-        distribution: str,
-        streams: NDArray[np.uint64],
+        noises: Sequence[Noise],
+        of: NDArray[np.int64],
         firsts: NDArray[np.int64],
-        amplitudes: NDArray[np.float32],
         keeps: object,
     ) -> Rows:
-        """Return the calls that add noise to tiles of host memory where they lie.
+        """Return the calls that add noise to tiles of host memory where they lie; arrays are [n].
 
-        All are [n], but for `streams`, [n, 4]; `keeps` holds that memory. The results are the rows' fields
-        `unchanged` and `clamped`.
+        `noises` are of one distribution, and all or none of them single; `of` are their indices. `keeps`
+        holds that memory. The results are the rows' fields `unchanged` and `clamped`.
         """
-        rows = np.zeros(len(addresses), library.NOISE_ROW)
+        kernels, distribution = library.load(), noises[0].distribution
+        single = noises[0].is_single
+        rows = np.zeros(len(addresses), NOISE_ROW if single else MIX_ROW)
         rows["x"] = rows["y"] = addresses
-        rows["n"], rows["first"], rows["stream"], rows["amplitude"] = counts, firsts, streams, amplitudes
-        return Rows(partial(library.load().noise, distribution, dtype, dtype), rows, keeps)
+        rows["n"], rows["first"] = counts, firsts
+        if single:
+            terms = np.array([noise.terms[0] for noise in noises], TERM)[of]
+            rows["stream"], rows["amplitude"] = terms["stream"], terms["amplitude"]
+            return Rows(partial(kernels.noise, distribution, dtype, dtype), rows, keeps)
+        each = [np.array([*noise.terms], TERM) for noise in noises]
+        rows["terms"] = np.array([terms.ctypes.data for terms in each], np.uint64)[of]
+        rows["count"] = np.array([len(terms) for terms in each], np.int64)[of]
+        rows["kept"] = np.array([noise.kept for noise in noises])[of]
+        return Rows(partial(kernels.mix, distribution, dtype, dtype), rows, (keeps, each))
 
     def convert(self, tile: memoryview, out: memoryview, dtype: str, out_dtype: str) -> int:
         """Write the tile in another dtype to `out`; return how many finite values overflowed."""
@@ -109,7 +118,7 @@ def open_device(name: str) -> Device:
 
 
 def _moments_rows(addresses: Any, counts: Any, length: int) -> NDArray[Any]:
-    rows = np.zeros(length, library.MOMENTS_ROW)
+    rows = np.zeros(length, MOMENTS_ROW)
     rows["x"], rows["n"] = addresses, counts
     return rows
 

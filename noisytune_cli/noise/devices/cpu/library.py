@@ -25,45 +25,6 @@ if TYPE_CHECKING:
 DTYPES = ("F32", "F64", "BF16", "F16")
 DISTRIBUTIONS = ("uniform", "gaussian")
 
-#: The structs of kernels.c: runs of values to be given one noise, or a mixture of several, and to be measured.
-NOISE_ROW = np.dtype(
-    [
-        ("x", np.uint64),
-        ("y", np.uint64),
-        ("n", np.int64),
-        ("first", np.uint64),
-        ("stream", np.uint32, 4),
-        ("amplitude", np.float32),
-        ("unchanged", np.int64),
-        ("clamped", np.int64),
-    ],
-    align=True,
-)
-TERM = np.dtype([("stream", np.uint32, 4), ("amplitude", np.float32)], align=True)
-MIX_ROW = np.dtype(
-    [
-        ("x", np.uint64),
-        ("y", np.uint64),
-        ("n", np.int64),
-        ("first", np.uint64),
-        ("terms", np.uint64),
-        ("count", np.int64),
-        ("kept", np.float64),
-        ("unchanged", np.int64),
-        ("clamped", np.int64),
-    ],
-    align=True,
-)
-MOMENTS_ROW = np.dtype(
-    [
-        ("x", np.uint64),
-        ("n", np.int64),
-        *((name, np.float64) for name in ("pivot", "s1", "low1", "s2", "low2")),
-        ("finite", np.int64),
-    ],
-    align=True,
-)
-
 #: The variable that names a level other than the CPU's highest: one of `LEVELS`, or `numpy`.
 LEVEL_VARIABLE = "NOISYTUNE_CPU_LEVEL"
 #: What `noisytune_level` returns for each level: that of x86-64, by the psABI's names, or arm64's only one.

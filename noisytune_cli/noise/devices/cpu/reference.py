@@ -14,7 +14,7 @@ import numpy as np
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.noise import stream
-from noisytune_cli.noise.devices.cpu.library import TERM
+from noisytune_cli.noise.devices.cpu.rows import TERM
 from noisytune_cli.noise.std import BLOCK
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def mix(
     for row in _taken(rows, following, most):
         x, y = _values(int(row["x"]), int(row["n"]), dtype), _values(int(row["y"]), int(row["n"]), out_dtype)
         memory = (ctypes.c_char * (int(row["count"]) * TERM.itemsize)).from_address(int(row["terms"]))
-        terms = tuple([(tuple(w.tolist()), float(a)) for w, a in np.frombuffer(memory, TERM)])
+        terms = tuple([(tuple(w.tolist()), float(a)) for w, a in np.frombuffer(memoryview(memory), TERM)])
         noise = stream.Noise(distribution, terms, float(row["kept"]))
         row["unchanged"] = row["clamped"] = 0
         for at in range(0, len(x), _AT_A_TIME):

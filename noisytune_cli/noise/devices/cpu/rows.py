@@ -17,6 +17,45 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+#: The structs of kernels.c: runs of values to be given noise, or a mixture of several, and to be measured.
+NOISE_ROW = np.dtype(
+    [
+        ("x", np.uint64),
+        ("y", np.uint64),
+        ("n", np.int64),
+        ("first", np.uint64),
+        ("stream", np.uint32, 4),
+        ("amplitude", np.float32),
+        ("unchanged", np.int64),
+        ("clamped", np.int64),
+    ],
+    align=True,
+)
+TERM = np.dtype([("stream", np.uint32, 4), ("amplitude", np.float32)], align=True)
+MIX_ROW = np.dtype(
+    [
+        ("x", np.uint64),
+        ("y", np.uint64),
+        ("n", np.int64),
+        ("first", np.uint64),
+        ("terms", np.uint64),
+        ("count", np.int64),
+        ("kept", np.float64),
+        ("unchanged", np.int64),
+        ("clamped", np.int64),
+    ],
+    align=True,
+)
+MOMENTS_ROW = np.dtype(
+    [
+        ("x", np.uint64),
+        ("n", np.int64),
+        *((name, np.float64) for name in ("pivot", "s1", "low1", "s2", "low2")),
+        ("finite", np.int64),
+    ],
+    align=True,
+)
+
 #: Rows that a thread does before it asks whether to go on.
 _AT_A_TIME = 16
 

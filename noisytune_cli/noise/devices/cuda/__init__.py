@@ -46,9 +46,8 @@ class Cuda(Torch):
         from noisytune_cli.noise.devices.cuda import add
         from noisytune_cli.noise.devices.cuda.launch import Row
 
-        return add.add_noise(
-            [Row(values, *noise.terms[0][:1], first, noise.terms[0][1])], noise.distribution
-        )[0]
+        ((stream, amplitude),) = noise.terms
+        return add.add_noise([Row(values, stream, first, amplitude)], noise.distribution)[0]
 
 
 def open_device(name: str) -> Device:
