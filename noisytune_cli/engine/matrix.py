@@ -178,7 +178,8 @@ class Outcomes:
         if recorded is not None:
             self._outcomes = recorded.parts or (recorded,)
         else:
-            found = spreads or [UNMEASURED] * len(parts)
+            # Another output may have measured what is copied here.
+            found = spreads if spreads and step.action != "copy" else [UNMEASURED] * len(parts)
             self._outcomes = [outcome_of(noise, step, *one) for one in zip(parts, found, strict=True)]
         self._noises = [noise_of(noise, step.stream, one) for one in self._outcomes]
         self._counts = [[0, 0] for _ in parts]
