@@ -11,7 +11,7 @@ or prints.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Literal
@@ -37,8 +37,14 @@ Reason = Literal[
     "unrepresentable",
 ]
 
+#: Of these reasons, those for which a parameter gets no noise, and is shrunk all the same.
+SHRUNK = frozenset({"one-element", "constant", "unrepresentable", "lambda-zero"})
+
 #: The most parts that one tensor is divided into: its entry in a manifest has to stay readable in one piece.
 MAX_PARTS = 4096
+
+#: The most noises that one mixture adds up.
+MAX_TERMS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +103,11 @@ class Term:
     coefficient: float = 1.0
 
 
+def mixed_strength(mix: Sequence[Term]) -> float:
+    """Return √Σ(coefficient · strength)², that of the sum of independent noises."""
+    return math.hypot(*(term.coefficient * term.strength for term in mix))
+
+
 @dataclass(frozen=True, slots=True)
 class NoiseSpec:
     """What noise the user asks for.
@@ -104,7 +115,7 @@ class NoiseSpec:
     `lam` is its strength: λ, the full width of the uniform noise in units of std(W), or in scope `absolute`
     σ, the noise's own std; of `rules` too. Below 0 it is the negative noise. `kept` is the share of the
     weights that is kept. `mix` are noises to be added up in place of that of `seed`; `lam` is then
-    √Σ(coefficient · strength)². `splits` (pattern, division) are the user's own divisions of tensors; a
+    their `mixed_strength`. `splits` (pattern, division) are the user's own divisions of tensors; a
     manifest has the parts that came of them instead.
     """
 

@@ -34,7 +34,7 @@ def misfit(
     if (
         (reason == "not-float") == is_float
         or (reason == "empty") != (is_float and elements == 0)
-        or (reason == "one-element" and (elements != 1 or scope == "global"))
+        or (reason == "one-element" and (elements != 1 or scope != "matrix"))
     ):
         return "reason", f"is {reason}, which its dtype and shape are not"
     # An unrepresentable amplitude: std may be 0 (too small for a float32), null (too large), or any.
@@ -68,7 +68,7 @@ def joined(
     firsts = [part.first for part in parts]
     if firsts != sorted(firsts) or not cover_exactly(parts, tensor.elements):
         raise ManifestFault(f"{where}.parts do not lie one after the other, or are not all of the tensor")
-    lam = max(receipt.lam for receipt in receipts)
+    lam = next((receipt.lam for receipt in receipts if receipt.lam), 0.0)
     if any(receipt.lam not in (0.0, lam) for receipt in receipts):
         raise ManifestFault(f"{where}.parts have more than one lambda")
     step = Step(tensor, "perturb", None, lam, stream, parts=parts)

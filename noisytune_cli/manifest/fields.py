@@ -174,18 +174,20 @@ class Fields:
         return float(value)
 
     def strength(self, key: str) -> float:
-        """Return λ: a finite number >= 0."""
+        """Return λ or σ: a finite number."""
         value = self.number(key)
-        if value is None or not value >= 0:
-            raise self.fault(key, "is not a number >= 0")
+        if value is None:
+            raise self.fault(key, "is not a number")
+        if value == 0 and math.copysign(1.0, value) < 0:
+            raise self.fault(key, "is a zero with a sign")
         return value
 
-    def float32(self, key: str) -> float | None:
-        """Return a number >= 0 that float32 holds exactly, or None for null."""
+    def float32(self, key: str, *, signed: bool = False) -> float | None:
+        """Return a number, >= 0 unless `signed`, that float32 holds exactly, or None for null."""
         value = self.number(key)
         if value is None:
             return None
-        if value < 0 or math.copysign(1.0, value) < 0:
+        if not signed and (value < 0 or math.copysign(1.0, value) < 0):
             raise self.fault(key, "is negative")
         if not is_float32(value):
             raise self.fault(key, "is not a float32 value")

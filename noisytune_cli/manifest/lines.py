@@ -50,6 +50,8 @@ class Lines:
         self._null = [None] * (2 + len(range_keys))
         self._converts = conversion.dtype is not None
         self._noise, self._conversion = noise, conversion
+        #: What else noise can be is left to the strict reading.
+        self._is_usual = noise.needs_std and noise.kept == 1.0 and not noise.mix
         self._fewest = 1 if noise.scope == "global" else 2
         self._strengths = {repr(lam): lam for lam in (noise.lam, *(lam for _, lam in noise.rules)) if lam}
         self._files = {json.dumps(file.name)[1:-1]: file.name for file in files}
@@ -57,7 +59,7 @@ class Lines:
 
     def read(self, text: str, at: int) -> tuple[Receipt, int] | None:
         """Return the receipt of the entry that begins at `at`, and where it ends."""
-        line = self._line.match(text, at)
+        line = self._line.match(text, at) if self._is_usual else None
         if line is None or (end := line.end()) - at > LONGEST_LINE:
             return None
         found = line.groups()

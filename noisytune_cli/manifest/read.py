@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, Mismatch
@@ -23,7 +23,18 @@ from noisytune_cli.manifest.write import MAX_BYTES, MAX_LINES, SCHEMA, encode, w
 from noisytune_cli.noise import distributions
 from noisytune_cli.noise.stream import STREAM
 from noisytune_cli.reading import Document, JsonFault, JsonLimits, read_small
-from noisytune_cli.records import Conversion, FileRecord, Manifest, NoiseSpec, OutputRecord, SourceRecord
+from noisytune_cli.records import (
+    MAX_TERMS,
+    Conversion,
+    FileRecord,
+    Manifest,
+    NoiseSpec,
+    OutputRecord,
+    Scope,
+    SourceRecord,
+    Term,
+    mixed_strength,
+)
 
 #: What of a manifest is read piece by piece: what is not spelt as usual, so little.
 LIMITS = JsonLimits(piece=2 << 20, pieces=8 << 20)
@@ -224,10 +235,12 @@ def _check_output_names(
 
 
 def _noise(value: Any) -> NoiseSpec:
+    scopes: dict[str, Scope] = {scope: scope for scope in get_args(Scope)}
     fields = Fields(
         value,
         "noise",
         ("stream", "distribution", "scope", "granularity", "seed", "lambda", "rules", "include", "exclude"),
+        ("sigma", "shrink", "mix"),
     )
     if (stream := fields.string("stream")) != STREAM:
         raise _newer(f'its noise stream is "{stream}"')
@@ -235,16 +248,43 @@ def _noise(value: Any) -> NoiseSpec:
         raise _newer(f'its noise is "{distribution}"')
     if (granularity := fields.string("granularity")) not in ("tensor", "matrix"):
         raise _newer(f'its granularity is "{granularity}"')
+    scope = scopes[fields.choice("scope", tuple(scopes))]
+    strength = "sigma" if scope == "absolute" else "lambda"
+    other = "lambda" if scope == "absolute" else "sigma"
+    if fields.has(other) and not fields.equals(other, None):
+        raise fields.fault(other, f"is given in scope {scope}")
+    if not fields.has(strength):
+        raise fields.fault(strength, "is missing")
+    lam = fields.strength(strength)
+    mix = _mix(fields, strength) if fields.has("mix") else ()
+    if mix and (not fields.equals("seed", None) or lam != mixed_strength(mix)):
+        raise fields.fault("mix", f"does not make {strength}, or there is a seed beside it")
+    kept = fields.strength("shrink") if fields.has("shrink") else 1.0
+    if fields.has("shrink") and not 0.0 <= kept < 1.0:
+        raise fields.fault("shrink", "is not a number from 0 to less than 1")
     return NoiseSpec(
-        lam=fields.strength("lambda"),
-        seed=fields.seed("seed"),
+        lam=lam,
+        seed=0 if mix else fields.seed("seed"),
         distribution=distribution,
-        scope="global" if fields.choice("scope", ("matrix", "global")) == "global" else "matrix",
+        scope=scope,
+        kept=kept,
+        mix=mix,
         granularity="matrix" if granularity == "matrix" else "tensor",
         rules=tuple(_rule(rule, f"noise.rules[{i}]") for i, rule in enumerate(fields.list("rules"))),
         include=tuple(check_string(p, "noise.include") for p in fields.list("include")),
         exclude=tuple(check_string(p, "noise.exclude") for p in fields.list("exclude")),
     )
+
+
+def _mix(fields: Fields, strength: str) -> tuple[Term, ...]:
+    entries = fields.list("mix")
+    if not 1 <= len(entries) <= MAX_TERMS:
+        raise fields.fault("mix", f"is not a list of 1 to {MAX_TERMS:,} noises")
+    terms = []
+    for i, entry in enumerate(entries):
+        term = Fields(entry, f"noise.mix[{i}]", ("seed", strength, "coefficient"))
+        terms.append(Term(term.seed("seed"), term.strength(strength), term.strength("coefficient")))
+    return tuple(terms)
 
 
 def _rule(value: Any, where: str) -> tuple[str, float]:

@@ -10,17 +10,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from noisytune_cli.dtypes import ALL_DTYPES, FLOAT_DTYPES, stored_bytes
 from noisytune_cli.manifest.consistency import PART_REASONS, REASONS, check_runs, joined, misfit
 from noisytune_cli.manifest.fields import Fields, ManifestFault
 from noisytune_cli.manifest.lines import Lines
-from noisytune_cli.manifest.write import MAX_LINES
+from noisytune_cli.manifest.write import MAX_AMPLITUDES, MAX_LINES
 from noisytune_cli.noise import distributions
+from noisytune_cli.noise.amplitudes import amplitudes, overall
 from noisytune_cli.reading import Document
 from noisytune_cli.records import (
     MAX_PARTS,
+    SHRUNK,
+    Action,
     Conversion,
     FileRecord,
     NoiseSpec,
@@ -62,6 +65,8 @@ def read_tensors(
     parts = 0
     lines = Lines(noise, files, conversion)
     for i, entry in enumerate(document.entries(limit, lines.read)):
+        if (i + 1) * len(noise.mix) > MAX_AMPLITUDES:
+            raise ManifestFault(f"its tensors have more than {MAX_AMPLITUDES:,} amplitudes of noise.mix")
         receipts.append(entry if isinstance(entry, Receipt) else reader.read(entry, f"tensors[{i}]"))
         parts += len(receipts[-1].parts)
         if i + 1 + parts > MAX_LINES:
@@ -123,6 +128,9 @@ class _Reader:
         self._noise = noise
         self._files = {file.name: file.name for file in files}
         self._strengths = {noise.lam, *(lam for _, lam in noise.rules)}
+        self._sigmas: dict[float, float] = {}
+        if not noise.needs_std:
+            self._sigmas = {self._amplitude(sigma, None): sigma for sigma in self._strengths}
         self._distribution = distributions.load(noise.distribution)
         self._range = tuple(self._distribution.noise_range(0.0))
         self._conversion = conversion
@@ -172,7 +180,7 @@ class _Reader:
         expected = {
             "action": receipt.action,
             "reason": receipt.reason,
-            "lambda": receipt.lam,
+            "lambda": receipt.lam if self._noise.needs_std else None,
             "unchanged": receipt.unchanged,
             "clamped": receipt.clamped,
             **dict.fromkeys(("std", "amplitude", *self._range)),
@@ -199,17 +207,24 @@ class _Reader:
         self, fields: Fields, where: str, dtype: str, elements: int, reasons: Mapping[str, Reason]
     ) -> Outcome:
         """Return what was done to a tensor or part of so many elements, which may be copied for `reasons`."""
-        lam, std = fields.strength("lambda"), fields.float32("std")
-        amplitude = fields.float32("amplitude")
+        std = fields.float32("std")
+        # That of a mixture is a sum in float64.
+        mixes = bool(self._noise.mix)
+        amplitude = fields.number("amplitude") if mixes else fields.float32("amplitude", signed=True)
+        lam = self._strength(fields, amplitude)
         unchanged, clamped = fields.count("unchanged", elements), fields.count("clamped", elements)
+        actions: dict[str, Action] = {action: action for action in get_args(Action)}
         reason: Reason | None = None
-        if fields.choice("action", ("perturb", "copy")) == "perturb":
+        action = actions[fields.choice("action", tuple(actions))]
+        if action == "perturb":
             self._check_perturbed(fields, dtype, elements, lam, std, amplitude)
         else:
             if not fields.has("reason"):
                 raise fields.fault("reason", "is missing from a copy")
             reason = reasons[fields.choice("reason", tuple(reasons))]
             fault = misfit(reason, dtype, elements, std, self._noise.scope)
+            if (action == "shrink") != (self._noise.kept != 1.0 and reason in SHRUNK):
+                raise fields.fault("action", f"is {action}, which is not what noise.shrink makes of {reason}")
             # In memory whatever an earlier record does not name is excluded, an integer too.
             if fault and not (reason == "excluded" and fields.equals("file", "")):
                 raise fields.fault(*fault)
@@ -217,7 +232,7 @@ class _Reader:
                 raise ManifestFault(f"{where} is a copy, but its fields are those of a perturbed tensor")
         noise_range = self._check_range(fields, amplitude)
         return Outcome(
-            action="perturb" if reason is None else "copy",
+            action=action,
             reason=reason,
             lam=lam,
             std=std,
@@ -242,14 +257,30 @@ class _Reader:
             raise fields.fault("reason", "is given for a tensor that is perturbed")
         if dtype not in FLOAT_DTYPES:
             raise fields.fault("action", "is perturb for a dtype that takes no noise")
-        if elements < (1 if self._noise.scope == "global" else 2):
+        if elements < (2 if self._noise.scope == "matrix" else 1):
             raise fields.fault("action", "is perturb for a tensor that has no std")
         if not lam or lam not in self._strengths:
             raise fields.fault("lambda", "is none of those in noise")
-        if not std:
-            raise fields.fault("std", "is not a number > 0")
-        if not amplitude or amplitude != float(self._distribution.amplitude(lam, std)):
+        if not std if self._noise.needs_std else std is not None:
+            raise fields.fault("std", "is not a number > 0" if self._noise.needs_std else "is given for σ")
+        # Of σ the amplitude has told which it is.
+        if not amplitude or (std is not None and amplitude != self._amplitude(lam, std)):
             raise fields.fault("amplitude", "is not that of lambda and std")
+
+    def _amplitude(self, lam: float, std: float | None) -> float:
+        return overall(self._noise, amplitudes(self._noise, lam, std))
+
+    def _strength(self, fields: Fields, amplitude: float | None) -> float:
+        """Return λ, or the σ of which an amplitude is."""
+        if self._noise.needs_std:
+            return fields.strength("lambda")
+        if not fields.equals("lambda", None):
+            raise fields.fault("lambda", "is given for σ")
+        if amplitude is None:
+            return 0.0
+        if (sigma := self._sigmas.get(amplitude)) is None:
+            raise fields.fault("amplitude", "is that of no σ in noise")
+        return sigma
 
     def _check_range(self, fields: Fields, amplitude: float | None) -> dict[str, float]:
         """Return the noise's bounds or std, which must be those of its amplitude."""

@@ -22,11 +22,13 @@ from noisytune_cli.records import (
     FileRecord,
     Manifest,
     NoiseSpec,
+    Outcome,
     OutputRecord,
     PartReceipt,
     Plan,
     Receipt,
     SourceRecord,
+    Term,
 )
 
 #: The manifest in an output directory, and what follows the file's name for an output file.
@@ -44,6 +46,12 @@ _ENTRY_BYTES, _DIMENSION_BYTES = 520, 21
 
 #: So many tensors and parts no manifest can have, as they are counted before it is written.
 MAX_LINES = MAX_BYTES // _ENTRY_BYTES
+
+#: The most amplitudes that a mixture gives all tensors and parts: a reader works each of them out.
+MAX_AMPLITUDES = 1 << 24
+
+#: The most that a noise of a mixture takes.
+_TERM_BYTES = 120
 
 #: What to do where parts are what makes a manifest too large.
 FEWER_PARTS = "Keep the tensors with the most of them whole, with --split 'PATTERN=0:/1'"
@@ -88,7 +96,15 @@ def lay_out(document: Mapping[str, Any]) -> bytes:
 
 def check_recordable(plan: Plan, *, path: str | os.PathLike[str]) -> None:
     """Raise InputInvalid where the manifest could be larger than what is read back."""
-    nbytes = 0
+    terms = len(plan.noise.mix)
+    if (matrices := sum(len(step.parts) or 1 for step in plan.steps)) * terms > MAX_AMPLITUDES:
+        raise InputInvalid(
+            "too much noise for one manifest",
+            path=path,
+            why=f"{terms:,} noises of {matrices:,} matrices are more than {MAX_AMPLITUDES:,} amplitudes",
+            next_step="Add the noises up in several runs, each with a part of them, with --again",
+        )
+    nbytes = _TERM_BYTES * terms
     for step in plan.steps:
         tensor = step.tensor
         nbytes += sum(len(_dump(name)) for name in (tensor.name, step.stream, tensor.file))
@@ -120,7 +136,7 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
         "source": source_json(manifest.source),
         **output,
         "noise": _noise(manifest.noise),
-        "tensors": [_tensor(receipt, range_keys) for receipt in manifest.receipts],
+        "tensors": [_tensor(r, range_keys, manifest.noise.needs_std) for r in manifest.receipts],
         "copied": [{"name": name, "digest": digest} for name, digest in manifest.copied],
         "left_out": left_out_json(manifest.left_out),
         "totals": {
@@ -173,15 +189,27 @@ def _noise(noise: NoiseSpec) -> dict[str, Any]:
         "distribution": noise.distribution,
         "scope": noise.scope,
         "granularity": noise.granularity,
-        "seed": str(noise.seed),  # a u64 does not survive jq, nor JavaScript
-        "lambda": float(noise.lam),
+        "seed": None if noise.mix else str(noise.seed),  # a u64 does not survive jq, nor JavaScript
+        "lambda": float(noise.lam) if noise.needs_std else None,
+        **({} if noise.needs_std else {"sigma": float(noise.lam)}),
         "rules": [[pattern, float(lam)] for pattern, lam in noise.rules],
         "include": list(noise.include),
         "exclude": list(noise.exclude),
+        **({} if noise.kept == 1.0 else {"shrink": float(noise.kept)}),
+        **({"mix": [_term(term, noise) for term in noise.mix]} if noise.mix else {}),
     }
 
 
-def _tensor(receipt: Receipt, range_keys: Iterable[str]) -> dict[str, Any]:
+def _term(term: Term, noise: NoiseSpec) -> dict[str, Any]:
+    strength = "lambda" if noise.needs_std else "sigma"
+    return {
+        "seed": str(term.seed),
+        strength: float(term.strength),
+        "coefficient": float(term.coefficient),
+    }
+
+
+def _tensor(receipt: Receipt, range_keys: Iterable[str], has_lambda: bool) -> dict[str, Any]:
     tensor = receipt.step.tensor
     entry: dict[str, Any] = {
         "name": tensor.name,
@@ -191,16 +219,16 @@ def _tensor(receipt: Receipt, range_keys: Iterable[str]) -> dict[str, Any]:
         **({} if receipt.step.out_dtype is None else {"out_dtype": receipt.step.out_dtype}),
         "shape": list(tensor.shape),
     }
-    entry |= _done(receipt, range_keys)
+    entry |= _done(receipt, range_keys, has_lambda)
     if receipt.digest:  # noise in memory has no stored bytes to digest
         entry["source_digest"] = receipt.source_digest
         entry["digest"] = receipt.digest
     if receipt.parts:
-        entry["parts"] = [_part(part, range_keys) for part in receipt.parts]
+        entry["parts"] = [_part(part, range_keys, has_lambda) for part in receipt.parts]
     return entry
 
 
-def _part(receipt: PartReceipt, range_keys: Iterable[str]) -> dict[str, Any]:
+def _part(receipt: PartReceipt, range_keys: Iterable[str], has_lambda: bool) -> dict[str, Any]:
     part = receipt.part
     return {
         "name": part.name,
@@ -209,17 +237,17 @@ def _part(receipt: PartReceipt, range_keys: Iterable[str]) -> dict[str, Any]:
         "length": part.length,
         "stride": part.stride,
         "repeat": part.repeat,
-        **_done(receipt, range_keys),
+        **_done(receipt, range_keys, has_lambda),
     }
 
 
-def _done(receipt: Receipt | PartReceipt, range_keys: Iterable[str]) -> dict[str, Any]:
+def _done(receipt: Outcome, range_keys: Iterable[str], has_lambda: bool) -> dict[str, Any]:
     """Return what was done to a tensor or to a part of one."""
     reason = {} if receipt.reason is None else {"reason": receipt.reason}
     return {
         "action": receipt.action,
         **reason,
-        "lambda": float(receipt.lam),
+        "lambda": float(receipt.lam) if has_lambda else None,
         "std": _finite(receipt.std),
         "amplitude": receipt.amplitude,
         **{key: getattr(receipt, key) for key in range_keys},

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from noisytune_cli.dtypes import LARGEST
 from noisytune_cli.noise import distributions
@@ -23,10 +24,16 @@ _LARGEST_COEFFICIENT = 8.0
 def amplitudes(noise: NoiseSpec, strength: float, std: float | None) -> tuple[float, ...]:
     """Return the float32 amplitude of each term; `std` is std32, None in scope absolute, which has none."""
     distribution = distributions.load(noise.distribution)
-    strengths = [term.coefficient * term.strength for term in noise.mix] or [strength]
+    strengths: Any = strength
+    if noise.mix:
+        import numpy as np  # not for a plan
+
+        strengths = np.array([term.coefficient * term.strength for term in noise.mix], np.float64)
     if std is None:
-        return tuple([float(distribution.absolute_amplitude(value)) for value in strengths])
-    return tuple([float(distribution.amplitude(value, std)) for value in strengths])
+        found = distribution.absolute_amplitude(strengths)
+    else:
+        found = distribution.amplitude(strengths, std)
+    return tuple(found.tolist()) if noise.mix else (float(found),)
 
 
 def overall(noise: NoiseSpec, found: Sequence[float]) -> float:

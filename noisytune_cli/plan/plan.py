@@ -25,6 +25,7 @@ from noisytune_cli.plan.patterns import check_matched, match_names
 from noisytune_cli.plan.split import Division, check_splits, divide
 from noisytune_cli.plan.ties import find_ties
 from noisytune_cli.records import (
+    SHRUNK,
     Action,
     Conversion,
     NoiseSpec,
@@ -43,9 +44,6 @@ OPTIONS_THAT_EXCLUDE = "Widen --include or drop an --exclude; --dry-run shows th
 
 #: The division of a tensor that is one matrix.
 _UNDIVIDED = Division()
-
-#: Reasons for which a parameter gets no noise, and is shrunk all the same where that is asked for.
-_SHRUNK = frozenset({"one-element", "lambda-zero"})
 
 #: Reasons that hold whatever the user asks for.
 _SAFETY = frozenset({"not-float", "empty", "one-element"})
@@ -213,7 +211,7 @@ def _decide(tensor: TensorSpec, wish: _Wish, noise: NoiseSpec, filters: _Filters
     parts, undivided = wish.division.parts, wish.division.undivided
     reason = _reason_to_copy(tensor, wish, lam, noise, filters)
     if reason is not None:
-        shrinks = noise.kept != 1.0 and reason in _SHRUNK
+        shrinks = noise.kept != 1.0 and reason in SHRUNK
         action: Action = "shrink" if shrinks else "copy"
         return Step(tensor, action, reason, 0.0, wish.stream, parts=parts, undivided=undivided)
     unsure = ("constant", "non-finite") if noise.scope == "matrix" else ("non-finite",)

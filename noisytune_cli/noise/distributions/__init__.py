@@ -3,7 +3,7 @@
 A distribution module offers
 
     coefficients(words)           u32 words [n], n a multiple of 4 -> float32 noise of unit amplitude [n]
-    amplitude(lam, std)           λ and std32 -> the float32 that multiplies the coefficients
+    amplitude(lam, std)           λ (or [n] of them) and std32 -> float32, to multiply the coefficients with
     absolute_amplitude(sigma)     σ, the noise's own std -> the same
     overall_amplitude(found)      the amplitudes of a sum of noises -> that of the sum, for its range
     noise_range(amplitude)        {low, high} or {noise_std}, as the manifest has them
@@ -22,7 +22,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,17 +39,20 @@ class Distribution(Protocol):
     FLOAT64: bool
 
     def coefficients(self, words: NDArray[np.uint32]) -> NDArray[np.float32]: ...
-    def amplitude(self, lam: float, std: float) -> np.float32: ...
-    def absolute_amplitude(self, sigma: float) -> np.float32: ...
+    def amplitude(self, lam: Any, std: float) -> Any: ...
+    def absolute_amplitude(self, sigma: Any) -> Any: ...
     def overall_amplitude(self, found: Sequence[float]) -> float: ...
     def noise_range(self, amplitude: float) -> dict[str, float]: ...
     def tensor_coefficients(self, words: Tensor) -> Tensor: ...
 
 
-def to_float32(value: float) -> np.float32:
-    """Return the float32 nearest to a float64; infinite, of either sign, where float32 cannot hold it."""
+def to_float32(value: Any) -> Any:
+    """Return the float32 nearest to a float64, or [n] to [n]; infinite where float32 cannot hold it."""
     import numpy as np
 
+    if isinstance(value, np.ndarray):
+        with np.errstate(over="ignore"):
+            return value.astype(np.float32)
     return np.float32(value if abs(value) < PAST_FLOAT32 else math.copysign(math.inf, value))
 
 

@@ -135,14 +135,14 @@ def tensor_coefficients(words: Tensor) -> Tensor:
     return torch.stack((length * cos, length * sin), dim=1).flatten().float()
 
 
-def amplitude(lam: float, std: float) -> np.float32:
+def amplitude(lam: Any, std: float) -> Any:
     """Return float32(λ · std / sqrt(12)), the noise's std; infinite where float32 cannot hold it."""
-    return to_float32(float(lam) * float(std) / _SQRT_12)
+    return to_float32(lam * float(std) / _SQRT_12)
 
 
-def absolute_amplitude(sigma: float) -> np.float32:
+def absolute_amplitude(sigma: Any) -> Any:
     """Return float32(σ): the amplitude is the noise's std."""
-    return to_float32(float(sigma))
+    return to_float32(sigma)
 
 
 def overall_amplitude(found: Sequence[float]) -> float:

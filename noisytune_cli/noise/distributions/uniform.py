@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,14 +36,14 @@ def tensor_coefficients(words: Tensor) -> Tensor:
     return ((words >> 8) * 2 - int(_ODD)).float() * float(_STEP)
 
 
-def amplitude(lam: float, std: float) -> np.float32:
+def amplitude(lam: Any, std: float) -> Any:
     """Return float32(λ · std), the full width of the noise; infinite where float32 cannot hold it."""
-    return to_float32(float(lam) * float(std))
+    return to_float32(lam * float(std))
 
 
-def absolute_amplitude(sigma: float) -> np.float32:
+def absolute_amplitude(sigma: Any) -> Any:
     """Return float32(σ · √12): the full width of noise whose std is σ."""
-    return to_float32(float(sigma) * math.sqrt(12.0))
+    return to_float32(sigma * math.sqrt(12.0))
 
 
 def overall_amplitude(found: Sequence[float]) -> float:
