@@ -10,18 +10,26 @@ import re
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import product
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from noisytune_cli.dtypes import BY_TORCH_NAME
-from noisytune_cli.errors import UsageError
-from noisytune_cli.records import Combination, Conversion, Granularity, NoiseSpec, Scope
+from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.reading import parse_json, read_small
+from noisytune_cli.records import MAX_TERMS, Combination, Conversion, Granularity, NoiseSpec, Scope, Term
 
 _T = TypeVar("_T")
 
 #: The most outputs of one run, and seeds of a list: what a run remembers of them grows with their number.
 MOST = 1000
 
+#: The most of a mixture's file that is read: 20,000 lines take 2 MB.
+_MAX_MIX_BYTES = 8 << 20
+
+_NUMBER = r"([-+]?[0-9]{1,30}(?:\.[0-9]{0,30})?|[-+]?\.[0-9]{1,30})"
+_RANGE = re.compile(f"{_NUMBER}:{_NUMBER}:{_NUMBER}", re.ASCII)
 _SEED_RANGE = re.compile(r"([0-9]+)(?:-([0-9]+))?", re.ASCII)
 _LARGEST_SEED = 2**64 - 1
 
@@ -74,11 +82,112 @@ def read_preset(name: str | None) -> Preset:
     return Preset(DEFAULT_LAMBDA, ()) if name is None else PRESETS[name]
 
 
+#: The options that say how strong the noise is, of which a run takes one.
+_STRENGTHS = ("--lambda", "--noise-std", "--sigma", "--mix")
+
+
+def choose_strength(given: Mapping[str, object]) -> str | None:
+    """Return which option gives the strength, None for none; `given` are the values of all, by their names.
+
+    UsageError where it does not go with another option that is given.
+    """
+    chosen = [option for option in _STRENGTHS if given.get(option) is not None]
+    if len(chosen) > 1:
+        advice = "Give one of them"
+        if chosen == ["--lambda", "--noise-std"]:
+            advice += ": --noise-std S is --lambda √12 · S"
+        raise UsageError(
+            " and ".join(chosen),
+            why=f"{'both' if len(chosen) == 2 else 'all'} set the strength of the noise",
+            next_step=advice,
+        )
+    option = chosen[0] if chosen else None
+    unfit = {
+        "--sigma": ("--scope", "--lambda-for"),
+        "--mix": ("--seed", "--lambda-for", "--sigma-for"),
+    }.get(option or "", ("--sigma-for",))
+    for other in unfit:
+        if given.get(other) is not None:
+            raise UsageError(
+                f"{other} and {option or '--lambda'}",
+                why=_UNFIT[other],
+                next_step=f"Leave {other} out",
+            )
+    return option
+
+
+_UNFIT = {
+    "--scope": "noise whose std is given is scaled with none",
+    "--lambda-for": "λ and σ are different strengths, and a mixture has its own",
+    "--sigma-for": "it gives another σ, and there is none without --sigma",
+    "--seed": "each noise of a mixture has its own seed",
+}
+
+
+def read_mix(path: str) -> tuple[tuple[Term, ...], bool]:
+    """Return the noises that a file of JSON lines names, and whether their strengths are σ.
+
+    Raises InputInvalid, which names the line, for what is none.
+    """
+    terms: list[Term] = []
+    kinds: set[str] = set()
+    lines = read_small(Path(path), _MAX_MIX_BYTES).split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = parse_json(line)
+            if not isinstance(entry, dict) or not entry.keys() <= {"seed", "sigma", "lambda", "coefficient"}:
+                raise ValueError('it is no object of "seed", "sigma" or "lambda", and "coefficient"')
+            kinds |= {kind := "sigma" if "sigma" in entry else "lambda"}
+            seed: Any = entry.get("seed")
+            if isinstance(seed, str) and re.fullmatch("[0-9]{1,20}", seed, re.ASCII):
+                seed = int(seed)
+            if type(seed) is not int or not 0 <= seed <= _LARGEST_SEED:
+                raise ValueError('"seed" is not a whole number from 0 to 2^64-1')
+            values: list[Any] = [entry.get(kind), entry.get("coefficient", 1.0)]
+            for key, value in zip((kind, "coefficient"), values, strict=True):
+                if type(value) not in (int, float) or not abs(value) < 1e300:
+                    raise ValueError(f'"{key}" is not a finite number')
+            if len(kinds) > 1 or len(entry.keys() & {"sigma", "lambda"}) > 1:
+                raise ValueError('it has "sigma" and "lambda": all noises of a mixture have the same')
+        except ValueError as error:
+            raise _not_a_mix(path, f"line {number}: {error}") from error
+        terms.append(Term(seed, *(float(value) + 0.0 for value in values)))
+        if len(terms) > MAX_TERMS:
+            raise _not_a_mix(path, f"it has more than {MAX_TERMS:,} lines")
+    if not terms:
+        raise _not_a_mix(path, "it has no line")
+    return tuple(terms), kinds == {"sigma"}
+
+
+def read_shrink(text: str | None) -> float:
+    """Return the share of the weights that is kept, all of them without one."""
+    return 1.0 if text is None else _one("--shrink", numbers("--shrink", text, 0.0, 1.0), text)
+
+
+def _one(option: str, found: Sequence[_T], text: str) -> _T:
+    if len(found) != 1:
+        raise UsageError(f"{option} {text}", why="it takes one value", next_step="Run once for each")
+    return found[0]
+
+
+def _not_a_mix(path: str, why: str) -> InputInvalid:
+    return InputInvalid(
+        "cannot read the mixture",
+        path=path,
+        why=why,
+        next_step='Write a line for each noise, such as {"seed": 17, "sigma": 0.001, "coefficient": 0.02}',
+    )
+
+
 def make_noise(
     *,
     lam: float,
     distribution: str,
     scope: Scope,
+    kept: float = 1.0,
+    mix: tuple[Term, ...] = (),
     include: Sequence[str],
     exclude: Sequence[str],
     rules: Sequence[str],
@@ -92,7 +201,9 @@ def make_noise(
         distribution=distribution,
         scope=scope,
         granularity=granularity,
-        rules=tuple(_rule(text) for text in rules),
+        rules=tuple(_rule(text, "--sigma-for" if scope == "absolute" else "--lambda-for") for text in rules),
+        kept=kept,
+        mix=mix,
         include=tuple(include),
         # Exclude beats include, so a preset's exclusions would beat an explicit --include: they give way.
         exclude=tuple(exclude) if include else (*preset.exclude, *exclude),
@@ -121,15 +232,22 @@ class _Strength:
 
 
 def combine(
-    out: str | None, *, lam: str | None, noise_std: str | None, seed: str, default: float
+    out: str | None,
+    *,
+    lam: str | None = None,
+    noise_std: str | None = None,
+    sigma: str | None = None,
+    seed: str,
+    default: float,
 ) -> tuple[Combination, ...]:
     """Return every combination of the lists, λ by λ and within it seed by seed, with its output's name.
 
-    `lam` and `noise_std`, of which one is None, are the options as written; without both λ is `default`. A
-    name holds placeholders, `{lambda}` (or `{noise-std}`) and `{seed}`, for each value as the user wrote it.
-    Raises UsageError for a list that makes no sense, and for an `out` that names two outputs alike.
+    `lam`, `noise_std` and `sigma`, of which one is given at most, are the options as written; without them λ
+    is `default`. A name holds placeholders, `{lambda}` (or `{noise-std}`, `{sigma}`) and `{seed}`, for each
+    value as the user wrote it. Raises UsageError for a list that makes no sense, and for an `out` that names
+    two outputs alike.
     """
-    strengths = _read_strengths(lam, noise_std, default)
+    strengths = _read_strengths(lam, noise_std, sigma, default)
     seeds = read_seeds(seed)
     _refuse_twice("--seed", seed, seeds)
     if len(strengths) * len(seeds) > MOST:
@@ -149,21 +267,19 @@ def combine(
     )
 
 
-def _read_strengths(lam: str | None, noise_std: str | None, default: float) -> list[_Strength]:
-    if lam is not None and noise_std is not None:
-        raise UsageError(
-            "--lambda and --noise-std",
-            why="both set the strength of the noise",
-            next_step="Give one of them: --noise-std S is --lambda √12 · S",
-        )
-    option, text = ("--lambda", lam) if noise_std is None else ("--noise-std", noise_std)
+def _read_strengths(
+    lam: str | None, noise_std: str | None, sigma: str | None, default: float
+) -> list[_Strength]:
+    option = "--sigma" if sigma is not None else "--lambda" if noise_std is None else "--noise-std"
+    text = next((given for given in (sigma, noise_std, lam) if given is not None), None)
     if text is None:
         return [_Strength(default, {"lambda": repr(default)})]
     values = numbers(option, text)
     _refuse_twice(option, text, values)
-    written = zip(values, map(str.strip, text.split(",")), strict=True)
+    written = zip(values, spelled(option, text), strict=True)
     if noise_std is None:
-        return [_Strength(value, {"lambda": as_given}) for value, as_given in written]
+        name = option.removeprefix("--")
+        return [_Strength(value, {name: as_given}) for value, as_given in written]
     # The uniform distribution of width λ has std λ/√12, and Gaussian noise is scaled to match it.
     lams = ((math.sqrt(12) * value, as_given) for value, as_given in written)
     return [_Strength(value, {"lambda": repr(value), "noise-std": as_given}) for value, as_given in lams]
@@ -190,7 +306,7 @@ def _alike(out: str, strengths: Sequence[_Strength], seeds: Sequence[int]) -> Us
     """Return the error for outputs that would bear one name: most often a placeholder is missing."""
     missing = []
     if len(strengths) > 1 and not any(f"{{{name}}}" in out for name in strengths[0].names):
-        missing.append("{noise-std}" if "noise-std" in strengths[0].names else "{lambda}")
+        missing.append(f"{{{list(strengths[0].names)[-1]}}}")
     if len(seeds) > 1 and "{seed}" not in out:
         missing.append("{seed}")
     count = len(strengths) * len(seeds)
@@ -203,11 +319,11 @@ def _alike(out: str, strengths: Sequence[_Strength], seeds: Sequence[int]) -> Us
     return UsageError(
         f"--out {out}",
         why=f"it names all of {count:,} outputs alike: {' and '.join(missing)} is missing",
-        next_step="Write for example -o 'out-l{lambda}-s{seed}'",
+        next_step=f"Write for example -o 'out-{''.join(missing)}'",
     )
 
 
-def _rule(text: str) -> tuple[str, float]:
+def _rule(text: str, option: str) -> tuple[str, float]:
     """Split PATTERN=VALUE at its last `=`."""
     pattern, equals, value = text.rpartition("=")
     try:
@@ -216,9 +332,9 @@ def _rule(text: str) -> tuple[str, float]:
         return pattern, decimal(value)
     except ValueError:
         raise UsageError(
-            f"--lambda-for {text}",
+            f"{option} {text}",
             why="it is not PATTERN=VALUE with a number as the value",
-            next_step="Write for example --lambda-for '@attention=0.1'",
+            next_step=f"Write for example {option} '@attention=0.1'",
         ) from None
 
 
@@ -238,16 +354,40 @@ def decimal(text: str) -> float:
 def items(option: str, text: str, convert: Callable[[str], _T], kind: str) -> tuple[_T, ...]:
     """Return the items of a comma list; UsageError that names the one that is not of its `kind`."""
     found = []
-    for part in text.split(","):
+    for part in spelled(option, text):
         try:
-            found.append(convert(part.strip()))
+            found.append(convert(part))
         except ValueError:
             raise UsageError(
                 f"{option} {text}",
-                why=f'"{part.strip()}" is not {kind}',
+                why=f'"{part}" is not {kind}',
                 next_step=f"Write {kind}, or several with commas between them",
             ) from None
     return tuple(found)
+
+
+def spelled(option: str, text: str) -> list[str]:
+    """Return the items of a comma list as text, with ranges of numbers (FIRST:LAST:STEP) written out.
+
+    A range is worked out in decimal, so that 0:0.3:0.1 is 0, 0.1, 0.2 and 0.3.
+    """
+    parts: list[str] = []
+    for part in map(str.strip, text.split(",")):
+        if not (found := _RANGE.fullmatch(part)):
+            parts.append(part)
+            continue
+        first, last, step = map(Decimal, found.groups())
+        steps = (last - first) / step if step else Decimal(-1)
+        if not 0 <= steps < MOST:
+            raise UsageError(
+                f"{option} {text}",
+                why=f'the range "{part}" has no end'
+                if steps < 0
+                else f'the range "{part}" has more than {MOST:,} numbers',
+                next_step="Write FIRST:LAST:STEP with a step that leads from the first to the last",
+            )
+        parts += [f"{(first + i * step).normalize():f}" for i in range(int(steps) + 1)]
+    return parts
 
 
 def numbers(option: str, text: str, low: float | None = None, high: float | None = None) -> tuple[float, ...]:

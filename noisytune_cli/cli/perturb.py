@@ -28,10 +28,10 @@ from noisytune_cli.cli.options import (
 )
 from noisytune_cli.errors import UsageError
 from noisytune_cli.noise import distributions
+from noisytune_cli.records import mixed_strength
 
 #: The choices are the file names in `distributions/`.
 _Noise = StrEnum("_Noise", {name: name for name in distributions.names()})  # type: ignore[misc]
-_UNIFORM = _Noise("uniform")
 
 
 class _Scope(StrEnum):
@@ -79,17 +79,43 @@ def perturb(
         str | None,
         typer.Option(metavar="S,…", help="Strength as the noise's own std in units of std(W): λ = √12 · S."),
     ] = None,
+    sigma: Annotated[
+        str | None,
+        typer.Option(
+            metavar="σ,…", help="The noise's std itself, the same for every tensor: Gaussian unless --noise."
+        ),
+    ] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Add up the noises of many seeds: a file of lines "
+            '{"seed": 17, "sigma": 0.001, "coefficient": 0.02} (or "lambda").',
+        ),
+    ] = None,
+    shrink: Annotated[
+        str | None,
+        typer.Option(
+            metavar="κ", help="Keep this share of the weights, 0 to 1, under the noise: κ · W + noise."
+        ),
+    ] = None,
     seed: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="N,N-M,…",
-            help="Seed, 0 to 2^64-1; of a list, or a range such as 0-4, an output for each.",
+            help="Seed, 0 to 2^64-1; of a list, or a range such as 0-4, an output for each. [default: 0]",
         ),
-    ] = "0",
-    noise: Annotated[_Noise, typer.Option(help="Distribution of the noise.")] = _UNIFORM,
+    ] = None,
+    noise: Annotated[
+        _Noise | None,
+        typer.Option(help="Distribution of the noise. [default: uniform, with σ gaussian]"),
+    ] = None,
     scope: Annotated[
-        _Scope, typer.Option(help="One std for each matrix, or one for all perturbed tensors together.")
-    ] = _Scope.matrix,
+        _Scope | None,
+        typer.Option(
+            help="One std for each matrix, or one for all perturbed tensors together. [default: matrix]"
+        ),
+    ] = None,
     granularity: GranularityOption = Granularity.tensor,
     split: Splits = None,
     include: Annotated[
@@ -103,6 +129,9 @@ def perturb(
     ] = None,
     lambda_for: Annotated[
         Patterns, typer.Option(metavar="PATTERN=VALUE", help="Another λ for these; the last match wins.")
+    ] = None,
+    sigma_for: Annotated[
+        Patterns, typer.Option(metavar="PATTERN=VALUE", help="Another σ for these; the last match wins.")
     ] = None,
     buffers_from: BuffersFrom = "auto",
     preset: Annotated[
@@ -160,31 +189,60 @@ def perturb(
     dimensions, as in 0:/8;2:/2.
 
     Lists such as --lambda 0.05,0.1 --seed 0-4 -o 'out-l{lambda}-s{seed}' make an output for each
-    combination, as single runs would, from one pass over SOURCE. {lambda}, {seed} (and {noise-std}) in OUT
-    stand for the values as they are written, in a single run too. All outputs are complete before the first
-    is published. With --json there is a line for each.
+    combination, as single runs would, from one pass over SOURCE. {lambda}, {seed} (and {noise-std}, {sigma})
+    in OUT stand for the values as they are written, in a single run too. FIRST:LAST:STEP is a range of
+    numbers, the last included. All outputs are complete before the first is published. With --json there is
+    a line for each.
+
+    A strength below 0 gives the negative noise, so --sigma=-0.001,0.001 makes an antithetic pair.
 
     With --recipe-only the weights are not written, only the manifest that would lie with them: as the file
     OUT, or as noisytune.json in OUT where that is a folder or ends in /. `replay` makes the rest of it.
     """
     from noisytune_cli.cli import show, show_perturb
-    from noisytune_cli.cli.parse import check_out, combine, make_conversion, make_noise, read_preset
+    from noisytune_cli.cli.parse import (
+        check_out,
+        choose_strength,
+        combine,
+        make_conversion,
+        make_noise,
+        read_mix,
+        read_preset,
+        read_shrink,
+    )
     from noisytune_cli.commands import perturb as command
 
     started = time.monotonic()
     if out is not None:
         check_out(out)
     chosen = read_preset(preset)
-    wanted = combine(out, lam=lam, noise_std=noise_std, seed=seed, default=chosen.lam)
+    given = {
+        "--lambda": lam,
+        "--noise-std": noise_std,
+        "--sigma": sigma,
+        "--mix": mix,
+        "--lambda-for": lambda_for or None,
+        "--sigma-for": sigma_for or None,
+        "--scope": scope,
+        "--seed": seed,
+    }
+    strength = choose_strength(given)
+    terms, is_absolute = read_mix(mix) if mix is not None else ((), strength == "--sigma")
+    if terms and is_absolute and scope is not None:
+        raise UsageError("--scope and --mix", why="σ is scaled with no std", next_step="Leave --scope out")
+    default = mixed_strength(terms) if terms else chosen.lam
+    wanted = combine(out, lam=lam, noise_std=noise_std, sigma=sigma, seed=seed or "0", default=default)
     spec = make_noise(
         lam=wanted[0].lam,
-        distribution=noise.value,
-        scope=scope.value,
+        distribution=noise.value if noise is not None else "gaussian" if is_absolute else "uniform",
+        scope="absolute" if is_absolute else "matrix" if scope is None else scope.value,
+        kept=read_shrink(shrink),
+        mix=terms,
         granularity=granularity.value,
         splits=split or (),
         include=include or (),
         exclude=exclude or (),
-        rules=lambda_for or (),
+        rules=lambda_for or sigma_for or (),
         preset=chosen,
     )
     request = command.Request(

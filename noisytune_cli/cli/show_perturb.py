@@ -11,7 +11,7 @@ from typing import Any
 from noisytune_cli.cli.show import note, note_left_out, warn_all, write_out
 from noisytune_cli.commands.perturb import Perturbed, Planned
 from noisytune_cli.escape import escape
-from noisytune_cli.manifest.write import left_out_json
+from noisytune_cli.manifest.write import left_out_json, noise_json
 from noisytune_cli.records import Manifest, NoiseSpec, Step
 
 _TOLD_BY = {"names": "its name", "model": "the model"}
@@ -44,7 +44,7 @@ def show_planned(planned: Planned, *, as_json: bool) -> None:
             ]
         write_out(json.dumps(document, indent=1) + "\n")
         return
-    write_out(line for steps in by_tensor for line in _plan_lines(steps))
+    write_out(line for steps in by_tensor for line in _plan_lines(steps, _symbol(planned.plan.noise)))
     write_out(f"{escape(name)}  left out ({why})\n" for name, why in planned.left_out)
     if several:
         write_out(_output_lines(planned))
@@ -101,11 +101,22 @@ def _summary(result: Perturbed) -> str:
     perturbed = sum(receipt.action == "perturb" for receipt in manifest.receipts)
     what = (
         f"{perturbed} of {len(manifest.receipts)} tensors "
-        f"(λ {noise.lam:g}, seed {noise.seed}, {noise.distribution}) -> {result.output}"
+        f"({_strength(noise)}, {noise.distribution}) -> {result.output}"
     )
     if result.recipe:
         return f"wrote the recipe alone for {what}"
     return f"perturbed {what}: {_bytes(manifest) / 1e6:,.1f} MB"
+
+
+def _symbol(noise: NoiseSpec) -> str:
+    return "λ" if noise.needs_std else "σ"
+
+
+def _strength(noise: NoiseSpec) -> str:
+    """Say how strong the noise is and of which seed."""
+    seeds = f"{len(noise.mix):,} seeds" if noise.mix else f"seed {noise.seed}"
+    kept = "" if noise.kept == 1.0 else f", {noise.kept:g} of the weights kept"
+    return f"{_symbol(noise)} {noise.lam:g}, {seeds}{kept}"
 
 
 def _bytes(manifest: Manifest) -> int:
@@ -127,16 +138,16 @@ def _telling(steps: Sequence[Step]) -> Step:
 def _output_lines(planned: Planned) -> Iterator[str]:
     for out, plan in zip(planned.outs, planned.plans, strict=True):
         name = "" if out is None else f"  {escape(out, None)}"
-        yield f"output λ={plan.noise.lam:g} seed={plan.noise.seed}{name}\n"
+        yield f"output {_symbol(plan.noise)}={plan.noise.lam:g} seed={plan.noise.seed}{name}\n"
 
 
-def _plan_lines(steps: Sequence[Step]) -> Iterator[str]:
+def _plan_lines(steps: Sequence[Step], symbol: str) -> Iterator[str]:
     """Yield what happens to one tensor, whose steps differ in λ alone, and to its parts."""
     step = _telling(steps)
     tensor = step.tensor
     shape = "x".join(map(str, tensor.shape)) or "scalar"
     lams = ",".join(dict.fromkeys(f"{one.lam:g}" for one in steps))
-    what = f"perturb λ={lams}" if step.reason is None else f"copy ({step.reason})"
+    what = f"perturb {symbol}={lams}" if step.reason is None else f"{step.action} ({step.reason})"
     if step.reason == "buffer":
         what = f"copy (buffer, told by {_TOLD_BY[step.told_by]})"
     if step.stream != tensor.name:
@@ -157,13 +168,9 @@ def _plan_lines(steps: Sequence[Step]) -> Iterator[str]:
 
 
 def _noise(noise: NoiseSpec) -> dict[str, Any]:
-    return {
-        "distribution": noise.distribution,
-        "scope": noise.scope,
-        "granularity": noise.granularity,
-        "seed": str(noise.seed),
-        "lambda": noise.lam,
-    }
+    told = noise_json(noise)
+    keys = ("distribution", "scope", "granularity", "seed", "lambda", "sigma", "shrink", "mix")
+    return {key: told[key] for key in keys if key in told}
 
 
 def _step(step: Step) -> dict[str, Any]:

@@ -199,7 +199,8 @@ class Outcomes:
         for part, blocks in present:
             if (noise := self._noises[part]) is not None:
                 counts = tiles.add_noise(device, data, out, dtype, out_dtype, blocks, noise, first)
-                done.append(Counts(part, *counts))
+                if noise.terms:  # what is only shrunk has no noise that rounding could lose
+                    done.append(Counts(part, *counts))
                 # Noise on a NaN or an infinity is counted as clamped.
                 if counts[1] and not self._is_measured:
                     values = tiles.gather(data, dtype, blocks)

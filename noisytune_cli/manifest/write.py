@@ -135,7 +135,7 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
         "tool": {"name": manifest.tool_name, "version": manifest.tool_version},
         "source": source_json(manifest.source),
         **output,
-        "noise": _noise(manifest.noise),
+        "noise": noise_json(manifest.noise),
         "tensors": [_tensor(r, range_keys, manifest.noise.needs_std) for r in manifest.receipts],
         "copied": [{"name": name, "digest": digest} for name, digest in manifest.copied],
         "left_out": left_out_json(manifest.left_out),
@@ -183,7 +183,8 @@ def _dump(value: object) -> str:
     return json.dumps(value, allow_nan=False)
 
 
-def _noise(noise: NoiseSpec) -> dict[str, Any]:
+def noise_json(noise: NoiseSpec) -> dict[str, Any]:
+    """Return the noise as it stands in a manifest."""
     return {
         "stream": STREAM,
         "distribution": noise.distribution,
