@@ -61,6 +61,12 @@ def inspect(
             parser=_number,
         ),
     ] = 0.15,
+    sigma: Annotated[
+        float | None,
+        typer.Option(
+            metavar="σ", help="Show the noise of this std in place of λ's: Gaussian.", parser=_number
+        ),
+    ] = None,
     headers_only: Annotated[
         bool, typer.Option("--headers-only", help="Read no weights: names, shapes and the plan.")
     ] = False,
@@ -86,6 +92,7 @@ def inspect(
     result = command.inspect(
         source,
         lam=lam,
+        sigma=sigma,
         include=include or (),
         exclude=exclude or (),
         granularity=granularity.value,

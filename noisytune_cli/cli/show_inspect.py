@@ -67,6 +67,7 @@ def _json(inspection: Inspection) -> Iterator[str]:
         "id": inspection.id,
         "revision": inspection.revision,
         "lambda": inspection.lam,
+        **({} if inspection.sigma is None else {"sigma": inspection.sigma}),
         "quantized": inspection.quantized,
     }
     yield "{\n" + "".join(f" {_dump(key)}: {_dump(value)},\n" for key, value in head.items())
@@ -126,6 +127,12 @@ def _cells(row: TensorReport) -> dict[str, Any]:
     }
 
 
+def _noise(row: TensorReport) -> str:
+    if row.noise_std is not None:
+        return f"σ {_number(row.noise_std)}"
+    return "" if row.high is None else f"±{_number(row.high)}"
+
+
 def _dump(value: object) -> str:
     return json.dumps(value, allow_nan=False)
 
@@ -158,7 +165,7 @@ def _row(row: TensorReport) -> dict[str, str]:
         "zeros": "" if row.zeros is None else f"{_number(100 * row.zeros)}%",
         "nan": _count(row.nan),
         "inf": _count(row.inf),
-        "noise": "" if row.high is None else f"±{_number(row.high)}",
+        "noise": _noise(row),
         "action": action,
     }
 

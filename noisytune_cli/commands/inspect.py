@@ -19,7 +19,7 @@ from typing import Any, Literal
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.quantized import refuse_quantized
 from noisytune_cli.dtypes import FLOAT_DTYPES
-from noisytune_cli.engine.matrix import Spread, outcome_of
+from noisytune_cli.engine.matrix import UNMEASURED, Spread, outcome_of
 from noisytune_cli.engine.statistics import Statistics, measure
 from noisytune_cli.engine.threads import Progress
 from noisytune_cli.errors import InputInvalid, UsageError
@@ -62,6 +62,7 @@ class TensorReport:
     stream: str
     low: float | None
     high: float | None
+    noise_std: float | None = None
     unsure: tuple[str, ...] = ()
     part: str | None = None
     undivided: str | None = None
@@ -83,17 +84,18 @@ class Totals:
 class Inspection:
     """A checkpoint as `inspect` found it.
 
-    `lam` is the λ that the noise ranges are for. `quantized` says why perturb would refuse the checkpoint
-    whole, or is None.
+    `lam` is the λ that the noise ranges are for, or `sigma` the σ, of which one is None. `quantized` says why
+    perturb would refuse the checkpoint whole, or is None.
     """
 
     id: str
     revision: str | None
-    lam: float
+    lam: float | None
     quantized: str | None
     tensors: tuple[TensorReport, ...]
     totals: Totals
     warnings: tuple[str, ...] = ()
+    sigma: float | None = None
 
 
 SORT_KEYS = tuple(field.name for field in fields(TensorReport) if field.name != "unsure")
@@ -103,6 +105,7 @@ def inspect(
     source: str,
     *,
     lam: float = 0.15,
+    sigma: float | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     granularity: Granularity = "tensor",
@@ -120,11 +123,14 @@ def inspect(
 ) -> Inspection:
     """Report the tensors of `source` that `include` and `exclude` leave, in file order or sorted.
 
-    `sort` is one of SORT_KEYS, descending with a `-` before it. `lam` is the λ whose noise ranges are given.
+    `sort` is one of SORT_KEYS, descending with a `-` before it. `lam` is the λ whose noise ranges are given,
+    or `sigma` the std of Gaussian noise in its place.
     With granularity `matrix` the matrices of a tensor are reported in its place, as known or as `splits`
     (PATTERN=DIM:SIZES) say.
     """
     noise = NoiseSpec(lam=lam, granularity=granularity, splits=tuple(splits))
+    if sigma is not None:
+        noise = replace(noise, lam=sigma, distribution="gaussian", scope="absolute")
     check_noise(noise)
     _check_sort(sort)
     with open_checkpoint(
@@ -161,7 +167,8 @@ def inspect(
         return Inspection(
             id=checkpoint.id,
             revision=checkpoint.revision,
-            lam=lam,
+            lam=lam if sigma is None else None,
+            sigma=sigma,
             quantized=quantized,
             tensors=tuple(rows if sort is None else _sort(rows, sort)),
             totals=_total(rows, counted=not headers_only),
@@ -246,9 +253,11 @@ def _outcome(
         }
     spread = None
     if found is not None and found.std is not None:
-        spread = Spread(found.std, found.min == found.max)
+        spread = Spread(found.std if noise.needs_std else None, found.min == found.max and noise.needs_std)
+    elif found is not None and not (found.nan or found.inf):
+        spread = UNMEASURED  # of one element
     outcome = outcome_of(noise, step, part, spread)
-    return {key: getattr(outcome, key) for key in ("action", "reason", "low", "high")}
+    return {key: getattr(outcome, key) for key in ("action", "reason", "low", "high", "noise_std")}
 
 
 def _total(rows: Sequence[TensorReport], *, counted: bool) -> Totals:

@@ -56,7 +56,7 @@ def check_noise(noise: NoiseSpec) -> None:
         if not math.isfinite(lam):
             raise UsageError(
                 f"{given}: {lam} is no noise strength",
-                why="the noise would have no end",
+                why="it is not a finite number",
                 next_step="Give a number such as 0.15; 0 adds no noise, and one below 0 the negative noise",
             )
     if not 0.0 <= noise.kept <= 1.0:

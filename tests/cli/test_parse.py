@@ -12,7 +12,15 @@ from checkpoints import save, weights
 from typer.testing import CliRunner
 
 from noisytune_cli.cli.app import app
-from noisytune_cli.cli.parse import MOST, combine, make_noise, numbers, read_preset, read_seeds
+from noisytune_cli.cli.parse import (
+    MOST,
+    choose_strength,
+    combine,
+    make_noise,
+    numbers,
+    read_preset,
+    read_seeds,
+)
 from noisytune_cli.errors import UsageError
 from noisytune_cli.records import Combination, NoiseSpec
 
@@ -45,8 +53,8 @@ def test_everything_is_passed_on() -> None:
 def test_noise_std_is_the_std_of_the_uniform_noise() -> None:
     assert made(noise_std="0.05").lam == math.sqrt(12) * 0.05
     assert made(noise_std="0.0").lam == 0.0
-    with pytest.raises(UsageError, match="--noise-std"):
-        made(lam="0.1", noise_std="0.1")
+    with pytest.raises(UsageError, match="--noise-std S is --lambda"):
+        choose_strength({"--lambda": "0.1", "--noise-std": "0.1"})
 
 
 def test_rules_split_at_the_last_equals_sign() -> None:

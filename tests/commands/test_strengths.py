@@ -281,6 +281,12 @@ def test_dry_run_and_inspect_tell_it(source: Path) -> None:
     assert "output σ=0.002 seed=0" in planned
     told = json.loads(run("perturb", source, "--sigma", 0.001, "--dry-run", "--json"))
     assert told["noise"]["sigma"] == 0.001
+    rows = json.loads(run("inspect", source, "--sigma", -0.25, "--format", "json", "-q"))
+    reports = {row["name"]: row for row in rows["tensors"]}
+    assert (rows["lambda"], rows["sigma"]) == (None, -0.25)
+    for name in NOISED:
+        assert (reports[name]["action"], reports[name]["noise_std"]) == ("perturb", 0.25), name
+    assert reports["a.broken"]["reason"] == "non-finite"
     shrunk = run("perturb", source, "--shrink", 0.5, "--dry-run")
     assert "a.scale  F32 1  shrink (one-element)" in shrunk
 

@@ -121,10 +121,11 @@ def test_a_rule_that_matches_nothing_or_no_kind_is_a_usage_error() -> None:
 @pytest.mark.parametrize(
     "noise",
     [
-        NoiseSpec(lam=-0.1),
         NoiseSpec(lam=math.nan),
         NoiseSpec(lam=math.inf),
-        NoiseSpec(rules=(("*", -1.0),)),
+        NoiseSpec(kept=1.5),
+        NoiseSpec(kept=-0.5),
+        NoiseSpec(kept=math.nan),
         NoiseSpec(rules=(("*", 0.1), ("*", math.inf))),
         NoiseSpec(seed=-1),
         NoiseSpec(seed=2**64),
