@@ -86,6 +86,22 @@ def is_repo_id(text: str) -> bool:
     )
 
 
+def cache_folder() -> Path | None:
+    """Return where the hub's cache is, links resolved; None where the environment names nothing.
+
+    It need not exist. huggingface_hub is not asked, for its import takes longer than a small run: the
+    environment is read as its `constants.py` does it, and a test holds the two together.
+    """
+    home = os.path.join(os.getenv("XDG_CACHE_HOME", os.path.join("~", ".cache")), "huggingface")
+    default = os.path.join(_expanded(os.getenv("HF_HOME", home)), "hub")
+    folder = _expanded(os.getenv("HF_HUB_CACHE", os.getenv("HUGGINGFACE_HUB_CACHE", default)))
+    return Path(os.path.realpath(folder)) if folder else None
+
+
+def _expanded(path: str) -> str:
+    return os.path.expandvars(os.path.expanduser(path))
+
+
 def download(
     repo_id: str,
     revision: str | None = None,
