@@ -97,8 +97,8 @@ def _lay_out(source: Source, steps: Iterable[Step], conversion: Conversion) -> O
             why="the weights are pickled, and a pickle is written back as it is but for the noise",
             next_step="Add --to safetensors",
         )
-    kept = {name: stream_of(names) for names in source.ties for name in names}
-    aliases = {name: keep for name, keep in kept.items() if name != keep}
+    kept = [(names, stream_of(names)) for names in source.ties]
+    aliases = {name: keep for names, keep in kept for name in names if name != keep}
     stored = [
         replace(tensor, dtype=dtypes[tensor.name], nbytes=_nbytes(tensor, dtypes[tensor.name]))
         for tensor in source.tensors

@@ -89,7 +89,7 @@ class StoredSource(InputFile, ABC):
         fields = sorted(field for record in self.noised_records for field in record.crc_fields)
         for start, chunk in self.rest():
             content = bytearray(chunk)
-            for field in fields:
+            for field in fields[bisect_left(fields, start - 3) : bisect_left(fields, start + len(chunk))]:
                 # A chunk may end within a field.
                 low, high = max(field - start, 0), min(field + 4 - start, len(content))
                 if low < high:
