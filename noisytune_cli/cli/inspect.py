@@ -40,6 +40,13 @@ def _number(text: str | float) -> float:
 def inspect(
     source: Source,
     output_format: Annotated[_Format, typer.Option("--format", help="How to print.")] = _Format.table,
+    raw: Annotated[
+        bool,
+        typer.Option(
+            "--raw",
+            help="In CSV, put no apostrophe before what a spreadsheet would take for a formula.",
+        ),
+    ] = False,
     include: Annotated[
         Patterns, typer.Option(metavar="PATTERN", help="List only these: a shell pattern or a kind.")
     ] = None,
@@ -108,4 +115,4 @@ def inspect(
         follow_links=follow_links,
         progress=lambda nbytes: show.progress(nbytes, "inspect", enabled=not quiet),
     )
-    show_inspect.show_inspection(result, output_format.value)
+    show_inspect.show_inspection(result, output_format.value, raw=raw)

@@ -7,6 +7,9 @@
 
 In the last three floats round-trip and what does not exist is null or empty. JSON spells control characters
 as escapes, so names in it are verbatim; the table and CSV show names escaped, one line for each row.
+
+A spreadsheet takes a cell for a formula that begins like one, and a checkpoint's names are a stranger's. So
+in CSV an apostrophe goes before a text that does, or that begins with one; numbers are as they are.
 """
 
 from __future__ import annotations
@@ -46,20 +49,27 @@ _COLUMNS = (
     "action",
 )
 _DISPENSABLE = ("file", "l1", "elements", "nan", "inf", "l2", "zeros", "mean", "max", "min", "dtype", "shape")
+#: What a formula begins with in one spreadsheet or another, and what is put before it.
+_FORMULA = tuple("=+-@＝＋－＠\t\r")
+_DEFUSED = "'"
+
 _LEFT = {"name", "file", "dtype", "shape", "action"}
 
 
-def show_inspection(inspection: Inspection, format: str) -> None:
-    """Print the inspection in one of FORMATS, and on stderr what the user should know of it."""
+def show_inspection(inspection: Inspection, format: str, *, raw: bool = False) -> None:
+    """Print the inspection in one of FORMATS, and on stderr what the user should know of it.
+
+    `raw` leaves CSV without the apostrophes before what could be a formula.
+    """
     warn_all(inspection.warnings)
     if inspection.quantized is not None:
         warn(f"perturb would refuse this checkpoint: {inspection.quantized}")
-    write_out(render(inspection, format))
+    write_out(render(inspection, format, raw=raw))
 
 
-def render(inspection: Inspection, format: str) -> Iterator[str]:
+def render(inspection: Inspection, format: str, *, raw: bool = False) -> Iterator[str]:
     """Yield the inspection in one of FORMATS, in chunks."""
-    return FORMATS[format](inspection)
+    return _csv(inspection, raw=raw) if format == "csv" else FORMATS[format](inspection)
 
 
 def _json(inspection: Inspection) -> Iterator[str]:
@@ -84,12 +94,13 @@ def _jsonl(inspection: Inspection) -> Iterator[str]:
     yield f"{_dump({'totals': _values(inspection.totals)})}\n"
 
 
-def _csv(inspection: Inspection) -> Iterator[str]:
+def _csv(inspection: Inspection, *, raw: bool) -> Iterator[str]:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, _KEYS, restval="", lineterminator="\n")
     writer.writeheader()
     for row in inspection.tensors:
-        writer.writerow(_cells(row))
+        cells = _cells(row)
+        writer.writerow(cells if raw else {key: _defused(cell) for key, cell in cells.items()})
         yield buffer.getvalue()
         buffer.seek(0)
         buffer.truncate()
@@ -131,6 +142,13 @@ def _noise(row: TensorReport) -> str:
     if row.noise_std is not None:
         return f"σ {_number(row.noise_std)}"
     return "" if row.high is None else f"±{_number(row.high)}"
+
+
+def _defused(cell: Any) -> Any:
+    """Return a cell that no spreadsheet takes for a formula."""
+    if isinstance(cell, str) and cell.startswith((*_FORMULA, _DEFUSED)):
+        return _DEFUSED + cell
+    return cell
 
 
 def _dump(value: object) -> str:

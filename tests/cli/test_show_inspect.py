@@ -8,9 +8,13 @@ import json
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from checkpoints import save, weights
+from typer.testing import CliRunner
 
+from noisytune_cli.cli.app import app
 from noisytune_cli.cli.show_inspect import FORMATS, render, show_inspection
 from noisytune_cli.commands.inspect import Inspection, TensorReport, Totals
 
@@ -120,11 +124,36 @@ def test_json_has_names_verbatim_and_csv_escaped(name: str) -> None:
     found = inspection(replace(ROW, name=name))
     assert json.loads(shown(found, "json"))["tensors"][0]["name"] == name
     assert json.loads(shown(found, "jsonl").splitlines()[0])["name"] == name
-    rows = list(csv.DictReader(io.StringIO(shown(found, "csv"))))
+    rows = list(csv.DictReader(io.StringIO("".join(render(found, "csv", raw=True)))))
     assert len(rows) == 2
     assert rows[0]["name"].encode().decode("unicode_escape" if name.isascii() else "utf-8") == name or (
         "\\u202e" in rows[0]["name"]
     )
+
+
+@pytest.mark.parametrize("begin", ["=", "+", "-", "@", "\uff1d", "'"])
+def test_no_cell_of_csv_is_a_formula(begin: str) -> None:
+    name = f'{begin}HYPERLINK("http://x";"y")'
+    found = inspection(replace(ROW, name=name, file=name, stream=name, mean=-1.5, min=-2.0))
+    row = next(csv.DictReader(io.StringIO(shown(found, "csv"))))
+    assert (row["name"], row["file"], row["stream"]) == (f"'{name}",) * 3
+    assert (row["mean"], row["min"]) == ("-1.5", "-2.0")
+    row = next(csv.DictReader(io.StringIO("".join(render(found, "csv", raw=True)))))
+    assert (row["name"], row["mean"]) == (name, "-1.5")
+    assert json.loads(shown(found, "json"))["tensors"][0]["name"] == name
+
+
+@pytest.mark.parametrize("begin", ["\t", "\r", "\n"])
+def test_what_is_escaped_is_no_formula(begin: str) -> None:
+    row = next(csv.DictReader(io.StringIO(shown(inspection(replace(ROW, name=f"{begin}=1+1")), "csv"))))
+    assert row["name"].startswith("\\x")
+
+
+def test_raw_is_an_option(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.safetensors", {"=1+1": weights("F32", 3)})
+    for options, name in ([], "'=1+1"), (["--raw"], "=1+1"):
+        result = CliRunner().invoke(app, ["inspect", str(path), "--format", "csv", *options])
+        assert next(csv.DictReader(io.StringIO(result.stdout)))["name"] == name
 
 
 def test_markup_stays_text() -> None:
