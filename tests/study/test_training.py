@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2Model
+from transformers import AutoConfig, AutoModel, GPT2Config, GPT2Model
 
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.study import methods
@@ -174,6 +175,28 @@ def test_a_decoder_without_a_padding_token_is_trained_too(tiny: Tiny, tmp_path: 
     assert place.train.padding["input_ids"] == place.pretrained.tokenizer.eos_token_id
     for method in ("plain", "noisytune", "r3f"):
         assert math.isfinite(place.carry_out(a_run(method))["loss"])
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "mpnet", "bert", "camembert", "ibert"])
+def test_a_row_has_no_more_tokens_than_the_model_has_positions(kind: str, tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny.model, tmp_path / "model")
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=34,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=34,
+        pad_token_id=1,
+    )
+    AutoModel.from_config(config).save_pretrained(tmp_path / "model")
+    pretrained = Pretrained(tmp_path / "model", 2)
+    assert pretrained.longest == (34 if kind == "bert" else 32)
+    model = pretrained.start(0, torch.device("cpu")).model
+    assert model(torch.full((1, pretrained.longest), 5)).logits.shape == (1, 2)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, pretrained.longest + 1), 5))
 
 
 def test_a_model_without_its_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -89,9 +89,16 @@ class Pretrained:
 
     @property
     def longest(self) -> int:
-        """How many tokens a row may have: what the model has positions for."""
-        positions = getattr(self._model.config, "max_position_embeddings", None)
-        return int(min(positions or 1 << 20, self.tokenizer.model_max_length))
+        """How many tokens a row may have: what the model has positions for.
+
+        Where padding has a position (RoBERTa, XLM-R, MPNet), those of tokens begin behind it.
+        """
+        positions = getattr(self._model.config, "max_position_embeddings", None) or 1 << 20
+        for name, module in self._model.named_modules():
+            padding = getattr(module, "padding_idx", None)
+            if "position" in name and padding is not None and isinstance(module.weight, Tensor):
+                positions = min(positions, len(module.weight) - padding - 1)
+        return int(min(positions, self.tokenizer.model_max_length))
 
     def start(self, init_seed: int, device: torch.device) -> Start:
         """Return a copy on the device, with a head (and adapters) drawn from `init_seed`."""
