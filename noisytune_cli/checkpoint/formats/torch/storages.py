@@ -27,8 +27,16 @@ from noisytune_cli.checkpoint.formats._file import InputFile, WritableFile, crea
 from noisytune_cli.checkpoint.formats.torch.archive import Archive, wrong_checksum
 from noisytune_cli.checkpoint.formats.torch.crc32 import RangeSums
 from noisytune_cli.checkpoint.formats.torch.globals import StoredTensor
-from noisytune_cli.checkpoint.formats.torch.strided import MAX_RUNS, Held, Runs, find_runs, merge_extents
+from noisytune_cli.checkpoint.formats.torch.strided import (
+    MAX_EXPANDED,
+    MAX_RUNS,
+    Held,
+    Runs,
+    find_runs,
+    merge_extents,
+)
 from noisytune_cli.checkpoint.formats.torch.values import PickleFault
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.records import TensorSpec
 
@@ -49,10 +57,13 @@ class StoredSource(InputFile, ABC):
         try:
             archive, weights = self._find()
             self.runs: dict[str, Runs] = {}
-            room = MAX_RUNS
+            room, expanded = MAX_RUNS, MAX_EXPANDED
             for tensor, stored in weights:
-                self.runs[tensor] = find_runs(stored, archive.starts[stored.key], room)
-                room -= max(0, len(self.runs[tensor].starts) - 1)
+                # What may get noise has to have each of its elements for itself.
+                most = 0 if stored.dtype.name in FLOAT_DTYPES else expanded
+                self.runs[tensor] = runs = find_runs(stored, archive.starts[stored.key], room, most)
+                room -= max(0, len(runs.starts) - 1)
+                expanded -= 0 if runs.expanded is None else stored.nbytes
             tensor = None
             slots = _group(weights)
             _check_rest(archive, weights, slots)

@@ -2,14 +2,15 @@
 
 Noise counts elements in row-major order, files hold them in the order of their storage. A tensor that lies
 in row-major order is one run of bytes and never comes here. Any other is a number of runs; it is held in
-memory, as it is stored, and looked at through a view in row-major order.
+memory, as it is stored, and looked at through a view in row-major order. What takes no noise may be expanded
+(position ids, masks): one run of bytes then stands for many equal ones, and is read and written as such.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,9 @@ from noisytune_cli.checkpoint.formats.torch.values import PickleFault
 #: More pieces than this in one file would be read an element at a time.
 MAX_RUNS = 4_000_000
 
+#: Bytes that the expanded tensors of one file may stand for.
+MAX_EXPANDED = 16 << 20
+
 _RESAVE = "Load it in torch, make every tensor contiguous, and save the state dict again"
 _CLONE = "Load it in torch, clone() every tensor, and save the state dict again"
 
@@ -28,7 +32,8 @@ _CLONE = "Load it in torch, clone() every tensor, and save the state dict again"
 class Runs:
     """A tensor's bytes in the file: runs of `length` bytes from each of `starts`, ascending.
 
-    `shape` and `axes` say how the runs, end to end, are seen in row-major order.
+    `shape` and `axes` say how the runs, end to end, are seen in row-major order; `expanded` are the shapes
+    before and after expanding, where the tensor is expanded.
     """
 
     starts: NDArray[np.int64]
@@ -36,21 +41,26 @@ class Runs:
     shape: tuple[int, ...]
     axes: tuple[int, ...]
     itemsize: int
+    expanded: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @property
     def in_order(self) -> bool:
         """Whether the bytes are one run, in row-major order."""
-        return len(self.starts) <= 1 and self.axes == tuple(range(len(self.axes)))
+        in_order = len(self.starts) <= 1 and self.axes == tuple(range(len(self.axes)))
+        return in_order and self.expanded is None
 
 
-def find_runs(tensor: StoredTensor, base: int, room: int = MAX_RUNS) -> Runs:
+def find_runs(tensor: StoredTensor, base: int, room: int = MAX_RUNS, expanded: int = 0) -> Runs:
     """Return where `tensor` lies, its storage beginning at byte `base`.
 
-    Raises PickleFault if it overlaps itself, or lies in more than `room` runs beyond the first.
+    Raises PickleFault if it overlaps itself, or lies in more than `room` runs beyond the first; it may be
+    expanded to `expanded` bytes.
     """
     itemsize = tensor.dtype.itemsize
     if tensor.nbytes == 0:
         return Runs(np.empty(0, np.int64), 0, (0,), (0,), itemsize)
+    if tensor.nbytes <= expanded and any(step == 0 for _, step in _true_axes(tensor)):
+        return _find_expanded(tensor, base, room)
     sizes = [(step, size, axis) for axis, (size, step) in enumerate(_true_axes(tensor))]
     stored = sorted(sizes, key=lambda item: -item[0])
     run, extent = 1, 1  # elements without a gap; elements up to the last one so far
@@ -78,6 +88,13 @@ def find_runs(tensor: StoredTensor, base: int, room: int = MAX_RUNS) -> Runs:
     )
 
 
+def _find_expanded(tensor: StoredTensor, base: int, room: int) -> Runs:
+    """Return where the elements lie that an expanded tensor repeats."""
+    stored = tuple(1 if step == 0 else n for n, step in zip(tensor.shape, tensor.stride, strict=True))
+    runs = find_runs(replace(tensor, shape=stored), base, room)
+    return replace(runs, expanded=(stored, tensor.shape))
+
+
 def merge_extents(runs: Iterable[Runs]) -> NDArray[np.int64]:
     """Return the bytes that tensors cover, as rows of (start, end), ascending and apart.
 
@@ -103,6 +120,11 @@ class Held:
         self.stored = np.empty(len(runs.starts) * runs.length, np.uint8)
         elements = self.stored.view(np.complex128 if runs.itemsize == 16 else f"u{runs.itemsize}")
         self._logical = elements.reshape(runs.shape).transpose(runs.axes)
+        if runs.expanded is not None:
+            stored, shape = runs.expanded
+            once = self._logical.reshape(stored)
+            strides = np.broadcast_to(once, shape).strides
+            self._logical = np.lib.stride_tricks.as_strided(once, shape, strides)
 
     def read(self, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes from `start` in row-major order; both are whole elements."""
