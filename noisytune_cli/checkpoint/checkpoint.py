@@ -21,6 +21,7 @@ from noisytune_cli.checkpoint import hub
 from noisytune_cli.checkpoint.config import CONFIG, ConfigCheck, look_at_config, read_config
 from noisytune_cli.checkpoint.folder import list_folder
 from noisytune_cli.checkpoint.formats import Source, open_source
+from noisytune_cli.checkpoint.ids import no_source
 from noisytune_cli.checkpoint.index import ShardIndex, check_tensors, read_index
 from noisytune_cli.checkpoint.layout import (
     CHUNKS_SUFFIX,
@@ -148,12 +149,7 @@ def open_checkpoint(
     """
     if not _is_local(source):
         if not hub.is_repo_id(source):
-            raise InputUnreadable(
-                "no such file",
-                path=source,
-                why="it is neither a file or folder here nor a hub id",
-                next_step="Check the spelling; a hub id looks like NAME or OWNER/NAME",
-            )
+            raise no_source(source)
         if check_place is not None:
             check_place()
         snapshot = hub.download(

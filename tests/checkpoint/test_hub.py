@@ -334,6 +334,40 @@ def test_what_is_no_repo_id_never_reaches_the_hub(hub: Hub, text: str) -> None:
     assert hub.requests == []
 
 
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("owner/name@main", "owner/name --revision main"),
+        ("owner/name:v1.0", "owner/name --revision v1.0"),
+        ("name@refs/pr/1", "name --revision refs/pr/1"),
+        ("https://huggingface.co/owner/name", "owner/name"),
+        ("https://hf-mirror.com/owner/name/tree/main/", "owner/name --revision main"),
+        (
+            "https://huggingface.co/owner/name/resolve/main/a/model.safetensors?download=true",
+            "owner/name --revision main --weights a/model.safetensors",
+        ),
+        ("hf://owner/name@dev", "owner/name --revision dev"),
+        ("hf://owner/name/model.bin", "owner/name --weights model.bin"),
+        ("owner/name/unet", "owner/name --weights unet/FILE"),
+        ("owner/name/unet/model.safetensors", "owner/name --weights unet/model.safetensors"),
+        ("owner/name/", "owner/name"),
+        ("models--owner--name", "owner/name"),
+        ("owner\\name", "owner/name"),
+        ("https://example.org/", None),
+        ("a b/c", None),
+    ],
+)
+def test_an_id_as_others_write_it_is_explained(hub: Hub, text: str, meant: str | None) -> None:
+    with pytest.raises(InputUnreadable) as caught:
+        open_checkpoint(text)
+    said = caught.value.next_step
+    if meant is None:
+        assert "a hub id looks like NAME or OWNER/NAME" in said
+    else:
+        assert said == f"If it is on the hub, give {meant}; else check the spelling"
+    assert hub.requests == []
+
+
 def test_the_environment_is_honoured_and_stderr_stays_empty(hub: Hub, tmp_path: Path) -> None:
     code = "from noisytune_cli.checkpoint.hub import download; s = download('plain'); print(s.commit, s.root)"
     environment = {
