@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.records import NoiseSpec
+from noisytune_cli.records import Conversion, NoiseSpec
 
 SHARDS = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
 
@@ -181,3 +183,86 @@ def test_a_real_tie_stays_tied(tmp_path: Path, data: Path) -> None:
     assert noisy["lm_head.weight"].data_ptr() == noisy["model.embed_tokens.weight"].data_ptr()
     streams = {r.step.stream for r in result.manifest.receipts if "embed" in r.step.tensor.name}
     assert streams == {"model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        torch.arange(12).view(1, 12).expand(5, -1),
+        torch.ones(6, 6).tril().bool().expand(4, 6, 6),
+        torch.arange(12).view(3, 4).t().reshape(4, 1, 3, 1).expand(4, 2, 3, 5),
+        torch.arange(24, dtype=torch.int16).view(2, 3, 4)[:, ::2].unsqueeze(1).expand(2, 3, 2, 4),
+        torch.tensor(7).expand(3, 2),
+    ],
+)
+def test_what_gets_no_noise_may_be_expanded(table: torch.Tensor, tmp_path: Path) -> None:
+    state = {"w": torch.randn(6, 4), "table": table}
+    source = write(tmp_path / "in", {"pytorch_model.bin": state})
+    for target in ("out", "again"):
+        if target == "out":
+            perturb(Request(str(source), NoiseSpec()), str(tmp_path / target))
+        else:
+            replay(str(tmp_path / "out"), str(tmp_path / target), base=str(source))
+        found = load(tmp_path / target / "pytorch_model.bin")
+        assert torch.equal(found["table"], table)
+        assert found["table"].stride() == load(source / "pytorch_model.bin")["table"].stride()
+        assert not torch.equal(found["w"], state["w"])
+    assert verify(str(tmp_path / "out"), base=str(source)).ok
+    converted = Request(str(source), NoiseSpec(), conversion=Conversion(format="safetensors"))
+    perturb(converted, str(tmp_path / "safe"))
+    assert torch.equal(load_file(tmp_path / "safe/model.safetensors")["table"], table)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        torch.randn(1, 6).expand(4, 6),
+        torch.arange(9).as_strided((4, 4), (1, 1)),
+        torch.tensor(1).expand(1 << 22),
+    ],
+)
+def test_other_overlaps_are_refused_by_name(table: torch.Tensor, tmp_path: Path) -> None:
+    source = write(tmp_path, {"model.pt": {"w": torch.randn(6, 4), "slopes": table}})
+    with pytest.raises(InputInvalid, match="overlap") as refused:
+        open_checkpoint(str(source))
+    assert refused.value.tensor == "slopes"
+
+
+def tarred(name: str) -> bytes:
+    """The beginning of a tar archive."""
+    return name.encode().ljust(257, b"\0") + b"ustar\x0000" + bytes(760)
+
+
+def zipped(name: str) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr(name, b"x" * 80)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin", "nemo"])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"# xet version 0\nfilesize = 90868376\n", "it is a git-xet pointer. Fetch the file that"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "it is a git-LFS pointer. Run git lfs pull"),
+        (b"Entry not found", 'it is text that begins with "Entry not found". Download the file'),
+        ("Zugang verweigert – bitte anmelden\n".encode(), 'text that begins with "Zugang verweigert – bitte'),
+        (b"model:\n  target: ldm.Model\n", 'it is text that begins with "model:"'),
+        (b"UEsDBAAACAgAAAAA" * 40, "it is text that begins with"),
+        (bytes(4096), "it is zeros, as a download"),
+        (tarred("sys_info"), "it is a tar archive of torch 0.1"),
+        (tarred("./model_config.yaml"), "it is a NeMo model, which is a tar archive"),
+        (
+            tarred("weights.safetensors"),
+            'it is a tar archive (first in it is "weights.safetensors"). Unpack it',
+        ),
+        (zipped("arr_0.npy"), "it is a NumPy archive (.npz). Convert it"),
+    ],
+)
+def test_what_is_no_weights_is_named(content: bytes, says: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"model.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(InputInvalid) as refused:
+        open_checkpoint(str(path))
+    assert says in str(refused.value)

@@ -76,7 +76,7 @@ SOURCES = tuple(
         ("a socket", tree({NAME: a_socket}, f"model/{NAME}"), ("a socket",), 3),
         ("a link to a device", tree({NAME: link("/dev/zero")}, f"model/{NAME}"), ("a character device",), 3),
         ("a link to a FIFO", tree({"p": fifo, NAME: link("p")}, f"model/{NAME}"), ("a FIFO",), 3),
-        ("a sparse terabyte of zeros", tree({NAME: sparse(1 << 40)}, f"model/{NAME}"), ("0 bytes",), 3),
+        ("a sparse terabyte of zeros", tree({NAME: sparse(1 << 40)}, f"model/{NAME}"), ("zeros",), 3),
         ("a README", tree({"README.md": "# Model\n"}, "model/README.md"), ("not a",), 3),
         ("a config", tree({"config.json": '{"a": 1}'}, "model/config.json"), ("JSON",), 3),
     )

@@ -65,7 +65,7 @@ OTHER_FILES = (
     Case("ONNX", lambda: b"\x08\x07\x12\x07pytorch\x1a\x05" + bytes(99), ("limit",)),
     Case("MessagePack", lambda: b"\x81\xa6params\x81\xa1w\xc7" + bytes(99), ("limit",)),
     Case("header without its length", lambda: HEADER.encode() + DATA, ("JSON document",)),
-    Case("zeros", lambda: bytes(4096), ("header has 0 bytes",)),
+    Case("zeros", lambda: bytes(4096), ("it is zeros",)),
     Case("ones", lambda: b"\xff" * 4096, ("limit",)),
     Case(
         "line ends turned to CRLF",

@@ -12,14 +12,30 @@ import re
 #: How many of a file's first bytes `recognise` looks at.
 HEAD = 512
 
+#: A ZIP archive that is none of torch.save's.
+NUMPY_ARCHIVE = "a NumPy archive (.npz)"
+
+#: Where a tar archive says that it is one; what NeMo and torch 0.1 call the first file in theirs.
+_TAR, _TAR_AT = b"ustar", 257
+_NEMO = ("model_config.yaml", "model_weights.ckpt")
+_TORCH = ("sys_info", "pickle", "storages", "tensors")
+
+#: What is taken for a text has so many characters, and so many are quoted.
+_LEAST_TEXT, _QUOTED = 4, 40
+
 _FETCH = "Download the file again and check that it is not an error or login page"
 _PULL = "Run git lfs pull to fetch the weights"
+_XET = "Fetch the file that it points to, with git xet or from the hub"
 _CONVERT = "Convert it to safetensors first, or name the checkpoint's .safetensors file"
+
+_UNPACK = "Unpack it with tar xf, and give the weights in it"
 
 _SIGNATURES = (
     (rb"version https://git-lfs\.github\.com/spec/", "a git-LFS pointer", _PULL),
     (rb"(?i)\s*<(!doctype\s+html|html|head)\b", "an HTML page", _FETCH),
     (rb"\s*<\?xml\b", "an XML document", _FETCH),
+    (rb"# xet version ", "a git-xet pointer", _XET),
+    (rb"(?s)PK\x03\x04.{26}[^/\0]{1,200}\.npy", NUMPY_ARCHIVE, _CONVERT),
     (rb"PK\x03\x04", "a ZIP archive (as torch.save writes)", _CONVERT),
     (rb"\x80[\x02-\x05]", "a Python pickle (as older versions of torch.save write)", _CONVERT),
     (rb"GGUF", "a GGUF file", _CONVERT),
@@ -28,13 +44,38 @@ _SIGNATURES = (
     (rb"\x1f\x8b", "a gzip archive", "Unpack it with gunzip first"),
     (rb"\x28\xb5\x2f\xfd", "a Zstandard archive", "Unpack it with unzstd first"),
     (rb"\s*\{\s*\"", "a JSON document", _FETCH),
+    (rb"\0{64}", "zeros, as a download that was cut short leaves", _FETCH),
 )
 _PATTERNS = tuple((re.compile(pattern), kind, next_step) for pattern, kind, next_step in _SIGNATURES)
 
 
 def recognise(head: bytes) -> tuple[str, str] | None:
     """Return what a file that begins with `head` is, and what the user can do; None if it is not known."""
+    if head[_TAR_AT:].startswith(_TAR):
+        return _tar(head)
     for pattern, kind, next_step in _PATTERNS:
         if pattern.match(head):
             return kind, next_step
-    return None
+    return _text(head)
+
+
+def _tar(head: bytes) -> tuple[str, str]:
+    first = head[:100].split(b"\0")[0].decode("utf-8", "replace").removeprefix("./")
+    if first in _TORCH:
+        return "a tar archive of torch 0.1, which cannot be read safely", "Load it in torch and save it anew"
+    kind = "a NeMo model, which is a tar archive" if first in _NEMO else "a tar archive"
+    return (f'{kind} (first in it is "{first}")' if first else kind), _UNPACK
+
+
+def _text(head: bytes) -> tuple[str, str] | None:
+    """Recognise a text, such as a server's answer in place of the file."""
+    try:
+        text = head.decode()
+    except UnicodeDecodeError as error:
+        if error.reason != "unexpected end of data":
+            return None
+        text = head[: error.start].decode()
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    if len(line) < _LEAST_TEXT or not all(c.isprintable() or c.isspace() for c in text):
+        return None
+    return f'text that begins with "{line[:_QUOTED]}"', _FETCH

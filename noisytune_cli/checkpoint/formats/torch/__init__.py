@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from noisytune_cli.checkpoint.formats._file import open_input
-from noisytune_cli.checkpoint.formats._signatures import HEAD
+from noisytune_cli.checkpoint.formats._signatures import HEAD, NUMPY_ARCHIVE
 from noisytune_cli.checkpoint.formats._signatures import recognise as recognise_other
 from noisytune_cli.checkpoint.formats.torch import zip as _zip
 from noisytune_cli.checkpoint.formats.torch.archive import Archive, read_legacy, read_zip
@@ -46,13 +46,11 @@ class TorchSource(StoredSource):
 
     def _read_archive(self) -> Archive:
         head = self._bytes(0, min(self.size, HEAD))
-        if head.startswith(_zip.MAGIC):
+        known = recognise_other(head)
+        if head.startswith(_zip.MAGIC) and (known is None or known[0] != NUMPY_ARCHIVE):
             return read_zip(self._bytes, self.size)
         if head.startswith(_PICKLE):
             return read_legacy(self._bytes, self.size)
-        if head[_TAR_AT:].startswith(_TAR):
-            raise PickleFault("it is a tar archive of torch 0.1, which cannot be read safely", _FETCH)
-        known = recognise_other(head)
         why, next_step = (
             (f"it is {known[0]}", known[1]) if known else ("it is no file of torch.save's", _FETCH)
         )
