@@ -18,7 +18,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -208,4 +208,9 @@ def _count(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
 
 
-FORMATS = {"table": _table, "json": _json, "jsonl": _jsonl, "csv": _csv}
+FORMATS: dict[str, Callable[[Inspection], Iterator[str]]] = {
+    "table": _table,
+    "json": _json,
+    "jsonl": _jsonl,
+    "csv": _csv,
+}

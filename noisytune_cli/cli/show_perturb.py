@@ -87,6 +87,7 @@ def _document(result: Perturbed) -> dict[str, Any]:
         "noise": _noise(manifest.noise),
         "tensors": len(manifest.receipts),
         "perturbed": sum(receipt.action == "perturb" for receipt in manifest.receipts),
+        "copied": _copied(manifest),
         "unchanged": sum(receipt.unchanged for receipt in manifest.receipts),
         "clamped": sum(receipt.clamped for receipt in manifest.receipts),
         "bytes": _bytes(manifest),
@@ -99,10 +100,10 @@ def _summary(result: Perturbed) -> str:
     """Say what was done to how many tensors, and where it went."""
     manifest, noise = result.manifest, result.manifest.noise
     perturbed = sum(receipt.action == "perturb" for receipt in manifest.receipts)
-    what = (
-        f"{perturbed} of {len(manifest.receipts)} tensors "
-        f"({_strength(noise)}, {noise.distribution}) -> {result.output}"
-    )
+    others = ", ".join(f"{count} {reason}" for reason, count in _copied(manifest).items())
+    spec = f"{_strength(noise)}, {noise.distribution}"
+    told = f"{others}; {spec}" if others else spec
+    what = f"{perturbed} of {len(manifest.receipts)} tensors ({told}) -> {result.output}"
     if result.recipe:
         return f"wrote the recipe alone for {what}"
     return f"perturbed {what}: {_bytes(manifest) / 1e6:,.1f} MB"
@@ -117,6 +118,11 @@ def _strength(noise: NoiseSpec) -> str:
     seeds = f"{len(noise.mix):,} seeds" if noise.mix else f"seed {noise.seed}"
     kept = "" if noise.kept == 1.0 else f", {noise.kept:g} of the weights kept"
     return f"{_symbol(noise)} {noise.lam:g}, {seeds}{kept}"
+
+
+def _copied(manifest: Manifest) -> dict[str, int]:
+    """Return how many tensors got no noise, by reason, the most frequent first."""
+    return dict(Counter(str(r.reason) for r in manifest.receipts if r.action != "perturb").most_common())
 
 
 def _bytes(manifest: Manifest) -> int:

@@ -308,11 +308,17 @@ def _warnings(receipts: tuple[Receipt, ...]) -> list[str]:
     broken += [
         f"{r.step.tensor.name}[{p.part.name}]" for r in receipts for p in r.parts if p.reason == "non-finite"
     ]
+    sparse = [r.step for r in receipts if r.action == "perturb" and r.zeros * 2 >= r.step.tensor.elements]
     numb = [r.step for r in receipts if r.unchanged * 2 > r.step.tensor.elements]
     warnings = []
     if broken:
         warnings.append(
             f"{enumerate_some(broken, 3)}: left without noise, because they hold NaN or infinite values"
+        )
+    if sparse:
+        names = enumerate_some([step.tensor.name for step in sparse], 3)
+        warnings.append(
+            f"{names}: half of the values or more were 0 and have noise now; --exclude keeps pruned weights"
         )
     if numb:
         dtypes = "/".join(sorted({step.out_dtype or step.tensor.dtype for step in numb}))

@@ -34,6 +34,9 @@ _STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.u
 #: Elements from which a run is worth a call of its own: below, the call costs more than what it does.
 _LONG = 4096
 
+#: Neighbours that are looked at to see whether a tile may be sparse.
+_RUN = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -200,3 +203,15 @@ def _bytes(memory: memoryview, size: int, elements: slice) -> memoryview:
 def _values(memory: memoryview, dtype: str) -> NDArray[Any]:
     """Return stored values as integers of their width, which compare and copy bit by bit."""
     return np.frombuffer(memory, np.dtype(f"u{FLOAT_DTYPES[dtype]}"))
+
+
+def zeros(data: memoryview, dtype: str) -> int:
+    """Return how many of a tile's values are 0 (or -0), if a good part of them is; else 0.
+
+    A few runs of neighbours tell: counting all takes as long as reading them, and few tensors are sparse.
+    """
+    bits = np.frombuffer(data, f"u{FLOAT_DTYPES[dtype]}")
+    few = np.concatenate([bits[at : at + _RUN] for at in (0, len(bits) // 2, max(0, len(bits) - _RUN))]) << 1
+    if 4 * np.count_nonzero(few) > 3 * len(few):
+        return 0
+    return len(bits) - int(np.count_nonzero(bits << 1))

@@ -11,7 +11,7 @@ buffer and two tiles for each thread.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from blake3 import blake3
 
 from noisytune_cli.checkpoint.formats import Sink, Source
 from noisytune_cli.dtypes import FLOAT_DTYPES, LARGEST
+from noisytune_cli.engine import tiles
 from noisytune_cli.engine.matrix import EXACT_AT_ONCE, UNMEASURED, Counts, Matrices, Outcomes, Spread
 from noisytune_cli.engine.threads import Pool, Task, TileLoop, Worker
 from noisytune_cli.errors import InputInvalid
@@ -184,6 +185,7 @@ class TensorWalk:
         self.matrices = Matrices(walk.device, self.tensor, steps[0].matrices)
         self._buffer: memoryview | None = None
         self._source_hash = blake3()
+        self._zeros = 0
         self.receipts: tuple[Receipt, ...] = ()
 
     def measure_and_write(self, worker: Worker) -> None:
@@ -202,8 +204,10 @@ class TensorWalk:
         def tile(worker: Worker, index: int) -> None:
             data = self._read(worker, index)
             self.matrices.measure(index, self._tiles[index][0], data)
+            zeros = tiles.zeros(data, self.tensor.dtype) if len(self.tensor.shape) > 1 else 0
             with work.in_turn(index):
                 self._source_hash.update(data)
+                self._zeros += zeros
             if report:
                 self._walk.progress(len(data))
 
@@ -221,7 +225,8 @@ class TensorWalk:
         for one in written:
             one.check_range(self._source)
         source_digest = f"blake3:{self._source_hash.hexdigest()}"
-        self.receipts = tuple(one.receipt(source_digest) for one in written)
+        receipts = (one.receipt(source_digest) for one in written)
+        self.receipts = tuple(replace(one, zeros=self._zeros) if self._zeros else one for one in receipts)
 
     def _write(self, worker: Worker, again: bool = False) -> list[_Written]:
         written = [

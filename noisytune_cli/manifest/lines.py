@@ -81,7 +81,7 @@ class Lines:
                 return None
             step = _Step(tensor, done[0], done[1], done[2], stream, (), "names", out_dtype, (), None)
             step.__class__ = Step
-            receipt = _Receipt(*done, step, before, after, ())
+            receipt = _Receipt(*done, step, before, after, (), 0)
             receipt.__class__ = Receipt
         else:
             if (whole := self._whole(text, end, tensor, stream, found[6:-1])) is None:

@@ -161,6 +161,16 @@ def test_a_dry_run_of_lists_prints_the_plan_once_and_the_outputs(source: Path) -
     assert os.listdir(source.parent) == [source.name]
 
 
+def test_the_summary_counts_what_got_no_noise_by_reason(tmp_path: Path) -> None:
+    tensors = {"w": weights("F32", 9, 9), **{f"b{i}": numbers("F32", 1, 1) for i in range(2)}}
+    source = save(
+        tmp_path / "in.safetensors", {**tensors, "scale": numbers("F32", 1), "x": weights("F32", 4)}
+    )
+    result = invoke("perturb", source, "--exclude", "x", "-o", tmp_path / "out", "--json")
+    assert "perturbed 1 of 5 tensors (2 constant, 1 one-element, 1 excluded; λ 0.15, seed 0" in result.stderr
+    assert json.loads(result.stdout)["copied"] == {"constant": 2, "one-element": 1, "excluded": 1}
+
+
 def test_a_recipe_only_run_says_so(source: Path, tmp_path: Path) -> None:
     result = invoke("perturb", source, "--recipe-only", "-o", tmp_path / "r.json", "--json")
     assert result.exit_code == 0, result.output

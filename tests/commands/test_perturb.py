@@ -11,7 +11,7 @@ import pytest
 from checkpoints import Tensor, Tensors, noised, numbers, save, split, weights
 from runs import run
 
-from noisytune_cli.commands.perturb import Perturbed, Planned, Request, plan_perturb
+from noisytune_cli.commands.perturb import Perturbed, Planned, Request, perturb, plan_perturb
 from noisytune_cli.records import NoiseSpec
 
 EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
@@ -176,3 +176,24 @@ def test_a_dry_run_reads_no_weight(tmp_path: Path) -> None:
     assert "tied" in steps["lm_head.weight"].unsure
     assert "constant" in steps["transformer.ln_f.weight"].unsure
     assert os.listdir(tmp_path) == ["in.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "F64"])
+def test_warns_of_a_matrix_that_was_sparse(dtype: str, tmp_path: Path) -> None:
+    dense = weights(dtype, 700, 1000, seed=1)
+    pruned = dense.values.reshape(-1, 4).copy()
+    pruned[:, 1::2] = 0
+    pruned.view(f"u{pruned.itemsize}")[:, 3] = 1 << (8 * pruned.itemsize - 1)  # -0, as a product with 0 is
+    late = dense.values.ravel().copy()
+    late[1::7] = 0
+    tensors: Tensors = {
+        "dense": dense,
+        "pruned": Tensor(dtype, pruned.reshape(dense.values.shape)),
+        "some zeros": Tensor(dtype, late.reshape(dense.values.shape)),
+        "vector": Tensor(dtype, pruned.reshape(-1)),
+        "excluded": Tensor(dtype, pruned.reshape(dense.values.shape)),
+    }
+    save(tmp_path / "in.safetensors", tensors)
+    request = Request(str(tmp_path / "in.safetensors"), NoiseSpec(exclude=("excluded",)))
+    done = perturb(request, str(tmp_path / "out.safetensors"))
+    assert [warning.split(":")[0] for warning in done.warnings if "were 0" in warning] == ["pruned"]
