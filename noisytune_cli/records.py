@@ -11,8 +11,10 @@ or prints.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from html import escape
 from operator import attrgetter
 from typing import Literal
 
@@ -300,9 +302,12 @@ class OutputRecord:
     rewritten: tuple[tuple[str, str, str], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Manifest:
-    """All that is needed to check the output, or to rebuild it from the source (`docs/manifest.md`)."""
+    """All that is needed to check the output, or to rebuild it from the source (`docs/manifest.md`).
+
+    It shows as a line, and as a small table in a notebook.
+    """
 
     tool_name: str
     tool_version: str
@@ -313,6 +318,26 @@ class Manifest:
     left_out: tuple[tuple[str, str], ...] = ()
     output: OutputRecord | None = None
     warnings: tuple[str, ...] = field(default=(), compare=False)
+
+    def __repr__(self) -> str:
+        told = ", ".join(f"{name} {value}" for name, value in self._told())
+        return f"<Manifest of {self.source.id!r}: {told}>"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in self._told())
+        return f"<table><caption>{escape(self.source.id)}</caption>{rows}</table>"
+
+    def _told(self) -> list[tuple[str, str]]:
+        """Return what tells most: the noise, and what became of how many tensors."""
+        counts = Counter(receipt.reason or "perturbed" for receipt in self.receipts)
+        noise = self.noise
+        return [
+            ("tensors", str(len(self.receipts))),
+            *((str(what), str(count)) for what, count in counts.most_common()),
+            ("λ", f"{noise.lam:g}"),
+            ("seed", str(noise.seed)),
+            ("noise", f"{noise.distribution}, one std for each {noise.granularity}"),
+        ]
 
 
 def with_output_files(manifest: Manifest) -> Manifest:

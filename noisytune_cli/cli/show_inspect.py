@@ -208,7 +208,7 @@ def _count(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
 
 
-FORMATS: dict[str, Callable[[Inspection], Iterator[str]]] = {
+FORMATS: dict[str, Callable[..., Iterator[str]]] = {
     "table": _table,
     "json": _json,
     "jsonl": _jsonl,

@@ -13,11 +13,14 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.weak import WeakIdKeyDictionary
+
 from noisytune_cli.engine.matrix import Spread, outcome_of
 from noisytune_cli.errors import UsageError
 from noisytune_cli.manifest.locate import manifest_of
 from noisytune_cli.manifest.read import read_manifest
 from noisytune_cli.memory import in_place, matrices, subnormals
+from noisytune_cli.memory.adapters import base_names
 from noisytune_cli.memory.ahead import SumsAhead
 from noisytune_cli.memory.arguments import (
     Pairs,
@@ -54,6 +57,9 @@ from noisytune_cli.version import __version__
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+#: The seeds whose noise a module's parameters have, for as long as these live.
+_noised: Any = WeakIdKeyDictionary()
+
 #: Bytes of divided parameters to measure at a time: on a device their matrices are copied first.
 _BATCH_BYTES = 64 << 20
 
@@ -77,6 +83,7 @@ def perturb_(
     fresh_names: Patterns = (),
     manifest: Manifest | str | os.PathLike[str] | None = None,
     config: Mapping[str, Any] | None = None,
+    again: bool = False,
     threads: int | None = None,
 ) -> Manifest:
     """Add noise to a model's parameters, or to a state dict's, in place; return the manifest's record.
@@ -87,6 +94,9 @@ def perturb_(
     gradients, and those that `fresh_names` (patterns on the model's own names) call freshly initialised, are
     perturbed or left as they are. `manifest` gives the noise of an earlier run, its seed, streams and
     amplitudes; nothing is measured. `config` is that of a state dict.
+
+    Of a model with adapters (peft) the base gets noise, under its own names. A module's parameters that have
+    noise of the same seed from an earlier call are refused without `again`.
 
     The record has no digests; `unchanged` and `clamped` of a sharded parameter count the elements held here.
     All processes that share sharded parameters must call this alike. Raises UsageError, InputInvalid or
@@ -110,6 +120,9 @@ def perturb_(
     tensors, is_module = _named_tensors(model)
     # Not where it may be for nothing: a manifest has the amplitudes, and patterns may choose a few tensors.
     ahead = SumsAhead(value for _, value in tensors if manifest is None and not spec.include)
+    if not isinstance(model, Mapping) and (bases := base_names(model)) is not None:
+        tensors = [(name, value) for name, value in tensors if name in bases]
+        names = names if names is not None else bases
     residents = residents_of(tensors, names)
     if manifest is None:
         parameters = plan_parameters(
@@ -120,6 +133,8 @@ def perturb_(
         spec, source = recorded.noise, recorded.source
         parameters = recorded_parameters(residents, recorded)
     leave_out(parameters, frozen=frozen, fresh=fresh, fresh_names=fresh_patterns)
+    if is_module and not again:
+        _refuse_noised(parameters, spec.seed, source.id)
     begun = []
     for batch in batches(parameters, spec, ahead):
         if manifest is None:
@@ -131,8 +146,24 @@ def perturb_(
     for batch, finish in begun:
         finish()
         receipts |= {id(parameter): receipts_of(parameter) for parameter in batch}
+    if is_module:
+        for parameter in parameters:
+            if parameter.outcome()[0] == "perturb":
+                _noised.setdefault(parameter.resident.tensor, set()).add(spec.seed)
     in_order = tuple([receipt for parameter in parameters for receipt in receipts[id(parameter)]])
     return Manifest("noisytune", __version__, source, spec, in_order)
+
+
+def _refuse_noised(parameters: Sequence[Parameter], seed: int, source: str) -> None:
+    """Raise UsageError for parameters that have this seed's noise and would get it twice."""
+    for parameter in parameters:
+        if seed in _noised.get(parameter.resident.tensor, ()) and parameter.outcome()[0] == "perturb":
+            raise UsageError(
+                "the model was noised before",
+                path=source,
+                why=f"{parameter.resident.own[0]} has the noise of seed {seed} from an earlier call",
+                next_step="Load the model anew, take another seed, or pass again=True",
+            )
 
 
 def _named_tensors(model: nn.Module | Mapping[str, Tensor]) -> tuple[list[tuple[str, object]], bool]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,10 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from noisytune_cli.errors import UsageError, unwritable
+from noisytune_cli.escape import enumerate_some
 from noisytune_cli.manifest.write import encode
+from noisytune_cli.memory.adapters import base_names
+from noisytune_cli.memory.loading import Origins, watched
 from noisytune_cli.memory.perturb import perturb_
 from noisytune_cli.records import Manifest, SourceRecord
 
@@ -35,10 +39,12 @@ _patching = threading.Lock()
 def noisy_from_pretrained(lam: float = 0.15, seed: int = 0, **options: Any) -> Iterator[list[Manifest]]:
     """Perturb every model that transformers loads inside the `with` block; yield the list of their records.
 
-    Takes the options of `perturb_`. Parameters that the checkpoint lacked, or had in another shape, count as
-    fresh and get no noise unless `fresh="perturb"`. A model with a part that it loads by itself, such as a
-    backbone, is perturbed once, as a whole. Under FSDP's memory-saving load only the process that has the
-    weights adds the noise, which the others then receive. UsageError inside another such block.
+    Takes the options of `perturb_`. Noise is named after the keys of the checkpoint, whatever the model calls
+    its parameters, so it is that of the checkpoint on disk. Parameters that the checkpoint lacked, or had in
+    another shape, count as fresh and get no noise unless `fresh="perturb"`. A model with a part that it loads
+    by itself, such as a backbone, is perturbed once, as a whole. Under FSDP's memory-saving load only the
+    process that has the weights adds the noise, which the others then receive. UsageError inside another such
+    block.
     """
     if not _patching.acquire(blocking=False):
         raise UsageError(
@@ -50,6 +56,7 @@ def noisy_from_pretrained(lam: float = 0.15, seed: int = 0, **options: Any) -> I
         original = PreTrainedModel.__dict__["from_pretrained"]
         manifests: list[Manifest] = []
         loading = threading.local()
+        origins: Origins
 
         def from_pretrained(cls: Any, name: Any = None, *arguments: Any, **keywords: Any) -> Any:
             load = original.__get__(None, cls)
@@ -64,14 +71,17 @@ def noisy_from_pretrained(lam: float = 0.15, seed: int = 0, **options: Any) -> I
             # A class with a way of loading of its own may know of no such report.
             model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
             if not _comes_later(model):
-                manifests.append(_perturb_loaded(model, info, name, {"lam": lam, "seed": seed, **options}))
+                keys = origins.get(model, {})
+                asked = {"lam": lam, "seed": seed, **options}
+                manifests.append(_perturb_loaded(model, info, keys, name, asked))
             return (model, info) if wants_info else model
 
-        setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))  # noqa: B010
-        try:
-            yield manifests
-        finally:
-            setattr(PreTrainedModel, "from_pretrained", original)  # noqa: B010
+        with watched() as origins:
+            setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))  # noqa: B010
+            try:
+                yield manifests
+            finally:
+                setattr(PreTrainedModel, "from_pretrained", original)  # noqa: B010
     finally:
         _patching.release()
 
@@ -82,20 +92,53 @@ def _comes_later(model: torch.nn.Module) -> bool:
     return distributed and torch.distributed.get_rank() != 0 and all(p.is_meta for p in model.parameters())
 
 
-def _perturb_loaded(model: Any, info: dict[str, Any], name: Any, options: dict[str, Any]) -> Manifest:
-    """Add noise to a model as it was loaded; the record's source is the checkpoint."""
+def _perturb_loaded(
+    model: Any, info: dict[str, Any], keys: dict[str, str | None], name: Any, options: dict[str, Any]
+) -> Manifest:
+    """Add noise to a model as it was loaded from `keys`; the record's source is the checkpoint."""
     fresh = {*info.get("missing_keys", ()), *(entry[0] for entry in info.get("mismatched_keys", ()))}
-    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if (own := base_names(model)) is None:
+        own = {name: name for name, _ in model.named_parameters(remove_duplicate=False)}
     known = options.pop("fresh_names", ())
     patterns = [known] if isinstance(known, str) else list(known)
-    patterns += sorted(glob.escape(name) for name in fresh & own)
+    patterns += sorted(glob.escape(name) for name, base in own.items() if base in fresh)
+    made: list[str] = []
+    if options.get("names") is None and keys:
+        names, made = _checkpoint_names(model, own, keys, fresh)
+        options = {**options, "names": names.get}
     manifest = perturb_(model, **options, fresh_names=patterns)
+    if made:
+        warning = (
+            f"{enumerate_some(made, 3)}: made of other tensors of the checkpoint as they were loaded; "
+            "their noise is another than on disk"
+        )
+        warnings.warn(warning, stacklevel=5)
+        manifest = replace(manifest, warnings=(*manifest.warnings, warning))
     if options.get("manifest") is not None or name is None:
         return manifest
     revision = getattr(model.config, "_commit_hash", None)
     # A folder's name says enough: a record holds no path of this machine.
     source = Path(name).resolve().name if os.path.exists(name) else str(name)
     return replace(manifest, source=SourceRecord(source, revision, ()))
+
+
+def _checkpoint_names(
+    model: Any, own: dict[str, str], keys: dict[str, str | None], fresh: set[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Return each parameter's name in the checkpoint, and those that were loaded and have none there.
+
+    A name that the checkpoint lacks (a tied head, a fresh one) stays, unless the checkpoint means another.
+    """
+    names: dict[str, str] = {}
+    taken = {key for key in keys.values() if key is not None}
+    found: dict[int, bool] = {}
+    parameters = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name in own}
+    for name, base in own.items():
+        key = keys.get(base)
+        names[name] = key or (f"{base} (in the model)" if base in taken else base)
+        known = key is not None or base in fresh
+        found[id(parameters[name])] = found.get(id(parameters[name]), False) or known
+    return names, [name for name in own if not found.pop(id(parameters[name]), True)]
 
 
 class NoisyTuneCallback(TrainerCallback):

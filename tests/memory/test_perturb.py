@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 import noisytune_cli
 from noisytune_cli.commands.perturb import Request, perturb
@@ -24,7 +25,7 @@ from noisytune_cli.memory import host as in_place_tables
 from noisytune_cli.memory import in_place
 from noisytune_cli.memory import perturb as memory
 from noisytune_cli.noise.devices import cuda
-from noisytune_cli.records import Manifest, NoiseSpec
+from noisytune_cli.records import Manifest, NoiseSpec, SourceRecord
 
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -390,3 +391,32 @@ def test_importing_the_package_imports_nothing_heavy_and_every_public_name_is_th
         assert name in dir(noisytune_cli)
     with pytest.raises(AttributeError, match="perturb"):
         noisytune_cli.perturb  # noqa: B018
+
+
+def test_the_same_seed_twice_is_refused_unless_again() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    noisytune_cli.perturb_(model, include="0.*")
+    noisytune_cli.perturb_(model, exclude="0.*")
+    noisytune_cli.perturb_(model, seed=1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for options in ({}, {"seed": 1}, {"include": "1.weight"}, {"lam": 0.3}):
+        with pytest.raises(UsageError, match=r"noised before.*again=True"):
+            noisytune_cli.perturb_(model, **options)
+    with pytest.raises(UsageError, match="noised before"):
+        noisytune_cli.perturb_(nn.ModuleList([model]), names="0")
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    noisytune_cli.perturb_(model, again=True)
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    noisytune_cli.perturb_(copy.deepcopy(model))
+
+
+def test_a_record_shows_as_a_line_and_as_a_small_table() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(40)), nn.LayerNorm(8))
+    record = noisytune_cli.perturb_(model, seed=5)
+    assert repr(record) == (
+        "<Manifest of 'Sequential': tensors 82, perturbed 80, constant 2, λ 0.15, seed 5, "
+        "noise uniform, one std for each tensor>"
+    )
+    html = replace(record, source=SourceRecord("<b>", None, ()))._repr_html_()
+    assert html.startswith("<table><caption>&lt;b&gt;</caption><tr><th>tensors</th><td>82</td></tr>")
+    assert len(html) < 500

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import noisytune_cli
 from noisytune_cli.commands.perturb import Request, perturb
@@ -88,8 +91,8 @@ def test_a_parameter_of_another_shape_is_fresh(checkpoint: Path) -> None:
         transformers.BertModel.from_pretrained(checkpoint, vocab_size=60, ignore_mismatched_sizes=True)
     (record,) = records
     reasons = {r.step.tensor.name: r.reason for r in record.receipts}
-    assert reasons["embeddings.word_embeddings.weight"] == "excluded"
-    assert reasons["embeddings.position_embeddings.weight"] is None
+    assert reasons["bert.embeddings.word_embeddings.weight"] == "excluded"
+    assert reasons["bert.embeddings.position_embeddings.weight"] is None
     assert {reason for name, reason in reasons.items() if "encoder" in name and "dense.weight" in name} == {
         "excluded"
     }
@@ -144,6 +147,115 @@ def test_the_patch_ends_with_the_block_and_does_not_nest(checkpoint: Path) -> No
     ):
         transformers.BertModel.from_pretrained(checkpoint)
     assert transformers.PreTrainedModel.__dict__["from_pretrained"] is original
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, whose names have no prefix."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("hub") / "bert-base"
+    transformers.BertModel(transformers.BertConfig(**SIZE)).save_pretrained(folder)
+    return folder
+
+
+def disk_and_memory(folder: Path, load: Any, out: Path, **options: Any) -> tuple[Any, Any, Any]:
+    """Load a noisy checkpoint, and the clean one with noise; and the record."""
+    perturb(Request(str(folder), NoiseSpec()), str(out))
+    torch.manual_seed(1)
+    on_disk = load(out)
+    with noisytune_cli.noisy_from_pretrained(**options) as records:
+        torch.manual_seed(1)
+        in_memory = load(folder)
+    return parameters(on_disk), parameters(in_memory), records[0]
+
+
+def test_a_base_model_under_a_head_has_the_noise_of_its_checkpoint(base: Path, tmp_path: Path) -> None:
+    on_disk, in_memory, record = disk_and_memory(base, headed, tmp_path / "out")
+    assert same(on_disk, in_memory)
+    names = {r.step.tensor.name: r for r in record.receipts}
+    assert names["encoder.layer.0.output.dense.weight"].action == "perturb"
+    assert names["classifier.weight"].reason == "excluded"
+    assert record.warnings == ()
+
+
+def test_a_headed_checkpoint_in_a_base_model_has_its_noise(checkpoint: Path, tmp_path: Path) -> None:
+    def load(folder: Path) -> Any:
+        return transformers.BertModel.from_pretrained(folder)
+
+    on_disk, in_memory, record = disk_and_memory(checkpoint, load, tmp_path / "out")
+    assert same(on_disk, in_memory)
+    assert "bert.embeddings.word_embeddings.weight" in {r.step.stream for r in record.receipts}
+
+
+def test_keys_that_the_loader_renames_keep_their_names_of_the_checkpoint(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "old")
+    state = load_file(base / "model.safetensors")
+    spelt = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    old = {}
+    for name, tensor in state.items():
+        end = ".".join(name.split(".")[-2:])
+        old[name.removesuffix(end) + spelt.get(end, end)] = tensor + torch.randn(tensor.shape)
+    assert old.keys() != state.keys()
+    save_file(old, tmp_path / "old/model.safetensors", {"format": "pt"})
+    on_disk, in_memory, record = disk_and_memory(tmp_path / "old", headed, tmp_path / "out")
+    assert same(on_disk, in_memory)
+    assert "embeddings.LayerNorm.gamma" in {r.step.stream for r in record.receipts if r.action == "perturb"}
+
+
+def test_what_is_renamed_gets_its_noise_and_what_is_fused_is_warned_of(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        **SIZE | {"num_key_value_heads": 2, "num_local_experts": 2, "intermediate_size": 8}
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "in")
+    assert any("experts.0.w1" in name for name in load_file(tmp_path / "in/model.safetensors"))
+    perturb(Request(str(tmp_path / "in"), NoiseSpec()), str(tmp_path / "out"))
+    on_disk = parameters(transformers.MixtralForCausalLM.from_pretrained(tmp_path / "out"))
+    with (
+        noisytune_cli.noisy_from_pretrained() as records,
+        pytest.warns(UserWarning, match="made of other tensors of the checkpoint") as warned,
+    ):
+        in_memory = parameters(transformers.MixtralForCausalLM.from_pretrained(tmp_path / "in"))
+    assert len(warned) == len(records[0].warnings) == 1
+    others = {name for name in on_disk if not torch.equal(on_disk[name], in_memory[name])}
+    assert others == {name for name in on_disk if ".experts." in name}
+    gate = next(name for name in on_disk if name.endswith("gate.weight"))
+    assert gate not in others
+
+
+def test_names_that_are_given_count(base: Path) -> None:
+    with noisytune_cli.noisy_from_pretrained(names="encoder") as records:
+        transformers.BertModel.from_pretrained(base)
+    assert "layer.0.output.dense.weight" in {r.step.tensor.name for r in records[0].receipts}
+
+
+def test_a_model_with_adapters_has_the_noise_of_its_base(checkpoint: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def load() -> Any:
+        return transformers.AutoModelForMaskedLM.from_pretrained(checkpoint)
+
+    expected = load()
+    record = noisytune_cli.perturb_(expected)
+    noisy = parameters(expected)
+    for config in (
+        peft.LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["dense"], use_dora=True),
+        peft.LoHaConfig(r=2, target_modules=["query"]),
+        peft.PromptTuningConfig(num_virtual_tokens=3, task_type="FEATURE_EXTRACTION"),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = peft.get_peft_model(load(), config)
+        before = parameters(model)
+        found = noisytune_cli.perturb_(model)
+        names = {r.step.tensor.name: r.std for r in found.receipts}
+        assert names == {r.step.tensor.name: r.std for r in record.receipts}
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        after = parameters(model)
+        assert trained
+        assert all(torch.equal(before[name], after[name]) for name in trained)
+        kept = [value for name, value in after.items() if name not in trained]
+        assert all(any(torch.equal(value, own) for own in noisy.values()) for value in kept)
 
 
 class Training:
