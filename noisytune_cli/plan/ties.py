@@ -1,8 +1,10 @@
 """Ties: two or more names in a checkpoint for one parameter, which must get one noise.
 
 An alias in safetensors' `__metadata__` says so itself, and so do names that a pickle stores once. Otherwise
-names are candidates if architectures are known to tie them and dtype and shape agree; whether their bytes
-agree the values have to tell (`split_tie`). Equal bytes of names that nobody ties mean nothing.
+names are candidates if a model or the checkpoint declares them to be one, or architectures are known to tie
+them, and dtype and shape agree; whether their bytes agree the values have to tell (`split_tie`). Equal bytes
+of names that nobody ties mean nothing. What is known here are all pairs that transformers declares
+(`_tied_weights_keys`), for files without a config.
 
 `tie_word_embeddings: false` in the config parts the output layer from the input embedding, and nothing
 else: an encoder's and a decoder's table under `shared` are one module in T5 and BART whatever it says
@@ -11,6 +13,7 @@ else: an encoder's and a decoder's table under `shared` are one module in T5 and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -31,6 +34,7 @@ _EMBEDDINGS = (
     "embeddings.weight",
     "embedding.weight",
     "emb.weight",
+    ".w.weight",
 )
 
 #: Output layers that are tied to them, by the end of their names (the left-hand sides).
@@ -53,6 +57,8 @@ _HEADS = (
     "head.weight",
     "decoder.weight",
     "output.weight",
+    "text_decoder_postnet.lm_head.weight",
+    "entity_predictions.decoder.weight",
 )
 
 #: How far above its embedding's module a head may sit: `model.language_model.embed_tokens`, `lm_head`.
@@ -70,7 +76,34 @@ _SIDES = (
 )
 
 #: A prediction head's bias, which is also that of its output layer: `X.bias` and `X.decoder.bias`.
-_BIAS_ENDS = tuple(f"{head}.decoder.bias" for head in ("predictions", "lm_head", "mlm_head", "mlm_score"))
+_BIAS_ENDS = tuple(f"{head}.decoder.bias" for head in ("predictions", "head", "mlm_score"))
+
+#: Other modules that stand under several names, and the one name that each is known by here: heads that all
+#: layers of a detector share, a decoder's layers under an encoder's name, an encoder inside another model.
+_ONE_MODULE = (
+    (r"(?:model\.)?decoder\.(class|bbox)_embed", r"\1_embed"),
+    (r"(?:model\.)?enc_score_head", "class_embed"),
+    (r"(?:model\.)?enc_bbox_head|bbox_predictor", "bbox_embed"),
+    (r"(class|bbox)_embed\.\d+", r"\1_embed.#"),
+    (r"encoder\.language_model", "decoder"),
+    (r"encoder\.text_model\.embed_tokens", "decoder.embed_tokens"),
+    (r"(?:audio|video)_model\.text_model", "text_model"),
+    (r"audio_video_encoder\.embedder\.(audio|video)_encoder", r"\1_model.\1_encoder"),
+    (r"layers\.\d+\.shared_transf(?:ormer)?", "layers.#.shared_transf"),
+    (r"encoder\.embed_patches\.proj", "patch_embed.proj"),
+    (
+        r"(?:en|de)coder\.relative_bias\.biases\.0\.relative_attention_bias",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+    ),
+    (r"prompt_encoder\.shared_embedding", "shared_image_embedding"),
+    (r"backbone_model\.embed_tokens\.embed_audio_tokens", "depth_decoder.model.embed_tokens"),
+    (r"ctc_head", "encoder.out"),
+    (r"codec_head", "model.codec_embedding"),
+    (r"lm_head\.additional_fc", "model.embed_tokens.additional_embedding"),
+    (r"unembedding_projection", "model.embed_tokens.embedding_projection"),
+)
+_ONE = [(re.compile(rf"(?<![^.]){pattern}(?![^.])"), name) for pattern, name in _ONE_MODULE]
+_SEVERAL_NAMES = re.compile("|".join(f"(?:{pattern})" for pattern, _ in _ONE_MODULE))
 
 _INPUT_SIDE = compile_pattern("@embeddings")
 
@@ -83,12 +116,14 @@ def find_ties(
     config: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
     stored_as_one: Iterable[Sequence[str]] = (),
+    declared: Iterable[tuple[str, str]] = (),
 ) -> tuple[Tie, ...]:
     """Return the ties and candidates for one among `tensors`, in file order, none sharing a name.
 
-    An alias may be of a name that is not stored: the parameter has that name too, and may get its noise.
-    `stored_as_one` are groups of names that share a slot in the file. A chain of pairs is one tie. Its
-    evidence is `equal-bytes` if a known pair is needed to join it, else `storage` or, of a mixture, `alias`.
+    `declared` are pairs that a model or the checkpoint declares. An alias may be of a name that is not
+    stored: the parameter has that name too, and may get its noise. `stored_as_one` are groups of names that
+    share a slot in the file. A chain of pairs is one tie. Its evidence is `equal-bytes` if a known pair is
+    needed to join it, else `storage` or, of a mixture, `alias`.
     """
     by_name = {tensor.name: tensor for tensor in tensors}
     links: list[tuple[str, str, Evidence]] = [
@@ -96,7 +131,9 @@ def find_ties(
     ]
     links += [(a, b, "alias") for a, b in (metadata or {}).items()]
     dropped_of = _dropped(by_name, metadata or {})
+    links += [(a, b, "equal-bytes") for a, b in declared]
     links += [(a, b, "equal-bytes") for a, b in _known_pairs(by_name, heads=not _parted(config))]
+    links += [(a, b, "equal-bytes") for a, b in _one_module(by_name)]
     group_of: dict[str, list[str]] = {}
     unsure: set[str] = set()
     aliased = set(dropped_of)
@@ -230,3 +267,16 @@ def _table_pairs(embedding: str, names: Mapping[str, object]) -> Iterator[tuple[
         for other in _SIDES:
             if other != end and prefix + other in names:
                 yield prefix + other, embedding
+
+
+def _one_module(names: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Yield the pairs of names under which one module is known to stand."""
+    first: dict[str, str] = {}
+    for name in names:
+        if _SEVERAL_NAMES.search(name):
+            known = name
+            for pattern, one in _ONE:
+                known = pattern.sub(one, known, count=1)
+            other = first.setdefault(known, known if known in names else name)
+            if other != name:
+                yield other, name
