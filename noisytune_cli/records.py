@@ -42,6 +42,9 @@ Reason = Literal[
 #: Of these reasons, those for which a parameter gets no noise, and is shrunk all the same.
 SHRUNK = frozenset({"one-element", "constant", "unrepresentable", "lambda-zero"})
 
+#: What decided whether a tensor is a buffer or a parameter, the strongest first (`plan/evidence.py`).
+ToldBy = Literal["checkpoint", "model", "structure", "values", "names"]
+
 #: The most parts that one tensor is divided into: its entry in a manifest has to stay readable in one piece.
 MAX_PARTS = 4096
 
@@ -55,6 +58,7 @@ class TensorSpec:
 
     `dtype` is spelt as safetensors spells it (`F32`, `BF16`, `I64`…); `file` is the weight file's name
     relative to the checkpoint, with `/`; `offset` is the first byte counted from the start of that file.
+    `path` is the way to it through the containers of its file, where these say more than the name.
     """
 
     name: str
@@ -63,11 +67,30 @@ class TensorSpec:
     file: str
     offset: int
     nbytes: int
+    path: str = field(default="", compare=False)
 
     @property
     def elements(self) -> int:
         """The number of elements (1 for shape [])."""
         return math.prod(self.shape)
+
+    @property
+    def shown(self) -> str:
+        """What people are told that it is called."""
+        return self.path or self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What a weight file itself says of its tensors, by name: buffers, parameters, and which are one.
+
+    `lightning` says that PyTorch Lightning wrote it, whose modules have losses and metrics inside.
+    """
+
+    buffers: frozenset[str] = frozenset()
+    parameters: frozenset[str] = frozenset()
+    pairs: tuple[tuple[str, str], ...] = ()
+    lightning: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +190,11 @@ class Step:
 
     `stream` names the noise stream (the tensor's own name, or that of the tie it belongs to). `lam` is the
     strength (λ or σ), 0 for a copy. `unsure` says what only the values can tell (`constant`, `non-finite`) of
-    a tensor that is to be perturbed. `told_by` says what decided whether it is a buffer: its name, or a model
-    built from the config. `out_dtype` is the dtype it is written in, None where that is its own. `parts` are
-    its matrices if they are to have a std each, two at least; `undivided` says why a tensor that looks like
-    several matrices is taken as one.
+    a tensor that is to be perturbed. `told_by` says what decided whether it is a buffer, None where an
+    earlier record does not say; a `doubt` is a name of a buffer's kind that nothing stronger tells.
+    `out_dtype` is the dtype it is written in, None where that is its own. `parts` are its matrices if they
+    are to have a std each, two at least; `undivided` says why a tensor that looks like several matrices is
+    taken as one.
     """
 
     tensor: TensorSpec
@@ -179,10 +203,11 @@ class Step:
     lam: float
     stream: str
     unsure: tuple[str, ...] = ()
-    told_by: Literal["names", "model"] = "names"
+    told_by: ToldBy | None = None
     out_dtype: str | None = None
     parts: tuple[Part, ...] = ()
     undivided: str | None = None
+    doubt: bool = False
 
     @property
     def matrices(self) -> tuple[Part, ...]:

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from noisytune_cli.checkpoint import hub
-from noisytune_cli.checkpoint.config import CONFIG, ConfigCheck, look_at_config, read_config
+from noisytune_cli.checkpoint.config import CONFIG, ConfigCheck, look_at_config, read_adapter, read_config
 from noisytune_cli.checkpoint.folder import list_folder
 from noisytune_cli.checkpoint.formats import Source, open_source
 from noisytune_cli.checkpoint.ids import no_source
@@ -38,7 +38,7 @@ from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unre
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.previous import NAMESAKE, Earlier, EarlierCheck, of_file, of_folder
 from noisytune_cli.reading import SNAPSHOT, Reach, changed, fingerprint, open_regular, reach_of
-from noisytune_cli.records import TensorSpec
+from noisytune_cli.records import Declared, TensorSpec
 
 #: Why a file that is copied is refused in the end.
 _ANOTHER = "its size or its times are others, or another file took its place"
@@ -91,6 +91,22 @@ class Checkpoint:
         for source in self.sources:
             merged.update(source.metadata)
         return merged
+
+    @property
+    def declared(self) -> Declared:
+        """What the weight files say of their tensors."""
+        said = [source.declared for source in self.sources]
+        return Declared(
+            buffers=frozenset().union(*(one.buffers for one in said)),
+            parameters=frozenset().union(*(one.parameters for one in said)),
+            pairs=tuple(pair for one in said for pair in one.pairs),
+            lightning=any(one.lightning for one in said),
+        )
+
+    @property
+    def adapter(self) -> Mapping[str, Any] | None:
+        """The config of the adapter that lies with the weights, if there is one."""
+        return read_adapter(self.root / posixpath.dirname(self.sources[0].name), self.reach)
 
     @property
     def stored_as_one(self) -> tuple[tuple[str, ...], ...]:

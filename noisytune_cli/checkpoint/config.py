@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from noisytune_cli.errors import InputInvalid
-from noisytune_cli.reading import Reach, not_json, parse_json, read_small
+from noisytune_cli.errors import InputInvalid, InputUnreadable
+from noisytune_cli.reading import Reach, not_json, parse_json, read_json, read_small
 
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 #: Called with a config and its path before any weights are fetched or opened; raises to refuse them.
 ConfigCheck = Callable[[Mapping[str, Any], str], None]
@@ -63,6 +64,16 @@ def _parse(path: Path, content: bytes) -> Mapping[str, Any]:
             next_step="Fetch or save the checkpoint again",
         )
     return config
+
+
+def read_adapter(folder: Path, reach: Reach | None = None) -> Mapping[str, Any] | None:
+    """Return the adapter's config in `folder`, None where there is none that can be read: it only helps."""
+    path = folder / ADAPTER_CONFIG
+    try:
+        config = read_json(path, _MAX_BYTES, reach, lenient=True) if os.path.lexists(path) else None
+    except (InputInvalid, InputUnreadable):
+        return None
+    return config if isinstance(config, dict) else None
 
 
 class Hyperparameters:

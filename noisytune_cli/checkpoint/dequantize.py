@@ -117,6 +117,7 @@ class Dequantized:
         self.inner = inner
         self.path, self.name, self.size, self.mode = inner.path, inner.name, inner.size, inner.mode
         self.metadata, self.warnings, self.beside = inner.metadata, inner.warnings, inner.beside
+        self.declared = inner.declared
         self._codes = {tensor.name: tensor for tensor in inner.tensors if tensor.name in scales}
         self._scales = scales
         self._device = open_device("cpu")

@@ -134,6 +134,12 @@ def perturb(
         Patterns, typer.Option(metavar="PATTERN=VALUE", help="Another σ for these; the last match wins.")
     ] = None,
     buffers_from: BuffersFrom = "auto",
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Refuse a checkpoint with a tensor that may be no parameter by its name alone."
+        ),
+    ] = False,
     preset: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Settings by name: xtreme (λ 0.1, @embeddings excluded)."),
@@ -256,6 +262,7 @@ def perturb(
         quiet=quiet,
         follow_links=follow_links,
         buffers_from=buffers_from,
+        strict=strict,
     )
     if dry_run:
         planned = command.plan_perturb(

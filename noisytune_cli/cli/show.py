@@ -20,6 +20,16 @@ from typing import TextIO
 from noisytune_cli.errors import PipeClosed, ResourceExhausted
 from noisytune_cli.escape import escape
 
+#: What told that a tensor is a buffer, in words; None where a record does not say.
+TOLD_BY: dict[str | None, str] = {
+    "checkpoint": "the checkpoint",
+    "model": "the model",
+    "structure": "its siblings",
+    "values": "its values",
+    "names": "its name",
+    None: "an earlier run",
+}
+
 #: Seconds between two updates of the progress bar.
 _UPDATE_EVERY = 0.1
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
-from noisytune_cli.cli.show import warn, warn_all, write_out
+from noisytune_cli.cli.show import TOLD_BY, warn, warn_all, write_out
 from noisytune_cli.cli.table import lay_out
 from noisytune_cli.commands.inspect import Inspection, TensorReport, Totals
 from noisytune_cli.escape import escape
@@ -135,6 +135,7 @@ def _cells(row: TensorReport) -> dict[str, Any]:
         "stream": escape(row.stream, None),
         "shape": str(list(row.shape)),
         "unsure": " ".join(row.unsure),
+        "path": None if row.path is None else escape(row.path, None),
     }
 
 
@@ -167,14 +168,17 @@ def _table(inspection: Inspection) -> Iterator[str]:
 def _row(row: TensorReport) -> dict[str, str]:
     """Return the cells of a tensor; what does not exist is blank."""
     action = row.action if row.reason is None else f"{row.action}: {row.reason}"
+    if row.reason == "buffer":
+        action += f", told by {TOLD_BY[row.told_by]}"
     if row.unsure:
         action += f", unless {' or '.join(row.unsure)}"
     if row.stream != row.name:
         action += f", noise of {escape(row.stream)}"
     if row.undivided is not None:
         action += f"; one matrix: {escape(row.undivided)}"
+    shown = row.path or row.name
     return {
-        "name": escape(row.name) if row.part is None else f"{escape(row.name)}[{escape(row.part)}]",
+        "name": escape(shown) if row.part is None else f"{escape(shown)}[{escape(row.part)}]",
         "file": escape(row.file),
         "dtype": row.dtype,
         "shape": str(list(row.shape)),

@@ -8,13 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from noisytune_cli.cli.show import note, note_left_out, warn_all, write_out
+from noisytune_cli.cli.show import TOLD_BY, note, note_left_out, warn_all, write_out
 from noisytune_cli.commands.perturb import Perturbed, Planned
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.write import left_out_json, noise_json
 from noisytune_cli.records import Manifest, NoiseSpec, Step
-
-_TOLD_BY = {"names": "its name", "model": "the model"}
 
 
 def show_planned(planned: Planned, *, as_json: bool) -> None:
@@ -155,7 +153,7 @@ def _plan_lines(steps: Sequence[Step], symbol: str) -> Iterator[str]:
     lams = ",".join(dict.fromkeys(f"{one.lam:g}" for one in steps))
     what = f"perturb {symbol}={lams}" if step.reason is None else f"{step.action} ({step.reason})"
     if step.reason == "buffer":
-        what = f"copy (buffer, told by {_TOLD_BY[step.told_by]})"
+        what = f"copy (buffer, told by {TOLD_BY[step.told_by]})"
     if step.stream != tensor.name:
         what += f", tied to {escape(step.stream)}"
     if "tied" in step.unsure:
@@ -167,10 +165,12 @@ def _plan_lines(steps: Sequence[Step], symbol: str) -> Iterator[str]:
     if step.reason is None and step.parts:
         what += f"; {len(step.parts)} matrices"
     dtype = tensor.dtype if step.out_dtype is None else f"{tensor.dtype} -> {step.out_dtype}"
-    yield f"{escape(tensor.name)}  {dtype} {shape}  {what}\n"
+    if step.doubt and step.reason is None:
+        what += "; in doubt by its name"
+    yield f"{escape(tensor.shown)}  {dtype} {shape}  {what}\n"
     for part in step.parts if step.reason is None else ():
         shape = "x".join(map(str, part.shape))
-        yield f"{escape(tensor.name)}[{escape(part.name)}]  {dtype} {shape}\n"
+        yield f"{escape(tensor.shown)}[{escape(part.name)}]  {dtype} {shape}\n"
 
 
 def _noise(noise: NoiseSpec) -> dict[str, Any]:
@@ -194,4 +194,6 @@ def _step(step: Step) -> dict[str, Any]:
         "parts": [asdict(part) for part in step.parts] if step.reason is None else [],
         "undivided": step.undivided,
         "told_by": step.told_by,
+        "doubt": step.doubt,
+        **({"path": step.tensor.path} if step.tensor.path else {}),
     }

@@ -25,10 +25,11 @@ from noisytune_cli.engine.threads import Progress
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import escape
 from noisytune_cli.noise import devices
-from noisytune_cli.plan.buffers_by_model import tell_buffers
-from noisytune_cli.plan.patterns import check_matched, match_names
-from noisytune_cli.plan.plan import check_noise, make_plan
-from noisytune_cli.plan.settle import settle_ties
+from noisytune_cli.plan.doubts import warning_of
+from noisytune_cli.plan.evidence import Told, tell_checkpoint
+from noisytune_cli.plan.patterns import check_matched
+from noisytune_cli.plan.plan import check_noise, make_plan, match_with_paths, paths_of
+from noisytune_cli.plan.settle import look_at_values, settle_ties
 from noisytune_cli.records import Granularity, NoiseSpec, Part, Plan, Step, whole
 
 
@@ -39,7 +40,8 @@ class TensorReport:
     `stream` names the noise stream; `low` and `high` bound the noise. `unsure` says what perturb would look
     for in values that were not read (`constant`, `non-finite`, `tied`). Of a tensor whose matrices have a std
     each there is a record for each `part`, with its own shape; `undivided` says why one that looks like
-    several matrices is taken as one.
+    several matrices is taken as one. `path` is a name with the containers that it is in, where these say
+    more, and `told_by` says what told whether it is a buffer.
     """
 
     name: str
@@ -66,6 +68,8 @@ class TensorReport:
     unsure: tuple[str, ...] = ()
     part: str | None = None
     undivided: str | None = None
+    path: str | None = None
+    told_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,21 +140,14 @@ def inspect(
     with open_checkpoint(
         source, weights=weights, revision=revision, mmap=mmap, quiet=quiet, follow_links=follow_links
     ) as checkpoint:
-        told = tell_buffers(checkpoint.tensors, config=checkpoint.config, decider=buffers_from)
-        plan = make_plan(
-            checkpoint.tensors,
-            noise,
-            config=checkpoint.config,
-            metadata=checkpoint.metadata,
-            stored_as_one=checkpoint.stored_as_one,
-            buffers=told.buffers,
-            by_model=told.by_model,
-        )
+        told = tell_checkpoint(checkpoint, buffers_from)
+        plan = _plan(checkpoint, noise, told)
         names = _select(checkpoint, told.buffers, include, exclude)
         quantized = _refusal(checkpoint, source)
         measured: dict[str, list[Statistics]] = {}
         if not headers_only:
             files = {file.name: file for file in checkpoint.sources}
+            plan = _plan(checkpoint, noise, look_at_values(plan, told, files, names))
             # A tie that shows in no row need not be read.
             shown = tuple(tie for tie in plan.ties if not names.isdisjoint(tie.names))
             (plan,) = settle_ties([replace(plan, ties=shown)], files)
@@ -172,8 +169,19 @@ def inspect(
             quantized=quantized,
             tensors=tuple(rows if sort is None else _sort(rows, sort)),
             totals=_total(rows, counted=not headers_only),
-            warnings=(*checkpoint.warnings, *told.warnings, *_noised_before(checkpoint)),
+            warnings=(*checkpoint.warnings, *warning_of(plan), *_noised_before(checkpoint)),
         )
+
+
+def _plan(checkpoint: Checkpoint, noise: NoiseSpec, told: Told) -> Plan:
+    return make_plan(
+        checkpoint.tensors,
+        noise,
+        config=checkpoint.config,
+        metadata=checkpoint.metadata,
+        stored_as_one=checkpoint.stored_as_one,
+        told=told,
+    )
 
 
 def _select(
@@ -182,7 +190,7 @@ def _select(
     """Return the names of the tensors to list; UsageError for a pattern that matches none."""
     patterns = [*include, *exclude]
     names = [tensor.name for tensor in checkpoint.tensors]
-    matched = match_names(patterns, names, buffers)
+    matched = match_with_paths(patterns, names, paths_of(checkpoint.tensors), buffers)
     check_matched(patterns, matched, names)
     included = frozenset().union(*matched[: len(include)]) if include else frozenset(names)
     return included.difference(*matched[len(include) :])
@@ -232,6 +240,8 @@ def _report(
                     stream=step.stream,
                     part=part.name or None,
                     undivided=step.undivided,
+                    path=tensor.path or None,
+                    told_by=step.told_by,
                 )
             )
     return rows

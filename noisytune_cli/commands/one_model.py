@@ -17,7 +17,7 @@ from noisytune_cli.checkpoint.layout import stem_of
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import enumerate_some, escape, list_some
-from noisytune_cli.plan.buffers_by_model import tell_buffers
+from noisytune_cli.plan.evidence import tell_checkpoint
 from noisytune_cli.plan.ties import find_ties
 from noisytune_cli.reading import read_json
 from noisytune_cli.records import TensorSpec
@@ -165,7 +165,7 @@ def check_same_buffers(members: Sequence[Checkpoint], names: Sequence[str]) -> l
     A batch norm's statistics differ as the weights do, and their mean is averaged with these.
     """
     first = members[0]
-    buffers = tell_buffers(first.tensors, config=first.config).buffers
+    buffers = tell_checkpoint(first, "auto").buffers
     others = [{tensor.name: tensor for tensor in member.tensors} for member in members[1:]]
     estimated = []
     for tensor in first.tensors:

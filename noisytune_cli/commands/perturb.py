@@ -29,7 +29,8 @@ from noisytune_cli.output.destination import check_places, check_places_of_downl
 from noisytune_cli.output.publish import Publication, copy_file, write_file
 from noisytune_cli.output.sidecars import companions, left_behind
 from noisytune_cli.output.space import check_room
-from noisytune_cli.plan.buffers_by_model import tell_buffers
+from noisytune_cli.plan.doubts import refuse_doubts, warning_of
+from noisytune_cli.plan.evidence import tell_checkpoint
 from noisytune_cli.plan.plan import check_outcomes
 from noisytune_cli.plan.plans import make_plans, settle_plans
 from noisytune_cli.records import (
@@ -57,6 +58,7 @@ class Request:
     again: bool = False
     quiet: bool = False
     buffers_from: str = "auto"
+    strict: bool = False
     follow_links: bool = False
 
 
@@ -109,19 +111,21 @@ def plan_perturb(
     """
     wanted = wanted or [_only(request, None)]
     with _open(request, _outs(wanted), recipe_only, overwrite, overwrite_changed) as source:
-        told = tell_buffers(source.tensors, config=source.config, decider=request.buffers_from)
+        told = tell_checkpoint(source, request.buffers_from)
         plans = make_plans(source, request.noise, wanted, told, request.conversion)
         files = _lay_out(source, plans, request.conversion)
         overwrite = overwrite or overwrite_changed
         outputs = check_places(source, files, _outs(wanted), recipe_only=recipe_only, overwrite=overwrite)
         require_unchanged(outputs, insists=overwrite_changed)
+        if request.strict:
+            refuse_doubts(plans[0], request.source)
         return Planned(
             id=source.id,
             revision=source.revision,
             plans=tuple(plans),
             outs=tuple(one.out for one in wanted),
             left_out=(*source.left_out, *left_behind(source, files)),
-            warnings=(*source.warnings, *told.warnings),
+            warnings=(*source.warnings, *warning_of(plans[0])),
         )
 
 
@@ -167,7 +171,7 @@ def perturb_each(
     `overwrite` replaces outputs that are as noisytune wrote them, `overwrite_changed` others too.
     """
     with _open(request, _outs(wanted), recipe_only, overwrite, overwrite_changed) as source:
-        told = tell_buffers(source.tensors, config=source.config, decider=request.buffers_from)
+        told = tell_checkpoint(source, request.buffers_from)
         plans = make_plans(source, request.noise, wanted, told, request.conversion)
         files = _lay_out(source, plans, request.conversion)
         walk = Walk(open_device(device), threads or default_threads())
@@ -182,7 +186,10 @@ def perturb_each(
         ]
         filled = [] if recipe_only else publications
         with all_staged(publications):
-            plans = settle_plans(plans, source, request.conversion)
+            plans = settle_plans(plans, source, told, request.conversion)
+            if request.strict:
+                refuse_doubts(plans[0], request.source)
+            files = _lay_out(source, plans, request.conversion)  # a buffer keeps its dtype
             receipts = fill(walk, plans, source, filled, progress, files)
             for plan, done in zip(plans, receipts, strict=True):
                 check_outcomes(plan.noise, ((r.action, r.reason) for r in done), path=request.source)
@@ -203,7 +210,7 @@ def perturb_each(
             for publication, manifest in zip(publications, manifests, strict=True):
                 publication.seal(encode(manifest))
             paths = commit_all(publications)
-            warnings = (*source.warnings, *told.warnings)
+            warnings = (*source.warnings, *warning_of(plans[0]))
             return tuple(
                 Perturbed(
                     publication.output,

@@ -10,9 +10,11 @@ import functools
 import json
 import math
 import re
+from typing import get_args
 
 from noisytune_cli.dtypes import ALL_DTYPES, stored_bytes
 from noisytune_cli.manifest.fields import SURROGATE
+from noisytune_cli.records import ToldBy
 
 #: The longest line that is read by its form, its parts not counted.
 LONGEST_LINE = 1 << 15
@@ -31,6 +33,7 @@ _FLOAT = (
 )
 _SHAPE = rf"\[((?:{_INTEGER}(?:, {_INTEGER}){{0,63}}+)?+)\]"
 _DIGEST = r"blake3:[0-9a-f]{64}"
+_TOLD_BY = "|".join(get_args(ToldBy))
 _DTYPE = r'"([A-Z0-9_]{1,20}+)"'
 
 
@@ -48,12 +51,14 @@ def _done(range_keys: tuple[str, ...]) -> str:
 def tensor_pattern(range_keys: tuple[str, ...]) -> re.Pattern[str]:
     """Return the pattern of a tensor up to its end, or up to the first of its parts.
 
-    Groups: name, stream, file, dtype, output dtype, shape; what was done; source digest, digest, parts.
+    Groups: name, stream, file, dtype, output dtype, shape; what was done; what told it is a buffer; source
+    digest, digest, parts.
     """
     return re.compile(
         rf'\{{"name": {_STRING}, "stream": {_STRING}, "file": {_STRING}, "dtype": {_DTYPE}'
         rf'(?:, "out_dtype": {_DTYPE})?+, "shape": {_SHAPE}{_done(range_keys)}'
-        rf', "source_digest": "({_DIGEST})", "digest": "({_DIGEST})"(?:\}}|(, "parts": \[))'
+        rf'(?:, "told_by": "({_TOLD_BY})")?+, "source_digest": "({_DIGEST})", "digest": "({_DIGEST})"'
+        r'(?:\}|(, "parts": \[))'
     )
 
 

@@ -30,6 +30,7 @@ from noisytune_cli.records import (
     Receipt,
     Step,
     TensorSpec,
+    ToldBy,
     out_dtype_of,
 )
 
@@ -64,7 +65,7 @@ class Lines:
             return None
         found = line.groups()
         raw_name, raw_stream, raw_file, dtype, out_dtype, raw_shape = found[:6]
-        before, after, parts = found[-3:]
+        told_by, before, after, parts = found[-4:]
         name = raw_name if "\\" not in raw_name else text_of(raw_name)
         stream = name if raw_stream == raw_name else text_of(raw_stream)
         measured = self._shapes.find(dtype, raw_shape)
@@ -72,14 +73,15 @@ class Lines:
         if name is None or stream is None or measured is None or file is None:
             return None
         dtype, shape, elements, nbytes = measured
-        tensor = _Tensor(name, dtype, shape, file, 0, nbytes)
+        tensor = _Tensor(name, dtype, shape, file, 0, nbytes, "")
         tensor.__class__ = TensorSpec
         if after == before:
             after = before  # one string for both
         if parts is None:
             if (done := self._done(found, dtype, elements, REASONS)) is None:
                 return None
-            step = _Step(tensor, done[0], done[1], done[2], stream, (), "names", out_dtype, (), None)
+            step = _Step(tensor, done[0], done[1], done[2], stream, (), told_by, out_dtype, (), None, False)
+            step.doubt = told_by is not None and done[1] != "buffer"
             step.__class__ = Step
             receipt = _Receipt(*done, step, before, after, (), 0)
             receipt.__class__ = Receipt
@@ -87,8 +89,14 @@ class Lines:
             if (whole := self._whole(text, end, tensor, stream, found[6:-1])) is None:
                 return None
             receipt, end = whole
-            if out_dtype is not None:
-                receipt = replace(receipt, step=replace(receipt.step, out_dtype=out_dtype))
+            if out_dtype is not None or told_by is not None:
+                step = replace(
+                    receipt.step,
+                    out_dtype=out_dtype,
+                    told_by=cast(ToldBy | None, told_by),
+                    doubt=told_by is not None,
+                )
+                receipt = replace(receipt, step=step)
         if self._converts and out_dtype_of(tensor, receipt.reason, self._conversion) != out_dtype:
             return None
         if out_dtype is None:
@@ -102,7 +110,7 @@ class Lines:
         self, text: str, at: int, tensor: TensorSpec, stream: str, said: Sequence[str | Any]
     ) -> tuple[Receipt, int] | None:
         """Return the receipt of a tensor whose parts begin at `at` and make what is `said`, and its end."""
-        action, reason, lam, *null, unchanged, clamped, before, after = said
+        action, reason, lam, *null, unchanged, clamped, _, before, after = said
         if self._noise.granularity != "matrix" or tensor.dtype not in FLOAT_DTYPES or null != self._null:
             return None
         receipts: list[PartReceipt] = []

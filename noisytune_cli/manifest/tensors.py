@@ -35,6 +35,7 @@ from noisytune_cli.records import (
     Receipt,
     Step,
     TensorSpec,
+    ToldBy,
     out_dtype_of,
     outcome_fields,
 )
@@ -46,6 +47,7 @@ _PART_KEYS = ("name", "shape", "first", "length", "stride", "repeat", *_DONE_KEY
 _MAX_DIMENSION = 2**63 - 1
 _PART_NAME = re.compile(r"(?=.{1,64}\Z)[a-z0-9_]+(?:\.[a-z0-9_]+)*", re.ASCII)
 _NO_FILE = {"": ""}
+_TOLD_BY: dict[str, ToldBy] = {by: by for by in get_args(ToldBy)}
 
 #: Bytes of a weight file without tensors: a header's length, and `{}`.
 SMALLEST_FILE = 10
@@ -141,7 +143,7 @@ class _Reader:
         if not in_memory and not self._files:
             raise ManifestFault("source.files is empty")
         keys = _KEYS_IN_MEMORY if in_memory else _KEYS
-        fields = Fields(entry, where, (*keys, *self._range), ("reason", "out_dtype", "parts"))
+        fields = Fields(entry, where, (*keys, *self._range), ("reason", "out_dtype", "told_by", "parts"))
         tensor = read_tensor(fields, where, _NO_FILE if in_memory else self._files)
         source_digest = digest = ""
         if not in_memory:
@@ -157,9 +159,11 @@ class _Reader:
         out_dtype = out_dtype_of(tensor, receipt.reason, self._conversion)
         if (fields.string("out_dtype") if fields.has("out_dtype") else None) != out_dtype:
             raise ManifestFault(f"{where} is not written in the dtype that output.dtype asks for")
-        if out_dtype is None:
-            return receipt
-        return replace(receipt, step=replace(receipt.step, out_dtype=out_dtype))
+        step = receipt.step
+        if fields.has("told_by"):
+            told_by = _TOLD_BY[fields.choice("told_by", tuple(_TOLD_BY))]
+            step = replace(step, told_by=told_by, doubt=receipt.reason != "buffer")
+        return replace(receipt, step=replace(step, out_dtype=out_dtype))
 
     def _with_parts(
         self, fields: Fields, where: str, tensor: TensorSpec, source_digest: str, digest: str

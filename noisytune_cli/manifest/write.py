@@ -221,6 +221,8 @@ def _tensor(receipt: Receipt, range_keys: Iterable[str], has_lambda: bool) -> di
         "shape": list(tensor.shape),
     }
     entry |= _done(receipt, range_keys, has_lambda)
+    if receipt.step.told_by and (receipt.reason == "buffer" or receipt.step.doubt):
+        entry["told_by"] = receipt.step.told_by
     if receipt.digest:  # noise in memory has no stored bytes to digest
         entry["source_digest"] = receipt.source_digest
         entry["digest"] = receipt.digest

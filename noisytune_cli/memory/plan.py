@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from noisytune_cli.checkpoint.quantized import refuse_quantized
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, Mismatch
 from noisytune_cli.memory.tensors import LiveTensor, first_bytes, same_bytes
 from noisytune_cli.noise.stream import StreamWords, stream_words
+from noisytune_cli.plan.computed import Values
+from noisytune_cli.plan.doubts import warning_of
+from noisytune_cli.plan.evidence import Told, tell, with_values
 from noisytune_cli.plan.patterns import check_matched, match_names
 from noisytune_cli.plan.plan import check_not_empty, confirm_ties, make_plan
+from noisytune_cli.plan.settle import find_computed
 from noisytune_cli.plan.ties import split_tie
 from noisytune_cli.records import (
     Action,
@@ -20,13 +25,18 @@ from noisytune_cli.records import (
     NoiseSpec,
     Outcome,
     Part,
+    Plan,
     Reason,
     Receipt,
     Step,
+    TensorSpec,
     Tie,
     copied,
     whole,
 )
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 #: What to say to those whose options leave nothing to perturb.
 OPTIONS_THAT_EXCLUDE = "Widen include= or drop an exclude=; frozen= and fresh_names= leave parameters out too"
@@ -71,22 +81,45 @@ def plan_parameters(
     """Plan the noise; a module knows its buffers and ties itself, `source` is what to call it in errors."""
     specs = [spec for resident in residents for spec in resident.specs()]
     refuse_quantized(specs, config=config, path=source)
-    plan = make_plan(
-        specs,
-        noise,
-        config=config,
-        stored_as_one=[r.names for r in residents if len(r.names) > 1],
-        buffers={} if is_module else None,
-    )
     resident_of = {name: resident for resident in residents for name in resident.names}
+    ties = [r.names for r in residents if len(r.names) > 1]
+    told = Told({}, {}) if is_module else tell(specs, config=config, decider="names")
+    plan = make_plan(specs, noise, config=config, stored_as_one=ties, told=told)
+    if not is_module:
+        told = with_values(told, *_find_computed(plan, told, resident_of))
+        plan = make_plan(specs, noise, config=config, stored_as_one=ties, told=told)
     confirmed: list[Tie] = []
     for tie in plan.ties:
         if tie.evidence == "equal-bytes":
             confirmed += split_tie(tie, _contents(tie, resident_of, compare=not is_module))
     plan = confirm_ties(plan, confirmed)
     check_not_empty(plan, path=source, advice=OPTIONS_THAT_EXCLUDE)
+    for warning in warning_of(plan):
+        warnings.warn(warning, stacklevel=3)
     steps = {step.tensor.name: step for step in plan.steps}
     return [_planned(r, tuple([steps[name] for name in r.names]), noise.seed) for r in residents]
+
+
+def _find_computed(
+    plan: Plan, told: Told, resident_of: Mapping[str, LiveTensor]
+) -> tuple[dict[str, str], set[str]]:
+    """Return what the values tell of the tensors that are whole here (see `settle.find_computed`)."""
+
+    def values_of(tensor: TensorSpec) -> Values:
+        rows = resident_of[tensor.name].held.values.detach()
+
+        def read(first: int, count: int) -> NDArray[Any]:
+            # By rows, as what is not contiguous would be copied whole.
+            width = max(1, tensor.elements // len(rows))
+            begin = first // width
+            some = rows[begin : -(-(first + count) // width)].flatten()
+            found: NDArray[Any] = some[first - begin * width :][:count].double().cpu().numpy()
+            return found
+
+        return read
+
+    here = tuple(step for step in plan.steps if resident_of[step.tensor.name].held.mesh is None)
+    return find_computed(replace(plan, steps=here), told, values_of)
 
 
 def _planned(resident: LiveTensor, steps: tuple[Step, ...], seed: int) -> Parameter:

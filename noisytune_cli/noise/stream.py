@@ -130,6 +130,12 @@ def upcast(stored: NDArray[np.generic], dtype: str) -> NDArray[np.float32] | NDA
     return stored.astype(np.float32)
 
 
+def values(data: memoryview, dtype: str) -> NDArray[np.float64]:
+    """Return the values of stored bytes."""
+    stored = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]
+    return upcast(np.frombuffer(data, stored), dtype).astype(np.float64)
+
+
 def add_noise(
     stored: NDArray[np.generic],
     dtype: str,

@@ -241,6 +241,12 @@ def find_buffers(tensors: Sequence[TensorSpec], *, config: Mapping[str, Any] | N
     }
 
 
+def stands_alone(tensor: TensorSpec, *, config: Mapping[str, Any] | None = None) -> bool:
+    """Say whether a rule holds for a tensor without its siblings: its name and shape tell it."""
+    model = str((config or {}).get("model_type", ""))
+    return _rule_for(tensor, {tensor.name: tensor}, model) is not None
+
+
 def _rule_for(tensor: TensorSpec, by_name: Mapping[str, TensorSpec], model: str) -> BufferRule | None:
     last = tensor.name[tensor.name.rfind(".") + 1 :]
     rules = _LITERAL.get(last, ())

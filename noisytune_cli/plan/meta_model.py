@@ -1,7 +1,9 @@
 """A process of its own that builds a model without weights and tells its parameters from its buffers.
 
     stdin    {"config": {…}, "names": […]}     the checkpoint's config.json and its tensors' names
-    stdout   {NAME: "parameter" | "buffer"}     of those that the model knows
+    stdout   {"kinds": {NAME: "parameter" | "buffer"}, "tied": [[NAME, …], …]}     of those that it knows
+
+`tied` are the names that it declares to be one weight.
 
 torch's meta device allocates no weights. The architecture is one of transformers' own classes, so nothing
 that comes with the checkpoint is imported, and the hub is told to be offline. A config is a stranger's all
@@ -35,7 +37,9 @@ def main() -> None:
     answer = os.dup(1)
     os.dup2(2, 1)  # what a library prints is no part of the answer
     with os.fdopen(answer, "w") as file:
-        json.dump(_kinds(_build(request["config"]), request["names"]), file)
+        model = _build(request["config"])
+        own = _own_names(model, request["names"])
+        json.dump({"kinds": _kinds(model, own), "tied": _tied(model, own)}, file)
 
 
 def _build(config: Mapping[str, Any]) -> Any:
@@ -64,19 +68,40 @@ def _inside(value: Any) -> Any:
     return _without_effects(value) if isinstance(value, dict) else value
 
 
-def _kinds(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Return the kind of each name that is the model's, under a base model's prefix or without one."""
-    kinds = {name: "buffer" for name, _ in model.named_buffers(remove_duplicate=False)}
-    kinds |= {name: "parameter" for name, _ in model.named_parameters(remove_duplicate=False)}
+def _own_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return the model's name of each that it knows, under a base model's prefix or without one."""
+    known = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    known |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
     rename, prefix = _renaming(model), f"{model.base_model_prefix}."
-    found = {}
+    own = {}
     for name in names:
         renamed = rename(name)
         for candidate in (name, renamed, prefix + renamed, renamed.removeprefix(prefix)):
-            if candidate in kinds:
-                found[name] = kinds[candidate]
+            if candidate in known:
+                own[name] = candidate
                 break
-    return found
+    return own
+
+
+def _kinds(model: Any, own: Mapping[str, str]) -> dict[str, str]:
+    """Return the kind of each name."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: "parameter" if kept in parameters else "buffer" for name, kept in own.items()}
+
+
+def _tied(model: Any, own: Mapping[str, str]) -> list[list[str]]:
+    """Return the names, in groups, that the model declares to be one weight.
+
+    What is tied to one that is not stored is tied to each other.
+    """
+    declared: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    groups: dict[str, list[str]] = {}
+    for name, kept in own.items():
+        seen = {kept}
+        while (kept := declared.get(kept, kept)) not in seen:
+            seen.add(kept)
+        groups.setdefault(kept, []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _renaming(model: Any) -> Callable[[str], str]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.plan.buffers import find_buffers
+from noisytune_cli.plan.evidence import Told, tell
 from noisytune_cli.plan.patterns import check_matched, match_names
 from noisytune_cli.plan.split import Division, check_splits, divide
 from noisytune_cli.plan.ties import find_ties
@@ -131,23 +131,25 @@ def make_plan(
     config: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
     stored_as_one: Iterable[Sequence[str]] = (),
-    buffers: Mapping[str, str] | None = None,
-    by_model: Collection[str] = (),
+    told: Told | None = None,
 ) -> Plan:
     """Decide for each of `tensors` whether it gets noise.
 
-    `buffers` are the names known to be buffers; without it their names and shapes tell them. `by_model` are
-    those of which a model told whether they are.
+    `told` says which are buffers; without it that is told from the tensors and the config alone.
     Ties by equal bytes are candidates: their names stand alone, marked `tied`, until `confirm_ties`.
     Raises UsageError for a bad λ or seed, for a pattern that is wrong or matches nothing, and for a split
     that does not fit a tensor.
     """
     check_noise(noise)
-    if buffers is None:
-        buffers = find_buffers(tensors, config=config)
-    ties = find_ties(tensors, config=config, metadata=metadata, stored_as_one=stored_as_one)
+    if told is None:
+        told = tell(tensors, config=config, decider="names")
+    ties = find_ties(
+        tensors, config=config, metadata=metadata, stored_as_one=stored_as_one, declared=told.pairs
+    )
     names = [*(tensor.name for tensor in tensors), *(name for tie in ties for name, _ in tie.dropped)]
-    matched = match_names(_patterns(noise), names, buffers)
+    # A kind holds no buffer, but what the values told it may have held before they were known.
+    buffers = [name for name in told.buffers if told.by.get(name) != "values"]
+    matched = match_with_paths(_patterns(noise), names, paths_of(tensors), buffers)
     check_matched(_patterns(noise), matched, names)
     filters = _filters(noise, matched)
     certain = [tie for tie in ties if tie.evidence != "equal-bytes"]
@@ -155,14 +157,14 @@ def make_plan(
     divisions: dict[str, Division] = {}
     if noise.granularity == "matrix":
         divisions = divide(tensors, noise.splits, matched[len(matched) - len(noise.splits) :], config)
-    wishes = _wishes(certain, filters, buffers, divisions)
+    wishes = _wishes(certain, filters, told.buffers, divisions)
     steps = []
     for tensor in tensors:
         name = tensor.name
-        wish = wishes.get(name) or filters.wish((name,), name, buffers, divisions)
+        wish = wishes.get(name) or filters.wish((name,), name, told.buffers, divisions)
         step = _decide(tensor, wish, noise, filters)
-        if tensor.name in by_model:
-            step = replace(step, told_by="model")
+        by = told.by.get(name, "names")
+        step = replace(step, told_by=by, doubt=_is_doubt(step, wish, name in told.doubts))
         if tensor.name in candidates and step.reason not in _SAFETY:
             step = replace(step, unsure=(*step.unsure, "tied"))
         steps.append(step)
@@ -179,19 +181,42 @@ def confirm_ties(plan: Plan, confirmed: Collection[Tie]) -> Plan:
     if len(certain) == len(plan.ties) and not confirmed:
         return plan
     names = [name for tie in plan.ties if tie.evidence == "equal-bytes" for name in tie.all_names]
-    filters = _filters(plan.noise, match_names(_patterns(plan.noise), names))
     settled = frozenset(names)
+    paths = paths_of(step.tensor for step in plan.steps if step.tensor.name in settled)
+    filters = _filters(plan.noise, match_with_paths(_patterns(plan.noise), names, paths))
     divisions = {step.tensor.name: Division(step.parts, step.undivided) for step in plan.steps}
-    # No known pair has a buffer in it.
-    wishes = _wishes(confirmed, filters, (), divisions)
+    buffers = {step.tensor.name for step in plan.steps if step.reason == "buffer"}
+    wishes = _wishes(confirmed, filters, buffers, divisions)
     steps = []
     for step in plan.steps:
         name = step.tensor.name
         if name in settled:
-            wish = wishes.get(name) or filters.wish((name,), name, (), divisions)
-            step = replace(_decide(step.tensor, wish, plan.noise, filters), told_by=step.told_by)
+            wish = wishes.get(name) or filters.wish((name,), name, buffers, divisions)
+            decided = _decide(step.tensor, wish, plan.noise, filters)
+            step = replace(decided, told_by=step.told_by, doubt=_is_doubt(decided, wish, step.doubt))
         steps.append(step)
     return Plan(plan.noise, tuple(steps), certain + tuple(tie for tie in confirmed if tie not in certain))
+
+
+def _is_doubt(step: Step, wish: _Wish, in_doubt: bool) -> bool:
+    """Say whether a tensor in doubt stays so: what the user names is none."""
+    return in_doubt and step.reason is None and not wish.included
+
+
+def paths_of(tensors: Iterable[TensorSpec]) -> dict[str, str]:
+    """Return the names of tensors whose path says more, by path: a pattern may match either."""
+    return {tensor.path: tensor.name for tensor in tensors if tensor.path}
+
+
+def match_with_paths(
+    patterns: Sequence[str], names: Sequence[str], paths: Mapping[str, str], buffers: Collection[str] = ()
+) -> list[frozenset[str]]:
+    """Return the names that each pattern matches, by themselves or by their paths."""
+    matched = match_names(patterns, names, buffers)
+    if paths:
+        by_path = match_names(patterns, list(paths), {p for p, name in paths.items() if name in buffers})
+        matched = [own | {paths[p] for p in found} for own, found in zip(matched, by_path, strict=True)]
+    return matched
 
 
 def _wishes(

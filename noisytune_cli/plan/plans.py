@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.manifest.write import check_recordable
-from noisytune_cli.plan.buffers_by_model import Told
+from noisytune_cli.plan.evidence import Told
 from noisytune_cli.plan.plan import check_noise, check_not_empty, convert, make_plan
-from noisytune_cli.plan.settle import settle_ties
+from noisytune_cli.plan.settle import look_at_values, settle_ties
 from noisytune_cli.records import Combination, Conversion, NoiseSpec, Plan
 
 
@@ -32,29 +32,37 @@ def make_plans(
     for spec in specs:
         check_noise(spec)
         if spec.lam not in by_lam:
-            plan = make_plan(
-                source.tensors,
-                spec,
-                config=source.config,
-                metadata=source.metadata,
-                stored_as_one=source.stored_as_one,
-                buffers=told.buffers,
-                by_model=told.by_model,
-            )
+            plan = _make(source, spec, told)
             check_not_empty(plan, path=source.path)
             check_recordable(plan, path=source.path)
             by_lam[spec.lam] = plan if conversion is None else convert(plan, conversion)
     return _spread(by_lam, specs)
 
 
-def settle_plans(plans: Sequence[Plan], source: Checkpoint, conversion: Conversion | None) -> list[Plan]:
-    """Return the plans of `make_plans` with their ties settled, which takes reading them."""
-    by_lam = {plan.noise.lam: plan for plan in plans}
-    settled = settle_ties(list(by_lam.values()), {file.name: file for file in source.sources})
-    for lam, plan in zip(list(by_lam), settled, strict=True):
+def settle_plans(
+    plans: Sequence[Plan], source: Checkpoint, told: Told, conversion: Conversion | None
+) -> list[Plan]:
+    """Return the plans of `make_plans` with all settled that takes reading: what was computed, and ties."""
+    specs = {plan.noise.lam: plan.noise for plan in plans}
+    files = {file.name: file for file in source.sources}
+    told = look_at_values(plans[0], told, files)
+    settled = settle_ties([_make(source, spec, told) for spec in specs.values()], files)
+    by_lam = {}
+    for lam, plan in zip(specs, settled, strict=True):
         check_not_empty(plan, path=source.path)
         by_lam[lam] = plan if conversion is None else convert(plan, conversion)
     return _spread(by_lam, [plan.noise for plan in plans])
+
+
+def _make(source: Checkpoint, noise: NoiseSpec, told: Told) -> Plan:
+    return make_plan(
+        source.tensors,
+        noise,
+        config=source.config,
+        metadata=source.metadata,
+        stored_as_one=source.stored_as_one,
+        told=told,
+    )
 
 
 def _spread(by_lam: Mapping[float, Plan], specs: Sequence[NoiseSpec]) -> list[Plan]:

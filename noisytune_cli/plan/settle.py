@@ -1,22 +1,123 @@
-"""Settle what a plan left open about ties: are the bytes of a known pair equal?
+"""Settle what a plan left open: were the values computed, and are the bytes of a known pair equal?
 
+A few values of each tensor are looked at, and nearly always that is all; what was computed is then read to be
+sure of it, and is copied, so that no weight is read twice for this.
 The names of a candidate are read side by side, tile by tile, and a name drops out as soon as no other agrees
 with it so far. So an output layer that is not tied costs one tile, and only a real tie is read to its end.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
 from noisytune_cli.checkpoint.formats import Source
+from noisytune_cli.dtypes import FLOAT_DTYPES
+from noisytune_cli.plan import computed
+from noisytune_cli.plan.evidence import Told, ask_model, with_values
 from noisytune_cli.plan.plan import confirm_ties
+from noisytune_cli.plan.structure import split_name
 from noisytune_cli.plan.ties import split_tie
 from noisytune_cli.records import Plan, TensorSpec, Tie
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 _TILE_BYTES = 1 << 20
+
+#: Bytes by which tensors of one shape are compared, and how many of one shape are: a layer's weights are as
+#: many as there are layers or experts, and nobody ties these.
+_FIRST_BYTES, _OF_ONE_SHAPE = 64, 16
+
+
+def look_at_values(
+    plan: Plan, told: Told, sources: Mapping[str, Source], names: Collection[str] | None = None
+) -> Told:
+    """Return what is told once the values of what would be perturbed were looked at (of `names`, if given).
+
+    Of a mean and its spread both are looked at, whichever is named.
+    """
+    tensors = [step.tensor for step in plan.steps]
+    if names is not None:
+        pairs = [pair.names for pair in told.unsure if not set(pair.names).isdisjoint(names)]
+        wanted = {*names, *itertools.chain(*pairs)}
+        plan = replace(plan, steps=tuple(step for step in plan.steps if step.tensor.name in wanted))
+
+    def values_of(tensor: TensorSpec) -> computed.Values:
+        from noisytune_cli.noise.stream import values
+
+        size = FLOAT_DTYPES[tensor.dtype]
+
+        def read(first: int, count: int) -> NDArray[Any]:
+            room = memoryview(bytearray(count * size))
+            return values(sources[tensor.file].read(tensor, first * size, room), tensor.dtype)
+
+        return read
+
+    found, settled = find_computed(plan, told, values_of)
+    if told.ask_model and (found or _is_tie_likely(plan, sources)):
+        told = ask_model(told, tensors)
+    return with_values(told, found, settled)
+
+
+def find_computed(
+    plan: Plan, told: Told, values_of: Callable[[TensorSpec], computed.Values]
+) -> tuple[dict[str, str], set[str]]:
+    """Return the names whose values were computed, each with what shows it, and those left no doubt of.
+
+    What the user includes is a parameter, whatever its values.
+    """
+    open_steps = {
+        step.tensor.name: step
+        for step in ([] if plan.noise.include else plan.steps)
+        if step.action == "perturb" and not told.tells(step.tensor.name)
+    }
+    found: dict[str, str] = {}
+    for name, step in open_steps.items():
+        last = split_name(name)[1]
+        # A letter is what weights have in formulas.
+        plain = len(last) == 1 or computed.PLAIN.fullmatch(last) is not None
+        if plain and last != "weight":
+            continue
+        if why := computed.look(step.tensor, values_of(step.tensor), plain=plain):
+            found[name] = why
+    for pair in told.unsure:
+        if open_steps.keys() >= set(pair.names):
+            high = open_steps[pair.high].tensor
+            low = None if pair.low is None else values_of(open_steps[pair.low].tensor)
+            if computed.is_above(values_of(high), low, high.elements):
+                why = "a mean and its spread" if low is None else "the least and the most of something"
+                found |= dict.fromkeys(pair.names, f"{why}, nowhere out of order")
+    # What is constant is copied, whatever it is.
+    doubts = [open_steps[name].tensor for name in told.doubts if name in open_steps and name not in found]
+    flat = [t for t in doubts if computed.is_constant(values_of(t), t.elements)]
+    return found, {tensor.name for tensor in flat} if plan.noise.scope == "matrix" else set()
+
+
+def _is_tie_likely(plan: Plan, sources: Mapping[str, Source]) -> bool:
+    """Say whether two tensors of one shape begin with the same bytes, and are no known pair."""
+    tied = {name for tie in plan.ties for name in tie.names}
+    alike: dict[tuple[str, tuple[int, ...]], list[TensorSpec]] = {}
+    for step in plan.steps:
+        if step.action == "perturb" and step.tensor.name not in tied:
+            alike.setdefault((step.tensor.dtype, step.tensor.shape), []).append(step.tensor)
+    for tensors in alike.values():
+        if not 2 <= len(tensors) <= _OF_ONE_SHAPE:
+            continue
+        seen = set()
+        for tensor in tensors:
+            size = FLOAT_DTYPES[tensor.dtype]
+            room = memoryview(bytearray(min(_FIRST_BYTES, tensor.nbytes)))
+            begins = bytes(sources[tensor.file].read(tensor, 0, room))
+            if begins in seen and begins != begins[:size] * (len(begins) // size):
+                return True
+            seen.add(begins)
+    return False
 
 
 def settle_ties(plans: Sequence[Plan], sources: Mapping[str, Source]) -> list[Plan]:

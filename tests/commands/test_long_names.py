@@ -11,7 +11,7 @@ import pytest
 from noisytune_cli.checkpoint.config import Hyperparameters
 from noisytune_cli.checkpoint.formats.torch.state_dict import find_weights
 from noisytune_cli.plan.buffers import find_buffers
-from noisytune_cli.plan.buffers_by_model import tell_buffers
+from noisytune_cli.plan.evidence import tell
 from noisytune_cli.plan.families import known_parts
 from noisytune_cli.plan.patterns import KINDS, match_names
 from noisytune_cli.plan.ties import find_ties, stream_of
@@ -40,7 +40,7 @@ def test_a_long_name_is_looked_at_once(unit: str) -> None:
         match_names([kind], names)
     frozen = [names[2]] if unit == "body." else []
     assert list(find_buffers(tensors, config={"model_type": unit})) == frozen
-    assert list(tell_buffers(tensors, decider="auto").buffers) == frozen
+    assert list(tell(tensors, decider="auto").buffers) == frozen
     assert find_ties(tensors) == ()
     assert stream_of(names) in names
     by_name = {tensor.name: tensor for tensor in tensors}

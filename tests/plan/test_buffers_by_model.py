@@ -16,7 +16,8 @@ from noisytune_cli.commands.perturb import Request, plan_perturb
 from noisytune_cli.errors import UsageError
 from noisytune_cli.plan import buffers_by_model as parameters
 from noisytune_cli.plan import meta_model
-from noisytune_cli.plan.buffers_by_model import REGISTERED, tell_buffers
+from noisytune_cli.plan.buffers_by_model import Answer
+from noisytune_cli.plan.evidence import REGISTERED, Told, tell
 from noisytune_cli.records import NoiseSpec, TensorSpec
 
 CONFIG: dict[str, Any] = {"architectures": ["BertModel"], "model_type": "bert", "num_hidden_layers": 2}
@@ -53,44 +54,48 @@ def answering(monkeypatch: pytest.MonkeyPatch, answer: Mapping[str, str] | str) 
 
     def run(request: Any) -> Any:
         asked.append(request)
-        return answer
+        return answer if isinstance(answer, str) else Answer(answer)
 
     monkeypatch.setattr(parameters, "_run", run)
     return asked
 
 
+def by_model(told: Told) -> set[str]:
+    return {name for name, by in told.by.items() if by == "model"}
+
+
 def test_names_without_a_doubt_ask_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = answering(monkeypatch, {})
     plain = specs("layer.weight", "layer.bias", "mlp.experts.gate_up_proj", "mixer.A_log", "rope.inv_freq")
-    told = tell_buffers(plain, config=CONFIG)
+    told = tell(plain, config=CONFIG)
     assert asked == []
     assert list(told.buffers) == ["rope.inv_freq"]
-    assert told.by_model == frozenset()
+    assert by_model(told) == set()
 
 
 def test_a_doubt_is_put_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = answering(
         monkeypatch, {"x.table": "buffer", "rope.inv_freq": "parameter", "x.weight": "parameter"}
     )
-    told = tell_buffers(specs("x.table", "rope.inv_freq", "x.weight", "y.weight"), config=CONFIG)
+    told = tell(specs("x.table", "rope.inv_freq", "x.weight", "y.weight"), config=CONFIG)
     assert asked == [{"config": CONFIG, "names": ["x.table", "rope.inv_freq", "x.weight", "y.weight"]}]
     assert told.buffers == {"x.table": REGISTERED}
-    assert told.by_model == {"x.table", "rope.inv_freq", "x.weight"}
-    assert told.warnings == ()
+    assert by_model(told) == {"x.table", "rope.inv_freq", "x.weight"}
+    assert told.doubts == frozenset()
 
 
 def test_a_batch_norm_that_counts_nothing_is_a_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = answering(monkeypatch, {})
     frozen = specs("bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
-    tell_buffers([*frozen, *specs("bn.num_batches_tracked", dtype="I64")], config=CONFIG)
+    tell([*frozen, *specs("bn.num_batches_tracked", dtype="I64")], config=CONFIG)
     assert asked == []
-    tell_buffers(frozen, config=CONFIG)
+    tell(frozen, config=CONFIG)
     assert len(asked) == 1
 
 
 def test_what_the_model_does_not_know_the_names_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     answering(monkeypatch, {"x.table": "parameter"})
-    told = tell_buffers(specs("x.table", "h.rope.inv_freq"), config=CONFIG)
+    told = tell(specs("x.table", "h.rope.inv_freq"), config=CONFIG)
     assert list(told.buffers) == ["h.rope.inv_freq"]
 
 
@@ -114,26 +119,14 @@ def test_a_config_that_no_model_is_built_from(
     asked = answering(monkeypatch, {})
     tensors = specs("x.table")
     with pytest.raises(UsageError, match=why):
-        tell_buffers(tensors, config=config, decider="model")
-    told = tell_buffers(tensors, config=config)
-    assert told.buffers == {}
-    assert [why in warning for warning in told.warnings] == ([True] if config.get("architectures") else [])
-    assert tell_buffers(tensors, config=config, decider="names").warnings == ()
+        tell(tensors, config=config, decider="model")
+    assert tell(tensors, config=config).buffers == {}
     assert asked == []
-
-
-def test_a_warning_names_what_is_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
-    answering(monkeypatch, "no reason")
-    tensors = specs(*(f"x.{i}.table\x1b" for i in range(5)))
-    (warning,) = tell_buffers(tensors, config=CONFIG).warnings
-    assert warning.startswith(
-        "x.0.table\\x1b, x.1.table\\x1b, x.2.table\\x1b and 2 more: taken for parameters"
-    )
 
 
 def test_an_unknown_decider() -> None:
     with pytest.raises(UsageError, match="auto, names, model"):
-        tell_buffers(specs("w"), decider="oracle")
+        tell(specs("w"), decider="oracle")
 
 
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,26 +135,28 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
         parameters.importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name)
     )
     with pytest.raises(UsageError, match=r"pip install '\.\[transformers\]' in a clone"):
-        tell_buffers(specs("w"), config=CONFIG, decider="model")
+        tell(specs("w"), config=CONFIG, decider="model")
 
 
-@pytest.mark.parametrize("script", ["raise SystemExit(1)", "print('no JSON')", "import time; time.sleep(60)"])
+@pytest.mark.parametrize(
+    "script", ["raise SystemExit(1)", "print('no JSON')", "print('{}')", "import time; time.sleep(60)"]
+)
 def test_a_process_that_gives_no_answer(script: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "stand_in.py").write_text(script)
     monkeypatch.setattr(meta_model, "__file__", os.fspath(tmp_path / "stand_in.py"))
     monkeypatch.setattr(parameters, "_SECONDS", 1)
     with pytest.raises(UsageError, match="cannot build its architecture"):
-        tell_buffers(specs("w"), config=CONFIG, decider="model")
+        tell(specs("w"), config=CONFIG, decider="model")
 
 
 def test_the_current_folder_has_no_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "json.py").write_text("open('ran', 'w')")
     (tmp_path / "stand_in.py").write_text(
-        "import json, sys; print(json.dumps({'w': 'buffer', 'other': 'x'}))"
+        "import json; print(json.dumps({'kinds': {'w': 'buffer', 'other': 'x'}, 'tied': []}))"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(meta_model, "__file__", os.fspath(tmp_path / "stand_in.py"))
-    assert tell_buffers(specs("w"), config=CONFIG, decider="model").by_model == {"w"}
+    assert by_model(tell(specs("w"), config=CONFIG, decider="model")) == {"w"}
     assert not (tmp_path / "ran").exists()
 
 
@@ -172,8 +167,8 @@ def test_a_model_of_transformers_knows_its_frozen_batch_norms() -> None:
     norm = "backbone.conv_encoder.model.embedder.embedder.normalization"
     names = [f"{norm}.weight", f"{norm}.running_mean", "query_position_embeddings.weight", "no.such"]
     expected = {names[0]: "buffer", names[1]: "buffer", names[2]: "parameter"}
-    assert meta_model._kinds(model, names) == expected
-    prefixed = meta_model._kinds(model, [f"model.{name}" for name in names])
+    assert meta_model._kinds(model, meta_model._own_names(model, names)) == expected
+    prefixed = meta_model._kinds(model, meta_model._own_names(model, [f"model.{name}" for name in names]))
     assert prefixed == {f"model.{name}": kind for name, kind in expected.items()}
 
 

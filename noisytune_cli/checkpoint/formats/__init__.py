@@ -20,7 +20,7 @@ from noisytune_cli.checkpoint.formats._signatures import HEAD
 from noisytune_cli.checkpoint.layout import METADATA
 from noisytune_cli.errors import unreadable
 from noisytune_cli.reading import Reach, open_regular
-from noisytune_cli.records import TensorSpec
+from noisytune_cli.records import Declared, TensorSpec
 
 
 class Source(Protocol):
@@ -40,6 +40,8 @@ class Source(Protocol):
     warnings: tuple[str, ...]
     #: What the file holds beside the model's tensors (an optimizer's state), by name.
     beside: tuple[str, ...]
+    #: What the file itself says of them.
+    declared: Declared
 
     @property
     def files(self) -> tuple[str, ...]:

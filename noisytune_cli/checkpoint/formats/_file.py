@@ -21,6 +21,7 @@ from typing import TypeVar
 from noisytune_cli.checkpoint.formats import _system as system
 from noisytune_cli.errors import Mismatch, NoisytuneError, ResourceExhausted, unreadable, unwritable
 from noisytune_cli.reading import Reach, changed, fingerprint, open_regular
+from noisytune_cli.records import Declared
 
 _WRITEBACK_BYTES = 64 << 20
 
@@ -43,6 +44,8 @@ class InputFile:
         self._mapped: memoryview | None = None
         #: What the file holds beside the model's tensors, by name.
         self.beside: tuple[str, ...] = ()
+        #: What it says of its tensors.
+        self.declared = Declared()
 
     @property
     def files(self) -> tuple[str, ...]:

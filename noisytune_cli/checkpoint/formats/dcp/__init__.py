@@ -31,7 +31,7 @@ from noisytune_cli.checkpoint.formats.dcp.metadata import Chunk, ChunkedTensor, 
 from noisytune_cli.checkpoint.formats.dcp.rectangles import Rectangle, check_tiles, move_run
 from noisytune_cli.checkpoint.formats.torch.globals import DType
 from noisytune_cli.checkpoint.formats.torch.pickle import MAX_BYTES, MAX_OPCODES
-from noisytune_cli.checkpoint.formats.torch.state_dict import find_weights, rest_of
+from noisytune_cli.checkpoint.formats.torch.state_dict import declared_by, find_weights, rest_of
 from noisytune_cli.checkpoint.formats.torch.storages import StoredSink
 from noisytune_cli.checkpoint.formats.torch.values import PickleFault
 from noisytune_cli.checkpoint.layout import CHUNKS_SUFFIX
@@ -60,7 +60,8 @@ class DcpSource:
             self._content = bytearray(metadata.size)
             metadata.read_into(0, memoryview(self._content))
             saved = read_metadata(bytes(self._content), MAX_OPCODES * times)
-            weights = dict(find_weights(saved.root, ChunkedTensor))
+            found = find_weights(saved.root, ChunkedTensor)
+            weights = {weight.name: weight.tensor for weight in found}
             for name, tensor in weights.items():
                 _check_chunks(name, tensor)
         except PickleFault as fault:
@@ -82,12 +83,14 @@ class DcpSource:
         self.size = sum(file.size for file in self._inputs)
         pieces = {spec.name: (part, spec) for part in self._parts for spec in part.tensors}
         self._rectangles = {name: _rectangles(name, t, pieces) for name, t in weights.items()}
+        paths = {weight.name: weight.path for weight in found}
         self.tensors = tuple(
-            TensorSpec(name, t.dtype.name, t.shape, self.name, self._offset(name), _nbytes(t))
+            TensorSpec(name, t.dtype.name, t.shape, self.name, self._offset(name), _nbytes(t), paths[name])
             for name, t in weights.items()
         )
         self.metadata: Mapping[str, str] = {}
         self.beside = rest_of(saved.root, weights.values())
+        self.declared = declared_by(saved.root, found)
         self.ties: tuple[tuple[str, ...], ...] = ()
         self.warnings: tuple[str, ...] = () if self.tensors else (f"{self.name} names no tensors of a model",)
         self._opened = opened.pop_all()

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from noisytune_cli.checkpoint.formats.torch.values import NoStateDict, PickleFault
+from noisytune_cli.records import Declared
 
 _Leaf = TypeVar("_Leaf")
 
@@ -44,6 +45,9 @@ _FLAT_TRAINING = re.compile(r"(chained_\d+\.)?optim(izer)?\.(state|param_groups)
 #: Of what lies beside the weights, how much is named.
 _MAX_REST, _LONGEST_SHOWN = 1000, 60
 
+#: A longer path is not kept beside the name.
+_LONGEST_PATH = 1000
+
 _NOT_A_STATE_DICT = "Save the model's state dict: torch.save(model.state_dict(), FILE)"
 
 
@@ -60,8 +64,18 @@ class _Found(Generic[_Leaf]):
         return ".".join((*self.path, self.key))
 
 
-def find_weights(root: object, leaf: type[_Leaf]) -> list[tuple[str, _Leaf]]:
-    """Return name and tensor of every weight in what was unpickled, in its order; raises PickleFault.
+@dataclass(frozen=True)
+class Weight(Generic[_Leaf]):
+    """A weight: its name, the dictionaries that it is in, and its path where these say more than the name."""
+
+    name: str
+    containers: tuple[str, ...]
+    path: str
+    tensor: _Leaf
+
+
+def find_weights(root: object, leaf: type[_Leaf]) -> list[Weight[_Leaf]]:
+    """Return every weight in what was unpickled, in its order; raises PickleFault.
 
     `leaf` is what tensors are there.
     """
@@ -85,7 +99,44 @@ def find_weights(root: object, leaf: type[_Leaf]) -> list[tuple[str, _Leaf]]:
         raise PickleFault(f"two of its tensors have the name {twice[0]}")
     for name in names:
         _check_name(name)
-    return [(name, item.tensor) for name, item in zip(names, found, strict=True)]
+    return [
+        Weight(name, item.path, _telling(item), item.tensor) for name, item in zip(names, found, strict=True)
+    ]
+
+
+def _telling(found: _Found[_Leaf]) -> str:
+    """Return the path of a weight without the containers that merely say that a model is in them."""
+    said = [part for part in found.path if "ema" in part or not _MODELS.fullmatch(part)]
+    return ".".join((*said, found.key))[:_LONGEST_PATH] if said else ""
+
+
+def is_loss(name: str) -> bool:
+    """Say whether a dictionary or module is called a loss; what such a one remembers is no weight."""
+    return any(word.endswith(("loss", "losses", "criterion", "criterions")) for word in name.split("_"))
+
+
+def declared_by(root: object, weights: Sequence[Weight[_Leaf]]) -> Declared:
+    """Return what a training checkpoint says of its weights: DeepSpeed's lists, and who wrote it.
+
+    What lies in a dictionary of a loss's own is its state, as DINO's centre is.
+    """
+    assert type(root) is dict  # or `find_weights` had refused it
+    names = {weight.name for weight in weights}
+
+    def known(value: object) -> frozenset[str]:
+        items: Iterable[object] = value if isinstance(value, list | tuple | dict) else ()
+        return frozenset(item for item in items if type(item) is str and item in names)
+
+    shapes, shared = root.get("param_shapes"), root.get("shared_params")
+    groups = [*(shapes if type(shapes) is list else [shapes]), root.get("frozen_param_shapes")]
+    pairs = shared.items() if type(shared) is dict else shared if type(shared) is list else ()
+    return Declared(
+        buffers=known(root.get("buffer_names"))
+        | {weight.name for weight in weights if any(map(is_loss, weight.containers))},
+        parameters=frozenset().union(*map(known, groups)),
+        pairs=tuple((a, b) for pair in pairs if len(known(pair)) == 2 for a, b in [pair]),
+        lightning="pytorch-lightning_version" in root,
+    )
 
 
 def rest_of(root: object, weights: Iterable[object]) -> tuple[str, ...]:

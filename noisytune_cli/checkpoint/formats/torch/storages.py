@@ -53,6 +53,8 @@ class StoredSource(InputFile, ABC):
         """Take over `fd`; where this raises, an OSError included, the caller closes it."""
         super().__init__(fd, path, name)
         self.metadata: Mapping[str, str] = {}
+        #: The paths through the file's containers that say more than the names.
+        self.paths: Mapping[str, str] = {}
         tensor: str | None = None
         try:
             archive, weights = self._find()
@@ -78,6 +80,7 @@ class StoredSource(InputFile, ABC):
                 file=name,
                 offset=archive.starts[stored.key] + stored.start,
                 nbytes=stored.nbytes,
+                path=self.paths.get(key, ""),
             )
             for key, stored in weights
         )

@@ -1,0 +1,343 @@
+"""What is computed is not learned: values that a formula gives, which no training would leave so.
+
+A mask has zeros and one other value. A table of sinusoids, a progression of frequencies or timesteps obeys
+x[n+1] + x[n-1] = c · x[n] along its positions, whatever its base, phase or layout; a schedule of noise levels
+is monotone and smooth to its last element; a window and a filter read the same backwards; what was
+normalised has rows or columns of length one. Values that an optimizer moved do none of this: so a look at
+a few values rejects nearly every tensor, and of a table some rows at its beginning, middle and end will do.
+
+Of names that only weights have (`weight`, `bias`, `q_proj`…) `weight` alone is asked, and for tables of
+sinusoids alone, as embeddings may hold them; a norm at its initial values is no mask.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from noisytune_cli.dtypes import FLOAT_DTYPES
+from noisytune_cli.records import TensorSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+#: Gives `count` values from element `first` as float64.
+Values = Callable[[int, int], "NDArray[Any]"]
+
+#: Half the distance of neighbouring values near 1.
+_ROUNDING = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
+
+#: Positions and frequencies are multiplied in float32 before they are stored.
+_ANGLE = 2.0**-23
+
+#: The fewest values, or rows of a table, that can show a formula; and what no formula gives.
+_FEWEST, _LARGEST_VALUE = 8, 1e30
+
+#: How many values are looked at first, and in one piece after that.
+_FIRST, _AT_ONCE = 64, 1 << 18
+
+#: The most of a vector that is looked at, and of what has to be looked at whole.
+_LONGEST, _LARGEST = 1 << 20, 1 << 26
+
+#: The longest column that is looked at value by value.
+_TALLEST = 1024
+
+#: Rows of a table that are looked at in one place.
+_ROWS = 48
+
+#: How many roundings a computed value may be off, in sums of three.
+_SLACK = 3
+
+_MASK = "zeros and one other value: a mask"
+_WAVE = "a table of sinusoids, or a progression"
+_SCHEDULE = "a schedule: monotone and smooth"
+_EVEN = "a window or a filter, the same backwards"
+_UNIT = "its rows or columns have length one"
+
+
+def look(tensor: TensorSpec, values: Values, *, plain: bool) -> str | None:
+    """Return what of a tensor's values says that they were computed, or None; `plain` names are weights'."""
+    shape = tuple(n for n in tensor.shape if n != 1)
+    count = tensor.elements
+    if tensor.dtype not in FLOAT_DTYPES or count < _FEWEST or (plain and len(shape) < 2):
+        return None
+    import numpy as np
+
+    with np.errstate(all="ignore"):  # what overflows compares as unlike
+        return _look(shape, count, values, _ROUNDING[tensor.dtype], plain=plain)
+
+
+def _look(shape: tuple[int, ...], count: int, values: Values, rounding: float, *, plain: bool) -> str | None:
+    """Return what says that `count` values of a shape without ones were computed."""
+    import numpy as np
+
+    first = values(0, min(_FIRST, count))
+    if not np.isfinite(first).all():
+        return None
+    if plain:
+        # The sines and cosines of position 0, or a row of padding.
+        start = np.abs(first[: shape[-1]])
+        starts = np.minimum(start, np.abs(start - 1)) <= 1e-6
+        return _WAVE if starts.all() and _is_wave(shape, values, rounding) else None
+    if len(set(np.abs(first).tolist()) - {0.0}) <= 1 and _is_mask(count, values):
+        return _MASK
+    if np.abs(first).max() > _LARGEST_VALUE:
+        return None
+    if len(shape) == 1:
+        return _look_at_vector(values(0, count), rounding) if count <= _LONGEST else None
+    if _is_wave(shape, values, rounding):
+        return _WAVE
+    if _is_even(shape, values, rounding):
+        return _EVEN
+    return _UNIT if _has_unit_vectors(shape, values, rounding) else None
+
+
+def is_above(high: Values, low: Values | None, count: int) -> bool:
+    """Say whether no value of `high` is below that of `low`, or below zero; they are not all zero."""
+    import numpy as np
+
+    some = False
+    for at in range(0, count, _AT_ONCE):
+        n = min(_AT_ONCE, count - at)
+        difference = high(at, n) if low is None else high(at, n) - low(at, n)
+        if not (difference >= 0).all():
+            return False
+        some |= bool(np.any(difference))
+    return some
+
+
+def is_constant(values: Values, count: int) -> bool:
+    """Say whether all values are equal."""
+    first = values(0, 1)
+    return all(
+        bool((values(at, min(_AT_ONCE, count - at)) == first).all()) for at in range(0, count, _AT_ONCE)
+    )
+
+
+def _is_mask(count: int, values: Values) -> bool:
+    """Say whether there are zeros and one other value, or that with either sign; each more than once."""
+    if count > _LARGEST:
+        return False
+    seen: dict[float, int] = {}
+    for at in range(0, count, _AT_ONCE):
+        rest = values(at, min(_AT_ONCE, count - at))
+        while len(rest):
+            value = float(rest[0])
+            others = rest[rest != value]
+            seen[value] = seen.get(value, 0) + len(rest) - len(others)
+            if len(others) == len(rest) or len({abs(known) for known in seen} - {0.0}) > 1:
+                return False  # a NaN is no value, and a second one no mask's
+            rest = others
+    return len(seen) > 1 and min(seen.values()) > 1
+
+
+def _look_at_vector(x: NDArray[Any], rounding: float) -> str | None:
+    import numpy as np
+
+    if not np.isfinite(x).all():
+        return None
+    if len(x) < _FEWEST or np.ptp(x) == 0:
+        return None
+    if _obeys(x[:, None], rounding):
+        return _WAVE
+    if _is_schedule(x, rounding):
+        return _SCHEDULE
+    if _reads_backwards(x[None], rounding):
+        return _EVEN
+    # In half precision one length near 1 is chance.
+    return _UNIT if rounding < 1e-6 and abs(math.fsum(x * x) - 1) < 1e-5 else None
+
+
+def _is_wave(shape: tuple[int, ...], values: Values, rounding: float) -> bool:
+    """Say whether [n, …] obeys the recurrence from row to row, or [n] · … along its last dimension."""
+    rows, width = shape[0], math.prod(shape[1:])
+    # Padding may have put zeros in the place of one of the first rows.
+    begin = 3 if rows >= 16 else 0
+    if width <= _AT_ONCE // _FEWEST and _may_obey(shape, values, rounding, begin):
+        most = max(_FEWEST, min(_ROWS, rows - begin, _AT_ONCE // width))
+        places = dict.fromkeys((begin, max(begin, (rows - most) // 2), rows - most))
+        if all(
+            _obeys(values(at * width, most * width).reshape(most, width), rounding, at + most)
+            for at in places
+        ):
+            return True
+    return _is_grid(shape, values, rounding) or _is_wave_along(shape, values, rounding)
+
+
+def _is_wave_along(shape: tuple[int, ...], values: Values, rounding: float) -> bool:
+    """Say whether each vector along the last dimension obeys the recurrence."""
+    length = shape[-1]
+    if not _FEWEST <= length <= _AT_ONCE:
+        return False
+    if _slack_of(values(0, min(length, _FIRST))[:, None], rounding, length) is None:
+        return False
+    others = math.prod(shape[:-1])
+    at_once = max(1, min(others, _ROWS, _AT_ONCE // length))
+    return all(
+        _obeys(values(at * length, at_once * length).reshape(at_once, length).T, rounding, length)
+        for at in dict.fromkeys((0, (others - at_once) // 2, others - at_once))
+    )
+
+
+def _is_grid(shape: tuple[int, ...], values: Values, rounding: float) -> bool:
+    """Say whether the rows are those of a square of positions, a class token's before them or not."""
+    rows, width = shape[0], math.prod(shape[1:])
+    for extra in (0, 1):
+        side = math.isqrt(rows - extra)
+        if side * side != rows - extra or side < _FEWEST or rows * width > 4 * _AT_ONCE:
+            continue
+        if not _may_obey(shape, values, rounding, extra):
+            continue
+        table = values(extra * width, (rows - extra) * width).reshape(side, side, width)
+        across, down = table.reshape(side, -1), table.transpose(1, 0, 2).reshape(side, -1)
+        if _obeys(across, rounding, side) and _obeys(down, rounding, side):
+            return True
+    return False
+
+
+def _may_obey(shape: tuple[int, ...], values: Values, rounding: float, begin: int) -> bool:
+    """Say whether a few rows from `begin` on obey the recurrence where they begin."""
+    import numpy as np
+
+    rows, width = shape[0], math.prod(shape[1:])
+    if rows < begin + _FEWEST:
+        return False
+    some = np.stack([values((begin + i) * width, min(width, _FIRST)) for i in range(_FEWEST)])
+    return _slack_of(some, rounding, begin + _FEWEST) is not None
+
+
+def _obeys(rows: NDArray[Any], rounding: float, positions: int = 0) -> bool:
+    """Say whether each column obeys the recurrence, and not because all are flat.
+
+    A column that moves too little to be told from its roundings proves nothing either way.
+    """
+    import numpy as np
+
+    slack = _slack_of(rows, rounding, positions)
+    if slack is None:
+        return False
+    moved = np.abs(np.diff(rows, axis=0)).max(0) > 8 * slack
+    return bool(moved.sum() >= min(2, rows.shape[1]))
+
+
+def _slack_of(rows: NDArray[Any], rounding: float, positions: int) -> NDArray[Any] | None:
+    """Return how much roundings may hide of each column, None where x[n+1] + x[n-1] is not c · x[n] in all.
+
+    c is 2 for an arithmetic progression, r + 1/r for a geometric one, 2 cos f for a sinusoid, whose angle is
+    rounded too, the more the larger its position.
+    """
+    import numpy as np
+
+    if len(rows) < _FEWEST or not np.isfinite(rows).all():
+        return None
+    middle, ends = rows[1:-1], rows[2:] + rows[:-2]
+    squares = (middle * middle).sum(0)
+    c = (middle * ends).sum(0) / np.where(squares > 0, squares, 1)
+    size = np.abs(rows[2:]) + np.abs(rows[:-2]) + np.abs(c * middle)
+    angle = _ANGLE * positions * np.abs(rows).max(0)
+    slack = _SLACK * (rounding * size + angle)
+    found: NDArray[Any] = slack.max(0)
+    return found if (np.abs(ends - c * middle) <= slack).all() else None
+
+
+def _is_schedule(x: NDArray[Any], rounding: float) -> bool:
+    """Say whether a vector is monotone and, but at its ends and a few kinks, smooth: third differences.
+
+    Training a few per cent of a step away from where it began is enough to end that.
+    """
+    import numpy as np
+
+    steps = np.diff(x)
+    if len(x) < 16 or not ((steps >= 0).all() or (steps <= 0).all()):
+        return False
+    size = np.abs(x)
+    slack = 4 * rounding * np.maximum(size[3:], size[:-3])
+    smooth = np.abs(np.diff(steps, 2)) <= 0.1 * np.abs(steps[1:-1]) + slack
+    # Where most values round to few, any order of them is smooth.
+    return bool(smooth.mean() >= 0.75) and len(np.unique(x)) >= max(8, len(x) // 32)
+
+
+def _is_even(shape: tuple[int, ...], values: Values, rounding: float) -> bool:
+    """Say whether each kernel, over the last one or two dimensions, reads the same backwards."""
+    import numpy as np
+
+    length = math.prod(shape[-2:]) if shape[-2] == shape[-1] else shape[-1]
+    others = math.prod(shape) // length
+    if not _FEWEST <= length <= _AT_ONCE:
+        return False
+    begin, end = values(0, _FEWEST), values(length - _FEWEST, _FEWEST)[::-1]
+    near = (1e-3 + 8 * rounding) * max(np.abs(begin).max(), np.abs(end).max())
+    if not any(
+        (np.abs(begin[skipped:] - sign * end[: _FEWEST - skipped]) <= near).all()
+        for skipped in (0, 1)
+        for sign in (1, -1)
+    ):
+        return False
+    at_once = max(1, min(others, _AT_ONCE // length))
+    return all(
+        _reads_backwards(values(at * length, at_once * length).reshape(at_once, length), rounding)
+        for at in dict.fromkeys((0, (others - at_once) // 2, others - at_once))
+    )
+
+
+def _reads_backwards(rows: NDArray[Any], rounding: float) -> bool:
+    """Say whether each row is the same backwards, or its negative; its first value may be left out.
+
+    Flat rows prove nothing, and most have to prove something.
+    """
+    import numpy as np
+
+    slack = 2 * _SLACK * rounding * np.abs(rows).max()
+    if rows.shape[1] < _FEWEST or not (np.ptp(rows, axis=1) > 32 * slack).mean() > 0.5:
+        return False
+    even = np.zeros(len(rows), bool)
+    for part in (rows, rows[:, 1:]):
+        for sign in (1, -1):
+            if part.shape[1] >= _FEWEST:
+                even |= (np.abs(part - sign * part[:, ::-1]) <= slack).all(1)
+    return bool(even.all())
+
+
+def _has_unit_vectors(shape: tuple[int, ...], values: Values, rounding: float) -> bool:
+    """Say whether all rows, or all columns, have length one: eight at least, of four values at least."""
+    import numpy as np
+
+    length = shape[-1]
+    others = math.prod(shape) // length
+    slack = 4 * rounding + 1e-5
+    if math.prod(shape) > _LARGEST:
+        return False
+
+    def are_unit(squares: NDArray[Any]) -> bool:
+        return bool((np.abs(squares - 1) <= slack).all())
+
+    at_once = max(1, _AT_ONCE // length)
+    may_be = others >= 8 and 4 <= length <= _AT_ONCE
+    may_be = may_be and (values(0, min(length, _FIRST)) ** 2).sum() <= 1 + slack
+    may_be = may_be and are_unit((values(0, length) ** 2).sum())
+    if may_be and all(
+        are_unit((values(at * length, n * length).reshape(n, length) ** 2).sum(1))
+        for at in range(0, others, at_once)
+        for n in [min(at_once, others - at)]
+    ):
+        return True
+    if len(shape) != 2 or length < 8 or not 4 <= others <= _TALLEST or length > _AT_ONCE:
+        return False
+    # One column first, value by value: nearly always its length is another.
+    if not are_unit(np.array(sum(float(values(at * length, 1)[0]) ** 2 for at in range(others)))):
+        return False
+    squares = np.zeros(length)
+    for at in range(0, others, at_once):
+        n = min(at_once, others - at)
+        squares += (values(at * length, n * length).reshape(n, length) ** 2).sum(0)
+    return are_unit(squares)
+
+
+#: The last part of names that only weights have.
+PLAIN = re.compile(
+    r"weight(_[gv]|_[ih]h_l\d+(_reverse)?)?|bias(_[kv]|_[ih]h_l\d+(_reverse)?)?|original[01]|gamma|beta"
+    r"|in_proj_(weight|bias)|\w*_proj(_bias)?|A_log|D|dt_bias|logit_scale|sinks|(cls|mask|dist)_token"
+    r"|class_embedding|relative_position_bias_table|lora_(A|B|embedding_[AB])|lambda_[12]"
+)

@@ -1,0 +1,110 @@
+"""What a checkpoint says of itself: the strongest evidence of what its tensors are.
+
+DeepSpeed lists buffers and parameters by name; a tree of Flax's is divided into collections, of which one
+alone is `params`; PyTorch Lightning keeps losses and metrics as modules of the model; and a copy that follows
+a weight as its average (EMA) is no weight itself: the optimizer never moves it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from noisytune_cli.checkpoint.formats.torch.state_dict import is_loss
+from noisytune_cli.plan.structure import Kind, split_name
+from noisytune_cli.records import Declared, TensorSpec
+
+#: The last word of a tree's collections beside `params`: what a Flax or Haiku module does not learn.
+_COLLECTIONS = frozenset(
+    ("stats", "statistics", "state", "states", "cache", "constants", "buffers", "intermediates")
+)
+
+_METRIC = re.compile(
+    r"((train|val|valid|validation|test)_)?(metrics?|acc|accuracy|auc|auroc|f1|precision|recall|confmat|iou"
+    r"|jaccard|dice|mse|rmse|mae|r2|psnr|ssim|fid|perplexity|bleu|rouge|wer|cer)(_?\d{1,4})?"
+)
+
+#: How what a loss learns is called: logarithms of variances, temperatures.
+_LEARNED = ("log", "raw", "temperature", "params")
+
+#: Modules above a weight and its copy that may differ: wrappers.
+_WRAPPERS = 3
+
+
+def look(tensors: Sequence[TensorSpec], declared: Declared) -> dict[str, tuple[Kind, str]]:
+    """Return the kind of each tensor that the checkpoint itself tells, and why."""
+    kinds: dict[str, tuple[Kind, str]] = {}
+    kinds |= dict.fromkeys(declared.parameters, ("parameter", "listed as a parameter"))
+    kinds |= dict.fromkeys(declared.buffers, ("buffer", "listed as a buffer, or a loss's state"))
+    kinds |= _collections(tensors)
+    kinds |= _averages(tensors)
+    if declared.lightning:
+        kinds |= _losses(tensors)
+    names = {tensor.name for tensor in tensors}
+    return {name: told for name, told in kinds.items() if name in names}
+
+
+def _collections(tensors: Sequence[TensorSpec]) -> dict[str, tuple[Kind, str]]:
+    """Return the kinds in a tree whose every tensor is in `params` or in another collection."""
+    collection = {tensor.name: re.split("[./]", tensor.name, maxsplit=1)[0] for tensor in tensors}
+    others = set(collection.values()) - {"params"}
+    if not others or len(others) == len(set(collection.values())):
+        return {}
+    if not all(other.rpartition("_")[2] in _COLLECTIONS for other in others):
+        return {}
+    return {
+        name: ("parameter", "in params") if which == "params" else ("buffer", f"in the collection {which}")
+        for name, which in collection.items()
+    }
+
+
+def _losses(tensors: Sequence[TensorSpec]) -> dict[str, tuple[Kind, str]]:
+    """Return the buffers of losses and metrics: class weights, centres and counts, which are vectors.
+
+    A network inside a loss (a discriminator) has matrices, and vectors with a bias beside them.
+    """
+    names = {tensor.name for tensor in tensors}
+    kinds: dict[str, tuple[Kind, str]] = {}
+    for tensor in tensors:
+        module, last = split_name(tensor.name)
+        parts = module.split(".")
+        if any(map(_METRIC.fullmatch, parts)):
+            kinds[tensor.name] = "buffer", "a metric's state"
+        elif is_class_weights(tensor, names) and not last.startswith(_LEARNED):
+            kinds[tensor.name] = "buffer", "a loss's class weights or state"
+    return kinds
+
+
+def is_class_weights(tensor: TensorSpec, names: set[str]) -> bool:
+    """Say whether a tensor has the place and the shape of a loss's class weights."""
+    module, last = split_name(tensor.name)
+    is_vector = sum(n != 1 for n in tensor.shape) <= 1
+    has_layer = last == "bias" or f"{module}bias" in names or f"{module}running_mean" in names
+    return is_vector and not has_layer and any(map(is_loss, module.split(".")))
+
+
+def _averages(tensors: Sequence[TensorSpec]) -> dict[str, tuple[Kind, str]]:
+    """Return the EMA copies: under a module or in a container called so, with a weight that they follow.
+
+    Some have their weight's name without its dots (LitEma), some under one wrapper more or less.
+    """
+    copies: list[tuple[TensorSpec, list[str]]] = []
+    weights: dict[str, set[tuple[int, ...]]] = {}
+    for tensor in tensors:
+        parts = tensor.shown.split(".")
+        at = next((i for i, part in enumerate(parts[: _WRAPPERS + 1]) if "ema" in part.split("_")), None)
+        if at is not None and at + 1 < len(parts):
+            copies.append((tensor, parts[at + 1 :]))
+        elif at is None:
+            for tail in _tails(parts[:-1]):
+                weights.setdefault(tail + parts[-1], set()).add(tensor.shape)
+    return {
+        tensor.name: ("buffer", "an EMA copy of a weight")
+        for tensor, parts in copies
+        if any(tensor.shape in weights.get(tail, ()) for tail in _tails(parts))
+    }
+
+
+def _tails(parts: Sequence[str]) -> list[str]:
+    """Return a name without dots, and without the modules that may be wrappers."""
+    return ["".join(parts[i:]) for i in range(min(_WRAPPERS, len(parts) - 1) + 1)]

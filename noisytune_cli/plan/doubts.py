@@ -1,0 +1,94 @@
+"""Doubts: names of the kinds that frameworks give to buffers, where nothing stronger tells.
+
+A mean, a queue, a centre or class weights are accumulated or given, seldom learned; a name alone proves
+nothing, so such a tensor is perturbed, and one warning says how to keep it. What values would show (masks of
+zeros and ones, frequencies, tables) raises no doubt: they were looked at. Nor do names that end in `weight`
+(`queue.weight`), which layers have, nor logarithms (`log_std`), which are learned.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+
+from noisytune_cli.errors import InputInvalid
+from noisytune_cli.escape import enumerate_some, escape
+from noisytune_cli.plan.declared import is_class_weights
+from noisytune_cli.plan.structure import split_name
+from noisytune_cli.records import Plan, Step, TensorSpec
+
+#: What a name's own last word says that it is.
+_LAST = re.compile(
+    r"queues?|cent(er|re|roid)s?|means?|stds?|stddev|vars?|variances?|ema|avg|average|stats|statistics|counts?"
+    r"|counter|buffers?|shadow|masks?"
+)
+_FIRST = re.compile(r"running|moving|ema|buffer")
+_WHOLE = re.compile(r"(pos|class|cls|ce|empty|label)_weights?|(memory|feature|key)_?bank")
+_LEARNED = frozenset(("log", "raw", "logit"))
+
+_SHOWN, _LONGEST = 6, 600
+
+#: A name's numbers, which one pattern covers.
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def is_doubtful(tensor: TensorSpec, names: set[str]) -> bool:
+    """Say whether a tensor's name is one that buffers have; `names` are all tensors'."""
+    last = split_name(tensor.shown)[1]
+    words = last.lower().split("_")
+    if not _LEARNED.isdisjoint(words):
+        return False
+    found = _LAST.fullmatch(words[-1]) or _FIRST.fullmatch(words[0]) or _WHOLE.fullmatch(last.lower())
+    return found is not None or is_class_weights(tensor, names)
+
+
+def warning_of(plan: Plan) -> tuple[str, ...]:
+    """Return the warning of what is perturbed though its name is a buffer's, none where there is no doubt."""
+    doubts = [step for step in plan.steps if step.doubt and step.action == "perturb"]
+    if not doubts:
+        return ()
+    count = "tensor" if len(doubts) == 1 else f"{len(doubts)} tensors"
+    return (
+        f"{_shown(doubts)}: perturbed, though the name of the {count} may be that of statistics or of a "
+        f"trainer's state, and nothing else tells; to keep {'it' if len(doubts) == 1 else 'them'}: "
+        f"{exclude_line(plan, doubts)}",
+    )
+
+
+def refuse_doubts(plan: Plan, path: str) -> None:
+    """Raise InputInvalid where a name leaves a doubt, which --strict asks for."""
+    doubts = [step for step in plan.steps if step.doubt and step.action == "perturb"]
+    if doubts:
+        raise InputInvalid(
+            "parameter or buffer: in doubt",
+            path=path,
+            why=f"{_shown(doubts)} may be statistics or a trainer's state by name, and nothing else tells",
+            next_step=f"Keep what is no parameter with {exclude_line(plan, doubts)}, or leave --strict out",
+        )
+
+
+def _shown(doubts: Sequence[Step]) -> str:
+    return enumerate_some([step.tensor.shown for step in doubts], _SHOWN)
+
+
+def exclude_line(plan: Plan, doubts: Iterable[Step]) -> str:
+    """Return the options that leave the doubtful tensors as they are, and nothing else that is perturbed."""
+    others = [s.tensor.name for s in plan.steps if s.action == "perturb" and not s.doubt]
+    patterns: dict[str, None] = {}
+    for step in doubts:
+        name = step.tensor.name
+        # What is not printed as it stands is any character.
+        exact = "".join(c if escape(c) == c else "?" for c in glob.escape(name))
+        wide = _NUMBER.sub("*", exact)
+        if wide not in patterns:
+            catches = re.compile(re.escape(wide).replace(r"\*", ".*").replace(r"\?", ".")).fullmatch
+            if wide != exact and any(map(catches, others)):
+                wide = exact
+        patterns[wide] = None
+    options = [f"--exclude {shlex.quote(pattern)}" for pattern in patterns]
+    while len(options) > 1 and sum(map(len, options)) > _LONGEST:
+        options = options[: len(options) // 2]
+    more = len(patterns) - len(options)
+    return " ".join(options) + (f" and {more} more, which --dry-run names" if more else "")

@@ -1,0 +1,484 @@
+"""What tells a buffer from a parameter: the checkpoint, a model, siblings, values, and at last the name."""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import Tensor, save
+from numpy.typing import NDArray
+from typer.testing import CliRunner, Result
+
+import noisytune_cli
+from noisytune_cli.cli.app import app
+from noisytune_cli.commands.inspect import inspect
+from noisytune_cli.commands.perturb import Perturbed, Request, perturb
+from noisytune_cli.commands.replay import replay
+from noisytune_cli.commands.verify import verify
+from noisytune_cli.errors import InputInvalid
+from noisytune_cli.records import Conversion, NoiseSpec
+
+Told = dict[str, tuple[str | None, str | None]]
+
+BY_CHECKPOINT, BY_STRUCTURE, BY_VALUES = (("buffer", by) for by in ("checkpoint", "structure", "values"))
+NOISE = (None, None)
+
+
+def noisytune(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def drawn(*shape: int, seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def told(done: Perturbed) -> Told:
+    """Reason and, of a buffer or a doubt, what told it, as the manifest says."""
+    document = json.loads(done.manifest_path.read_bytes())
+    return {t["name"]: (t.get("reason"), t.get("told_by")) for t in document["tensors"]}
+
+
+def noised(tmp_path: Path, tensors: Mapping[str, NDArray[Any]], **options: Any) -> Perturbed:
+    stored = {name: Tensor("F32", np.asarray(values, np.float32)) for name, values in tensors.items()}
+    source = save(tmp_path / "m.safetensors", stored)
+    return perturb(Request(str(source), NoiseSpec(), **options), str(tmp_path / "o.safetensors"))
+
+
+def pickled(tmp_path: Path, content: Any) -> Perturbed:
+    torch = pytest.importorskip("torch")
+    torch.save(content, tmp_path / "m.pt")
+    return perturb(Request(str(tmp_path / "m.pt"), NoiseSpec()), str(tmp_path / "o.pt"))
+
+
+def tensors(**shapes: tuple[int, ...]) -> dict[str, Any]:
+    torch = pytest.importorskip("torch")
+    return {name: torch.from_numpy(drawn(*shape, seed=i)) for i, (name, shape) in enumerate(shapes.items())}
+
+
+# The checkpoint itself.
+
+
+def test_deepspeed_lists_buffers_parameters_and_ties(tmp_path: Path) -> None:
+    module = tensors(**{"gate.usage": (9,), "pool.mean": (9,), "a.kernel": (9, 4), "b.weight": (3, 4)})
+    module["z.kernel"] = module["a.kernel"].clone()
+    done = pickled(
+        tmp_path,
+        {
+            "module": module,
+            "buffer_names": ["gate.usage"],
+            "param_shapes": [collections.OrderedDict({"pool.mean": (9,), "a.kernel": (9, 4)})],
+            "shared_params": {"z.kernel": "a.kernel"},
+            "ds_version": "0.16",
+        },
+    )
+    assert told(done) == {
+        "gate.usage": BY_CHECKPOINT,
+        "pool.mean": NOISE,
+        "a.kernel": NOISE,
+        "b.weight": NOISE,
+        "z.kernel": NOISE,
+    }
+    digest = {receipt.step.tensor.name: receipt.digest for receipt in done.manifest.receipts}
+    assert digest["z.kernel"] == digest["a.kernel"]
+    assert done.warnings == ()
+
+
+@pytest.mark.parametrize("wrong", ["gate.usage", 7, None, [["gate.usage"], 3, {}], {"x": 1}])
+def test_lists_of_another_kind_say_nothing(wrong: Any, tmp_path: Path) -> None:
+    content = {"module": tensors(**{"gate.usage": (9,)}), "param_shapes": wrong, "shared_params": wrong}
+    assert told(pickled(tmp_path, content | {"buffer_names": wrong})) == {"gate.usage": NOISE}
+
+
+@pytest.mark.parametrize("joint", [".", "/"])
+def test_only_the_collection_of_parameters_is_learned(joint: str, tmp_path: Path) -> None:
+    names = {
+        "params norm mean": NOISE,
+        "params dense kernel": NOISE,
+        "spectral_stats dense u": BY_CHECKPOINT,
+        "state norm hidden": BY_CHECKPOINT,
+    }
+    expected = {name.replace(" ", joint): what for name, what in names.items()}
+    found = {name: drawn(9, seed=i) for i, name in enumerate(expected)}
+    assert told(noised(tmp_path, found)) == expected
+
+
+def test_a_module_called_params_is_no_collection(tmp_path: Path) -> None:
+    found = {"params.0.weight": drawn(9), "encoder.norm.weight": drawn(9, seed=1)}
+    assert set(told(noised(tmp_path, found)).values()) == {NOISE}
+
+
+def test_lightning_has_losses_and_metrics_in_the_model(tmp_path: Path) -> None:
+    state = tensors(
+        **{
+            "net.0.weight": (4, 4),
+            "ce_loss.inner.weight": (5,),
+            "criterion.center": (1, 9),
+            "val_f1.confmat": (4, 4),
+            "train_metrics.accuracy.total": (3,),
+            "loss.discriminator.0.weight": (4, 4),
+            "loss.discriminator.norm.weight": (4,),
+            "loss.discriminator.norm.bias": (4,),
+            "loss.log_vars": (3,),
+            "metric_head.linear.weight": (4, 4),
+            "glossary.weight": (4,),
+        }
+    )
+    done = pickled(tmp_path, {"state_dict": state, "pytorch-lightning_version": "2.5", "epoch": 3})
+    buffers = {"ce_loss.inner.weight", "criterion.center", "val_f1.confmat", "train_metrics.accuracy.total"}
+    assert told(done) == {name: BY_CHECKPOINT if name in buffers else NOISE for name in state}
+    assert done.warnings == ()
+
+
+def test_a_loss_beside_the_models_is_shown_and_judged_by_its_path(tmp_path: Path) -> None:
+    content = {
+        "student": tensors(**{"module.a.weight": (4, 4)}),
+        "teacher": tensors(**{"a.weight": (4, 4)}),
+        "ibot_patch_loss": tensors(center2=(1, 9), center=(1, 7)),
+    }
+    done = pickled(tmp_path, content)
+    assert told(done) == {
+        "module.a.weight": NOISE,
+        "a.weight": NOISE,
+        "center2": BY_CHECKPOINT,
+        "center": BY_CHECKPOINT,
+    }
+    rows = {row.name: row for row in inspect(str(tmp_path / "m.pt")).tensors}
+    assert (rows["center"].path, rows["center"].told_by) == ("ibot_patch_loss.center", "checkpoint")
+    shown = noisytune("perturb", tmp_path / "m.pt", "--dry-run", "--exclude", "student.*").stdout
+    assert "ibot_patch_loss.center2  F32 1x9  copy (buffer, told by the checkpoint)" in shown
+    # A pattern may name a tensor by its path; its noise is that of its name.
+    assert "student.module.a.weight  F32 4x4  copy (excluded)" in shown
+
+
+@pytest.mark.parametrize(
+    ("copies", "weights_of"),
+    [
+        ({"ema_model.module.a.0.weight": "a.0.weight"}, {"a.0.weight"}),
+        ({"model_ema.a0weight": "model.a.0.weight"}, {"model.a.0.weight"}),
+        ({"unet_ema.a.0.weight": "unet.a.0.weight"}, {"unet.a.0.weight"}),
+    ],
+)
+def test_an_average_of_a_weight_is_no_weight(
+    copies: dict[str, str], weights_of: set[str], tmp_path: Path
+) -> None:
+    found = {name: drawn(4, 4, seed=i) for i, name in enumerate([*copies, *weights_of])}
+    expected = dict.fromkeys(copies, BY_CHECKPOINT) | dict.fromkeys(weights_of, NOISE)
+    assert told(noised(tmp_path, found)) == expected
+
+
+def test_averages_that_are_all_there_is_are_the_weights(tmp_path: Path) -> None:
+    found = {"ema.a.0.weight": drawn(4, 4), "ema_gate.damping": drawn(9, seed=1)}
+    assert set(told(noised(tmp_path, found)).values()) == {NOISE}
+
+
+@pytest.mark.parametrize(
+    ("method", "kept", "learned"),
+    [
+        ("RANDLORA", ["randlora_A", "randlora_B"], ["m.0.q.randlora_lambda", "m.0.q.randlora_gamma"]),
+        ("TINYLORA", ["m.0.q.tinylora_A", "m.0.q.tinylora_P"], ["m.0.q.tinylora_v"]),
+        ("VBLORA", [], ["vblora_vector_bank", "m.0.q.vblora_logits_A"]),
+        ("LORA", [], ["m.0.q.lora_A.weight", "m.0.q.lora_B.weight"]),
+    ],
+)
+def test_an_adapters_layers_say_what_they_learn(
+    method: str, kept: list[str], learned: list[str], tmp_path: Path
+) -> None:
+    if importlib.util.find_spec("peft") is None:  # its import takes seconds, its source is enough
+        pytest.skip("peft is not installed")
+    found = {name: Tensor("F32", drawn(9, 4, seed=i)) for i, name in enumerate([*kept, *learned])}
+    save(tmp_path / "m/adapter_model.safetensors", found)
+    (tmp_path / "m/adapter_config.json").write_text(json.dumps({"peft_type": method}))
+    done = perturb(Request(str(tmp_path / "m"), NoiseSpec()), str(tmp_path / "o"))
+    assert told(done) == dict.fromkeys(kept, BY_CHECKPOINT) | dict.fromkeys(learned, NOISE)
+
+
+def test_layers_that_share_two_projections_do_not_learn_them(tmp_path: Path) -> None:
+    shared = {"base.newlora_A": BY_STRUCTURE, "base.newlora_B": BY_STRUCTURE}
+    own = ["base.l.0.q.newlora_lambda_b", "base.l.1.q.newlora_lambda_b"]
+    own += [f"base.l.{i}.q.lora_{end}" for i in (0, 1) for end in "AB"]
+    found = {name: drawn(9, 4, seed=i) for i, name in enumerate([*shared, *own])}
+    assert told(noised(tmp_path, found)) == shared | dict.fromkeys(own, NOISE)
+
+
+# Structure: siblings that only exist together, and what stands beside them.
+
+PAIRS: dict[str, tuple[list[str], list[str]]] = {
+    "pruned": (
+        ["attn.in_proj_weight_mask", "attn.in_proj_bias_mask"],
+        ["attn.in_proj_weight_orig", "attn.in_proj_bias_orig"],
+    ),
+    "spectral norm": (["c.weight_u", "c.weight_v"], ["c.weight_bar"]),
+    "parametrized": (
+        ["c.parametrizations.kernel.0._u", "c.parametrizations.kernel.0._v"],
+        ["c.parametrizations.kernel.original", "c.parametrizations.kernel.1.lora_A"],
+    ),
+    "weight norm": ([], ["c.kernel_g", "c.kernel_v"]),
+    "rotary tables": (["r.basis_cos", "r.basis_sin", "s.cos", "s.sin"], ["r.basis_tan"]),
+    "noisy layer": (["n.weight_epsilon"], ["n.weight_mu", "n.weight_sigma"]),
+    "Paddle": (["bn._mean", "bn._variance"], ["bn.weight", "bn.bias"]),
+    "TF slim": (["bn/moving_mean", "bn/moving_var"], ["bn/gamma", "bn/beta"]),
+    "a policy": (["obs.running_mean", "obs.running_var"], ["net.weight"]),
+    "schedule": (["betas", "alphas_cumprod", "lvlb_weights"], ["model.weight", "model.lvlb"]),
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_siblings_tell(kind: str, tmp_path: Path) -> None:
+    buffers, parameters = PAIRS[kind]
+    found = {name: drawn(9, seed=i) for i, name in enumerate([*buffers, *parameters])}
+    expected = dict.fromkeys(buffers, BY_STRUCTURE) | dict.fromkeys(parameters, NOISE)
+    if not buffers:
+        expected |= {"x.weight": NOISE}
+        found |= {"x.weight": drawn(9, seed=9)}
+    done = noised(tmp_path, found)
+    assert told(done) == expected
+    assert done.warnings == ()
+
+
+def test_a_queue_has_a_pointer_to_its_end(tmp_path: Path) -> None:
+    found = {
+        "bank.features": Tensor("F32", drawn(4, 9)),
+        "bank.features_ptr": Tensor("I64", np.array([3])),
+        "bank.features_proj": Tensor("F32", drawn(4, 9, seed=1)),
+    }
+    source = save(tmp_path / "m.safetensors", found)
+    done = perturb(Request(str(source), NoiseSpec()), str(tmp_path / "o.safetensors"))
+    assert told(done) == {
+        "bank.features": BY_STRUCTURE,
+        "bank.features_ptr": ("not-float", None),
+        "bank.features_proj": NOISE,
+    }
+
+
+# Values: what a formula gives.
+
+
+def sinusoids(length: int, width: int, base: float = 10_000.0) -> NDArray[Any]:
+    angle = np.arange(length)[:, None] / base ** (np.arange(0, width, 2) / width)
+    return np.concatenate([np.sin(angle), np.cos(angle)], 1).astype(np.float32)
+
+
+def unit(*shape: int, axis: int) -> NDArray[Any]:
+    values = drawn(*shape)
+    return values / np.linalg.norm(values, axis=axis, keepdims=True)
+
+
+_BETAS = np.linspace(0.01, 0.11, 1000) ** 2
+_KEPT = np.cumprod(1 - _BETAS)
+_FREQUENCIES = 500_000.0 ** (-np.arange(64) / 64)
+_GRID = np.stack(np.meshgrid(np.arange(12), np.arange(12)), -1).reshape(-1, 2)
+_FIR = np.sinc(np.arange(-5.5, 6) / 2) * np.kaiser(12, 5)
+
+COMPUTED: dict[str, NDArray[Any]] = {
+    "table": sinusoids(100, 16),
+    "table of other axes": sinusoids(64, 16, 100.0)[None, :, None],
+    "table with padding": np.concatenate([sinusoids(40, 8)[:1], np.zeros((1, 8)), sinusoids(40, 8)[2:]]),
+    "long table": sinusoids(5000, 8),
+    "grid": np.concatenate([sinusoids(12, 8)[_GRID[:, 0]], sinusoids(12, 8)[_GRID[:, 1]]], 1)[None],
+    "rotary cache": np.stack([sinusoids(64, 8), sinusoids(64, 8)[:, ::-1]], -1),
+    "cosine transform": np.cos(np.pi / 16 * (np.arange(16) + 0.5) * np.arange(16)[:, None]),
+    "frequencies": _FREQUENCIES,
+    "frequencies by band": np.where(np.arange(64) < 40, _FREQUENCIES, _FREQUENCIES / 8),
+    "slopes": (2.0 ** -np.arange(1, 9))[:, None, None],
+    "timesteps": np.arange(999, -1, -1.0),
+    "sigmas": np.sqrt((1 - _KEPT) / _KEPT),
+    "log sigmas": np.log((1 - _KEPT) / _KEPT),
+    "levels": np.append(np.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), 40) ** 7, 0),
+    "knots": np.tile(np.linspace(-1, 1, 12)[:, None], (1, 5)),
+    "window": np.hanning(64),
+    "periodic window": np.hamming(65)[:64],
+    "filter": _FIR[None, None],
+    "kernel": np.outer([1, 3, 3, 1], [1, 3, 3, 1])[None, None] / 64.0,
+    "transform": np.cos(np.arange(9)[:, None] * np.arange(40) * 2 * np.pi / 40) * np.hanning(41)[:40],
+    "mask": np.tril(np.ones((9, 9))),
+    "additive mask": np.triu(np.full((9, 9), -1e4), 1),
+    "signs": np.where(drawn(9, 9) > 0, 1.0, -1.0),
+    "unit columns": unit(6, 40, axis=0),
+    "unit rows": unit(40, 6, axis=1),
+}
+
+_SORTED = np.sort(drawn(64, seed=3))
+
+LEARNED: dict[str, NDArray[Any]] = {
+    "table": drawn(64, 16),
+    "smooth table": np.cumsum(drawn(64, 16), 0) * 0.02,
+    "table that moved": sinusoids(64, 16) + 0.01 * drawn(64, 16),
+    "frequencies that moved": _FREQUENCIES * (1 + 0.02 * drawn(64)),
+    "levels that moved": np.linspace(0, 1, 64) + 5e-3 * drawn(64),
+    "sorted": _SORTED,
+    "thresholds": _SORTED[::8],
+    "scale": 1 + 0.01 * drawn(64),
+    "pruned": drawn(16, 16) * (drawn(16, 16, seed=1) > 1),
+    "nearly unit": unit(40, 6, axis=1) * 1.05,
+    "kernel": drawn(1, 1, 4, 4),
+    "few": np.arange(6.0),
+}
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "F64"])
+def test_what_was_computed_is_told_from_what_was_learned(dtype: str, tmp_path: Path) -> None:
+    """Values alone tell what becomes of a tensor, on disk as in a state dict in memory."""
+    torch = pytest.importorskip("torch")
+    spelt = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}[dtype]
+    values = {f"computed.{kind}.x0": array for kind, array in COMPUTED.items()}
+    values |= {f"learned.{kind}.x0": array for kind, array in LEARNED.items()}
+    if dtype == "BF16":
+        del values["computed.knots.x0"]  # a dozen steps of 9 % cannot be told from BF16's roundings
+    state = {
+        name: torch.tensor(np.ascontiguousarray(array), dtype=torch.float64).to(spelt)
+        for name, array in values.items()
+    }
+    done = pickled(tmp_path, state)
+    assert told(done) == {name: BY_VALUES if name.startswith("computed") else NOISE for name in values}
+    noisytune_cli.perturb_(state)
+    on_disk = torch.load(tmp_path / "o.pt", weights_only=True)
+    assert [name for name in state if not torch.equal(state[name], on_disk[name])] == []
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "q_proj", "lora_B", "proj.bias", "gamma"])
+def test_weights_at_their_initial_values_are_weights(name: str, tmp_path: Path) -> None:
+    half = np.repeat([0.0, 1.0], 8)
+    found = {name: half, f"m.{name}": np.linspace(0, 1, 16), "x.weight": drawn(4, 4)}
+    assert set(told(noised(tmp_path, found)).values()) == {NOISE}
+
+
+def test_an_embedding_may_hold_a_table_of_sinusoids(tmp_path: Path) -> None:
+    found = {
+        "embed_positions.weight": sinusoids(64, 16),
+        "embed_tokens.weight": np.concatenate([np.zeros((1, 16), np.float32), drawn(63, 16)]),
+    }
+    done = noised(tmp_path, found)
+    assert told(done) == {"embed_positions.weight": BY_VALUES, "embed_tokens.weight": NOISE}
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "expected"),
+    [
+        (("n.mean", "n.std"), (drawn(9), abs(drawn(9, seed=1))), BY_VALUES),
+        (("n.mel_mean", "n.mel_variance"), (drawn(9), abs(drawn(9, seed=1))), BY_VALUES),
+        (("n.state.min", "n.state.max"), (-abs(drawn(9)), abs(drawn(9, seed=1))), BY_VALUES),
+        (("bn/~/mean_ema/average", "bn/~/var_ema/average"), (drawn(9), abs(drawn(9, seed=1))), BY_VALUES),
+        (("n.mean", "n.std"), (drawn(9), drawn(9, seed=1)), (None, "names")),
+        (("film.shift", "film.scale"), (drawn(9), abs(drawn(9, seed=1))), NOISE),
+        (("prior.mean", "prior.log_std"), (drawn(9), abs(drawn(9, seed=1))), None),
+    ],
+)
+def test_a_mean_and_its_spread_are_statistics(
+    names: tuple[str, str], values: tuple[Any, Any], expected: Any, tmp_path: Path
+) -> None:
+    done = noised(tmp_path, dict(zip(names, values, strict=True)) | {"a.weight": drawn(4, 4, seed=5)})
+    found = told(done)
+    if expected is None:  # a lone mean is in doubt, a logarithm is not
+        assert [found[name] for name in names] == [(None, "names"), NOISE]
+    else:
+        assert {found[name] for name in names} == {expected}
+    assert found["a.weight"] == NOISE
+
+
+# Names: a doubt, a warning, and --strict.
+
+DOUBTS = ["bank.memory_bank", "head.class_weights", "loss_fn.weight", "normalizer.mean", "layers.3.ema"]
+
+
+def test_names_alone_are_perturbed_and_warned_of_once(tmp_path: Path) -> None:
+    found = {name: drawn(3, seed=i) for i, name in enumerate(DOUBTS)} | {"a.weight": drawn(4, 4, seed=8)}
+    done = noised(tmp_path, found)
+    assert told(done) == dict.fromkeys(DOUBTS, (None, "names")) | {"a.weight": NOISE}
+    (warning,) = done.warnings
+    assert all(name in warning for name in DOUBTS)
+    line = warning[warning.index("--exclude") :]
+    assert line.count("--exclude") == len(DOUBTS)
+    kept = [pattern.strip("'") for pattern in line.split()[1::2]]
+    noise = NoiseSpec(exclude=tuple(kept))
+    again = perturb(Request(str(tmp_path / "m.safetensors"), noise), str(tmp_path / "kept.safetensors"))
+    assert again.warnings == ()
+    assert told(again) == dict.fromkeys(DOUBTS, ("excluded", None)) | {"a.weight": NOISE}
+    report = inspect(str(tmp_path / "m.safetensors"))
+    assert list(report.warnings) == [warning]
+    state = {name: pytest.importorskip("torch").from_numpy(values) for name, values in found.items()}
+    with pytest.warns(UserWarning, match="memory_bank"):
+        noisytune_cli.perturb_(state)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mean.weight", "queue.weight", "center.bias", "block.scale", "pi.log_std", "emb.position_embedding"],
+)
+def test_an_unlucky_name_gets_its_noise_without_a_word(name: str, tmp_path: Path) -> None:
+    done = noised(tmp_path, {name: drawn(9), "a.weight": drawn(4, 4, seed=1)})
+    assert told(done)[name] == NOISE
+    assert done.warnings == ()
+
+
+def test_many_doubts_are_one_line(tmp_path: Path) -> None:
+    found = {f"layers.{i}.usage_count": drawn(9, seed=i) for i in range(40)} | {"a.weight": drawn(4, 4)}
+    (warning,) = noised(tmp_path, found).warnings
+    assert warning.endswith("--exclude 'layers.*.usage_count'")
+    assert "34 more" in warning
+
+
+def test_strict_refuses_a_doubt(tmp_path: Path) -> None:
+    found = {"normalizer.mean": drawn(9), "a.weight": drawn(4, 4, seed=1)}
+    with pytest.raises(InputInvalid, match=r"--exclude normalizer\.mean"):
+        noised(tmp_path, found, strict=True)
+    assert not (tmp_path / "o.safetensors").exists()
+    source, out = tmp_path / "m.safetensors", tmp_path / "cli.safetensors"
+    assert noisytune("perturb", source, "--strict", "-o", out).exit_code == 3
+    assert noisytune("perturb", source, "--strict", "--dry-run").exit_code == 3
+    done = noisytune("perturb", source, "--strict", "--exclude", "normalizer.mean", "-o", out)
+    assert (done.exit_code, out.exists()) == (0, True)
+
+
+def test_what_the_user_includes_is_a_parameter(tmp_path: Path) -> None:
+    save(tmp_path / "m.safetensors", {"rope.freqs": Tensor("F32", _FREQUENCIES.astype(np.float32))})
+    noise = NoiseSpec(include=("rope.*",))
+    done = perturb(Request(str(tmp_path / "m.safetensors"), noise), str(tmp_path / "o.safetensors"))
+    assert told(done) == {"rope.freqs": NOISE}
+
+
+def test_a_computed_buffer_keeps_its_dtype(tmp_path: Path) -> None:
+    frequencies = Tensor("F32", _FREQUENCIES.astype(np.float32))
+    found = {"rope.freqs": frequencies, "a.weight": Tensor("F32", drawn(4, 4))}
+    source = save(tmp_path / "m.safetensors", found)
+    out = tmp_path / "o.safetensors"
+    done = perturb(Request(str(source), NoiseSpec(), conversion=Conversion("BF16")), str(out))
+    dtypes = {r.step.tensor.name: r.step.out_dtype for r in done.manifest.receipts}
+    assert dtypes == {"rope.freqs": None, "a.weight": "BF16"}
+    assert verify(str(out), base=str(source)).ok
+
+
+def test_a_record_of_who_told_comes_back_and_an_older_one_without_it(tmp_path: Path) -> None:
+    found = {"rope.freqs": _FREQUENCIES, "b.mean": drawn(9), "a.weight": drawn(4, 4)}
+    done = noised(tmp_path, found)
+    path, base = done.manifest_path, str(tmp_path / "m.safetensors")
+    assert told(done) == {"rope.freqs": BY_VALUES, "b.mean": (None, "names"), "a.weight": NOISE}
+    assert verify(str(tmp_path / "o.safetensors"), base=base).ok
+    written = path.read_text()
+    for text in (written, re.sub(', "told_by": "[a-z]+"', "", written)):
+        path.write_text(text)
+        replay(str(path), str(tmp_path / "again/o.safetensors"), base=base)
+        assert (tmp_path / "again/o.safetensors.noisytune.json").read_text() == text
+        for left in (tmp_path / "again").iterdir():
+            left.unlink()
+
+
+def test_a_module_is_the_truth_in_memory() -> None:
+    torch = pytest.importorskip("torch")
+    module = torch.nn.Module()
+    module.mean = torch.nn.Parameter(torch.from_numpy(drawn(9)))
+    module.register_buffer("plain_weight", torch.from_numpy(drawn(9, seed=1)))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        noisytune_cli.perturb_(module)
+    after = module.state_dict()
+    assert not torch.equal(after["mean"], before["mean"])
+    assert torch.equal(after["plain_weight"], before["plain_weight"])
