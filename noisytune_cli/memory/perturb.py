@@ -57,7 +57,7 @@ from noisytune_cli.version import __version__
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-#: The seeds whose noise a module's parameters have, for as long as these live.
+#: What noise a module's parameters have, for as long as these live: their version then, and the seeds.
 _noised: Any = WeakIdKeyDictionary()
 
 #: Bytes of divided parameters to measure at a time: on a device their matrices are copied first.
@@ -96,7 +96,7 @@ def perturb_(
     amplitudes; nothing is measured. `config` is that of a state dict.
 
     Of a model with adapters (peft) the base gets noise, under its own names. A module's parameters that have
-    noise of the same seed from an earlier call are refused without `again`.
+    noise of the same seed from an earlier call, and were not written to since, are refused without `again`.
 
     The record has no digests; `unchanged` and `clamped` of a sharded parameter count the elements held here.
     All processes that share sharded parameters must call this alike. Raises UsageError, InputInvalid or
@@ -120,7 +120,9 @@ def perturb_(
     tensors, is_module = _named_tensors(model)
     # Not where it may be for nothing: a manifest has the amplitudes, and patterns may choose a few tensors.
     ahead = SumsAhead(value for _, value in tensors if manifest is None and not spec.include)
+    spared: list[str] = []
     if not isinstance(model, Mapping) and (bases := base_names(model)) is not None:
+        spared = [name for name, _ in tensors if name not in bases]
         tensors = [(name, value) for name, value in tensors if name in bases]
         names = names if names is not None else bases
     residents = residents_of(tensors, names)
@@ -132,9 +134,16 @@ def perturb_(
         recorded = _read(manifest, spec)
         spec, source = recorded.noise, recorded.source
         parameters = recorded_parameters(residents, recorded)
-    leave_out(parameters, frozen=frozen, fresh=fresh, fresh_names=fresh_patterns)
-    if is_module and not again:
-        _refuse_noised(parameters, spec.seed, source.id)
+    leave_out(parameters, frozen=frozen, fresh=fresh, fresh_names=fresh_patterns, spared=spared)
+    noised = [p.resident.tensor for p in parameters if is_module and p.outcome()[0] == "perturb"]
+    had = [_seeds_of(tensor) for tensor in noised]
+    if not again and any(spec.seed in seeds for seeds in had):
+        raise UsageError(
+            "the model was noised before",
+            path=source.id,
+            why=f"it has the noise of seed {spec.seed} from an earlier call",
+            next_step="Load the weights anew, take another seed, or pass again=True",
+        )
     begun = []
     for batch in batches(parameters, spec, ahead):
         if manifest is None:
@@ -146,24 +155,20 @@ def perturb_(
     for batch, finish in begun:
         finish()
         receipts |= {id(parameter): receipts_of(parameter) for parameter in batch}
-    if is_module:
-        for parameter in parameters:
-            if parameter.outcome()[0] == "perturb":
-                _noised.setdefault(parameter.resident.tensor, set()).add(spec.seed)
+    for tensor, seeds in zip(noised, had, strict=True):
+        _noised[tensor] = _version(tensor), seeds | {spec.seed}
     in_order = tuple([receipt for parameter in parameters for receipt in receipts[id(parameter)]])
     return Manifest("noisytune", __version__, source, spec, in_order)
 
 
-def _refuse_noised(parameters: Sequence[Parameter], seed: int, source: str) -> None:
-    """Raise UsageError for parameters that have this seed's noise and would get it twice."""
-    for parameter in parameters:
-        if seed in _noised.get(parameter.resident.tensor, ()) and parameter.outcome()[0] == "perturb":
-            raise UsageError(
-                "the model was noised before",
-                path=source,
-                why=f"{parameter.resident.own[0]} has the noise of seed {seed} from an earlier call",
-                next_step="Load the model anew, take another seed, or pass again=True",
-            )
+def _seeds_of(tensor: Tensor) -> frozenset[int]:
+    """Return the seeds whose noise a parameter has; none where it was written to since (loaded, trained)."""
+    version, seeds = _noised.get(tensor, (None, frozenset()))
+    return seeds if version == _version(tensor) else frozenset()
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def _named_tensors(model: nn.Module | Mapping[str, Tensor]) -> tuple[list[tuple[str, object]], bool]:

@@ -204,13 +204,19 @@ def _recorded(resident: LiveTensor, receipt: Receipt | None, seed: int) -> Param
 
 
 def leave_out(
-    parameters: Sequence[Parameter], *, frozen: Action, fresh: Action, fresh_names: Collection[str]
+    parameters: Sequence[Parameter],
+    *,
+    frozen: Action,
+    fresh: Action,
+    fresh_names: Collection[str],
+    spared: Sequence[str] = (),
 ) -> None:
     """Leave frozen or fresh parameters as they are, where asked to.
 
-    `fresh_names` are patterns on the model's own names. A tie is fresh only if all its names are.
+    `fresh_names` are patterns on the model's own names, and may be of what is `spared` anyway. A tie is fresh
+    only if all its names are.
     """
-    own = [name for parameter in parameters for name in parameter.resident.own]
+    own = [*(name for parameter in parameters for name in parameter.resident.own), *spared]
     patterns = list(fresh_names)
     matched = match_names(patterns, own)
     check_matched(patterns, matched, own)

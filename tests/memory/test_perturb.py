@@ -408,6 +408,8 @@ def test_the_same_seed_twice_is_refused_unless_again() -> None:
     noisytune_cli.perturb_(model, again=True)
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     noisytune_cli.perturb_(copy.deepcopy(model))
+    model.load_state_dict({name: torch.randn_like(p) for name, p in model.state_dict().items()})
+    noisytune_cli.perturb_(model)
 
 
 def test_a_record_shows_as_a_line_and_as_a_small_table() -> None:
