@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,12 @@ from types import TracebackType
 from typing import Any
 
 from noisytune_cli.checkpoint import hub
+from noisytune_cli.checkpoint.composition import (
+    Component,
+    choose_components,
+    find_composition,
+    inside,
+)
 from noisytune_cli.checkpoint.config import CONFIG, ConfigCheck, look_at_config, read_adapter, read_config
 from noisytune_cli.checkpoint.folder import list_folder
 from noisytune_cli.checkpoint.formats import Source, open_source
@@ -33,7 +39,7 @@ from noisytune_cli.checkpoint.layout import (
     manifests,
 )
 from noisytune_cli.checkpoint.twins import sort_weights
-from noisytune_cli.checkpoint.weights import choose
+from noisytune_cli.checkpoint.weights import Choice, choose, choose_weights
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.previous import NAMESAKE, Earlier, EarlierCheck, of_file, of_folder
@@ -148,6 +154,7 @@ def open_checkpoint(
     source: str,
     *,
     weights: str | None = None,
+    components: Sequence[str] = (),
     revision: str | None = None,
     mmap: bool = False,
     check_config: ConfigCheck | None = None,
@@ -158,7 +165,7 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open SOURCE: a weight file, a checkpoint's folder, or a hub id, which is downloaded.
 
-    `weights` and `revision` are what --weights and --revision name; `quiet` hides the download's progress,
+    `weights`, `components` and `revision` are what the options say; `quiet` hides the download's progress,
     and with `follow_links` a folder may consist of links that lead out of it.
     `check_place` may refuse before anything is downloaded; `check_config` and `check_earlier` before any
     weights are, given the config, and what `Checkpoint.earlier` will be.
@@ -177,7 +184,7 @@ def open_checkpoint(
             quiet=quiet,
         )
         return _open_folder(
-            snapshot.root, snapshot.listing, source, snapshot.commit, weights, mmap, follow_links
+            snapshot.root, snapshot.listing, source, snapshot.commit, weights, mmap, follow_links, components
         )
     if revision is not None:
         raise UsageError(
@@ -193,7 +200,7 @@ def open_checkpoint(
         raise unreadable(error if isinstance(error, OSError) else OSError(str(error)), source) from error
     name, commit = _identify(path, is_folder)
     if is_folder:
-        return _open_folder(path, list_folder(path), name, commit, weights, mmap, follow_links)
+        return _open_folder(path, list_folder(path), name, commit, weights, mmap, follow_links, components)
     if weights is not None:
         raise UsageError(
             "--weights cannot be used",
@@ -234,13 +241,96 @@ def _open_folder(
     weights: str | None,
     mmap: bool,
     follow_links: bool,
+    components: Sequence[str],
 ) -> Checkpoint:
     reach = None if follow_links else reach_of(root)
-    choice = choose(listing, weights, os.fspath(root), lambda name: read_index(root, name, reach))
+    folders: tuple[str, ...] = ()
+    if weights is None:
+        folders = choose_components(find_composition(root, listing, reach), components, os.fspath(root))
+
+    def read(name: str) -> ShardIndex:
+        return read_index(root, name, reach)
+
+    if folders:
+        choices = [_choose_inside(listing, folder, root, read) for folder in folders]
+    else:
+        choices = [choose(listing, weights, os.fspath(root), read)]
+    home = posixpath.dirname(choices[0].name)
+    config, useless = look_at_config(root / (home if not folders else "") / CONFIG, reach)
+    warnings = [useless] if useless else []
+    with ExitStack() as opened:
+        parts = {
+            posixpath.dirname(choice.name): _open_part(
+                root, listing, choice, mmap, reach, opened, warnings, is_component=bool(folders)
+            )
+            for choice in choices
+        }
+        sources = [source for part in parts.values() for source in part.sources]
+        weight_files = {name for source in sources for name in source.files}
+
+        main = next(iter(parts))
+
+        def is_judged_at(home: str, name: str) -> bool:
+            """Tell whether the part at `home` judges a file: its own, and the first what is nobody's."""
+            folder = posixpath.dirname(name)
+            return home == (folder if folder in parts else main) and name not in weight_files
+
+        others = sorted(
+            name for home, part in parts.items() for name in part.others if is_judged_at(home, name)
+        )
+        left_out = sorted(
+            entry for home, part in parts.items() for entry in part.left_out if is_judged_at(home, entry[0])
+        )
+        seen = {file: _look(root / file, reach) for file in others}
+        earlier, namesakes = of_folder(root, manifests(listing), weight_files)
+        left_out = [(file, NAMESAKE if file in namesakes else why) for file, why in left_out]
+        warnings += [f"{escape(file)} is left out: {NAMESAKE}" for file in sorted(namesakes)]
+        opened.pop_all()
+    return Checkpoint(
+        id=name,
+        revision=commit,
+        root=root,
+        single_file=False,
+        sources=tuple(sorted(sources, key=lambda source: source.name)),
+        index=None if folders else choices[0].index,
+        config=config,
+        others=tuple(others),
+        left_out=tuple(left_out),
+        warnings=tuple(warnings),
+        earlier=earlier,
+        reach=reach,
+        seen=seen,
+    )
+
+
+def _choose_inside(listing: Listing, folder: str, root: Path, read: Callable[[str], ShardIndex]) -> Choice:
+    """Choose the weights of a component, as if its folder were a checkpoint's."""
+    name = choose_weights(inside(listing, folder), None, os.fspath(root / folder))
+    return choose(listing, posixpath.join(folder, name), os.fspath(root), read)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The weights in one folder, and the files to copy and to leave out as seen from there."""
+
+    sources: tuple[Source, ...]
+    others: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+
+
+def _open_part(
+    root: Path,
+    listing: Listing,
+    choice: Choice,
+    mmap: bool,
+    reach: Reach | None,
+    opened: ExitStack,
+    warnings: list[str],
+    *,
+    is_component: bool,
+) -> _Part:
+    """Open the chosen weights, and sort what lies around them."""
     chosen, index = choice.name, choice.index
-    config_path = root / posixpath.dirname(chosen) / CONFIG
-    config, useless = look_at_config(config_path, reach)
-    warnings = [*choice.warnings, *([useless] if useless else ())]
     files = (chosen,) if index is None else index.shards
     for file in files:
         if file in listing.special:
@@ -250,45 +340,31 @@ def _open_folder(
                 why=f"it is {listing.special[file]}",
                 next_step="Put the regular file in its place",
             )
-    with ExitStack() as opened:
-        sources: list[Source] = []
-        for file in files:
-            sources.append(open_source(root / file, file, mmap, reach))
-            opened.callback(sources[-1].close)
-        weight_files = {name for source in sources for name in source.files}
-        tensors = [tensor for source in sources for tensor in source.tensors]
-        arranged = arrange(listing, chosen, weight_files)
-        found = sort_weights(root, arranged.weights, arranged.twins, tensors, reach)
-        others = sorted((*arranged.others, *found.others))
-        left_out = sorted([*arranged.left_out, *((name, arranged.weights[name]) for name in found.twins)])
-        seen = {file: _look(root / file, reach) for file in others}
-        warnings += [warning for source in sources for warning in source.warnings]
-        warnings += found.warnings
-        earlier, namesakes = of_folder(root, manifests(listing), weight_files)
-        left_out = [(file, NAMESAKE if file in namesakes else why) for file, why in left_out]
-        warnings += [f"{escape(file)} is left out: {NAMESAKE}" for file in sorted(namesakes)]
-        if index is not None:
-            warnings += check_tensors(index, sources)
-            warnings += [
-                f"{escape(name)} is not listed in {escape(index.name)} and is left out"
-                for name in sorted(found.twins)
-                if arranged.weights[name] == OTHER_WEIGHTS and index_suffix(name) is None
-            ]
-        opened.pop_all()
-    return Checkpoint(
-        id=name,
-        revision=commit,
-        root=root,
-        single_file=False,
-        sources=tuple(sources),
-        index=index,
-        config=config,
-        others=tuple(others),
-        left_out=tuple(left_out),
-        warnings=tuple(warnings),
-        earlier=earlier,
-        reach=reach,
-        seen=seen,
+    sources: list[Source] = []
+    for file in files:
+        sources.append(open_source(root / file, file, mmap, reach))
+        opened.callback(sources[-1].close)
+    weight_files = {name for source in sources for name in source.files}
+    tensors = [tensor for source in sources for tensor in source.tensors]
+    arranged = arrange(listing, chosen, weight_files)
+    found = sort_weights(root, arranged.weights, arranged.twins, tensors, reach)
+    warnings += [*choice.warnings, *(warning for source in sources for warning in source.warnings)]
+    warnings += found.warnings
+    if index is not None:
+        warnings += check_tensors(index, sources)
+        warnings += [
+            f"{escape(name)} is not listed in {escape(index.name)} and is left out"
+            for name in sorted(found.twins)
+            if arranged.weights[name] == OTHER_WEIGHTS and index_suffix(name) is None
+        ]
+    home = posixpath.dirname(chosen)
+    if is_component and home:
+        metadata = {} if index is None else index.metadata
+        sources = [*(Component(source, home, metadata) for source in sources)]
+    return _Part(
+        tuple(sources),
+        (*arranged.others, *found.others),
+        (*arranged.left_out, *((name, arranged.weights[name]) for name in found.twins)),
     )
 
 

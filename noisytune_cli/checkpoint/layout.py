@@ -29,6 +29,7 @@ _INDEX = re.compile(
     r"(?P<stem>.*)(?P<suffix>\.safetensors|\.bin)\.index(?P<variant>\.[\w-]+)?\.json", re.DOTALL
 )
 
+_NUMBER = re.compile(r"_\d+$")
 _SHARD = re.compile(r"-\d{3,}-of-\d{3,}$")
 
 #: The file that makes a folder a checkpoint of torch.distributed.checkpoint, which writes it last; and what
@@ -163,7 +164,7 @@ def arrange(listing: Listing, chosen: str, weights: Collection[str]) -> Arranged
             others.append(name)
         elif (why := _why_left_out(name, home, chosen)) is not None:
             left_out.append((name, why))
-        elif posixpath.dirname(name) == home and is_weights(name):
+        elif posixpath.dirname(name) == home and is_weights(name) and not _is_numbered(name, chosen):
             unsure[name] = _why_twin(name, chosen)
         else:
             others.append(name)
@@ -243,6 +244,12 @@ def _is_named_twin(name: str, chosen: str) -> bool:
     usual = any(ours == one or is_variant(ours, one) for one in _TWIN_STEMS)
     stems = (ours, *_TWIN_STEMS) if usual or not ours else (ours,)
     return any(stem == one or is_variant(stem, one) for one in stems if one)
+
+
+def _is_numbered(name: str, chosen: str) -> bool:
+    """Tell whether weights are another model of one training, as accelerate saves them: `model_1`."""
+    stem, ours = stem_of(name), stem_of(chosen)
+    return stem != ours and _NUMBER.sub("", stem) == _NUMBER.sub("", ours)
 
 
 def _is_manifest(base: str) -> bool:

@@ -9,6 +9,7 @@ import typer
 
 from noisytune_cli.cli.options import (
     BuffersFrom,
+    Components,
     FollowLinks,
     Granularity,
     GranularityOption,
@@ -82,6 +83,7 @@ def inspect(
     mmap: Mmap = False,
     follow_links: FollowLinks = False,
     weights: Weights = None,
+    component: Components = None,
     revision: Revision = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
@@ -108,6 +110,7 @@ def inspect(
         headers_only=headers_only,
         buffers_from=buffers_from,
         weights=weights,
+        components=() if component is None else tuple(component.split(",")),
         revision=revision,
         mmap=mmap,
         threads=threads or default_threads(),

@@ -42,6 +42,15 @@ Weights = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="The weights or index in the folder, where there are several."),
 ]
+Components = Annotated[
+    str | None,
+    typer.Option(
+        "--component",
+        metavar="NAME,…",
+        help="Of a folder of several models (a pipeline of diffusers), the folders of those that get noise, "
+        "or all.",
+    ),
+]
 Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub id.")]
 Threads = Annotated[
     int | None,

@@ -11,6 +11,7 @@ import typer
 from noisytune_cli.cli.options import (
     AsJson,
     BuffersFrom,
+    Components,
     Device,
     FollowLinks,
     Granularity,
@@ -163,6 +164,7 @@ def perturb(
     mmap: Mmap = False,
     follow_links: FollowLinks = False,
     weights: Weights = None,
+    component: Components = None,
     revision: Revision = None,
     recipe_only: Annotated[
         bool,
@@ -256,6 +258,7 @@ def perturb(
         noise=spec,
         conversion=make_conversion(dtype, to, dequantize),
         weights=weights,
+        components=() if component is None else tuple(component.split(",")),
         revision=revision,
         mmap=mmap,
         again=again,

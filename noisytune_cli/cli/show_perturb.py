@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from noisytune_cli.checkpoint.layout import index_suffix, is_weights
 from noisytune_cli.cli.show import TOLD_BY, note, note_left_out, warn_all, write_out
 from noisytune_cli.commands.perturb import Perturbed, Planned
 from noisytune_cli.escape import escape
@@ -86,6 +87,7 @@ def _document(result: Perturbed) -> dict[str, Any]:
         "tensors": len(manifest.receipts),
         "perturbed": sum(receipt.action == "perturb" for receipt in manifest.receipts),
         "copied": _copied(manifest),
+        "weight_files": {"perturbed": len(manifest.source.files), "copied": _clean_weights(manifest)},
         "unchanged": sum(receipt.unchanged for receipt in manifest.receipts),
         "clamped": sum(receipt.clamped for receipt in manifest.receipts),
         "bytes": _bytes(manifest),
@@ -101,7 +103,9 @@ def _summary(result: Perturbed) -> str:
     others = ", ".join(f"{count} {reason}" for reason, count in _copied(manifest).items())
     spec = f"{_strength(noise)}, {noise.distribution}"
     told = f"{others}; {spec}" if others else spec
-    what = f"{perturbed} of {len(manifest.receipts)} tensors ({told}) -> {result.output}"
+    noised, clean = len(manifest.source.files), _clean_weights(manifest)
+    files = f" in {noised} of {noised + clean} weight files" if clean else ""
+    what = f"{perturbed} of {len(manifest.receipts)} tensors{files} ({told}) -> {result.output}"
     if result.recipe:
         return f"wrote the recipe alone for {what}"
     return f"perturbed {what}: {_bytes(manifest) / 1e6:,.1f} MB"
@@ -116,6 +120,12 @@ def _strength(noise: NoiseSpec) -> str:
     seeds = f"{len(noise.mix):,} seeds" if noise.mix else f"seed {noise.seed}"
     kept = "" if noise.kept == 1.0 else f", {noise.kept:g} of the weights kept"
     return f"{_symbol(noise)} {noise.lam:g}, {seeds}{kept}"
+
+
+def _clean_weights(manifest: Manifest) -> int:
+    """Return how many other weight files came along, which have no noise."""
+    names = [name for name, _ in manifest.copied if is_weights(name) and index_suffix(name) is None]
+    return len(names)
 
 
 def _copied(manifest: Manifest) -> dict[str, int]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from noisytune_cli.checkpoint import hub
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.checkpoint.composition import ROOT
 from noisytune_cli.checkpoint.dequantize import dequantize
 from noisytune_cli.checkpoint.formats import Source
 from noisytune_cli.checkpoint.layout import index_suffix
@@ -51,12 +52,14 @@ def open_original(
         base = source.id
     local = os.path.expanduser(base)
     is_file = os.path.lexists(local) and not os.path.isdir(local)
-    weights = None if is_file else _weights(recorded)
+    components = components_of(recorded.manifest)
+    weights = None if is_file or components else _weights(recorded)
     if weights is not None and os.path.isdir(local) and not os.path.lexists(os.path.join(local, weights)):
         raise not_the_base([Difference(weights, None, "it is absent")], recorded, local)
     original = open_checkpoint(
         base,
         weights=weights,
+        components=components,
         revision=source.revision if at_hub and base == source.id else None,
         mmap=mmap,
         check_place=check_place,
@@ -71,6 +74,28 @@ def open_original(
     except BaseException:
         original.close()
         raise
+
+
+def components_of(manifest: Manifest) -> tuple[str, ...]:
+    """Return the folders of the components that a manifest is about; none where it is about one model."""
+    prefixes = prefixes_of(manifest)
+    if not any(prefixes.values()):
+        return ()
+    return tuple(dict.fromkeys(posixpath.dirname(name) or ROOT for name in prefixes))
+
+
+def prefixes_of(manifest: Manifest) -> dict[str, str]:
+    """Return by weight file the folder that its tensors' names begin with: "" where they are its own."""
+    names: dict[str, list[str]] = {file.name: [] for file in manifest.source.files}
+    for receipt in manifest.receipts:
+        if (tensor := receipt.step.tensor).file in names:  # an output's files may have other names
+            names[tensor.file].append(tensor.name)
+    prefixes = {}
+    for name, found in names.items():
+        folder = posixpath.dirname(name)
+        inside = bool(folder and found) and all(one.startswith(f"{folder}/") for one in found)
+        prefixes[name] = folder if inside else ""
+    return prefixes
 
 
 def not_the_base(

@@ -117,6 +117,7 @@ def inspect(
     sort: str | None = None,
     headers_only: bool = False,
     weights: str | None = None,
+    components: Sequence[str] = (),
     revision: str | None = None,
     mmap: bool = False,
     threads: int = 1,
@@ -138,7 +139,13 @@ def inspect(
     check_noise(noise)
     _check_sort(sort)
     with open_checkpoint(
-        source, weights=weights, revision=revision, mmap=mmap, quiet=quiet, follow_links=follow_links
+        source,
+        weights=weights,
+        components=components,
+        revision=revision,
+        mmap=mmap,
+        quiet=quiet,
+        follow_links=follow_links,
     ) as checkpoint:
         told = tell_checkpoint(checkpoint, buffers_from)
         plan = _plan(checkpoint, noise, told)

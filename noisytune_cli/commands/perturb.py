@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.checkpoint.composition import Component
 from noisytune_cli.checkpoint.dequantize import check_config, dequantize
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.commands.replaced import require_unchanged
 from noisytune_cli.commands.write import fill, record_source
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
-from noisytune_cli.errors import InputInvalid
+from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import enumerate_some
 from noisytune_cli.manifest.previous import Earlier
 from noisytune_cli.manifest.write import encode
@@ -53,6 +54,7 @@ class Request:
     noise: NoiseSpec
     conversion: Conversion | None = None
     weights: str | None = None
+    components: tuple[str, ...] = ()
     revision: str | None = None
     mmap: bool = False
     again: bool = False
@@ -287,6 +289,7 @@ def _open(
     source = open_checkpoint(
         request.source,
         weights=request.weights,
+        components=request.components,
         revision=request.revision,
         mmap=request.mmap,
         check_config=check_config if dequantizes else refuse_quantized_config,
@@ -298,6 +301,13 @@ def _open(
     try:
         if source.earlier is not None:
             check_earlier(source.earlier)
+        if request.conversion is not None and any(isinstance(file, Component) for file in source.sources):
+            raise UsageError(
+                "--dtype, --to and --dequantize are for one model",
+                path=request.source,
+                why="the components of this one lie in folders, and get noise together",
+                next_step="Convert them one by one, with --weights FOLDER/NAME",
+            )
         if dequantizes:
             return dequantize(source, request.source)
         refuse_quantized(

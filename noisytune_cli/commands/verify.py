@@ -19,11 +19,12 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from noisytune_cli.checkpoint.composition import Component
 from noisytune_cli.checkpoint.folder import list_folder
 from noisytune_cli.checkpoint.formats import Nowhere, Source, open_source
 from noisytune_cli.checkpoint.index import read_index
 from noisytune_cli.checkpoint.layout import index_suffix, is_weights
-from noisytune_cli.commands.base import compare_files, match_files, open_original
+from noisytune_cli.commands.base import compare_files, match_files, open_original, prefixes_of
 from noisytune_cli.commands.compare import Difference, as_produced, compare_receipts, recorded_steps
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Output, Walk
@@ -166,9 +167,12 @@ def _open_files(
     """Open the weight files that are there and whole, and say what is wrong with the others."""
     files: dict[str, Source] = {}
     found = []
+    folders = prefixes_of(manifest)
     for record in manifest.source.files:
+        folder = folders[record.name]
         try:
-            files[record.name] = open_source(place.path(record.name), record.name, mmap)
+            file: Source = open_source(place.path(record.name), record.name, mmap)
+            files[record.name] = Component(file, folder) if folder else file
         except (InputInvalid, InputUnreadable) as error:
             found.append(Difference(record.name, error.tensor, _why_not_opened(error)))
         else:

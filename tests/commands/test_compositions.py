@@ -1,0 +1,241 @@
+"""Folders of several models: perturbed whole or by component, under FOLDER/KEY, with one manifest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import Tensors, noised, save, save_sharded, split, weights
+from pickles import saved
+
+from noisytune_cli.commands.average import average
+from noisytune_cli.commands.inspect import inspect
+from noisytune_cli.commands.perturb import Perturbed, Request, perturb
+from noisytune_cli.commands.replay import replay
+from noisytune_cli.commands.verify import verify
+from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.records import Conversion, NoiseSpec
+from tests.cli.test_cli import invoke
+
+ENCODER: Tensors = {
+    "embeddings.word_embeddings.weight": weights("F32", 20, 8, seed=1),
+    "encoder.layer.0.attention.self.query.weight": weights("F32", 8, 8, seed=2),
+}
+DENSE: Tensors = {"linear.weight": weights("F32", 4, 8, seed=3), "linear.bias": weights("F32", 4, seed=4)}
+
+
+def write(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def modules(*paths: str) -> list[dict[str, object]]:
+    return [{"idx": i, "name": str(i), "path": path, "type": "x"} for i, path in enumerate(paths)]
+
+
+@pytest.fixture
+def sentences(tmp_path: Path) -> Path:
+    """A model of sentence-transformers as people publish it: pooling without weights, a dense layer twice."""
+    root = tmp_path / "st"
+    save(root / "model.safetensors", ENCODER, {"format": "pt"})
+    save(root / "2_Dense/model.safetensors", DENSE)
+    twin = {name: torch.from_numpy(tensor.values) for name, tensor in DENSE.items()}
+    (root / "2_Dense/pytorch_model.bin").write_bytes(saved(twin))
+    write(root / "config.json", {"model_type": "bert"})
+    write(root / "1_Pooling/config.json", {})
+    write(root / "modules.json", modules("", "1_Pooling", "2_Dense"))
+    return root
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Path:
+    """A pipeline of diffusers: three models with the same names, one of them in shards, with variants."""
+    root = tmp_path / "pipe"
+    into, out = ({f"conv_{name}.weight": weights("F32", 8, 9, seed=5)} for name in ("in", "out"))
+    save_sharded(root / "unet", into, out)
+    stem = "diffusion_pytorch_model"
+    for folder, name in (("vae", stem), ("text_encoder", "model")):
+        save(root / folder / f"{name}.safetensors", {"conv_in.weight": weights("F32", 8, 9, seed=6)})
+        save(root / folder / f"{name}.fp16.safetensors", {"conv_in.weight": weights("F16", 8, 9, seed=6)})
+        write(root / folder / "config.json", {})
+    write(root / "scheduler/scheduler_config.json", {})
+    parts: dict[str, Any] = {
+        name: ["diffusers", "X"] for name in ("unet", "vae", "text_encoder", "scheduler")
+    }
+    write(
+        root / "model_index.json",
+        {"_class_name": "StableDiffusionPipeline", "feature": [None, None], **parts},
+    )
+    return root
+
+
+def run(source: Path, out: Path, **options: Any) -> Perturbed:
+    return perturb(Request(str(source), NoiseSpec(), **options), str(out))
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()
+    }
+
+
+def check_noise(out: Path, of: Tensors, folder: str) -> None:
+    """Hold a component's file against the reference, its streams named FOLDER/KEY."""
+    _, found = split(out.read_bytes())
+    prefix = f"{folder}/" if folder else ""
+    expected = noised(of, NoiseSpec(), {name: prefix + name for name in of})
+    assert found == expected
+
+
+def test_a_sentence_transformers_model_is_perturbed_whole(sentences: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run(sentences, out)
+    check_noise(out / "model.safetensors", ENCODER, "")
+    check_noise(out / "2_Dense/model.safetensors", DENSE, "2_Dense")
+    names = [*ENCODER, *(f"2_Dense/{name}" for name in DENSE)]
+    assert sorted(r.step.tensor.name for r in done.manifest.receipts) == sorted(names)
+    assert all(r.step.stream == r.step.tensor.name for r in done.manifest.receipts)
+    copied = {"1_Pooling/config.json", "config.json", "modules.json"}
+    assert files(out).keys() == {"model.safetensors", "2_Dense/model.safetensors", "noisytune.json", *copied}
+    assert [name for name, _ in done.manifest.left_out] == ["2_Dense/pytorch_model.bin"]
+
+
+def test_a_composition_is_verified_replayed_and_averaged(sentences: Path, tmp_path: Path) -> None:
+    run(sentences, tmp_path / "out")
+    assert verify(str(tmp_path / "out")).ok
+    assert verify(str(tmp_path / "out"), base=str(sentences)).ok
+    replay(str(tmp_path / "out"), str(tmp_path / "again"), base=str(sentences))
+    assert files(tmp_path / "again") == files(tmp_path / "out")
+    average([str(sentences), str(tmp_path / "out")], str(tmp_path / "mean"))
+    assert verify(str(tmp_path / "mean")).ok
+    _, mean = split((tmp_path / "mean/2_Dense/model.safetensors").read_bytes())
+    assert mean["linear.bias"] != DENSE["linear.bias"].data
+    dense = tmp_path / "out/2_Dense/model.safetensors"
+    content = bytearray(dense.read_bytes())
+    content[-1] ^= 1
+    dense.write_bytes(content)
+    (found,) = verify(str(tmp_path / "out")).mismatches
+    assert (found.file, found.tensor) == ("2_Dense/model.safetensors", "2_Dense/linear.bias")
+
+
+def test_a_component_may_be_a_pickle_whose_names_are_tied(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    table = torch.randn(9, 4)
+    for folder in ("0_Transformer", "1_Head"):
+        state = {"shared.weight": table, "encoder.embed_tokens.weight": table, "w": torch.randn(3, 4).t()}
+        (root / folder).mkdir(parents=True)
+        (root / folder / "pytorch_model.bin").write_bytes(saved(state))
+    write(root / "modules.json", modules("0_Transformer", "1_Head"))
+    run(root, tmp_path / "out")
+    assert verify(str(tmp_path / "out"), base=str(root)).ok
+    noisy = [
+        torch.load(tmp_path / "out" / folder / "pytorch_model.bin", weights_only=True)
+        for folder in ("0_Transformer", "1_Head")
+    ]
+    for state in noisy:
+        assert state["shared.weight"].data_ptr() == state["encoder.embed_tokens.weight"].data_ptr()
+    assert not torch.equal(noisy[0]["shared.weight"], noisy[1]["shared.weight"])
+
+
+def test_a_pipeline_asks_for_its_components(pipeline: Path, tmp_path: Path) -> None:
+    result = invoke("perturb", pipeline, "-o", tmp_path / "out")
+    assert result.exit_code == 3
+    assert "its components with weights are text_encoder, unet, vae. Name those" in result.stderr
+    assert invoke("perturb", pipeline, "-o", tmp_path / "out", "--component", "unet,x").exit_code == 2
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputInvalid, match="a pipeline of several models"):
+        inspect(str(pipeline))
+    rows = inspect(str(pipeline), components=["vae"]).tensors
+    assert [row.name for row in rows] == ["vae/conv_in.weight"]
+
+
+def test_the_components_asked_for_get_noise_and_the_summary_says_of_how_many(
+    pipeline: Path, tmp_path: Path
+) -> None:
+    result = invoke("perturb", pipeline, "-o", tmp_path / "out", "--component", "unet,vae", "--json")
+    assert result.exit_code == 0, result.output
+    assert "perturbed 3 of 3 tensors in 3 of 5 weight files (λ" in result.stderr
+    assert json.loads(result.stdout)["weight_files"] == {"perturbed": 3, "copied": 2}
+    before, after = files(pipeline), files(tmp_path / "out")
+    assert {name for name in before if name in after and before[name] != after[name]} == {
+        "unet/model-00001-of-00002.safetensors",
+        "unet/model-00002-of-00002.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+    assert before.keys() - after.keys() == {"vae/diffusion_pytorch_model.fp16.safetensors"}
+    tensors = {"conv_in.weight": weights("F32", 8, 9, seed=6)}
+    check_noise(tmp_path / "out/vae/diffusion_pytorch_model.safetensors", tensors, "vae")
+    assert verify(str(tmp_path / "out"), base=str(pipeline)).ok
+    replay(str(tmp_path / "out"), str(tmp_path / "again"), base=str(pipeline))
+    assert files(tmp_path / "again") == after
+
+
+def test_all_components_get_noise_of_their_own(pipeline: Path, tmp_path: Path) -> None:
+    done = run(pipeline, tmp_path / "out", components=("all",))
+    streams = {r.step.stream for r in done.manifest.receipts if r.action == "perturb"}
+    assert streams == {
+        "text_encoder/conv_in.weight",
+        "unet/conv_in.weight",
+        "unet/conv_out.weight",
+        "vae/conv_in.weight",
+    }
+    one, other = (
+        split((tmp_path / "out" / name).read_bytes())[1]["conv_in.weight"]
+        for name in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
+    )
+    assert not np.array_equal(np.frombuffer(one, np.float32), np.frombuffer(other, np.float32))
+
+
+def test_weights_takes_one_file_under_its_own_keys(sentences: Path, tmp_path: Path) -> None:
+    run(sentences, tmp_path / "out", weights="2_Dense/model.safetensors")
+    check_noise(tmp_path / "out/2_Dense/model.safetensors", DENSE, "")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (sentences / "model.safetensors").read_bytes()
+    assert verify(str(tmp_path / "out"), base=str(sentences)).ok
+    result = invoke("perturb", sentences, "-o", tmp_path / "one", "--weights", "model.safetensors")
+    assert "in 1 of 3 weight files" in result.stderr
+
+
+def test_a_component_of_a_sentence_transformers_model_may_be_asked_for(
+    sentences: Path, tmp_path: Path
+) -> None:
+    run(sentences, tmp_path / "out", components=(".",))
+    check_noise(tmp_path / "out/model.safetensors", ENCODER, "")
+    assert (tmp_path / "out/2_Dense/model.safetensors").read_bytes() == (
+        sentences / "2_Dense/model.safetensors"
+    ).read_bytes()
+    assert verify(str(tmp_path / "out"), base=str(sentences)).ok
+
+
+@pytest.mark.parametrize(
+    "listed",
+    ["[", "{}", "[]", '["2_Dense"]', '[{"path": 7}, {"path": "../x"}]', '[{"path": "1_Pooling"}]', "7"],
+)
+def test_what_lists_no_components_makes_no_composition(sentences: Path, tmp_path: Path, listed: str) -> None:
+    (sentences / "modules.json").write_text(listed)
+    done = run(sentences, tmp_path / "out")
+    assert {r.step.tensor.name for r in done.manifest.receipts} == set(ENCODER)
+    with pytest.raises(UsageError, match="--component cannot be used"):
+        run(sentences, tmp_path / "other", components=("2_Dense",))
+
+
+def test_components_are_not_converted(sentences: Path, tmp_path: Path) -> None:
+    for conversion in (Conversion(dtype="BF16"), Conversion(format="safetensors")):
+        with pytest.raises(UsageError, match=r"are for one model.*one by one"):
+            run(sentences, tmp_path / "out", conversion=conversion)
+    run(sentences, tmp_path / "out", conversion=Conversion(dtype="BF16"), components=(".",))
+    assert verify(str(tmp_path / "out"), base=str(sentences)).ok
+
+
+def test_another_model_of_one_training_comes_along_and_is_counted(tmp_path: Path) -> None:
+    for name in ("model", "model_1", "model_2"):
+        save(tmp_path / f"in/{name}.safetensors", {"w": weights("F32", 9, 4, seed=len(name))})
+    result = invoke("perturb", tmp_path / "in", "-o", tmp_path / "out")
+    assert "perturbed 1 of 1 tensors in 1 of 3 weight files" in result.stderr
+    assert (tmp_path / "out/model_1.safetensors").read_bytes() == (
+        tmp_path / "in/model_1.safetensors"
+    ).read_bytes()
+    assert "left out" not in result.stderr
