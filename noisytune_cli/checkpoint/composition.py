@@ -17,7 +17,7 @@ from noisytune_cli.checkpoint.formats import Sink, Source
 from noisytune_cli.checkpoint.layout import Listing, is_no_model, is_plain_name, is_weights
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import list_some
-from noisytune_cli.reading import Reach, parse_json, read_small
+from noisytune_cli.reading import Reach, read_json
 from noisytune_cli.records import TensorSpec
 
 #: What lists the components of a sentence-transformers model, and of a pipeline of diffusers.
@@ -99,7 +99,7 @@ def inside(listing: Listing, folder: str) -> Listing:
 def _listed(path: Path, reach: Reach | None, whole: bool) -> set[str]:
     """Return the folders that the file lists as components; none where it is another program's."""
     try:
-        document = parse_json(path, read_small(path, _MAX_BYTES, reach))
+        document = read_json(path, _MAX_BYTES, reach, lenient=True)
     except InputInvalid:
         return set()
     if whole and isinstance(document, list):
@@ -125,6 +125,13 @@ class Component:
         self.path, self.name, self.size, self.mode = inner.path, inner.name, inner.size, inner.mode
         self.warnings, self.beside = inner.warnings, inner.beside
         self.tensors = tuple(replace(tensor, name=prefix + tensor.name) for tensor in inner.tensors)
+        said = inner.declared
+        self.declared = replace(
+            said,
+            buffers=frozenset(prefix + name for name in said.buffers),
+            parameters=frozenset(prefix + name for name in said.parameters),
+            pairs=tuple((prefix + a, prefix + b) for a, b in said.pairs),
+        )
         self.metadata: Mapping[str, str] = {
             prefix + a: prefix + b for a, b in {**(metadata or {}), **inner.metadata}.items()
         }
