@@ -19,6 +19,10 @@ from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch, Output
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
 
+#: Nanoseconds that a file may have been written to after the manifest without being younger: the clock of a
+#: file system moves with the kernel's tick.
+_TICK = 10_000_000
+
 
 def require_unchanged(
     outputs: Sequence[Path],
@@ -42,15 +46,16 @@ def require_unchanged(
 
 
 def _may_have_changed(output: Path) -> bool:
-    """Tell whether there is a manifest, and a file that is younger."""
+    """Tell whether there is a manifest, and a file that is younger as far as the clock tells."""
     try:
         mode = os.lstat(output).st_mode
         beside = output.with_name(output.name + MANIFEST_SUFFIX)
         manifest = os.lstat(output / MANIFEST if stat.S_ISDIR(mode) else beside)
         files = _files(output) if stat.S_ISDIR(mode) else iter([os.lstat(output)])
         return any(
-            file.st_mtime_ns > manifest.st_mtime_ns or file.st_ctime_ns > manifest.st_ctime_ns
+            file.st_mtime_ns + _TICK > manifest.st_mtime_ns or file.st_ctime_ns > manifest.st_ctime_ns
             for file in files
+            if file.st_ino != manifest.st_ino
         )
     except FileNotFoundError:
         return False

@@ -122,10 +122,9 @@ def source(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("noise", "error"),
     [
-        (NoiseSpec(lam=-1.0), UsageError),
         (NoiseSpec(lam=math.nan), UsageError),
         (NoiseSpec(lam=math.inf), UsageError),
-        (NoiseSpec(rules=(("w", -0.1),)), UsageError),
+        (NoiseSpec(rules=(("w", math.inf),)), UsageError),
         (NoiseSpec(seed=-1), UsageError),
         (NoiseSpec(seed=2**64), UsageError),
         (NoiseSpec(include=("nowhere",)), UsageError),

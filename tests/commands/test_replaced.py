@@ -129,9 +129,17 @@ def test_what_is_as_it_was_is_replaced_though_it_is_younger_or_lacks_a_file(
 def test_nothing_is_read_of_an_output_that_is_as_it_was_left(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def let_it_age(files: list[Path], manifest: Path) -> None:
+        """As if the clock had moved between the files and the manifest, whose ctime is the last."""
+        for path in files:
+            os.utime(path, ns=(0, manifest.stat().st_mtime_ns - 10**9))
+        os.utime(manifest, ns=(0, manifest.stat().st_mtime_ns + 10**9))
+
     monkeypatch.setattr(replaced, "_what_changed", None)
+    out, single = tmp_path / "out", tmp_path / "out.safetensors"
     for noise in (NoiseSpec(), NoiseSpec(seed=1)):
-        run(source, tmp_path / "out", noise, overwrite=True)
-    single = source / WEIGHTS
+        run(source, out, noise, overwrite=True)
+        let_it_age([p for p in out.rglob("*") if p.is_file()], out / "noisytune.json")
     for noise in (NoiseSpec(), NoiseSpec(seed=1)):
-        run(single, tmp_path / "out.safetensors", noise, overwrite=True)
+        run(source / WEIGHTS, single, noise, overwrite=True)
+        let_it_age([single], tmp_path / "out.safetensors.noisytune.json")

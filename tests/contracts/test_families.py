@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 from noisytune_cli.checkpoint.checkpoint import open_checkpoint
 from noisytune_cli.cli.app import app
 from noisytune_cli.plan.buffers import find_buffers
-from noisytune_cli.plan.meta_model import _kinds
+from noisytune_cli.plan.meta_model import _kinds, _own_names
 
 transformers = pytest.importorskip("transformers")
 
@@ -199,7 +199,8 @@ def test_buffers_and_single_elements_are_copied(perturbed: Perturbed) -> None:
 def test_names_tell_what_the_model_knows(perturbed: Perturbed) -> None:
     with open_checkpoint(str(perturbed.source)) as opened:
         tensors, config = opened.tensors, opened.config
-    kinds = _kinds(perturbed.model, [tensor.name for tensor in tensors])
+    own = _own_names(perturbed.model, [tensor.name for tensor in tensors])
+    kinds = _kinds(perturbed.model, own)
     assert len(kinds) > len(tensors) / 2
     buffers = find_buffers(tensors, config=config)
     assert {name for name, kind in kinds.items() if kind == "buffer"} == set(buffers) & set(kinds)
