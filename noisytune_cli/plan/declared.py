@@ -46,6 +46,8 @@ def look(tensors: Sequence[TensorSpec], declared: Declared) -> dict[str, tuple[K
 
 def _collections(tensors: Sequence[TensorSpec]) -> dict[str, tuple[Kind, str]]:
     """Return the kinds in a tree whose every tensor is in `params` or in another collection."""
+    if not any(tensor.name.startswith(("params.", "params/")) for tensor in tensors):
+        return {}
     collection = {tensor.name: re.split("[./]", tensor.name, maxsplit=1)[0] for tensor in tensors}
     others = set(collection.values()) - {"params"}
     if not others or len(others) == len(set(collection.values())):
@@ -77,6 +79,8 @@ def _losses(tensors: Sequence[TensorSpec]) -> dict[str, tuple[Kind, str]]:
 
 def is_class_weights(tensor: TensorSpec, names: set[str]) -> bool:
     """Say whether a tensor has the place and the shape of a loss's class weights."""
+    if "loss" not in tensor.name and "criterion" not in tensor.name:
+        return False
     module, last = split_name(tensor.name)
     is_vector = sum(n != 1 for n in tensor.shape) <= 1
     has_layer = last == "bias" or f"{module}bias" in names or f"{module}running_mean" in names
@@ -88,6 +92,8 @@ def _averages(tensors: Sequence[TensorSpec]) -> dict[str, tuple[Kind, str]]:
 
     Some have their weight's name without its dots (LitEma), some under one wrapper more or less.
     """
+    if not any("ema" in tensor.shown for tensor in tensors):
+        return {}
     copies: list[tuple[TensorSpec, list[str]]] = []
     weights: dict[str, set[tuple[int, ...]]] = {}
     for tensor in tensors:

@@ -9,8 +9,9 @@ and a std may be learned) the values have to bear it out: these are `OrderedPair
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,9 +23,15 @@ Kind = Literal["buffer", "parameter"]
 #: What the spread beside a mean is called.
 _SPREADS = ("var", "variance", "std", "stddev", "stdev", "invstd", "vars", "variances", "stds")
 _MEANS = ("mean", "means", "average")
+_MEAN, _SPREAD = frozenset(_MEANS), frozenset(_SPREADS)
+_COSINE, _SINE = frozenset(("cos",)), frozenset(("sin",))
+_LEAST = (frozenset(("min",)), ("max",)), (frozenset(("low",)), ("high",))
 
 #: What says of a mean that it was accumulated; Paddle says it by an underscore before the name.
 _ACCUMULATED = frozenset(("running", "moving", "ema", "pop", "global"))
+
+#: What layers call their parameters.
+_LAYERS = frozenset(("weight", "bias"))
 
 _POINTERS = frozenset(("ptr", "pointer", "cursor"))
 
@@ -32,7 +39,7 @@ _POINTERS = frozenset(("ptr", "pointer", "cursor"))
 _MOST_QUEUES = 16
 
 #: Longer names have no siblings.
-_LONGEST = 200
+_LONGEST = 100
 
 #: Words of a method's name that are told apart.
 _MOST_WORDS = 4
@@ -74,9 +81,11 @@ def look(tensors: Sequence[TensorSpec]) -> Found:
     kinds: dict[str, tuple[Kind, str]] = {}
     unsure: list[OrderedPair] = []
     for module, siblings in modules.items():
+        if siblings.keys() <= _LAYERS and "mean" not in module:
+            continue  # a layer, as nearly all are
         queues = tuple(_queues(siblings))
         for last, tensor in siblings.items():
-            if tensor.dtype not in FLOAT_DTYPES or last in ("weight", "bias"):
+            if tensor.dtype not in FLOAT_DTYPES or last in _LAYERS:
                 continue
             for kind, why in _beside(module, last, tensor, siblings, by_name):
                 kinds.setdefault(tensor.name, (kind, why))
@@ -112,7 +121,7 @@ def _beside(
         yield "parameter", "weight norm"
     elif end in ("epsilon", "eps") and twin(f"{base}_mu") and twin(f"{base}_sigma"):
         yield "buffer", "the last noise of a noisy layer"
-    for replaced in _replaced(last, ("cos",), ("sin",)) or _replaced(last, ("sin",), ("cos",)):
+    for replaced in _replaced(last, _COSINE, ("sin",)) or _replaced(last, _SINE, ("cos",)):
         if twin(replaced):
             yield "buffer", "a table of cosines and sines"
     if any(_accumulated(last) and twin(other) for other in _partners(last)):
@@ -140,20 +149,18 @@ def _queues(siblings: Mapping[str, TensorSpec]) -> set[str]:
     return set() if len(found) > _MOST_QUEUES else found
 
 
-def _replaced(last: str, words: Iterable[str], by: Iterable[str]) -> list[str]:
-    """Return the name with each one of `words` in it replaced by each of `by`."""
-    wanted = frozenset(words)
-    return [
-        last[: word.start()] + other + last[word.end() :]
-        for word in _WORD.finditer(last)
-        if word[0] in wanted
-        for other in by
-    ]
+@functools.lru_cache(1 << 12)
+def _replaced(last: str, words: frozenset[str], by: tuple[str, ...]) -> list[str]:
+    """Return the name with the first of `words` in it replaced by each of `by`."""
+    for word in _WORD.finditer(last):
+        if word[0] in words:
+            return [last[: word.start()] + other + last[word.end() :] for other in by]
+    return []
 
 
 def _partners(last: str) -> list[str]:
     """Return what the mean to a spread, or the spread to a mean, may be called."""
-    return _replaced(last, _MEANS, _SPREADS) or _replaced(last, _SPREADS, _MEANS)
+    return _replaced(last, _MEAN, _SPREADS) or _replaced(last, _SPREAD, _MEANS)
 
 
 def _accumulated(last: str) -> bool:
@@ -165,22 +172,19 @@ def _pairs(
 ) -> Iterator[tuple[tuple[str, str], bool]]:
     """Yield (mean, spread) and, marked, (least, most) of one shape, beside each other or in twin modules."""
     for last, tensor in siblings.items():
-        if tensor.dtype not in FLOAT_DTYPES:
+        if last in _LAYERS or tensor.dtype not in FLOAT_DTYPES:
             continue
-        for names, by, is_range in (
-            (_MEANS, _SPREADS, False),
-            (("min",), ("max",), True),
-            (("low",), ("high",), True),
-        ):
+        for names, by in ((_MEAN, _SPREADS), *_LEAST):
             for other in _replaced(last, names, by):
                 if (found := siblings.get(other)) is not None and _alike(tensor, found):
-                    yield (tensor.name, found.name), is_range
-        # Haiku: batch_norm/~/mean_ema/average beside batch_norm/~/var_ema/average.
-        above, own = split_name(module[:-1])
-        for other in _replaced(own, _MEANS, _SPREADS):
-            spread = modules.get(f"{above}{other}{module[-1:]}", {}).get(last)
-            if spread is not None and _alike(tensor, spread):
-                yield (tensor.name, spread.name), False
+                    yield (tensor.name, found.name), names is not _MEAN
+    # Haiku: batch_norm/~/mean_ema/average beside batch_norm/~/var_ema/average.
+    above, own = split_name(module[:-1])
+    for other in _replaced(own, _MEAN, _SPREADS):
+        for last, found in modules.get(f"{above}{other}{module[-1:]}", {}).items():
+            mean = siblings.get(last)
+            if mean is not None and mean.dtype in FLOAT_DTYPES and _alike(mean, found):
+                yield (mean.name, found.name), False
 
 
 def _alike(a: TensorSpec, b: TensorSpec) -> bool:
@@ -195,7 +199,7 @@ def _shared_projections(modules: Mapping[str, Mapping[str, TensorSpec]]) -> Iter
     """
     homes: dict[str, dict[str, None]] = {}
     for module, siblings in modules.items():
-        for last in siblings:
+        for last in siblings.keys() - _LAYERS:
             for word in list(re.finditer("_", last))[:_MOST_WORDS]:
                 homes.setdefault(last[: word.start()], {})[module] = None
     for method, of_method in homes.items():

@@ -103,7 +103,13 @@ _ONE_MODULE = (
     (r"unembedding_projection", "model.embed_tokens.embedding_projection"),
 )
 _ONE = [(re.compile(rf"(?<![^.]){pattern}(?![^.])"), name) for pattern, name in _ONE_MODULE]
-_SEVERAL_NAMES = re.compile("|".join(f"(?:{pattern})" for pattern, _ in _ONE_MODULE))
+#: What one of these has in its name, looked for before a pattern is.
+_SEVERAL_NAMES = (
+    *("class_embed", "bbox_", "score_head", "encoder.language_model", "text_model", "audio_encoder"),
+    *("video_encoder", "shared_transf", "embed_patches", "relative_bias", "shared_embedding"),
+    *("embed_audio_tokens", "ctc_head", "codec_head", "additional_fc", "unembedding_projection"),
+)
+
 
 _INPUT_SIDE = compile_pattern("@embeddings")
 
@@ -273,7 +279,7 @@ def _one_module(names: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """Yield the pairs of names under which one module is known to stand."""
     first: dict[str, str] = {}
     for name in names:
-        if _SEVERAL_NAMES.search(name):
+        if any(piece in name for piece in _SEVERAL_NAMES):
             known = name
             for pattern, one in _ONE:
                 known = pattern.sub(one, known, count=1)
