@@ -201,12 +201,13 @@ def open_checkpoint(
     name, commit = _identify(path, is_folder)
     if is_folder:
         return _open_folder(path, list_folder(path), name, commit, weights, mmap, follow_links, components)
-    if weights is not None:
+    if weights is not None or components:
+        option, what = ("--component", "models") if components else ("--weights", "a file")
         raise UsageError(
-            "--weights cannot be used",
+            f"{option} cannot be used",
             path=source,
-            why="it chooses a file in a folder, and SOURCE is a file",
-            next_step="Leave --weights out, or give the folder",
+            why=f"it chooses {what} in a folder, and SOURCE is a file",
+            next_step=f"Leave {option} out, or give the folder",
         )
     return _open_file(path, name, commit, mmap)
 
@@ -245,6 +246,13 @@ def _open_folder(
 ) -> Checkpoint:
     reach = None if follow_links else reach_of(root)
     folders: tuple[str, ...] = ()
+    if weights is not None and components:
+        raise UsageError(
+            "--weights and --component",
+            path=root,
+            why="one takes a file as a model of its own, the other a folder's models together",
+            next_step="Leave one of them out",
+        )
     if weights is None:
         folders = choose_components(find_composition(root, listing, reach), components, os.fspath(root))
 

@@ -17,7 +17,7 @@ from noisytune_cli.checkpoint.formats.torch.values import NoStateDict
 from noisytune_cli.checkpoint.index import read_index
 from noisytune_cli.checkpoint.layout import index_suffix
 from noisytune_cli.dtypes import FLOAT_DTYPES
-from noisytune_cli.errors import InputInvalid
+from noisytune_cli.errors import InputInvalid, InputUnreadable
 from noisytune_cli.escape import escape
 from noisytune_cli.reading import Reach
 from noisytune_cli.records import TensorSpec
@@ -66,9 +66,8 @@ def sort_weights(
                 # Where the name says so too, names are enough.
                 found = {tensor.name: None if same else tensor.shape for tensor in with_tensors.tensors}
                 same = _overlap(found, ours) or _TELLING < count == _values(with_tensors.tensors)
-        except InputInvalid as error:
-            known = isinstance(error.__cause__, NoStateDict) or not begins_weights(path, reach)
-            if not (same or known):
+        except (InputInvalid, InputUnreadable) as error:
+            if not same and not isinstance(error.__cause__, NoStateDict) and begins_weights(path, reach):
                 warnings.append(
                     f"{escape(name)} is copied as it is; whether it holds the same weights is unknown: "
                     + escape(error.why, 500)

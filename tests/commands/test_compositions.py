@@ -222,6 +222,13 @@ def test_what_lists_no_components_makes_no_composition(sentences: Path, tmp_path
         run(sentences, tmp_path / "other", components=("2_Dense",))
 
 
+def test_a_component_cannot_be_chosen_twice_or_in_a_file(sentences: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--weights and --component"):
+        run(sentences, tmp_path / "out", components=("2_Dense",), weights="model.safetensors")
+    with pytest.raises(UsageError, match=r"--component cannot be used.*SOURCE is a file"):
+        run(sentences / "model.safetensors", tmp_path / "out", components=("2_Dense",))
+
+
 def test_components_are_not_converted(sentences: Path, tmp_path: Path) -> None:
     for conversion in (Conversion(dtype="BF16"), Conversion(format="safetensors")):
         with pytest.raises(UsageError, match=r"are for one model.*one by one"):
