@@ -12,21 +12,16 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import product
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from noisytune_cli.dtypes import BY_TORCH_NAME
-from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.reading import parse_json, read_small
-from noisytune_cli.records import MAX_TERMS, Combination, Conversion, Granularity, NoiseSpec, Scope, Term
+from noisytune_cli.errors import UsageError
+from noisytune_cli.records import Combination, Conversion, Granularity, NoiseSpec, Scope, Term
 
 _T = TypeVar("_T")
 
 #: The most outputs of one run, and seeds of a list: what a run remembers of them grows with their number.
 MOST = 1000
-
-#: The most of a mixture's file that is read: 20,000 lines take 2 MB.
-_MAX_MIX_BYTES = 8 << 20
 
 _NUMBER = r"([-+]?[0-9]{1,30}(?:\.[0-9]{0,30})?|[-+]?\.[0-9]{1,30})"
 _RANGE = re.compile(f"{_NUMBER}:{_NUMBER}:{_NUMBER}", re.ASCII)
@@ -124,43 +119,6 @@ _UNFIT = {
 }
 
 
-def read_mix(path: str) -> tuple[tuple[Term, ...], bool]:
-    """Return the noises that a file of JSON lines names, and whether their strengths are σ.
-
-    Raises InputInvalid, which names the line, for what is none.
-    """
-    terms: list[Term] = []
-    kinds: set[str] = set()
-    lines = read_small(Path(path), _MAX_MIX_BYTES).split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = parse_json(line)
-            if not isinstance(entry, dict) or not entry.keys() <= {"seed", "sigma", "lambda", "coefficient"}:
-                raise ValueError('it is no object of "seed", "sigma" or "lambda", and "coefficient"')
-            kinds |= {kind := "sigma" if "sigma" in entry else "lambda"}
-            seed: Any = entry.get("seed")
-            if isinstance(seed, str) and re.fullmatch("[0-9]{1,20}", seed, re.ASCII):
-                seed = int(seed)
-            if type(seed) is not int or not 0 <= seed <= _LARGEST_SEED:
-                raise ValueError('"seed" is not a whole number from 0 to 2^64-1')
-            values: list[Any] = [entry.get(kind), entry.get("coefficient", 1.0)]
-            for key, value in zip((kind, "coefficient"), values, strict=True):
-                if type(value) not in (int, float) or not abs(value) < 1e300:
-                    raise ValueError(f'"{key}" is not a finite number')
-            if len(kinds) > 1 or len(entry.keys() & {"sigma", "lambda"}) > 1:
-                raise ValueError('it has "sigma" and "lambda": all noises of a mixture have the same')
-        except ValueError as error:
-            raise _not_a_mix(path, f"line {number}: {error}") from error
-        terms.append(Term(seed, *(float(value) + 0.0 for value in values)))
-        if len(terms) > MAX_TERMS:
-            raise _not_a_mix(path, f"it has more than {MAX_TERMS:,} lines")
-    if not terms:
-        raise _not_a_mix(path, "it has no line")
-    return tuple(terms), kinds == {"sigma"}
-
-
 def read_shrink(text: str | None) -> float:
     """Return the share of the weights that is kept, all of them without one."""
     return 1.0 if text is None else _one("--shrink", numbers("--shrink", text, 0.0, 1.0), text)
@@ -170,15 +128,6 @@ def _one(option: str, found: Sequence[_T], text: str) -> _T:
     if len(found) != 1:
         raise UsageError(f"{option} {text}", why="it takes one value", next_step="Run once for each")
     return found[0]
-
-
-def _not_a_mix(path: str, why: str) -> InputInvalid:
-    return InputInvalid(
-        "cannot read the mixture",
-        path=path,
-        why=why,
-        next_step='Write a line for each noise, such as {"seed": 17, "sigma": 0.001, "coefficient": 0.02}',
-    )
 
 
 def make_noise(

@@ -214,11 +214,11 @@ def perturb(
         combine,
         make_conversion,
         make_noise,
-        read_mix,
         read_preset,
         read_shrink,
     )
     from noisytune_cli.commands import perturb as command
+    from noisytune_cli.manifest.mixture import read_mix
 
     started = time.monotonic()
     if out is not None:
