@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Collection, Iterable, Mapping
 from numbers import Real
 from typing import Any, TypeVar
 
 from noisytune_cli.engine.threads import default_threads
 from noisytune_cli.errors import UsageError
+from noisytune_cli.manifest.mixture import read_mix
 from noisytune_cli.noise import distributions
-from noisytune_cli.records import Granularity, NoiseSpec, Scope
+from noisytune_cli.records import MAX_TERMS, Granularity, NoiseSpec, Scope, Term, mixed_strength
 
 _Value = TypeVar("_Value")
 
@@ -23,36 +25,123 @@ _Value = TypeVar("_Value")
 Patterns = str | Iterable[str]
 Pairs = Mapping[str, _Value] | Iterable[tuple[str, _Value]]
 
+#: Noises to be added up: the lines of the command line's file, as dictionaries, records, or its path.
+Mix = Iterable[Mapping[str, Any] | Term] | str | os.PathLike[str]
+
 _MOST_THREADS = 256
 
 
 def make_spec(
     *,
-    lam: float,
-    seed: int,
-    noise: str,
-    scope: Scope,
-    granularity: Granularity,
-    splits: Pairs[str],
-    include: Patterns,
-    exclude: Patterns,
-    rules: Pairs[float],
+    lam: float | None = None,
+    seed: int | None = None,
+    sigma: float | None = None,
+    mix: Mix | None = None,
+    shrink: float | None = None,
+    noise: str | None = None,
+    scope: Scope | None = None,
+    granularity: Granularity = "tensor",
+    splits: Pairs[str] = (),
+    include: Patterns = (),
+    exclude: Patterns = (),
+    rules: Pairs[float] = (),
 ) -> NoiseSpec:
     """Return the noise that the arguments ask for; UsageError where one of them makes no sense."""
-    check_choice("noise", noise, distributions.names())
-    check_choice("scope", scope, ("matrix", "global"))
+    if noise is not None:
+        check_choice("noise", noise, distributions.names())
     check_choice("granularity", granularity, ("tensor", "matrix"))
+    given = {"lam": lam, "sigma": sigma, "mix": mix, "seed": seed, "rules": rules or None}
+    _refuse_both(given, ("lam", "sigma"), ("lam", "mix"), ("sigma", "mix"), ("seed", "mix"), ("rules", "mix"))
+    terms: tuple[Term, ...] = ()
+    strength = NoiseSpec().lam
+    if mix is not None:
+        terms, chosen = _terms(mix, scope)
+        strength = mixed_strength(terms)
+    elif sigma is not None:
+        chosen, strength = _scope(scope, absolute=True), _strength("sigma", sigma)
+    else:
+        chosen = _scope(scope, absolute=False)
+        strength = strength if lam is None else _strength("lam", lam)
     return NoiseSpec(
-        lam=_strength("lam", lam),
-        seed=_seed(seed),
-        distribution=noise,
-        scope=scope,
+        lam=strength,
+        seed=0 if seed is None else _seed("seed", seed),
+        distribution=noise or ("gaussian" if chosen == "absolute" else "uniform"),
+        scope=chosen,
         rules=tuple((p, _strength(f"rules[{p!r}]", value)) for p, value in _pairs("rules", rules)),
         include=patterns("include", include),
         exclude=patterns("exclude", exclude),
         granularity=granularity,
         splits=tuple(_texts("splits", splits)),
+        kept=_share(shrink),
+        mix=terms,
     )
+
+
+def _refuse_both(given: Mapping[str, object], *pairs: tuple[str, str]) -> None:
+    for one, other in pairs:
+        if given[one] is not None and given[other] is not None:
+            raise UsageError(
+                f"{one}= and {other}=",
+                why="each noise of a mixture has its own seed and strength, for all parameters"
+                if other == "mix"
+                else "both set the strength of the noise",
+                next_step="Give one of them",
+            )
+
+
+def _scope(given: Scope | None, *, absolute: bool) -> Scope:
+    """Return the scope of strengths that are σ (`absolute`) or λ."""
+    if given is not None:
+        check_choice("scope", given, ("matrix", "global", "absolute"))
+        if (given == "absolute") != absolute:
+            raise UsageError(
+                f"scope={given!r}",
+                why="noise whose std is given is scaled with none"
+                if absolute
+                else "it is that of strengths that are σ, and there are none",
+                next_step="Leave scope= out" if absolute else "Give sigma=",
+            )
+    return "absolute" if absolute else given or "matrix"
+
+
+def _terms(mix: Any, scope: Scope | None) -> tuple[tuple[Term, ...], Scope]:
+    """Return the noises of a mixture and the scope of their strengths."""
+    if isinstance(mix, str | os.PathLike):
+        terms, absolute = read_mix(os.fspath(mix))
+        return terms, _scope(scope, absolute=absolute)
+    entries = [] if isinstance(mix, Mapping) or not isinstance(mix, Iterable) else list(mix)
+    if not 1 <= len(entries) <= MAX_TERMS:
+        raise _wrong("mix", mix, f"a list of 1 to {MAX_TERMS:,} noises, or the path of a file of them")
+    kinds: set[str | None] = set()
+    found = []
+    for i, entry in enumerate(entries):
+        kind: str | None = None
+        if isinstance(entry, Mapping):
+            kind = "sigma" if "sigma" in entry else "lambda"
+            if not {"seed", kind} <= entry.keys() <= {"seed", kind, "coefficient"}:
+                raise _wrong(f"mix[{i}]", entry, "{'seed': …, 'sigma': … or 'lambda': …, 'coefficient': …}")
+            entry = Term(entry["seed"], entry[kind], entry.get("coefficient", 1.0))
+        elif not isinstance(entry, Term):
+            raise _wrong(f"mix[{i}]", entry, "a dictionary such as {'seed': 17, 'sigma': 0.001}")
+        kinds.add(kind)
+        place = f"mix[{i}]"
+        found.append(
+            Term(
+                _seed(f"{place}: seed", entry.seed),
+                _strength(f"{place}: {kind or 'strength'}", entry.strength),
+                _strength(f"{place}: coefficient", entry.coefficient),
+            )
+        )
+    if len(kinds) > 1 or (kinds == {None} and scope is None):
+        raise UsageError(
+            "mix= has strengths of several kinds" if len(kinds) > 1 else "mix= of records without scope=",
+            why="all are λ, or all are σ" if len(kinds) > 1 else "a strength alone may be λ or σ",
+            next_step="Name them all 'sigma', or all 'lambda'"
+            if len(kinds) > 1
+            else "Give scope='absolute' where they are σ, 'matrix' or 'global' where they are λ",
+        )
+    absolute = kinds == {"sigma"} or (kinds == {None} and scope == "absolute")
+    return tuple(found), _scope(scope, absolute=absolute)
 
 
 def check_choice(option: str, value: object, choices: Collection[str]) -> None:
@@ -102,20 +191,33 @@ def _texts(option: str, given: Pairs[str]) -> list[tuple[str, str]]:
 
 
 def _strength(option: str, given: object) -> float:
-    """Return a λ."""
+    """Return a λ or a σ, a zero without a sign; below 0 it is the negative noise."""
+    value = _number(given)
+    if not math.isfinite(value):
+        raise _wrong(option, given, "a finite number, such as 0.15")
+    return value + 0.0
+
+
+def _share(given: object) -> float:
+    """Return the share of the weights that is kept, all of them without one."""
+    value = 1.0 if given is None else _number(given)
+    if not 0.0 <= value <= 1.0:
+        raise _wrong("shrink", given, "a number from 0 to 1, the share of the weights that is kept")
+    return value + 0.0
+
+
+def _number(given: object) -> float:
+    """Return a real number of any kind as a float, a NaN for what is none."""
     try:
-        value = float(given) if isinstance(given, Real) else math.nan
+        return float(given) if isinstance(given, Real) else math.nan
     except OverflowError:
-        value = math.inf
-    if not 0 <= value < math.inf:
-        raise _wrong(option, given, "a finite number, 0 or more, such as 0.15")
-    return value
+        return math.inf
 
 
-def _seed(given: object) -> int:
-    seed = _whole("seed", given)
+def _seed(option: str, given: object) -> int:
+    seed = _whole(option, given)
     if not 0 <= seed < 2**64:
-        raise _wrong("seed", given, "a whole number from 0 to 2^64-1")
+        raise _wrong(option, given, "a whole number from 0 to 2^64-1")
     return seed
 
 

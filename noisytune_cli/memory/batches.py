@@ -24,7 +24,7 @@ def batches(parameters: Sequence[Parameter], noise: NoiseSpec, ahead: SumsAhead)
     What no device measures ahead is one batch, the last. So is everything where one std is that of all.
     """
     early, rest = [], list(parameters)
-    if noise.scope == "matrix":
+    if noise.scope != "global":
         early = [p for p in parameters if p.resident.tensor in ahead and not p.is_divided]
         rest = [p for p in parameters if p.resident.tensor not in ahead or p.is_divided]
     size = FIRST_BATCH
@@ -36,7 +36,10 @@ def batches(parameters: Sequence[Parameter], noise: NoiseSpec, ahead: SumsAhead)
 
 
 def begin(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int) -> Callable[[], None]:
-    """Add noise to settled parameters; return what waits for it where a device adds it, and counts it."""
+    """Add noise to settled parameters; return what waits for it where a device adds it, and counts it.
+
+    A parameter with a target is written there, without noise too.
+    """
     noised, doses = [], []
     divided, parted = [], []
     for parameter in parameters:
@@ -47,13 +50,18 @@ def begin(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int) -> Ca
                 if matrix.outcome is not None  # as all are, once settled
             ]
         )
+        held, base = parameter.resident.held, None
+        if parameter.target is not None:
+            held, base = parameter.target, held.values.view(-1)
+            if parameter.is_divided or noises[0] is None:
+                in_place.overwrite(held.values, base)
         if parameter.is_divided and any(noises):
             divided.append(parameter)
             parts = tuple([matrix.part for matrix in parameter.matrices])
-            parted.append(matrices.PartedDose(parameter.resident.held, parts, noises))
+            parted.append(matrices.PartedDose(held, parts, noises))
         elif noises[0] is not None:
             noised.append(parameter)
-            doses.append(Dose(parameter.resident.held, noises[0]))
+            doses.append(Dose(held, noises[0], base))
     counted = in_place.begin_noise(doses, threads)
     for parameter, by_part in zip(divided, matrices.add_noise(parted, threads), strict=True):
         _count(parameter, by_part)
@@ -68,7 +76,8 @@ def begin(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int) -> Ca
 def _count(parameter: Parameter, counts: Sequence[tuple[int, int]]) -> None:
     for matrix, (unchanged, clamped) in zip(parameter.matrices, counts, strict=True):
         assert matrix.outcome is not None
-        matrix.outcome = replace(matrix.outcome, unchanged=unchanged, clamped=clamped)
+        if matrix.outcome.action == "perturb":  # what is only shrunk has no noise that rounding could lose
+            matrix.outcome = replace(matrix.outcome, unchanged=unchanged, clamped=clamped)
 
 
 def receipts_of(parameter: Parameter) -> list[Receipt]:

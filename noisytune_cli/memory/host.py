@@ -61,7 +61,10 @@ def measure(parts: Mapping[int, LocalTensor], threads: int) -> dict[int, list[Mo
 
 
 def add_noise(doses: Mapping[int, Dose], threads: int) -> dict[int, list[int]]:
-    """Add the noise of each dose; return the [unchanged, clamped] elements of each."""
+    """Add the noise of each dose; return the [unchanged, clamped] elements of each.
+
+    A base lies in host memory too.
+    """
     kinds: dict[tuple[str, str, bool], list[int]] = {}
     for key, dose in doses.items():
         kind = operations.NAMES[dose.held.values.dtype], dose.noise.distribution, dose.noise.is_single
@@ -72,6 +75,7 @@ def add_noise(doses: Mapping[int, Dose], threads: int) -> dict[int, list[int]]:
         tiles = _tiles(runs, FLOAT_DTYPES[dtype])
         each = {key: i for i, key in enumerate(group)}
         of = np.array([each[key] for key in tiles.keys.tolist()], np.int64)
+        away = np.array([_to_base(doses[key]) for key in group], np.int64)
         rows = _CPU.noise_rows(
             tiles.addresses,
             tiles.counts,
@@ -79,7 +83,8 @@ def add_noise(doses: Mapping[int, Dose], threads: int) -> dict[int, list[int]]:
             noises=[doses[key].noise for key in group],
             of=of,
             firsts=tiles.firsts,
-            keeps=[doses[key].held for key in group],
+            sources=tiles.addresses + away[of],
+            keeps=[doses[key] for key in group],
         )
         calls.append(rows)
         results.append(tiles.keys.tolist())
@@ -91,6 +96,11 @@ def add_noise(doses: Mapping[int, Dose], threads: int) -> dict[int, list[int]]:
             counts[key][0] += unchanged
             counts[key][1] += clamped
     return counts
+
+
+def _to_base(dose: Dose) -> int:
+    """Return how many bytes from a dose's values its base lies."""
+    return 0 if dose.base is None else dose.base.data_ptr() - dose.held.values.data_ptr()
 
 
 def _tiles(runs: Iterable[tuple[int, LocalTensor, LocalRun]], size: int, *, divided: bool = True) -> _Tiles:

@@ -70,7 +70,9 @@ def exact_sums(part: LocalTensor) -> NDArray[np.int64]:
 def begin_noise(doses: Sequence[Dose], threads: int | None = None) -> Callable[[], list[tuple[int, int]]]:
     """Add the noise of each dose to its part, which devices may still be at when this returns.
 
-    Returns what waits for them and returns (unchanged, clamped) elements of each.
+    Returns what waits for them and returns (unchanged, clamped) elements of each. From a base that lies where
+    its part does, noise goes to the part in one pass; another one, and what a fused kernel or a detour takes,
+    is copied there first.
     """
     counts: list[list[int]] = [[0, 0] for _ in doses]
     on_device, flat_here, detour = _split([dose.held for dose in doses])
@@ -78,9 +80,9 @@ def begin_noise(doses: Sequence[Dose], threads: int | None = None) -> Callable[[
     with torch.no_grad(), enough_memory():
         queued = send(_queue_noise(doses, on_device))
         _tell_autograd([doses[i].held.values for i in flat_here])
-        added = host.add_noise({i: doses[i] for i in flat_here}, count)
+        added = host.add_noise({i: _near(doses[i]) for i in flat_here}, count)
         for i in detour:
-            added |= _add_by_detour(i, doses[i], count)
+            added |= _add_by_detour(i, _laid(doses[i]), count)
         for i, both in added.items():
             counts[i] = both
 
@@ -154,7 +156,7 @@ def _queue_noise(doses: Sequence[Dose], indices: Sequence[int]) -> Iterator[Queu
 
         rows = [
             Row(d.held.values, stream, d.held.runs[0].first, amplitude)
-            for d in (doses[i] for i in group)
+            for d in (_laid(doses[i]) for i in group)
             for stream, amplitude in d.noise.terms
         ]
         _tell_autograd([doses[i].held.values for i in group])
@@ -168,13 +170,37 @@ def _add_by_detour(key: int, dose: Dose, threads: int) -> dict[int, list[int]]:
 
 
 def _add_on_device(dose: Dose) -> Tensor:
+    dose = _near(dose)
     values, (run,) = dose.held.values, dose.held.runs
     every = flat(values)
     with torch.inference_mode(True) if values.is_inference() else torch.no_grad():
-        counts = operations.add_noise(every, every, dose.noise, run.first)
+        base = every if dose.base is None else dose.base
+        counts = operations.add_noise(base, every, dose.noise, run.first)
         if not lies_flat(values):
             values.copy_(every.view(values.shape))
     return counts
+
+
+def _near(dose: Dose) -> Dose:
+    """Return a dose whose base, if it has one, lies on its part's device."""
+    if dose.base is None or dose.base.device == dose.held.values.device:
+        return dose
+    return _laid(dose)
+
+
+def _laid(dose: Dose) -> Dose:
+    """Return a dose without a base: its part has the base's values."""
+    if dose.base is None:
+        return dose
+    overwrite(dose.held.values, dose.base)
+    return replace(dose, base=None)
+
+
+def overwrite(target: Tensor, values: Tensor) -> None:
+    """Give a tensor other values, [n] in row-major order, bit for bit."""
+    # Autograd is a thread's own setting, and this may not be the caller's thread.
+    with torch.inference_mode(True) if target.is_inference() else torch.no_grad():
+        target.copy_(values.view(target.shape), non_blocking=values.is_pinned())
 
 
 def _tell_autograd(tensors: Sequence[Tensor]) -> None:
@@ -194,9 +220,7 @@ def changing(target: Tensor) -> Iterator[Tensor]:
         yield values
     else:
         yield values
-        # Autograd is a thread's own setting, and this may not be the caller's thread.
-        with torch.inference_mode(True) if target.is_inference() else torch.no_grad():
-            target.copy_(values.view(target.shape))
+        overwrite(target, values)
 
 
 def _is_flat_here(values: Tensor) -> bool:

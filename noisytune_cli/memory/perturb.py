@@ -8,21 +8,21 @@ goes in batches instead, in front of all else. A refusal changes nothing.
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.weak import WeakIdKeyDictionary
 
-from noisytune_cli.engine.matrix import Spread, outcome_of
 from noisytune_cli.errors import UsageError
 from noisytune_cli.manifest.locate import manifest_of
 from noisytune_cli.manifest.read import read_manifest
-from noisytune_cli.memory import in_place, matrices, subnormals
+from noisytune_cli.memory import subnormals
 from noisytune_cli.memory.adapters import base_names
 from noisytune_cli.memory.ahead import SumsAhead
 from noisytune_cli.memory.arguments import (
+    Mix,
     Pairs,
     Patterns,
     check_choice,
@@ -33,15 +33,12 @@ from noisytune_cli.memory.arguments import (
 from noisytune_cli.memory.batches import batches, begin, receipts_of
 from noisytune_cli.memory.plan import (
     OPTIONS_THAT_EXCLUDE,
-    Matrix,
-    Parameter,
     leave_out,
     plan_parameters,
     recorded_parameters,
 )
-from noisytune_cli.memory.sharded import LocalTensor, share_exact_sums, share_moments
+from noisytune_cli.memory.spreads import Spreads
 from noisytune_cli.memory.tensors import Names, residents_of
-from noisytune_cli.noise.std import Moments, exact_std, exactly_equal, std_and_equality
 from noisytune_cli.plan.plan import check_outcomes
 from noisytune_cli.records import (
     Action,
@@ -60,18 +57,18 @@ if TYPE_CHECKING:
 #: What noise a module's parameters have, for as long as these live: their version then, and the seeds.
 _noised: Any = WeakIdKeyDictionary()
 
-#: Bytes of divided parameters to measure at a time: on a device their matrices are copied first.
-_BATCH_BYTES = 64 << 20
-
 
 @subnormals.kept()
 def perturb_(
     model: nn.Module | Mapping[str, Tensor],
-    lam: float = 0.15,
-    seed: int = 0,
+    lam: float | None = None,
+    seed: int | None = None,
     *,
-    noise: str = "uniform",
-    scope: Scope = "matrix",
+    sigma: float | None = None,
+    shrink: float | None = None,
+    mix: Mix | None = None,
+    noise: str | None = None,
+    scope: Scope | None = None,
     granularity: Granularity = "tensor",
     splits: Pairs[str] = (),
     include: Patterns = (),
@@ -88,7 +85,12 @@ def perturb_(
 ) -> Manifest:
     """Add noise to a model's parameters, or to a state dict's, in place; return the manifest's record.
 
-    `include`, `exclude`, `rules` (pattern to λ) and `splits` (pattern to DIM:SIZES, with `granularity`
+    One of three gives the strength, which may be negative: `lam`, the width in units of each std (0.15
+    where none is given); `sigma`, the std itself, Gaussian unless `noise` says otherwise; `mix`, noises to be
+    added up, as dictionaries {"seed", "sigma" or "lambda", "coefficient"} or a file of such lines. `shrink`
+    is the share of the weights that is kept under the noise.
+
+    `include`, `exclude`, `rules` (pattern to λ or σ) and `splits` (pattern to DIM:SIZES, with `granularity`
     "matrix") are the command line's, on checkpoint names: those of the model after `names` (a map, a
     function, or a prefix to take away, such as "bert"). `frozen` and `fresh` say whether parameters without
     gradients, and those that `fresh_names` (patterns on the model's own names) call freshly initialised, are
@@ -105,6 +107,9 @@ def perturb_(
     spec = make_spec(
         lam=lam,
         seed=seed,
+        sigma=sigma,
+        mix=mix,
+        shrink=shrink,
         noise=noise,
         scope=scope,
         granularity=granularity,
@@ -117,7 +122,7 @@ def perturb_(
     check_choice("fresh", fresh, ("perturb", "copy"))
     fresh_patterns, count = patterns("fresh_names", fresh_names), thread_count(threads)
     source = SourceRecord(type(model).__name__, None, ())
-    tensors, is_module = _named_tensors(model)
+    tensors, is_module = named_tensors(model)
     # Not where it may be for nothing: a manifest has the amplitudes, and patterns may choose a few tensors.
     ahead = SumsAhead(value for _, value in tensors if manifest is None and not spec.include)
     spared: list[str] = []
@@ -128,7 +133,7 @@ def perturb_(
     residents = residents_of(tensors, names)
     if manifest is None:
         parameters = plan_parameters(
-            residents, spec, is_module=is_module, config=_config(model, config), source=source.id
+            residents, spec, is_module=is_module, config=config_of(model, config), source=source.id
         )
     else:
         recorded = _read(manifest, spec)
@@ -145,9 +150,10 @@ def perturb_(
             next_step="Load the weights anew, take another seed, or pass again=True",
         )
     begun = []
+    spreads = Spreads(count, ahead)
     for batch in batches(parameters, spec, ahead):
         if manifest is None:
-            _settle(batch, spec, count, ahead)
+            spreads.settle(batch, spec)
         begun.append((batch, begin(batch, spec, count)))
     # Where this refuses, no noise was added.
     check_outcomes(spec, (p.outcome() for p in parameters), path=source.id, advice=OPTIONS_THAT_EXCLUDE)
@@ -171,7 +177,7 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _named_tensors(model: nn.Module | Mapping[str, Tensor]) -> tuple[list[tuple[str, object]], bool]:
+def named_tensors(model: nn.Module | Mapping[str, Tensor]) -> tuple[list[tuple[str, object]], bool]:
     """Return the tensors that may get noise by name, every name of a tie, and whether they are a module's."""
     if isinstance(model, Mapping):
         # What a module keeps beside its tensors may be anything.
@@ -182,10 +188,23 @@ def _named_tensors(model: nn.Module | Mapping[str, Tensor]) -> tuple[list[tuple[
             why="it is neither a module nor a state dict",
             next_step="Give the model, or a dictionary from names to tensors",
         )
+    _shard_again(model)
     return list(model.named_parameters(remove_duplicate=False)), True
 
 
-def _config(model: object, config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def _shard_again(model: nn.Module) -> None:
+    """Have FSDP2 drop the whole parameters that it may hold since a forward pass.
+
+    What is written to these is lost, and what is written to the shards is not in them.
+    """
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if fsdp is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp):
+                module.reshard()
+
+
+def config_of(model: object, config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """Return the config given, else the one that a model of transformers carries."""
     if not isinstance(config, Mapping | None):
         raise UsageError(
@@ -205,7 +224,7 @@ def _read(manifest: Manifest | str | os.PathLike[str], spec: NoiseSpec) -> Manif
     if spec != NoiseSpec() or spec.splits:
         raise UsageError(
             "manifest= and other noise",
-            why="the manifest gives λ, seed, distribution, scope, granularity and patterns",
+            why="the manifest gives strength, seeds, distribution, scope, granularity and patterns",
             next_step="Leave these options out, or the manifest",
         )
     if isinstance(manifest, Manifest):
@@ -217,81 +236,3 @@ def _read(manifest: Manifest | str | os.PathLike[str], spec: NoiseSpec) -> Manif
             next_step="Give what perturb_ returned, or where a manifest lies",
         )
     return read_manifest(manifest_of(path)).manifest
-
-
-def _settle(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int, ahead: SumsAhead) -> None:
-    """Give each matrix its std and its amplitude, or the reason why it has none."""
-    wanted = [(p, matrix) for p in parameters for matrix in p.matrices if matrix.outcome is None]
-    moments = _measure(wanted, threads, ahead)
-    finite = [i for i, found in enumerate(moments) if all(m.finite for m in found)]
-    groups = [_once(finite, wanted)] if noise.scope == "global" else [[i] for i in finite]
-    counts = [sum([wanted[i][1].part.elements for i in group]) for group in groups]
-    found = [
-        # Of fewer than two values there is no std, and nothing to scale noise with.
-        std_and_equality([m for i in group for m in moments[i]]) if count > 1 else (0.0, True)
-        for group, count in zip(groups, counts, strict=True)
-    ]
-    undecided = [i for group, std in zip(groups, found, strict=True) if std is None for i in group]
-    sums = {i: in_place.exact_sums(_held(*wanted[i])) for i in undecided}
-    share_exact_sums([parameter.resident.held for parameter, _ in wanted], sums)
-    spreads: dict[int, Spread] = {}
-    for group, count, std in zip(groups, counts, found, strict=True):
-        if std is None:
-            total = sum(sums[i] for i in group[1:]) + sums[group[0]]
-            std = exact_std(total, count), exactly_equal(total, count)
-        if noise.scope == "global":
-            spreads = dict.fromkeys(finite, Spread(std[0]))
-        else:
-            spreads[group[0]] = Spread(*std)
-    for i, (parameter, matrix) in enumerate(wanted):
-        matrix.outcome = outcome_of(noise, parameter.steps[0], matrix.part, spreads.get(i))
-
-
-def _once(indices: Sequence[int], wanted: Sequence[tuple[Parameter, Matrix]]) -> list[int]:
-    """Return indices without the second storage of a tie: it is one parameter, and its values count once."""
-    keys = ((wanted[i][0].steps[0].stream, wanted[i][1].part) for i in indices)
-    return list(dict(zip(keys, indices, strict=True)).values())
-
-
-def _measure(
-    wanted: Sequence[tuple[Parameter, Matrix]], threads: int, ahead: SumsAhead
-) -> list[list[Moments]]:
-    """Return the moments of each matrix; of divided parameters, a few are measured at a time."""
-    moments: list[list[Moments]] = [[] for _ in wanted]
-    whole, divided = [], []
-    for i, (parameter, _) in enumerate(wanted):
-        if parameter.is_divided:
-            divided.append(i)
-        elif parameter.resident.tensor in ahead:
-            moments[i] = [ahead.moments(parameter.resident.tensor)]
-        else:
-            whole.append(i)
-    held = [wanted[i][0].resident.held for i in whole]
-    for i, found in zip(whole, share_moments(held, in_place.measure(held, threads)), strict=True):
-        moments[i] = found
-    batch: list[tuple[int, LocalTensor]] = []
-    nbytes = 0
-    for _, group in itertools.groupby(divided, key=lambda i: id(wanted[i][0])):
-        indices = list(group)
-        views = matrices.views(wanted[indices[0]][0].resident.held, [wanted[i][1].part for i in indices])
-        batch += zip(indices, views, strict=True)
-        nbytes += sum(view.values.nbytes for view in views)
-        if nbytes >= _BATCH_BYTES:
-            _measure_views(batch, moments, threads)
-            batch, nbytes = [], 0
-    if batch:
-        _measure_views(batch, moments, threads)
-    return moments
-
-
-def _measure_views(
-    batch: Sequence[tuple[int, LocalTensor]], moments: list[list[Moments]], threads: int
-) -> None:
-    for (i, _), found in zip(batch, in_place.measure([view for _, view in batch], threads), strict=True):
-        moments[i] = found
-
-
-def _held(parameter: Parameter, matrix: Matrix) -> LocalTensor:
-    """Return the values of a matrix that are held here."""
-    held = parameter.resident.held
-    return matrices.views(held, [matrix.part])[0] if parameter.is_divided else held

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from noisytune_cli.checkpoint.quantized import refuse_quantized
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, Mismatch
+from noisytune_cli.memory.sharded import LocalTensor
 from noisytune_cli.memory.tensors import LiveTensor, first_bytes, same_bytes
-from noisytune_cli.noise.stream import StreamWords, stream_words
 from noisytune_cli.plan.computed import Values
 from noisytune_cli.plan.doubts import warning_of
 from noisytune_cli.plan.evidence import Told, tell, with_values
@@ -52,12 +52,15 @@ class Matrix:
 
 @dataclass(slots=True)
 class Parameter:
-    """One parameter: a step for each of its names, the words of its stream, and its matrices."""
+    """One parameter: a step for each of its names, and its matrices.
+
+    `target` is where it is written with its noise, None where it lies.
+    """
 
     resident: LiveTensor
     steps: tuple[Step, ...]
-    stream: StreamWords
     matrices: list[Matrix] = field(default_factory=list)
+    target: LocalTensor | None = None
 
     @property
     def is_divided(self) -> bool:
@@ -66,8 +69,11 @@ class Parameter:
 
     def outcome(self) -> tuple[Action, Reason | None]:
         """Return what becomes of it as far as is known: it is perturbed if one of its matrices is."""
-        reasons = [None if matrix.outcome is None else matrix.outcome.reason for matrix in self.matrices]
-        return ("perturb", None) if None in reasons else ("copy", reasons[0])
+        known = [matrix.outcome for matrix in self.matrices]
+        actions = {self.steps[0].action if outcome is None else outcome.action for outcome in known}
+        if actions == {"copy"}:
+            return "copy", known[0].reason if known[0] else None
+        return "perturb" if "perturb" in actions else "shrink", None
 
 
 def plan_parameters(
@@ -97,7 +103,7 @@ def plan_parameters(
     for warning in warning_of(plan):
         warnings.warn(warning, stacklevel=3)
     steps = {step.tensor.name: step for step in plan.steps}
-    return [_planned(r, tuple([steps[name] for name in r.names]), noise.seed) for r in residents]
+    return [_planned(r, tuple([steps[name] for name in r.names])) for r in residents]
 
 
 def _find_computed(
@@ -122,14 +128,13 @@ def _find_computed(
     return find_computed(replace(plan, steps=here), told, values_of)
 
 
-def _planned(resident: LiveTensor, steps: tuple[Step, ...], seed: int) -> Parameter:
+def _planned(resident: LiveTensor, steps: tuple[Step, ...]) -> Parameter:
     step = steps[0]
-    stream = stream_words(seed, step.stream)
-    if step.reason is not None:
-        return Parameter(resident, steps, stream, [Matrix(whole(step.tensor), copied(step.reason))])
+    if step.action == "copy":
+        return Parameter(resident, steps, [Matrix(whole(step.tensor), copied(step.reason))])
     if step.parts:
         _refuse_sharded(resident)
-    return Parameter(resident, steps, stream, [Matrix(part) for part in step.matrices])
+    return Parameter(resident, steps, [Matrix(part) for part in step.matrices])
 
 
 def _refuse_sharded(resident: LiveTensor) -> None:
@@ -170,16 +175,15 @@ def recorded_parameters(residents: Sequence[LiveTensor], manifest: Manifest) -> 
             f"{residents[0].names[0]}",
             next_step="Give names= so that the model's names become those, such as names='bert'",
         )
-    seed = manifest.noise.seed
-    return [_recorded(r, next((by_name[n] for n in r.names if n in by_name), None), seed) for r in residents]
+    return [_recorded(r, next((by_name[n] for n in r.names if n in by_name), None)) for r in residents]
 
 
-def _recorded(resident: LiveTensor, receipt: Receipt | None, seed: int) -> Parameter:
+def _recorded(resident: LiveTensor, receipt: Receipt | None) -> Parameter:
     specs = list(resident.specs())
     if receipt is None:
         steps = tuple(Step(spec, "copy", "excluded", 0.0, spec.name) for spec in specs)
         matrices = [Matrix(whole(specs[0]), copied("excluded"))]
-        return Parameter(resident, steps, stream_words(seed, steps[0].stream), matrices)
+        return Parameter(resident, steps, matrices)
     recorded = receipt.step.tensor
     if recorded.shape != specs[0].shape or (recorded.dtype in FLOAT_DTYPES) != (
         specs[0].dtype in FLOAT_DTYPES
@@ -200,7 +204,7 @@ def _recorded(resident: LiveTensor, receipt: Receipt | None, seed: int) -> Param
         _refuse_sharded(resident)
     else:
         matrices = [Matrix(whole(specs[0]), receipt)]
-    return Parameter(resident, steps, stream_words(seed, receipt.step.stream), matrices)
+    return Parameter(resident, steps, matrices)
 
 
 def leave_out(
@@ -223,7 +227,7 @@ def leave_out(
     are_fresh = frozenset[str]().union(*matched)
     for parameter in parameters:
         resident = parameter.resident
-        if parameter.outcome()[0] == "perturb" and (
+        if parameter.outcome()[0] != "copy" and (
             (frozen == "copy" and not resident.tensor.requires_grad)
             or (fresh == "copy" and are_fresh.issuperset(resident.own))
         ):

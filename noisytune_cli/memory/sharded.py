@@ -57,10 +57,14 @@ class LocalTensor:
 
 @dataclass(frozen=True, slots=True)
 class Dose:
-    """The noise for one tensor, and its part here."""
+    """The noise for one tensor, and its part here.
+
+    `base` are the values that it is added to, [n], where these are not the part's own, which are overwritten.
+    """
 
     held: LocalTensor
     noise: Noise
+    base: Tensor | None = None
 
 
 def held_part(tensor: Tensor, name: str) -> LocalTensor:
@@ -78,7 +82,7 @@ def _held_part(tensor: Any, name: str) -> LocalTensor:
     indices = _indices(tensor, name)
     if tuple(len(i) for i in indices) != tuple(local.shape):
         raise _not_understood(name, "its local part has another shape than its placements say")
-    return LocalTensor(local, tuple(_runs(tuple(tensor.shape), indices)), tensor.device_mesh, shards)
+    return LocalTensor(local, tuple(runs_of(tuple(tensor.shape), indices)), tensor.device_mesh, shards)
 
 
 def _indices(tensor: Any, name: str) -> list[NDArray[np.int64]]:
@@ -104,7 +108,7 @@ def _indices(tensor: Any, name: str) -> list[NDArray[np.int64]]:
     return [index.numpy() for index in indices]
 
 
-def _runs(shape: tuple[int, ...], indices: Sequence[NDArray[np.int64]]) -> Iterator[LocalRun]:
+def runs_of(shape: tuple[int, ...], indices: Sequence[NDArray[np.int64]]) -> Iterator[LocalRun]:
     """Yield the runs of the part of a tensor that holds `indices` of each dimension, in row-major order."""
     if not all(len(index) for index in indices):
         return
@@ -148,6 +152,21 @@ def share_moments(parts: Sequence[LocalTensor], moments: Sequence[Sequence[Momen
             wide = parts[i].values.dtype == torch.float64
             rows = [rank[place] for rank in everyones]
             shared[i] = [_moments(row, wide) for row in rows if row[0]]
+    return shared
+
+
+def share_finite(parts: Sequence[LocalTensor], finite: Sequence[bool]) -> list[bool]:
+    """Return for each tensor whether all its parts are finite, the same on every process.
+
+    All processes of a mesh must call this with the same tensors.
+    """
+    shared = list(finite)
+    for indices in _by_mesh(parts).values():
+        part = parts[indices[0]]
+        broken = torch.tensor([not finite[i] for i in indices], dtype=torch.int64).to(part.mesh.device_type)
+        _all_reduce(broken, part.mesh, part.shards)
+        for i, count in zip(indices, broken.tolist(), strict=True):
+            shared[i] = count == 0
     return shared
 
 

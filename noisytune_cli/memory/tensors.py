@@ -63,12 +63,16 @@ _FSDP = "_fsdp_wrapped_module."
 
 @dataclass(frozen=True, slots=True)
 class LiveTensor:
-    """One parameter in memory: `own` are its names in the model, `names` those in the checkpoint."""
+    """One parameter in memory: `own` are its names in the model, `names` those in the checkpoint.
+
+    Of one that is kept, `held` is a copy, and not `tensor`'s own values.
+    """
 
     own: tuple[str, ...]
     names: tuple[str, ...]
     tensor: Tensor
     held: LocalTensor
+    is_kept: bool = False
 
     def specs(self) -> Iterator[TensorSpec]:
         """Yield the parameter as a header would describe it, once for each name."""

@@ -11,13 +11,12 @@ import torch
 
 from noisytune_cli import perturb_
 from noisytune_cli.errors import InputInvalid, Mismatch, UsageError
+from noisytune_cli.records import Term
 
 WRONG: list[dict[str, Any]] = [
-    {"lam": -1},
     {"lam": float("nan")},
     {"lam": float("inf")},
     {"lam": "0.1"},
-    {"lam": None},
     {"lam": 10**400},
     {"seed": 2**64},
     {"seed": -1},
@@ -36,7 +35,24 @@ WRONG: list[dict[str, Any]] = [
     {"rules": "*=0.1"},
     {"rules": ["*"]},
     {"rules": {"*": "0.1"}},
-    {"rules": {"*": -1}},
+    {"rules": {"*": float("nan")}},
+    {"sigma": "0.1"},
+    {"sigma": float("inf")},
+    {"shrink": -0.1},
+    {"shrink": 1.5},
+    {"shrink": "half"},
+    {"mix": []},
+    {"mix": 3},
+    {"mix": {"seed": 1, "sigma": 0.1}},
+    {"mix": [3]},
+    {"mix": [{"seed": 1}]},
+    {"mix": [{"seed": 1, "lambda": 1, "sigma": 1}]},
+    {"mix": [{"seed": 1, "sigma": 1, "weight": 1}]},
+    {"mix": [{"seed": -1, "sigma": 1}]},
+    {"mix": [{"seed": 1, "sigma": float("nan")}]},
+    {"mix": [{"seed": 1, "sigma": 1}, {"seed": 2, "lambda": 1}]},
+    {"mix": [Term(1, 0.1)]},
+    {"scope": "absolute"},
     {"splits": "a=0:/2"},
     {"splits": 3},
     {"splits": None},
@@ -52,6 +68,28 @@ WRONG: list[dict[str, Any]] = [
     {"threads": "2"},
     {"names": 3},
 ]
+
+
+TOGETHER: list[dict[str, Any]] = [
+    {"lam": 0.1, "sigma": 0.1},
+    {"lam": 0.15, "mix": [{"seed": 1, "sigma": 0.1}]},
+    {"sigma": 0.1, "mix": [{"seed": 1, "sigma": 0.1}]},
+    {"seed": 0, "mix": [{"seed": 1, "sigma": 0.1}]},
+    {"rules": {"*": 0.1}, "mix": [{"seed": 1, "sigma": 0.1}]},
+    {"scope": "matrix", "sigma": 0.1},
+    {"scope": "absolute", "lam": 0.1},
+    {"scope": "global", "mix": [{"seed": 1, "sigma": 0.1}]},
+    {"scope": "absolute", "mix": [{"seed": 1, "lambda": 0.1}]},
+]
+
+
+@pytest.mark.parametrize("options", TOGETHER, ids=" ".join)
+def test_arguments_that_do_not_go_together_are_refused(options: dict[str, Any]) -> None:
+    tensors = {"w": torch.randn(3)}
+    before = tensors["w"].clone()
+    with pytest.raises(UsageError, match="^" + next(iter(options))):
+        perturb_(tensors, **options)
+    assert torch.equal(tensors["w"], before)
 
 
 @pytest.mark.parametrize("options", WRONG, ids=[f"{k}={v!r}" for o in WRONG for k, v in o.items()])

@@ -23,7 +23,7 @@ from noisytune_cli.engine import tiles
 from noisytune_cli.errors import InputUnreadable, Mismatch, UsageError
 from noisytune_cli.memory import host as in_place_tables
 from noisytune_cli.memory import in_place
-from noisytune_cli.memory import perturb as memory
+from noisytune_cli.memory import spreads as memory
 from noisytune_cli.noise.devices import cuda
 from noisytune_cli.records import Manifest, NoiseSpec, SourceRecord
 

@@ -78,17 +78,19 @@ class Cpu:
         noises: Sequence[Noise],
         of: NDArray[np.int64],
         firsts: NDArray[np.int64],
+        sources: NDArray[np.int64] | None = None,
         keeps: object,
     ) -> Rows:
-        """Return the calls that add noise to tiles of host memory where they lie; arrays are [n].
+        """Return the calls that write tiles of host memory with their noise to `addresses`; arrays are [n].
 
-        `noises` are of one distribution, and all or none of them single; `of` are their indices. `keeps`
-        holds that memory. The results are the rows' fields `unchanged` and `clamped`.
+        The tiles lie at `sources`, apart from these, or there already. `noises` are of one distribution, and
+        all or none of them single; `of` are their indices. `keeps` holds that memory. The results are the
+        rows' fields `unchanged` and `clamped`.
         """
         kernels, distribution = library.load(), noises[0].distribution
         single = noises[0].is_single
         rows = np.zeros(len(addresses), NOISE_ROW if single else MIX_ROW)
-        rows["x"] = rows["y"] = addresses
+        rows["x"], rows["y"] = addresses if sources is None else sources, addresses
         rows["n"], rows["first"] = counts, firsts
         if single:
             terms = np.array([noise.terms[0] for noise in noises], TERM)[of]
