@@ -8,14 +8,30 @@ from typing import TYPE_CHECKING, Any
 from noisytune_cli.version import __version__
 
 if TYPE_CHECKING:
+    from noisytune_cli.memory.ladder import ladder
     from noisytune_cli.memory.perturb import perturb_
+    from noisytune_cli.memory.population import Population, noisy
+    from noisytune_cli.memory.slices import add_noise_
     from noisytune_cli.memory.transformers import NoisyTuneCallback, noisy_from_pretrained
 
-__all__ = ["NoisyTuneCallback", "__version__", "noisy_from_pretrained", "perturb_"]
+__all__ = [
+    "NoisyTuneCallback",
+    "Population",
+    "__version__",
+    "add_noise_",
+    "ladder",
+    "noisy",
+    "noisy_from_pretrained",
+    "perturb_",
+]
 
 #: Public names, and the modules that they are imported from when they are first asked for.
 _HOMES = {
     "NoisyTuneCallback": "memory.transformers",
+    "Population": "memory.population",
+    "add_noise_": "memory.slices",
+    "ladder": "memory.ladder",
+    "noisy": "memory.population",
     "noisy_from_pretrained": "memory.transformers",
     "perturb_": "memory.perturb",
 }

@@ -16,16 +16,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from noisytune_cli import perturb_
+from noisytune_cli import Population, perturb_
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.memory import host as in_place_tables
-from noisytune_cli.memory import perturb as memory
 from noisytune_cli.memory import sharded
+from noisytune_cli.memory import spreads as memory
 
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"scope": "global"},
     {"noise": "gaussian", "seed": 9, "exclude": "0.bias"},
+    {"sigma": 0.1, "shrink": 0.7},
+    {"mix": [{"seed": 1, "lambda": 0.5}, {"seed": 2, "lambda": 0.5}]},
 ]
 
 _calls: list[Any] = []
@@ -64,6 +66,10 @@ def whole(parameter: Any) -> torch.Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
+def same_bytes(part: Any, expected: torch.Tensor) -> bool:
+    return torch.equal(whole(part).view(torch.uint8), expected.view(torch.uint8))
+
+
 def assert_same(expected: Any, parts: Any) -> None:
     wanted = dict(expected.named_parameters())
     for name, parameter in parts.named_parameters():
@@ -94,6 +100,31 @@ def fsdp() -> None:
         _, count = reductions(lambda again=again, record=record: perturb_(again, manifest=record))
         assert count == 0, count
         assert_same(expected, again)
+
+
+def populations() -> None:
+    """Noise after noise on parts, with forward passes in between, which leave whole parameters behind."""
+    base, parts = model(), model()
+    fully_shard(parts)
+    inputs = torch.randn(2, 5, generator=torch.Generator().manual_seed(1))
+    population, count = reductions(lambda: Population(parts))
+    assert count == 0, count
+    for seed in range(3):
+        for options in ({"sigma": 0.1, "shrink": 0.5}, {"lam": 0.3}):
+            expected = model()
+            perturb_(expected, seed=seed, **options)
+            _, count = reductions(lambda options=options, seed=seed: population.set(seed=seed, **options))
+            assert count == (seed == 0), count
+            parts.unshard()
+            assert torch.equal(parts[4](inputs), expected[4](inputs))
+            assert not isinstance(parts[1].weight, DTensor)
+    population.restore()
+    assert isinstance(parts[1].weight, DTensor)
+    assert_same(base, parts)
+    parts.unshard()
+    perturb_(base, sigma=0.1)
+    perturb_(parts, sigma=0.1)
+    assert_same(base, parts)
 
 
 def replicas() -> None:
@@ -134,16 +165,24 @@ def placements() -> None:
     torch.manual_seed(1)
     shape = (5, 7, 3)
     kinds = {"0": Shard(0), "1": Shard(1), "2": Shard(2), "all": Replicate()}
-    expected = {name: torch.randn(shape) for name in kinds}
-    parts = {name: distribute_tensor(expected[name].clone(), mesh, [kind]) for name, kind in kinds.items()}
-    broken = torch.tensor([1.0, 2.0, float("nan")])
-    expected["broken"], parts["broken"] = broken, distribute_tensor(broken.clone(), mesh, [Shard(0)])
-    perturb_(expected)
-    record, count = reductions(lambda: perturb_(parts))
-    assert count == 1, count
-    for name in kinds:
-        assert torch.equal(parts[name].full_tensor(), expected[name]), name
-    assert next(r for r in record.receipts if r.step.tensor.name == "broken").reason == "non-finite"
+    values = {name: torch.randn(shape) for name in kinds}
+    values["broken"], kinds["broken"] = torch.tensor([1.0, 2.0, float("nan")]), Shard(0)
+    for options in ({}, {"sigma": 0.1}):
+        expected = {name: value.clone() for name, value in values.items()}
+        parts, again = (
+            {name: distribute_tensor(values[name].clone(), mesh, [kind]) for name, kind in kinds.items()}
+            for _ in range(2)
+        )
+        perturb_(expected, **options)
+        record, count = reductions(lambda parts=parts, options=options: perturb_(parts, **options))
+        assert count == 1, count
+        assert _calls[0] == ((4,) if options else (2, 4, 7)), _calls  # whether all is finite, or moments
+        with Population(again) as many:
+            many.set(**options)
+            assert all(same_bytes(again[name], expected[name]) for name in kinds)
+        assert all(same_bytes(again[name], values[name]) for name in kinds)
+        assert all(same_bytes(parts[name], expected[name]) for name in kinds)
+        assert next(r for r in record.receipts if r.step.tensor.name == "broken").reason == "non-finite"
 
 
 def strided() -> None:
@@ -181,7 +220,7 @@ def partial() -> None:
 def main(rank: int, rendezvous: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     dist.all_reduce = counted(dist.all_reduce)
-    for case in (replicas, fsdp, several_tiles, exact, placements, strided, partial):
+    for case in (replicas, fsdp, populations, several_tiles, exact, placements, strided, partial):
         case()
     dist.destroy_process_group()
 
