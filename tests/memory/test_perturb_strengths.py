@@ -31,7 +31,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "negative": ({"lam": -0.3}, ["--lambda=-0.3"]),
     "shrink": ({"lam": 0.2, "shrink": 0.4, "seed": 3}, ["--lambda", "0.2", "--shrink", "0.4", "--seed", "3"]),
-    "global": ({"scope": "global", "shrink": 0.4}, ["--scope", "global", "--shrink", "0.4"]),
+    "global": (
+        {"scope": "global", "shrink": 0.4, "rules": {"w": 0}},
+        ["--scope", "global", "--shrink", "0.4", "--lambda-for", "w=0"],
+    ),
     "nothing kept": ({"lam": 0, "shrink": 0}, ["--lambda", "0", "--shrink", "0"]),
     "mix of sigmas": ({"mix": SIGMAS, "shrink": 0.9}, ["--mix", "MIX", "--shrink", "0.9"]),
     "mix of lambdas": ({"mix": LAMBDAS, "noise": "gaussian"}, ["--mix", "MIX", "--noise", "gaussian"]),

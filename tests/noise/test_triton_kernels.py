@@ -341,3 +341,28 @@ def test_perturb_launches_once_for_all_and_gives_the_bits_of_the_cpu(
     }
     assert launched == [8]
     assert tensors["0.weight"]._version > version
+
+
+@pytest.mark.parametrize("host", [False, True])
+def test_a_population_has_the_bits_of_the_cpu(host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    values = {
+        "a": torch.randn(7, 11),
+        "b": torch.randn(40, 30).to(torch.bfloat16),
+        "c": torch.randn(9, 4).t(),
+    }
+    tensors = {name: t.clone().to(DEVICE) for name, t in values.items()}
+    monkeypatch.setattr(in_place, "_is_exact_device", lambda name: True)
+    population = noisytune_cli.Population(tensors, host=host)
+    mix = [{"seed": 1, "sigma": 0.1}, {"seed": 2, "sigma": 0.2}]
+    for options in (
+        {"sigma": -0.1, "seed": 3},
+        {"mix": mix, "shrink": 0.5},
+        {"lam": 0.3, "noise": "uniform"},
+    ):
+        expected = {name: t.clone() for name, t in values.items()}
+        record = noisytune_cli.perturb_(expected, **options)
+        assert population.set(**options) == record
+        assert all(stored_bytes(tensors[name]) == stored_bytes(expected[name]) for name in values)
+    population.restore()
+    assert all(stored_bytes(tensors[name]) == stored_bytes(values[name]) for name in values)
