@@ -142,11 +142,12 @@ def perturb_(
     leave_out(parameters, frozen=frozen, fresh=fresh, fresh_names=fresh_patterns, spared=spared)
     noised = [p.resident.tensor for p in parameters if is_module and p.outcome()[0] == "perturb"]
     had = [_seeds_of(tensor) for tensor in noised]
-    if not again and any(spec.seed in seeds for seeds in had):
+    seeds = frozenset(term.seed for term in spec.mix) or frozenset((spec.seed,))
+    if not again and (twice := seeds.intersection(frozenset[int]().union(*had))):
         raise UsageError(
             "the model was noised before",
             path=source.id,
-            why=f"it has the noise of seed {spec.seed} from an earlier call",
+            why=f"it has the noise of seed {min(twice)} from an earlier call",
             next_step="Load the weights anew, take another seed, or pass again=True",
         )
     begun = []
@@ -161,8 +162,8 @@ def perturb_(
     for batch, finish in begun:
         finish()
         receipts |= {id(parameter): receipts_of(parameter) for parameter in batch}
-    for tensor, seeds in zip(noised, had, strict=True):
-        _noised[tensor] = _version(tensor), seeds | {spec.seed}
+    for tensor, before in zip(noised, had, strict=True):
+        _noised[tensor] = _version(tensor), before | seeds
     in_order = tuple([receipt for parameter in parameters for receipt in receipts[id(parameter)]])
     return Manifest("noisytune", __version__, source, spec, in_order)
 
