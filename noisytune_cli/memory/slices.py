@@ -20,6 +20,7 @@ from noisytune_cli.memory.arguments import Mix, make_spec, thread_count
 from noisytune_cli.memory.sharded import Dose, runs_of
 from noisytune_cli.memory.tensors import LiveTensor, residents_of
 from noisytune_cli.noise.amplitudes import noise_of
+from noisytune_cli.plan.evidence import Told
 from noisytune_cli.plan.plan import make_plan
 from noisytune_cli.records import whole
 
@@ -67,7 +68,7 @@ def add_noise_(
     resident = _placed(resident, shape, offset)
     (described,) = resident.specs()
     described = replace(described, shape=tuple(resident.tensor.shape if shape is None else shape))
-    (step,) = make_plan([described], spec, buffers={}).steps
+    (step,) = make_plan([described], spec, told=Told({}, {})).steps
     if step.reason == "not-float":
         raise InputInvalid(
             "cannot add noise",

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import noisytune_cli
 from noisytune_cli.cli.app import app
+from noisytune_cli.errors import UsageError
 from noisytune_cli.manifest.read import read_manifest
 from noisytune_cli.memory import in_place
 from noisytune_cli.noise.devices import cuda
@@ -145,3 +146,11 @@ def test_layouts_ties_and_frozen_parameters() -> None:
     record = noisytune_cli.perturb_(module, lam=0, shrink=0.5, frozen="copy")
     assert bits(module["a"].weight) == before
     assert [r.action for r in record.receipts] == ["copy", "shrink"]
+
+
+def test_a_seed_of_an_earlier_mixture_is_refused() -> None:
+    model = torch.nn.Linear(9, 5)
+    noisytune_cli.perturb_(model, mix=[{"seed": 3, "sigma": 0.1}, {"seed": 4, "sigma": 0.1}])
+    with pytest.raises(UsageError, match="the noise of seed 4"):
+        noisytune_cli.perturb_(model, sigma=0.1, seed=4)
+    noisytune_cli.perturb_(model, sigma=0.1, seed=5)
