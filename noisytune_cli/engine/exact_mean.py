@@ -49,6 +49,9 @@ class Weights:
         self.exact = [Fraction(weight) / Fraction(2) ** exponent for weight in given]
         self.values = [float(weight) for weight in self.exact]
         total = sum(self.exact)
+        #: The bits that a sum by them needs more than its values: after the point, and before that of Σ w.
+        denominator = max(weight.denominator for weight in self.exact)
+        self.bits = denominator.bit_length() - 1 + (math.ceil(total) - 1).bit_length()
         self.total: list[float] = []  # Σ w, from its first 53 bits on
         while total and len(self.total) < 4:
             self.total.append(float(total))

@@ -1,8 +1,9 @@
 """The weighted mean of several checkpoints, tensor by tensor.
 
 Each tensor is one task of a pool of threads. A value is the mean's, as if worked out exactly and rounded
-once, nearest-even, to the stored dtype (`engine/exact_mean.py`). So the bytes depend on nothing but the
-values and their coefficients, not on the order of the sources; what all agree on stays as it is to the bit.
+once, nearest-even, to the stored dtype (`engine/quick_mean.py`, and where that is not sure,
+`engine/exact_mean.py`). So the bytes depend on nothing but the values and their coefficients, not on the
+order of the sources; what all agree on stays as it is to the bit.
 Memory is a few tiles for each thread, whatever the number and the size of the sources.
 
 Tensors that hold no floats cannot be averaged: the first source's bytes are copied.
@@ -21,6 +22,7 @@ from blake3 import blake3
 from noisytune_cli.checkpoint.formats import Sink, Source
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine.exact_mean import Mean, Weights
+from noisytune_cli.engine.quick_mean import FRACTIONS, QuickMean
 from noisytune_cli.engine.threads import Pool, Worker
 from noisytune_cli.manifest.average import AveragedTensor
 from noisytune_cli.noise.devices import Device
@@ -73,7 +75,8 @@ def average(
         done[index] = _average(tensor, members, weights, sinks[tensor.file], device, progress, worker)
 
     tasks = [partial(task, index) for index in range(len(tensors))]
-    Pool(tasks, tile_bytes=_TILE_BYTES, buffer_bytes=_TILE_BYTES).run(threads)
+    # Room for two tiles of any dtype in float64.
+    Pool(tasks, tile_bytes=_TILE_BYTES, buffer_bytes=8 * _TILE_BYTES).run(threads)
     return [one for one in done if one is not None]
 
 
@@ -92,7 +95,11 @@ def _average(
         nbytes = min(_TILE_BYTES, tensor.nbytes - start)
         written = worker.out[:nbytes]
         tiles = _Tiles(tensor, members, start, worker.tile[:nbytes])
-        mean = _MeanTile(tensor.dtype, weights, device, nbytes) if tensor.dtype in FLOAT_DTYPES else None
+        mean = (
+            _MeanTile(tensor.dtype, weights, device, worker.buffer, nbytes)
+            if tensor.dtype in FLOAT_DTYPES
+            else None
+        )
         for k, content in enumerate(hashes):
             data = tiles.read(k)
             content.update(data)
@@ -132,37 +139,61 @@ class _Tiles:
 
 
 class _MeanTile:
-    """The mean of stored tiles."""
+    """The mean of stored tiles: what `QuickMean` is sure of, and of the rest what `Mean` works out."""
 
-    def __init__(self, dtype: str, weights: Weights, device: Device, nbytes: int) -> None:
-        self._dtype, self._device = dtype, device
+    def __init__(self, dtype: str, weights: Weights, device: Device, buffer: memoryview, nbytes: int) -> None:
+        self._dtype, self._device, self._weights = dtype, device, weights
         self._count = nbytes // FLOAT_DTYPES[dtype]
-        self._mean = Mean(weights, self._count, wide=dtype == "F64")
-        self._first = b""
-        self._agree = np.ones(self._count, bool)
+        room = np.frombuffer(buffer, np.float64)
+        self._sums, self._others = room[: self._count], room[len(room) // 2 :][: self._count]
+        self._quick = QuickMean(dtype, weights) if dtype in FRACTIONS else None
 
     def add(self, tile: memoryview, index: int) -> None:
         """Add a member's tile, the first first."""
-        if index == 0:
-            self._first = bytes(tile)
-        else:
-            self._agree &= self._bits(tile) == self._bits(self._first)
-        self._mean.add(self._values(tile), index)
+        if self._quick is not None:
+            values = self._values(tile, self._others if index else self._sums)
+            self._quick.add(self._bits(tile), values, index)
 
     def write(self, out: memoryview, read: Callable[[int], memoryview]) -> int:
         """Write the mean to `out`; return how many of its values are NaN or infinite."""
-        mean = self._mean.round(lambda index: self._values(read(index)))
-        self._device.convert(_bytes(mean), out, "F64", self._dtype)
-        np.copyto(self._bits(out), self._bits(self._first), where=self._agree)
-        return self._count - int(np.isfinite(mean).sum())
+        means = self._bits(out)
+        if self._quick is None:
+            unsure = np.arange(self._count)
+        else:
+            means[:], unsure = self._quick.round(self._stored, lambda index: self._bits(read(index)))
+        if len(unsure):
+            means[unsure] = self._exactly(unsure, read)
+        if self._quick is not None and self._quick.finite:
+            return 0
+        return self._count - int(np.isfinite(self._values(out)).sum())
 
-    def _bits(self, tile: memoryview | bytes) -> NDArray[Any]:
+    def _exactly(self, where: NDArray[np.int64], read: Callable[[int], memoryview]) -> NDArray[Any]:
+        """Return the stored means of some elements: of what all agree on, the first member's bits."""
+        mean = Mean(self._weights, len(where), wide=self._dtype == "F64")
+        first, agree = np.empty(0), np.ones(len(where), bool)
+        for index in range(len(self._weights.values)):
+            tile = read(index)
+            stored = self._bits(tile)[where]
+            if index == 0:
+                first = stored
+            agree &= stored == first
+            mean.add(self._values(tile)[where], index)
+        return np.where(
+            agree, first, self._stored(mean.round(lambda index: self._values(read(index))[where]))
+        )
+
+    def _bits(self, tile: memoryview) -> NDArray[Any]:
         return np.frombuffer(tile, f"<u{FLOAT_DTYPES[self._dtype]}")
 
-    def _values(self, tile: memoryview) -> NDArray[np.float64]:
-        values = np.empty(self._count)
+    def _values(self, tile: memoryview, room: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+        values = np.empty(self._count) if room is None else room
         self._device.convert(tile, _bytes(values), self._dtype, "F64")
         return values
+
+    def _stored(self, values: NDArray[np.float64]) -> NDArray[Any]:
+        stored = np.empty(len(values), f"<u{FLOAT_DTYPES[self._dtype]}")
+        self._device.convert(_bytes(values), stored.view(np.uint8).data, "F64", self._dtype)
+        return stored
 
 
 def _bytes(values: NDArray[np.float64]) -> memoryview:
