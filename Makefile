@@ -42,7 +42,7 @@ sanitize: $(TESTING)
 		$(BIN)/python -P $(WATCHED)/$(KERNELS)/build.py
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(WATCHED) \
-		$(BIN)/python -P -m pytest tests/noise/test_kernels.py tests/noise/test_rows.py
+		$(BIN)/python -P -m pytest tests/noise/test_kernels.py tests/noise/test_mix.py tests/noise/test_rows.py
 
 # For every platform that has a compiled library, from this machine.
 wheels: $(TESTING)

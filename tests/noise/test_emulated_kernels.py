@@ -16,10 +16,15 @@ from levels import cpu_at
 
 from noisytune_cli.noise import distributions
 from noisytune_cli.noise.devices.cpu import library
+from noisytune_cli.noise.devices.cpu.rows import TERM
 from noisytune_cli.noise.stream import Noise
 
 EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 WORDS = (123, 2**31, 789, 2**32 - 1)
+
+#: What mixtures are made of beside the first term; and how many terms, with what share of the values kept.
+OTHERS = (((2**32 - 1, 0, 2**31, 7), -0.25), (WORDS, 0.0078125))
+MIXTURES = ((3, 0.7), (1, 0.5), (0, 0.9))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     )
     chosen = ["-target", "aarch64-linux-musl", "-static", "-DLEVEL=neon", "-DLOWEST", f"-I{kernels}"]
     command = [sys.executable, "-m", "ziglang", "cc", *FLAGS, *chosen, str(source), "-o", str(built)]
-    subprocess.run(command, check=True, timeout=240)
+    subprocess.run(command, check=True, timeout=900)
     return [EMULATOR, str(built)]
 
 
@@ -54,7 +59,13 @@ def test_arm64_has_the_references_bits(program: list[str]) -> None:
                     stored = np.clip(stored, -1e150, 1e150)  # sums of squares that overflow mean nothing
                 which = library.DISTRIBUTIONS.index(distribution)
                 numbers = (which, library.DTYPES.index(dtype), library.DTYPES.index(out_dtype), n)
-                cases.append(struct.pack("<4iQ4If", *numbers, first, *WORDS, amplitude) + stored.tobytes())
+                terms, kept = MIXTURES[len(cases) % len(MIXTURES)]
+                mixed = Noise(distribution, ((WORDS, amplitude), *OTHERS)[:terms], kept)
+                cases.append(
+                    struct.pack("<4iQ4Ifqd", *numbers, first, *WORDS, amplitude, terms, kept)
+                    + np.array([*mixed.terms], TERM).tobytes()
+                    + stored.tobytes()
+                )
                 out = np.empty(n, oracle.STORED[out_dtype][0])
                 tile, room = oracle.tile(stored), oracle.tile(out)
                 counts = cpu.add_noise(
@@ -66,11 +77,13 @@ def test_arm64_has_the_references_bits(program: list[str]) -> None:
                     first=first,
                 )
                 expected.append(out.tobytes() + struct.pack("<2q", *counts))
+                counts = cpu.add_noise(tile, room, dtype, out_dtype, noise=mixed, first=first)
+                expected.append(out.tobytes() + struct.pack("<2q", *counts))
                 sums, found = cpu.moments(tile, dtype), cpu.summarize(tile, dtype)
                 expected.append(struct.pack("<5dq", sums.pivot, *sums.s1, *sums.s2, sums.finite))
                 extremes = found.minimum, found.maximum, found.absolute_sum
                 expected.append(struct.pack("<3d3q", *extremes, found.zeros, found.nans, found.infinities))
                 overflowed = cpu.convert(tile, room, dtype, out_dtype)
                 expected.append(out.tobytes() + struct.pack("<q", overflowed))
-    done = subprocess.run(program, input=b"".join(cases), capture_output=True, check=True, timeout=240)
+    done = subprocess.run(program, input=b"".join(cases), capture_output=True, check=True, timeout=900)
     assert done.stdout == b"".join(expected)
