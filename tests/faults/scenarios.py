@@ -171,6 +171,9 @@ def _old_folder(place: Path) -> None:
     (place / "out" / "sub").mkdir(parents=True)
     (place / "out" / "sub" / "old.bin").write_bytes(b"what was there before")
     (place / "out" / "config.json").write_text("{}")
+    # As if written long before the manifest, which is believed then, false digests and all.
+    for path in (place / "out" / "sub" / "old.bin", place / "out" / "config.json"):
+        os.utime(path, (0, 0))
     # Nothing else is replaced than what a manifest records.
     digest = f"blake3:{64 * '0'}"
     source = SourceRecord("old", None, (FileRecord("sub/old.bin", 20, digest),))

@@ -264,10 +264,10 @@ def test_a_device_that_is_not_exact_is_refused(monkeypatch):
 def test_a_fused_multiply_add_would_be_noticed(monkeypatch):
     def fused(stored, out, noise, first):
         assert stored.is_contiguous()
-        drawn = noise.distribution, noise.stream, first, stored.numel()
-        c = torch_kernels.coefficients(*drawn, stored.device)
+        ((words, amplitude),) = noise.terms
+        c = torch_kernels.coefficients(noise.distribution, words, first, stored.numel(), stored.device)
         before = stored.clone()
-        out.copy_((c.double() * noise.amplitude + stored.double()).float())
+        out.copy_((c.double() * amplitude + stored.double()).float())
         return torch.stack(((out == before).sum(), torch.tensor(0)))
 
     one = torch_device.Torch(torch.device("cpu"))
