@@ -21,8 +21,9 @@ from noisytune_cli.checkpoint import hub
 from noisytune_cli.checkpoint.composition import (
     Component,
     choose_components,
+    choose_inside,
     find_composition,
-    inside,
+    judge_of,
 )
 from noisytune_cli.checkpoint.config import CONFIG, ConfigCheck, look_at_config, read_adapter, read_config
 from noisytune_cli.checkpoint.folder import list_folder
@@ -39,7 +40,7 @@ from noisytune_cli.checkpoint.layout import (
     manifests,
 )
 from noisytune_cli.checkpoint.twins import sort_weights
-from noisytune_cli.checkpoint.weights import Choice, choose, choose_weights
+from noisytune_cli.checkpoint.weights import Choice, choose
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.previous import NAMESAKE, Earlier, EarlierCheck, of_file, of_folder
@@ -179,6 +180,7 @@ def open_checkpoint(
             source,
             revision,
             weights=weights,
+            components=components,
             check_config=check_config,
             check_earlier=check_earlier,
             quiet=quiet,
@@ -260,7 +262,7 @@ def _open_folder(
         return read_index(root, name, reach)
 
     if folders:
-        choices = [_choose_inside(listing, folder, root, read) for folder in folders]
+        choices = [choose_inside(listing, folder, os.fspath(root), read) for folder in folders]
     else:
         choices = [choose(listing, weights, os.fspath(root), read)]
     home = posixpath.dirname(choices[0].name)
@@ -275,20 +277,11 @@ def _open_folder(
         }
         sources = [source for part in parts.values() for source in part.sources]
         weight_files = {name for source in sources for name in source.files}
-
-        main = next(iter(parts))
-
-        def is_judged_at(home: str, name: str) -> bool:
-            """Tell whether the part at `home` judges a file: its own, and the first what is nobody's."""
-            folder = posixpath.dirname(name)
-            return home == (folder if folder in parts else main) and name not in weight_files
-
-        others = sorted(
-            name for home, part in parts.items() for name in part.others if is_judged_at(home, name)
-        )
-        left_out = sorted(
-            entry for home, part in parts.items() for entry in part.left_out if is_judged_at(home, entry[0])
-        )
+        judge = judge_of(list(parts))
+        beside = ((name, home) for home, part in parts.items() for name in part.others)
+        others = sorted(name for name, home in beside if judge(name) == home and name not in weight_files)
+        out = (entry for home, part in parts.items() for entry in part.left_out if judge(entry[0]) == home)
+        left_out = sorted(out)
         seen = {file: _look(root / file, reach) for file in others}
         earlier, namesakes = of_folder(root, manifests(listing), weight_files)
         left_out = [(file, NAMESAKE if file in namesakes else why) for file, why in left_out]
@@ -309,12 +302,6 @@ def _open_folder(
         reach=reach,
         seen=seen,
     )
-
-
-def _choose_inside(listing: Listing, folder: str, root: Path, read: Callable[[str], ShardIndex]) -> Choice:
-    """Choose the weights of a component, as if its folder were a checkpoint's."""
-    name = choose_weights(inside(listing, folder), None, os.fspath(root / folder))
-    return choose(listing, posixpath.join(folder, name), os.fspath(root), read)
 
 
 @dataclass(frozen=True)

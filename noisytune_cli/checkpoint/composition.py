@@ -9,12 +9,14 @@ of a pipeline the user says which components.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from noisytune_cli.checkpoint.formats import Sink, Source
+from noisytune_cli.checkpoint.index import ShardIndex
 from noisytune_cli.checkpoint.layout import Listing, is_no_model, is_plain_name, is_weights
+from noisytune_cli.checkpoint.weights import Choice, choose, choose_weights
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import list_some
 from noisytune_cli.reading import Reach, read_json
@@ -94,6 +96,22 @@ def inside(listing: Listing, folder: str) -> Listing:
 
     special = {name: listing.special[home + name] for name in names(tuple(listing.special))}
     return Listing(tuple(names(listing.files)), special)
+
+
+def choose_inside(listing: Listing, folder: str, where: str, read: Callable[[str], ShardIndex]) -> Choice:
+    """Choose the weights of a component, as if its folder were a checkpoint's."""
+    name = choose_weights(inside(listing, folder), None, f"{where}/{folder}")
+    return choose(listing, posixpath.join(folder, name), where, read)
+
+
+def judge_of(homes: Sequence[str]) -> Callable[[str], str]:
+    """Return what tells which component judges a file (to copy, or a twin): its own, else the first."""
+
+    def judge(name: str) -> str:
+        folder = posixpath.dirname(name)
+        return folder if folder in homes else homes[0]
+
+    return judge
 
 
 def _listed(path: Path, reach: Reach | None, whole: bool) -> set[str]:

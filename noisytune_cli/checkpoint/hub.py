@@ -24,6 +24,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from noisytune_cli.checkpoint.composition import (
+    COMPOSED_BY,
+    choose_components,
+    choose_inside,
+    find_composition,
+    judge_of,
+)
 from noisytune_cli.checkpoint.config import CONFIG, ConfigCheck, look_at_config
 from noisytune_cli.checkpoint.folder import list_folder
 from noisytune_cli.checkpoint.hub_answers import (
@@ -107,15 +114,16 @@ def download(
     revision: str | None = None,
     *,
     weights: str | None = None,
+    components: Sequence[str] = (),
     check_config: ConfigCheck | None = None,
     check_earlier: EarlierCheck | None = None,
     quiet: bool = False,
 ) -> Snapshot:
     """Fetch what is needed of a repository (from the cache what is there) and return where it lies.
 
-    `weights` names the weights as --weights does. Before any weights are fetched `check_config` may refuse
-    the config, and `check_earlier` what an earlier run of noisytune left. Raises HubError for the hub and the
-    network, InputInvalid for a repository without weights.
+    `weights` and `components` name them as the options do. Before any weights are fetched `check_config` may
+    refuse the config, and `check_earlier` what an earlier run of noisytune left. Raises HubError for the hub
+    and the network, InputInvalid for a repository without weights.
     """
     repository = _Repository(repo_id, revision, quiet)
     listing = repository.listing
@@ -127,7 +135,12 @@ def download(
             raise _not_cached(repo_id, f"{min(missing)} is not in the cache")
         return index
 
-    choose_weights(listing, weights, repo_id)
+    folders: tuple[str, ...] = ()
+    if weights is None:
+        repository.fetch([name for name in COMPOSED_BY if name in listing.files])
+        folders = choose_components(find_composition(repository.root, listing), components, repo_id)
+    if not folders:
+        choose_weights(listing, weights, repo_id)
     config_name = posixpath.join(posixpath.dirname(weights or ""), CONFIG)
     if config_name in listing.files:
         repository.fetch([config_name])
@@ -135,13 +148,17 @@ def download(
         if config is not None and check_config is not None:
             check_config(config, f"{repo_id}/{config_name}")
 
-    choice = choose(listing, weights, repo_id, read)
-    chosen = choice.name
-    files: tuple[str, ...] = (chosen,) if choice.index is None else choice.index.shards
-    if posixpath.basename(chosen) == METADATA:
-        home = posixpath.dirname(chosen)
-        chunks = (name for name in listing.files if name.endswith(CHUNKS_SUFFIX))
-        files += tuple(name for name in chunks if posixpath.dirname(name) == home)
+    if folders:
+        choices = [choose_inside(listing, folder, repo_id, read) for folder in folders]
+    else:
+        choices = [choose(listing, weights, repo_id, read)]
+    files: list[str] = []
+    for choice in choices:
+        files += (choice.name,) if choice.index is None else choice.index.shards
+        if posixpath.basename(choice.name) == METADATA:
+            home = posixpath.dirname(choice.name)
+            chunks = (name for name in listing.files if name.endswith(CHUNKS_SUFFIX))
+            files += (name for name in chunks if posixpath.dirname(name) == home)
 
     # A manifest is not copied, but says what was done to the weights.
     left = [name for name in manifests(listing) if repository.size(name) <= MAX_BYTES]
@@ -151,8 +168,12 @@ def download(
         if earlier is not None and check_earlier is not None:
             check_earlier(earlier)
 
-    arranged = arrange(listing, chosen, files)
-    repository.fetch([*files, *arranged.others, *(arranged.weights.keys() - arranged.twins)])
+    parts = {posixpath.dirname(choice.name): arrange(listing, choice.name, files) for choice in choices}
+    judge = judge_of(list(parts))
+    for home, part in parts.items():
+        needed = (*part.others, *(part.weights.keys() - part.twins))
+        files += (name for name in needed if judge(name) == home and name not in files)
+    repository.fetch(files)
     return Snapshot(repository.root, repository.commit, listing)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -103,6 +104,36 @@ def test_weights_chooses_what_is_fetched(hub: Hub) -> None:
     with open_checkpoint("owner/sharded", weights="consolidated.safetensors") as checkpoint:
         assert [source.name for source in checkpoint.sources] == ["consolidated.safetensors"]
     assert hub.fetched() == ["config.json", "consolidated.safetensors"]
+
+
+def test_a_pipeline_is_fetched_with_the_components_asked_for(hub: Hub, tmp_path: Path) -> None:
+    listed = {name: ["diffusers", "X"] for name in ("unet", "vae", "scheduler")}
+    values = {"unet": 2.0, "vae": 3.0}
+    files = {
+        "model_index.json": json.dumps(listed).encode(),
+        "scheduler/scheduler_config.json": b"{}",
+        **{f"{name}/model.safetensors": safetensors(a=[1.0, x]) for name, x in values.items()},
+        **{f"{name}/model.fp16.safetensors": safetensors(a=[1.5, x]) for name, x in values.items()},
+    }
+    hub.repositories["pipe"] = Repository(files)
+    with pytest.raises(InputInvalid, match="components with weights are unet, vae"):
+        open_checkpoint("pipe")
+    assert hub.fetched() == ["model_index.json"]
+    perturb(Request("pipe", NoiseSpec(), components=("unet",)), str(tmp_path / "out"))
+    assert hub.fetched() == sorted({*files} - {"unet/model.fp16.safetensors"})
+    replay(str(tmp_path / "out"), str(tmp_path / "again"))
+    noisy = (tmp_path / "again/unet/model.safetensors").read_bytes()
+    assert noisy == (tmp_path / "out/unet/model.safetensors").read_bytes() != files["unet/model.safetensors"]
+
+
+def test_modules_that_are_one_model_are_fetched_together(hub: Hub) -> None:
+    modules = [{"path": path} for path in ("0_Transformer", "1_Dense")]
+    names = ("0_Transformer/model.safetensors", "1_Dense/model.safetensors")
+    files = {name: safetensors(a=[1.0, float(len(name))]) for name in names}
+    hub.repositories["st"] = Repository({"modules.json": json.dumps(modules).encode(), **files})
+    with open_checkpoint("st") as checkpoint:
+        assert [tensor.name for tensor in checkpoint.tensors] == ["0_Transformer/a", "1_Dense/a"]
+    assert hub.fetched() == [*names, "modules.json"]
 
 
 def test_a_branch_is_resolved_and_a_commit_needs_no_resolving(hub: Hub) -> None:
