@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from noisytune_cli.errors import lacking
 from noisytune_cli.version import __version__
 
 if TYPE_CHECKING:
@@ -41,7 +42,10 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use, so that importing the package imports nothing heavy."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    try:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        raise lacking(error) or error from None
     globals()[name] = value
     return value
 

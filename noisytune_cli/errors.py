@@ -6,6 +6,7 @@
     ├── InputUnreadable      4   the input is missing or cannot be read
     ├── OutputUnsafe         5   the output exists, is in use, or is unsafe to write
     ├── ResourceExhausted    6   out of a resource, or a write failed
+    │   └── PackageMissing       a package is not installed (an ImportError too)
     ├── HubError             7   the hub or the network failed
     ├── Mismatch             8   the input changed while read, or the answer is "does not match"
     └── Stopped      130, 143, 129   a signal asked us to stop
@@ -20,6 +21,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 from typing import ClassVar
 
 from noisytune_cli.escape import escape
@@ -88,6 +90,10 @@ class ResourceExhausted(NoisytuneError):
     """Out of disk, memory or descriptors, or a write failed: exit code 6."""
 
     exit_code = 6
+
+
+class PackageMissing(ResourceExhausted, ImportError):
+    """What is asked for needs a package that is not installed: exit code 6, an ImportError in Python."""
 
 
 class HubError(NoisytuneError):
@@ -171,6 +177,21 @@ def exhausted(error: OSError | MemoryError) -> ResourceExhausted:
         path=error.filename if isinstance(error.filename, str) else None,
         why=os.strerror(error.errno) if error.errno else str(error),
         next_step="Check the disk or the network share, then run again",
+    )
+
+
+def lacking(error: ModuleNotFoundError) -> PackageMissing | None:
+    """Map an import that failed for want of a package to the error the user sees; None for a bug of ours.
+
+    torch and what else is large is imported where it is used, in many places; here it is said for all.
+    """
+    package, _, inside = (error.name or "").partition(".")
+    if not package or inside or package == "noisytune_cli" or package in sys.stdlib_module_names:
+        return None
+    return PackageMissing(
+        f"this needs {package}",
+        why="it is not installed",
+        next_step=f"Install it: pip install {package}",
     )
 
 

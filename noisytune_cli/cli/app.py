@@ -22,7 +22,7 @@ from noisytune_cli.cli import inspect as cli_inspect
 from noisytune_cli.cli import perturb as cli_perturb
 from noisytune_cli.cli import study as cli_study
 from noisytune_cli.cli import verify as cli_verify
-from noisytune_cli.errors import NoisytuneError, NoisytuneWarning, UsageError, exhausted
+from noisytune_cli.errors import NoisytuneError, NoisytuneWarning, UsageError, exhausted, lacking
 from noisytune_cli.version import __version__
 
 
@@ -33,7 +33,10 @@ class _Command(TyperCommand):
         try:
             with _shown_warnings():
                 return super().invoke(ctx)
-        except (NoisytuneError, MemoryError, OSError) as error:
+        except (NoisytuneError, MemoryError, OSError, ModuleNotFoundError) as found:
+            error = lacking(found) if isinstance(found, ModuleNotFoundError) else found
+            if error is None:
+                raise
             if ctx.parent.params["debug"]:
                 traceback.print_exc()
             if isinstance(error, UsageError):

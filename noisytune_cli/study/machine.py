@@ -7,18 +7,18 @@ import os
 import platform
 from typing import Any
 
-from noisytune_cli.errors import ResourceExhausted, UsageError
+from noisytune_cli.errors import PackageMissing, UsageError
 
-#: What the extra `study` brings; peft only where LoRA is asked for.
-_PACKAGES = ("transformers", "sklearn", "scipy", "matplotlib")
+#: What a study needs, all of which the extra `study` brings; peft only where LoRA is asked for.
+_PACKAGES = ("torch", "transformers", "sklearn", "scipy", "matplotlib")
 
 
 def check_packages(*, lora: bool) -> None:
-    """Refuse to begin without what the extra brings; ResourceExhausted names what is not there."""
+    """Refuse to begin without what the extra brings; PackageMissing names what is not there."""
     wanted = (*_PACKAGES, "peft") if lora else _PACKAGES
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
-        raise ResourceExhausted(
+        raise PackageMissing(
             "cannot study",
             why=f"not installed: {', '.join(missing)}",
             next_step="Install the extra: pip install '.[study]' in a clone of noisytune",
