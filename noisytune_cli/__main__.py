@@ -13,6 +13,7 @@ import gc
 import io
 import os
 import resource
+import signal
 import sys
 from typing import NoReturn, cast
 
@@ -44,6 +45,15 @@ def _write_whole() -> None:
         )
 
 
+def _print_in_any_encoding() -> None:
+    """Have what Typer prints, the help above all, spelt where the terminal's encoding lacks a symbol."""
+    from noisytune_cli.escape import SPELLED
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=SPELLED)
+
+
 def _raise_their_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
@@ -64,6 +74,7 @@ def main() -> NoReturn:
     """Run noisytune as a process."""
     _hold_standard_descriptors()
     _write_whole()
+    _print_in_any_encoding()
     _raise_their_limit()
     _start_quickly()
     from noisytune_cli.errors import Stopped
@@ -84,10 +95,10 @@ def main() -> NoReturn:
             raise
         # Not sys.exit: that would wait for threads that are still in the middle of a transfer.
         signals.ignore()
-        if stopped.left is not None:
+        if stopped.left is not None or stopped.signum == signal.SIGINT:
             from noisytune_cli.cli import show
 
-            show.note(f"noisytune: stopped: {stopped.left}")
+            show.note(f"noisytune: stopped: {stopped.left or 'interrupted'}")
         _flush()
         os._exit(stopped.exit_code)
     sys.exit(0)

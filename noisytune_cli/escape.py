@@ -7,12 +7,37 @@ is spelt as an escape, and the text is cut to a length that fits an error line.
 
 from __future__ import annotations
 
+import codecs
 import unicodedata
 from collections.abc import Sequence
 
 #: Unicode categories that are never shown as they are: controls, formats (bidi overrides among them),
 #: surrogates, private use, unassigned, and line and paragraph separators.
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+#: The handler, for `errors=`, of what an encoding lacks: our own symbols are spelt, the rest is escaped.
+SPELLED = "noisytune.spelled"
+_SPELT = {
+    "λ": "lambda",
+    "σ": "sigma",
+    "κ": "kappa",
+    "√": "sqrt ",
+    "…": "...",
+    "·": "*",
+    "×": "x",
+    "±": "+-",
+    "−": "-",
+    "→": "->",
+}
+
+
+def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
+    if isinstance(error, UnicodeEncodeError) and error.object[error.start] in _SPELT:
+        return _SPELT[error.object[error.start]], error.start + 1
+    return codecs.backslashreplace_errors(error)
+
+
+codecs.register_error(SPELLED, _spell)
 
 
 def escape(text: str, limit: int | None = 200) -> str:

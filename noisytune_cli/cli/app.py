@@ -15,23 +15,26 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperGroup
 
 from noisytune_cli.cli import average as cli_average
 from noisytune_cli.cli import inspect as cli_inspect
 from noisytune_cli.cli import perturb as cli_perturb
 from noisytune_cli.cli import study as cli_study
 from noisytune_cli.cli import verify as cli_verify
+from noisytune_cli.cli.help import HelpfulCommand
 from noisytune_cli.errors import NoisytuneError, NoisytuneWarning, UsageError, exhausted, lacking
 from noisytune_cli.version import __version__
 
 
-class _Command(TyperCommand):
+class _Command(HelpfulCommand):
     """Runs a command and maps what it raises to a line on stderr and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with _shown_warnings():
+            from noisytune_cli.cli import show
+
+            with _shown_warnings(), show.errors_alone(ctx.params.get("quiet", False)):
                 return super().invoke(ctx)
         except (NoisytuneError, MemoryError, OSError, ModuleNotFoundError) as found:
             error = lacking(found) if isinstance(found, ModuleNotFoundError) else found
@@ -42,6 +45,13 @@ class _Command(TyperCommand):
             if isinstance(error, UsageError):
                 raise typer.BadParameter(error.line(), ctx=ctx) from error
             raise _report(error) from error
+
+
+class _Verbs(TyperGroup):
+    """The verbs, and `help`, which is the word for `--help`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [*args[1:2], "--help"] if args[:1] == ["help"] else args)
 
 
 @contextmanager
@@ -68,12 +78,13 @@ def _report(error: NoisytuneError | MemoryError | OSError) -> typer.Exit:
 
     if not isinstance(error, NoisytuneError):
         error = exhausted(error)
-    show.note(f"noisytune: error: {error.line()}")
+    show.fail(error.line())
     return typer.Exit(error.exit_code)
 
 
 app = typer.Typer(
     name="noisytune",
+    cls=_Verbs,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
@@ -95,7 +106,9 @@ def noisytune(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with every error.")] = False,
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+        typer.Option(
+            "--version", "-V", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Add reproducible noise to a pretrained checkpoint before finetuning it (NoisyTune, ACL 2022)."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from noisytune_cli.cli.help import OUTPUT, SOURCE
 from noisytune_cli.cli.options import AsJson, FollowLinks, Mmap, Overwrite, OverwriteChanged, Quiet, Threads
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def average(
             metavar="OUT",
             help="Where to write: a folder, or a file where the first SOURCE is a file.",
             show_default=False,
+            rich_help_panel=OUTPUT,
         ),
     ],
     coefficients: Annotated[
@@ -37,12 +39,15 @@ def average(
         typer.Option(
             metavar="C,C,…",
             help="How much each SOURCE counts, in their order; only ratios matter. [default: all alike]",
+            rich_help_panel=SOURCE,
         ),
     ] = None,
     ignore_config: Annotated[
         bool,
         typer.Option(
-            "--ignore-config", help="Average though the members' config.json differs: the first's is kept."
+            "--ignore-config",
+            help="Average though the members' config.json differs: the first's is kept.",
+            rich_help_panel=SOURCE,
         ),
     ] = False,
     threads: Threads = None,
@@ -57,6 +62,10 @@ def average(
 
     Each value is the one nearest to the exact mean, whatever the order of the sources. The output has the
     first SOURCE's format, layout and other files; tensors that are not floats are its own.
+
+    Examples:
+      noisytune average ./run-s0 ./run-s1 ./run-s2 -o ./soup
+      noisytune average ./run-s0 ./run-s1 --coefficients 3,1 -o ./soup
     """
     from noisytune_cli.cli import show
     from noisytune_cli.cli.parse import check_out, numbers

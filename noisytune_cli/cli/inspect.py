@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from noisytune_cli.cli.help import NOISE, OUTPUT, RUNNING, TENSORS
 from noisytune_cli.cli.options import (
     BuffersFrom,
     Components,
@@ -40,24 +41,34 @@ def _number(text: str | float) -> float:
 
 def inspect(
     source: Source,
-    output_format: Annotated[_Format, typer.Option("--format", help="How to print.")] = _Format.table,
+    output_format: Annotated[
+        _Format, typer.Option("--format", help="How to print.", rich_help_panel=OUTPUT)
+    ] = _Format.table,
     raw: Annotated[
         bool,
         typer.Option(
             "--raw",
             help="In CSV, put no apostrophe before what a spreadsheet would take for a formula.",
+            rich_help_panel=OUTPUT,
         ),
     ] = False,
     include: Annotated[
-        Patterns, typer.Option(metavar="PATTERN", help="List only these: a shell pattern or a kind.")
+        Patterns,
+        typer.Option(
+            metavar="PATTERN", help="List only these: a shell pattern or a kind.", rich_help_panel=TENSORS
+        ),
     ] = None,
-    exclude: Annotated[Patterns, typer.Option(metavar="PATTERN", help="Do not list these.")] = None,
+    exclude: Annotated[
+        Patterns, typer.Option(metavar="PATTERN", help="Do not list these.", rich_help_panel=TENSORS)
+    ] = None,
     granularity: GranularityOption = Granularity.tensor,
     split: Splits = None,
     sort: Annotated[
         str | None,
         typer.Option(
-            metavar="KEY", help="Sort by a column of the CSV, such as std; with - before it descending."
+            metavar="KEY",
+            help="Sort by a column of the CSV, such as std; with - before it descending.",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     lam: Annotated[
@@ -67,16 +78,23 @@ def inspect(
             metavar="λ",
             help="The λ whose noise ranges are shown.",
             parser=_number,
+            rich_help_panel=NOISE,
         ),
     ] = 0.15,
     sigma: Annotated[
         float | None,
         typer.Option(
-            metavar="σ", help="Show the noise of this std in place of λ's: Gaussian.", parser=_number
+            metavar="σ",
+            help="Show the noise of this std in place of λ's: Gaussian.",
+            parser=_number,
+            rich_help_panel=NOISE,
         ),
     ] = None,
     headers_only: Annotated[
-        bool, typer.Option("--headers-only", help="Read no weights: names, shapes and the plan.")
+        bool,
+        typer.Option(
+            "--headers-only", help="Read no weights: names, shapes and the plan.", rich_help_panel=RUNNING
+        ),
     ] = False,
     buffers_from: BuffersFrom = "auto",
     threads: Threads = None,
@@ -85,13 +103,21 @@ def inspect(
     weights: Weights = None,
     component: Components = None,
     revision: Revision = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.", rich_help_panel=RUNNING)
+    ] = False,
 ) -> None:
     """List a checkpoint's tensors with their statistics, and what perturb would do with each.
 
     The statistics cover all elements: mean, std (unbiased), min, max, L1 and L2 norm, the share of zeros,
     and counts of NaN and Inf. No model is loaded. Every format ends with the totals: jsonl with a line
     {"totals": …}, which has no other key, and csv with a row named TOTAL, which alone has no dtype.
+
+    Examples:
+      noisytune inspect ./bert --include '*layer.0.*'
+      noisytune inspect ./bert --sort -std
+      noisytune inspect ./llama --granularity matrix --headers-only
+      noisytune inspect ./bert --format csv > bert.csv
     """
     from noisytune_cli.cli import show, show_inspect
     from noisytune_cli.cli.parse import parse_split

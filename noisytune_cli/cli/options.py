@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from noisytune_cli.cli.help import OUTPUT, RUNNING, SOURCE, TENSORS
+
 
 class Granularity(StrEnum):
     tensor = "tensor"
@@ -27,7 +29,8 @@ GranularityOption = Annotated[
     Granularity,
     typer.Option(
         help="What has a std of its own: each tensor, or each matrix of those that hold several "
-        "(fused attention, stacked experts)."
+        "(fused attention, stacked experts).",
+        rich_help_panel=TENSORS,
     ),
 ]
 Splits = Annotated[
@@ -36,11 +39,19 @@ Splits = Annotated[
         metavar="PATTERN=DIM:SIZES",
         help="With --granularity matrix: the matrices in these tensors, such as 0:4096,1024,1024 or 0:/3 "
         "(three equal ones); beats what is known of the model.",
+        rich_help_panel=TENSORS,
     ),
 ]
 Weights = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="The weights or index in the folder, where there are several."),
+    typer.Option(
+        metavar="NAME",
+        help="The weights or index in the folder, where there are several.",
+        rich_help_panel=SOURCE,
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub id.", rich_help_panel=SOURCE)
 ]
 Components = Annotated[
     str | None,
@@ -49,9 +60,9 @@ Components = Annotated[
         metavar="NAME,…",
         help="Of a folder of several models (a pipeline of diffusers), the folders of those that get noise, "
         "or all.",
+        rich_help_panel=SOURCE,
     ),
 ]
-Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub id.")]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -59,6 +70,7 @@ Threads = Annotated[
         max=256,
         metavar="N",
         help="Threads; the result does not depend on it. [default: the CPUs, up to 8]",
+        rich_help_panel=RUNNING,
     ),
 ]
 Mmap = Annotated[
@@ -67,6 +79,7 @@ Mmap = Annotated[
         "--mmap/--no-mmap",
         help="Map the source instead of reading it: a little faster on a local disk, but a file that "
         "shrinks meanwhile kills the process.",
+        rich_help_panel=SOURCE,
     ),
 ]
 BuffersFrom = Annotated[
@@ -75,13 +88,19 @@ BuffersFrom = Annotated[
         metavar="auto|names|model",
         help="What tells buffers from parameters: their names, a model that transformers builds from "
         "config.json without weights, or the model only where the names leave a doubt.",
+        rich_help_panel=TENSORS,
     ),
 ]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:N, mps.")]
+Device = Annotated[
+    str,
+    typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:N, mps.", rich_help_panel=RUNNING),
+]
 Overwrite = Annotated[
     bool,
     typer.Option(
-        "--overwrite", help="Replace an existing output: a folder that noisytune wrote, or a weight file."
+        "--overwrite",
+        help="Replace an existing output: a folder that noisytune wrote, or a weight file.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 OverwriteChanged = Annotated[
@@ -90,6 +109,7 @@ OverwriteChanged = Annotated[
         "--overwrite-changed",
         help="Replace an existing output also where its files were changed since noisytune wrote them; else "
         "--overwrite refuses that.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 FollowLinks = Annotated[
@@ -97,7 +117,12 @@ FollowLinks = Annotated[
     typer.Option(
         "--follow-links",
         help="Take files that links lead to outside the folder too: what they hold comes into the output.",
+        rich_help_panel=SOURCE,
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary on stderr.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel=RUNNING)
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.", rich_help_panel=RUNNING)
+]

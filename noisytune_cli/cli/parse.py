@@ -5,6 +5,7 @@ Names that would not tell two outputs of a list apart are refused before anythin
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import sys
@@ -235,8 +236,17 @@ def _read_strengths(
 
 
 def _fill(out: str, names: Mapping[str, str]) -> str:
-    """Replace the placeholders that are known; other braces stay as they are."""
-    return re.sub(r"\{([a-z-]+)\}", lambda found: names.get(found[1], found[0]), out)
+    """Replace the placeholders; UsageError for a word in braces that is none. Other braces stay."""
+    for word in re.findall(r"\{([A-Za-z_-]+)\}", out):
+        if word not in names:
+            known = [f"{{{name}}}" for name in names]
+            near = difflib.get_close_matches(word.lower(), names, n=1)
+            raise UsageError(
+                f"--out {out}",
+                why=f"{{{word}}} stands for nothing in this run",
+                next_step=f"Write {{{near[0]}}}" if near else f"Write {' or '.join(known)}, or another name",
+            )
+    return re.sub(r"\{([a-z-]+)\}", lambda found: names[found[1]], out)
 
 
 def _refuse_twice(option: str, text: str, values: Sequence[Hashable]) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from noisytune_cli.cli.help import NOISE, OUTPUT, RUNNING, SOURCE, TENSORS
 from noisytune_cli.cli.options import (
     AsJson,
     BuffersFrom,
@@ -65,6 +66,7 @@ def perturb(
             metavar="OUT",
             help="Where to write: a folder, or a file where SOURCE is a file. {lambda} and {seed} in it "
             "stand for the values.",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     lam: Annotated[
@@ -74,16 +76,23 @@ def perturb(
             metavar="λ,…",
             help="Width of the noise in units of each matrix's std; of a list, an output for each. "
             "[default: 0.15]",
+            rich_help_panel=NOISE,
         ),
     ] = None,
     noise_std: Annotated[
         str | None,
-        typer.Option(metavar="S,…", help="Strength as the noise's own std in units of std(W): λ = √12 · S."),
+        typer.Option(
+            metavar="S,…",
+            help="Strength as the noise's own std in units of std(W): λ = √12 · S.",
+            rich_help_panel=NOISE,
+        ),
     ] = None,
     sigma: Annotated[
         str | None,
         typer.Option(
-            metavar="σ,…", help="The noise's std itself, the same for every tensor: Gaussian unless --noise."
+            metavar="σ,…",
+            help="The noise's std itself, the same for every tensor: Gaussian unless --noise.",
+            rich_help_panel=NOISE,
         ),
     ] = None,
     mix: Annotated[
@@ -92,12 +101,15 @@ def perturb(
             metavar="FILE",
             help="Add up the noises of many seeds: a file of lines "
             '{"seed": 17, "sigma": 0.001, "coefficient": 0.02} (or "lambda").',
+            rich_help_panel=NOISE,
         ),
     ] = None,
     shrink: Annotated[
         str | None,
         typer.Option(
-            metavar="κ", help="Keep this share of the weights, 0 to 1, under the noise: κ · W + noise."
+            metavar="κ",
+            help="Keep this share of the weights, 0 to 1, under the noise: κ · W + noise.",
+            rich_help_panel=NOISE,
         ),
     ] = None,
     seed: Annotated[
@@ -105,16 +117,20 @@ def perturb(
         typer.Option(
             metavar="N,N-M,…",
             help="Seed, 0 to 2^64-1; of a list, or a range such as 0-4, an output for each. [default: 0]",
+            rich_help_panel=NOISE,
         ),
     ] = None,
     noise: Annotated[
         _Noise | None,
-        typer.Option(help="Distribution of the noise. [default: uniform, with σ gaussian]"),
+        typer.Option(
+            help="Distribution of the noise. [default: uniform, with σ gaussian]", rich_help_panel=NOISE
+        ),
     ] = None,
     scope: Annotated[
         _Scope | None,
         typer.Option(
-            help="One std for each matrix, or one for all perturbed tensors together. [default: matrix]"
+            help="One std for each matrix, or one for all perturbed tensors together. [default: matrix]",
+            rich_help_panel=NOISE,
         ),
     ] = None,
     granularity: GranularityOption = Granularity.tensor,
@@ -122,17 +138,28 @@ def perturb(
     include: Annotated[
         Patterns,
         typer.Option(
-            metavar="PATTERN", help="Perturb only these: a shell pattern on the whole name, or a kind."
+            metavar="PATTERN",
+            help="Perturb only these: a shell pattern on the whole name, or a kind.",
+            rich_help_panel=TENSORS,
         ),
     ] = None,
     exclude: Annotated[
-        Patterns, typer.Option(metavar="PATTERN", help="Leave these as they are; beats --include.")
+        Patterns,
+        typer.Option(
+            metavar="PATTERN", help="Leave these as they are; beats --include.", rich_help_panel=TENSORS
+        ),
     ] = None,
     lambda_for: Annotated[
-        Patterns, typer.Option(metavar="PATTERN=VALUE", help="Another λ for these; the last match wins.")
+        Patterns,
+        typer.Option(
+            metavar="PATTERN=VALUE", help="Another λ for these; the last match wins.", rich_help_panel=TENSORS
+        ),
     ] = None,
     sigma_for: Annotated[
-        Patterns, typer.Option(metavar="PATTERN=VALUE", help="Another σ for these; the last match wins.")
+        Patterns,
+        typer.Option(
+            metavar="PATTERN=VALUE", help="Another σ for these; the last match wins.", rich_help_panel=TENSORS
+        ),
     ] = None,
     buffers_from: BuffersFrom = "auto",
     strict: Annotated[
@@ -143,21 +170,31 @@ def perturb(
     ] = False,
     preset: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Settings by name: xtreme (λ 0.1, @embeddings excluded)."),
+        typer.Option(
+            metavar="NAME",
+            help="Settings by name: xtreme (λ 0.1, @embeddings excluded).",
+            rich_help_panel=NOISE,
+        ),
     ] = None,
     dtype: Annotated[
         _DType | None,
         typer.Option(
-            help="Write parameters in this dtype, rounded once from the noisy sum; index and config follow."
+            help="Write parameters in this dtype, rounded once from the noisy sum; index and config follow.",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     to: Annotated[
         _To | None,
-        typer.Option(help="Write pickled weights as safetensors; the model's weights alone."),
+        typer.Option(
+            help="Write pickled weights as safetensors; the model's weights alone.", rich_help_panel=OUTPUT
+        ),
     ] = None,
     dequantize: Annotated[
         _Dequantize | None,
-        typer.Option(help="Read fp8 weights, block-wise or per tensor, as the BF16 they stand for."),
+        typer.Option(
+            help="Read fp8 weights, block-wise or per tensor, as the BF16 they stand for.",
+            rich_help_panel=SOURCE,
+        ),
     ] = None,
     device: Device = "cpu",
     threads: Threads = None,
@@ -171,14 +208,21 @@ def perturb(
         typer.Option(
             "--recipe-only",
             help="Write the manifest alone, to the file OUT (or into the folder OUT), for replay later.",
+            rich_help_panel=OUTPUT,
         ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and write nothing.", rich_help_panel=RUNNING)
+    ] = False,
     overwrite: Overwrite = False,
     overwrite_changed: OverwriteChanged = False,
     again: Annotated[
         bool,
-        typer.Option("--again", help="Perturb a checkpoint that noisytune has noised or averaged before."),
+        typer.Option(
+            "--again",
+            help="Perturb a checkpoint that noisytune has noised or averaged before.",
+            rich_help_panel=SOURCE,
+        ),
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -189,23 +233,18 @@ def perturb(
     tensor's name and the element's index alone, so the same command gives the same bytes everywhere.
 
     PATTERN is a shell pattern (`*`, `?`, `[…]`; `*` crosses dots) or a kind: @embeddings, @head, @norm,
-    @bias, @attention, @mlp.
+    @bias, @attention, @mlp. Repeat an option to give several.
 
-    With --granularity matrix, tensors that hold several matrices get one std for each of these, where the
-    layout is known or --split gives it; --dry-run shows which. SIZES are numbers that add up to the
-    dimension, /N for N equal ones, or A,B,C*N for A, B and C in turn, N times; `;` joins cuts of several
-    dimensions, as in 0:/8;2:/2.
+    Of lists (--lambda 0.05,0.1 --seed 0-4) each combination is an output, from one pass over SOURCE;
+    {lambda}, {seed}, {noise-std} and {sigma} in OUT stand for the values as they are written. More on lists,
+    strengths below 0, SIZES and recipes: docs/concepts.md.
 
-    Lists such as --lambda 0.05,0.1 --seed 0-4 -o 'out-l{lambda}-s{seed}' make an output for each
-    combination, as single runs would, from one pass over SOURCE. {lambda}, {seed} (and {noise-std}, {sigma})
-    in OUT stand for the values as they are written, in a single run too. FIRST:LAST:STEP is a range of
-    numbers, the last included. All outputs are complete before the first is published. With --json there is
-    a line for each.
-
-    A strength below 0 gives the negative noise, so --sigma=-0.001,0.001 makes an antithetic pair.
-
-    With --recipe-only the weights are not written, only the manifest that would lie with them: as the file
-    OUT, or as noisytune.json in OUT where that is a folder or ends in /. `replay` makes the rest of it.
+    Examples:
+      noisytune perturb bert-base-uncased --lambda 0.15 -o ./bert-noisy
+      noisytune perturb model.safetensors --noise gaussian --seed 7 -o noisy.safetensors
+      noisytune perturb ./llama --exclude '@norm' --lambda-for '@attention=0.1' -o ./llama-noisy
+      noisytune perturb ./bert --lambda 0.1,0.15 --seed 0-4 -o 'bert-l{lambda}-s{seed}'
+      noisytune perturb ./llama --dry-run
     """
     from noisytune_cli.cli import show, show_perturb
     from noisytune_cli.cli.parse import (

@@ -14,11 +14,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TextIO
 
 from noisytune_cli.errors import PipeClosed, ResourceExhausted
-from noisytune_cli.escape import escape
+from noisytune_cli.escape import SPELLED, escape
 
 #: What told that a tensor is a buffer, in words; None where a record does not say.
 TOLD_BY: dict[str | None, str] = {
@@ -40,8 +41,22 @@ _MOST_LEFT_OUT = 3
 _LONGEST_WARNING = 1500
 
 
-def write_out(text: str | Iterable[str], published: Sequence[Path] = ()) -> None:
-    """Write data, whole or in chunks, to stdout and flush it.
+#: Whether lines that are no errors are left out.
+_errors_alone = ContextVar("_errors_alone", default=False)
+
+
+@contextmanager
+def errors_alone(wanted: bool) -> Iterator[None]:
+    """Keep all that is no error off stderr, where that is `wanted`."""
+    before = _errors_alone.set(wanted)
+    try:
+        yield
+    finally:
+        _errors_alone.reset(before)
+
+
+def write_out(text: str | Iterable[str], published: Sequence[Path] = (), *, spelled: bool = False) -> None:
+    """Write data, whole or in chunks, to stdout and flush it; `spelled` is text that people read.
 
     Raises PipeClosed where the reader has gone, ResourceExhausted where the data cannot be written; that says
     of what is `published` that it is complete all the same.
@@ -51,7 +66,7 @@ def write_out(text: str | Iterable[str], published: Sequence[Path] = ()) -> None
         raise _lost("it is closed", published)
     try:
         for chunk in (text,) if isinstance(text, str) else text:
-            out.write(_encodable(chunk, out))
+            out.write(_encodable(chunk, out, SPELLED if spelled else "backslashreplace"))
         out.flush()
     except BrokenPipeError:
         _abandon(out)
@@ -68,10 +83,20 @@ def lost_out(error: OSError, published: Sequence[Path] = ()) -> ResourceExhauste
 
 
 def note(text: str) -> None:
-    """Write one line to stderr, if anybody is there to read it."""
+    """Write one line to stderr, if it is wanted and anybody is there to read it."""
+    if not _errors_alone.get():
+        _tell(text)
+
+
+def fail(text: str) -> None:
+    """Write the line of an error to stderr."""
+    _tell(f"noisytune: error: {text}")
+
+
+def _tell(text: str) -> None:
     if sys.stderr is not None and not sys.stderr.closed:
         try:
-            sys.stderr.write(_encodable(f"{_printable(text)}\n", sys.stderr))
+            sys.stderr.write(_encodable(f"{_printable(text)}\n", sys.stderr, SPELLED))
             sys.stderr.flush()
         except OSError:
             _abandon(sys.stderr)
@@ -157,10 +182,10 @@ def _printable(text: str) -> str:
     return "\\".join(escape(part, None) for part in text.split("\\"))
 
 
-def _encodable(text: str, stream: TextIO) -> str:
-    """Spell what the stream's encoding lacks as an escape."""
+def _encodable(text: str, stream: TextIO, errors: str) -> str:
+    """Replace what the stream's encoding lacks: by escapes, or SPELLED by words where there are any."""
     encoding = stream.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    return text.encode(encoding, errors).decode(encoding)
 
 
 def _abandon(stream: TextIO) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
-from noisytune_cli.cli.show import TOLD_BY, warn, warn_all, write_out
+from noisytune_cli.cli.show import TOLD_BY, note, warn, warn_all, write_out
 from noisytune_cli.cli.table import lay_out
 from noisytune_cli.commands.inspect import Inspection, TensorReport, Totals
 from noisytune_cli.escape import escape
@@ -53,6 +53,9 @@ _DISPENSABLE = ("file", "l1", "elements", "nan", "inf", "l2", "zeros", "mean", "
 _FORMULA = tuple("=+-@＝＋－＠\t\r")
 _DEFUSED = "'"
 
+#: What a narrow terminal shows without its middle, and how much of it at the least.
+_SHORTENED = {"name": 30, "action": 16}
+
 _LEFT = {"name", "file", "dtype", "shape", "action"}
 
 
@@ -64,7 +67,9 @@ def show_inspection(inspection: Inspection, format: str, *, raw: bool = False) -
     warn_all(inspection.warnings)
     if inspection.quantized is not None:
         warn(f"perturb would refuse this checkpoint: {inspection.quantized}")
-    write_out(render(inspection, format, raw=raw))
+    if inspection.earlier is not None:
+        note(inspection.earlier)
+    write_out(render(inspection, format, raw=raw), spelled=format == "table")
 
 
 def render(inspection: Inspection, format: str, *, raw: bool = False) -> Iterator[str]:
@@ -162,12 +167,14 @@ def _table(inspection: Inspection) -> Iterator[str]:
     several = len({row.file for row in inspection.tensors}) != 1
     # Those with something to say: no blank ones, no file's name where there is one file.
     columns = [key for key in _COLUMNS if any(row[key] for row, _ in rows) and (several or key != "file")]
-    return lay_out(columns, rows, left=_LEFT, dispensable=_DISPENSABLE, all_in="--format csv")
+    return lay_out(
+        columns, rows, left=_LEFT, dispensable=_DISPENSABLE, all_in="--format csv", shortened=_SHORTENED
+    )
 
 
 def _row(row: TensorReport) -> dict[str, str]:
     """Return the cells of a tensor; what does not exist is blank."""
-    action = row.action if row.reason is None else f"{row.action}: {row.reason}"
+    action = row.action if row.reason is None else row.reason
     if row.reason == "buffer":
         action += f", told by {TOLD_BY[row.told_by]}"
     if row.unsure:

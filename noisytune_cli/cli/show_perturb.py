@@ -43,10 +43,11 @@ def show_planned(planned: Planned, *, as_json: bool) -> None:
             ]
         write_out(json.dumps(document, indent=1) + "\n")
         return
-    write_out(line for steps in by_tensor for line in _plan_lines(steps, _symbol(planned.plan.noise)))
-    write_out(f"{escape(name)}  left out ({why})\n" for name, why in planned.left_out)
+    symbol = _symbol(planned.plan.noise)
+    write_out((line for steps in by_tensor for line in _plan_lines(steps, symbol)), spelled=True)
+    write_out((f"{escape(name)}  left out ({why})\n" for name, why in planned.left_out), spelled=True)
     if several:
-        write_out(_output_lines(planned))
+        write_out(_output_lines(planned), spelled=True)
     counts = Counter(str(_telling(steps).reason or "perturb") for steps in by_tensor)
     found = ", ".join(f"{count} {what}" for what, count in counts.most_common())
     outputs = f"; {len(planned.plans)} outputs" if several else ""

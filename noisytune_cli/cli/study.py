@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from noisytune_cli.cli.help import OUTPUT, RUNNING, SOURCE
 from noisytune_cli.escape import escape
 
 _T = TypeVar("_T")
@@ -20,6 +21,10 @@ _MAX_SEED = 2**63 - 1
 _COLUMNS = ("method", "λ", "seeds", "mean ± std", "difference from plain [95 %]", "p", "p (Holm)", "verdict")
 _DISPENSABLE = ("p", "seeds", "p (Holm)", "λ")
 _LEFT = {"method", "verdict"}
+
+
+#: Headings of the help that only a study has.
+_ROWS, _METHODS, _SEEDS, _TRAINING = "Rows", "Methods", "Seeds", "Training"
 
 
 class _Anchor(StrEnum):
@@ -42,22 +47,37 @@ def study(
             metavar="OUT",
             help="The study's folder; one that holds this study is continued.",
             show_default=False,
+            rich_help_panel=OUTPUT,
         ),
     ],
     task: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A GLUE task: cola, mrpc, rte, sst2, stsb, wnli.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="A GLUE task: cola, mrpc, rte, sst2, stsb, wnli.", rich_help_panel=_ROWS
+        ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="DIR", help="The folder of the GLUE tasks, or of this one.")
+        str | None,
+        typer.Option(
+            metavar="DIR", help="The folder of the GLUE tasks, or of this one.", rich_help_panel=_ROWS
+        ),
     ] = None,
     train: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Rows to train on: .tsv, .csv or .jsonl.")
+        str | None,
+        typer.Option(metavar="FILE", help="Rows to train on: .tsv, .csv or .jsonl.", rich_help_panel=_ROWS),
     ] = None,
-    dev: Annotated[str | None, typer.Option(metavar="FILE", help="Rows to report the score of.")] = None,
+    dev: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Rows to report the score of.", rich_help_panel=_ROWS)
+    ] = None,
     text: Annotated[
-        str, typer.Option(metavar="A[,B]", help="The column of the text, or two of a pair.")
+        str,
+        typer.Option(
+            metavar="A[,B]", help="The column of the text, or two of a pair.", rich_help_panel=_ROWS
+        ),
     ] = "",
-    label: Annotated[str | None, typer.Option(metavar="C", help="The column of the label.")] = None,
+    label: Annotated[
+        str | None, typer.Option(metavar="C", help="The column of the label.", rich_help_panel=_ROWS)
+    ] = None,
     metric: Annotated[
         str,
         typer.Option(
@@ -65,43 +85,78 @@ def study(
             help="accuracy, f1, macro_f1, matthews; or, for numbers, pearson, spearman. The first counts. "
             "[default: the task's, else accuracy]",
             show_default=False,
+            rich_help_panel=_ROWS,
         ),
     ] = "",
     method: Annotated[
         str,
-        typer.Option(metavar="NAME,…", help="Methods to compare; A+B is both together (noisytune+mixout)."),
+        typer.Option(
+            metavar="NAME,…",
+            help="Methods to compare; A+B is both together (noisytune+mixout).",
+            rich_help_panel=_METHODS,
+        ),
     ] = "plain,noisytune",
-    lam: Annotated[str, typer.Option("--lambda", metavar="λ,…", help="noisytune's λ.")] = "0.15",
+    lam: Annotated[
+        str, typer.Option("--lambda", metavar="λ,…", help="noisytune's λ.", rich_help_panel=_METHODS)
+    ] = "0.15",
     noise: Annotated[
-        str, typer.Option(metavar="NAME,…", help="noisytune's noise: uniform, gaussian.")
+        str,
+        typer.Option(
+            metavar="NAME,…", help="noisytune's noise: uniform, gaussian.", rich_help_panel=_METHODS
+        ),
     ] = "uniform",
     scope: Annotated[
-        str, typer.Option(metavar="NAME,…", help="noisytune's scope: matrix, global.")
+        str,
+        typer.Option(metavar="NAME,…", help="noisytune's scope: matrix, global.", rich_help_panel=_METHODS),
     ] = "matrix",
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="METHOD.KEY=VALUE", help="A constant of a method, such as r3f.lambda=0.7."
+            "--set",
+            metavar="METHOD.KEY=VALUE",
+            help="A constant of a method, such as r3f.lambda=0.7.",
+            rich_help_panel=_METHODS,
         ),
     ] = None,
     seed: Annotated[
-        str, typer.Option(metavar="N,N-M,…", help="Seeds; every method gets the same ones.")
+        str,
+        typer.Option(
+            metavar="N,N-M,…", help="Seeds; every method gets the same ones.", rich_help_panel=_SEEDS
+        ),
     ] = "0-5",
     init_seed: Annotated[
-        int | None, typer.Option(min=0, max=_MAX_SEED, metavar="N", help="One seed of the head for all.")
+        int | None,
+        typer.Option(
+            min=0, max=_MAX_SEED, metavar="N", help="One seed of the head for all.", rich_help_panel=_SEEDS
+        ),
     ] = None,
     order_seed: Annotated[
         int | None,
-        typer.Option(min=0, max=_MAX_SEED, metavar="N", help="One seed of batches and dropout for all."),
+        typer.Option(
+            min=0,
+            max=_MAX_SEED,
+            metavar="N",
+            help="One seed of batches and dropout for all.",
+            rich_help_panel=_SEEDS,
+        ),
     ] = None,
     noise_seed: Annotated[
-        int | None, typer.Option(min=0, max=_MAX_SEED, metavar="N", help="One seed of the noise for all.")
+        int | None,
+        typer.Option(
+            min=0, max=_MAX_SEED, metavar="N", help="One seed of the noise for all.", rich_help_panel=_SEEDS
+        ),
     ] = None,
     share: Annotated[
-        str, typer.Option(metavar="X,…", help="Shares of the training rows, each a study of its own.")
+        str,
+        typer.Option(
+            metavar="X,…", help="Shares of the training rows, each a study of its own.", rich_help_panel=_ROWS
+        ),
     ] = "1",
     train_rows: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Train on N rows, drawn once. [default: all]")
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Train on N rows, drawn once. [default: all]", rich_help_panel=_ROWS
+        ),
     ] = None,
     held_out: Annotated[
         int | None,
@@ -109,65 +164,126 @@ def study(
             min=0,
             metavar="N",
             help="Rows of the training file that λ is chosen on. [default: 500, at most a fifth]",
+            rich_help_panel=_ROWS,
         ),
     ] = None,
     data_seed: Annotated[
-        int, typer.Option(min=0, max=_MAX_SEED, metavar="N", help="Seed of the choice of rows.")
+        int,
+        typer.Option(
+            min=0, max=_MAX_SEED, metavar="N", help="Seed of the choice of rows.", rich_help_panel=_ROWS
+        ),
     ] = 0,
     probe: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
             help="Also learn this GLUE task from each finetuned encoder, frozen, and score it.",
+            rich_help_panel=_ROWS,
         ),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, metavar="N", help="Passes over the rows.")] = 3,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Rows of a step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(min=0.0, metavar="X", help="AdamW's peak rate.")] = 2e-5,
-    weight_decay: Annotated[float, typer.Option(min=0.0, metavar="X", help="AdamW's decay.")] = 0.01,
+    epochs: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Passes over the rows.", rich_help_panel=_TRAINING)
+    ] = 3,
+    batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Rows of a step.", rich_help_panel=_TRAINING)
+    ] = 16,
+    learning_rate: Annotated[
+        float, typer.Option(min=0.0, metavar="X", help="AdamW's peak rate.", rich_help_panel=_TRAINING)
+    ] = 2e-5,
+    weight_decay: Annotated[
+        float, typer.Option(min=0.0, metavar="X", help="AdamW's decay.", rich_help_panel=_TRAINING)
+    ] = 0.01,
     warmup: Annotated[
-        float, typer.Option(min=0.0, max=1.0, metavar="X", help="Share of the steps with a rising rate.")
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            metavar="X",
+            help="Share of the steps with a rising rate.",
+            rich_help_panel=_TRAINING,
+        ),
     ] = 0.1,
-    max_length: Annotated[int, typer.Option(min=4, metavar="N", help="Tokens of a row.")] = 128,
+    max_length: Annotated[
+        int, typer.Option(min=4, metavar="N", help="Tokens of a row.", rich_help_panel=_TRAINING)
+    ] = 128,
     group_by_length: Annotated[
         bool,
-        typer.Option("--group-by-length", help="Make batches of rows of similar length: less padding."),
+        typer.Option(
+            "--group-by-length",
+            help="Make batches of rows of similar length: less padding.",
+            rich_help_panel=_TRAINING,
+        ),
     ] = False,
     anchor: Annotated[
-        _Anchor, typer.Option(help="The weights that mixout and recadam hold on to, with noisytune.")
+        _Anchor,
+        typer.Option(
+            help="The weights that mixout and recadam hold on to, with noisytune.", rich_help_panel=_METHODS
+        ),
     ] = _Anchor.original,
-    lora: Annotated[bool, typer.Option("--lora", help="Train low-rank adapters and the head only.")] = False,
-    lora_rank: Annotated[int, typer.Option(min=1, metavar="N", help="Rank of the adapters.")] = 8,
-    lora_alpha: Annotated[int, typer.Option(min=1, metavar="N", help="Scale of the adapters.")] = 16,
+    lora: Annotated[
+        bool,
+        typer.Option("--lora", help="Train low-rank adapters and the head only.", rich_help_panel=_TRAINING),
+    ] = False,
+    lora_rank: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Rank of the adapters.", rich_help_panel=_TRAINING)
+    ] = 8,
+    lora_alpha: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Scale of the adapters.", rich_help_panel=_TRAINING)
+    ] = 16,
     lora_dropout: Annotated[
-        float, typer.Option(min=0.0, max=0.99, metavar="X", help="Dropout before the adapters.")
+        float,
+        typer.Option(
+            min=0.0, max=0.99, metavar="X", help="Dropout before the adapters.", rich_help_panel=_TRAINING
+        ),
     ] = 0.1,
     device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N (bf16 autocast).")
+        str,
+        typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N (bf16 autocast).", rich_help_panel=RUNNING),
     ] = "cpu",
     threads: Annotated[
         int | None,
         typer.Option(
-            min=1, max=256, metavar="N", help="Threads of each job. [default: the CPUs, up to 8, shared]"
+            min=1,
+            max=256,
+            metavar="N",
+            help="Threads of each job. [default: the CPUs, up to 8, shared]",
+            rich_help_panel=RUNNING,
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, max=64, metavar="N", help="Runs at once, a process each.")] = 1,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            min=1, max=64, metavar="N", help="Runs at once, a process each.", rich_help_panel=RUNNING
+        ),
+    ] = 1,
     revision: Annotated[
-        str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub id.")
+        str | None,
+        typer.Option(metavar="REV", help="Branch, tag or commit of a hub id.", rich_help_panel=SOURCE),
     ] = None,
     report_only: Annotated[
         bool,
-        typer.Option("--report-only", help="Carry out no runs: report those that are finished."),
+        typer.Option(
+            "--report-only",
+            help="Carry out no runs: report those that are finished.",
+            rich_help_panel=RUNNING,
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print results.json instead of the table.", rich_help_panel=RUNNING)
+    ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress and no summary on stderr.")
+        bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.", rich_help_panel=RUNNING)
     ] = False,
 ) -> None:
     """Finetune with several methods and the same seeds, and tell what differs by more than chance.
 
     Every finished run is kept, so a study that was stopped continues with the same command; more methods, λ,
     shares and seeds may be asked for later. Needs the extra: pip install '.[study]' in a clone.
+
+    Examples:
+      noisytune study bert-base-uncased --task rte --data ./glue --seed 0-5 -o ./study-rte
+      noisytune study ./bert --train train.csv --dev dev.csv --text text --label label -o ./study
+      noisytune study ./bert --task rte --data ./glue --method plain,noisytune,mixout -o ./study-rte
     """
     from noisytune_cli.cli import show
     from noisytune_cli.cli.parse import check_out, numbers, read_seeds, words
@@ -233,7 +349,7 @@ def _show(results: Mapping[str, Any], folder: Path, *, as_json: bool, quiet: boo
     from noisytune_cli.study.report import wording
     from noisytune_cli.study.report.results import encode, whole
 
-    write_out(encode(results) if as_json else _table(results))
+    write_out(encode(results) if as_json else _table(results), spelled=not as_json)
     if results["missing"]:
         warn(f"the study is not finished: {results['finished']} of {results['planned']} runs are done")
     if results["lambda_chosen_on"] == "dev":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import zip_longest
+from types import MappingProxyType
 
 from noisytune_cli.cli.show import is_terminal
 
@@ -18,11 +20,13 @@ def lay_out(
     left: Collection[str],
     dispensable: Sequence[str],
     all_in: str,
+    shortened: Mapping[str, int] = MappingProxyType({}),
 ) -> Iterator[str]:
     """Yield the lines of a table: its columns' names, then `rows`, each with the style that a terminal has.
 
     Columns begin at the left where they are in `left`, else they end at the right. On a terminal the
-    `dispensable` go, the first first, until the rest fits; `all_in` is the option whose output has them all.
+    `dispensable` go, the first first, until the rest fits, and cells of the `shortened` lose their middle,
+    down to the width that is given; `all_in` is the option whose output has everything.
     """
     from rich.cells import cell_len
     from rich.console import Console
@@ -33,7 +37,16 @@ def lay_out(
     console = Console(file=out, force_terminal=on_terminal or None)
     rows = [(dict(zip(columns, columns, strict=True)), "bold"), *rows]
     widths = {key: max(cell_len(row[key]) for row, _ in rows) for key in columns}
-    dropped = _drop(widths, dispensable, console.width) if on_terminal else set()
+    dropped = set()
+    if on_terminal:
+        least = {key: min(width, shortened.get(key, width)) for key, width in widths.items()}
+        dropped = _drop(least, dispensable, console.width)
+        spare = console.width - _taken(least)
+        for key in least:
+            grown = min(widths[key], least[key] + max(0, spare))
+            spare -= grown - least[key]
+            least[key] = grown
+        widths = least
 
     def line(text: str, style: str) -> str:
         console.print(Text(text, style), soft_wrap=True)
@@ -45,20 +58,42 @@ def lay_out(
     for row, style in rows:
         cells = []
         for key, width in widths.items():
-            blank = " " * (width - cell_len(row[key]))
-            cells.append(row[key] + blank if key in left else blank + row[key])
+            cell = _shorten(row[key], width) if key in shortened else row[key]
+            blank = " " * (width - cell_len(cell))
+            cells.append(cell + blank if key in left else blank + cell)
         yield line(_GAP.join(cells).rstrip(), style)
     if dropped:
         names = ", ".join(key for key in columns if key in dropped)
-        yield line(f"(too narrow for {names}; {all_in} has all)", "dim")
+        yield line(_shorten(f"(too narrow for {names}; {all_in} has all)", console.width), "dim")
 
 
 def _drop(widths: dict[str, int], dispensable: Sequence[str], available: int) -> set[str]:
     """Take columns out of `widths` until the rest fits; return their names."""
     dropped = set()
     for key in dispensable:
-        if sum(widths.values()) + len(_GAP) * (len(widths) - 1) <= available:
+        if _taken(widths) <= available:
             break
         if widths.pop(key, None) is not None:
             dropped.add(key)
     return dropped
+
+
+def _taken(widths: Mapping[str, int]) -> int:
+    return sum(widths.values()) + len(_GAP) * (len(widths) - 1)
+
+
+def _shorten(text: str, width: int) -> str:
+    """Take as much out of the middle of a text as it is too wide; its end tells more than its beginning."""
+    from rich.cells import cell_len
+
+    if cell_len(text) <= width:
+        return text
+    head, tail = "", ""
+    for before, after in zip_longest(text, reversed(text), fillvalue=""):
+        if cell_len(head + tail) + cell_len(after) >= width:
+            break
+        tail = after + tail
+        if cell_len(head + tail) + cell_len(before) >= width:
+            break
+        head += before
+    return f"{head}…{tail}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from noisytune_cli.cli.help import OUTPUT, RUNNING, SOURCE
 from noisytune_cli.cli.options import (
     AsJson,
     Device,
@@ -35,17 +36,27 @@ def verify(
     ],
     base: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="Also make every tensor again from this, and compare."),
+        typer.Option(
+            metavar="SOURCE",
+            help="Also make every tensor again from this, and compare.",
+            rich_help_panel=SOURCE,
+        ),
     ] = None,
     threads: Threads = None,
     mmap: Mmap = False,
     follow_links: FollowLinks = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON on stdout.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the answer as JSON on stdout.", rich_help_panel=RUNNING)
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Check an output against its manifest: every byte of it, and with --base where it came from.
 
     Exit code 8 and the names of the first tensors and files that do not match, 0 if all do.
+
+    Examples:
+      noisytune verify ./bert-noisy
+      noisytune verify ./bert-noisy --base bert-base-uncased
     """
     from noisytune_cli.cli import show
     from noisytune_cli.commands import verify as command
@@ -79,6 +90,7 @@ def replay(
             metavar="OUT",
             help="Where to write: a folder, or a file where the base is a file.",
             show_default=False,
+            rich_help_panel=OUTPUT,
         ),
     ],
     base: Annotated[
@@ -86,6 +98,7 @@ def replay(
         typer.Option(
             metavar="SOURCE",
             help="The checkpoint that was perturbed. [default: the hub id and commit in the manifest]",
+            rich_help_panel=SOURCE,
         ),
     ] = None,
     device: Device = "cpu",
@@ -100,6 +113,10 @@ def replay(
     """Rebuild a noisy checkpoint exactly, from its manifest and the checkpoint it was made from.
 
     Nothing is published unless every byte is as the manifest says; a base that differs is exit code 8.
+
+    Examples:
+      noisytune replay noisytune.json --base bert-base-uncased -o ./bert-noisy
+      noisytune replay noisytune.json -o ./bert-noisy
     """
     from noisytune_cli.cli import show
     from noisytune_cli.cli.parse import check_out

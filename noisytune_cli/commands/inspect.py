@@ -89,7 +89,7 @@ class Inspection:
     """A checkpoint as `inspect` found it.
 
     `lam` is the λ that the noise ranges are for, or `sigma` the σ, of which one is None. `quantized` says why
-    perturb would refuse the checkpoint whole, or is None.
+    perturb would refuse the checkpoint whole, `earlier` that noisytune wrote it; else they are None.
     """
 
     id: str
@@ -100,6 +100,7 @@ class Inspection:
     totals: Totals
     warnings: tuple[str, ...] = ()
     sigma: float | None = None
+    earlier: str | None = None
 
 
 SORT_KEYS = tuple(field.name for field in fields(TensorReport) if field.name != "unsure")
@@ -176,7 +177,8 @@ def inspect(
             quantized=quantized,
             tensors=tuple(rows if sort is None else _sort(rows, sort)),
             totals=_total(rows, counted=not headers_only),
-            warnings=(*checkpoint.warnings, *warning_of(plan), *_noised_before(checkpoint)),
+            warnings=(*checkpoint.warnings, *warning_of(plan)),
+            earlier=_noised_before(checkpoint),
         )
 
 
@@ -218,10 +220,10 @@ def _refusal(checkpoint: Checkpoint, path: str) -> str | None:
     return None
 
 
-def _noised_before(checkpoint: Checkpoint) -> list[str]:
+def _noised_before(checkpoint: Checkpoint) -> str | None:
     if (earlier := checkpoint.earlier) is None:
-        return []
-    return [f"{earlier.what}: {escape(earlier.why, 500)}; perturb needs --again to add noise to it"]
+        return None
+    return f"{earlier.what}: {escape(earlier.why, 500)}; perturb needs --again to add noise to it"
 
 
 def _report(

@@ -6,6 +6,7 @@ the output, the space it needs. Then tensors walk from source to staging, and pu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ def plan_perturb(
             plans=tuple(plans),
             outs=tuple(one.out for one in wanted),
             left_out=(*source.left_out, *left_behind(source, files)),
-            warnings=(*source.warnings, *warning_of(plans[0])),
+            warnings=(*source.warnings, *warning_of(plans[0]), *_too_strong(plans)),
         )
 
 
@@ -212,7 +213,7 @@ def perturb_each(
             for publication, manifest in zip(publications, manifests, strict=True):
                 publication.seal(encode(manifest))
             paths = commit_all(publications)
-            warnings = (*source.warnings, *warning_of(plans[0]))
+            warnings = (*source.warnings, *warning_of(plans[0]), *_too_strong(plans))
             return tuple(
                 Perturbed(
                     publication.output,
@@ -317,6 +318,16 @@ def _open(
         source.close()
         raise
     return source
+
+
+def _too_strong(plans: Sequence[Plan]) -> list[str]:
+    """Warn of noise that is larger than what it is added to: most often λ was meant as a percentage."""
+    noises = [plan.noise for plan in plans if plan.noise.needs_std]
+    lam = max((abs(lam) for noise in noises for lam in (noise.lam, *dict(noise.rules).values())), default=0.0)
+    if lam <= math.sqrt(12):  # the width of uniform noise of std 1
+        return []
+    times = f"{lam / math.sqrt(12):.3g}"
+    return [f"λ {lam:g} gives noise with {times} times the weights' std; the paper's λ is 0.15"]
 
 
 def _warnings(receipts: tuple[Receipt, ...]) -> list[str]:

@@ -202,11 +202,15 @@ class Publication:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What lies there yet because it cannot be deleted."""
-        return tuple(
+        """What lies there yet because it cannot be deleted, and a name without an extension."""
+        left = [
             f"{escape(name)} beside or in the output is left over: it could not be deleted"
             for name in self._left
-        )
+        ]
+        if not (self._directory or self._recipe or self.output.suffix):
+            name = escape(self.output.name)
+            left.append(f"{name} has no extension, by which programs tell formats: name it like its source")
+        return tuple(left)
 
     def _look(self, path: Path) -> Look | None:
         """Return what stands at `path` now, as far as it may be replaced."""

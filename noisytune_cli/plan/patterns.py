@@ -128,6 +128,8 @@ def compile_pattern(text: str) -> Pattern:
     if text.startswith("@") or not text:
         near = difflib.get_close_matches(text, KINDS, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}? " if near else ""
+        if "," in text:
+            hint = "An option takes one: repeat --include or --exclude. "
         raise UsageError(
             f"no such kind: {text}" if text else "empty pattern",
             why=f"the kinds are {', '.join(KINDS)}" if text else "it would match no tensor",
@@ -171,7 +173,9 @@ def check_matched(texts: Sequence[str], matched: Sequence[Collection[str]], name
             raise UsageError(
                 f"pattern matches nothing: {text}",
                 why=f"none of the checkpoint's {len(names)} tensors has such a name",
-                next_step=_suggest(compile_pattern(text), names),
+                next_step="An option takes one pattern: repeat --include or --exclude for each of several"
+                if "," in text
+                else _suggest(compile_pattern(text), names),
             )
 
 

@@ -53,12 +53,12 @@ def usage(*arguments: object) -> str:
 
 
 def test_perturb_writes_and_says_so(source: Path, tmp_path: Path) -> None:
-    result = invoke("perturb", source, "-o", tmp_path / "out")
+    result = invoke("perturb", source, "-o", tmp_path / "out.safetensors")
     assert result.exit_code == 0, result.output
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
     assert "perturbed 2 of 2" in result.stderr
-    manifest = json.loads((tmp_path / "out.noisytune.json").read_bytes())
+    manifest = json.loads((tmp_path / "out.safetensors.noisytune.json").read_bytes())
     assert manifest["tool"] == {"name": "noisytune", "version": __version__}
     assert manifest["noise"]["lambda"] == 0.15
 
@@ -102,7 +102,7 @@ def test_json_is_all_of_stdout(source: Path, tmp_path: Path) -> None:
     assert result.stderr == ""
 
 
-def test_quiet_is_silent_but_for_warnings(tmp_path: Path) -> None:
+def test_quiet_is_silent_but_for_errors(tmp_path: Path) -> None:
     fine = save(tmp_path / "fine.safetensors", {"w": weights("F32", 30)})
     result = invoke("perturb", fine, "-o", tmp_path / "a", "--quiet")
     assert (result.exit_code, result.output) == (0, "")
@@ -110,8 +110,59 @@ def test_quiet_is_silent_but_for_warnings(tmp_path: Path) -> None:
         tmp_path / "broken.safetensors", {"w": weights("F32", 30), "nan\n": numbers("F32", math.nan, 1.0)}
     )
     result = invoke("perturb", broken, "-o", tmp_path / "b", "-q")
-    assert result.exit_code == 0
-    assert re.fullmatch(r"noisytune: warning: nan\\x0a[^\n]+\n", result.stderr)
+    assert (result.exit_code, result.output) == (0, "")
+    document = json.loads(invoke("perturb", broken, "-o", tmp_path / "c", "-q", "--json").stdout)
+    assert any(warning.startswith("nan\\x0a") for warning in document["warnings"])
+    assert "nan\\x0a" in invoke("perturb", broken, "-o", tmp_path / "d").stderr
+    assert error(4, "perturb", tmp_path / "missing", "-o", tmp_path / "e", "-q")
+
+
+def test_a_strength_that_drowns_the_weights_is_warned_of(source: Path, tmp_path: Path) -> None:
+    for strong in (["--lambda", "15"], ["--lambda=-15"], ["--lambda", "0.1,15"], ["--noise-std", "4.33"]):
+        said = invoke("perturb", source, "--dry-run", *strong).stderr
+        assert "4.33 times the weights' std" in said
+    assert "4.33 times" in invoke("perturb", source, "--dry-run", "--lambda-for", "*query*=15").stderr
+    assert "4.33 times" in invoke("perturb", source, "--lambda", "15", "-o", tmp_path / "a.st").stderr
+    for fine in (["--lambda", "3.4"], ["--sigma", "15"]):
+        assert "warning" not in invoke("perturb", source, "--dry-run", *fine).stderr
+
+
+def test_a_file_without_an_extension_is_warned_of(source: Path, tmp_path: Path) -> None:
+    told = "noisytune: warning: noisy has no extension"
+    assert told in invoke("perturb", source, "-o", tmp_path / "noisy").stderr
+    made = tmp_path / "noisy.noisytune.json"
+    (tmp_path / "again").mkdir()
+    assert told in invoke("replay", made, "--base", source, "-o", tmp_path / "again/noisy").stderr
+    assert told in invoke("average", source, source, "-o", tmp_path / "again/noisy", "--overwrite").stderr
+    for fine in (["-o", tmp_path / "b.safetensors"], ["--recipe-only", "-o", tmp_path / "recipe"]):
+        assert "extension" not in invoke("perturb", source, *fine).stderr
+    (folder := tmp_path / "folder").mkdir()
+    (folder / "model.safetensors").write_bytes(source.read_bytes())
+    assert "extension" not in invoke("perturb", folder, "-o", tmp_path / "out").stderr
+
+
+@pytest.mark.parametrize("verb", ["perturb", "inspect"])
+def test_names_in_one_pattern_are_said_to_be_several(verb: str, source: Path, tmp_path: Path) -> None:
+    asked = [verb, source] + (["-o", tmp_path / "o.safetensors"] if verb == "perturb" else [])
+    for patterns in (f"{NAME},embeddings.weight", "@norm,@bias", "*.bias,*query*"):
+        for option in ("--include", "--exclude"):
+            assert "repeat --include or --exclude" in usage(*asked, option, patterns)
+
+
+def test_what_is_not_a_choice_is_said_plainly(source: Path) -> None:
+    said = usage("inspect", source, "--format", "cvs")
+    assert "'--format': 'cvs' is not one of" in said
+    assert "Usage: noisytune inspect [OPTIONS] SOURCE " in said
+
+
+def test_an_output_of_noisytune_can_be_inspected_without_a_warning(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    invoke("perturb", source, "-o", out)
+    said = invoke("inspect", out)
+    assert (said.exit_code, said.stderr.count("\n")) == (0, 1)
+    assert "warning" not in said.stderr
+    assert "--again" in said.stderr
+    assert invoke("inspect", out, "-q").stderr == ""
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(source: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -151,11 +152,26 @@ def test_noise_std_has_a_placeholder_of_its_own() -> None:
     assert (one.lam, two.lam) == (math.sqrt(12) * 0.05, math.sqrt(12) * 0.1)
     assert (one.out, two.out) == ("0.05", "0.10")
     assert outs("{lambda}", noise_std="0.05,0.1") == [repr(one.lam), repr(two.lam)]
-    assert outs("{noise-std}", lam="0.1") == ["{noise-std}"]  # not given, so not known
+    with pytest.raises(UsageError, match=r"\{noise-std\} stands for nothing in this run"):
+        outs("{noise-std}", lam="0.1")
 
 
 def test_other_braces_stay() -> None:
-    assert outs("{x}{lambda}{Seed}{}{{seed}}", lam="0.1") == ["{x}0.1{Seed}{}{0}"]
+    assert outs("{1}{lambda}{}{{seed}}{a.b}", lam="0.1") == ["{1}0.1{}{0}{a.b}"]
+
+
+@pytest.mark.parametrize(
+    ("word", "advice"),
+    [
+        ("lamda", "Write {lambda}"),
+        ("Seed", "Write {seed}"),
+        ("noise_std", "Write {noise-std}"),
+        ("x", "or {seed}"),
+    ],
+)
+def test_a_word_in_braces_that_stands_for_nothing_is_refused(word: str, advice: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(advice)):
+        outs(f"o-{{{word}}}-{{seed}}", noise_std="0.1")
 
 
 def test_without_a_place_there_is_no_name() -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -170,8 +171,8 @@ def test_the_table_rounds_and_explains() -> None:
     assert "0.015" in rows[0]
     assert "33.33%" in rows[0]
     assert rows[0].endswith("±0.25  perturb")
-    assert rows[1].endswith("copy: not-float")
-    assert rows[2].endswith("copy: non-finite, noise of layers.0.weight")
+    assert rows[1].endswith("not-float")
+    assert rows[2].endswith("non-finite, noise of layers.0.weight")
     assert rows[3].endswith("perturb, noise of layers.0.weight")
     assert rows[4].endswith("perturb, unless constant or tied")
     assert total.startswith("5 tensors, 32 bytes")
@@ -221,6 +222,24 @@ def test_a_narrow_terminal_drops_columns_and_says_so(monkeypatch: pytest.MonkeyP
     assert {"name", "std", "noise", "action"} <= set(header.split())
     assert "l1" in last
     assert "--format csv" in last
+
+
+def test_long_names_lose_their_middle_and_no_line_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    rows = inspection(
+        replace(ROW, name=name),
+        replace(COPY, name=name + "_scale", stream=name + "_scale", reason="one-element"),
+    )
+    for width in (70, 80, 100):
+        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setenv("TERM", "xterm-256color")
+        monkeypatch.setattr(sys, "stdout", Terminal())
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", "".join(FORMATS["table"](rows))).splitlines()
+        assert max(map(len, lines)) <= width
+        assert lines[1].startswith("bert.enc")
+        assert "…" in lines[1].split()[0]
+        assert lines[1].split()[0].endswith("query.weight")
+        assert lines[2].endswith("  one-element")
 
 
 def test_a_wide_terminal_shows_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,72 @@
+"""How help is laid out: options under headings, examples last.
+
+An option stands under the heading that its `rich_help_panel` names (Typer's own word, which it heeds in
+Rich's layout alone). The examples are the end of a verb's docstring, from a line `Examples:` on.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+#: Headings that verbs share. They come in the order of their first options; `Options` has the rest.
+NOISE = "Noise"
+TENSORS = "Which tensors"
+SOURCE = "Source"
+OUTPUT = "Output"
+RUNNING = "Running"
+
+_EXAMPLES = "\nExamples:\n"
+_DOCS = "Every option, with exit codes: docs/cli.md in the source."
+
+
+class HelpfulCommand(TyperCommand):
+    """A command whose help has headings and examples, in plain text."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the pieces of the usage line, an argument as it is named elsewhere."""
+        return [re.sub(r"^\{(.+)\}", r"\1", piece) for piece in super().collect_usage_pieces(ctx)]
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        """Write the docstring without its examples."""
+        text = inspect.cleandoc(self.help or "").partition(_EXAMPLES)[0]
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(text)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then the options under their headings."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": []}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is None:
+                continue
+            if parameter.param_type_name == "argument":
+                sections["Arguments"].append((re.sub(" <.*>$", "", record[0]), record[1]))
+            else:
+                panel = getattr(parameter, "rich_help_panel", None) or "Options"
+                sections.setdefault(panel, []).append(record)
+        for heading, records in sections.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the examples, each on a line of its own, and where there is more to read."""
+        examples = inspect.cleandoc(self.help or "").partition(_EXAMPLES)[2]
+        if examples:
+            formatter.write_paragraph()
+            formatter.write(f"Examples:\n{examples.rstrip()}\n")
+        formatter.write_paragraph()
+        formatter.write(f"{_DOCS}\n")
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse as Typer does; of what it refuses drop the words that the library behind it puts before."""
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
