@@ -165,7 +165,9 @@ def perturb(
     strict: Annotated[
         bool,
         typer.Option(
-            "--strict", help="Refuse a checkpoint with a tensor that may be no parameter by its name alone."
+            "--strict",
+            help="Refuse a checkpoint with a tensor that may be no parameter by its name alone.",
+            rich_help_panel=TENSORS,
         ),
     ] = False,
     preset: Annotated[
