@@ -26,9 +26,10 @@ from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import escape
 from noisytune_cli.noise import devices
 from noisytune_cli.plan.doubts import warning_of
-from noisytune_cli.plan.evidence import Told, tell_checkpoint
+from noisytune_cli.plan.evidence import tell_checkpoint
 from noisytune_cli.plan.patterns import check_matched
-from noisytune_cli.plan.plan import check_noise, make_plan, match_with_paths, paths_of
+from noisytune_cli.plan.plan import check_noise, match_with_paths, paths_of
+from noisytune_cli.plan.plans import plan_checkpoint
 from noisytune_cli.plan.settle import look_at_values, settle_ties
 from noisytune_cli.records import Granularity, NoiseSpec, Part, Plan, Step, whole
 
@@ -149,13 +150,13 @@ def inspect(
         follow_links=follow_links,
     ) as checkpoint:
         told = tell_checkpoint(checkpoint, buffers_from)
-        plan = _plan(checkpoint, noise, told)
+        plan = plan_checkpoint(checkpoint, noise, told)
         names = _select(checkpoint, told.buffers, include, exclude)
         quantized = _refusal(checkpoint, source)
         measured: dict[str, list[Statistics]] = {}
         if not headers_only:
             files = {file.name: file for file in checkpoint.sources}
-            plan = _plan(checkpoint, noise, look_at_values(plan, told, files, names))
+            plan = plan_checkpoint(checkpoint, noise, look_at_values(plan, told, files, names))
             # A tie that shows in no row need not be read.
             shown = tuple(tie for tie in plan.ties if not names.isdisjoint(tie.names))
             (plan,) = settle_ties([replace(plan, ties=shown)], files)
@@ -180,17 +181,6 @@ def inspect(
             warnings=(*checkpoint.warnings, *warning_of(plan)),
             earlier=_noised_before(checkpoint),
         )
-
-
-def _plan(checkpoint: Checkpoint, noise: NoiseSpec, told: Told) -> Plan:
-    return make_plan(
-        checkpoint.tensors,
-        noise,
-        config=checkpoint.config,
-        metadata=checkpoint.metadata,
-        stored_as_one=checkpoint.stored_as_one,
-        told=told,
-    )
 
 
 def _select(

@@ -32,7 +32,7 @@ def make_plans(
     for spec in specs:
         check_noise(spec)
         if spec.lam not in by_lam:
-            plan = _make(source, spec, told)
+            plan = plan_checkpoint(source, spec, told)
             check_not_empty(plan, path=source.path)
             check_recordable(plan, path=source.path)
             by_lam[spec.lam] = plan if conversion is None else convert(plan, conversion)
@@ -46,7 +46,7 @@ def settle_plans(
     specs = {plan.noise.lam: plan.noise for plan in plans}
     files = {file.name: file for file in source.sources}
     told = look_at_values(plans[0], told, files)
-    settled = settle_ties([_make(source, spec, told) for spec in specs.values()], files)
+    settled = settle_ties([plan_checkpoint(source, spec, told) for spec in specs.values()], files)
     by_lam = {}
     for lam, plan in zip(specs, settled, strict=True):
         check_not_empty(plan, path=source.path)
@@ -54,7 +54,8 @@ def settle_plans(
     return _spread(by_lam, [plan.noise for plan in plans])
 
 
-def _make(source: Checkpoint, noise: NoiseSpec, told: Told) -> Plan:
+def plan_checkpoint(source: Checkpoint, noise: NoiseSpec, told: Told) -> Plan:
+    """Return the plan of an open checkpoint (see `plan.make_plan`)."""
     return make_plan(
         source.tensors,
         noise,
