@@ -42,6 +42,15 @@ Splits = Annotated[
         rich_help_panel=TENSORS,
     ),
 ]
+Maps = Annotated[
+    Patterns,
+    typer.Option(
+        "--map",
+        metavar="PATTERN=NAME",
+        help="What a tensor is called there: each * of PATTERN stands for the * of NAME, such as "
+        "'bert.*=*'. A prefix is found by itself.",
+    ),
+]
 Weights = Annotated[
     str | None,
     typer.Option(

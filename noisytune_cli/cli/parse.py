@@ -173,6 +173,16 @@ def parse_split(text: str) -> tuple[str, str]:
     return pattern, division
 
 
+def parse_map(text: str) -> tuple[str, str]:
+    """Split PATTERN=NAME at its last `=`; `renames.Rules` reads the two."""
+    pattern, equals, name = text.rpartition("=")
+    if not (equals and pattern and name):
+        raise UsageError(
+            f"--map {text}", why="it is not PATTERN=NAME", next_step="Write for example --map 'bert.*=*'"
+        )
+    return pattern, name
+
+
 @dataclass(frozen=True, slots=True)
 class _Strength:
     """A λ, and what stands for each placeholder that it fills."""

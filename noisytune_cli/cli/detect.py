@@ -1,0 +1,154 @@
+"""`noisytune detect`: is the noise of a seed in a checkpoint? Options and answer."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from noisytune_cli.cli.options import AsJson, FollowLinks, Maps, Mmap, Patterns, Revision, Threads, Weights
+
+if TYPE_CHECKING:
+    from noisytune_cli.commands.detect import Detection, SeedScore
+
+
+def detect(
+    suspect: Annotated[
+        str,
+        typer.Argument(
+            metavar="SUSPECT",
+            help="The checkpoint that may have noise in it: a weight file, a folder, or a hub id.",
+            show_default=False,
+        ),
+    ],
+    seed: Annotated[
+        str | None,
+        typer.Option(metavar="N[-M][,…]", help="The seeds to look for. [default: the manifest's]"),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="What it was before, where you have it: a sharper look."),
+    ] = None,
+    manifest: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="A manifest (or the output it lies with) that has names, seed and noise."
+        ),
+    ] = None,
+    noise: Annotated[
+        str | None,
+        typer.Option(metavar="uniform|gaussian", help="The noise to look for. [default: both]"),
+    ] = None,
+    name_map: Maps = None,
+    include: Annotated[
+        Patterns, typer.Option(metavar="PATTERN", help="Look only at these: a shell pattern or a kind.")
+    ] = None,
+    exclude: Annotated[Patterns, typer.Option(metavar="PATTERN", help="Do not look at these.")] = None,
+    threads: Threads = None,
+    mmap: Mmap = False,
+    follow_links: FollowLinks = False,
+    weights: Weights = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """Tell whether the noise of a seed is in a checkpoint, from its weights alone.
+
+    A line for each seed: yes or no, the λ that was found with its interval of 95 %, z, and p, the chance of
+    such a z without noise, with all noises that were tried allowed for. Yes is p below one in a million.
+    Exit code 8 where the answer is no for every seed. It also finds noise that was finetuned, rounded, pruned
+    or averaged since, and names that have or lack a prefix now; not permuted neurons (docs/detect.md).
+    """
+    from noisytune_cli.cli import show
+    from noisytune_cli.cli.parse import parse_map, read_seeds
+    from noisytune_cli.commands import detect as command
+    from noisytune_cli.engine.threads import default_threads
+
+    result = command.detect(
+        suspect,
+        seeds=read_seeds(seed) if seed is not None else (),
+        base=base,
+        manifest=manifest,
+        distribution=noise,
+        maps=[parse_map(text) for text in name_map or ()],
+        include=include or (),
+        exclude=exclude or (),
+        weights=weights,
+        revision=revision,
+        mmap=mmap,
+        threads=threads or default_threads(),
+        quiet=quiet,
+        follow_links=follow_links,
+        progress=lambda nbytes: show.progress(nbytes, "detect", enabled=not quiet),
+    )
+    _show(result, as_json=as_json)
+
+
+def _show(result: Detection, *, as_json: bool) -> None:
+    """Print the answer; raises Mismatch where it is no for every seed."""
+    from noisytune_cli.cli.show import warn_all, write_out
+    from noisytune_cli.errors import Mismatch
+
+    warn_all(result.warnings)
+    if as_json:
+        write_out(json.dumps(_document(result), indent=1, allow_nan=False) + "\n")
+    else:
+        width = max(len(str(score.seed)) for score in result.seeds)
+        write_out(_line(score, width) for score in result.seeds)
+    if not result.found:
+        best = max(result.seeds, key=lambda score: abs(score.z))
+        raise Mismatch(
+            "the noise is not there",
+            path=result.suspect,
+            why=f"the largest z of {result.tests:,} noises tried is {best.z:.1f} (seed {best.seed})",
+            next_step="Try other seeds, or give --manifest or --base, which know the names; "
+            "permuted neurons hide it",
+        )
+
+
+def _line(score: SeedScore, width: int) -> str:
+    return (
+        f"seed {score.seed:<{width}}  {'yes' if score.found else 'no ':3}  "
+        f"λ {score.lam:.4f} [{score.low:.4f}, {score.high:.4f}]  z {score.z:.1f}  p {_power(score)}"
+        + (f"  {score.distribution}" if score.found else "")
+        + (f", names {score.renaming}" if score.found and score.renaming else "")
+        + "\n"
+    )
+
+
+def _power(score: SeedScore) -> str:
+    """Write p, which float64 may be too small for."""
+    return f"{score.p:.2g}" if score.log10_p > -300 else f"1e{score.log10_p:.0f}"
+
+
+def _document(result: Detection) -> dict[str, Any]:
+    return {
+        "suspect": result.suspect,
+        "revision": result.revision,
+        "base": result.base,
+        "found": result.found,
+        "tensors": result.tensors,
+        "elements": result.elements,
+        "tests": result.tests,
+        "seeds": [_entry(score) for score in result.seeds],
+    }
+
+
+def _entry(score: SeedScore) -> dict[str, Any]:
+    return {
+        "seed": str(score.seed),
+        "found": score.found,
+        "distribution": score.distribution,
+        "renamed": score.renaming or None,
+        "lambda": score.lam,
+        "low": score.low,
+        "high": score.high,
+        "z": score.z,
+        "p": score.p,
+        "log10_p": score.log10_p,
+        "tensors": [
+            {"name": t.name, "stream": t.stream, "elements": t.elements, "lambda": t.lam, "z": t.z}
+            for t in score.tensors
+        ],
+    }
