@@ -18,11 +18,12 @@ from typing import Any, Literal
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.quantized import refuse_quantized
+from noisytune_cli.commands.sorting import check_sort, sort_rows
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine.matrix import UNMEASURED, Spread, outcome_of
 from noisytune_cli.engine.statistics import Statistics, measure
 from noisytune_cli.engine.threads import Progress
-from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import escape
 from noisytune_cli.noise import devices
 from noisytune_cli.plan.doubts import warning_of
@@ -139,7 +140,7 @@ def inspect(
     if sigma is not None:
         noise = replace(noise, lam=sigma, distribution="gaussian", scope="absolute")
     check_noise(noise)
-    _check_sort(sort)
+    check_sort(sort, SORT_KEYS)
     with open_checkpoint(
         source,
         weights=weights,
@@ -176,7 +177,7 @@ def inspect(
             lam=lam if sigma is None else None,
             sigma=sigma,
             quantized=quantized,
-            tensors=tuple(rows if sort is None else _sort(rows, sort)),
+            tensors=tuple(rows if sort is None else sort_rows(rows, sort)),
             totals=_total(rows, counted=not headers_only),
             warnings=(*checkpoint.warnings, *warning_of(plan)),
             earlier=_noised_before(checkpoint),
@@ -278,20 +279,3 @@ def _total(rows: Sequence[TensorReport], *, counted: bool) -> Totals:
         nan=sum(row.nan or 0 for row in rows) if counted else None,
         inf=sum(row.inf or 0 for row in rows) if counted else None,
     )
-
-
-def _check_sort(sort: str | None) -> None:
-    if sort is not None and sort.removeprefix("-") not in SORT_KEYS:
-        raise UsageError(
-            f"--sort: no such key: {sort}",
-            why=f"the keys are {', '.join(SORT_KEYS)}",
-            next_step="Name one of them, with - before it for descending order",
-        )
-
-
-def _sort(rows: Sequence[TensorReport], sort: str) -> list[TensorReport]:
-    """Sort by a key; rows without a value come last either way, and equal ones stay in file order."""
-    key = sort.removeprefix("-")
-    known = [row for row in rows if getattr(row, key) is not None]
-    unknown = [row for row in rows if getattr(row, key) is None]
-    return sorted(known, key=lambda row: getattr(row, key), reverse=sort.startswith("-")) + unknown
