@@ -11,8 +11,8 @@ from noisytune_cli.plan.patterns import match_names
 #: The kinds, from the special to the general: an attention's bias is a bias.
 KINDS = ("head", "embeddings", "norm", "bias", "attention", "mlp")
 
-#: What belongs to no kind, and to no layer.
-OTHER = "other"
+#: What belongs to no kind, and what to no layer.
+OTHER, NO_LAYER = "other", "no layer"
 
 #: A number that is a whole component of a name, as layers have.
 _NUMBER = re.compile(r"(?<![^.])[0-9]{1,6}(?=\.)")
@@ -28,7 +28,7 @@ def kinds_of(names: Sequence[str]) -> dict[str, str]:
 
 
 def layers_of(names: Sequence[str]) -> dict[str, str]:
-    """Return the layer of each name, such as `encoder.layer.3`, or OTHER.
+    """Return the layer of each name, such as `encoder.layer.3`, or NO_LAYER.
 
     That is what ends at the first number of the name that counts something: where other names have another
     number in its place. (In `0.auto_model.encoder.layer.3.output.bias` the 0 counts nothing.) A model of one
@@ -42,7 +42,7 @@ def layers_of(names: Sequence[str]) -> dict[str, str]:
     for name in names:
         places = [(before, number) for before, number in _numbered(name)]
         counting = [place for place in places if len(numbers[place[0]]) > 1] or places
-        layers[name] = "".join(counting[0]) if counting else OTHER
+        layers[name] = "".join(counting[0]) if counting else NO_LAYER
     return layers
 
 
