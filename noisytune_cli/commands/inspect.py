@@ -28,8 +28,7 @@ from noisytune_cli.escape import escape
 from noisytune_cli.noise import devices
 from noisytune_cli.plan.doubts import warning_of
 from noisytune_cli.plan.evidence import tell_checkpoint
-from noisytune_cli.plan.patterns import check_matched
-from noisytune_cli.plan.plan import check_noise, match_with_paths, paths_of
+from noisytune_cli.plan.plan import check_noise, select
 from noisytune_cli.plan.plans import plan_checkpoint
 from noisytune_cli.plan.settle import look_at_values, settle_ties
 from noisytune_cli.records import Granularity, NoiseSpec, Part, Plan, Step, whole
@@ -152,7 +151,7 @@ def inspect(
     ) as checkpoint:
         told = tell_checkpoint(checkpoint, buffers_from)
         plan = plan_checkpoint(checkpoint, noise, told)
-        names = _select(checkpoint, told.buffers, include, exclude)
+        names = select(checkpoint.tensors, include, exclude, told.buffers)
         quantized = _refusal(checkpoint, source)
         measured: dict[str, list[Statistics]] = {}
         if not headers_only:
@@ -182,18 +181,6 @@ def inspect(
             warnings=(*checkpoint.warnings, *warning_of(plan)),
             earlier=_noised_before(checkpoint),
         )
-
-
-def _select(
-    checkpoint: Checkpoint, buffers: Mapping[str, str], include: Sequence[str], exclude: Sequence[str]
-) -> frozenset[str]:
-    """Return the names of the tensors to list; UsageError for a pattern that matches none."""
-    patterns = [*include, *exclude]
-    names = [tensor.name for tensor in checkpoint.tensors]
-    matched = match_with_paths(patterns, names, paths_of(checkpoint.tensors), buffers)
-    check_matched(patterns, matched, names)
-    included = frozenset().union(*matched[: len(include)]) if include else frozenset(names)
-    return included.difference(*matched[len(include) :])
 
 
 def _refusal(checkpoint: Checkpoint, path: str) -> str | None:

@@ -219,6 +219,21 @@ def match_with_paths(
     return matched
 
 
+def select(
+    tensors: Sequence[TensorSpec],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    buffers: Collection[str] = (),
+) -> frozenset[str]:
+    """Return the names of the tensors that patterns leave; UsageError for a pattern that matches none."""
+    patterns = [*include, *exclude]
+    names = [tensor.name for tensor in tensors]
+    matched = match_with_paths(patterns, names, paths_of(tensors), buffers)
+    check_matched(patterns, matched, names)
+    included = frozenset().union(*matched[: len(include)]) if include else frozenset(names)
+    return included.difference(*matched[len(include) :])
+
+
 def _wishes(
     ties: Iterable[Tie], filters: _Filters, buffers: Collection[str], divisions: Mapping[str, Division]
 ) -> dict[str, _Wish]:
