@@ -7,21 +7,16 @@
 
 In the last three floats round-trip and what does not exist is null or empty. JSON spells control characters
 as escapes, so names in it are verbatim; the table and CSV show names escaped, one line for each row.
-
-A spreadsheet takes a cell for a formula that begins like one, and a checkpoint's names are a stranger's. So
-in CSV an apostrophe goes before a text that does, or that begins with one; numbers are as they are.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from itertools import chain
 from typing import Any
 
+from noisytune_cli.cli.rows import csv_lines, dump, json_list, values
 from noisytune_cli.cli.show import TOLD_BY, note, warn, warn_all, write_out
 from noisytune_cli.cli.table import lay_out
 from noisytune_cli.commands.inspect import Inspection, TensorReport, Totals
@@ -49,10 +44,6 @@ _COLUMNS = (
     "action",
 )
 _DISPENSABLE = ("file", "l1", "elements", "nan", "inf", "l2", "zeros", "mean", "max", "min", "dtype", "shape")
-#: What a formula begins with in one spreadsheet or another, and what is put before it.
-_FORMULA = tuple("=+-@＝＋－＠\t\r")
-_DEFUSED = "'"
-
 #: What a narrow terminal shows without its middle, and how much of it at the least.
 _SHORTENED = {"name": 30, "action": 16}
 
@@ -85,56 +76,34 @@ def _json(inspection: Inspection) -> Iterator[str]:
         **({} if inspection.sigma is None else {"sigma": inspection.sigma}),
         "quantized": inspection.quantized,
     }
-    yield "{\n" + "".join(f" {_dump(key)}: {_dump(value)},\n" for key, value in head.items())
-    yield ' "tensors": ['
-    for index, row in enumerate(inspection.tensors):
-        yield f"{',' if index else ''}\n  {_dump(_values(row))}"
-    yield "\n ],\n" if inspection.tensors else "],\n"
-    yield f' "totals": {_dump(_values(inspection.totals))}\n}}\n'
+    yield "{\n" + "".join(f" {dump(key)}: {dump(value)},\n" for key, value in head.items())
+    yield ' "tensors": '
+    yield from json_list(inspection.tensors)
+    yield f',\n "totals": {dump(values(inspection.totals))}\n}}\n'
 
 
 def _jsonl(inspection: Inspection) -> Iterator[str]:
     for row in inspection.tensors:
-        yield f"{_dump(_values(row))}\n"
-    yield f"{_dump({'totals': _values(inspection.totals)})}\n"
+        yield f"{dump(values(row))}\n"
+    yield f"{dump({'totals': values(inspection.totals)})}\n"
 
 
 def _csv(inspection: Inspection, *, raw: bool) -> Iterator[str]:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, _KEYS, restval="", lineterminator="\n")
-    writer.writeheader()
-    for row in inspection.tensors:
-        cells = _cells(row)
-        writer.writerow(cells if raw else {key: _defused(cell) for key, cell in cells.items()})
-        yield buffer.getvalue()
-        buffer.seek(0)
-        buffer.truncate()
     totals = inspection.totals
-    writer.writerow(
-        {
-            "name": "TOTAL",
-            "elements": totals.parameters,
-            "bytes": totals.bytes,
-            "nan": totals.nan,
-            "inf": totals.inf,
-            "action": f"{totals.perturbed} of {totals.tensors} perturbed",
-        }
-    )
-    yield buffer.getvalue()
-
-
-def _values(record: TensorReport | Totals) -> dict[str, Any]:
-    """Return the record's fields as JSON has them: without infinities."""
-    values = {field.name: getattr(record, field.name) for field in fields(record)}
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in values.items()
+    total = {
+        "name": "TOTAL",
+        "elements": totals.parameters,
+        "bytes": totals.bytes,
+        "nan": totals.nan,
+        "inf": totals.inf,
+        "action": f"{totals.perturbed} of {totals.tensors} perturbed",
     }
+    return csv_lines(_KEYS, chain(map(_cells, inspection.tensors), [total]), raw=raw)
 
 
 def _cells(row: TensorReport) -> dict[str, Any]:
     return {
-        **_values(row),
+        **values(row),
         "name": escape(row.name, None),
         "file": escape(row.file, None),
         "stream": escape(row.stream, None),
@@ -148,17 +117,6 @@ def _noise(row: TensorReport) -> str:
     if row.noise_std is not None:
         return f"σ {_number(row.noise_std)}"
     return "" if row.high is None else f"±{_number(row.high)}"
-
-
-def _defused(cell: Any) -> Any:
-    """Return a cell that no spreadsheet takes for a formula."""
-    if isinstance(cell, str) and cell.startswith((*_FORMULA, _DEFUSED)):
-        return _DEFUSED + cell
-    return cell
-
-
-def _dump(value: object) -> str:
-    return json.dumps(value, allow_nan=False)
 
 
 def _table(inspection: Inspection) -> Iterator[str]:
