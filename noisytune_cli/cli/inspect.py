@@ -16,13 +16,14 @@ from noisytune_cli.cli.options import (
     GranularityOption,
     Mmap,
     Patterns,
+    Raw,
     Revision,
     Source,
     Splits,
     Threads,
     Weights,
+    number,
 )
-from noisytune_cli.cli.parse import decimal
 
 
 class _Format(StrEnum):
@@ -32,26 +33,12 @@ class _Format(StrEnum):
     csv = "csv"
 
 
-def _number(text: str | float) -> float:
-    try:
-        return decimal(str(text))
-    except ValueError:
-        raise typer.BadParameter(f"'{text}' is no number.") from None
-
-
 def inspect(
     source: Source,
     output_format: Annotated[
         _Format, typer.Option("--format", help="How to print.", rich_help_panel=OUTPUT)
     ] = _Format.table,
-    raw: Annotated[
-        bool,
-        typer.Option(
-            "--raw",
-            help="In CSV, put no apostrophe before what a spreadsheet would take for a formula.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = False,
+    raw: Raw = False,
     include: Annotated[
         Patterns,
         typer.Option(
@@ -77,7 +64,7 @@ def inspect(
             "--lambda",
             metavar="λ",
             help="The λ whose noise ranges are shown.",
-            parser=_number,
+            parser=number,
             rich_help_panel=NOISE,
         ),
     ] = 0.15,
@@ -86,7 +73,7 @@ def inspect(
         typer.Option(
             metavar="σ",
             help="Show the noise of this std in place of λ's: Gaussian.",
-            parser=_number,
+            parser=number,
             rich_help_panel=NOISE,
         ),
     ] = None,

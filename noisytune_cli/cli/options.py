@@ -8,11 +8,20 @@ from typing import Annotated
 import typer
 
 from noisytune_cli.cli.help import OUTPUT, RUNNING, SOURCE, TENSORS
+from noisytune_cli.cli.parse import decimal
 
 
 class Granularity(StrEnum):
     tensor = "tensor"
     matrix = "matrix"
+
+
+def number(text: str | float) -> float:
+    """Read an option that is one number."""
+    try:
+        return decimal(str(text))
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is no number.") from None
 
 
 Source = Annotated[
@@ -49,6 +58,24 @@ Maps = Annotated[
         metavar="PATTERN=NAME",
         help="What a tensor is called there: each * of PATTERN stands for the * of NAME, such as "
         "'bert.*=*'. A prefix is found by itself.",
+    ),
+]
+Report = Annotated[
+    str | None,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="FILE",
+        help="Write to a new file in place of stdout.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Raw = Annotated[
+    bool,
+    typer.Option(
+        "--raw",
+        help="In CSV, put no apostrophe before what a spreadsheet would take for a formula.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 Weights = Annotated[

@@ -59,6 +59,16 @@ def check_out(out: str) -> None:
         )
 
 
+def format_of(wanted: str | None, out: str | None) -> str:
+    """Return the format of a report: the one that is asked for, else by the file's ending, else a table."""
+    if wanted is not None:
+        return wanted
+    ending = "" if out is None else out.rpartition(".")[2].lower()
+    return {"json": "json", "jsonl": "jsonl", "csv": "csv", "html": "html", "htm": "html"}.get(
+        ending, "table"
+    )
+
+
 def make_conversion(dtype: str | None, to: str | None, dequantize: str | None) -> Conversion | None:
     """Return in what the output's weights are to differ from the source's, None where in nothing."""
     conversion = Conversion(

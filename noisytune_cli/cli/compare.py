@@ -1,0 +1,119 @@
+"""The options of `noisytune compare`: what lies between two checkpoints."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from noisytune_cli.cli.options import FollowLinks, Maps, Mmap, Patterns, Raw, Report, Threads, number
+
+
+class _By(StrEnum):
+    tensor = "tensor"
+    layer = "layer"
+    kind = "kind"
+
+
+class _Format(StrEnum):
+    table = "table"
+    json = "json"
+    jsonl = "jsonl"
+    csv = "csv"
+    html = "html"
+
+
+def compare(
+    a: Annotated[
+        str,
+        typer.Argument(metavar="A", help="A weight file, a folder, or a hub id.", show_default=False),
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="The same, of what A became.", show_default=False)],
+    by: Annotated[_By, typer.Option(help="What has a row.")] = _By.tensor,
+    output_format: Annotated[
+        _Format | None,
+        typer.Option("--format", help="How to print. [default: by the ending of --out, else table]"),
+    ] = None,
+    out: Report = None,
+    plot: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.png|svg|pdf", help="Draw the change by layer and kind (extra: plots)."),
+    ] = None,
+    name_map: Maps = None,
+    include: Annotated[
+        Patterns, typer.Option(metavar="PATTERN", help="Compare only these: a shell pattern or a kind.")
+    ] = None,
+    exclude: Annotated[Patterns, typer.Option(metavar="PATTERN", help="Do not compare these.")] = None,
+    sort: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", help="Sort by a column of the CSV, such as l2; with - before it descending."
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(metavar="X", help="The largest change of a value that counts as none.", parser=number),
+    ] = 0.0,
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help="Exit code 8 where anything differs.")
+    ] = False,
+    headers_only: Annotated[
+        bool, typer.Option("--headers-only", help="Read no weights: names, shapes and dtypes.")
+    ] = False,
+    raw: Raw = False,
+    weights_a: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The weights or index in A, where there are several.")
+    ] = None,
+    weights_b: Annotated[str | None, typer.Option(metavar="NAME", help="The same in B.")] = None,
+    revision_a: Annotated[
+        str | None, typer.Option(metavar="REV", help="Branch, tag or commit, where A is a hub id.")
+    ] = None,
+    revision_b: Annotated[str | None, typer.Option(metavar="REV", help="The same for B.")] = None,
+    threads: Threads = None,
+    mmap: Mmap = False,
+    follow_links: FollowLinks = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """Tell what lies between two checkpoints, such as a base and what noise or finetuning made of it.
+
+    For each tensor, layer or kind: norm_change, by which share the L1 norm changed, and change_norm, the L1
+    norm of the change as a share of A's (what moves to and fro changes no norm); l2 and largest of the
+    change; cosine; the share of equal elements; and where the change of a tensor looks like uniform or
+    Gaussian noise, its λ with an interval of 95 %. Tensors without a partner, or with one of another shape,
+    are listed. Formats, shards and dtypes may differ.
+    """
+    from noisytune_cli.cli import show, show_compare
+    from noisytune_cli.cli.parse import format_of, parse_map
+    from noisytune_cli.commands import changes as command
+    from noisytune_cli.engine.threads import default_threads
+    from noisytune_cli.output.reports import check_new
+
+    kind = format_of(None if output_format is None else output_format.value, out)
+    if out is not None:
+        check_new(out)
+    if plot is not None:
+        from noisytune_cli.cli import plots
+
+        plots.check(plot)
+    result = command.compare(
+        a,
+        b,
+        by=by.value,
+        maps=[parse_map(text) for text in name_map or ()],
+        include=include or (),
+        exclude=exclude or (),
+        sort=sort,
+        tolerance=tolerance,
+        headers_only=headers_only,
+        weights=(weights_a, weights_b),
+        revisions=(revision_a, revision_b),
+        mmap=mmap,
+        threads=threads or default_threads(),
+        quiet=quiet,
+        follow_links=follow_links,
+        progress=lambda nbytes: show.progress(nbytes, "compare", enabled=not quiet),
+    )
+    show_compare.show_comparison(result, kind, out=out, plot=plot, raw=raw)
+    if exit_code:
+        show_compare.require_same(result)
