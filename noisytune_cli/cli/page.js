@@ -1,20 +1,30 @@
 "use strict";
 const body = document.querySelector("#rows tbody");
 const rows = [...body.rows];
-const texts = rows.map((row) => row.textContent.toLowerCase());
+const texts = new Map(rows.map((row) => [row, row.textContent.toLowerCase()]));
 const order = new Map(rows.map((row, index) => [row, index]));
 const input = document.querySelector("#filter");
 const count = document.querySelector("#count");
+const more = document.querySelector("#more");
 
-input.addEventListener("input", () => {
+// A browser takes seconds to lay out ten thousand rows, so what is not asked for is not in the document.
+const step = 500;
+let most = step;
+let sorted = rows;
+
+function update() {
   const wanted = input.value.toLowerCase().split(/\s+/).filter(Boolean);
-  let shown = 0;
-  rows.forEach((row, index) => {
-    const fits = wanted.every((word) => texts[index].includes(word));
-    row.hidden = !fits;
-    shown += fits;
-  });
-  count.textContent = `${shown} of ${rows.length} rows`;
+  const fitting = sorted.filter((row) => wanted.every((word) => texts.get(row).includes(word)));
+  body.replaceChildren(...fitting.slice(0, most));
+  more.hidden = fitting.length <= most;
+  const shown = more.hidden ? "" : `, the first ${most} shown`;
+  count.textContent = `${fitting.length} of ${rows.length} rows${shown}`;
+}
+
+input.addEventListener("input", update);
+more.addEventListener("click", () => {
+  most += step;
+  update();
 });
 
 const heads = [...document.querySelectorAll("#rows thead th")];
@@ -28,15 +38,17 @@ heads.forEach((head, column) => {
       const cell = row.cells[column];
       return [row, cell.dataset.n === undefined ? cell.textContent : Number(cell.dataset.n)];
     }));
-    const sorted = [...rows].sort((a, b) => {
+    sorted = [...rows].sort((a, b) => {
       const x = keys.get(a), y = keys.get(b);
+      // What is blank comes last either way, and equal rows stay in the order they came in.
       if (x === "" || y === "") return (x === "") - (y === "") || order.get(a) - order.get(b);
       const way = typeof x === "number" && typeof y === "number" ? x - y : collator.compare(x, y);
       return sign * way || order.get(a) - order.get(b);
     });
-    body.append(...sorted);
+    update();
   });
 });
+update();
 
 const tip = document.querySelector("#tip");
 const show = (event) => {
