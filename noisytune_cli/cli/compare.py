@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from noisytune_cli.cli.options import FollowLinks, Maps, Mmap, Patterns, Raw, Report, Threads, number
+from noisytune_cli.cli.options import (
+    Components,
+    FollowLinks,
+    Maps,
+    Mmap,
+    Patterns,
+    Raw,
+    Report,
+    Threads,
+    number,
+)
 
 
 class _By(StrEnum):
@@ -66,6 +76,7 @@ def compare(
         str | None, typer.Option(metavar="NAME", help="The weights or index in A, where there are several.")
     ] = None,
     weights_b: Annotated[str | None, typer.Option(metavar="NAME", help="The same in B.")] = None,
+    component: Components = None,
     revision_a: Annotated[
         str | None, typer.Option(metavar="REV", help="Branch, tag or commit, where A is a hub id.")
     ] = None,
@@ -107,6 +118,7 @@ def compare(
         tolerance=tolerance,
         headers_only=headers_only,
         weights=(weights_a, weights_b),
+        components=() if component is None else tuple(component.split(",")),
         revisions=(revision_a, revision_b),
         mmap=mmap,
         threads=threads or default_threads(),

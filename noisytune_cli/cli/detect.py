@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from noisytune_cli.cli.options import AsJson, FollowLinks, Maps, Mmap, Patterns, Revision, Threads, Weights
+from noisytune_cli.cli.options import (
+    AsJson,
+    Components,
+    FollowLinks,
+    Maps,
+    Mmap,
+    Patterns,
+    Revision,
+    Threads,
+    Weights,
+)
 
 if TYPE_CHECKING:
     from noisytune_cli.commands.detect import Detection, SeedScore
@@ -49,6 +59,7 @@ def detect(
     mmap: Mmap = False,
     follow_links: FollowLinks = False,
     weights: Weights = None,
+    component: Components = None,
     revision: Revision = None,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
@@ -75,6 +86,7 @@ def detect(
         include=include or (),
         exclude=exclude or (),
         weights=weights,
+        components=() if component is None else tuple(component.split(",")),
         revision=revision,
         mmap=mmap,
         threads=threads or default_threads(),

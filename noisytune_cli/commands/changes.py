@@ -137,6 +137,7 @@ def compare(
     tolerance: float = 0.0,
     headers_only: bool = False,
     weights: tuple[str | None, str | None] = (None, None),
+    components: Sequence[str] = (),
     revisions: tuple[str | None, str | None] = (None, None),
     mmap: bool = False,
     threads: int = 1,
@@ -163,6 +164,7 @@ def compare(
                 open_checkpoint(
                     source,
                     weights=chosen,
+                    components=components,
                     revision=revision,
                     mmap=mmap,
                     quiet=quiet,

@@ -118,6 +118,7 @@ def detect(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     weights: str | None = None,
+    components: Sequence[str] = (),
     revision: str | None = None,
     mmap: bool = False,
     threads: int = 1,
@@ -140,6 +141,7 @@ def detect(
             open_checkpoint(
                 suspect,
                 weights=weights,
+                components=components,
                 revision=revision,
                 mmap=mmap,
                 quiet=quiet,
@@ -149,7 +151,9 @@ def detect(
         original = None
         if base is not None:
             original = opened.enter_context(
-                open_checkpoint(base, mmap=mmap, quiet=quiet, follow_links=follow_links)
+                open_checkpoint(
+                    base, components=components, mmap=mmap, quiet=quiet, follow_links=follow_links
+                )
             )
         streams, suspects, warnings = _arrange(
             checkpoint, original, recorded, Rules(maps) if maps else None, include, exclude

@@ -13,6 +13,8 @@ from checkpoints import Tensors, noised, save, save_sharded, split, weights
 from pickles import saved
 
 from noisytune_cli.commands.average import average
+from noisytune_cli.commands.changes import compare
+from noisytune_cli.commands.detect import detect
 from noisytune_cli.commands.inspect import inspect
 from noisytune_cli.commands.perturb import Perturbed, Request, perturb
 from noisytune_cli.commands.replay import replay
@@ -188,6 +190,22 @@ def test_all_components_get_noise_of_their_own(pipeline: Path, tmp_path: Path) -
         for name in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
     )
     assert not np.array_equal(np.frombuffer(one, np.float32), np.frombuffer(other, np.float32))
+
+
+def test_noise_in_a_pipeline_is_compared_and_detected(pipeline: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(pipeline, out, components=("unet",))
+    found = compare(str(pipeline), str(out), components=("all",))
+    changed = {row.name for row in found.rows if row.equal != 1.0}
+    assert changed == {"unet/conv_in.weight", "unet/conv_out.weight"}
+    assert [row.name for row in found.rows if row.name not in changed] == [
+        "text_encoder/conv_in.weight",
+        "vae/conv_in.weight",
+    ]
+    (score,) = detect(str(out), seeds=[0], base=str(pipeline), components=("unet",)).seeds
+    assert {tensor.stream for tensor in score.tensors} == changed
+    with pytest.raises(InputInvalid, match="a pipeline of several models"):
+        compare(str(pipeline), str(out))
 
 
 def test_weights_takes_one_file_under_its_own_keys(sentences: Path, tmp_path: Path) -> None:
