@@ -17,6 +17,7 @@ from noisytune_cli.cli.options import (
     Mmap,
     Patterns,
     Raw,
+    Report,
     Revision,
     Source,
     Splits,
@@ -31,14 +32,28 @@ class _Format(StrEnum):
     json = "json"
     jsonl = "jsonl"
     csv = "csv"
+    html = "html"
 
 
 def inspect(
     source: Source,
     output_format: Annotated[
-        _Format, typer.Option("--format", help="How to print.", rich_help_panel=OUTPUT)
-    ] = _Format.table,
-    raw: Raw = False,
+        _Format | None,
+        typer.Option(
+            "--format",
+            help="How to print. [default: by the ending of --out, else table]",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    out: Report = None,
+    plot: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.png|svg|pdf",
+            help="Draw the std by layer and kind (extra: plots).",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     include: Annotated[
         Patterns,
         typer.Option(
@@ -83,6 +98,7 @@ def inspect(
             "--headers-only", help="Read no weights: names, shapes and the plan.", rich_help_panel=RUNNING
         ),
     ] = False,
+    raw: Raw = False,
     buffers_from: BuffersFrom = "auto",
     threads: Threads = None,
     mmap: Mmap = False,
@@ -107,10 +123,18 @@ def inspect(
       noisytune inspect ./bert --format csv > bert.csv
     """
     from noisytune_cli.cli import show, show_inspect
-    from noisytune_cli.cli.parse import parse_split
+    from noisytune_cli.cli.parse import format_of, parse_split
     from noisytune_cli.commands import inspect as command
     from noisytune_cli.engine.threads import default_threads
+    from noisytune_cli.output.reports import check_new
 
+    kind = format_of(None if output_format is None else output_format.value, out)
+    if out is not None:
+        check_new(out)
+    if plot is not None:
+        from noisytune_cli.cli import plots
+
+        plots.check(plot)
     result = command.inspect(
         source,
         lam=lam,
@@ -131,4 +155,4 @@ def inspect(
         follow_links=follow_links,
         progress=lambda nbytes: show.progress(nbytes, "inspect", enabled=not quiet),
     )
-    show_inspect.show_inspection(result, output_format.value, raw=raw)
+    show_inspect.show_inspection(result, kind, out=out, plot=plot, raw=raw)

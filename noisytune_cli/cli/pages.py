@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from noisytune_cli.commands.changes import HeatMap
+from noisytune_cli.commands.heat_map import HeatMap
 from noisytune_cli.commands.provenance import Provenance
 from noisytune_cli.escape import escape
 from noisytune_cli.version import __version__
@@ -104,3 +104,8 @@ def heat(title: str, heat_map: HeatMap) -> Heat | None:
         for layer, line in zip(heat_map.layers, heat_map.values, strict=True)
     ]
     return Heat(title, heat_map.kinds, tuple(rows)) if rows else None
+
+
+def number_of(value: object) -> float | None:
+    """Return what a cell is sorted by where that is a number."""
+    return value if isinstance(value, int | float) else None

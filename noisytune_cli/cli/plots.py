@@ -6,7 +6,8 @@ import importlib.util
 import io
 from typing import TYPE_CHECKING, Any
 
-from noisytune_cli.commands.changes import Comparison, HeatMap
+from noisytune_cli.commands.changes import Comparison
+from noisytune_cli.commands.heat_map import HeatMap
 from noisytune_cli.errors import UsageError
 from noisytune_cli.escape import escape
 from noisytune_cli.output.reports import check_new, write_new
@@ -67,8 +68,7 @@ def draw_comparison(found: Comparison) -> Figure:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
-        rows = max(4, len(found.heat_map.layers))
-        figure = Figure(figsize=(9.0, min(40.0, 1.6 + 0.24 * rows)), layout="constrained")
+        figure = Figure(figsize=(9.0, _height(found.heat_map)), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         _heat_map(figure, left, found.heat_map, "‖b - a‖₁ / ‖a‖₁")
         kinds = [row for row in found.kinds if row.change_norm is not None][::-1]
@@ -82,6 +82,20 @@ def draw_comparison(found: Comparison) -> Figure:
         right.set_xlabel("change, as a share of the L1 norm")
         right.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0.0, 1.0))
         figure.suptitle(f"{escape(found.a.id, 60)} → {escape(found.b.id, 60)}")
+    return figure
+
+
+def draw_map(heat_map: HeatMap, title: str, label: str) -> Figure:
+    """Draw a heat map alone."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
+        figure = Figure(
+            figsize=(6.0, min(40.0, 1.6 + 0.24 * max(4, len(heat_map.layers)))), layout="constrained"
+        )
+        _heat_map(figure, figure.subplots(), heat_map, label)
+        figure.suptitle(title)
     return figure
 
 
@@ -100,6 +114,11 @@ def _heat_map(figure: Figure, axes: Axes, heat_map: HeatMap, label: str) -> None
     axes.set_xticks(range(len(heat_map.kinds)), heat_map.kinds, rotation=30)
     axes.set_yticks(range(len(heat_map.layers)), [escape(layer, 40) for layer in heat_map.layers])
     figure.colorbar(drawn, ax=axes, label=label)
+
+
+def _height(heat_map: HeatMap) -> float:
+    """Return the inches that the rows of a heat map take, 40 at most."""
+    return min(40.0, 1.6 + 0.24 * max(4, len(heat_map.layers)))
 
 
 def _ending(path: str) -> str:

@@ -17,12 +17,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
-from noisytune_cli.cli.pages import Cell, Column, Page, heat
+from noisytune_cli.cli.pages import Cell, Column, Page, heat, number_of
 from noisytune_cli.cli.pages import render as render_page
 from noisytune_cli.cli.rows import csv_lines, dump, json_list, values
 from noisytune_cli.cli.show import is_terminal, note, warn_all, write_out
 from noisytune_cli.cli.table import lay_out
-from noisytune_cli.commands.changes import ChangeRow, Comparison, HeatMap, Side
+from noisytune_cli.commands.changes import ChangeRow, Comparison, Side
+from noisytune_cli.commands.heat_map import HeatMap
 from noisytune_cli.errors import Mismatch
 from noisytune_cli.escape import enumerate_some, escape
 
@@ -264,7 +265,7 @@ def _page(found: Comparison) -> Iterator[str]:
         # As what it looks like is a text, its order is that of λ.
         numbers: dict[str, Any] = {column.name: getattr(row, column.name, None) for column in _PAGE_COLUMNS}
         numbers["noise"] = row.lam
-        rows.append({key: Cell(text, _number(numbers.get(key))) for key, text in texts.items()})
+        rows.append({key: Cell(text, number_of(numbers.get(key))) for key, text in texts.items()})
     columns = [column for column in _PAGE_COLUMNS if any(row[column.name].text for row in rows)]
     noun = "tensor" if found.by == "tensor" else found.by
     total = cells(found.total)
@@ -303,10 +304,6 @@ def _page(found: Comparison) -> Iterator[str]:
 
 def _named(id: str, revision: str | None) -> str:
     return escape(id) + (f" at commit {revision}" if revision else "")
-
-
-def _number(value: object) -> float | None:
-    return value if isinstance(value, int | float) else None
 
 
 def draw_blocks(heat_map: HeatMap) -> Iterator[str]:

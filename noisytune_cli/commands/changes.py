@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.commands.heat_map import KIND_ORDER, HeatMap, arrange
 from noisytune_cli.commands.provenance import Provenance, provenance_of
 from noisytune_cli.commands.sorting import check_sort, sort_rows
 from noisytune_cli.dtypes import FLOAT_DTYPES
@@ -19,7 +20,7 @@ from noisytune_cli.engine.changes import Change, measure_changes
 from noisytune_cli.engine.threads import Progress
 from noisytune_cli.errors import UsageError
 from noisytune_cli.plan.evidence import tell_checkpoint
-from noisytune_cli.plan.groups import KINDS, OTHER, kinds_of, layers_of
+from noisytune_cli.plan.groups import kinds_of, layers_of
 from noisytune_cli.plan.plan import select
 from noisytune_cli.plan.renames import Pair, Renaming, Rules, pair_up
 from noisytune_cli.records import TensorSpec
@@ -57,9 +58,6 @@ class ChangeRow:
     b: str | None = None
 
 
-#: Where each kind comes in a list of them.
-_ORDER = {kind: place for place, kind in enumerate((*KINDS, OTHER))}
-
 SORT_KEYS = tuple(field.name for field in fields(ChangeRow))
 
 
@@ -93,18 +91,9 @@ class Misfit:
 
 
 @dataclass(frozen=True, slots=True)
-class HeatMap:
-    """`change_norm` for each layer (rows) and kind (columns), None where there is nothing."""
-
-    layers: tuple[str, ...]
-    kinds: tuple[str, ...]
-    values: tuple[tuple[float | None, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Comparison:
     """What `compare` found. `rows` are by tensor, layer or kind; with headers only, `differs` is of
-    these. `other_dtype` are the names of pairs whose dtypes differ.
+    these. `other_dtype` are the names of pairs whose dtypes differ, `heat_map` has `change_norm`.
     """
 
     a: Side
@@ -245,7 +234,9 @@ def _summarize(
     tensors = [_row(pair, change, kinds, layers) for pair, change in found]
     groups = {
         "layer": _group(found, lambda name: layers[name]),
-        "kind": _group(sorted(found, key=lambda one: _ORDER[kinds[one[0].a.name]]), lambda name: kinds[name]),
+        "kind": _group(
+            sorted(found, key=lambda one: KIND_ORDER[kinds[one[0].a.name]]), lambda name: kinds[name]
+        ),
     }
     rows = tensors if by == "tensor" else groups[by]
     other_dtype = [pair.a.name for pair, _ in found if pair.a.dtype != pair.b.dtype]
@@ -334,13 +325,4 @@ def _heat_map(
         if change is not None:
             cell = layers[pair.a.name], kinds[pair.a.name]
             cells[cell] = cells.get(cell, Change()) + change
-    rows = tuple(dict.fromkeys(layer for layer, _ in cells))
-    columns = tuple(sorted({kind for _, kind in cells}, key=_ORDER.__getitem__))
-    return HeatMap(
-        rows,
-        columns,
-        tuple(
-            tuple(cells[layer, kind].change_norm if (layer, kind) in cells else None for kind in columns)
-            for layer in rows
-        ),
-    )
+    return arrange({cell: change.change_norm for cell, change in cells.items()})

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.quantized import refuse_quantized
+from noisytune_cli.commands.provenance import Provenance, provenance_of
 from noisytune_cli.commands.sorting import check_sort, sort_rows
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine.matrix import UNMEASURED, Spread, outcome_of
@@ -90,7 +91,8 @@ class Inspection:
     """A checkpoint as `inspect` found it.
 
     `lam` is the λ that the noise ranges are for, or `sigma` the σ, of which one is None. `quantized` says why
-    perturb would refuse the checkpoint whole, `earlier` that noisytune wrote it; else they are None.
+    perturb would refuse the checkpoint whole, `earlier` that noisytune wrote it, `provenance` what a manifest
+    says of its making; else they are None.
     """
 
     id: str
@@ -102,6 +104,7 @@ class Inspection:
     warnings: tuple[str, ...] = ()
     sigma: float | None = None
     earlier: str | None = None
+    provenance: Provenance | None = None
 
 
 SORT_KEYS = tuple(field.name for field in fields(TensorReport) if field.name != "unsure")
@@ -180,6 +183,7 @@ def inspect(
             totals=_total(rows, counted=not headers_only),
             warnings=(*checkpoint.warnings, *warning_of(plan)),
             earlier=_noised_before(checkpoint),
+            provenance=provenance_of(checkpoint),
         )
 
 

@@ -16,8 +16,9 @@ from checkpoints import save, weights
 from typer.testing import CliRunner
 
 from noisytune_cli.cli.app import app
-from noisytune_cli.cli.show_inspect import FORMATS, render, show_inspection
+from noisytune_cli.cli.show_inspect import FORMATS, render, show_inspection, std_map
 from noisytune_cli.commands.inspect import Inspection, TensorReport, Totals
+from noisytune_cli.errors import OutputUnsafe
 
 ROW = TensorReport(
     name="layers.0.weight",
@@ -155,6 +156,37 @@ def test_raw_is_an_option(tmp_path: Path) -> None:
     for options, name in ([], "'=1+1"), (["--raw"], "=1+1"):
         result = CliRunner().invoke(app, ["inspect", str(path), "--format", "csv", *options])
         assert next(csv.DictReader(io.StringIO(result.stdout)))["name"] == name
+
+
+def test_a_page_has_the_rows_the_facts_and_the_std_by_layer_and_kind() -> None:
+    bias = replace(ROW, name="layers.1.bias", std=3.0, elements=1)
+    more = replace(ROW, name="layers.1.norm.bias", std=4.0, elements=1)
+    content = shown(inspection(ROW, bias, more, replace(COPY, name="<script>x</script>")), "html")
+    assert "&lt;script&gt;x&lt;/script&gt;" in content
+    assert content.count("<script>") == 1
+    assert 'data-tip="layers.1, bias: 3"' in content
+    assert 'data-tip="layers.1, norm: 4"' in content
+    assert "4 tensors" not in content
+    assert "1 of 4 would be perturbed" in content
+
+
+def test_the_std_of_a_layer_and_kind_is_the_root_mean_square() -> None:
+    rows = [
+        replace(ROW, name=f"layers.0.bias{i}.bias", std=std, elements=n)
+        for i, std, n in ((0, 3.0, 3), (1, 1.0, 1))
+    ]
+    assert std_map(inspection(*rows)).values == ((math.sqrt(28 / 4),),)
+
+
+def test_out_and_plot_are_new_files(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = inspection(ROW)
+    page, figure = tmp_path / "page.html", tmp_path / "figure.svg"
+    show_inspection(found, "html", out=str(page), plot=str(figure))
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    assert figure.read_bytes().startswith(b"<?xml")
+    with pytest.raises(OutputUnsafe):
+        show_inspection(found, "html", out=str(page))
 
 
 def test_markup_stays_text() -> None:
