@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -21,7 +22,11 @@ from hostile import Hostile, tree
 from limited import CPU_SECONDS, Ended, Limited
 from malformed_outputs import output
 
-pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="limits need Linux's /proc")
+pytestmark = [
+    pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="limits need Linux's /proc"),
+    # All rows run before the first test, which takes minutes where the machine has other work.
+    pytest.mark.timeout(3600),
+]
 
 _ONE_LINE = re.compile(r"noisytune: error: [^\n]+\. [^\n]+\.\n")
 
@@ -50,7 +55,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
             source = row.lay(root)
             before = fingerprint(root, source)
             ended = limited.run(row.argv(source, root / "out"))
-            found[row.name] = Outcome(ended, before + row.command, fingerprint(root, source) != before)
+            changed = fingerprint(root, source) != before
+            found[row.name] = Outcome(ended, before + row.command, changed)
             shutil.rmtree(root)
     return found
 
@@ -97,6 +103,15 @@ def test_what_only_looks_wrong_is_taken(row: Hostile, outcomes: dict[str, Outcom
     assert all(line.isprintable() for line in (ended.stdout + ended.stderr).splitlines())
     assert all(len(line) < _LONGEST_LINE for line in ended.stderr.splitlines())
     assert not outcomes[row.name].changed
+
+
+def test_a_run_that_is_killed_fails_alone(tmp_path: Path) -> None:
+    good = tree(output())(tmp_path)
+    with Limited() as limited:
+        assert limited.run(["verify", str(good)]).code == 0
+        limited._process.kill()
+        assert limited.run(["verify", str(good)]).code == -signal.SIGKILL
+        assert limited.run(["verify", str(good)]).code == 0
 
 
 #: A few whole processes, from Python's start on.

@@ -4,7 +4,8 @@
 run may take 256 MB of address space beyond what the server has by then: beyond that an allocation fails (exit
 code 6). It may take two seconds of CPU time, which is measured, and the kernel kills what never ends. Not
 counted is what every run costs, Python and its imports. Kernels count, not clocks: a busy machine changes
-nothing.
+nothing. A run that is killed takes its server along: what it ended by is its exit code, and the next run has
+a new server.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import math
 import os
 import resource
 import subprocess
@@ -19,7 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +33,7 @@ CPU_SECONDS = 2
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: its exit code, what it printed, its CPU seconds, and by how many bytes it grew."""
+    """How a run ended: its exit code (-n: signal n), what it printed, its CPU seconds, and its growth."""
 
     code: int
     stdout: str
@@ -66,15 +68,23 @@ class Limited:
         """End the server."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
 
     def run(self, argv: Sequence[str]) -> Ended:
         """Run `noisytune ARGV` under the limits."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(list(argv)) + "\n")
-        return Ended(**json.loads(self._hear()))
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(list(argv)) + "\n")
+        heard = self._hear()
+        if heard:
+            return Ended(**json.loads(heard))
+        self.__exit__(None, None, None)
+        code = self._process.returncode or 1
+        self.__enter__()
+        return Ended(code, "", "no answer: the run was killed, or ended its server", math.inf, 0)
 
     def _hear(self) -> str:
         assert self._process.stdout is not None
