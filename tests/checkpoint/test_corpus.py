@@ -36,11 +36,12 @@ _LONGEST_LINE = 2000
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a row: how the run ended, what lay there, and whether it left anything."""
+    """What became of a row: how the run ended, what lay there, whether it left anything; how others ended."""
 
     ended: Ended
     fingerprint: str
     changed: bool
+    others: dict[str, Ended]
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +57,22 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
             before = fingerprint(root, source)
             ended = limited.run(row.argv(source, root / "out"))
             changed = fingerprint(root, source) != before
-            found[row.name] = Outcome(ended, before + row.command, changed)
+            others = {}
+            for argv in other_commands(row, source, root):
+                others[argv[0]] = limited.run(argv, argv.count(str(source)))
+            found[row.name] = Outcome(ended, before + row.command, changed, others)
             shutil.rmtree(root)
     return found
+
+
+def other_commands(row: Hostile, source: Path, root: Path) -> list[list[str]]:
+    """What else takes checkpoints: they are read alike, but what is made of them is not."""
+    if row.command != "inspect":
+        return []
+    argvs = [["average", str(source), str(source), "-o", str(root / "mean")]]
+    if row in KINDS["PyTorch files"]:
+        argvs.append(["perturb", str(source), "-o", str(root / "noisy"), "--to", "safetensors"])
+    return argvs
 
 
 def by_row(rows: tuple[Hostile, ...]) -> pytest.MarkDecorator:
@@ -94,6 +108,23 @@ def test_refused_in_one_line(row: Hostile, outcomes: dict[str, Outcome]) -> None
     assert line[:-1].isprintable()
     assert len(line) < _LONGEST_LINE
     assert not outcomes[row.name].changed
+
+
+@pytest.mark.parametrize("command", ["average", "perturb"])
+def test_other_commands_refuse_the_same(command: str, outcomes: dict[str, Outcome]) -> None:
+    wrong = {}
+    for row in CORPUS:
+        ended = outcomes[row.name].others.get(command)
+        if ended is None:
+            continue
+        # What is well formed may still hold nothing to average or to perturb.
+        codes = {row.code} if row.refused else {0, 3}
+        *_, line = ["", *ended.stderr.splitlines(keepends=True)]
+        told = _ONE_LINE.fullmatch(line) and line[:-1].isprintable() and len(line) < _LONGEST_LINE
+        sources = 2 if command == "average" else 1
+        if ended.code not in codes or not (ended.code == 0 or told) or ended.cpu >= sources * CPU_SECONDS:
+            wrong[row.name] = ended
+    assert wrong == {}
 
 
 @by_row(ACCEPTED)

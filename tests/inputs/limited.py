@@ -73,11 +73,11 @@ class Limited:
         self._process.wait()
         self._process.stdout.close()
 
-    def run(self, argv: Sequence[str]) -> Ended:
-        """Run `noisytune ARGV` under the limits."""
+    def run(self, argv: Sequence[str], times: int = 1) -> Ended:
+        """Run `noisytune ARGV` under the limits: `times` the CPU time, where it reads as many sources."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(list(argv)) + "\n")
+            self._process.stdin.write(json.dumps([times, *argv]) + "\n")
         heard = self._hear()
         if heard:
             return Ended(**json.loads(heard))
@@ -105,7 +105,7 @@ def serve(warm_up: list[list[str]]) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     print("ready", flush=True)
     while line := sys.stdin.readline():
-        print(json.dumps(_answer(command, json.loads(line))), flush=True)
+        print(json.dumps(_answer(command, *json.loads(line))), flush=True)
 
 
 def _command() -> Any:
@@ -116,12 +116,12 @@ def _command() -> Any:
     return typer.main.get_command(app)
 
 
-def _answer(command: Any, argv: list[str]) -> dict[str, Any]:
+def _answer(command: Any, times: int, *argv: str) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is resident now
     before, started = _memory("VmRSS"), time.process_time()
     # In whole seconds, so that one more has to be granted; soft, so that the next run can have a new one.
-    resource.setrlimit(resource.RLIMIT_CPU, (int(started) + CPU_SECONDS + 1, resource.RLIM_INFINITY))
-    answer = _run(command, argv)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(started) + times * CPU_SECONDS + 1, resource.RLIM_INFINITY))
+    answer = _run(command, list(argv))
     return {**answer, "cpu": time.process_time() - started, "grown": _memory("VmHWM") - before}
 
 
