@@ -50,7 +50,15 @@ def inspect(
         str | None,
         typer.Option(
             metavar="FILE.png|svg|pdf",
-            help="Draw the std by layer and kind (extra: plots).",
+            help="Draw the std by layer and kind, or the histogram (extra: plots).",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    histogram: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Show only how the values of this tensor are spread.",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -135,6 +143,22 @@ def inspect(
         from noisytune_cli.cli import plots
 
         plots.check(plot)
+    if histogram is not None:
+        from noisytune_cli.cli import show_histogram
+        from noisytune_cli.commands import histogram as counting
+
+        show_histogram.check_format(kind)
+        counted = counting.histogram(
+            source,
+            histogram,
+            weights=weights,
+            revision=revision,
+            mmap=mmap,
+            quiet=quiet,
+            follow_links=follow_links,
+        )
+        show_histogram.show_histogram(counted, kind, out=out, plot=plot)
+        return
     result = command.inspect(
         source,
         lam=lam,

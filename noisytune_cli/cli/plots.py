@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from noisytune_cli.commands.changes import Comparison
 from noisytune_cli.commands.heat_map import HeatMap
+from noisytune_cli.commands.histogram import Counted
 from noisytune_cli.errors import UsageError
 from noisytune_cli.escape import escape
 from noisytune_cli.output.reports import check_new, write_new
@@ -96,6 +97,22 @@ def draw_map(heat_map: HeatMap, title: str, label: str) -> Figure:
         )
         _heat_map(figure, figure.subplots(), heat_map, label)
         figure.suptitle(title)
+    return figure
+
+
+def draw_histogram(found: Counted) -> Figure:
+    """Draw how the values of a tensor are spread."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
+        figure = Figure(figsize=(6.0, 3.6), layout="constrained")
+        axes = figure.subplots()
+        if found.histogram.counts:
+            axes.stairs(found.histogram.counts, found.histogram.edges, fill=True)
+        axes.set_xlabel("value")
+        axes.set_ylabel("elements")
+        axes.set_title(escape(found.tensor.name, 80))
     return figure
 
 
