@@ -15,6 +15,7 @@ demo: $(TESTING) $(MODEL)/model.safetensors
 	rm -rf demo
 	$(BIN)/noisytune perturb $(MODEL) --lambda 0.15 -o demo/minilm-noisy
 	$(BIN)/noisytune inspect demo/minilm-noisy --include '*layer.0.*'
+	$(BIN)/noisytune compare $(MODEL) demo/minilm-noisy -o demo/changes.html
 	$(BIN)/python benchmarks/demo.py $(MODEL) demo/minilm-noisy
 
 test: $(TESTING) $(MODEL)/model.safetensors

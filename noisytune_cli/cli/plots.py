@@ -81,7 +81,7 @@ def draw_comparison(found: Comparison) -> Figure:
             right.barh([place + shift for place in range(len(kinds))], values, 0.38, label=label)
         right.set_yticks(range(len(kinds)), [row.name for row in kinds])
         right.set_xlabel("change, as a share of the L1 norm")
-        right.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0.0, 1.0))
+        right.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0))
         figure.suptitle(f"{escape(found.a.id, 60)} → {escape(found.b.id, 60)}")
     return figure
 
