@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from noisytune_cli.cli.help import OUTPUT, RUNNING, SOURCE, TENSORS
 from noisytune_cli.cli.options import (
     Components,
     FollowLinks,
     Maps,
     Mmap,
     Patterns,
+    Quiet,
     Raw,
     Report,
     Threads,
@@ -40,51 +42,110 @@ def compare(
         typer.Argument(metavar="A", help="A weight file, a folder, or a hub id.", show_default=False),
     ],
     b: Annotated[str, typer.Argument(metavar="B", help="The same, of what A became.", show_default=False)],
-    by: Annotated[_By, typer.Option(help="What has a row.")] = _By.tensor,
+    by: Annotated[
+        _By,
+        typer.Option(
+            help="What has a row.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = _By.tensor,
     output_format: Annotated[
         _Format | None,
-        typer.Option("--format", help="How to print. [default: by the ending of --out, else table]"),
+        typer.Option(
+            "--format",
+            help="How to print. [default: by the ending of --out, else table]",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     out: Report = None,
     plot: Annotated[
         str | None,
-        typer.Option(metavar="FILE.png|svg|pdf", help="Draw the change by layer and kind (extra: plots)."),
+        typer.Option(
+            metavar="FILE.png|svg|pdf",
+            help="Draw the change by layer and kind (extra: plots).",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     name_map: Maps = None,
     include: Annotated[
-        Patterns, typer.Option(metavar="PATTERN", help="Compare only these: a shell pattern or a kind.")
+        Patterns,
+        typer.Option(
+            metavar="PATTERN", help="Compare only these: a shell pattern or a kind.", rich_help_panel=TENSORS
+        ),
     ] = None,
-    exclude: Annotated[Patterns, typer.Option(metavar="PATTERN", help="Do not compare these.")] = None,
+    exclude: Annotated[
+        Patterns,
+        typer.Option(
+            metavar="PATTERN",
+            help="Do not compare these.",
+            rich_help_panel=TENSORS,
+        ),
+    ] = None,
     sort: Annotated[
         str | None,
         typer.Option(
-            metavar="KEY", help="Sort by a column of the CSV, such as l2; with - before it descending."
+            metavar="KEY",
+            help="Sort by a column of the CSV, such as l2; with - before it descending.",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     tolerance: Annotated[
         float,
-        typer.Option(metavar="X", help="The largest change of a value that counts as none.", parser=number),
+        typer.Option(
+            metavar="X",
+            help="The largest change of a value that counts as none.",
+            parser=number,
+            rich_help_panel=RUNNING,
+        ),
     ] = 0.0,
     exit_code: Annotated[
-        bool, typer.Option("--exit-code", help="Exit code 8 where anything differs.")
+        bool,
+        typer.Option(
+            "--exit-code",
+            help="Exit code 8 where anything differs.",
+            rich_help_panel=RUNNING,
+        ),
     ] = False,
     headers_only: Annotated[
-        bool, typer.Option("--headers-only", help="Read no weights: names, shapes and dtypes.")
+        bool,
+        typer.Option(
+            "--headers-only", help="Read no weights: names, shapes and dtypes.", rich_help_panel=RUNNING
+        ),
     ] = False,
     raw: Raw = False,
     weights_a: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The weights or index in A, where there are several.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The weights or index in A, where there are several.", rich_help_panel=SOURCE
+        ),
     ] = None,
-    weights_b: Annotated[str | None, typer.Option(metavar="NAME", help="The same in B.")] = None,
+    weights_b: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The same in B.",
+            rich_help_panel=SOURCE,
+        ),
+    ] = None,
     component: Components = None,
     revision_a: Annotated[
-        str | None, typer.Option(metavar="REV", help="Branch, tag or commit, where A is a hub id.")
+        str | None,
+        typer.Option(
+            metavar="REV", help="Branch, tag or commit, where A is a hub id.", rich_help_panel=SOURCE
+        ),
     ] = None,
-    revision_b: Annotated[str | None, typer.Option(metavar="REV", help="The same for B.")] = None,
+    revision_b: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REV",
+            help="The same for B.",
+            rich_help_panel=SOURCE,
+        ),
+    ] = None,
     threads: Threads = None,
     mmap: Mmap = False,
     follow_links: FollowLinks = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Tell what lies between two checkpoints, such as a base and what noise or finetuning made of it.
 
@@ -93,6 +154,11 @@ def compare(
     change; cosine; the share of equal elements; and where the change of a tensor looks like uniform or
     Gaussian noise, its λ with an interval of 95 %. Tensors without a partner, or with one of another shape,
     are listed. Formats, shards and dtypes may differ.
+
+    Examples:
+      noisytune compare ./bert ./bert-noisy --by kind
+      noisytune compare ./bert ./bert-finetuned --by layer -o change.html
+      noisytune compare a.safetensors b.safetensors --exit-code --format csv
     """
     from noisytune_cli.cli import show, show_compare
     from noisytune_cli.cli.parse import format_of, parse_map

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from noisytune_cli.cli.help import NOISE, SOURCE, TENSORS
 from noisytune_cli.cli.options import (
     AsJson,
     Components,
@@ -14,6 +15,7 @@ from noisytune_cli.cli.options import (
     Maps,
     Mmap,
     Patterns,
+    Quiet,
     Revision,
     Threads,
     Weights,
@@ -34,27 +36,49 @@ def detect(
     ],
     seed: Annotated[
         str | None,
-        typer.Option(metavar="N[-M][,…]", help="The seeds to look for. [default: the manifest's]"),
+        typer.Option(
+            metavar="N[-M][,…]",
+            help="The seeds to look for. [default: the manifest's]",
+            rich_help_panel=NOISE,
+        ),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="What it was before, where you have it: a sharper look."),
+        typer.Option(
+            metavar="SOURCE",
+            help="What it was before, where you have it: a sharper look.",
+            rich_help_panel=SOURCE,
+        ),
     ] = None,
     manifest: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="A manifest (or the output it lies with) that has names, seed and noise."
+            metavar="FILE",
+            help="A manifest (or the output it lies with) that has names, seed and noise.",
+            rich_help_panel=NOISE,
         ),
     ] = None,
     noise: Annotated[
         str | None,
-        typer.Option(metavar="uniform|gaussian", help="The noise to look for. [default: both]"),
+        typer.Option(
+            metavar="uniform|gaussian", help="The noise to look for. [default: both]", rich_help_panel=NOISE
+        ),
     ] = None,
     name_map: Maps = None,
     include: Annotated[
-        Patterns, typer.Option(metavar="PATTERN", help="Look only at these: a shell pattern or a kind.")
+        Patterns,
+        typer.Option(
+            metavar="PATTERN", help="Look only at these: a shell pattern or a kind.", rich_help_panel=TENSORS
+        ),
     ] = None,
-    exclude: Annotated[Patterns, typer.Option(metavar="PATTERN", help="Do not look at these.")] = None,
+    exclude: Annotated[
+        Patterns,
+        typer.Option(
+            metavar="PATTERN",
+            help="Do not look at these.",
+            rich_help_panel=TENSORS,
+        ),
+    ] = None,
     threads: Threads = None,
     mmap: Mmap = False,
     follow_links: FollowLinks = False,
@@ -62,7 +86,7 @@ def detect(
     component: Components = None,
     revision: Revision = None,
     as_json: AsJson = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Tell whether the noise of a seed is in a checkpoint, from its weights alone.
 
@@ -70,6 +94,10 @@ def detect(
     such a z without noise, with all noises that were tried allowed for. Yes is p below one in a million.
     Exit code 8 where the answer is no for every seed. It also finds noise that was finetuned, rounded, pruned
     or averaged since, and names that have or lack a prefix now; not permuted neurons (docs/detect.md).
+
+    Examples:
+      noisytune detect ./suspect --seed 0-99
+      noisytune detect ./suspect --manifest ./bert-noisy --base ./bert
     """
     from noisytune_cli.cli import show
     from noisytune_cli.cli.parse import parse_map, read_seeds

@@ -58,6 +58,7 @@ Maps = Annotated[
         metavar="PATTERN=NAME",
         help="What a tensor is called there: each * of PATTERN stands for the * of NAME, such as "
         "'bert.*=*'. A prefix is found by itself.",
+        rich_help_panel=TENSORS,
     ),
 ]
 Report = Annotated[

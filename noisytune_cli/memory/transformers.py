@@ -36,7 +36,9 @@ _patching = threading.Lock()
 
 
 @contextmanager
-def noisy_from_pretrained(lam: float = 0.15, seed: int = 0, **options: Any) -> Iterator[list[Manifest]]:
+def noisy_from_pretrained(
+    lam: float | None = None, seed: int | None = None, **options: Any
+) -> Iterator[list[Manifest]]:
     """Perturb every model that transformers loads inside the `with` block; yield the list of their records.
 
     Takes the options of `perturb_`. Noise is named after the keys of the checkpoint, whatever the model calls
@@ -148,7 +150,7 @@ class NoisyTuneCallback(TrainerCallback):
     it. The record is `manifest`, and lies in the trainer's output folder as `noisytune-training.json`.
     """
 
-    def __init__(self, lam: float = 0.15, seed: int = 0, **options: Any) -> None:
+    def __init__(self, lam: float | None = None, seed: int | None = None, **options: Any) -> None:
         self.options = {"lam": lam, "seed": seed, **options}
         self.manifest: Manifest | None = None
         self._perturbed: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()

