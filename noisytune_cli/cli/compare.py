@@ -162,7 +162,7 @@ def compare(
     """
     from noisytune_cli.cli import show, show_compare
     from noisytune_cli.cli.parse import format_of, parse_map
-    from noisytune_cli.commands import changes as command
+    from noisytune_cli.commands import compare as command
     from noisytune_cli.engine.threads import default_threads
     from noisytune_cli.output.reports import check_new
 

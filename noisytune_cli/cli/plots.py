@@ -6,7 +6,7 @@ import importlib.util
 import io
 from typing import TYPE_CHECKING, Any
 
-from noisytune_cli.commands.changes import Comparison
+from noisytune_cli.commands.compare import Comparison
 from noisytune_cli.commands.heat_map import HeatMap
 from noisytune_cli.commands.histogram import Counted
 from noisytune_cli.errors import UsageError

@@ -22,7 +22,7 @@ from noisytune_cli.cli.pages import render as render_page
 from noisytune_cli.cli.rows import csv_lines, dump, json_list, values
 from noisytune_cli.cli.show import is_terminal, note, warn_all, write_out
 from noisytune_cli.cli.table import lay_out
-from noisytune_cli.commands.changes import ChangeRow, Comparison, Side
+from noisytune_cli.commands.compare import ChangeRow, Comparison, Side
 from noisytune_cli.commands.heat_map import HeatMap
 from noisytune_cli.errors import Mismatch
 from noisytune_cli.escape import enumerate_some, escape

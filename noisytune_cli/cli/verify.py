@@ -142,7 +142,7 @@ def replay(
 def _show_verified(result: Verified, *, as_json: bool, quiet: bool) -> None:
     """Print the answer; raises Mismatch, which names the first differences, where it is no."""
     from noisytune_cli.cli.show import note, warn_all, write_out
-    from noisytune_cli.commands.compare import mismatch
+    from noisytune_cli.commands.differences import mismatch
 
     warn_all(result.warnings)
     if as_json:

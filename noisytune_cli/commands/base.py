@@ -16,7 +16,7 @@ from noisytune_cli.checkpoint.composition import ROOT
 from noisytune_cli.checkpoint.dequantize import dequantize
 from noisytune_cli.checkpoint.formats import Source
 from noisytune_cli.checkpoint.layout import index_suffix
-from noisytune_cli.commands.compare import Difference, compare_header, mismatch
+from noisytune_cli.commands.differences import Difference, compare_header, mismatch
 from noisytune_cli.errors import InputInvalid, Mismatch, UsageError
 from noisytune_cli.manifest.read import RecordedManifest
 from noisytune_cli.records import Manifest, TensorSpec

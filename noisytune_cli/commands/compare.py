@@ -1,149 +1,328 @@
-"""Where files are not what a manifest says of them.
+"""compare: what lies between two checkpoints, tensor by tensor, and by layer and kind.
 
-Base and output have the same header, so one comparison serves both: is this weight file, as far as its
-header tells, the one that the manifest records? What tensors hold is a matter of digests. A manifest records
-tensors as the base has them; `as_produced` makes of it what the output's files, which may have other names,
-dtypes and headers, are compared with.
+Both are opened as `inspect` opens one, so format, sharding and dtype do not matter. Tensors are paired by
+name, by a prefix, or as the user says; what has no partner, or a partner of another shape, is listed.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
-from noisytune_cli.checkpoint.formats import Source
+from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.commands.heat_map import KIND_ORDER, HeatMap, arrange
+from noisytune_cli.commands.provenance import Provenance, provenance_of
+from noisytune_cli.commands.sorting import check_sort, sort_rows
 from noisytune_cli.dtypes import FLOAT_DTYPES
-from noisytune_cli.errors import Mismatch
-from noisytune_cli.output.convert import aligned
-from noisytune_cli.records import FileRecord, Manifest, Receipt, Step, TensorSpec, with_output_files
+from noisytune_cli.engine.changes import Change, measure_changes
+from noisytune_cli.engine.threads import Progress
+from noisytune_cli.errors import UsageError
+from noisytune_cli.plan.evidence import tell_checkpoint
+from noisytune_cli.plan.groups import kinds_of, layers_of
+from noisytune_cli.plan.plan import select
+from noisytune_cli.plan.renames import Pair, Renaming, Rules, pair_up
+from noisytune_cli.records import TensorSpec
 
-#: How many differences an error line names.
-_MAX_NAMED = 10
+By = Literal["tensor", "layer", "kind"]
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """One thing that is not as recorded: a tensor of a file, or (`tensor` None) the file itself."""
+class ChangeRow:
+    """The change of one tensor, or of all of a layer or kind; what does not exist is None.
 
-    file: str
-    tensor: str | None
-    what: str
-
-
-def compare_header(record: FileRecord, tensors: Sequence[TensorSpec], source: Source) -> list[Difference]:
-    """Compare a weight file's size, header and list of tensors with what is recorded of them."""
-    found: list[Difference] = []
-    if source.size != record.size:
-        found.append(Difference(record.name, None, f"it has {source.size:,} bytes, not {record.size:,}"))
-    if source.header_digest != record.header_digest:
-        found.append(Difference(record.name, None, "its header is another"))
-    actual = {tensor.name: tensor for tensor in source.tensors}
-    for tensor in tensors:
-        other = actual.get(tensor.name)
-        if other is None:
-            found.append(Difference(record.name, tensor.name, "it is absent"))
-        elif not same_kind(tensor, other):
-            found.append(Difference(record.name, tensor.name, "its dtype or shape is another"))
-    recorded = {tensor.name for tensor in tensors}
-    found += [Difference(record.name, name, "it is not recorded") for name in actual if name not in recorded]
-    if not found and [tensor.name for tensor in tensors] != list(actual):
-        found.append(Difference(record.name, None, "its tensors are recorded in another order"))
-    return found
-
-
-def same_kind(a: TensorSpec, b: TensorSpec) -> bool:
-    """Tell whether two tensors have one dtype and one shape."""
-    return (a.dtype, a.shape) == (b.dtype, b.shape)
-
-
-def recorded_steps(receipts: Iterable[Receipt], files: Mapping[str, Source]) -> tuple[Step, ...]:
-    """Return the recorded steps of the tensors that are in `files` (by recorded name) as recorded."""
-    tensors = {name: {tensor.name: tensor for tensor in file.tensors} for name, file in files.items()}
-    steps = []
-    for receipt in receipts:
-        recorded = receipt.step.tensor
-        actual = tensors.get(recorded.file, {}).get(recorded.name)
-        if actual is not None and same_kind(recorded, actual):
-            steps.append(replace(receipt.step, tensor=actual))
-    return tuple(steps)
-
-
-def compare_receipts(recorded: Mapping[str, Receipt], done: Iterable[Receipt]) -> list[Difference]:
-    """Compare what was done again, from the base, with what is recorded."""
-    found = []
-    for receipt in done:
-        expected = recorded[receipt.step.tensor.name]
-        if receipt.source_digest != expected.source_digest:
-            what = "the base's bytes are not those recorded"
-        elif receipt.digest != expected.digest:
-            what = "the base with the recorded noise gives other bytes than recorded"
-        elif _counts(receipt) != _counts(expected):
-            what = "the counts of unchanged and clamped elements are not those recorded"
-        else:
-            continue
-        found.append(Difference(expected.step.tensor.file, expected.step.tensor.name, what))
-    return found
-
-
-def _counts(receipt: Receipt) -> list[tuple[int, int]]:
-    """Return how many elements of a tensor, and of each part of it, are unchanged and clamped."""
-    return [(receipt.unchanged, receipt.clamped), *((p.unchanged, p.clamped) for p in receipt.parts)]
-
-
-def mismatch(
-    differences: Sequence[Difference], *, what: str, path: str | os.PathLike[str], next_step: str
-) -> Mismatch:
-    """Return the error that names the first of `differences`, at least one, and counts the rest."""
-    first, others = differences[0], differences[1:_MAX_NAMED]
-    why = f"{first.file}: {first.what}" if first.tensor is None else f"{first.what} ({first.file})"
-    if others:
-        why += "; the same or the like of " + ", ".join(
-            other.file if other.tensor is None else f'"{other.tensor}"' for other in others
-        )
-    if (more := len(differences) - 1 - len(others)) > 0:
-        why += f" and {more:,} more"
-    return Mismatch(what, path=path, tensor=first.tensor, why=why, next_step=next_step)
-
-
-def as_produced(manifest: Manifest, files: Mapping[str, Source]) -> tuple[Manifest, list[Difference]]:
-    """Return the manifest as it reads for the output, and what contradicts itself in that.
-
-    `files` are the output's weight files, by recorded name, as far as they could be opened. A name that one
-    of them stores under another is left out; what is recorded of it has to be what is recorded of that.
+    `norm_change` and `change_norm` are in units of the L1 norm of A; `l2` and `largest` are of the change
+    itself, `equal` is a share (0 to 1). `noise` is what the change of a tensor looks like, with `lam` between
+    `lam_low` and `lam_high`. `b` is its name in B where that is another.
     """
-    if manifest.output is None:
-        return manifest, []
-    receipts: list[Receipt] = []
-    found: list[Difference] = []
-    by_file: dict[str, list[Receipt]] = {file.name: [] for file in manifest.source.files}
-    for receipt in manifest.receipts:
-        by_file[receipt.step.tensor.file].append(receipt)
-    digests = {receipt.step.tensor.name: receipt.digest for receipt in manifest.receipts}
-    for base, made in zip(manifest.source.files, manifest.output.files, strict=True):
-        own = [_as_written(receipt, made.name) for receipt in by_file[base.name]]
-        source = files.get(made.name)
-        present = {tensor.name for tensor in source.tensors} if source is not None else set()
-        stored = []
-        for receipt in own:
-            name = receipt.step.tensor.name
-            other = "" if source is None or name in present else source.metadata.get(name, "")
-            if other not in present:
-                stored.append(receipt)
-            elif digests.get(other) != receipt.digest:
-                found.append(
-                    Difference(made.name, name, f'it is stored as "{other}", whose bytes are others')
+
+    name: str
+    tensors: int
+    elements: int
+    kind: str | None = None
+    layer: str | None = None
+    dtype_a: str | None = None
+    dtype_b: str | None = None
+    shape: tuple[int, ...] | None = None
+    norm_change: float | None = None
+    change_norm: float | None = None
+    l2: float | None = None
+    largest: float | None = None
+    cosine: float | None = None
+    equal: float | None = None
+    noise: str | None = None
+    lam: float | None = None
+    lam_low: float | None = None
+    lam_high: float | None = None
+    b: str | None = None
+
+
+SORT_KEYS = tuple(field.name for field in fields(ChangeRow))
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of the two checkpoints: a plain name or hub id, its commit, and what its manifest says."""
+
+    id: str
+    revision: str | None
+    provenance: Provenance | None
+
+
+@dataclass(frozen=True, slots=True)
+class Lone:
+    """A tensor that only one side has."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """A pair that cannot be compared: of other shapes, or of other dtypes that are no floats."""
+
+    name: str
+    dtype_a: str
+    dtype_b: str
+    shape_a: tuple[int, ...]
+    shape_b: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What `compare` found. `rows` are by tensor, layer or kind; with headers only, `differs` is of
+    these. `other_dtype` are the names of pairs whose dtypes differ, `heat_map` has `change_norm`.
+    """
+
+    a: Side
+    b: Side
+    by: By
+    rows: tuple[ChangeRow, ...]
+    total: ChangeRow
+    only_a: tuple[Lone, ...]
+    only_b: tuple[Lone, ...]
+    misfits: tuple[Misfit, ...]
+    other_dtype: tuple[str, ...]
+    kinds: tuple[ChangeRow, ...]
+    heat_map: HeatMap
+    renaming: str
+    tolerance: float
+    differs: bool
+    headers_only: bool
+    warnings: tuple[str, ...] = ()
+
+
+def compare(
+    a: str,
+    b: str,
+    *,
+    by: By = "tensor",
+    maps: Sequence[tuple[str, str]] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    sort: str | None = None,
+    tolerance: float = 0.0,
+    headers_only: bool = False,
+    weights: tuple[str | None, str | None] = (None, None),
+    components: Sequence[str] = (),
+    revisions: tuple[str | None, str | None] = (None, None),
+    mmap: bool = False,
+    threads: int = 1,
+    quiet: bool = False,
+    follow_links: bool = False,
+    progress: Progress = lambda nbytes: nullcontext(lambda done: None),
+) -> Comparison:
+    """Compare the checkpoints `a` and `b`, of which `include` and `exclude` choose tensors by A's names.
+
+    They differ where a value does by more than `tolerance`, where it is no number in one of them alone, where
+    a tensor has no partner or none of its shape, and with a tolerance of 0 where a dtype differs.
+    """
+    check_sort(sort, SORT_KEYS)
+    if not tolerance >= 0:
+        raise UsageError(
+            f"--tolerance {tolerance:g}",
+            why="no change is smaller than 0",
+            next_step="Give the largest change of a value that counts as none, such as 1e-6",
+        )
+    rules = Rules(maps) if maps else None
+    with ExitStack() as opened:
+        first, second = (
+            opened.enter_context(
+                open_checkpoint(
+                    source,
+                    weights=chosen,
+                    components=components,
+                    revision=revision,
+                    mmap=mmap,
+                    quiet=quiet,
+                    follow_links=follow_links,
                 )
-        if base.header_digest != made.header_digest:
-            place = {t.name: i for i, t in enumerate(aligned([r.step.tensor for r in stored]))}
-            stored.sort(key=lambda receipt: place[receipt.step.tensor.name])
-        receipts += stored
-    return replace(with_output_files(manifest), receipts=tuple(receipts)), found
+            )
+            for source, chosen, revision in zip((a, b), weights, revisions, strict=True)
+        )
+        pairing = pair_up(first.tensors, second.tensors, rules)
+        only_b = pairing.only_b
+        buffers = frozenset().union(*(tell_checkpoint(side, "names").buffers for side in (first, second)))
+        selected = select([*first.tensors, *only_b], include, exclude, buffers)
+        pairs = [pair for pair in pairing.pairs if pair.a.name in selected]
+        fitting = [pair for pair in pairs if _fits(pair)]
+        changes: list[Change | None] = [None] * len(fitting)
+        if not headers_only:
+            changes = list(_measure(fitting, first, second, threads, progress))
+        for file in (*first.sources, *second.sources):
+            file.check_unchanged()
+            file.check_sums()
+        return _summarize(
+            first,
+            second,
+            [(pair, change) for pair, change in zip(fitting, changes, strict=True)],
+            by=by,
+            sort=sort,
+            tolerance=tolerance,
+            only_a=[_lone(t) for t in pairing.only_a if t.name in selected],
+            only_b=[_lone(t) for t in only_b if t.name in selected],
+            misfits=[_misfit(pair) for pair in pairs if not _fits(pair)],
+            renaming=pairing.renaming,
+            buffers=buffers,
+            headers_only=headers_only,
+        )
 
 
-def _as_written(receipt: Receipt, file: str) -> Receipt:
-    """Return a receipt whose tensor is the output's."""
-    tensor, dtype = receipt.step.tensor, receipt.step.out_dtype
-    if dtype is not None:
-        tensor = replace(tensor, dtype=dtype, nbytes=tensor.elements * FLOAT_DTYPES[dtype])
-    return replace(receipt, step=replace(receipt.step, tensor=replace(tensor, file=file), out_dtype=None))
+def _fits(pair: Pair) -> bool:
+    """Tell whether values can be held against each other."""
+    floats = pair.a.dtype in FLOAT_DTYPES and pair.b.dtype in FLOAT_DTYPES
+    return pair.a.shape == pair.b.shape and (floats or pair.a.dtype == pair.b.dtype)
+
+
+def _lone(tensor: TensorSpec) -> Lone:
+    return Lone(tensor.name, tensor.dtype, tensor.shape)
+
+
+def _misfit(pair: Pair) -> Misfit:
+    return Misfit(pair.a.name, pair.a.dtype, pair.b.dtype, pair.a.shape, pair.b.shape)
+
+
+def _measure(
+    pairs: Sequence[Pair], first: Checkpoint, second: Checkpoint, threads: int, progress: Progress
+) -> list[Change]:
+    files_a, files_b = ({file.name: file for file in side.sources} for side in (first, second))
+    with progress(sum(pair.a.nbytes + pair.b.nbytes for pair in pairs)) as report:
+        return measure_changes(
+            [(pair.a, pair.b) for pair in pairs], files_a, files_b, threads=threads, progress=report
+        )
+
+
+def _summarize(
+    first: Checkpoint,
+    second: Checkpoint,
+    found: Sequence[tuple[Pair, Change | None]],
+    *,
+    by: By,
+    sort: str | None,
+    tolerance: float,
+    only_a: Sequence[Lone],
+    only_b: Sequence[Lone],
+    misfits: Sequence[Misfit],
+    renaming: Renaming,
+    buffers: Collection[str],
+    headers_only: bool,
+) -> Comparison:
+    names = [pair.a.name for pair, _ in found]
+    kinds, layers = kinds_of(names, buffers), layers_of(names)
+    tensors = [_row(pair, change, kinds, layers) for pair, change in found]
+    groups = {
+        "layer": _group(found, lambda name: layers[name]),
+        "kind": _group(
+            sorted(found, key=lambda one: KIND_ORDER[kinds[one[0].a.name]]), lambda name: kinds[name]
+        ),
+    }
+    rows = tensors if by == "tensor" else groups[by]
+    other_dtype = [pair.a.name for pair, _ in found if pair.a.dtype != pair.b.dtype]
+    changed = any(change is not None and _differs(change, tolerance) for _, change in found)
+    structure = bool(only_a or only_b or misfits or (other_dtype and not tolerance))
+    return Comparison(
+        a=Side(first.id, first.revision, provenance_of(first)),
+        b=Side(second.id, second.revision, provenance_of(second)),
+        by=by,
+        rows=tuple(rows if sort is None else sort_rows(rows, sort)),
+        total=_together("TOTAL", found),
+        only_a=tuple(only_a),
+        only_b=tuple(only_b),
+        misfits=tuple(misfits),
+        other_dtype=tuple(other_dtype),
+        kinds=tuple(groups["kind"]),
+        heat_map=_heat_map(found, kinds, layers),
+        renaming=str(renaming),
+        tolerance=tolerance,
+        differs=changed or structure,
+        headers_only=headers_only,
+        warnings=(*first.warnings, *(w for w in second.warnings if w not in first.warnings)),
+    )
+
+
+def _differs(change: Change, tolerance: float) -> bool:
+    """Tell whether a change is more than the tolerance; without numbers, equal bytes and NaN are none."""
+    largest = change.largest_change
+    return change.equal < change.elements and (largest is None or largest > tolerance)
+
+
+def _row(pair: Pair, change: Change | None, kinds: dict[str, str], layers: dict[str, str]) -> ChangeRow:
+    name = pair.a.name
+    likeness = None if change is None else change.noise
+    return ChangeRow(
+        name=name,
+        tensors=1,
+        elements=pair.a.elements,
+        kind=kinds[name],
+        layer=layers[name],
+        dtype_a=pair.a.dtype,
+        dtype_b=pair.b.dtype,
+        shape=pair.a.shape,
+        **_numbers(change),
+        noise=None if likeness is None else likeness.distribution,
+        lam=None if likeness is None else likeness.lam,
+        lam_low=None if likeness is None else likeness.low,
+        lam_high=None if likeness is None else likeness.high,
+        b=pair.b.name if pair.b.name != name else None,
+    )
+
+
+def _numbers(change: Change | None) -> dict[str, Any]:
+    if change is None:
+        return {}
+    return {
+        "norm_change": change.norm_change,
+        "change_norm": change.change_norm,
+        "l2": change.l2,
+        "largest": change.largest_change,
+        "cosine": change.cosine,
+        "equal": change.equal_share,
+    }
+
+
+def _group(found: Iterable[tuple[Pair, Change | None]], key: Callable[[str], str]) -> list[ChangeRow]:
+    """Return a row for each group of tensors, in the order of their first ones."""
+    groups: dict[str, list[tuple[Pair, Change | None]]] = {}
+    for pair, change in found:
+        groups.setdefault(key(pair.a.name), []).append((pair, change))
+    return [_together(name, members) for name, members in groups.items()]
+
+
+def _together(name: str, members: Sequence[tuple[Pair, Change | None]]) -> ChangeRow:
+    """Return the row of all elements of some tensors together."""
+    changes = [change for _, change in members if change is not None]
+    total = sum(changes, Change()) if len(changes) == len(members) else None
+    return ChangeRow(name, len(members), sum(pair.a.elements for pair, _ in members), **_numbers(total))
+
+
+def _heat_map(
+    found: Sequence[tuple[Pair, Change | None]], kinds: dict[str, str], layers: dict[str, str]
+) -> HeatMap:
+    cells: dict[tuple[str, str], Change] = {}
+    for pair, change in found:
+        if change is not None:
+            cell = layers[pair.a.name], kinds[pair.a.name]
+            cells[cell] = cells.get(cell, Change()) + change
+    return arrange({cell: change.change_norm for cell, change in cells.items()})

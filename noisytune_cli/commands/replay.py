@@ -13,7 +13,7 @@ from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.commands.base import match_files, not_the_base, open_original
-from noisytune_cli.commands.compare import Difference, compare_receipts, recorded_steps
+from noisytune_cli.commands.differences import Difference, compare_receipts, recorded_steps
 from noisytune_cli.commands.replaced import require_unchanged
 from noisytune_cli.commands.write import fill
 from noisytune_cli.engine.threads import Progress, default_threads

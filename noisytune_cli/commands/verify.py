@@ -25,7 +25,7 @@ from noisytune_cli.checkpoint.formats import Nowhere, Source, open_source
 from noisytune_cli.checkpoint.index import read_index
 from noisytune_cli.checkpoint.layout import index_suffix, is_weights
 from noisytune_cli.commands.base import compare_files, match_files, open_original, prefixes_of
-from noisytune_cli.commands.compare import Difference, as_produced, compare_receipts, recorded_steps
+from noisytune_cli.commands.differences import Difference, as_produced, compare_receipts, recorded_steps
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Output, Walk
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable

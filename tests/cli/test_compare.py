@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from noisytune_cli.cli import show_compare
 from noisytune_cli.cli.app import app
-from noisytune_cli.commands.changes import compare
+from noisytune_cli.commands.compare import compare
 from noisytune_cli.commands.heat_map import HeatMap
 from noisytune_cli.errors import OutputUnsafe
 from noisytune_cli.output.reports import write_new

@@ -13,7 +13,7 @@ from checkpoints import Tensors, noised, save, save_sharded, split, weights
 from pickles import saved
 
 from noisytune_cli.commands.average import average
-from noisytune_cli.commands.changes import compare
+from noisytune_cli.commands.compare import compare
 from noisytune_cli.commands.detect import detect
 from noisytune_cli.commands.inspect import inspect
 from noisytune_cli.commands.perturb import Perturbed, Request, perturb

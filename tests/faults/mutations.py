@@ -182,7 +182,7 @@ MUTATIONS = (
     ),
     Mutation(
         "verify does not compare the digests of headers",
-        "commands/compare.py",
+        "commands/differences.py",
         "    if source.header_digest != record.header_digest:\n",
         "    if False:\n",
         ("tests/commands/test_verify.py",),
@@ -196,7 +196,7 @@ MUTATIONS = (
     ),
     Mutation(
         "replay takes a base of other bytes",
-        "commands/compare.py",
+        "commands/differences.py",
         "        if receipt.source_digest != expected.source_digest:\n",
         "        if False:\n",
         ("tests/commands/test_replay.py", "tests/commands/test_verify.py"),

@@ -11,7 +11,7 @@ from checkpoints import Tensor, Tensors, floats, save, save_sharded, weights
 from malformed import frame
 from runs import run
 
-from noisytune_cli.commands.changes import SORT_KEYS, Comparison, compare
+from noisytune_cli.commands.compare import SORT_KEYS, Comparison, compare
 from noisytune_cli.errors import Mismatch, UsageError
 from noisytune_cli.records import NoiseSpec, Term, mixed_strength
 
