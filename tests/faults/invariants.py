@@ -80,7 +80,9 @@ def breaches_after_rerun(scenario: Scenario, expected: Expected, warm: Warm) -> 
     there = files(tree(scenario.place)) == files(expected.after)
     # One that lies in what is replaced goes with it, unnamed.
     within = left_overs(scenario.place / scenario.out) if there else []
-    ended = warm.run([*scenario.argv, *(["--overwrite"] if there else [])])
+    # Not quietly: what it clears away it names.
+    told = [word for word in scenario.argv if word != "-q"]
+    ended = warm.run([*told, *(["--overwrite"] if there else [])])
     found = []
     if ended.code != 0:
         found.append(f"the rerun ends with {ended.code}: {ended.stderr.strip()}")

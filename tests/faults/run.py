@@ -27,8 +27,11 @@ import faults
 import kills
 import strace
 from invariants import Fault
-from scenarios import Expected, Scenario, learn, scenarios
+from scenarios import Expected, Scenario, further_scenarios, learn, scenarios
 from warm import Warm
+
+# For the scenarios' inputs, as pytest has it.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "inputs"))
 
 _KILLS, _STOPS, _FIRST_FAULTS = 2600, 800, 6000
 
@@ -54,7 +57,7 @@ class Worker:
     def __init__(self, sandbox: Path, seed: int, share: tuple[int, int]) -> None:
         """Prepare share `share[0]` of `share[1]`."""
         self._sandbox, self._seed, self._share = sandbox, seed, share
-        self._scenarios = scenarios(sandbox)
+        self._scenarios = (*scenarios(sandbox), *further_scenarios(sandbox))
 
     def work(self, until: float, journal: Path, done: set[str]) -> None:
         """Write the outcome of each task that is not `done` to the journal."""

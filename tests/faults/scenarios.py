@@ -46,12 +46,15 @@ class Scenario:
     prepare: Callable[[Path], None]
     #: Whether it takes several renames, of which the manifest's is the last and says that the rest is there.
     piecewise: bool
+    #: The verb and what it is given before the output.
+    verb: tuple[str, ...] = ()
 
     @property
     def argv(self) -> list[str]:
         """The command line; one thread, so that every run makes the same system calls in the same order."""
         out = str(self.place / self.out)
-        return ["perturb", str(self.source), "-o", out, "-q", "--threads", "1", *self.options]
+        verb = self.verb or ("perturb", str(self.source))
+        return [*verb, "-o", out, "-q", "--threads", "1", *self.options]
 
     def reset(self) -> None:
         """Make the place as it is before a run."""
@@ -91,6 +94,36 @@ def scenarios(sandbox: Path) -> tuple[Scenario, ...]:
         scenario("replaced-folder", folder, "out", "--overwrite", prepare=_old_folder),
         scenario("file", file, "out.safetensors", piecewise=True),
         scenario("replaced-file", file, "out.safetensors", "--overwrite", prepare=_old_file, piecewise=True),
+    )
+
+
+def further_scenarios(sandbox: Path) -> tuple[Scenario, ...]:
+    """Build the sources of other verbs and formats, which are for the full run alone, after `scenarios`."""
+    import torch
+    from chunked import save_chunked
+
+    from noisytune_cli.commands.perturb import Request, perturb
+
+    source = sandbox / "source"
+    folder, pickled, chunks = source / "model", source / "pickled.bin", source / "chunks"
+    torch.save({"w": torch.arange(1.0, 301.0), "v": torch.arange(1.0, 41.0).double()}, pickled)
+    save_chunked(chunks, {("w",): torch.arange(1.0, 301.0).view(30, 10)})
+    recipe = source / "recipe.json"
+    perturb(Request(str(folder), NoiseSpec(seed=3)), str(recipe), recipe_only=True)
+
+    def scenario(name: str, of: Path, out: str, *options: str, verb: tuple[str, ...] = ()) -> Scenario:
+        piecewise = not (of.is_dir() or out.endswith(".json"))
+        place = sandbox / "places" / name
+        return Scenario(name, of, place, out, options, lambda place: None, piecewise, verb)
+
+    return (
+        scenario("replay", folder, "out", verb=("replay", str(recipe), "--base", str(folder))),
+        scenario("average", folder, "out", verb=("average", str(folder), str(folder))),
+        scenario("pickle", pickled, "out.bin"),
+        scenario("converted", pickled, "out.safetensors", "--to", "safetensors", "--dtype", "bfloat16"),
+        scenario("chunks", chunks, "out"),
+        scenario("absolute", folder, "out", "--sigma", "0.01", "--shrink", "0.5"),
+        scenario("recipe", folder, "out.json", "--recipe-only"),
     )
 
 
