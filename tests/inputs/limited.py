@@ -101,8 +101,6 @@ def serve(warm_up: list[list[str]]) -> None:
     for argv in warm_up:
         _run(command, argv)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    limit = _memory("VmSize") + MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     print("ready", flush=True)
     while line := sys.stdin.readline():
         print(json.dumps(_answer(command, *json.loads(line))), flush=True)
@@ -119,6 +117,8 @@ def _command() -> Any:
 def _answer(command: Any, times: int, *argv: str) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is resident now
     before, started = _memory("VmRSS"), time.process_time()
+    # Beyond what runs before this one have left behind, which no process of its own would find.
+    resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + MEMORY_BYTES, resource.RLIM_INFINITY))
     # In whole seconds, so that one more has to be granted; soft, so that the next run can have a new one.
     resource.setrlimit(resource.RLIMIT_CPU, (int(started) + times * CPU_SECONDS + 1, resource.RLIM_INFINITY))
     answer = _run(command, list(argv))
