@@ -58,7 +58,7 @@ def check(result: Perturbed, tensors: Tensors, noise: NoiseSpec, *copied: str, *
 
 def test_bert(tmp_path: Path) -> None:
     source = save(tmp_path / "bert.safetensors", BERT, {"format": "pt"})
-    result = run(source)
+    result = run(source, tmp_path / "out.safetensors")
     check(
         result,
         BERT,
@@ -113,7 +113,7 @@ def test_an_alias_and_strangers_with_equal_bytes(tmp_path: Path) -> None:
 
 def test_a_different_head_is_no_tie(tmp_path: Path) -> None:
     tensors = dict(GPT2) | {"lm_head.weight": weights("F32", 30, 8, seed=99)}
-    result = run(save(tmp_path / "in.safetensors", tensors))
+    result = run(save(tmp_path / "in.safetensors", tensors), tmp_path / "out.safetensors")
     check(result, tensors, NoiseSpec(), "transformer.h.0.attn.bias", "transformer.ln_f.weight")
 
 
@@ -126,7 +126,7 @@ def test_rules_filters_and_seeds(tmp_path: Path) -> None:
         include=("layer.*",),
         exclude=("*.b",),
     )
-    result = run(save(tmp_path / "in.safetensors", tensors), noise=noise)
+    result = run(save(tmp_path / "in.safetensors", tensors), tmp_path / "out.safetensors", noise)
     found = split(result.output.read_bytes())[1]
     for lam, name in ((0.3, "layer.0.a"), (0.4, "layer.1.a")):
         assert found[name] == noised({name: tensors[name]}, NoiseSpec(lam=lam, seed=9))[name]
@@ -141,7 +141,7 @@ def test_more_than_half_unchanged_is_warned_of(tmp_path: Path) -> None:
         "norm.weight": weights("BF16", 500, centre=1.0, width=0.001),
         "w": weights("BF16", 500),
     }
-    result = run(save(tmp_path / "in.safetensors", tensors))
+    result = run(save(tmp_path / "in.safetensors", tensors), tmp_path / "out.safetensors")
     (warning,) = result.warnings
     assert "norm.weight" in warning
     assert "rounding" in warning
@@ -153,7 +153,7 @@ def test_more_than_half_unchanged_is_warned_of(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_copied_and_warned_of(bad: float, tmp_path: Path) -> None:
     tensors = {"broken\n": numbers("F16", 1.0, 2.0, bad), "w": weights("F16", 50)}
-    result = run(save(tmp_path / "in.safetensors", tensors))
+    result = run(save(tmp_path / "in.safetensors", tensors), tmp_path / "out.safetensors")
     check(result, tensors, NoiseSpec(), "broken\n")
     (warning,) = result.warnings
     assert "broken" in warning

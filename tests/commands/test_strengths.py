@@ -314,7 +314,13 @@ def test_what_makes_no_sense_is_a_usage_error(
     mixture(Path("mix.jsonl"), "sigma")
     result = CliRunner().invoke(
         app,
-        ["perturb", str(source), *map(str, options), "-o", str(tmp_path / "o{sigma}{lambda}.safetensors")],
+        [
+            "perturb",
+            str(source),
+            *map(str, options),
+            "-o",
+            str(tmp_path / ("o{sigma}.safetensors" if "--sigma" in options else "o.safetensors")),
+        ],
     )
     assert result.exit_code == 2
     assert said in result.stderr

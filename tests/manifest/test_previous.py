@@ -36,7 +36,7 @@ def refused(source: Path) -> str:
     with pytest.raises(InputInvalid) as caught:
         run(source, elsewhere(source))
     assert "pass --again" in caught.value.line().lower()
-    assert f"{caught.value.what}: {escape(caught.value.why, 500)}" in inspect(str(source)).warnings[0]
+    assert f"{caught.value.what}: {escape(caught.value.why, 500)}" in inspect(str(source)).earlier
     assert run(source, elsewhere(source), again=True).output.exists()
     return caught.value.line()
 
