@@ -42,7 +42,7 @@ Reason = Literal[
 #: Of these reasons, those for which a parameter gets no noise, and is shrunk all the same.
 SHRUNK = frozenset({"one-element", "constant", "unrepresentable", "lambda-zero"})
 
-#: What decided whether a tensor is a buffer or a parameter, the strongest first (`plan/evidence.py`).
+#: What decided whether a tensor is a buffer or a parameter, the strongest first (`plan/evidence/told.py`).
 ToldBy = Literal["checkpoint", "model", "structure", "values", "names"]
 
 #: The most parts that one tensor is divided into: its entry in a manifest has to stay readable in one piece.

@@ -19,7 +19,7 @@ from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine.changes import Change, measure_changes
 from noisytune_cli.engine.threads import Progress
 from noisytune_cli.errors import UsageError
-from noisytune_cli.plan.evidence import tell_checkpoint
+from noisytune_cli.plan.evidence.told import tell_checkpoint
 from noisytune_cli.plan.groups import kinds_of, layers_of
 from noisytune_cli.plan.plan import select
 from noisytune_cli.plan.renames import Pair, Renaming, Rules, pair_up

@@ -33,7 +33,7 @@ from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.manifest.locate import manifest_of
 from noisytune_cli.manifest.read import RecordedManifest, read_manifest
 from noisytune_cli.noise import devices, distributions
-from noisytune_cli.plan.evidence import tell_checkpoint
+from noisytune_cli.plan.evidence.told import tell_checkpoint
 from noisytune_cli.plan.plans import plan_checkpoint
 from noisytune_cli.plan.renames import Renaming, Rules, likely_renamings, pair_up
 from noisytune_cli.plan.settle import look_at_values, settle_ties

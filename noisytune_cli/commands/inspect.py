@@ -27,8 +27,8 @@ from noisytune_cli.engine.threads import Progress
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import escape
 from noisytune_cli.noise import devices
-from noisytune_cli.plan.doubts import warning_of
-from noisytune_cli.plan.evidence import tell_checkpoint
+from noisytune_cli.plan.evidence.doubts import warning_of
+from noisytune_cli.plan.evidence.told import tell_checkpoint
 from noisytune_cli.plan.plan import check_noise, select
 from noisytune_cli.plan.plans import plan_checkpoint
 from noisytune_cli.plan.settle import look_at_values, settle_ties

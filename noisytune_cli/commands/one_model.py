@@ -17,7 +17,7 @@ from noisytune_cli.checkpoint.layout import stem_of
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import enumerate_some, escape, list_some
-from noisytune_cli.plan.evidence import tell_checkpoint
+from noisytune_cli.plan.evidence.told import tell_checkpoint
 from noisytune_cli.plan.ties import find_ties
 from noisytune_cli.reading import read_json
 from noisytune_cli.records import TensorSpec

@@ -31,8 +31,8 @@ from noisytune_cli.output.destination import check_places, check_places_of_downl
 from noisytune_cli.output.publish import Publication, copy_file, write_file
 from noisytune_cli.output.sidecars import companions, left_behind
 from noisytune_cli.output.space import check_room
-from noisytune_cli.plan.doubts import refuse_doubts, warning_of
-from noisytune_cli.plan.evidence import tell_checkpoint
+from noisytune_cli.plan.evidence.doubts import refuse_doubts, warning_of
+from noisytune_cli.plan.evidence.told import tell_checkpoint
 from noisytune_cli.plan.plan import check_outcomes
 from noisytune_cli.plan.plans import make_plans, settle_plans
 from noisytune_cli.records import (

@@ -20,7 +20,7 @@ from noisytune_cli.memory.arguments import Mix, make_spec, thread_count
 from noisytune_cli.memory.sharded import Dose, runs_of
 from noisytune_cli.memory.tensors import LiveTensor, residents_of
 from noisytune_cli.noise.amplitudes import noise_of
-from noisytune_cli.plan.evidence import Told
+from noisytune_cli.plan.evidence.told import Told
 from noisytune_cli.plan.plan import make_plan
 from noisytune_cli.records import whole
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.plan.evidence import Told, tell
+from noisytune_cli.plan.evidence.told import Told, tell
 from noisytune_cli.plan.patterns import check_matched, match_names
 from noisytune_cli.plan.split import Division, check_splits, divide
 from noisytune_cli.plan.ties import find_ties

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.manifest.write import check_recordable
-from noisytune_cli.plan.evidence import Told
+from noisytune_cli.plan.evidence.told import Told
 from noisytune_cli.plan.plan import check_noise, check_not_empty, convert, make_plan
 from noisytune_cli.plan.settle import look_at_values, settle_ties
 from noisytune_cli.records import Combination, Conversion, NoiseSpec, Plan

@@ -18,10 +18,10 @@ from blake3 import blake3
 
 from noisytune_cli.checkpoint.formats import Source
 from noisytune_cli.dtypes import FLOAT_DTYPES
-from noisytune_cli.plan import computed
-from noisytune_cli.plan.evidence import Told, ask_model, with_values
+from noisytune_cli.plan.evidence import computed
+from noisytune_cli.plan.evidence.structure import split_name
+from noisytune_cli.plan.evidence.told import Told, ask_model, with_values
 from noisytune_cli.plan.plan import confirm_ties
-from noisytune_cli.plan.structure import split_name
 from noisytune_cli.plan.ties import split_tie
 from noisytune_cli.records import Plan, TensorSpec, Tie
 

@@ -10,8 +10,8 @@ import pytest
 
 from noisytune_cli.checkpoint.config import Hyperparameters
 from noisytune_cli.checkpoint.formats.torch.state_dict import find_weights
-from noisytune_cli.plan.buffers import find_buffers
-from noisytune_cli.plan.evidence import tell
+from noisytune_cli.plan.evidence.buffers import find_buffers
+from noisytune_cli.plan.evidence.told import tell
 from noisytune_cli.plan.families import known_parts
 from noisytune_cli.plan.patterns import KINDS, match_names
 from noisytune_cli.plan.ties import find_ties, stream_of

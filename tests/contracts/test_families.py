@@ -24,8 +24,8 @@ from typer.testing import CliRunner, Result
 
 from noisytune_cli.checkpoint.checkpoint import open_checkpoint
 from noisytune_cli.cli.app import app
-from noisytune_cli.plan.buffers import find_buffers
-from noisytune_cli.plan.meta_model import _kinds, _own_names
+from noisytune_cli.plan.evidence.buffers import find_buffers
+from noisytune_cli.plan.evidence.meta_model import _kinds, _own_names
 
 transformers = pytest.importorskip("transformers")
 

@@ -15,8 +15,8 @@ from checkpoints import Tensor, save, weights
 
 import noisytune_cli
 from noisytune_cli.commands.perturb import Request, perturb, plan_perturb
-from noisytune_cli.plan import buffers_by_model
-from noisytune_cli.plan.buffers_by_model import Answer
+from noisytune_cli.plan.evidence import buffers_by_model
+from noisytune_cli.plan.evidence.buffers_by_model import Answer
 from noisytune_cli.plan.ties import find_ties
 from noisytune_cli.records import NoiseSpec, TensorSpec
 

@@ -14,10 +14,10 @@ from checkpoints import save, weights
 from noisytune_cli.commands.inspect import inspect
 from noisytune_cli.commands.perturb import Request, plan_perturb
 from noisytune_cli.errors import UsageError
-from noisytune_cli.plan import buffers_by_model as parameters
-from noisytune_cli.plan import meta_model
-from noisytune_cli.plan.buffers_by_model import Answer
-from noisytune_cli.plan.evidence import REGISTERED, Told, tell
+from noisytune_cli.plan.evidence import buffers_by_model as parameters
+from noisytune_cli.plan.evidence import meta_model
+from noisytune_cli.plan.evidence.buffers_by_model import Answer
+from noisytune_cli.plan.evidence.told import REGISTERED, Told, tell
 from noisytune_cli.records import NoiseSpec, TensorSpec
 
 CONFIG: dict[str, Any] = {"architectures": ["BertModel"], "model_type": "bert", "num_hidden_layers": 2}

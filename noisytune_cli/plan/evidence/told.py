@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import UsageError
-from noisytune_cli.plan import adapter_layers, buffers_by_model, declared, structure
-from noisytune_cli.plan.buffers import find_buffers, stands_alone
-from noisytune_cli.plan.buffers_by_model import Answer
-from noisytune_cli.plan.computed import PLAIN
-from noisytune_cli.plan.doubts import is_doubtful
-from noisytune_cli.plan.structure import Kind, OrderedPair
+from noisytune_cli.plan.evidence import adapter_layers, buffers_by_model, declared, structure
+from noisytune_cli.plan.evidence.buffers import find_buffers, stands_alone
+from noisytune_cli.plan.evidence.buffers_by_model import Answer
+from noisytune_cli.plan.evidence.computed import PLAIN
+from noisytune_cli.plan.evidence.doubts import is_doubtful
+from noisytune_cli.plan.evidence.structure import Kind, OrderedPair
 from noisytune_cli.records import Declared, TensorSpec, ToldBy
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
 """A model without weights, which knows its parameters, its buffers and its ties exactly.
 
 Where `config.json` names one of transformers' architectures and transformers is installed, a model is built
-from it on torch's meta device (`plan/meta_model.py`, in a process of its own). That takes seconds, and
-importing torch, so by default it is asked only where there is a doubt (`plan/evidence.py`).
+from it on torch's meta device (`meta_model.py`, in a process of its own). That takes seconds, and importing
+torch, so by default it is asked only where there is a doubt (`told.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from noisytune_cli.plan.structure import Kind
+from noisytune_cli.plan.evidence.structure import Kind
 from noisytune_cli.records import TensorSpec
 
 #: Keys of a config that say how many of something a model is made of.
@@ -67,7 +67,7 @@ def _counts(value: object, depth: int, key: str = "") -> Iterator[float]:
 
 def _run(request: Mapping[str, Any]) -> Answer | str:
     """Have the model built in a process of its own, which the current folder has no say in (-P)."""
-    from noisytune_cli.plan import meta_model
+    from noisytune_cli.plan.evidence import meta_model
 
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     try:

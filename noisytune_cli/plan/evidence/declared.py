@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from noisytune_cli.checkpoint.formats.torch.state_dict import is_loss
-from noisytune_cli.plan.structure import Kind, split_name
+from noisytune_cli.plan.evidence.structure import Kind, split_name
 from noisytune_cli.records import Declared, TensorSpec
 
 #: The last word of a tree's collections beside `params`: what a Flax or Haiku module does not learn.

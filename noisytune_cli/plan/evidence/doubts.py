@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import enumerate_some, escape
-from noisytune_cli.plan.declared import is_class_weights
-from noisytune_cli.plan.structure import split_name
+from noisytune_cli.plan.evidence.declared import is_class_weights
+from noisytune_cli.plan.evidence.structure import split_name
 from noisytune_cli.records import Plan, Step, TensorSpec
 
 #: What a name's own last word says that it is.

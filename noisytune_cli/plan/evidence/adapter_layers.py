@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from noisytune_cli.plan.structure import Kind
+from noisytune_cli.plan.evidence.structure import Kind
 
 _LEARNED, _KEPT = "adapter_layer_names", "other_param_names"
 

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from noisytune_cli.plan.buffers import RULES, find_buffers
+from noisytune_cli.plan.evidence.buffers import RULES, find_buffers
 from noisytune_cli.records import TensorSpec
 
 
