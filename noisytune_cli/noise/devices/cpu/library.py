@@ -12,7 +12,7 @@ import os
 import platform
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -91,33 +91,23 @@ class Library:
             found.argtypes, found.restype = arguments, returns
             return found
 
-        self._noise = function("noise", kind, kind, kind, *taking)
-        self._mix = function("mix", kind, kind, kind, *taking)
+        self._adding = {name: function(name, kind, kind, kind, *taking) for name in ("noise", "mix")}
         self._moments = function("moments", kind, *taking)
         self._exact = function("exact", kind, address, number, address)
         self._summary = function("summary", kind, address, number, address)
         self._convert = function("convert", kind, kind, address, address, number, returns=number)
 
-    def noise(
-        self,
-        distribution: str,
-        dtype: str,
-        out_dtype: str,
-        rows: NDArray[Any],
-        following: NDArray[np.int64],
-        most: int,
-    ) -> None:
+    def noise(self, distribution: str, dtype: str, out_dtype: str, *taking: Any) -> None:
         """Add noise; of a distribution that kernels.c has not, in NumPy."""
-        if distribution not in DISTRIBUTIONS:
-            from noisytune_cli.noise.devices.cpu import reference
+        self._add("noise", distribution, dtype, out_dtype, *taking)
 
-            reference.noise(distribution, dtype, out_dtype, rows, following, most)
-            return
-        kinds = DISTRIBUTIONS.index(distribution), DTYPES.index(dtype), DTYPES.index(out_dtype)
-        self._noise(*kinds, rows.ctypes.data, len(rows), following.ctypes.data, most)
+    def mix(self, distribution: str, dtype: str, out_dtype: str, *taking: Any) -> None:
+        """Add mixtures, likewise."""
+        self._add("mix", distribution, dtype, out_dtype, *taking)
 
-    def mix(
+    def _add(
         self,
+        kernel: Literal["noise", "mix"],
         distribution: str,
         dtype: str,
         out_dtype: str,
@@ -125,14 +115,13 @@ class Library:
         following: NDArray[np.int64],
         most: int,
     ) -> None:
-        """Add mixtures; of a distribution that kernels.c has not, in NumPy."""
         if distribution not in DISTRIBUTIONS:
             from noisytune_cli.noise.devices.cpu import reference
 
-            reference.mix(distribution, dtype, out_dtype, rows, following, most)
+            getattr(reference, kernel)(distribution, dtype, out_dtype, rows, following, most)
             return
         kinds = DISTRIBUTIONS.index(distribution), DTYPES.index(dtype), DTYPES.index(out_dtype)
-        self._mix(*kinds, rows.ctypes.data, len(rows), following.ctypes.data, most)
+        self._adding[kernel](*kinds, rows.ctypes.data, len(rows), following.ctypes.data, most)
 
     def moments(self, dtype: str, rows: NDArray[Any], following: NDArray[np.int64], most: int) -> None:
         """Measure."""

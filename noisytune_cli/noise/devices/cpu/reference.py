@@ -41,16 +41,8 @@ def noise(
 ) -> None:
     """Add noise to rows."""
     for row in _taken(rows, following, most):
-        x, y = _values(int(row["x"]), int(row["n"]), dtype), _values(int(row["y"]), int(row["n"]), out_dtype)
-        k0, k1, s0, s1 = row["stream"].tolist()
-        row["unchanged"] = row["clamped"] = 0
-        for at in range(0, len(x), _AT_A_TIME):
-            tile = x[at : at + _AT_A_TIME]
-            c = stream.draw(distribution, (k0, k1, s0, s1), int(row["first"]) + at, len(tile))
-            noised, unchanged, clamped = stream.add_noise(tile, dtype, c, row["amplitude"], out_dtype)
-            y[at : at + len(tile)] = noised.view(y.dtype)
-            row["unchanged"] += unchanged
-            row["clamped"] += clamped
+        words = tuple(row["stream"].tolist())
+        _add(row, dtype, out_dtype, stream.Noise.of(distribution, words, float(row["amplitude"])))
 
 
 def mix(
@@ -63,17 +55,21 @@ def mix(
 ) -> None:
     """Add mixtures to rows."""
     for row in _taken(rows, following, most):
-        x, y = _values(int(row["x"]), int(row["n"]), dtype), _values(int(row["y"]), int(row["n"]), out_dtype)
         memory = (ctypes.c_char * (int(row["count"]) * TERM.itemsize)).from_address(int(row["terms"]))
         terms = tuple([(tuple(w.tolist()), float(a)) for w, a in np.frombuffer(memoryview(memory), TERM)])
-        noise = stream.Noise(distribution, terms, float(row["kept"]))
-        row["unchanged"] = row["clamped"] = 0
-        for at in range(0, len(x), _AT_A_TIME):
-            tile = x[at : at + _AT_A_TIME]
-            mixed, unchanged, clamped = stream.mix(tile, dtype, noise, int(row["first"]) + at, out_dtype)
-            y[at : at + len(tile)] = mixed.view(y.dtype)
-            row["unchanged"] += unchanged
-            row["clamped"] += clamped
+        _add(row, dtype, out_dtype, stream.Noise(distribution, terms, float(row["kept"])))
+
+
+def _add(row: Any, dtype: str, out_dtype: str, noise: stream.Noise) -> None:
+    """Add noise to a row, and count."""
+    x, y = _values(int(row["x"]), int(row["n"]), dtype), _values(int(row["y"]), int(row["n"]), out_dtype)
+    row["unchanged"] = row["clamped"] = 0
+    for at in range(0, len(x), _AT_A_TIME):
+        tile = x[at : at + _AT_A_TIME]
+        noised, unchanged, clamped = stream.mix(tile, dtype, noise, int(row["first"]) + at, out_dtype)
+        y[at : at + len(tile)] = noised.view(y.dtype)
+        row["unchanged"] += unchanged
+        row["clamped"] += clamped
 
 
 def moments(dtype: str, rows: NDArray[Any], following: NDArray[np.int64], most: int) -> None:
