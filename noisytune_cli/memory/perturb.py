@@ -122,14 +122,10 @@ def perturb_(
     check_choice("fresh", fresh, ("perturb", "copy"))
     fresh_patterns, count = patterns("fresh_names", fresh_names), thread_count(threads)
     source = SourceRecord(type(model).__name__, None, ())
-    tensors, is_module = named_tensors(model)
+    tensors, names, spared = taking_noise(model, names)
+    is_module = not isinstance(model, Mapping)
     # Not where it may be for nothing: a manifest has the amplitudes, and patterns may choose a few tensors.
     ahead = SumsAhead(value for _, value in tensors if manifest is None and not spec.include)
-    spared: list[str] = []
-    if not isinstance(model, Mapping) and (bases := base_names(model)) is not None:
-        spared = [name for name, _ in tensors if name not in bases]
-        tensors = [(name, value) for name, value in tensors if name in bases]
-        names = names if names is not None else bases
     residents = residents_of(tensors, names)
     if manifest is None:
         parameters = plan_parameters(
@@ -178,11 +174,26 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def named_tensors(model: nn.Module | Mapping[str, Tensor]) -> tuple[list[tuple[str, object]], bool]:
-    """Return the tensors that may get noise by name, every name of a tie, and whether they are a module's."""
+def taking_noise(
+    model: nn.Module | Mapping[str, Tensor], names: Names
+) -> tuple[list[tuple[str, object]], Names, list[str]]:
+    """Return the tensors that may get noise, what they are to be called, and the names of those left alone.
+
+    Of a model with adapters these are the base's, under its own names where `names` says nothing else.
+    """
+    tensors = named_tensors(model)
+    if isinstance(model, Mapping) or (bases := base_names(model)) is None:
+        return tensors, names, []
+    taken = [(name, value) for name, value in tensors if name in bases]
+    spared = [name for name, _ in tensors if name not in bases]
+    return taken, bases if names is None else names, spared
+
+
+def named_tensors(model: nn.Module | Mapping[str, Tensor]) -> list[tuple[str, object]]:
+    """Return the tensors of a model or a state dict by name, every name of a tie."""
     if isinstance(model, Mapping):
         # What a module keeps beside its tensors may be anything.
-        return [(n, v) for n, v in model.items() if not str(n).endswith("_extra_state")], False
+        return [(n, v) for n, v in model.items() if not str(n).endswith("_extra_state")]
     if not hasattr(model, "named_parameters"):
         raise UsageError(
             f"cannot add noise to a {type(model).__name__}",
@@ -190,7 +201,7 @@ def named_tensors(model: nn.Module | Mapping[str, Tensor]) -> tuple[list[tuple[s
             next_step="Give the model, or a dictionary from names to tensors",
         )
     _shard_again(model)
-    return list(model.named_parameters(remove_duplicate=False)), True
+    return list(model.named_parameters(remove_duplicate=False))
 
 
 def _shard_again(model: nn.Module) -> None:

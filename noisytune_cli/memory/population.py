@@ -26,7 +26,7 @@ from noisytune_cli.memory.arguments import (
 )
 from noisytune_cli.memory.batches import begin, receipts_of
 from noisytune_cli.memory.overlaps import has_memory, place
-from noisytune_cli.memory.perturb import config_of, named_tensors
+from noisytune_cli.memory.perturb import config_of, named_tensors, taking_noise
 from noisytune_cli.memory.plan import OPTIONS_THAT_EXCLUDE, Parameter, leave_out, plan_parameters
 from noisytune_cli.memory.sharded import LocalTensor, held_part
 from noisytune_cli.memory.spreads import Spreads
@@ -73,9 +73,9 @@ class Population:
             "fresh": fresh,
             "fresh_names": patterns("fresh_names", fresh_names),
         }
-        tensors, is_module = named_tensors(model)
+        tensors, names, self._left_out["spared"] = taking_noise(model, names)
         self._about: dict[str, Any] = {
-            "is_module": is_module,
+            "is_module": not isinstance(model, Mapping),
             "config": config_of(model, config),
             "source": type(model).__name__,
         }
@@ -161,7 +161,7 @@ class Population:
 
         A model may have been moved to another device, or got other tensors, since its base was kept.
         """
-        tensors = dict(named_tensors(self._model)[0])
+        tensors = dict(named_tensors(self._model))
         targets: dict[str, LocalTensor] = {}
         problems: list[NoisytuneError] = []
         for name, kept in self._kept.items():

@@ -283,3 +283,27 @@ def test_inference_tensors() -> None:
     with noisytune_cli.noisy(tensors, sigma=0.1):
         assert {name: bits(t) for name, t in tensors.items()} != before
     assert {name: bits(t) for name, t in tensors.items()} == before
+
+
+class _Adapted(torch.nn.Module):
+    """A layer with an adapter, by the marks that peft's layers bear."""
+
+    adapter_layer_names = ("lora_A",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = torch.nn.Linear(12, 8)
+        self.lora_A = torch.nn.Linear(12, 2, bias=False)
+
+
+def test_adapters_are_left_alone_and_the_base_has_its_own_names() -> None:
+    torch.manual_seed(5)
+    model = torch.nn.Sequential(_Adapted())
+    base = {"0.weight": model[0].base_layer.weight.detach().clone()}
+    adapter = model[0].lora_A.weight.detach().clone()
+    noisytune_cli.perturb_(base, sigma=0.1, seed=3)
+    before = model[0].base_layer.weight.detach().clone()
+    with noisytune_cli.noisy(model, sigma=0.1, seed=3):
+        assert torch.equal(model[0].lora_A.weight, adapter)
+        assert torch.equal(model[0].base_layer.weight, base["0.weight"])
+    assert torch.equal(model[0].base_layer.weight, before)
