@@ -11,6 +11,7 @@ from noisytune_cli.cli.help import OUTPUT, RUNNING, SOURCE, TENSORS
 from noisytune_cli.cli.options import (
     Components,
     FollowLinks,
+    Format,
     Maps,
     Mmap,
     Patterns,
@@ -28,14 +29,6 @@ class _By(StrEnum):
     kind = "kind"
 
 
-class _Format(StrEnum):
-    table = "table"
-    json = "json"
-    jsonl = "jsonl"
-    csv = "csv"
-    html = "html"
-
-
 def compare(
     a: Annotated[
         str,
@@ -49,14 +42,7 @@ def compare(
             rich_help_panel=OUTPUT,
         ),
     ] = _By.tensor,
-    output_format: Annotated[
-        _Format | None,
-        typer.Option(
-            "--format",
-            help="How to print. [default: by the ending of --out, else table]",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
+    output_format: Format = None,
     out: Report = None,
     plot: Annotated[
         str | None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -12,6 +11,7 @@ from noisytune_cli.cli.options import (
     BuffersFrom,
     Components,
     FollowLinks,
+    Format,
     Granularity,
     GranularityOption,
     Mmap,
@@ -27,24 +27,9 @@ from noisytune_cli.cli.options import (
 )
 
 
-class _Format(StrEnum):
-    table = "table"
-    json = "json"
-    jsonl = "jsonl"
-    csv = "csv"
-    html = "html"
-
-
 def inspect(
     source: Source,
-    output_format: Annotated[
-        _Format | None,
-        typer.Option(
-            "--format",
-            help="How to print. [default: by the ending of --out, else table]",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
+    output_format: Format = None,
     out: Report = None,
     plot: Annotated[
         str | None,

@@ -61,6 +61,24 @@ Maps = Annotated[
         rich_help_panel=TENSORS,
     ),
 ]
+
+
+class ReportFormat(StrEnum):
+    table = "table"
+    json = "json"
+    jsonl = "jsonl"
+    csv = "csv"
+    html = "html"
+
+
+Format = Annotated[
+    ReportFormat | None,
+    typer.Option(
+        "--format",
+        help="How to print. [default: by the ending of --out, else table]",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Report = Annotated[
     str | None,
     typer.Option(
