@@ -34,7 +34,7 @@ from noisytune_cli.output.space import check_room
 from noisytune_cli.plan.evidence.doubts import refuse_doubts, warning_of
 from noisytune_cli.plan.evidence.told import tell_checkpoint
 from noisytune_cli.plan.plan import check_outcomes
-from noisytune_cli.plan.plans import make_plans, settle_plans
+from noisytune_cli.plan.plans import make_plans, settle_plans, together
 from noisytune_cli.records import (
     Combination,
     Conversion,
@@ -121,14 +121,14 @@ def plan_perturb(
         outputs = check_places(source, files, _outs(wanted), recipe_only=recipe_only, overwrite=overwrite)
         require_unchanged(outputs, insists=overwrite_changed)
         if request.strict:
-            refuse_doubts(plans[0], request.source)
+            refuse_doubts(together(plans), request.source)
         return Planned(
             id=source.id,
             revision=source.revision,
             plans=tuple(plans),
             outs=tuple(one.out for one in wanted),
             left_out=(*source.left_out, *left_behind(source, files)),
-            warnings=(*source.warnings, *warning_of(plans[0]), *_too_strong(plans)),
+            warnings=(*source.warnings, *warning_of(together(plans)), *_too_strong(plans)),
         )
 
 
@@ -191,7 +191,7 @@ def perturb_each(
         with all_staged(publications):
             plans = settle_plans(plans, source, told, request.conversion)
             if request.strict:
-                refuse_doubts(plans[0], request.source)
+                refuse_doubts(together(plans), request.source)
             files = _lay_out(source, plans, request.conversion)  # a buffer keeps its dtype
             receipts = fill(walk, plans, source, filled, progress, files)
             for plan, done in zip(plans, receipts, strict=True):
@@ -213,7 +213,7 @@ def perturb_each(
             for publication, manifest in zip(publications, manifests, strict=True):
                 publication.seal(encode(manifest))
             paths = commit_all(publications)
-            warnings = (*source.warnings, *warning_of(plans[0]), *_too_strong(plans))
+            warnings = (*source.warnings, *warning_of(together(plans)), *_too_strong(plans))
             return tuple(
                 Perturbed(
                     publication.output,

@@ -43,15 +43,22 @@ def settle_plans(
     plans: Sequence[Plan], source: Checkpoint, told: Told, conversion: Conversion | None
 ) -> list[Plan]:
     """Return the plans of `make_plans` with all settled that takes reading: what was computed, and ties."""
-    specs = {plan.noise.lam: plan.noise for plan in plans}
+    by_lam = {plan.noise.lam: plan for plan in plans}
     files = {file.name: file for file in source.sources}
-    told = look_at_values(plans[0], told, files)
-    settled = settle_ties([plan_checkpoint(source, spec, told) for spec in specs.values()], files)
-    by_lam = {}
-    for lam, plan in zip(specs, settled, strict=True):
+    if (known := look_at_values(together(plans), told, files)) != told:
+        by_lam = {lam: plan_checkpoint(source, plan.noise, known) for lam, plan in by_lam.items()}
+    settled = settle_ties(list(by_lam.values()), files)
+    for lam, plan in zip(list(by_lam), settled, strict=True):
         check_not_empty(plan, path=source.path)
         by_lam[lam] = plan if conversion is None else convert(plan, conversion)
     return _spread(by_lam, [plan.noise for plan in plans])
+
+
+def together(plans: Sequence[Plan]) -> Plan:
+    """Return what plans of one checkpoint change: of each tensor a step that changes it, if one does."""
+    each = list({plan.noise.lam: plan.steps for plan in plans}.values())
+    steps = (next((step for step in of if step.action != "copy"), of[0]) for of in zip(*each, strict=True))
+    return replace(plans[0], steps=tuple(steps))
 
 
 def plan_checkpoint(source: Checkpoint, noise: NoiseSpec, told: Told) -> Plan:

@@ -75,7 +75,7 @@ def find_computed(
     open_steps = {
         step.tensor.name: step
         for step in ([] if plan.noise.include else plan.steps)
-        if step.action == "perturb" and not told.tells(step.tensor.name)
+        if step.action != "copy" and not told.tells(step.tensor.name)
     }
     found: dict[str, str] = {}
     for name, step in open_steps.items():

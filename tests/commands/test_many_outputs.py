@@ -39,7 +39,7 @@ from noisytune_cli.errors import (
 from noisytune_cli.output import destination as output_module
 from noisytune_cli.output import publish as publish_module
 from noisytune_cli.output.space import needed_bytes
-from noisytune_cli.records import Conversion, NoiseSpec
+from noisytune_cli.records import Combination, Conversion, NoiseSpec
 
 TENSORS = {
     "transformer.wte.weight": weights("F32", 30, 8, seed=1),
@@ -503,3 +503,36 @@ def test_a_dry_run_of_lists(tmp_path: Path) -> None:
     ]
     assert planned.plans[0].steps is planned.plans[1].steps
     assert {step.reason for step in planned.plans[2].steps} == {"lambda-zero", "not-float"}
+
+
+@pytest.mark.parametrize("lams", [("0", "0.1"), ("0.1", "0")])
+def test_what_values_tell_is_told_beside_an_output_without_noise(
+    tmp_path: Path, lams: tuple[str, str]
+) -> None:
+    """A table of frequencies is copied, and a doubtful name warned of, whichever λ comes first."""
+    tensors = {
+        "w": weights("F32", 30, 20),
+        "rope.freqs": numbers("F32", *(10000.0 ** -np.linspace(0, 1, 32))),
+        "policy.mean": weights("F32", 14),
+    }
+    source = save(tmp_path / "in.safetensors", tensors)
+    single = perturb(Request(str(source), NoiseSpec(lam=0.1)), str(tmp_path / "single.safetensors"))
+    wanted = [Combination(float(lam), 0, str(tmp_path / f"o{lam}.safetensors")) for lam in lams]
+    for result in perturb_each(Request(str(source), NoiseSpec()), wanted):
+        assert result.warnings == single.warnings != ()
+    assert (tmp_path / "o0.1.safetensors").read_bytes() == single.output.read_bytes()
+    assert {r.step.tensor.name: r.reason for r in single.manifest.receipts}["rope.freqs"] == "buffer"
+    with pytest.raises(InputInvalid, match="in doubt"):
+        perturb_each(Request(str(source), NoiseSpec(), strict=True), wanted, overwrite=True)
+
+
+def test_what_is_computed_is_not_shrunk(tmp_path: Path) -> None:
+    tensors = {
+        "w": weights("F32", 30, 20),
+        "rope.freqs": numbers("F32", *(10000.0 ** -np.linspace(0, 1, 32))),
+    }
+    source = save(tmp_path / "in.safetensors", tensors)
+    noise = NoiseSpec(lam=0.0, kept=0.5)
+    result = perturb(Request(str(source), noise), str(tmp_path / "out.safetensors"))
+    told = {r.step.tensor.name: (r.action, r.reason) for r in result.manifest.receipts}
+    assert told == {"w": ("shrink", "lambda-zero"), "rope.freqs": ("copy", "buffer")}

@@ -46,7 +46,7 @@ def is_doubtful(tensor: TensorSpec, names: set[str]) -> bool:
 
 def warning_of(plan: Plan) -> tuple[str, ...]:
     """Return the warning of what is perturbed though its name is a buffer's, none where there is no doubt."""
-    doubts = [step for step in plan.steps if step.doubt and step.action == "perturb"]
+    doubts = [step for step in plan.steps if step.doubt and step.action != "copy"]
     if not doubts:
         return ()
     count = "tensor" if len(doubts) == 1 else f"{len(doubts)} tensors"
@@ -59,7 +59,7 @@ def warning_of(plan: Plan) -> tuple[str, ...]:
 
 def refuse_doubts(plan: Plan, path: str) -> None:
     """Raise InputInvalid where a name leaves a doubt, which --strict asks for."""
-    doubts = [step for step in plan.steps if step.doubt and step.action == "perturb"]
+    doubts = [step for step in plan.steps if step.doubt and step.action != "copy"]
     if doubts:
         raise InputInvalid(
             "parameter or buffer: in doubt",
