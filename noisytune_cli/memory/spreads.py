@@ -62,12 +62,13 @@ class Spreads:
         if noise.scope != "global":
             self._find_stds([(key,) for key in finite], wanted)
             return {key: Spread(*self._stds[key,]) for key in finite}
+        found = set(finite)
         # The second storage of a tie is the same parameter, and its values count once; what is only shrunk
         # does not count.
         once = {
             (parameter.steps[0].stream, matrix.part): key
             for key, (parameter, matrix) in wanted.items()
-            if key in set(finite) and parameter.steps[0].action == "perturb"
+            if key in found and parameter.steps[0].action == "perturb"
         }
         group = tuple(once.values())
         self._find_stds([group], wanted)
