@@ -1,50 +1,40 @@
-"""From what the user typed to an open checkpoint, local or on the hub.
+"""An open checkpoint: its weight files, and the names of everything that lies beside them.
 
-What begins with `.`, `/` or `~`, or exists, is local and never reaches the hub. Both ways end in the same
-place: a folder, the names in it, and the rules of `checkpoint/weights.py` and `checkpoint/layout.py`. Opening
-reads headers and small files only; if anything is wrong all that was opened is closed again.
+Opening what `checkpoint/find.py` found reads headers only; if anything is wrong all that was opened is closed
+again.
 """
 
 from __future__ import annotations
 
 import os
 import posixpath
-import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from noisytune_cli.checkpoint import hub
 from noisytune_cli.checkpoint.composition import (
     Component,
-    choose_components,
-    choose_inside,
-    find_composition,
     judge_of,
 )
-from noisytune_cli.checkpoint.config import CONFIG, ConfigCheck, look_at_config, read_adapter, read_config
-from noisytune_cli.checkpoint.folder import list_folder
+from noisytune_cli.checkpoint.config import read_adapter
+from noisytune_cli.checkpoint.find import Found, find, printable
 from noisytune_cli.checkpoint.formats import Source, open_source
-from noisytune_cli.checkpoint.ids import no_source
-from noisytune_cli.checkpoint.index import ShardIndex, check_tensors, read_index
+from noisytune_cli.checkpoint.index import ShardIndex, check_tensors
 from noisytune_cli.checkpoint.layout import (
-    CHUNKS_SUFFIX,
-    METADATA,
     OTHER_WEIGHTS,
     Listing,
     arrange,
     index_suffix,
-    manifests,
 )
 from noisytune_cli.checkpoint.twins import sort_weights
-from noisytune_cli.checkpoint.weights import Choice, choose
-from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
+from noisytune_cli.checkpoint.weights import Choice
+from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import escape
-from noisytune_cli.manifest.previous import NAMESAKE, Earlier, EarlierCheck, of_file, of_folder
-from noisytune_cli.reading import SNAPSHOT, Reach, changed, fingerprint, open_regular, reach_of
+from noisytune_cli.manifest.previous import NAMESAKE, Earlier
+from noisytune_cli.reading import Reach, changed, fingerprint, open_regular
 from noisytune_cli.records import Declared, TensorSpec
 
 #: Why a file that is copied is refused in the end.
@@ -158,149 +148,80 @@ def open_checkpoint(
     components: Sequence[str] = (),
     revision: str | None = None,
     mmap: bool = False,
-    check_config: ConfigCheck | None = None,
-    check_place: Callable[[], None] | None = None,
-    check_earlier: EarlierCheck | None = None,
     quiet: bool = False,
     follow_links: bool = False,
 ) -> Checkpoint:
-    """Open SOURCE: a weight file, a checkpoint's folder, or a hub id, which is downloaded.
-
-    `weights`, `components` and `revision` are what the options say; `quiet` hides the download's progress,
-    and with `follow_links` a folder may consist of links that lead out of it.
-    `check_place` may refuse before anything is downloaded; `check_config` and `check_earlier` before any
-    weights are, given the config, and what `Checkpoint.earlier` will be.
-    """
-    if not _is_local(source):
-        if not hub.is_repo_id(source):
-            raise no_source(source)
-        if check_place is not None:
-            check_place()
-        snapshot = hub.download(
-            source,
-            revision,
-            weights=weights,
-            components=components,
-            check_config=check_config,
-            check_earlier=check_earlier,
-            quiet=quiet,
-        )
-        return _open_folder(
-            snapshot.root, snapshot.listing, source, snapshot.commit, weights, mmap, follow_links, components
-        )
-    if revision is not None:
-        raise UsageError(
-            "--revision cannot be used",
-            path=source,
-            why="it is for hub ids, and this is a local path",
-            next_step="Leave --revision out, or give a hub id",
-        )
-    path = Path(os.path.expanduser(source))
-    try:
-        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
-    except (OSError, ValueError) as error:  # ValueError: a NUL, which no path has
-        raise unreadable(error if isinstance(error, OSError) else OSError(str(error)), source) from error
-    name, commit = _identify(path, is_folder)
-    if is_folder:
-        return _open_folder(path, list_folder(path), name, commit, weights, mmap, follow_links, components)
-    if weights is not None or components:
-        option, what = ("--component", "models") if components else ("--weights", "a file")
-        raise UsageError(
-            f"{option} cannot be used",
-            path=source,
-            why=f"it chooses {what} in a folder, and SOURCE is a file",
-            next_step=f"Leave {option} out, or give the folder",
-        )
-    return _open_file(path, name, commit, mmap)
+    """Look at SOURCE as `find` does, and open it: for those who have nothing to ask before it is fetched."""
+    found = find(
+        source,
+        weights=weights,
+        components=components,
+        revision=revision,
+        quiet=quiet,
+        follow_links=follow_links,
+    )
+    return open_found(found, mmap=mmap)
 
 
-def _is_local(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or os.path.lexists(source)
-
-
-def _identify(path: Path, is_folder: bool) -> tuple[str, str | None]:
-    """Return the checkpoint's id and commit: the hub's for a path into its cache, else the plain name."""
-    absolute = Path(os.path.abspath(path))
-    folder = absolute if is_folder else absolute.parent
-    for candidate in (os.fspath(folder), os.path.realpath(folder)):
-        if found := SNAPSHOT.match(candidate):
-            return found["id"].replace("--", "/"), found["commit"]
-    return _printable(absolute.name or "checkpoint"), None
-
-
-def _printable(name: str) -> str:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return escape(name, None)
-    return name
-
-
-def _open_folder(
-    root: Path,
-    listing: Listing,
-    name: str,
-    commit: str | None,
-    weights: str | None,
-    mmap: bool,
-    follow_links: bool,
-    components: Sequence[str],
-) -> Checkpoint:
-    reach = None if follow_links else reach_of(root)
-    folders: tuple[str, ...] = ()
-    if weights is not None and components:
-        raise UsageError(
-            "--weights and --component",
-            path=root,
-            why="one takes a file as a model of its own, the other a folder's models together",
-            next_step="Leave one of them out",
-        )
-    if weights is None:
-        folders = choose_components(find_composition(root, listing, reach), components, os.fspath(root))
-
-    def read(name: str) -> ShardIndex:
-        return read_index(root, name, reach)
-
-    if folders:
-        choices = [choose_inside(listing, folder, os.fspath(root), read) for folder in folders]
-    else:
-        choices = [choose(listing, weights, os.fspath(root), read)]
-    home = posixpath.dirname(choices[0].name)
-    config, useless = look_at_config(root / (home if not folders else "") / CONFIG, reach)
-    warnings = [useless] if useless else []
+def open_found(found: Found, *, mmap: bool = False) -> Checkpoint:
+    """Fetch what is missing of a checkpoint, and open it."""
+    if found.listing is None:
+        name = found.choices[0].name
+        source = open_source(found.root / name, printable(name), mmap)
+        return _checkpoint(found, (source,), warnings=source.warnings)
+    found.fetch()
     with ExitStack() as opened:
         parts = {
-            posixpath.dirname(choice.name): _open_part(
-                root, listing, choice, mmap, reach, opened, warnings, is_component=bool(folders)
-            )
-            for choice in choices
+            posixpath.dirname(choice.name): _open_part(found, found.listing, choice, mmap, opened)
+            for choice in found.choices
         }
         sources = [source for part in parts.values() for source in part.sources]
         weight_files = {name for source in sources for name in source.files}
         judge = judge_of(list(parts))
         beside = ((name, home) for home, part in parts.items() for name in part.others)
         others = sorted(name for name, home in beside if judge(name) == home and name not in weight_files)
-        out = (entry for home, part in parts.items() for entry in part.left_out if judge(entry[0]) == home)
-        left_out = sorted(out)
-        seen = {file: _look(root / file, reach) for file in others}
-        earlier, namesakes = of_folder(root, manifests(listing), weight_files)
-        left_out = [(file, NAMESAKE if file in namesakes else why) for file, why in left_out]
-        warnings += [f"{escape(file)} is left out: {NAMESAKE}" for file in sorted(namesakes)]
+        left_out = sorted(
+            (name, NAMESAKE if name in found.namesakes else why)
+            for home, part in parts.items()
+            for name, why in part.left_out
+            if judge(name) == home
+        )
+        seen = {file: _look(found.root / file, found.reach) for file in others}
+        checkpoint = _checkpoint(
+            found,
+            tuple(sorted(sources, key=lambda source: source.name)),
+            others=tuple(others),
+            left_out=tuple(left_out),
+            warnings=[warning for part in parts.values() for warning in part.warnings],
+            seen=seen,
+        )
         opened.pop_all()
+    return checkpoint
+
+
+def _checkpoint(
+    found: Found,
+    sources: tuple[Source, ...],
+    *,
+    others: tuple[str, ...] = (),
+    left_out: tuple[tuple[str, str], ...] = (),
+    warnings: Sequence[str],
+    seen: Mapping[str, os.stat_result] | None = None,
+) -> Checkpoint:
     return Checkpoint(
-        id=name,
-        revision=commit,
-        root=root,
-        single_file=False,
-        sources=tuple(sorted(sources, key=lambda source: source.name)),
-        index=None if folders else choices[0].index,
-        config=config,
-        others=tuple(others),
-        left_out=tuple(left_out),
-        warnings=tuple(warnings),
-        earlier=earlier,
-        reach=reach,
-        seen=seen,
+        id=found.id,
+        revision=found.revision,
+        root=found.root,
+        single_file=found.listing is None,
+        sources=sources,
+        index=None if found.is_composed else found.choices[0].index,
+        config=found.config,
+        others=others,
+        left_out=left_out,
+        warnings=(*found.warnings, *warnings),
+        earlier=found.earlier,
+        reach=found.reach,
+        seen=seen or {},
     )
 
 
@@ -311,19 +232,10 @@ class _Part:
     sources: tuple[Source, ...]
     others: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
+    warnings: tuple[str, ...]
 
 
-def _open_part(
-    root: Path,
-    listing: Listing,
-    choice: Choice,
-    mmap: bool,
-    reach: Reach | None,
-    opened: ExitStack,
-    warnings: list[str],
-    *,
-    is_component: bool,
-) -> _Part:
+def _open_part(found: Found, listing: Listing, choice: Choice, mmap: bool, opened: ExitStack) -> _Part:
     """Open the chosen weights, and sort what lies around them."""
     chosen, index = choice.name, choice.index
     files = (chosen,) if index is None else index.shards
@@ -331,35 +243,36 @@ def _open_part(
         if file in listing.special:
             raise InputInvalid(
                 "cannot read weights",
-                path=root / file,
+                path=found.root / file,
                 why=f"it is {listing.special[file]}",
                 next_step="Put the regular file in its place",
             )
     sources: list[Source] = []
     for file in files:
-        sources.append(open_source(root / file, file, mmap, reach))
+        sources.append(open_source(found.root / file, file, mmap, found.reach))
         opened.callback(sources[-1].close)
     weight_files = {name for source in sources for name in source.files}
     tensors = [tensor for source in sources for tensor in source.tensors]
     arranged = arrange(listing, chosen, weight_files)
-    found = sort_weights(root, arranged.weights, arranged.twins, tensors, reach)
-    warnings += [*choice.warnings, *(warning for source in sources for warning in source.warnings)]
-    warnings += found.warnings
+    sorted_out = sort_weights(found.root, arranged.weights, arranged.twins, tensors, found.reach)
+    warnings = [*choice.warnings, *(warning for source in sources for warning in source.warnings)]
+    warnings += sorted_out.warnings
     if index is not None:
         warnings += check_tensors(index, sources)
         warnings += [
             f"{escape(name)} is not listed in {escape(index.name)} and is left out"
-            for name in sorted(found.twins)
+            for name in sorted(sorted_out.twins)
             if arranged.weights[name] == OTHER_WEIGHTS and index_suffix(name) is None
         ]
     home = posixpath.dirname(chosen)
-    if is_component and home:
+    if found.is_composed and home:
         metadata = {} if index is None else index.metadata
         sources = [*(Component(source, home, metadata) for source in sources)]
     return _Part(
         tuple(sources),
-        (*arranged.others, *found.others),
-        (*arranged.left_out, *((name, arranged.weights[name]) for name in found.twins)),
+        (*arranged.others, *sorted_out.others),
+        (*arranged.left_out, *((name, arranged.weights[name]) for name in sorted_out.twins)),
+        tuple(warnings),
     )
 
 
@@ -370,42 +283,3 @@ def _look(path: Path, reach: Reach | None) -> os.stat_result:
         return os.fstat(fd)
     finally:
         os.close(fd)
-
-
-def _open_file(path: Path, name: str, commit: str | None, mmap: bool) -> Checkpoint:
-    if index_suffix(path.name) is not None:
-        raise InputInvalid(
-            "cannot read the checkpoint",
-            path=path,
-            why="this is an index, the weights are in its shards",
-            next_step=f"Give the folder, with --weights {path.name} if it has other weights too",
-        )
-    if path.name == METADATA or path.name.endswith(CHUNKS_SUFFIX):
-        raise InputInvalid(
-            "cannot read the checkpoint",
-            path=path,
-            why="it is one file of a torch.distributed.checkpoint, whose weights are in all of them",
-            next_step="Give the folder",
-        )
-    warnings: list[str] = []
-    config_path = path.parent / CONFIG
-    try:
-        config = read_config(config_path)
-    except (InputInvalid, InputUnreadable) as error:
-        # What merely lies beside the file is no part of SOURCE: it can help, but not hinder.
-        config = None
-        warnings.append(f"not used: {error.line()}")
-    source: Source = open_source(path, _printable(path.name), mmap)
-    return Checkpoint(
-        id=name,
-        revision=commit,
-        root=path.parent,
-        single_file=True,
-        sources=(source,),
-        index=None,
-        config=config,
-        others=(),
-        left_out=(),
-        warnings=(*warnings, *source.warnings),
-        earlier=of_file(path),
-    )

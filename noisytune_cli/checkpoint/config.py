@@ -7,7 +7,7 @@ It helps to decide ties, to recognise quantised weights and to tell a layout fro
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,6 @@ from noisytune_cli.reading import Reach, not_json, parse_json, read_json, read_s
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
-
-#: Called with a config and its path before any weights are fetched or opened; raises to refuse them.
-ConfigCheck = Callable[[Mapping[str, Any], str], None]
 
 _MAX_BYTES = 16 << 20
 

@@ -1,9 +1,8 @@
 """A checkpoint on the Hugging Face hub, fetched into the standard cache.
 
-One idea: the repository's list of files is enough to decide what is needed (`checkpoint/weights.py`,
-`checkpoint/layout.py`), so the order is list, config, index, manifests, and only then the weights and the
-files beside them. Whatever can be refused is refused before a weight is fetched, and no other weight format
-is fetched at all. The cache, the token, HF_ENDPOINT and HF_HUB_OFFLINE are huggingface_hub's own.
+One idea: the repository's list of files is enough to decide what is needed, so that comes first, and a file
+is fetched when it is asked for (`checkpoint/find.py` says which). No other weight format is ever fetched. The
+cache, the token, HF_ENDPOINT and HF_HUB_OFFLINE are huggingface_hub's own.
 """
 
 from __future__ import annotations
@@ -11,27 +10,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import posixpath
 import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from noisytune_cli.checkpoint.composition import (
-    COMPOSED_BY,
-    choose_components,
-    choose_inside,
-    find_composition,
-    judge_of,
-)
-from noisytune_cli.checkpoint.config import CONFIG, ConfigCheck, look_at_config
 from noisytune_cli.checkpoint.folder import list_folder
 from noisytune_cli.checkpoint.hub_answers import (
     COMMIT,
@@ -43,19 +32,10 @@ from noisytune_cli.checkpoint.hub_answers import (
     watched,
 )
 from noisytune_cli.checkpoint.hub_errors import CANNOT_FETCH, mapped_errors
-from noisytune_cli.checkpoint.index import ShardIndex, read_index
 from noisytune_cli.checkpoint.layout import (
-    CHUNKS_SUFFIX,
-    METADATA,
-    Listing,
-    arrange,
     list_names,
-    manifests,
 )
-from noisytune_cli.checkpoint.weights import choose, choose_weights
 from noisytune_cli.errors import HubError
-from noisytune_cli.manifest.previous import EarlierCheck, of_folder
-from noisytune_cli.manifest.write import MAX_BYTES
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -72,15 +52,6 @@ _WORKERS = 8
 #: remove their partial files, in seconds.
 _CHUNK = 256 << 10
 _GRACE = 1.0
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A downloaded commit: where it lies, and all the repository's names, downloaded or not."""
-
-    root: Path
-    commit: str
-    listing: Listing
 
 
 def is_repo_id(text: str) -> bool:
@@ -109,75 +80,7 @@ def _expanded(path: str) -> str:
     return os.path.expandvars(os.path.expanduser(path))
 
 
-def download(
-    repo_id: str,
-    revision: str | None = None,
-    *,
-    weights: str | None = None,
-    components: Sequence[str] = (),
-    check_config: ConfigCheck | None = None,
-    check_earlier: EarlierCheck | None = None,
-    quiet: bool = False,
-) -> Snapshot:
-    """Fetch what is needed of a repository (from the cache what is there) and return where it lies.
-
-    `weights` and `components` name them as the options do. Before any weights are fetched `check_config` may
-    refuse the config, and `check_earlier` what an earlier run of noisytune left. Raises HubError for the hub
-    and the network, InputInvalid for a repository without weights.
-    """
-    repository = _Repository(repo_id, revision, quiet)
-    listing = repository.listing
-
-    def read(name: str) -> ShardIndex:
-        repository.fetch([name])
-        index = read_index(repository.root, name)
-        if not repository.is_listed and (missing := set(index.shards).difference(listing.files)):
-            raise _not_cached(repo_id, f"{min(missing)} is not in the cache")
-        return index
-
-    folders: tuple[str, ...] = ()
-    if weights is None:
-        repository.fetch([name for name in COMPOSED_BY if name in listing.files])
-        folders = choose_components(find_composition(repository.root, listing), components, repo_id)
-    if not folders:
-        choose_weights(listing, weights, repo_id)
-    config_name = posixpath.join(posixpath.dirname(weights or ""), CONFIG)
-    if config_name in listing.files:
-        repository.fetch([config_name])
-        config, _ = look_at_config(repository.root / config_name)
-        if config is not None and check_config is not None:
-            check_config(config, f"{repo_id}/{config_name}")
-
-    if folders:
-        choices = [choose_inside(listing, folder, repo_id, read) for folder in folders]
-    else:
-        choices = [choose(listing, weights, repo_id, read)]
-    files: list[str] = []
-    for choice in choices:
-        files += (choice.name,) if choice.index is None else choice.index.shards
-        if posixpath.basename(choice.name) == METADATA:
-            home = posixpath.dirname(choice.name)
-            chunks = (name for name in listing.files if name.endswith(CHUNKS_SUFFIX))
-            files += (name for name in chunks if posixpath.dirname(name) == home)
-
-    # A manifest is not copied, but says what was done to the weights.
-    left = [name for name in manifests(listing) if repository.size(name) <= MAX_BYTES]
-    if left:
-        repository.fetch(left)
-        earlier, _ = of_folder(repository.root, left, files)
-        if earlier is not None and check_earlier is not None:
-            check_earlier(earlier)
-
-    parts = {posixpath.dirname(choice.name): arrange(listing, choice.name, files) for choice in choices}
-    judge = judge_of(list(parts))
-    for home, part in parts.items():
-        needed = (*part.others, *(part.weights.keys() - part.twins))
-        files += (name for name in needed if judge(name) == home and name not in files)
-    repository.fetch(files)
-    return Snapshot(repository.root, repository.commit, listing)
-
-
-class _Repository:
+class Repository:
     """One commit of a repository: its names, and where in the cache those lie that are fetched.
 
     A name is in the snapshot only if its content is what the hub says it is, unless the process was killed.
@@ -193,10 +96,10 @@ class _Repository:
             self._listed = _cached_list(repo_id, self.commit)
         self.listing = list_folder(self.root) if self._listed is None else list_names(list(self._listed))
 
-    @property
-    def is_listed(self) -> bool:
-        """Whether the hub ever listed it; if not, its names are those in the cache."""
-        return self._listed is not None
+    def require(self, names: Iterable[str]) -> None:
+        """Raise HubError for a name that is not in the cache, where the hub cannot be asked for it."""
+        if self._listed is None and (missing := set(names).difference(self.listing.files)):
+            raise _not_cached(self._id, f"{min(missing)} is not in the cache")
 
     def size(self, name: str) -> int:
         """Return how long the hub says a file is, 0 where it never did."""

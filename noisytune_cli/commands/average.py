@@ -7,12 +7,13 @@ refused is refused before a weight is read, memory holds a few tiles, and publis
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_found
+from noisytune_cli.checkpoint.find import find
 from noisytune_cli.checkpoint.formats._file import common_mode
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.commands.one_model import (
@@ -21,7 +22,7 @@ from noisytune_cli.commands.one_model import (
     check_same_tensors,
     refuse_adapter,
 )
-from noisytune_cli.commands.replaced import require_unchanged
+from noisytune_cli.commands.replaced import check_before_download, require_unchanged
 from noisytune_cli.commands.write import complete, record_source
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine import mean
@@ -32,7 +33,7 @@ from noisytune_cli.manifest.average import AverageManifest, encode, manifest_byt
 from noisytune_cli.manifest.write import MAX_BYTES
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.output.convert import check_names
-from noisytune_cli.output.destination import check_output, check_places_of_download, resolve_rewritten
+from noisytune_cli.output.destination import check_output, resolve_rewritten
 from noisytune_cli.output.publish import Publication
 from noisytune_cli.output.space import check_descriptors, check_space, copied_bytes
 from noisytune_cli.records import TensorSpec
@@ -71,24 +72,12 @@ def average(
     """
     weights = _check_coefficients(sources, coefficients)
     overwrite = overwrite or overwrite_changed
-
-    def check_place() -> None:
-        outputs = check_places_of_download([out], recipe_only=False, overwrite=overwrite)
-        require_unchanged(outputs, insists=overwrite_changed)
-
+    # The output is a folder where the first source is: what the others are makes no difference.
+    check_before_download(sources[0], [out], overwrite=overwrite, overwrite_changed=overwrite_changed)
     with ExitStack() as opened:
         members: list[Checkpoint] = []
         for source in sources:
-            # The output is a folder where the first source is: what the others are makes no difference.
-            members.append(
-                _open(
-                    source,
-                    mmap=mmap,
-                    quiet=quiet,
-                    follow_links=follow_links,
-                    check_place=None if members else check_place,
-                )
-            )
+            members.append(_open(source, mmap=mmap, quiet=quiet, follow_links=follow_links))
             opened.callback(members[-1].close)
             # What is open, and room for as much as the last again: the next one, or the output.
             held = [len(member.weight_files) for member in members]
@@ -160,17 +149,11 @@ def _check_coefficients(sources: Sequence[str], coefficients: Sequence[float]) -
     return list(coefficients)
 
 
-def _open(
-    source: str, *, mmap: bool, quiet: bool, follow_links: bool, check_place: Callable[[], None] | None
-) -> Checkpoint:
-    member = open_checkpoint(
-        source,
-        mmap=mmap,
-        check_config=refuse_quantized_config,
-        check_place=check_place,
-        quiet=quiet,
-        follow_links=follow_links,
-    )
+def _open(source: str, *, mmap: bool, quiet: bool, follow_links: bool) -> Checkpoint:
+    found = find(source, quiet=quiet, follow_links=follow_links)
+    if found.repository is not None:
+        refuse_quantized_config(found.config, found.config_path)
+    member = open_found(found, mmap=mmap)
     try:
         refuse_quantized(
             member.tensors, config=member.config, metadata=member.metadata, path=source, are_all=True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from noisytune_cli.checkpoint import hub
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -22,34 +22,40 @@ from noisytune_cli.manifest.read import RecordedManifest
 from noisytune_cli.records import Manifest, TensorSpec
 
 
+def name_original(recorded: RecordedManifest, base: str | None) -> str:
+    """Return `base`, or for None the hub id that the manifest records; UsageError if there is none."""
+    source = recorded.manifest.source
+    if base is not None:
+        return base
+    if not _is_at_hub(recorded):
+        why = "the manifest records no commit on the hub to take it from"
+        if source.revision is not None and os.path.lexists(source.id):
+            why = "a file or folder here has the name of the hub id in the manifest"
+        raise UsageError(
+            "--base is missing",
+            path=recorded.path,
+            why=why,
+            next_step=f"Give --base SOURCE, the checkpoint that was perturbed ({source.id})",
+        )
+    return source.id
+
+
+def _is_at_hub(recorded: RecordedManifest) -> bool:
+    """Tell whether the hub id and commit that a manifest records name its original."""
+    source = recorded.manifest.source
+    return source.revision is not None and hub.is_repo_id(source.id) and not os.path.lexists(source.id)
+
+
 def open_original(
     recorded: RecordedManifest,
-    base: str | None,
+    base: str,
     *,
     mmap: bool = False,
     quiet: bool = False,
     follow_links: bool = False,
-    check_place: Callable[[], None] | None = None,
 ) -> Checkpoint:
-    """Open `base`, or where it is None the hub id and commit that the manifest records.
-
-    `check_place` may refuse before anything is downloaded.
-    """
+    """Open `base`, the hub id that the manifest records at the recorded commit."""
     source = recorded.manifest.source
-    hidden = os.path.lexists(source.id)
-    at_hub = source.revision is not None and hub.is_repo_id(source.id) and not hidden
-    if base is None:
-        if not at_hub:
-            why = "the manifest records no commit on the hub to take it from"
-            if source.revision is not None and hidden:
-                why = "a file or folder here has the name of the hub id in the manifest"
-            raise UsageError(
-                "--base is missing",
-                path=recorded.path,
-                why=why,
-                next_step=f"Give --base SOURCE, the checkpoint that was perturbed ({source.id})",
-            )
-        base = source.id
     local = os.path.expanduser(base)
     is_file = os.path.lexists(local) and not os.path.isdir(local)
     components = components_of(recorded.manifest)
@@ -60,9 +66,8 @@ def open_original(
         base,
         weights=weights,
         components=components,
-        revision=source.revision if at_hub and base == source.id else None,
+        revision=source.revision if base == source.id and _is_at_hub(recorded) else None,
         mmap=mmap,
-        check_place=check_place,
         quiet=quiet,
         follow_links=follow_links,
     )

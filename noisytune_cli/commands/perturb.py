@@ -12,22 +12,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_found
 from noisytune_cli.checkpoint.composition import Component
 from noisytune_cli.checkpoint.dequantize import check_config, dequantize
+from noisytune_cli.checkpoint.find import find
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
-from noisytune_cli.commands.replaced import require_unchanged
+from noisytune_cli.commands.replaced import check_before_download, require_unchanged
 from noisytune_cli.commands.write import fill, record_source
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import enumerate_some
-from noisytune_cli.manifest.previous import Earlier
 from noisytune_cli.manifest.write import encode
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.output.commits import all_staged, commit_all
 from noisytune_cli.output.convert import OutputFile, lay_out
-from noisytune_cli.output.destination import check_places, check_places_of_download
+from noisytune_cli.output.destination import check_places
 from noisytune_cli.output.publish import Publication, copy_file, write_file
 from noisytune_cli.output.sidecars import companions, left_behind
 from noisytune_cli.output.space import check_room
@@ -273,35 +273,29 @@ def _open(
     overwrite_changed: bool = False,
 ) -> Checkpoint:
     """Open the source; what can be refused without a hub's weights is refused before they are downloaded."""
-
-    def check_place() -> None:
-        outputs = check_places_of_download(
-            outs, recipe_only=recipe_only, overwrite=overwrite or overwrite_changed
-        )
-        require_unchanged(outputs, insists=overwrite_changed)
-
-    def check_earlier(earlier: Earlier) -> None:
-        if not request.again:
-            raise InputInvalid(
-                earlier.what, path=request.source, why=earlier.why, next_step=earlier.next_step
-            )
-
-    dequantizes = request.conversion is not None and request.conversion.dequantized is not None
-    source = open_checkpoint(
+    check_before_download(
+        request.source,
+        outs,
+        recipe_only=recipe_only,
+        overwrite=overwrite,
+        overwrite_changed=overwrite_changed,
+    )
+    found = find(
         request.source,
         weights=request.weights,
         components=request.components,
         revision=request.revision,
-        mmap=request.mmap,
-        check_config=check_config if dequantizes else refuse_quantized_config,
-        check_place=check_place,
-        check_earlier=check_earlier,
         quiet=request.quiet,
         follow_links=request.follow_links,
     )
+    if found.earlier is not None and not request.again:
+        earlier = found.earlier
+        raise InputInvalid(earlier.what, path=request.source, why=earlier.why, next_step=earlier.next_step)
+    dequantizes = request.conversion is not None and request.conversion.dequantized is not None
+    if found.repository is not None:
+        (check_config if dequantizes else refuse_quantized_config)(found.config or {}, found.config_path)
+    source = open_found(found, mmap=request.mmap)
     try:
-        if source.earlier is not None:
-            check_earlier(source.earlier)
         if request.conversion is not None and any(isinstance(file, Component) for file in source.sources):
             raise UsageError(
                 "--dtype, --to and --dequantize are for one model",

@@ -14,14 +14,34 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from noisytune_cli.checkpoint.find import comes_from_hub
 from noisytune_cli.engine.threads import Progress
 from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch, OutputUnsafe, unwritable
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
+from noisytune_cli.output.destination import check_places_of_download
 
 #: Nanoseconds that a file may have been written to after the manifest without being younger: the clock of a
 #: file system moves with the kernel's tick.
 _TICK = 10_000_000
+
+
+def check_before_download(
+    source: str,
+    outs: Sequence[str],
+    *,
+    recipe_only: bool = False,
+    overwrite: bool = False,
+    overwrite_changed: bool = False,
+) -> None:
+    """Raise what stands against the outputs of a hub's model, before the hub is asked for anything.
+
+    Of a local SOURCE nothing is said: what is there decides what the outputs are.
+    """
+    if comes_from_hub(source):
+        overwrite = overwrite or overwrite_changed
+        outputs = check_places_of_download(outs, recipe_only=recipe_only, overwrite=overwrite)
+        require_unchanged(outputs, insists=overwrite_changed)
 
 
 def require_unchanged(

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
-from noisytune_cli.commands.base import match_files, not_the_base, open_original
+from noisytune_cli.commands.base import match_files, name_original, not_the_base, open_original
 from noisytune_cli.commands.differences import Difference, compare_receipts, recorded_steps
-from noisytune_cli.commands.replaced import require_unchanged
+from noisytune_cli.commands.replaced import check_before_download, require_unchanged
 from noisytune_cli.commands.write import fill
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
@@ -22,7 +22,7 @@ from noisytune_cli.manifest.locate import manifest_of
 from noisytune_cli.manifest.read import RecordedManifest, read_manifest
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.output.convert import OutputFile, lay_out
-from noisytune_cli.output.destination import check_output, check_places_of_download, resolve_rewritten
+from noisytune_cli.output.destination import check_output, resolve_rewritten
 from noisytune_cli.output.publish import Publication
 from noisytune_cli.output.sidecars import companions
 from noisytune_cli.output.space import check_descriptors, check_space, needed_bytes
@@ -65,14 +65,9 @@ def replay(
     manifest = recorded.manifest
     receipts = {receipt.step.tensor.name: receipt for receipt in manifest.receipts}
     overwrite = overwrite or overwrite_changed
-
-    def check_place() -> None:
-        outputs = check_places_of_download([out], recipe_only=False, overwrite=overwrite)
-        require_unchanged(outputs, insists=overwrite_changed)
-
-    with open_original(
-        recorded, base, mmap=mmap, quiet=quiet, follow_links=follow_links, check_place=check_place
-    ) as source:
+    base = name_original(recorded, base)
+    check_before_download(base, [out], overwrite=overwrite, overwrite_changed=overwrite_changed)
+    with open_original(recorded, base, mmap=mmap, quiet=quiet, follow_links=follow_links) as source:
         files, found = match_files(manifest, source)
         _refuse([*found, *_missing_copies(manifest, source)], recorded, source)
         walk = Walk(open_device(device), threads or default_threads())

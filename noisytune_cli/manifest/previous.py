@@ -7,7 +7,7 @@ was noise. A file that merely has a manifest's name says nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,10 +34,6 @@ class Earlier:
     why: str
     files: frozenset[str] | None
     next_step: str = "Give the original checkpoint, or pass --again to add noise to this one"
-
-
-#: What may refuse a source for an earlier run.
-EarlierCheck = Callable[[Earlier], None]
 
 
 def begins_a_manifest(content: bytes) -> bool:

@@ -11,15 +11,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from chunked import save_chunked
-from hub_server import PLAIN, Hub, Repository, safetensors
+from hub_server import PLAIN, Hub, Repository, fetch, safetensors
 
-from noisytune_cli.checkpoint import hub as hub_module
 from noisytune_cli.checkpoint.checkpoint import open_checkpoint
+from noisytune_cli.checkpoint.hub import is_repo_id
 from noisytune_cli.checkpoint.hub_errors import mapped_errors
 from noisytune_cli.commands.average import average
 from noisytune_cli.commands.perturb import Request, perturb, plan_perturb
@@ -40,7 +39,7 @@ COMMIT = Repository({}).commit
 def fails(repo_id: str, revision: str | None = None) -> HubError:
     """Download and return the error, after checking that it is one line."""
     with pytest.raises(HubError) as caught:
-        hub_module.download(repo_id, revision)
+        fetch(repo_id, revision)
     assert "\n" not in str(caught.value)
     return caught.value
 
@@ -138,10 +137,10 @@ def test_modules_that_are_one_model_are_fetched_together(hub: Hub) -> None:
 
 def test_a_branch_is_resolved_and_a_commit_needs_no_resolving(hub: Hub) -> None:
     hub.repositories["plain"].branches = ("main", "refs/pr/1")
-    assert hub_module.download("plain", "refs/pr/1").commit == COMMIT
+    assert fetch("plain", "refs/pr/1").revision == COMMIT
     assert any(request.path.endswith("/revision/refs%2Fpr%2F1") for request in hub.requests)
     hub.requests.clear()
-    assert hub_module.download("plain", COMMIT).commit == COMMIT
+    assert fetch("plain", COMMIT).revision == COMMIT
     assert hub.requests == []
 
 
@@ -150,7 +149,7 @@ def test_the_token_is_sent(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "401" in str(fails("plain"))
     hub.requests.clear()
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    hub_module.download("plain")
+    fetch("plain")
     asked = [request for request in hub.requests if "plain" in request.path]
     assert asked
     assert {request.authorization for request in asked} == {"Bearer hf_secret"}
@@ -159,10 +158,10 @@ def test_the_token_is_sent(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_offline_after_a_download_gives_the_same_without_a_request(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    online = hub_module.download("plain")
+    online = fetch("plain")
     hub.requests.clear()
     offline(monkeypatch)
-    assert hub_module.download("plain") == online
+    assert fetch("plain") == online
     assert hub.requests == []
 
 
@@ -172,16 +171,16 @@ def test_offline_uses_a_cache_that_was_never_listed(hub: Hub, monkeypatch: pytes
     hf_hub_download("plain", "model.safetensors")
     hf_hub_download("owner/sharded", "model.safetensors.index.json")
     offline(monkeypatch)
-    assert hub_module.download("plain").listing.files == ("model.safetensors",)
+    assert fetch("plain").listing.files == ("model.safetensors",)
     assert "is not in the cache" in str(fails("owner/sharded"))
 
 
 def test_a_hub_out_of_reach_is_replaced_by_the_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    online = hub_module.download("owner/sharded")
+    online = fetch("owner/sharded")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert hub_module.download("owner/sharded") == online
+    assert fetch("owner/sharded") == online
 
 
 def test_offline_and_not_cached(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +197,7 @@ def test_the_cache_is_left_as_it_was(hub: Hub) -> None:
             for p in blobs.iterdir()
         }
 
-    root = hub_module.download("plain").root
+    root = fetch("plain").root
     before = state(root)
     with open_checkpoint("plain"):
         pass
@@ -238,13 +237,13 @@ def test_a_whole_answer_to_a_range_is_not_appended(hub: Hub, monkeypatch: pytest
 
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 16)
     hub.faults["model.safetensors"] = "cut once"
-    root = hub_module.download("plain").root
+    root = fetch("plain").root
     assert (root / "model.safetensors").read_bytes() == PLAIN["model.safetensors"]
     assert any(request.range for request in hub.requests)
 
 
 def test_a_truncated_blob_in_the_cache_is_refused(hub: Hub) -> None:
-    root = hub_module.download("plain").root
+    root = fetch("plain").root
     os.truncate(root / "model.safetensors", 20)
     message = str(fails("plain"))
     assert "damaged" in message
@@ -274,12 +273,14 @@ def test_a_repository_without_weights_is_refused_before_any_download(hub: Hub) -
     assert hub.fetched() == []
 
 
-def test_the_config_can_refuse_before_any_weights(hub: Hub) -> None:
-    def refuse(config: Any, path: str) -> None:
-        raise InputInvalid("quantised", path=path, why=config["model_type"], next_step="none")
-
-    with pytest.raises(InputInvalid, match=r"plain/config\.json: bert"):
-        open_checkpoint("plain", check_config=refuse)
+def test_the_config_can_refuse_before_any_weights(hub: Hub, tmp_path: Path) -> None:
+    hub.repositories["plain"].files["config.json"] = b'{"quantization_config": {"quant_method": "gptq"}}'
+    for command in (
+        lambda out: perturb(Request("plain", NoiseSpec()), out),
+        lambda out: average(["plain"] * 2, out),
+    ):
+        with pytest.raises(InputInvalid, match=r"plain/config\.json: .*GPTQ"):
+            command(str(tmp_path / "out"))
     assert hub.fetched() == ["config.json"]
 
 
@@ -327,7 +328,7 @@ def test_an_absent_shard_is_found_before_any_weights(hub: Hub) -> None:
     del hub.repositories["owner/sharded"].files["model-00002-of-00002.safetensors"]
     with pytest.raises(InputInvalid, match="absent"):
         open_checkpoint("owner/sharded")
-    assert hub.fetched() == ["config.json", "model.safetensors.index.json"]
+    assert hub.fetched() == ["model.safetensors.index.json"]
 
 
 def test_an_unsafe_name_is_refused(hub: Hub) -> None:
@@ -337,7 +338,7 @@ def test_an_unsafe_name_is_refused(hub: Hub) -> None:
 
 @pytest.mark.parametrize("text", ["bert-base-uncased", "owner/name", "a", "a_b/c.d-1"])
 def test_repo_ids(text: str) -> None:
-    assert hub_module.is_repo_id(text)
+    assert is_repo_id(text)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +359,7 @@ def test_repo_ids(text: str) -> None:
     ],
 )
 def test_what_is_no_repo_id_never_reaches_the_hub(hub: Hub, text: str) -> None:
-    assert not hub_module.is_repo_id(text)
+    assert not is_repo_id(text)
     with pytest.raises(NoisytuneError) as caught:
         open_checkpoint(text)
     assert isinstance(caught.value, InputUnreadable)
@@ -400,7 +401,10 @@ def test_an_id_as_others_write_it_is_explained(hub: Hub, text: str, meant: str |
 
 
 def test_the_environment_is_honoured_and_stderr_stays_empty(hub: Hub, tmp_path: Path) -> None:
-    code = "from noisytune_cli.checkpoint.hub import download; s = download('plain'); print(s.commit, s.root)"
+    code = (
+        "from noisytune_cli.checkpoint.find import find\n"
+        "found = find('plain'); found.fetch(); print(found.revision, found.root)"
+    )
     environment = {
         "PATH": os.environ["PATH"],
         "HF_ENDPOINT": hub.endpoint,
@@ -424,8 +428,8 @@ def test_the_environment_is_honoured_and_stderr_stays_empty(hub: Hub, tmp_path: 
 def test_a_signal_stops_a_download_that_stalls(hub: Hub, tmp_path: Path) -> None:
     hub.faults["model.safetensors"] = "stall"
     code = (
-        "import os\nfrom noisytune_cli.checkpoint.hub import download\n"
-        "try: download('plain')\nexcept KeyboardInterrupt: os._exit(130)"
+        "import os\nfrom noisytune_cli.checkpoint.find import find\n"
+        "try: find('plain').fetch()\nexcept KeyboardInterrupt: os._exit(130)"
     )
     environment = {"PATH": os.environ["PATH"], "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE) as child:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import PLAIN, SHARDED, Hub, Repository, serve
+from hub_server import PLAIN, SHARDED, Hub, Repository, fetch, serve
 
-from noisytune_cli.checkpoint import hub as hub_module
 from noisytune_cli.checkpoint import hub_answers
 from noisytune_cli.errors import HubError, UsageError
 
@@ -25,7 +24,7 @@ WEIGHTS = "model.safetensors"
 def fails(repo_id: str = "plain", revision: str | None = None) -> str:
     """Download and return the error's line, after checking that it is one and says 7."""
     with pytest.raises(HubError) as caught:
-        hub_module.download(repo_id, revision)
+        fetch(repo_id, revision)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 7
     return str(caught.value)
@@ -62,7 +61,7 @@ def test_every_file_is_of_the_commit_that_was_asked_for(hub: Hub, tmp_path: Path
 @pytest.mark.parametrize("etag", ['W/"0abc-12"', '"' + "f" * 128 + '"', "0X8DB_1"])
 def test_another_hubs_etags_are_as_good(hub: Hub, etag: str) -> None:
     hub.headers[WEIGHTS] = {"ETag": etag}
-    assert (hub_module.download("plain").root / WEIGHTS).read_bytes() == PLAIN[WEIGHTS]
+    assert (fetch("plain").root / WEIGHTS).read_bytes() == PLAIN[WEIGHTS]
 
 
 @pytest.mark.parametrize(
@@ -107,16 +106,16 @@ def test_what_is_no_list_of_files_is_not_kept(hub: Hub, answer: object) -> None:
     fails()
     hub.answers.clear()
     if answer != [entry("a"), entry("a/b/c")]:
-        assert (hub_module.download("plain").root / WEIGHTS).read_bytes() == PLAIN[WEIGHTS]
+        assert (fetch("plain").root / WEIGHTS).read_bytes() == PLAIN[WEIGHTS]
 
 
 def test_a_list_in_the_cache_is_looked_at_too(hub: Hub, tmp_path: Path) -> None:
-    hub_module.download("plain")
+    fetch("plain")
     [kept] = tmp_path.glob("cache/*/trees/*.json")
     listed = json.loads(kept.read_text())
     listed["files"][WEIGHTS]["size"] = "12"
     kept.write_text(json.dumps(listed))
-    code = "from noisytune_cli.checkpoint.hub import download; download('plain')"
+    code = "from noisytune_cli.checkpoint.find import find; find('plain').fetch()"
     environment = {
         "PATH": os.environ["PATH"],
         "HF_ENDPOINT": hub.endpoint,
@@ -148,7 +147,7 @@ def test_names_are_not_compared_with_one_another(hub: Hub, monkeypatch: pytest.M
         return download(*args, **options)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", watched)
-    hub_module.download("plain")
+    fetch("plain")
     assert patterns == []
 
 
@@ -228,7 +227,7 @@ def test_other_bytes_of_the_same_length_are_not_kept(hub: Hub, tmp_path: Path, t
     assert "another digest" in fails()
     assert wrong not in [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
     hub.sent.clear()
-    assert (hub_module.download("plain").root / WEIGHTS).read_bytes() == right
+    assert (fetch("plain").root / WEIGHTS).read_bytes() == right
 
 
 def test_what_nobody_looked_at_is_not_taken_for_good(hub: Hub) -> None:
@@ -239,7 +238,7 @@ def test_what_nobody_looked_at_is_not_taken_for_good(hub: Hub) -> None:
     hub.sent.clear()
     hub.faults.clear()
     assert "another digest" in fails("owner/sharded")
-    assert (hub_module.download("owner/sharded").root / first).read_bytes() == SHARDED[first]
+    assert (fetch("owner/sharded").root / first).read_bytes() == SHARDED[first]
 
 
 @pytest.mark.parametrize(
@@ -275,7 +274,7 @@ def test_what_the_user_set_wrongly_is_said_so(tmp_path: Path, variable: str, val
 
 
 def test_what_needs_no_hub_needs_no_proxy(hub: Hub, tmp_path: Path) -> None:
-    hub_module.download("plain")
+    fetch("plain")
     environment = {"PATH": os.environ["PATH"], "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     environment |= {"ALL_PROXY": "socks5://127.0.0.1:9", "HF_ENDPOINT": "nonsense\n"}
     command = [sys.executable, "-m", "noisytune_cli", "inspect", "plain"]
@@ -285,11 +284,11 @@ def test_what_needs_no_hub_needs_no_proxy(hub: Hub, tmp_path: Path) -> None:
 def test_others_clients_are_as_they_were(hub: Hub) -> None:
     from huggingface_hub import get_session
 
-    hub_module.download("plain")
+    fetch("plain")
     session = get_session()
     hub.answers["tree"] = gzip.compress(b"[1]")
     hub.headers["tree"] = {"Content-Encoding": "gzip"}
     assert session.get(f"{hub.endpoint}/api/models/plain/tree/main").json() == [1]
     hub.answers.clear()
-    hub_module.download("owner/sharded")
+    fetch("owner/sharded")
     assert get_session() is session

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+from noisytune_cli.checkpoint.find import Found, find
+
 
 def safetensors(**tensors: list[float]) -> bytes:
     """A safetensors file of F32 vectors."""
@@ -52,6 +54,13 @@ SHARDED = {
     "model-00002-of-00002.safetensors": safetensors(b=[2.0]),
     "consolidated.safetensors": safetensors(a=[1.0], b=[2.0]),
 }
+
+
+def fetch(source: str, revision: str | None = None) -> Found:
+    """Look at a checkpoint on the hub, and bring what it needs into the cache."""
+    found = find(source, revision=revision)
+    found.fetch()
+    return found
 
 
 @dataclass

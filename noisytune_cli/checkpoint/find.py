@@ -1,0 +1,285 @@
+"""From what the user typed to what is there: names, the weights among them, config, what an earlier run left.
+
+What begins with `.`, `/` or `~`, or exists, is local and never reaches the hub. Both ways end in the same
+place: a folder, the names in it, and the rules of `checkpoint/weights.py` and `checkpoint/layout.py`. Looking
+fetches small files only; what a command has to ask, it asks of what was found, before that is fetched and
+opened.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from noisytune_cli.checkpoint.composition import (
+    COMPOSED_BY,
+    choose_components,
+    choose_inside,
+    find_composition,
+    judge_of,
+)
+from noisytune_cli.checkpoint.config import CONFIG, look_at_config, read_config
+from noisytune_cli.checkpoint.folder import list_folder
+from noisytune_cli.checkpoint.hub import Repository, is_repo_id
+from noisytune_cli.checkpoint.ids import no_source
+from noisytune_cli.checkpoint.index import ShardIndex, read_index
+from noisytune_cli.checkpoint.layout import (
+    CHUNKS_SUFFIX,
+    METADATA,
+    Listing,
+    arrange,
+    index_suffix,
+    manifests,
+)
+from noisytune_cli.checkpoint.weights import Choice, choose
+from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
+from noisytune_cli.escape import escape
+from noisytune_cli.manifest.previous import NAMESAKE, Earlier, of_file, of_folder
+from noisytune_cli.manifest.write import MAX_BYTES
+from noisytune_cli.reading import SNAPSHOT, Reach, reach_of
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that was looked at and not yet opened.
+
+    `id` is a plain name or hub id, never a path of this machine; `revision` the hub's commit. `choices` are
+    the weights, several where it `is_composed` of components. `listing` is None where SOURCE is a file, and
+    `repository` where it is local. `config` is the model's own, at `config_path` for an error to name;
+    `earlier` is what a manifest that lies with the weights says of them, and `namesakes` only look like one.
+    `reach` bounds where links may lead.
+    """
+
+    id: str
+    revision: str | None
+    root: Path
+    listing: Listing | None
+    choices: tuple[Choice, ...]
+    is_composed: bool
+    config: Mapping[str, Any] | None
+    config_path: str
+    warnings: tuple[str, ...]
+    earlier: Earlier | None
+    namesakes: frozenset[str] = frozenset()
+    reach: Reach | None = None
+    repository: Repository | None = field(default=None, compare=False)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of the files that the weights lie in, as far as names and index tell."""
+        return tuple(file for choice in self.choices for file in _files_of(choice, self.listing))
+
+    def fetch(self) -> None:
+        """Bring the weights, and the files that come along with them, to `root`, unless they are there."""
+        if self.repository is None or self.listing is None:
+            return
+        files = list(self.files)
+        parts = {posixpath.dirname(c.name): arrange(self.listing, c.name, files) for c in self.choices}
+        judge = judge_of(list(parts))
+        for home, part in parts.items():
+            needed = (*part.others, *(part.weights.keys() - part.twins))
+            files += (name for name in needed if judge(name) == home and name not in files)
+        self.repository.fetch(files)
+
+
+def comes_from_hub(source: str) -> bool:
+    """Tell whether SOURCE is a hub id; InputUnreadable where it is neither that nor anything here."""
+    if source.startswith((".", "/", "~")) or os.path.lexists(source):
+        return False
+    if not is_repo_id(source):
+        raise no_source(source)
+    return True
+
+
+def find(
+    source: str,
+    *,
+    weights: str | None = None,
+    components: Sequence[str] = (),
+    revision: str | None = None,
+    quiet: bool = False,
+    follow_links: bool = False,
+) -> Found:
+    """Look at SOURCE: a weight file, a checkpoint's folder, or a hub id.
+
+    `weights`, `components` and `revision` are what the options say; `quiet` hides the progress of downloads,
+    and with `follow_links` a folder may consist of links that lead out of it. Raises HubError for the hub and
+    the network, InputInvalid where there are no weights or no telling which, UsageError for the options.
+    """
+    if comes_from_hub(source):
+        hub = Repository(source, revision, quiet)
+        reach = None if follow_links else reach_of(hub.root)
+        place = _Place(source, hub.commit, hub.root, hub.listing, source, reach, hub)
+        return _find_in_folder(place, weights, components)
+    if revision is not None:
+        raise UsageError(
+            "--revision cannot be used",
+            path=source,
+            why="it is for hub ids, and this is a local path",
+            next_step="Leave --revision out, or give a hub id",
+        )
+    path = Path(os.path.expanduser(source))
+    try:
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+    except (OSError, ValueError) as error:  # ValueError: a NUL, which no path has
+        raise unreadable(error if isinstance(error, OSError) else OSError(str(error)), source) from error
+    name, commit = _identify(path, is_folder)
+    if is_folder:
+        reach = None if follow_links else reach_of(path)
+        place = _Place(name, commit, path, list_folder(path), os.fspath(path), reach, None)
+        return _find_in_folder(place, weights, components)
+    if weights is not None or components:
+        option, what = ("--component", "models") if components else ("--weights", "a file")
+        raise UsageError(
+            f"{option} cannot be used",
+            path=source,
+            why=f"it chooses {what} in a folder, and SOURCE is a file",
+            next_step=f"Leave {option} out, or give the folder",
+        )
+    return _find_file(path, name, commit)
+
+
+def printable(name: str) -> str:
+    """Return a file's name as UTF-8 can hold it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return escape(name, None)
+    return name
+
+
+def _identify(path: Path, is_folder: bool) -> tuple[str, str | None]:
+    """Return the checkpoint's id and commit: the hub's for a path into its cache, else the plain name."""
+    absolute = Path(os.path.abspath(path))
+    folder = absolute if is_folder else absolute.parent
+    for candidate in (os.fspath(folder), os.path.realpath(folder)):
+        if found := SNAPSHOT.match(candidate):
+            return found["id"].replace("--", "/"), found["commit"]
+    return printable(absolute.name or "checkpoint"), None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A folder, here or on the hub, and what errors call it."""
+
+    id: str
+    revision: str | None
+    root: Path
+    listing: Listing
+    where: str
+    reach: Reach | None
+    repository: Repository | None
+
+    def fetch(self, names: Sequence[str]) -> None:
+        """Bring small files to `root`."""
+        if self.repository is not None:
+            self.repository.fetch(names)
+
+    def read_index(self, name: str) -> ShardIndex:
+        """Read an index, whose shards can be had."""
+        self.fetch([name])
+        index = read_index(self.root, name, self.reach)
+        if self.repository is not None:
+            self.repository.require(index.shards)
+        return index
+
+
+def _find_in_folder(place: _Place, weights: str | None, components: Sequence[str]) -> Found:
+    root, listing, where = place.root, place.listing, place.where
+    folders: tuple[str, ...] = ()
+    if weights is not None and components:
+        raise UsageError(
+            "--weights and --component",
+            path=where,
+            why="one takes a file as a model of its own, the other a folder's models together",
+            next_step="Leave one of them out",
+        )
+    if weights is None:
+        place.fetch([name for name in COMPOSED_BY if name in listing.files])
+        composition = find_composition(root, listing, place.reach)
+        folders = choose_components(composition, components, where)
+    if folders:
+        choices = tuple(choose_inside(listing, folder, where, place.read_index) for folder in folders)
+    else:
+        choices = (choose(listing, weights, where, place.read_index),)
+
+    config_name = posixpath.join("" if folders else posixpath.dirname(choices[0].name), CONFIG)
+    place.fetch([config_name] if config_name in listing.files else [])
+    config, useless = look_at_config(root / config_name, place.reach)
+
+    # A manifest is not copied, but says what was done to the weights. What is too long for one is none.
+    left, repository = manifests(listing), place.repository
+    if repository is not None:
+        left = [name for name in left if repository.size(name) <= MAX_BYTES]
+        repository.fetch(left)
+    files = [file for choice in choices for file in _files_of(choice, listing)]
+    earlier, namesakes = of_folder(root, left, files)
+    namesakes |= set(manifests(listing)).difference(left)
+    warnings = [] if useless is None else [useless]
+    return Found(
+        id=place.id,
+        revision=place.revision,
+        root=root,
+        listing=listing,
+        choices=choices,
+        is_composed=bool(folders),
+        config=config,
+        config_path=posixpath.join(where, config_name),
+        warnings=(*warnings, *(f"{escape(name)} is left out: {NAMESAKE}" for name in sorted(namesakes))),
+        earlier=earlier,
+        namesakes=namesakes,
+        reach=place.reach,
+        repository=repository,
+    )
+
+
+def _files_of(choice: Choice, listing: Listing | None) -> tuple[str, ...]:
+    if choice.index is not None:
+        return tuple(choice.index.shards)
+    if posixpath.basename(choice.name) != METADATA or listing is None:
+        return (choice.name,)
+    home = posixpath.dirname(choice.name)
+    chunks = (name for name in listing.files if name.endswith(CHUNKS_SUFFIX))
+    return (choice.name, *(name for name in chunks if posixpath.dirname(name) == home))
+
+
+def _find_file(path: Path, name: str, commit: str | None) -> Found:
+    if index_suffix(path.name) is not None:
+        raise InputInvalid(
+            "cannot read the checkpoint",
+            path=path,
+            why="this is an index, the weights are in its shards",
+            next_step=f"Give the folder, with --weights {path.name} if it has other weights too",
+        )
+    if path.name == METADATA or path.name.endswith(CHUNKS_SUFFIX):
+        raise InputInvalid(
+            "cannot read the checkpoint",
+            path=path,
+            why="it is one file of a torch.distributed.checkpoint, whose weights are in all of them",
+            next_step="Give the folder",
+        )
+    warnings: list[str] = []
+    config_path = path.parent / CONFIG
+    try:
+        config = read_config(config_path)
+    except (InputInvalid, InputUnreadable) as error:
+        # What merely lies beside the file is no part of SOURCE: it can help, but not hinder.
+        config = None
+        warnings.append(f"not used: {error.line()}")
+    return Found(
+        id=name,
+        revision=commit,
+        root=path.parent,
+        listing=None,
+        choices=(Choice(path.name, None),),
+        is_composed=False,
+        config=config,
+        config_path=os.fspath(config_path),
+        warnings=tuple(warnings),
+        earlier=of_file(path),
+    )
