@@ -1,8 +1,9 @@
-"""Runs stopped at random moments: by SIGKILL, and by the signals that ask.
+"""Runs stopped at random moments, by SIGKILL and by the signals that ask; and runs with short transfers.
 
 A killed run leaves the old state or the new one and at most one left-over, and the next run repairs that.
 SIGINT, SIGTERM and SIGHUP end a run within two seconds with 130, 143 or 129 and leave nothing; a second one
-during the clean-up changes none of it. A signal that comes after the last step finds exit 0.
+during the clean-up changes none of it. A signal that comes after the last step finds exit 0. A read or a
+write that moves less than it was asked to is no fault at all: the run goes on from there.
 """
 
 from __future__ import annotations
@@ -64,6 +65,16 @@ def kill(scenario: Scenario, expected: Expected, warm: Warm, delay: float) -> tu
     killed = [Call(run.pid, "kill", 1, str(scenario.place))] if hit else []
     found = breaches(scenario, expected, Fault("kill", 1, "KILL"), ended, killed)
     return hit, found or breaches_after_rerun(scenario, expected, warm)
+
+
+def shorten(scenario: Scenario, expected: Expected, warm: Warm, seed: int) -> tuple[bool, list[str]]:
+    """Let half of a run's transfers move less than asked; return whether any did, and the breaches."""
+    scenario.reset()
+    run = warm.hold(scenario.argv, short=seed)
+    run.release()
+    ended = run.wait()
+    hit = int(warm.shortened.read_text()) > 0
+    return hit, breaches(scenario, expected, Fault("transfer", 1, "SHORT"), ended, [])
 
 
 def ask(scenario: Scenario, expected: Expected, warm: Warm, stop: Stop) -> tuple[bool, list[str]]:

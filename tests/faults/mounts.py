@@ -45,6 +45,17 @@ def read_only(folder: Path) -> Iterator[Path]:
         _run("umount", str(folder))
 
 
+@contextmanager
+def mirror(folder: Path, at: Path) -> Iterator[Path]:
+    """Show a folder at a second place, through a file system of its own, which no lock crosses."""
+    at.mkdir()
+    _run("bindfs", str(folder), str(at))
+    try:
+        yield at
+    finally:
+        _run("umount", str(at))
+
+
 class Device:
     """A disk in a file with an ext4 on it, which is mounted between `mount` and `unmount`."""
 

@@ -1,4 +1,4 @@
-"""The full run: every fault on every call of every scenario, thousands of kills, hundreds of signals.
+"""The full run: every fault on every call of every scenario; kills, signals, short transfers by the hundred.
 
     python tests/faults/run.py --budget 900
 
@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import faults
@@ -33,7 +33,11 @@ from warm import Warm
 # For the scenarios' inputs, as pytest has it.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "inputs"))
 
-_KILLS, _STOPS, _FIRST_FAULTS = 2600, 800, 6000
+_KILLS, _STOPS, _SHORT, _FIRST_FAULTS = 2600, 800, 800, 6000
+
+
+#: Of every other run that is not traced: what strace counts is told in one thread alone.
+_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class Worker:
         count = len(self._scenarios)
         stopped = [Task(n % count, "kill", number=n) for n in range(_KILLS)]
         stopped += [Task(n % count, "signal", number=n) for n in range(_STOPS)]
+        stopped += [Task(n % count, "short transfer", number=n) for n in range(_SHORT)]
         first = injected[:_FIRST_FAULTS] + stopped
         choose.shuffle(first)
         mine, workers = self._share
@@ -109,10 +114,16 @@ class Worker:
             what += " without renameat2" * bool(task.always)
             outcome = asdict(result) | {"what": f"{what}: {task.fault}", "hit": result.injected > 0}
             return {name: outcome[name] for name in ("what", "hit", "code", "breaches")}
+        if choose.random() < 0.5:
+            scenario = replace(scenario, threads=_THREADS)
+            what += f" in {_THREADS} threads"
         if task.kind == "kill":
             delay = choose.uniform(0, seconds)
             hit, found = kills.kill(scenario, expected, warm, delay)
             what = f"{what}: killed after {delay * 1e3:.1f} ms"
+        elif task.kind == "short transfer":
+            hit, found = kills.shorten(scenario, expected, warm, task.number)
+            what = f"{what}: short transfers of seed {task.number}"
         else:
             stop = kills.random_stop(choose, seconds)
             hit, found = kills.ask(scenario, expected, warm, stop)
@@ -174,8 +185,8 @@ def _report(journal: Path, seconds: float, broken: int) -> int:
         print(f"{record['what']} (exit {record.get('code', '?')}): {record['breaches']}")
     print(f"{platform.system()} {platform.release()}, Python {platform.python_version()}, {seconds:.0f} s")
     print(f"journal: {journal}")
-    for kind in ("fault", "kill", "signal"):
-        print(f"{kind:>8}s: {tried[kind]:6} tried, {hit[kind]:6} hit a running process")
+    for kind in ("fault", "kill", "signal", "short transfer"):
+        print(f"{kind:>14}s: {tried[kind]:6} tried, {hit[kind]:6} hit a running process")
     print(f"{len(failed)} of {len(records)} broke a promise" + f"; {broken} workers failed" * bool(broken))
     return 1 if failed or broken else 0
 

@@ -48,13 +48,15 @@ class Scenario:
     piecewise: bool
     #: The verb and what it is given before the output.
     verb: tuple[str, ...] = ()
+    #: One, where every run is to make the same system calls in the same order.
+    threads: int = 1
 
     @property
     def argv(self) -> list[str]:
-        """The command line; one thread, so that every run makes the same system calls in the same order."""
+        """The command line."""
         out = str(self.place / self.out)
         verb = self.verb or ("perturb", str(self.source))
-        return [*verb, "-o", out, "-q", "--threads", "1", *self.options]
+        return [*verb, "-o", out, "-q", "--threads", str(self.threads), *self.options]
 
     def reset(self) -> None:
         """Make the place as it is before a run."""

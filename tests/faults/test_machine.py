@@ -157,6 +157,31 @@ def test_an_input_that_changes_while_it_is_read(
     assert nothing_but(place)
 
 
+def test_a_live_run_is_left_alone_through_another_mount(
+    all_scenarios: dict[str, Scenario], warm: Warm, log: Path, tmp_path: Path
+) -> None:
+    source, place = all_scenarios["folder"].source, tmp_path / "place"
+    place.mkdir()
+    try:
+        with mounts.mirror(place, tmp_path / "mirror") as mirror:
+            run = warm.hold(["perturb", str(source), "-o", str(place / "out"), "-q", "--threads", "1"])
+            tracer = strace.attach(run, log, ["trace=pwrite64", "inject=pwrite64:delay_exit=3000000:when=1"])
+            run.release()
+            while not (stages := list(place.glob(".noisytune-*"))):
+                assert not warm.has_answer(0.002), run.wait().stderr
+            code, said = finish(start(["perturb", str(source), "-o", str(mirror / "out"), "-q"]))
+            assert code == 5
+            assert stages[0].name in said
+            assert "was made through another mount" in said
+            ended = run.wait()
+            tracer.communicate()
+            assert ended.code == 0, ended.stderr
+            assert nothing_but(place, "out")
+            assert (place / "out" / "noisytune.json").stat().st_size
+    except mounts.Unavailable as why:
+        pytest.skip(str(why))
+
+
 def test_exit_0_survives_a_power_cut(
     scenario: Scenario, expected: Expected, warm: Warm, tmp_path: Path
 ) -> None:

@@ -1,9 +1,10 @@
-"""Kills and signals at random moments, small enough for every run of the tests."""
+"""Kills and signals at random moments, and short transfers, small enough for every run of the tests."""
 
 from __future__ import annotations
 
 import random
 import signal
+from dataclasses import replace
 
 import kills
 from scenarios import Expected, Scenario
@@ -29,3 +30,9 @@ def test_a_second_signal_in_the_clean_up(scenario: Scenario, expected: Expected,
     for pause in (0, 0.0005, 0.001, 0.002):
         stop = kills.Stop(((half, signal.SIGINT), (pause, signal.SIGINT)))
         assert kills.ask(scenario, expected, warm, stop)[1] == [], str(stop)
+
+
+def test_short_transfers(scenario: Scenario, expected: Expected, warm: Warm) -> None:
+    for seed in range(6):
+        tried = replace(scenario, threads=1 + seed % 2 * 3)
+        assert kills.shorten(tried, expected, warm, seed) == (True, []), f"seed {seed}"

@@ -68,6 +68,7 @@ class Warm:
     def __init__(self, folder: Path, warm_up: Sequence[Sequence[str]]) -> None:
         """Prepare a server that runs each of `warm_up` once before it is ready."""
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
+        self.shortened = folder / "shortened"
         self._warm_up = [list(argv) for argv in warm_up]
 
     def __enter__(self) -> Warm:
@@ -89,9 +90,18 @@ class Warm:
         self._process.wait()
         self._process.stdout.close()
 
-    def hold(self, argv: Sequence[str]) -> Run:
-        """Fork a run of `noisytune ARGV` that waits to be released."""
-        request = {"argv": list(argv), "stdout": str(self.stdout), "stderr": str(self.stderr)}
+    def hold(self, argv: Sequence[str], short: int | None = None) -> Run:
+        """Fork a run of `noisytune ARGV` that waits to be released.
+
+        With a seed `short` its transfers move less than they are asked to; how many did is in `shortened`.
+        """
+        request = {
+            "argv": list(argv),
+            "stdout": str(self.stdout),
+            "stderr": str(self.stderr),
+            "short": short,
+            "shortened": str(self.shortened),
+        }
         self.say(json.dumps(request))
         return Run(self, int(self.hear()))
 

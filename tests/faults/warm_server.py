@@ -16,9 +16,11 @@ import gc
 import importlib
 import json
 import os
+import random
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from noisytune_cli.__main__ import main
@@ -86,6 +88,7 @@ def _run_child(request: dict[str, Any], gate: int) -> NoReturn:
         os.dup2(opened, fd)
         os.close(opened)
     sys.argv = ["noisytune", *request["argv"]]
+    count = (lambda: 0) if request["short"] is None else shorten_transfers(request["short"])
     # readv, because reads are counted: this one may begin before the tracer looks, or after.
     if not os.readv(gate, [bytearray(1)]):
         os._exit(0)  # the server ended: nobody waits for this run any more
@@ -104,7 +107,46 @@ def _run_child(request: dict[str, Any], gate: int) -> NoReturn:
         sys.stderr.flush()
     except OSError:
         code = 120  # as the interpreter ends when it cannot flush
+    if request["short"] is not None:
+        with open(request["shortened"], "w") as file:
+            file.write(str(count()))
     os._exit(code)
+
+
+def shorten_transfers(seed: int) -> Callable[[], int]:
+    """Let half of this process's transfers move a part of what they are asked to; return what counts them.
+
+    POSIX allows that of every read and write; signals, network file systems and full disks do it.
+    """
+    choose = random.Random(seed)
+    shortened = 0
+
+    def part(length: int) -> int:
+        nonlocal shortened
+        if length < 2 or choose.random() < 0.5:
+            return length
+        shortened += 1
+        return choose.randrange(1, length)
+
+    read, pread, preadv, write, pwrite = os.read, os.pread, os.preadv, os.write, os.pwrite
+
+    def short_preadv(fd: int, buffers: list[Any], offset: int, flags: int = 0) -> int:
+        (buffer,) = buffers
+        view = memoryview(buffer).cast("B")
+        return preadv(fd, [view[: part(len(view))]], offset, flags)
+
+    def short_write(fd: int, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        return write(fd, view[: part(len(view))])
+
+    def short_pwrite(fd: int, data: Any, offset: int) -> int:
+        view = memoryview(data).cast("B")
+        return pwrite(fd, view[: part(len(view))], offset)
+
+    os.read = lambda fd, length: read(fd, part(length))
+    os.pread = lambda fd, length, offset: pread(fd, part(length), offset)
+    os.preadv, os.write, os.pwrite = short_preadv, short_write, short_pwrite
+    return lambda: shortened
 
 
 def _say(line: str) -> None:
