@@ -33,7 +33,7 @@ from noisytune_cli.checkpoint.twins import sort_weights
 from noisytune_cli.checkpoint.weights import Choice
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import escape
-from noisytune_cli.manifest.previous import NAMESAKE, Earlier
+from noisytune_cli.manifest.previous import NAMESAKE, PreviousRun
 from noisytune_cli.reading import Reach, changed, fingerprint, open_regular
 from noisytune_cli.records import Declared, TensorSpec
 
@@ -47,9 +47,9 @@ class Checkpoint:
 
     `id` is a plain name or hub id, never a path of this machine; `revision` the hub's commit. `sources` are
     in the order of their names; `others` are to be copied (the index among them), `left_out` are not, each
-    with its reason. File names are relative to `root`, with `/`. `earlier` is what a manifest that lies with
-    the weights says of them; `reach` bounds where links may lead, and `seen` has what `others` were when all
-    was opened.
+    with its reason. File names are relative to `root`, with `/`. `previous_run` is what a manifest that lies
+    with the weights says of them; `reach` bounds where links may lead, and `seen` has what `others` were when
+    all was opened.
     """
 
     id: str
@@ -62,7 +62,7 @@ class Checkpoint:
     others: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...]
-    earlier: Earlier | None
+    previous_run: PreviousRun | None
     reach: Reach | None = None
     seen: Mapping[str, os.stat_result] = field(default_factory=dict)
 
@@ -219,7 +219,7 @@ def _checkpoint(
         others=others,
         left_out=left_out,
         warnings=(*found.warnings, *warnings),
-        earlier=found.earlier,
+        previous_run=found.previous_run,
         reach=found.reach,
         seen=seen or {},
     )

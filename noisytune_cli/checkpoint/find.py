@@ -39,7 +39,7 @@ from noisytune_cli.checkpoint.layout import (
 from noisytune_cli.checkpoint.weights import Choice, choose
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
 from noisytune_cli.escape import escape
-from noisytune_cli.manifest.previous import NAMESAKE, Earlier, of_file, of_folder
+from noisytune_cli.manifest.previous import NAMESAKE, PreviousRun, of_file, of_folder
 from noisytune_cli.manifest.write import MAX_BYTES
 from noisytune_cli.reading import SNAPSHOT, Reach, reach_of
 
@@ -51,8 +51,8 @@ class Found:
     `id` is a plain name or hub id, never a path of this machine; `revision` the hub's commit. `choices` are
     the weights, several where it `is_composed` of components. `listing` is None where SOURCE is a file, and
     `repository` where it is local. `config` is the model's own, at `config_path` for an error to name;
-    `earlier` is what a manifest that lies with the weights says of them, and `namesakes` only look like one.
-    `reach` bounds where links may lead.
+    `previous_run` is what a manifest that lies with the weights says of them, and `namesakes` only look like
+    one. `reach` bounds where links may lead.
     """
 
     id: str
@@ -64,7 +64,7 @@ class Found:
     config: Mapping[str, Any] | None
     config_path: str
     warnings: tuple[str, ...]
-    earlier: Earlier | None
+    previous_run: PreviousRun | None
     namesakes: frozenset[str] = frozenset()
     reach: Reach | None = None
     repository: Repository | None = field(default=None, compare=False)
@@ -231,7 +231,7 @@ def _find_in_folder(place: _Place, weights: str | None, components: Sequence[str
         config=config,
         config_path=posixpath.join(where, config_name),
         warnings=(*warnings, *(f"{escape(name)} is left out: {NAMESAKE}" for name in sorted(namesakes))),
-        earlier=earlier,
+        previous_run=earlier,
         namesakes=namesakes,
         reach=place.reach,
         repository=repository,
@@ -281,5 +281,5 @@ def _find_file(path: Path, name: str, commit: str | None) -> Found:
         config=config,
         config_path=os.fspath(config_path),
         warnings=tuple(warnings),
-        earlier=of_file(path),
+        previous_run=of_file(path),
     )

@@ -22,7 +22,7 @@ from noisytune_cli.manifest.read import RecordedManifest
 from noisytune_cli.records import Manifest, TensorSpec
 
 
-def name_original(recorded: RecordedManifest, base: str | None) -> str:
+def name_base(recorded: RecordedManifest, base: str | None) -> str:
     """Return `base`, or for None the hub id that the manifest records; UsageError if there is none."""
     source = recorded.manifest.source
     if base is not None:
@@ -46,7 +46,7 @@ def _is_at_hub(recorded: RecordedManifest) -> bool:
     return source.revision is not None and hub.is_repo_id(source.id) and not os.path.lexists(source.id)
 
 
-def open_original(
+def open_base(
     recorded: RecordedManifest,
     base: str,
     *,

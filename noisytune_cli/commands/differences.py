@@ -2,7 +2,7 @@
 
 Base and output have the same header, so one comparison serves both: is this weight file, as far as its
 header tells, the one that the manifest records? What tensors hold is a matter of digests. A manifest records
-tensors as the base has them; `as_produced` makes of it what the output's files, which may have other names,
+tensors as the base has them; `as_written` makes of it what the output's files, which may have other names,
 dtypes and headers, are compared with.
 """
 
@@ -106,7 +106,7 @@ def mismatch(
     return Mismatch(what, path=path, tensor=first.tensor, why=why, next_step=next_step)
 
 
-def as_produced(manifest: Manifest, files: Mapping[str, Source]) -> tuple[Manifest, list[Difference]]:
+def as_written(manifest: Manifest, files: Mapping[str, Source]) -> tuple[Manifest, list[Difference]]:
     """Return the manifest as it reads for the output, and what contradicts itself in that.
 
     `files` are the output's weight files, by recorded name, as far as they could be opened. A name that one

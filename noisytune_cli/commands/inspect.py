@@ -203,7 +203,7 @@ def _refusal(checkpoint: Checkpoint, path: str) -> str | None:
 
 
 def _noised_before(checkpoint: Checkpoint) -> str | None:
-    if (earlier := checkpoint.earlier) is None:
+    if (earlier := checkpoint.previous_run) is None:
         return None
     return f"{earlier.what}: {escape(earlier.why, 500)}; perturb needs --again to add noise to it"
 

@@ -18,7 +18,7 @@ from noisytune_cli.checkpoint.dequantize import check_config, dequantize
 from noisytune_cli.checkpoint.find import find
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.commands.replaced import check_before_download, require_unchanged
-from noisytune_cli.commands.write import fill, record_source
+from noisytune_cli.commands.write import record_source, write_tensors
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
 from noisytune_cli.errors import InputInvalid, UsageError
@@ -193,7 +193,7 @@ def perturb_each(
             if request.strict:
                 refuse_doubts(together(plans), request.source)
             files = _lay_out(source, plans, request.conversion)  # a buffer keeps its dtype
-            receipts = fill(walk, plans, source, filled, progress, files)
+            receipts = write_tensors(walk, plans, source, filled, progress, files)
             for plan, done in zip(plans, receipts, strict=True):
                 check_outcomes(plan.noise, ((r.action, r.reason) for r in done), path=request.source)
             copied, converted = _write_beside(source, request.conversion, files, filled)
@@ -288,8 +288,8 @@ def _open(
         quiet=request.quiet,
         follow_links=request.follow_links,
     )
-    if found.earlier is not None and not request.again:
-        earlier = found.earlier
+    if found.previous_run is not None and not request.again:
+        earlier = found.previous_run
         raise InputInvalid(earlier.what, path=request.source, why=earlier.why, next_step=earlier.next_step)
     dequantizes = request.conversion is not None and request.conversion.dequantized is not None
     if found.repository is not None:

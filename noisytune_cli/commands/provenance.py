@@ -22,7 +22,7 @@ class Provenance:
 
 def provenance_of(checkpoint: Checkpoint) -> Provenance | None:
     """Return what the manifest that lies with a checkpoint's weights says, None without one to be read."""
-    if checkpoint.earlier is None:
+    if checkpoint.previous_run is None:
         return None
     try:
         recorded = read_any_manifest(manifest_of(str(checkpoint.path)))

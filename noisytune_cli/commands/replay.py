@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
-from noisytune_cli.commands.base import match_files, name_original, not_the_base, open_original
+from noisytune_cli.commands.base import match_files, name_base, not_the_base, open_base
 from noisytune_cli.commands.differences import Difference, compare_receipts, recorded_steps
 from noisytune_cli.commands.replaced import check_before_download, require_unchanged
-from noisytune_cli.commands.write import fill
+from noisytune_cli.commands.write import write_tensors
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
 from noisytune_cli.manifest.locate import manifest_of
@@ -65,9 +65,9 @@ def replay(
     manifest = recorded.manifest
     receipts = {receipt.step.tensor.name: receipt for receipt in manifest.receipts}
     overwrite = overwrite or overwrite_changed
-    base = name_original(recorded, base)
+    base = name_base(recorded, base)
     check_before_download(base, [out], overwrite=overwrite, overwrite_changed=overwrite_changed)
-    with open_original(recorded, base, mmap=mmap, quiet=quiet, follow_links=follow_links) as source:
+    with open_base(recorded, base, mmap=mmap, quiet=quiet, follow_links=follow_links) as source:
         files, found = match_files(manifest, source)
         _refuse([*found, *_missing_copies(manifest, source)], recorded, source)
         walk = Walk(open_device(device), threads or default_threads())
@@ -89,7 +89,7 @@ def replay(
             if manifest.output is not None:
                 found += _write_anew(manifest.output, source, rewritten, publication)
             _refuse(found, recorded, source)
-            (done,) = fill(walk, [plan], source, [publication], progress, rewritten, receipts)
+            (done,) = write_tensors(walk, [plan], source, [publication], progress, rewritten, receipts)
             _refuse(compare_receipts(receipts, done), recorded, source)
             path = publication.publish(recorded.content)
             return Replayed(output, path, manifest, publication.cleared, publication.warnings)

@@ -24,8 +24,8 @@ from noisytune_cli.checkpoint.folder import list_folder
 from noisytune_cli.checkpoint.formats import Nowhere, Source, open_source
 from noisytune_cli.checkpoint.index import read_index
 from noisytune_cli.checkpoint.layout import index_suffix, is_weights
-from noisytune_cli.commands.base import compare_files, match_files, open_original, prefixes_of
-from noisytune_cli.commands.differences import Difference, as_produced, compare_receipts, recorded_steps
+from noisytune_cli.commands.base import compare_files, match_files, open_base, prefixes_of
+from noisytune_cli.commands.differences import Difference, as_written, compare_receipts, recorded_steps
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Output, Walk
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
@@ -94,7 +94,7 @@ def verify(
     found = [] if recorded.is_original else [Difference(recorded.path.name, None, REFORMATTED)]
     with ExitStack() as opened:
         files, broken = _open_files(with_output_files(manifest), place, mmap, opened)
-        produced, contradictions = as_produced(manifest, files)
+        produced, contradictions = as_written(manifest, files)
         matched, headers = compare_files(produced, files)
         found += [*broken, *contradictions, *(d for d in headers if d.file in files)]
         found += _compare_streams(receipts, files, _aliases(files, place, manifest))
@@ -102,7 +102,7 @@ def verify(
         originals: dict[str, Source] = {}
         if base is not None:
             original = opened.enter_context(
-                open_original(recorded, base, mmap=mmap, quiet=quiet, follow_links=follow_links)
+                open_base(recorded, base, mmap=mmap, quiet=quiet, follow_links=follow_links)
             )
             originals, headers = match_files(manifest, original, "the base: ")
             found += headers

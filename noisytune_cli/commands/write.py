@@ -18,7 +18,7 @@ from noisytune_cli.output.publish import Publication
 from noisytune_cli.records import FileRecord, Plan, Receipt, SourceRecord
 
 
-def fill(
+def write_tensors(
     walk: Walk,
     plans: Sequence[Plan],
     source: Checkpoint,

@@ -23,7 +23,7 @@ _BEGINNING = re.compile(rb'\s*\{\s*"schema"\s*:[^{}]{,40}"tool"\s*:\s*\{\s*"name
 
 
 @dataclass(frozen=True)
-class Earlier:
+class PreviousRun:
     """A manifest that lies with the weights: `what` it makes of the source, `why`, and what to do about it.
 
     `why` may hold text from files, not yet escaped. `files` are the weight files that it records, None where
@@ -41,7 +41,7 @@ def begins_a_manifest(content: bytes) -> bool:
     return _BEGINNING.match(content) is not None
 
 
-def read_earlier(path: Path) -> Earlier | None:
+def read_previous(path: Path) -> PreviousRun | None:
     """Return what the file at `path` says of its source, or None where it is no manifest of noisytune."""
     # Most sources have no manifest, and should not wait for its readers to be imported.
     from noisytune_cli.manifest.average import RecordedAverage, read_any_manifest
@@ -55,38 +55,38 @@ def read_earlier(path: Path) -> Earlier | None:
     except InputInvalid:
         return None
     except InputUnreadable:
-        return Earlier("the source may have been noised before", f"{name} cannot be read", None)
+        return PreviousRun("the source may have been noised before", f"{name} cannot be read", None)
     try:
         recorded = read_any_manifest(path)
     except (InputInvalid, InputUnreadable) as error:
         why = f"its manifest {name} cannot be used ({error.why})"
-        return Earlier("the source may have been noised before", why, None)
+        return PreviousRun("the source may have been noised before", why, None)
     files = frozenset(file.name for file in with_output_files(recorded.manifest).source.files)
     if isinstance(recorded, RecordedAverage):
         members = list_some([source.id for _, source in recorded.average.members])
         why = f"its manifest {name} has the mean of {members}, and does not say whether these were noised"
-        return Earlier("the source is an average", why, files, "Pass --again to add noise to it")
+        return PreviousRun("the source is an average", why, files, "Pass --again to add noise to it")
     why = f"its manifest {name} says so, and noise on noise is rarely meant"
-    return Earlier("the source was noised before", why, files)
+    return PreviousRun("the source was noised before", why, files)
 
 
 def of_folder(
     root: Path, names: Iterable[str], weights: Collection[str]
-) -> tuple[Earlier | None, frozenset[str]]:
+) -> tuple[PreviousRun | None, frozenset[str]]:
     """Return what the files with a manifest's name say of a folder's weights, and which are no manifests.
 
     `noisytune.json` is about the folder, `NAME.noisytune.json` about a weight file of that name.
     """
-    found = {name: read_earlier(root / name) for name in names}
+    found = {name: read_previous(root / name) for name in names}
     about = {MANIFEST, *(name + MANIFEST_SUFFIX for name in weights)}
     earlier = next((said for name, said in found.items() if said is not None and name in about), None)
     return earlier, frozenset(name for name, said in found.items() if said is None)
 
 
-def of_file(path: Path) -> Earlier | None:
+def of_file(path: Path) -> PreviousRun | None:
     """Return what a manifest beside a weight file says of it: its own, or the folder's that records it."""
     own, folder = manifest_beside(path), path.with_name(MANIFEST)
-    if own.is_file() and (said := read_earlier(own)) is not None:
+    if own.is_file() and (said := read_previous(own)) is not None:
         return said
-    said = read_earlier(folder) if folder.is_file() else None
+    said = read_previous(folder) if folder.is_file() else None
     return said if said is not None and path.name in (said.files or ()) else None

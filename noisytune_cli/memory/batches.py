@@ -25,8 +25,8 @@ def batches(parameters: Sequence[Parameter], noise: NoiseSpec, ahead: SumsAhead)
     """
     early, rest = [], list(parameters)
     if noise.scope != "global":
-        early = [p for p in parameters if p.resident.tensor in ahead and not p.is_divided]
-        rest = [p for p in parameters if p.resident.tensor not in ahead or p.is_divided]
+        early = [p for p in parameters if p.live.tensor in ahead and not p.is_divided]
+        rest = [p for p in parameters if p.live.tensor not in ahead or p.is_divided]
     size = FIRST_BATCH
     while early:
         yield early[:size]
@@ -50,7 +50,7 @@ def begin(parameters: Sequence[Parameter], noise: NoiseSpec, threads: int) -> Ca
                 if matrix.outcome is not None  # as all are, once settled
             ]
         )
-        held, base = parameter.resident.held, None
+        held, base = parameter.live.held, None
         if parameter.target is not None:
             held, base = parameter.target, held.values.view(-1)
             if parameter.is_divided or noises[0] is None:

@@ -38,7 +38,7 @@ from noisytune_cli.memory.plan import (
     recorded_parameters,
 )
 from noisytune_cli.memory.spreads import Spreads
-from noisytune_cli.memory.tensors import Names, residents_of
+from noisytune_cli.memory.tensors import Names, live_tensors_of
 from noisytune_cli.plan.plan import check_outcomes
 from noisytune_cli.records import (
     Action,
@@ -126,17 +126,17 @@ def perturb_(
     is_module = not isinstance(model, Mapping)
     # Not where it may be for nothing: a manifest has the amplitudes, and patterns may choose a few tensors.
     ahead = SumsAhead(value for _, value in tensors if manifest is None and not spec.include)
-    residents = residents_of(tensors, names)
+    live_tensors = live_tensors_of(tensors, names)
     if manifest is None:
         parameters = plan_parameters(
-            residents, spec, is_module=is_module, config=config_of(model, config), source=source.id
+            live_tensors, spec, is_module=is_module, config=config_of(model, config), source=source.id
         )
     else:
         recorded = _read(manifest, spec)
         spec, source = recorded.noise, recorded.source
-        parameters = recorded_parameters(residents, recorded)
+        parameters = recorded_parameters(live_tensors, recorded)
     leave_out(parameters, frozen=frozen, fresh=fresh, fresh_names=fresh_patterns, spared=spared)
-    noised = [p.resident.tensor for p in parameters if is_module and p.outcome()[0] == "perturb"]
+    noised = [p.live.tensor for p in parameters if is_module and p.outcome()[0] == "perturb"]
     had = [_seeds_of(tensor) for tensor in noised]
     seeds = frozenset(term.seed for term in spec.mix) or frozenset((spec.seed,))
     if not again and (twice := seeds.intersection(frozenset[int]().union(*had))):

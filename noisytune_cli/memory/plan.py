@@ -57,7 +57,7 @@ class Parameter:
     `target` is where it is written with its noise, None where it lies.
     """
 
-    resident: LiveTensor
+    live: LiveTensor
     steps: tuple[Step, ...]
     matrices: list[Matrix] = field(default_factory=list)
     target: LocalTensor | None = None
@@ -77,7 +77,7 @@ class Parameter:
 
 
 def plan_parameters(
-    residents: Sequence[LiveTensor],
+    live_tensors: Sequence[LiveTensor],
     noise: NoiseSpec,
     *,
     is_module: bool,
@@ -85,34 +85,34 @@ def plan_parameters(
     source: str,
 ) -> list[Parameter]:
     """Plan the noise; a module knows its buffers and ties itself, `source` is what to call it in errors."""
-    specs = [spec for resident in residents for spec in resident.specs()]
+    specs = [spec for live in live_tensors for spec in live.specs()]
     refuse_quantized(specs, config=config, path=source)
-    resident_of = {name: resident for resident in residents for name in resident.names}
-    ties = [r.names for r in residents if len(r.names) > 1]
+    live_of = {name: live for live in live_tensors for name in live.names}
+    ties = [r.names for r in live_tensors if len(r.names) > 1]
     told = Told({}, {}) if is_module else tell(specs, config=config, decider="names")
     plan = make_plan(specs, noise, config=config, stored_as_one=ties, told=told)
     if not is_module:
-        told = with_values(told, *_find_computed(plan, told, resident_of))
+        told = with_values(told, *_find_computed(plan, told, live_of))
         plan = make_plan(specs, noise, config=config, stored_as_one=ties, told=told)
     confirmed: list[Tie] = []
     for tie in plan.ties:
         if tie.evidence == "equal-bytes":
-            confirmed += split_tie(tie, _contents(tie, resident_of, compare=not is_module))
+            confirmed += split_tie(tie, _contents(tie, live_of, compare=not is_module))
     plan = confirm_ties(plan, confirmed)
     check_not_empty(plan, path=source, advice=OPTIONS_THAT_EXCLUDE)
     for warning in warning_of(plan):
         warnings.warn(warning, stacklevel=3)
     steps = {step.tensor.name: step for step in plan.steps}
-    return [_planned(r, tuple([steps[name] for name in r.names])) for r in residents]
+    return [_planned(r, tuple([steps[name] for name in r.names])) for r in live_tensors]
 
 
 def _find_computed(
-    plan: Plan, told: Told, resident_of: Mapping[str, LiveTensor]
+    plan: Plan, told: Told, live_of: Mapping[str, LiveTensor]
 ) -> tuple[dict[str, str], set[str]]:
     """Return what the values tell of the tensors that are whole here (see `settle.find_computed`)."""
 
     def values_of(tensor: TensorSpec) -> Values:
-        rows = resident_of[tensor.name].held.values.detach()
+        rows = live_of[tensor.name].held.values.detach()
 
         def read(first: int, count: int) -> NDArray[Any]:
             # By rows, as what is not contiguous would be copied whole.
@@ -124,66 +124,66 @@ def _find_computed(
 
         return read
 
-    here = tuple(step for step in plan.steps if resident_of[step.tensor.name].held.mesh is None)
+    here = tuple(step for step in plan.steps if live_of[step.tensor.name].held.mesh is None)
     return find_computed(replace(plan, steps=here), told, values_of)
 
 
-def _planned(resident: LiveTensor, steps: tuple[Step, ...]) -> Parameter:
+def _planned(live: LiveTensor, steps: tuple[Step, ...]) -> Parameter:
     step = steps[0]
     if step.action == "copy":
-        return Parameter(resident, steps, [Matrix(whole(step.tensor), copied(step.reason))])
+        return Parameter(live, steps, [Matrix(whole(step.tensor), copied(step.reason))])
     if step.parts:
-        _refuse_sharded(resident)
-    return Parameter(resident, steps, [Matrix(part) for part in step.matrices])
+        _refuse_sharded(live)
+    return Parameter(live, steps, [Matrix(part) for part in step.matrices])
 
 
-def _refuse_sharded(resident: LiveTensor) -> None:
-    if resident.held.mesh is not None:
+def _refuse_sharded(live: LiveTensor) -> None:
+    if live.held.mesh is not None:
         raise InputInvalid(
             "cannot add noise by matrix in memory",
-            tensor=resident.own[0],
+            tensor=live.own[0],
             why="it is sharded, and holds several matrices",
             next_step="Perturb the checkpoint on disk, or keep it whole with splits={NAME: '0:/1'}",
         )
 
 
-def _contents(tie: Tie, resident_of: Mapping[str, LiveTensor], *, compare: bool) -> dict[str, int]:
+def _contents(tie: Tie, live_of: Mapping[str, LiveTensor], *, compare: bool) -> dict[str, int]:
     """Return for each name of a candidate a number, equal where they are one, or `compare` equal."""
     kinds: dict[Hashable, list[tuple[int, LiveTensor]]] = {}
     contents: dict[str, int] = {}
     for number, name in enumerate(tie.names):
-        resident = resident_of[name]
+        live = live_of[name]
         # Of many tables each would be compared with each, but for a look at how they begin.
-        known = kinds.setdefault(first_bytes(resident) if compare else id(resident), [])
-        alike = (n for n, kind in known if kind is resident or (compare and same_bytes(kind, resident)))
+        known = kinds.setdefault(first_bytes(live) if compare else id(live), [])
+        alike = (n for n, kind in known if kind is live or (compare and same_bytes(kind, live)))
         contents[name] = next(alike, number)
         if contents[name] == number:
-            known.append((number, resident))
+            known.append((number, live))
     return contents
 
 
-def recorded_parameters(residents: Sequence[LiveTensor], manifest: Manifest) -> list[Parameter]:
+def recorded_parameters(live_tensors: Sequence[LiveTensor], manifest: Manifest) -> list[Parameter]:
     """Give each parameter what a manifest records of one of its names; those it does not name are left out.
 
     Raises Mismatch where it names none, or a recorded tensor has another shape or takes no noise in memory.
     """
     by_name = {receipt.step.tensor.name: receipt for receipt in manifest.receipts}
-    if residents and not any(name in by_name for resident in residents for name in resident.names):
+    if live_tensors and not any(name in by_name for live in live_tensors for name in live.names):
         raise Mismatch(
             "the manifest is of another model",
             why=f"it names none of the parameters; its first is {next(iter(by_name), None)}, and here "
-            f"{residents[0].names[0]}",
+            f"{live_tensors[0].names[0]}",
             next_step="Give names= so that the model's names become those, such as names='bert'",
         )
-    return [_recorded(r, next((by_name[n] for n in r.names if n in by_name), None)) for r in residents]
+    return [_recorded(r, next((by_name[n] for n in r.names if n in by_name), None)) for r in live_tensors]
 
 
-def _recorded(resident: LiveTensor, receipt: Receipt | None) -> Parameter:
-    specs = list(resident.specs())
+def _recorded(live: LiveTensor, receipt: Receipt | None) -> Parameter:
+    specs = list(live.specs())
     if receipt is None:
         steps = tuple(Step(spec, "copy", "excluded", 0.0, spec.name) for spec in specs)
         matrices = [Matrix(whole(specs[0]), copied("excluded"))]
-        return Parameter(resident, steps, matrices)
+        return Parameter(live, steps, matrices)
     recorded = receipt.step.tensor
     if recorded.shape != specs[0].shape or (recorded.dtype in FLOAT_DTYPES) != (
         specs[0].dtype in FLOAT_DTYPES
@@ -201,10 +201,10 @@ def _recorded(resident: LiveTensor, receipt: Receipt | None) -> Parameter:
     steps = tuple([replace(step, tensor=spec) for spec in specs])
     matrices = [Matrix(part.part, part) for part in receipt.parts]
     if matrices:
-        _refuse_sharded(resident)
+        _refuse_sharded(live)
     else:
         matrices = [Matrix(whole(specs[0]), receipt)]
-    return Parameter(resident, steps, matrices)
+    return Parameter(live, steps, matrices)
 
 
 def leave_out(
@@ -220,15 +220,15 @@ def leave_out(
     `fresh_names` are patterns on the model's own names, and may be of what is `spared` anyway. A tie is fresh
     only if all its names are.
     """
-    own = [*(name for parameter in parameters for name in parameter.resident.own), *spared]
+    own = [*(name for parameter in parameters for name in parameter.live.own), *spared]
     patterns = list(fresh_names)
     matched = match_names(patterns, own)
     check_matched(patterns, matched, own)
     are_fresh = frozenset[str]().union(*matched)
     for parameter in parameters:
-        resident = parameter.resident
+        live = parameter.live
         if parameter.outcome()[0] != "copy" and (
-            (frozen == "copy" and not resident.tensor.requires_grad)
-            or (fresh == "copy" and are_fresh.issuperset(resident.own))
+            (frozen == "copy" and not live.tensor.requires_grad)
+            or (fresh == "copy" and are_fresh.issuperset(live.own))
         ):
             parameter.matrices = [Matrix(whole(parameter.steps[0].tensor), copied("excluded"))]

@@ -30,7 +30,7 @@ from noisytune_cli.memory.perturb import config_of, named_tensors, taking_noise
 from noisytune_cli.memory.plan import OPTIONS_THAT_EXCLUDE, Parameter, leave_out, plan_parameters
 from noisytune_cli.memory.sharded import LocalTensor, held_part
 from noisytune_cli.memory.spreads import Spreads
-from noisytune_cli.memory.tensors import LiveTensor, Names, residents_of
+from noisytune_cli.memory.tensors import LiveTensor, Names, live_tensors_of
 from noisytune_cli.plan.plan import check_outcomes
 from noisytune_cli.records import Action, Granularity, Manifest, NoiseSpec, Scope, SourceRecord
 from noisytune_cli.version import __version__
@@ -79,12 +79,12 @@ class Population:
             "config": config_of(model, config),
             "source": type(model).__name__,
         }
-        self._residents = residents_of(tensors, names)
-        changing = {id(p.resident) for p in self._plan(chosen) if p.outcome()[0] != "copy"}
+        self._live_tensors = live_tensors_of(tensors, names)
+        changing = {id(p.live) for p in self._plan(chosen) if p.outcome()[0] != "copy"}
         with in_place.enough_memory():
-            self._residents = [_kept(r, host=host) if id(r) in changing else r for r in self._residents]
+            self._live_tensors = [_kept(r, host=host) if id(r) in changing else r for r in self._live_tensors]
         #: Those of which a base is kept, by the first of their own names.
-        self._kept = {r.own[0]: r for r in self._residents if r.is_kept}
+        self._kept = {r.own[0]: r for r in self._live_tensors if r.is_kept}
         self._spreads = Spreads(self._threads)
 
     @subnormals.kept()
@@ -127,7 +127,7 @@ class Population:
         if problems:
             raise problems[0]
         for parameter in parameters:
-            parameter.target = targets.get(parameter.resident.own[0])
+            parameter.target = targets.get(parameter.live.own[0])
         begin(parameters, spec, self._threads)()
         in_order = tuple([receipt for parameter in parameters for receipt in receipts_of(parameter)])
         return Manifest("noisytune", __version__, source, spec, in_order)
@@ -152,7 +152,7 @@ class Population:
         self.restore()
 
     def _plan(self, spec: NoiseSpec) -> list[Parameter]:
-        parameters = plan_parameters(self._residents, spec, **self._about)
+        parameters = plan_parameters(self._live_tensors, spec, **self._about)
         leave_out(parameters, **self._left_out)
         return parameters
 
@@ -209,9 +209,9 @@ def noisy(
         yield population.set(lam=lam, seed=seed, **noise)
 
 
-def _kept(resident: LiveTensor, *, host: bool) -> LiveTensor:
+def _kept(live: LiveTensor, *, host: bool) -> LiveTensor:
     """Return a parameter with a copy of its values in row-major order, where they are or in host memory."""
-    values = resident.held.values
+    values = live.held.values
     with torch.no_grad():
         copy = torch.empty(
             values.shape,
@@ -219,7 +219,7 @@ def _kept(resident: LiveTensor, *, host: bool) -> LiveTensor:
             device="cpu" if host else values.device,
             pin_memory=host and values.device.type == "cuda",
         ).copy_(values)
-    return replace(resident, held=replace(resident.held, values=copy), is_kept=True)
+    return replace(live, held=replace(live.held, values=copy), is_kept=True)
 
 
 def _target(kept: LiveTensor, tensors: Mapping[str, Any]) -> LocalTensor:

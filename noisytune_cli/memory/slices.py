@@ -18,7 +18,7 @@ from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.memory import in_place, subnormals
 from noisytune_cli.memory.arguments import Mix, make_spec, thread_count
 from noisytune_cli.memory.sharded import Dose, runs_of
-from noisytune_cli.memory.tensors import LiveTensor, residents_of
+from noisytune_cli.memory.tensors import LiveTensor, live_tensors_of
 from noisytune_cli.noise.amplitudes import noise_of
 from noisytune_cli.plan.evidence.told import Told
 from noisytune_cli.plan.plan import make_plan
@@ -64,10 +64,10 @@ def add_noise_(
         )
     spec = make_spec(seed=seed, sigma=sigma, mix=mix, shrink=shrink, noise=noise, scope="absolute")
     count = thread_count(threads)
-    (resident,) = residents_of([(name, tensor)])
-    resident = _placed(resident, shape, offset)
-    (described,) = resident.specs()
-    described = replace(described, shape=tuple(resident.tensor.shape if shape is None else shape))
+    (live,) = live_tensors_of([(name, tensor)])
+    live = _placed(live, shape, offset)
+    (described,) = live.specs()
+    described = replace(described, shape=tuple(live.tensor.shape if shape is None else shape))
     (step,) = make_plan([described], spec, told=Told({}, {})).steps
     if step.reason == "not-float":
         raise InputInvalid(
@@ -76,7 +76,7 @@ def add_noise_(
             why=f"its values are {described.dtype}",
             next_step="Leave it out: only floating-point parameters get noise",
         )
-    moments = in_place.measure([resident.held], count)[0]
+    moments = in_place.measure([live.held], count)[0]
     if not all(m.finite for m in moments):
         raise InputInvalid(
             "cannot add noise",
@@ -87,21 +87,21 @@ def add_noise_(
     outcome = outcome_of(spec, step, whole(described), UNMEASURED)
     found = noise_of(spec, step.stream, outcome)
     if found is not None:
-        in_place.begin_noise([Dose(resident.held, found)], count)()
+        in_place.begin_noise([Dose(live.held, found)], count)()
     return tensor
 
 
-def _placed(resident: LiveTensor, shape: Any, offset: Any) -> LiveTensor:
+def _placed(live: LiveTensor, shape: Any, offset: Any) -> LiveTensor:
     """Return a tensor as the slice that it is of one of another shape."""
-    held, own = resident.held, tuple(resident.tensor.shape)
+    held, own = live.held, tuple(live.tensor.shape)
     if held.mesh is not None:
         if shape is not None or offset != 0:
             raise UsageError(
-                f"shape= or offset= of {resident.own[0]}",
+                f"shape= or offset= of {live.own[0]}",
                 why="it is a DTensor, which knows where its part belongs",
                 next_step="Leave them out, or give its local tensor",
             )
-        return resident
+        return live
     try:
         whole = own if shape is None else tuple(operator.index(size) for size in shape)
         given = offset if isinstance(offset, Sequence) else (offset,) if offset else ()
@@ -119,4 +119,4 @@ def _placed(resident: LiveTensor, shape: Any, offset: Any) -> LiveTensor:
             "along each dimension",
         )
     indices = [np.arange(first, first + size) for first, size in zip(at, own, strict=True)]
-    return replace(resident, held=replace(held, runs=tuple(runs_of(whole, indices))))
+    return replace(live, held=replace(held, runs=tuple(runs_of(whole, indices))))

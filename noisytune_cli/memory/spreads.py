@@ -91,7 +91,7 @@ class Spreads:
                 self._stds[group] = std
         keys = [key for group in undecided for key in group]
         sums = {i: in_place.exact_sums(_values(*wanted[key])) for i, key in enumerate(keys)}
-        share_exact_sums([wanted[key][0].resident.held for key in keys], sums)
+        share_exact_sums([wanted[key][0].live.held for key in keys], sums)
         by_key = dict(zip(keys, sums.values(), strict=True))
         for group in undecided:
             count = sum([part.elements for _, part in group])
@@ -101,7 +101,7 @@ class Spreads:
     def _share(self, wanted: dict[_Key, tuple[Parameter, Matrix]]) -> None:
         """Have the moments of each whole matrix, from all processes that hold some of it."""
         missing = [key for key in wanted if key not in self._whole]
-        held = [wanted[key][0].resident.held for key in missing]
+        held = [wanted[key][0].live.held for key in missing]
         whole = share_moments(held, [self._here[key] for key in missing])
         self._whole |= zip(missing, whole, strict=True)
 
@@ -113,7 +113,7 @@ class Spreads:
                 self._finite[key] = all(m.finite for m in self._whole[key])
             elif key not in self._finite:
                 missing.append(key)
-        held = [wanted[key][0].resident.held for key in missing]
+        held = [wanted[key][0].live.held for key in missing]
         finite = share_finite(held, [all(m.finite for m in self._here[key]) for key in missing])
         self._finite |= zip(missing, finite, strict=True)
 
@@ -123,16 +123,16 @@ class Spreads:
         for key, (parameter, _) in wanted.items():
             if parameter.is_divided:
                 divided.append(key)
-            elif parameter.resident.tensor in self._ahead:
-                self._here[key] = [self._ahead.moments(parameter.resident.tensor)]
+            elif parameter.live.tensor in self._ahead:
+                self._here[key] = [self._ahead.moments(parameter.live.tensor)]
             else:
                 whole.append(key)
-        self._measure_here({key: wanted[key][0].resident.held for key in whole})
+        self._measure_here({key: wanted[key][0].live.held for key in whole})
         batch: dict[_Key, LocalTensor] = {}
         nbytes = 0
         for _, group in itertools.groupby(divided, key=lambda key: id(wanted[key][0])):
             keys = list(group)
-            views = matrices.views(wanted[keys[0]][0].resident.held, [part for _, part in keys])
+            views = matrices.views(wanted[keys[0]][0].live.held, [part for _, part in keys])
             batch |= zip(keys, views, strict=True)
             nbytes += sum(view.values.nbytes for view in views)
             if nbytes >= _BATCH_BYTES:
@@ -147,5 +147,5 @@ class Spreads:
 
 def _values(parameter: Parameter, matrix: Matrix) -> LocalTensor:
     """Return the values of a matrix that are held here."""
-    held = parameter.resident.held
+    held = parameter.live.held
     return matrices.views(held, [matrix.part])[0] if parameter.is_divided else held

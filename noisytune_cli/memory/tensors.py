@@ -82,7 +82,7 @@ class LiveTensor:
             yield TensorSpec(name, dtype, tuple(self.tensor.shape), "", 0, nbytes)
 
 
-def residents_of(tensors: Iterable[tuple[str, object]], names: Names = None) -> list[LiveTensor]:
+def live_tensors_of(tensors: Iterable[tuple[str, object]], names: Names = None) -> list[LiveTensor]:
     """Return the parameters among named tensors, ties once, in order of their first names.
 
     Raises InputInvalid for a tensor that has no values of its own, and for tensors that overlap; UsageError
@@ -97,19 +97,19 @@ def residents_of(tensors: Iterable[tuple[str, object]], names: Names = None) -> 
         if not has_memory(held.values):
             raise _cannot_add(own, "its memory was freed")
         found.setdefault(_identity(tensor, held.values), ([], tensor, held))[0].append(own)
-    residents = [
+    live_tensors = [
         LiveTensor(tuple(own), tuple(dict.fromkeys(map(to_checkpoint, own))), tensor, held)
         for own, tensor, held in found.values()
     ]
-    _refuse_shared_names(residents)
-    _refuse_overlaps(residents)
-    return residents
+    _refuse_shared_names(live_tensors)
+    _refuse_overlaps(live_tensors)
+    return live_tensors
 
 
-def first_bytes(resident: LiveTensor) -> bytes:
+def first_bytes(live: LiveTensor) -> bytes:
     """Return what tells most parameters from others: the bytes of a few values, none of a sharded one."""
-    values = resident.held.values
-    if resident.held.mesh is not None or not values.numel():
+    values = live.held.values
+    if live.held.mesh is not None or not values.numel():
         return b""
     while values.dim() > 1:
         values = values[0]
@@ -231,25 +231,25 @@ def _identity(tensor: Tensor, local: Tensor) -> Hashable:
     return place(local), tuple(tensor.shape), tuple(local.shape), strides(local), local.dtype
 
 
-def _refuse_shared_names(residents: Sequence[LiveTensor]) -> None:
+def _refuse_shared_names(live_tensors: Sequence[LiveTensor]) -> None:
     owner: dict[str, LiveTensor] = {}
-    for resident in residents:
-        for name in resident.names:
-            if owner.setdefault(name, resident) is not resident:
+    for live in live_tensors:
+        for name in live.names:
+            if owner.setdefault(name, live) is not live:
                 raise UsageError(
                     "names= gives two parameters one name",
-                    why=f"{owner[name].own[0]} and {resident.own[0]} would both be {name}",
+                    why=f"{owner[name].own[0]} and {live.own[0]} would both be {name}",
                     next_step="Map each parameter to a name of its own; names of fresh ones can stay",
                 )
 
 
-def _refuse_overlaps(residents: Sequence[LiveTensor]) -> None:
+def _refuse_overlaps(live_tensors: Sequence[LiveTensor]) -> None:
     """Refuse views that share elements without being a tie: noise would reach these twice."""
-    found = find_overlap([resident.held.values for resident in residents])
+    found = find_overlap([live.held.values for live in live_tensors])
     if found is not None:
         raise InputInvalid(
             "tensors overlap in memory",
-            tensor=residents[found].own[0],
+            tensor=live_tensors[found].own[0],
             why="it shares elements with another tensor or with itself, and is not the same parameter",
             next_step="Clone one of them first",
         )

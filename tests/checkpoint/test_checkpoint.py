@@ -76,7 +76,7 @@ def test_a_file(tmp_path: Path) -> None:
         assert [(t.name, t.file) for t in opened.tensors] == [("a", "weights.bin"), ("b", "weights.bin")]
         assert (opened.others, opened.left_out, opened.index) == ((), (), None)
         assert opened.config == {"model_type": "bert"}
-        assert opened.earlier is None
+        assert opened.previous_run is None
 
 
 def test_a_broken_config_beside_a_file_only_warns(tmp_path: Path) -> None:

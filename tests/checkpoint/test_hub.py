@@ -82,7 +82,7 @@ def test_a_manifest_is_fetched_though_it_is_not_copied(hub: Hub) -> None:
     for id_, text in (("settings", b"{}"), ("damaged", b'{"schema": 1, "tool": {"name": "noisytune"')):
         hub.repositories[id_] = Repository({**PLAIN, "noisytune.json": text})
         with open_checkpoint(id_) as checkpoint:
-            assert (checkpoint.earlier is not None) == (id_ == "damaged")
+            assert (checkpoint.previous_run is not None) == (id_ == "damaged")
             assert "noisytune.json" in dict(checkpoint.left_out)
 
 
