@@ -57,7 +57,7 @@ class OrderedPair:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Siblings:
     """What structure tells: the kind of each name and why, and what the values have to bear out."""
 
     kinds: Mapping[str, tuple[Kind, str]]
@@ -70,7 +70,7 @@ def split_name(name: str) -> tuple[str, str]:
     return name[:at], name[at:]
 
 
-def look(tensors: Sequence[TensorSpec]) -> Found:
+def look(tensors: Sequence[TensorSpec]) -> Siblings:
     """Return what the tensors' siblings tell of them."""
     by_name = {tensor.name: tensor for tensor in tensors}
     modules: dict[str, dict[str, TensorSpec]] = {}
@@ -95,7 +95,7 @@ def look(tensors: Sequence[TensorSpec]) -> Found:
             unsure.append(OrderedPair((low, high), high, low if is_range else None))
     for name, why in _shared_projections(modules):
         kinds.setdefault(name, ("buffer", why))
-    return Found(kinds, tuple(unsure))
+    return Siblings(kinds, tuple(unsure))
 
 
 def _beside(
