@@ -18,6 +18,7 @@ reader can refuse a document at its first bad member.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -151,6 +152,22 @@ def open_regular(path: Path, reach: Reach | None = None) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def is_there(path: Path | str) -> bool:
+    """Tell whether a name stands for something, a dead link too; InputUnreadable where that cannot be told.
+
+    `os.path.lexists` says no then, and what is there would be passed over in silence.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL, which no path has
+        return False
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise unreadable(error, path) from error
+    return True
 
 
 def fingerprint(status: os.stat_result) -> Fingerprint:

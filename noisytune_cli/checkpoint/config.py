@@ -6,13 +6,12 @@ It helps to decide ties, to recognise quantised weights and to tell a layout fro
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from noisytune_cli.errors import InputInvalid, InputUnreadable
-from noisytune_cli.reading import Reach, not_json, parse_json, read_json, read_small
+from noisytune_cli.reading import Reach, is_there, not_json, parse_json, read_json, read_small
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -28,7 +27,7 @@ _NO_CONFIG = "its layout depends on the model, and no config names it"
 
 def read_config(path: Path, reach: Reach | None = None) -> Mapping[str, Any] | None:
     """Return the parsed config, None where there is none; raises InputInvalid if it is no JSON object."""
-    if not os.path.lexists(path):
+    if not is_there(path):
         return None
     return _parse(path, read_small(path, _MAX_BYTES, reach))
 
@@ -39,7 +38,7 @@ def look_at_config(path: Path, reach: Reach | None = None) -> tuple[Mapping[str,
     Other programs call theirs so too, with comments in it, or a list: it is copied as any file, and helps
     nobody to read the weights. What is no file, or not within reach, is refused.
     """
-    if not os.path.lexists(path):
+    if not is_there(path):
         return None, None
     content = read_small(path, _MAX_BYTES, reach)
     try:
@@ -67,7 +66,7 @@ def read_adapter(folder: Path, reach: Reach | None = None) -> Mapping[str, Any] 
     """Return the adapter's config in `folder`, None where there is none that can be read: it only helps."""
     path = folder / ADAPTER_CONFIG
     try:
-        config = read_json(path, _MAX_BYTES, reach, lenient=True) if os.path.lexists(path) else None
+        config = read_json(path, _MAX_BYTES, reach, lenient=True) if is_there(path) else None
     except (InputInvalid, InputUnreadable):
         return None
     return config if isinstance(config, dict) else None

@@ -41,7 +41,7 @@ from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unre
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.previous import NAMESAKE, PreviousRun, of_file, of_folder
 from noisytune_cli.manifest.write import MAX_BYTES
-from noisytune_cli.reading import SNAPSHOT, Reach, reach_of
+from noisytune_cli.reading import SNAPSHOT, Reach, is_there, reach_of
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Found:
 
 def comes_from_hub(source: str) -> bool:
     """Tell whether SOURCE is a hub id; InputUnreadable where it is neither that nor anything here."""
-    if source.startswith((".", "/", "~")) or os.path.lexists(source):
+    if source.startswith((".", "/", "~")) or is_there(source):
         return False
     if not is_repo_id(source):
         raise no_source(source)

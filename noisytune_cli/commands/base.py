@@ -19,6 +19,7 @@ from noisytune_cli.checkpoint.layout import index_suffix
 from noisytune_cli.commands.differences import Difference, compare_header, mismatch
 from noisytune_cli.errors import InputInvalid, Mismatch, UsageError
 from noisytune_cli.manifest.read import RecordedManifest
+from noisytune_cli.reading import is_there
 from noisytune_cli.records import Manifest, TensorSpec
 
 
@@ -29,7 +30,7 @@ def name_base(recorded: RecordedManifest, base: str | None) -> str:
         return base
     if not _is_at_hub(recorded):
         why = "the manifest records no commit on the hub to take it from"
-        if source.revision is not None and os.path.lexists(source.id):
+        if source.revision is not None and is_there(source.id):
             why = "a file or folder here has the name of the hub id in the manifest"
         raise UsageError(
             "--base is missing",
@@ -43,7 +44,7 @@ def name_base(recorded: RecordedManifest, base: str | None) -> str:
 def _is_at_hub(recorded: RecordedManifest) -> bool:
     """Tell whether the hub id and commit that a manifest records name its original."""
     source = recorded.manifest.source
-    return source.revision is not None and hub.is_repo_id(source.id) and not os.path.lexists(source.id)
+    return source.revision is not None and hub.is_repo_id(source.id) and not is_there(source.id)
 
 
 def open_base(
@@ -57,10 +58,10 @@ def open_base(
     """Open `base`, the hub id that the manifest records at the recorded commit."""
     source = recorded.manifest.source
     local = os.path.expanduser(base)
-    is_file = os.path.lexists(local) and not os.path.isdir(local)
+    is_file = is_there(local) and not os.path.isdir(local)
     components = components_of(recorded.manifest)
     weights = None if is_file or components else _weights(recorded)
-    if weights is not None and os.path.isdir(local) and not os.path.lexists(os.path.join(local, weights)):
+    if weights is not None and os.path.isdir(local) and not is_there(os.path.join(local, weights)):
         raise not_the_base([Difference(weights, None, "it is absent")], recorded, local)
     original = open_checkpoint(
         base,

@@ -14,6 +14,7 @@ from noisytune_cli.errors import InputInvalid, InputUnreadable, unreadable
 from noisytune_cli.manifest.average import read_any_manifest
 from noisytune_cli.manifest.previous import of_file
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX, manifest_beside
+from noisytune_cli.reading import is_there
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,13 @@ def place_of(path: str) -> Location:
     if _is_folder(found):
         return Location(found, True, found / MANIFEST)
     beside = manifest_beside(found)
-    if os.path.lexists(beside) or found.suffix != ".json":
+    if is_there(beside) or found.suffix != ".json":
         return Location(found, False, _require_own(found))
     if found.name == MANIFEST:
         return Location(found.parent, True, found)
     if found.name.endswith(MANIFEST_SUFFIX):
         output = found.with_name(found.name.removesuffix(MANIFEST_SUFFIX))
-        if not os.path.lexists(output):
+        if not is_there(output):
             raise InputUnreadable(
                 "nothing to verify",
                 path=output,
@@ -66,14 +67,14 @@ def manifest_of(path: str) -> Path:
     found = Path(os.path.expanduser(path))
     if _is_folder(found):
         return require_manifest(found / MANIFEST)
-    if os.path.lexists(manifest_beside(found)) or found.suffix != ".json":
+    if is_there(manifest_beside(found)) or found.suffix != ".json":
         return require_manifest(_require_own(found))
     return found
 
 
 def require_manifest(path: Path) -> Path:
     """Return the path of a manifest; InputUnreadable where nothing lies there."""
-    if not os.path.lexists(path):
+    if not is_there(path):
         raise InputUnreadable(
             "no manifest",
             path=path,
@@ -86,7 +87,7 @@ def require_manifest(path: Path) -> Path:
 def _require_own(file: Path) -> Path:
     """Return where a file's own manifest lies; InputUnreadable where its folder's records it instead."""
     beside = manifest_beside(file)
-    if not os.path.lexists(beside) and of_file(file) is not None:
+    if not is_there(beside) and of_file(file) is not None:
         raise InputUnreadable(
             "no manifest of its own",
             path=file,

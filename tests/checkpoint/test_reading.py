@@ -12,7 +12,7 @@ import pytest
 
 from noisytune_cli import reading
 from noisytune_cli.errors import InputInvalid, InputUnreadable, NoisytuneError, ResourceExhausted
-from noisytune_cli.reading import open_regular, read_json, read_small
+from noisytune_cli.reading import is_there, open_regular, read_json, read_small
 
 
 def test_opens_a_regular_file_and_does_not_leak_it_to_children(tmp_path: Path) -> None:
@@ -170,3 +170,21 @@ def test_what_is_not_json_is_refused_in_one_line(
         read_json(path, 1 << 20, lenient=lenient)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("not valid JSON")
+
+
+def test_what_cannot_be_looked_at_is_not_taken_for_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").touch()
+    (tmp_path / "dead").symlink_to("nothing")
+    assert is_there(tmp_path / "there")
+    assert is_there(tmp_path / "dead")
+    for name in ("absent", "there/below", "n" * 300, "a\0b"):
+        assert not is_there(f"{tmp_path}/{name}")
+
+    def stale(path: object) -> os.stat_result:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "lstat", stale)
+    with pytest.raises(InputUnreadable, match="Stale"):
+        is_there(tmp_path / "there")

@@ -6,7 +6,6 @@ values and an optimizer's state, is never looked into.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,7 +20,7 @@ from noisytune_cli.checkpoint.formats.torch.values import PickleFault
 from noisytune_cli.checkpoint.formats.torch.zip import Record
 from noisytune_cli.checkpoint.layout import METADATA
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.reading import Reach
+from noisytune_cli.reading import Reach, is_there
 
 _FETCH = "The checkpoint is damaged or unfinished: fetch it again, or save it anew"
 _WHOLE = "Fetch all files of the checkpoint, .metadata among them"
@@ -75,7 +74,7 @@ def open_chunks(
     path: Path, name: str, mmap: bool, chunks: Chunks, opened: ExitStack, reach: Reach | None
 ) -> ChunkFile:
     """Open the file at `path`, and have `opened` close it; InputInvalid if it is absent or another."""
-    if not os.path.lexists(path):
+    if not is_there(path):
         raise InputInvalid(
             "the checkpoint is incomplete",
             path=path,
