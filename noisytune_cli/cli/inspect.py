@@ -8,6 +8,7 @@ import typer
 
 from noisytune_cli.cli.help import NOISE, OUTPUT, RUNNING, TENSORS
 from noisytune_cli.cli.options import (
+    AsJson,
     BuffersFrom,
     Components,
     FollowLinks,
@@ -19,17 +20,19 @@ from noisytune_cli.cli.options import (
     Raw,
     Report,
     Revision,
-    Source,
+    Sources,
     Splits,
     Threads,
     Weights,
     number,
 )
+from noisytune_cli.errors import UsageError
 
 
 def inspect(
-    source: Source,
+    sources: Sources,
     output_format: Format = None,
+    as_json: AsJson = False,
     out: Report = None,
     plot: Annotated[
         str | None,
@@ -59,10 +62,25 @@ def inspect(
     granularity: GranularityOption = Granularity.tensor,
     split: Splits = None,
     sort: Annotated[
-        str | None,
+        str,
         typer.Option(
             metavar="KEY",
-            help="Sort by a column of the CSV, such as std; with - before it descending.",
+            help="Sort by a column of the CSV, such as std; with - before it descending. By name layer 2 "
+            "comes before layer 10.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = "name",
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="List only the first N; the totals count all.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    percentiles: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P,…",
+            help="These percentiles of each tensor too, such as 1,50,99, exact; the weights are read again.",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -106,22 +124,37 @@ def inspect(
     """List a checkpoint's tensors with their statistics, and what perturb would do with each.
 
     The statistics cover all elements: mean, std (unbiased), min, max, L1 and L2 norm, the share of zeros,
-    and counts of NaN and Inf. No model is loaded. Every format ends with the totals: jsonl with a line
-    {"totals": …}, which has no other key, and csv with a row named TOTAL, which alone has no dtype.
+    and counts of NaN and Inf. No model is loaded. The totals are at the end: of jsonl in a line
+    {"totals": …}, which has no other key; csv has none.
+
+    Of several checkpoints each has its table, and in json, jsonl and csv every row says the id of its own.
 
     Examples:
       noisytune inspect ./bert --include '*layer.0.*'
-      noisytune inspect ./bert --sort -std
+      noisytune inspect ./bert --sort -std --limit 10
+      noisytune inspect ./bert ./bert-noisy --percentiles 1,50,99
       noisytune inspect ./llama --granularity matrix --headers-only
       noisytune inspect ./bert --format csv > bert.csv
     """
     from noisytune_cli.cli import show, show_inspect
-    from noisytune_cli.cli.parse import format_of, parse_split
+    from noisytune_cli.cli.parse import format_of, numbers, parse_split
     from noisytune_cli.commands import inspect as command
     from noisytune_cli.engine.threads import default_threads
     from noisytune_cli.output.reports import check_new
 
-    kind = format_of(None if output_format is None else output_format.value, out)
+    wanted = None if output_format is None else output_format.value
+    if as_json and wanted not in (None, "json"):
+        raise UsageError(
+            f"--json and --format {wanted}", why="--json is --format json", next_step="Give one of them"
+        )
+    kind = format_of("json" if as_json else wanted, out)
+    single = {"--format html": kind == "html", "--plot": plot, "--histogram": histogram}
+    if len(sources) > 1 and (unfit := next((option for option, given in single.items() if given), None)):
+        raise UsageError(
+            f"{unfit} and {len(sources)} checkpoints",
+            why="it shows one",
+            next_step="Run once for each, or set two side by side with noisytune compare",
+        )
     if out is not None:
         check_new(out)
     if plot is not None:
@@ -134,7 +167,7 @@ def inspect(
 
         show_histogram.check_format(kind)
         counted = counting.histogram(
-            source,
+            sources[0],
             histogram,
             weights=weights,
             revision=revision,
@@ -144,24 +177,30 @@ def inspect(
         )
         show_histogram.show_histogram(counted, kind, out=out, plot=plot)
         return
-    result = command.inspect(
-        source,
-        lam=lam,
-        sigma=sigma,
-        include=include or (),
-        exclude=exclude or (),
-        granularity=granularity.value,
-        splits=[parse_split(text) for text in split or ()],
-        sort=sort,
-        headers_only=headers_only,
-        buffers_from=buffers_from,
-        weights=weights,
-        components=() if component is None else tuple(component.split(",")),
-        revision=revision,
-        mmap=mmap,
-        threads=threads or default_threads(),
-        quiet=quiet,
-        follow_links=follow_links,
-        progress=lambda nbytes: show.progress(nbytes, "inspect", enabled=not quiet),
-    )
-    show_inspect.show_inspection(result, kind, out=out, plot=plot, raw=raw)
+    percents = numbers("--percentiles", percentiles, 0.0, 100.0) if percentiles is not None else ()
+    results = [
+        command.inspect(
+            source,
+            lam=lam,
+            sigma=sigma,
+            include=include or (),
+            exclude=exclude or (),
+            granularity=granularity.value,
+            splits=[parse_split(text) for text in split or ()],
+            sort=sort,
+            limit=limit,
+            percentiles=percents,
+            headers_only=headers_only,
+            buffers_from=buffers_from,
+            weights=weights,
+            components=() if component is None else tuple(component.split(",")),
+            revision=revision,
+            mmap=mmap,
+            threads=threads or default_threads(),
+            quiet=quiet,
+            follow_links=follow_links,
+            progress=lambda nbytes: show.progress(nbytes, "inspect", enabled=not quiet),
+        )
+        for source in sources
+    ]
+    show_inspect.show_inspections(results, kind, out=out, plot=plot, raw=raw)

@@ -33,6 +33,15 @@ Source = Annotated[
         show_default=False,
     ),
 ]
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SOURCE",
+        help="Weight files (safetensors or PyTorch pickles), checkpoints' folders, or hub ids (NAME or "
+        "OWNER/NAME).",
+        show_default=False,
+    ),
+]
 Patterns = list[str] | None
 GranularityOption = Annotated[
     Granularity,

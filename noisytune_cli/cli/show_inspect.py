@@ -3,8 +3,10 @@
     table   for people: numbers rounded; on a terminal too narrow, less telling columns give way
     json    one document: id, revision, lambda, quantized, tensors, totals
     jsonl   a tensor a line, then {"totals": …}, in which no key of a tensor occurs: sums in jq stay right
-    csv     a header, a tensor a row, then a row named TOTAL without a dtype
+    csv     a header, then a tensor a row
     html    one file that opens offline (page.html)
+
+Of several checkpoints there is a table each, a list of documents, a key or column `id` in every line.
 
 In JSON, JSONL and CSV floats round-trip and what does not exist is null or empty. JSON spells control
 characters as escapes, so names in it are verbatim; elsewhere names are escaped, one line for each row, and in
@@ -14,9 +16,8 @@ CSV they are no formulas.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from itertools import chain
 from typing import Any
 
 from noisytune_cli.cli.pages import Cell, Column, Page, heat, number_of
@@ -29,7 +30,7 @@ from noisytune_cli.commands.inspect import Inspection, TensorReport, Totals
 from noisytune_cli.escape import escape
 from noisytune_cli.plan.groups import kinds_of, layers_of
 
-_KEYS = tuple(field.name for field in fields(TensorReport))
+_KEYS = tuple(field.name for field in fields(TensorReport) if field.name != "percentiles")
 
 #: The table's columns, and those that a narrow terminal does without, the first to go first.
 _COLUMNS = (
@@ -57,39 +58,60 @@ _SHORTENED = {"name": 30, "action": 16}
 _LEFT = {"name", "file", "dtype", "shape", "action"}
 
 
-def show_inspection(
-    inspection: Inspection,
+def show_inspections(
+    inspections: Sequence[Inspection],
     format: str,
     *,
     out: str | None = None,
     plot: str | None = None,
     raw: bool = False,
 ) -> None:
-    """Print the inspection in one of FORMATS, or write it to the file `out`, and draw it into `plot`.
+    """Print what was found in a format, or write it to the file `out`; draw that of the first in `plot`.
 
     On stderr is what the user should know of it. `raw` leaves CSV without the apostrophes before what could
     be a formula.
     """
     from noisytune_cli.output.reports import write_new
 
-    warn_all(inspection.warnings)
-    if inspection.quantized is not None:
-        warn(f"perturb would refuse this checkpoint: {inspection.quantized}")
-    if inspection.earlier is not None:
-        note(inspection.earlier)
+    for inspection in inspections:
+        whose = f"{escape(inspection.id)}: " if len(inspections) > 1 else ""
+        warn_all(f"{whose}{warning}" for warning in inspection.warnings)
+        if inspection.quantized is not None:
+            warn(f"{whose}perturb would refuse this checkpoint: {inspection.quantized}")
+        if inspection.earlier is not None:
+            note(f"{whose}{inspection.earlier}")
     if plot is not None:
         from noisytune_cli.cli import plots
 
+        inspection = inspections[0]
         plots.write(plot, plots.draw_map(std_map(inspection), f"std of {escape(inspection.id, 60)}", "std"))
     if out is None:
-        write_out(render(inspection, format, raw=raw), spelled=format == "table")
+        write_out(render(inspections, format, raw=raw), spelled=format == "table")
     else:
-        write_new(out, render(inspection, format, raw=raw))
+        write_new(out, render(inspections, format, raw=raw))
 
 
-def render(inspection: Inspection, format: str, *, raw: bool = False) -> Iterator[str]:
-    """Yield the inspection in one of FORMATS, in chunks."""
-    return _csv(inspection, raw=raw) if format == "csv" else FORMATS[format](inspection)
+def render(inspections: Sequence[Inspection], format: str, *, raw: bool = False) -> Iterator[str]:
+    """Yield inspections in a format, in chunks."""
+    if format == "csv":
+        yield from _csv(inspections, raw=raw)
+    elif format == "html":
+        yield from _page(*inspections)
+    elif format == "jsonl":
+        for inspection in inspections:
+            yield from _jsonl(inspection, named=len(inspections) > 1)
+    elif len(inspections) == 1:
+        yield from (_json if format == "json" else _table)(*inspections)
+    elif format == "json":
+        for index, inspection in enumerate(inspections):
+            yield ",\n" if index else "[\n"
+            yield from _json(inspection)
+        yield "]\n"
+    else:
+        for index, inspection in enumerate(inspections):
+            yield "\n" if index else ""
+            yield f"{escape(inspection.id)}\n"
+            yield from _table(inspection)
 
 
 def std_map(inspection: Inspection) -> HeatMap:
@@ -129,28 +151,30 @@ def _json(inspection: Inspection) -> Iterator[str]:
     yield f',\n "totals": {dump(values(inspection.totals))}\n}}\n'
 
 
-def _jsonl(inspection: Inspection) -> Iterator[str]:
+def _jsonl(inspection: Inspection, *, named: bool = False) -> Iterator[str]:
+    whose = {"id": inspection.id} if named else {}
     for row in inspection.tensors:
-        yield f"{dump(values(row))}\n"
-    yield f"{dump({'totals': values(inspection.totals)})}\n"
+        yield f"{dump(whose | values(row))}\n"
+    yield f"{dump(whose | {'totals': values(inspection.totals)})}\n"
 
 
-def _csv(inspection: Inspection, *, raw: bool) -> Iterator[str]:
-    totals = inspection.totals
-    total = {
-        "name": "TOTAL",
-        "elements": totals.parameters,
-        "bytes": totals.bytes,
-        "nan": totals.nan,
-        "inf": totals.inf,
-        "action": f"{totals.perturbed} of {totals.tensors} perturbed",
-    }
-    return csv_lines(_KEYS, chain(map(_cells, inspection.tensors), [total]), raw=raw)
+def _csv(inspections: Sequence[Inspection], *, raw: bool) -> Iterator[str]:
+    named = ("id",) if len(inspections) > 1 else ()
+    keys = (*named, *_KEYS, *_percentiles(*inspections))
+    return csv_lines(keys, (_cells(of, row, keys) for of in inspections for row in of.tensors), raw=raw)
 
 
-def _cells(row: TensorReport) -> dict[str, Any]:
-    return {
+def _percentiles(*inspections: Inspection) -> tuple[str, ...]:
+    """Return the names of the percentiles that were asked for."""
+    rows = (row for inspection in inspections for row in inspection.tensors)
+    return next((tuple(row.percentiles) for row in rows if row.percentiles), ())
+
+
+def _cells(inspection: Inspection, row: TensorReport, keys: Sequence[str]) -> dict[str, Any]:
+    cells = {
         **values(row),
+        **(row.percentiles or {}),
+        "id": escape(inspection.id, None),
         "name": escape(row.name, None),
         "file": escape(row.file, None),
         "stream": escape(row.stream, None),
@@ -158,6 +182,13 @@ def _cells(row: TensorReport) -> dict[str, Any]:
         "unsure": " ".join(row.unsure),
         "path": None if row.path is None else escape(row.path, None),
     }
+    return {key: cells.get(key) for key in keys}
+
+
+def _with(percentiles: Sequence[str]) -> tuple[str, ...]:
+    """Return the table's columns with percentiles among them."""
+    at = _COLUMNS.index("max") + 1
+    return (*_COLUMNS[:at], *percentiles, *_COLUMNS[at:])
 
 
 def _noise(row: TensorReport) -> str:
@@ -167,29 +198,43 @@ def _noise(row: TensorReport) -> str:
 
 
 def _table(inspection: Inspection) -> Iterator[str]:
-    rows = [(_row(row), "yellow" if row.nan or row.inf else "") for row in inspection.tensors]
-    rows.append((_total_row(inspection.totals), "bold"))
+    percentiles = _percentiles(inspection)
+    blank = dict.fromkeys(percentiles, "")
+    rows = [(blank | _row(row), "yellow" if row.nan or row.inf else "") for row in inspection.tensors]
+    rows.append((blank | _total_row(inspection.totals), "bold"))
     several = len({row.file for row in inspection.tensors}) != 1
     # Those with something to say: no blank ones, no file's name where there is one file.
-    columns = [key for key in _COLUMNS if any(row[key] for row, _ in rows) and (several or key != "file")]
+    columns = [
+        key for key in _with(percentiles) if any(row[key] for row, _ in rows) and (several or key != "file")
+    ]
     return lay_out(
-        columns, rows, left=_LEFT, dispensable=_DISPENSABLE, all_in="--format csv", shortened=_SHORTENED
+        columns,
+        rows,
+        left=_LEFT,
+        dispensable=(*_DISPENSABLE, *percentiles),
+        all_in="--format csv",
+        shortened=_SHORTENED,
     )
 
 
 def _page(inspection: Inspection) -> Iterator[str]:
     """Yield the page."""
     kinds, layers = _groups(inspection)
+    blank = dict.fromkeys(_percentiles(inspection), "")
     rows = []
     for row in inspection.tensors:
-        texts = {**_row(row), "kind": kinds[row.name], "layer": escape(layers[row.name])}
-        numbers = {**values(row), "noise": row.noise_std if row.high is None else row.high}
+        texts = {**blank, **_row(row), "kind": kinds[row.name], "layer": escape(layers[row.name])}
+        numbers = {
+            **values(row),
+            **(row.percentiles or {}),
+            "noise": row.noise_std if row.high is None else row.high,
+        }
         rows.append({key: Cell(text, number_of(numbers.get(key))) for key, text in texts.items()})
-    wanted = ("name", "kind", "layer", *_COLUMNS[1:])
+    wanted = ("name", "kind", "layer", *_with(_percentiles(inspection))[1:])
     columns = [
         Column(key, is_text=key in _LEFT or key in ("kind", "layer"))
         for key in wanted
-        if any(row[key].text for row in rows)
+        if any(key in row and row[key].text for row in rows)
     ]
     totals = inspection.totals
     strength = f"λ {inspection.lam:g}" if inspection.sigma is None else f"σ {inspection.sigma:g}"
@@ -234,6 +279,7 @@ def _row(row: TensorReport) -> dict[str, str]:
         "shape": str(list(row.shape)),
         "elements": f"{row.elements:,}",
         **{key: _number(getattr(row, key)) for key in ("mean", "std", "min", "max", "l1", "l2")},
+        **{key: _number(value) for key, value in (row.percentiles or {}).items()},
         "zeros": "" if row.zeros is None else f"{_number(100 * row.zeros)}%",
         "nan": _count(row.nan),
         "inf": _count(row.inf),
@@ -260,12 +306,3 @@ def _number(value: float | None) -> str:
 
 def _count(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
-
-
-FORMATS: dict[str, Callable[..., Iterator[str]]] = {
-    "table": _table,
-    "json": _json,
-    "jsonl": _jsonl,
-    "csv": _csv,
-    "html": _page,
-}

@@ -43,7 +43,7 @@ class TensorReport:
     for in values that were not read (`constant`, `non-finite`, `tied`). Of a tensor whose matrices have a std
     each there is a record for each `part`, with its own shape; `undivided` says why one that looks like
     several matrices is taken as one. `path` is a name with the containers that it is in, where these say
-    more, and `told_by` says what told whether it is a buffer.
+    more, and `told_by` says what told whether it is a buffer. `percentiles` go by their names, such as `p99`.
     """
 
     name: str
@@ -72,6 +72,7 @@ class TensorReport:
     undivided: str | None = None
     path: str | None = None
     told_by: str | None = None
+    percentiles: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ class Inspection:
     provenance: Provenance | None = None
 
 
-SORT_KEYS = tuple(field.name for field in fields(TensorReport) if field.name != "unsure")
+SORT_KEYS = tuple(field.name for field in fields(TensorReport) if field.name not in ("unsure", "percentiles"))
 
 
 def inspect(
@@ -120,6 +121,8 @@ def inspect(
     granularity: Granularity = "tensor",
     splits: Sequence[tuple[str, str]] = (),
     sort: str | None = None,
+    limit: int | None = None,
+    percentiles: Sequence[float] = (),
     headers_only: bool = False,
     weights: str | None = None,
     components: Sequence[str] = (),
@@ -133,8 +136,9 @@ def inspect(
 ) -> Inspection:
     """Report the tensors of `source` that `include` and `exclude` leave, in file order or sorted.
 
-    `sort` is one of SORT_KEYS, descending with a `-` before it. `lam` is the λ whose noise ranges are given,
-    or `sigma` the std of Gaussian noise in its place.
+    Of more than `limit` rows the first are listed; totals count them all. `sort` is one of SORT_KEYS,
+    descending with a `-` before it. `lam` is the λ whose noise ranges are given, or `sigma` the std of
+    Gaussian noise in its place.
     With granularity `matrix` the matrices of a tensor are reported in its place, as known or as `splits`
     (PATTERN=DIM:SIZES) say.
     """
@@ -167,7 +171,15 @@ def inspect(
             parts = {step.tensor.name: step.parts for step in plan.steps if step.action == "perturb"}
             with progress(sum(tensor.nbytes for tensor in floats)) as report:
                 device = devices.load("cpu").open_device("cpu")
-                statistics = measure(floats, files, device, threads=threads, progress=report, parts=parts)
+                statistics = measure(
+                    floats,
+                    files,
+                    device,
+                    threads=threads,
+                    progress=report,
+                    parts=parts,
+                    percentiles=percentiles,
+                )
             measured = {tensor.name: found for tensor, found in zip(floats, statistics, strict=True)}
         for file in checkpoint.sources:
             file.check_unchanged()
@@ -179,7 +191,7 @@ def inspect(
             lam=lam if sigma is None else None,
             sigma=sigma,
             quantized=quantized,
-            tensors=tuple(rows if sort is None else sort_rows(rows, sort)),
+            tensors=tuple(rows if sort is None else sort_rows(rows, sort))[:limit],
             totals=_total(rows, counted=not headers_only),
             warnings=(*checkpoint.warnings, *warning_of(plan)),
             earlier=_noised_before(checkpoint),

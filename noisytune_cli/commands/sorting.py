@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from noisytune_cli.errors import UsageError
 
@@ -21,8 +22,19 @@ def check_sort(sort: str | None, keys: Sequence[str]) -> None:
 
 
 def sort_rows(rows: Sequence[_Row], sort: str) -> list[_Row]:
-    """Sort by a key; rows without a value come last either way, and equal ones stay in file order."""
+    """Sort by a key; rows without a value come last either way, and equal ones stay in file order.
+
+    Numbers in a text count as numbers: layer 2 comes before layer 10.
+    """
     key = sort.removeprefix("-")
     known = [row for row in rows if getattr(row, key) is not None]
     unknown = [row for row in rows if getattr(row, key) is None]
-    return sorted(known, key=lambda row: getattr(row, key), reverse=sort.startswith("-")) + unknown
+    return sorted(known, key=lambda row: _natural(getattr(row, key)), reverse=sort.startswith("-")) + unknown
+
+
+def _natural(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    pieces: list[Any] = re.split(r"([0-9]+)", value)
+    pieces[1::2] = [(len(digits.lstrip("0")), digits.lstrip("0")) for digits in pieces[1::2]]
+    return pieces

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from noisytune_cli.checkpoint.formats import Source
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine import tiles
+from noisytune_cli.engine.percentiles import Percentiles
 from noisytune_cli.engine.threads import Pool, TileLoop, Worker
 from noisytune_cli.noise.devices import Device, Summary
 from noisytune_cli.noise.std import (
@@ -37,7 +38,8 @@ class Statistics:
     """What the values of one tensor, or of one of its matrices, say.
 
     `std` is std32, the very number that perturb scales noise with; the other floats are float64. `l1` and
-    `l2` are vector norms, `zeros` a share of the elements (0 to 1), `nan` and `inf` are counts.
+    `l2` are vector norms, `zeros` a share of the elements (0 to 1), `nan` and `inf` are counts. Percentiles
+    go by their names, such as `p99.9`.
     """
 
     mean: float | None = None
@@ -49,6 +51,7 @@ class Statistics:
     zeros: float | None = None
     nan: int | None = None
     inf: int | None = None
+    percentiles: Mapping[str, float] | None = None
 
 
 def measure(
@@ -59,14 +62,23 @@ def measure(
     threads: int,
     progress: Callable[[int], None],
     parts: Mapping[str, Sequence[Part]] = MappingProxyType({}),
+    percentiles: Sequence[float] = (),
 ) -> list[list[Statistics]]:
     """Return the statistics of `tensors`, whose dtypes must be FLOAT_DTYPES; `sources` are keyed by file.
 
     Those of a tensor that has `parts` are theirs, in order; of any other there is one. `progress` is called,
-    from any thread, with the bytes just done.
+    from any thread, with the bytes just done. For `percentiles` a tensor is read again, once for each two
+    bytes of its dtype.
     """
     jobs = [
-        _Job(tensor, parts.get(tensor.name) or [whole(tensor)], sources[tensor.file], device, progress)
+        _Job(
+            tensor,
+            parts.get(tensor.name) or [whole(tensor)],
+            sources[tensor.file],
+            device,
+            progress,
+            percentiles,
+        )
         for tensor in tensors
     ]
     Pool([job.run for job in jobs], tile_bytes=_TILE_BYTES, buffer_bytes=0).run(threads)
@@ -83,7 +95,9 @@ class _Job:
         source: Source,
         device: Device,
         progress: Callable[[int], None],
+        percentiles: Sequence[float],
     ) -> None:
+        self._percentiles = percentiles
         self._tensor, self._source, self._device, self._progress = tensor, source, device, progress
         self._places = tiles.Places(parts)
         self._counts = [part.elements for part in parts]
@@ -108,6 +122,27 @@ class _Job:
         for part, found in enumerate(sums):
             done = [found[index] for index in sorted(found)]
             self.statistics.append(self._merge(part, [m for m, _ in done], [s for _, s in done], worker))
+        if self._percentiles:
+            self._add_percentiles(worker)
+
+    def _add_percentiles(self, worker: Worker) -> None:
+        """Find the percentiles of the matrices that hold numbers alone, reading the tensor again."""
+        searched = {
+            part: Percentiles(self._percentiles, count, self._tensor.dtype)
+            for part, (count, found) in enumerate(zip(self._counts, self.statistics, strict=True))
+            if count and not (found.nan or found.inf)
+        }
+        while searched and not all(search.is_known for search in searched.values()):
+            for start in range(0, self._tensor.nbytes, _TILE_BYTES):
+                worker.pool.check()
+                for part, values in self._values(start, self._read(worker, start), searched):
+                    searched[part].add(values)
+            for search in searched.values():
+                search.narrow()
+        names = [f"p{percent:g}" for percent in self._percentiles]
+        for part, search in searched.items():
+            named = dict(zip(names, search.values(), strict=True))
+            self.statistics[part] = replace(self.statistics[part], percentiles=named)
 
     def _values(
         self, start: int, data: memoryview, wanted: Collection[int] | None = None
