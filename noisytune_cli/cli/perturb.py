@@ -218,6 +218,14 @@ def perturb(
     ] = False,
     overwrite: Overwrite = False,
     overwrite_changed: OverwriteChanged = False,
+    skip_existing: Annotated[
+        bool,
+        typer.Option(
+            "--skip-existing",
+            help="Leave an output as it is that is what this would write, of a source that is no younger.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
     again: Annotated[
         bool,
         typer.Option(
@@ -324,6 +332,7 @@ def perturb(
         recipe_only=recipe_only,
         overwrite=overwrite,
         overwrite_changed=overwrite_changed,
+        skip_existing=skip_existing,
         device=device,
         threads=threads,
         progress=lambda nbytes: show.progress(nbytes, "perturb", enabled=not quiet),

@@ -32,6 +32,9 @@ def show_planned(planned: Planned, *, as_json: bool) -> None:
                 for tie in planned.plan.ties
             ],
             "left_out": left_out_json(planned.left_out),
+            "parameters": _parameters(planned),
+            "bytes": planned.nbytes,
+            "free": planned.free,
         }
         if several:
             document["tensors"] = [
@@ -50,8 +53,12 @@ def show_planned(planned: Planned, *, as_json: bool) -> None:
         write_out(_output_lines(planned), spelled=True)
     counts = Counter(str(_telling(steps).reason or "perturb") for steps in by_tensor)
     found = ", ".join(f"{count} {what}" for what, count in counts.most_common())
-    outputs = f"; {len(planned.plans)} outputs" if several else ""
-    note(f"dry run: {len(by_tensor)} tensors: {found}{outputs}; nothing was written")
+    outputs = f"{len(planned.plans)} outputs of " if several else ""
+    free = "" if planned.free is None else f", {_size(planned.free)} are free"
+    note(
+        f"dry run: {len(by_tensor)} tensors: {found}; {_parameters(planned):,} parameters; "
+        f"{outputs}{_size(planned.nbytes)}{' in all' if several else ''} to write{free}; nothing was written"
+    )
 
 
 def show_perturbed(results: Sequence[Perturbed], *, as_json: bool, quiet: bool, seconds: float) -> None:
@@ -93,6 +100,7 @@ def _document(result: Perturbed) -> dict[str, Any]:
         "clamped": sum(receipt.clamped for receipt in manifest.receipts),
         "bytes": _bytes(manifest),
         "left_out": left_out_json(manifest.left_out),
+        "skipped": result.skipped,
         "warnings": list(result.warnings),
     }
 
@@ -107,9 +115,11 @@ def _summary(result: Perturbed) -> str:
     noised, clean = len(manifest.source.files), _clean_weights(manifest)
     files = f" in {noised} of {noised + clean} weight files" if clean else ""
     what = f"{perturbed} of {len(manifest.receipts)} tensors{files} ({told}) -> {result.output}"
+    if result.skipped:
+        return f"kept {result.output}: it is already what this would write"
     if result.recipe:
         return f"wrote the recipe alone for {what}"
-    return f"perturbed {what}: {_bytes(manifest) / 1e6:,.1f} MB"
+    return f"perturbed {what}: {_size(_bytes(manifest))}"
 
 
 def _symbol(noise: NoiseSpec) -> str:
@@ -137,6 +147,14 @@ def _copied(manifest: Manifest) -> dict[str, int]:
 def _bytes(manifest: Manifest) -> int:
     files = manifest.source.files if manifest.output is None else manifest.output.files
     return sum(file.size for file in files)
+
+
+def _parameters(planned: Planned) -> int:
+    return sum(step.tensor.elements for step in planned.plan.steps)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f} MB"
 
 
 def _by_tensor(planned: Planned) -> list[tuple[Step, ...]]:

@@ -19,6 +19,7 @@ from noisytune_cli.cli.options import (
     Quiet,
     Threads,
 )
+from noisytune_cli.errors import Mismatch, NoisytuneError, ResourceExhausted, UsageError
 
 if TYPE_CHECKING:
     from noisytune_cli.commands.replay import Replayed
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 
 
 def verify(
-    out: Annotated[
-        str,
+    outs: Annotated[
+        list[str],
         typer.Argument(
             metavar="OUT",
-            help="The folder or file that perturb, replay or average wrote, or its manifest.",
+            help="The folders or files that perturb, replay or average wrote, or their manifests.",
             show_default=False,
         ),
     ],
@@ -50,27 +51,41 @@ def verify(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check an output against its manifest: every byte of it, and with --base where it came from.
+    """Check outputs against their manifests: every byte of them, and with --base where they came from.
 
-    Exit code 8 and the names of the first tensors and files that do not match, 0 if all do.
+    Exit code 8 and the names of the first tensors and files that do not match, 0 if all do. Of several
+    outputs all are looked at, and the exit code is that of the first with a fault; --json prints a line each.
 
     Examples:
       noisytune verify ./bert-noisy
+      noisytune verify ./bert-l0.1-s* --base ./bert
       noisytune verify ./bert-noisy --base bert-base-uncased
     """
     from noisytune_cli.cli import show
     from noisytune_cli.commands import verify as command
 
-    result = command.verify(
-        out,
-        base=base,
-        threads=threads,
-        mmap=mmap,
-        quiet=quiet,
-        follow_links=follow_links,
-        progress=lambda nbytes: show.progress(nbytes, "verify", enabled=not quiet),
-    )
-    _show_verified(result, as_json=as_json, quiet=quiet)
+    faults: list[NoisytuneError] = []
+    for out in outs:
+        try:
+            result = command.verify(
+                out,
+                base=base,
+                threads=threads,
+                mmap=mmap,
+                quiet=quiet,
+                follow_links=follow_links,
+                progress=lambda nbytes: show.progress(nbytes, "verify", enabled=not quiet),
+            )
+            _show_verified(result, as_json=as_json, quiet=quiet, several=len(outs) > 1)
+        except NoisytuneError as error:
+            if len(outs) == 1 or isinstance(error, (UsageError, ResourceExhausted)):
+                raise
+            if as_json and not isinstance(error, Mismatch):
+                show.write_out(json.dumps({"output": out, "ok": False, "error": error.line()}) + "\n")
+            show.fail(error.line())
+            faults.append(error)
+    if faults:
+        raise typer.Exit(faults[0].exit_code)
 
 
 def replay(
@@ -139,7 +154,7 @@ def replay(
     _show_replayed(result, as_json=as_json, quiet=quiet)
 
 
-def _show_verified(result: Verified, *, as_json: bool, quiet: bool) -> None:
+def _show_verified(result: Verified, *, as_json: bool, quiet: bool, several: bool) -> None:
     """Print the answer; raises Mismatch, which names the first differences, where it is no."""
     from noisytune_cli.cli.show import note, warn_all, write_out
     from noisytune_cli.commands.differences import mismatch
@@ -147,11 +162,12 @@ def _show_verified(result: Verified, *, as_json: bool, quiet: bool) -> None:
     warn_all(result.warnings)
     if as_json:
         answer = {
+            "output": str(result.output),
             "ok": result.ok,
             "checked": asdict(result.checked),
             "mismatches": [asdict(difference) for difference in result.mismatches],
         }
-        write_out(json.dumps(answer, indent=1) + "\n")
+        write_out(json.dumps(answer, indent=None if several else 1) + "\n")
     if not result.ok:
         what, next_step = "the output does not match its manifest", "Fetch it again"
         if result.checked.base:
@@ -165,8 +181,9 @@ def _show_verified(result: Verified, *, as_json: bool, quiet: bool) -> None:
         )
     if not quiet:
         made = " and the base gives" if result.checked.base else ""
+        whose = f"{result.output}: " if several else ""
         note(
-            f"verified {result.checked.tensors} tensors, {result.checked.bytes / 1e6:,.1f} MB: "
+            f"{whose}verified {result.checked.tensors} tensors, {result.checked.bytes / 1e6:,.1f} MB: "
             f"all as the manifest says{made}"
         )
 

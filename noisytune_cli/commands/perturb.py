@@ -7,7 +7,7 @@ the output, the space it needs. Then tensors walk from source to staging, and pu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from noisytune_cli.checkpoint.composition import Component
 from noisytune_cli.checkpoint.dequantize import check_config, dequantize
 from noisytune_cli.checkpoint.find import find
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
-from noisytune_cli.commands.replaced import check_before_download, require_unchanged
+from noisytune_cli.commands.replaced import check_before_download, find_made, require_unchanged
 from noisytune_cli.commands.write import record_source, write_tensors
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
@@ -27,12 +27,12 @@ from noisytune_cli.manifest.write import encode
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.output.commits import all_staged, commit_all
 from noisytune_cli.output.convert import OutputFile, lay_out
-from noisytune_cli.output.destination import check_places
+from noisytune_cli.output.destination import check_places, find_place
 from noisytune_cli.output.publish import Publication, copy_file, write_file
 from noisytune_cli.output.sidecars import companions, left_behind
-from noisytune_cli.output.space import check_room
+from noisytune_cli.output.space import check_room, free_bytes, manifest_bytes, needed_bytes
 from noisytune_cli.plan.evidence.doubts import refuse_doubts, warning_of
-from noisytune_cli.plan.evidence.told import tell_checkpoint
+from noisytune_cli.plan.evidence.told import Told, tell_checkpoint
 from noisytune_cli.plan.plan import check_outcomes
 from noisytune_cli.plan.plans import make_plans, settle_plans, together
 from noisytune_cli.records import (
@@ -69,7 +69,7 @@ class Request:
 class Perturbed:
     """What was published: the manifest, where it and the output are, and what the user should know.
 
-    Of a `recipe` the manifest is the output.
+    Of a `recipe` the manifest is the output. What was `skipped` was there already, and is what was asked for.
     """
 
     output: Path
@@ -78,13 +78,15 @@ class Perturbed:
     cleared: tuple[str, ...]
     warnings: tuple[str, ...]
     recipe: bool = False
+    skipped: bool = False
 
 
 @dataclass(frozen=True)
 class Planned:
     """A dry run's answer: the plan of each combination, made from headers alone, and where it would go.
 
-    `left_out` names the files that would not be in the outputs, each with the reason.
+    `left_out` names the files that would not be in the outputs, each with the reason. `nbytes` is what they
+    take in all, nearly, and `free` what there is where the first would be, None where none is named.
     """
 
     id: str
@@ -93,6 +95,8 @@ class Planned:
     outs: tuple[str | None, ...]
     left_out: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...]
+    nbytes: int
+    free: int | None
 
     @property
     def plan(self) -> Plan:
@@ -110,7 +114,7 @@ def plan_perturb(
 ) -> Planned:
     """Say what `perturb` (with combinations, `perturb_each`) would do, without reading a weight.
 
-    Outputs that are named are refused as there; whether there is room for them is not asked.
+    Outputs that are named are refused as there.
     """
     wanted = wanted or [_only(request, None)]
     with _open(request, _outs(wanted), recipe_only, overwrite, overwrite_changed) as source:
@@ -122,6 +126,8 @@ def plan_perturb(
         require_unchanged(outputs, insists=overwrite_changed)
         if request.strict:
             refuse_doubts(together(plans), request.source)
+        check_room(source, files, plans[0], outputs, recipe_only=recipe_only)
+        each = manifest_bytes(plans[0]) if recipe_only else needed_bytes(source, plans[0], files)
         return Planned(
             id=source.id,
             revision=source.revision,
@@ -129,6 +135,8 @@ def plan_perturb(
             outs=tuple(one.out for one in wanted),
             left_out=(*source.left_out, *left_behind(source, files)),
             warnings=(*source.warnings, *warning_of(together(plans)), *_too_strong(plans)),
+            nbytes=each * len(plans),
+            free=free_bytes(outputs[0]) if outputs else None,
         )
 
 
@@ -164,6 +172,7 @@ def perturb_each(
     recipe_only: bool = False,
     overwrite: bool = False,
     overwrite_changed: bool = False,
+    skip_existing: bool = False,
     device: str = "cpu",
     threads: int | None = None,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
@@ -171,15 +180,27 @@ def perturb_each(
     """Write what `perturb` would for each λ and seed of `wanted`, from one pass over the source.
 
     All are complete before the first is published. With `recipe_only` the manifests alone are written.
-    `overwrite` replaces outputs that are as noisytune wrote them, `overwrite_changed` others too.
+    `overwrite` replaces outputs that are as noisytune wrote them, `overwrite_changed` others too; with
+    `skip_existing` those stay that are what is asked for.
     """
-    with _open(request, _outs(wanted), recipe_only, overwrite, overwrite_changed) as source:
+    # What of the outputs is to stay is told from the source.
+    unsafe = [] if skip_existing else _outs(wanted)
+    with _open(request, unsafe, recipe_only, overwrite, overwrite_changed) as source:
         told = tell_checkpoint(source, request.buffers_from)
         plans = make_plans(source, request.noise, wanted, told, request.conversion)
         files = _lay_out(source, plans, request.conversion)
+        outs = _outs(wanted)
+        kept = {}
+        if skip_existing:
+            kept = _find_made(request, source, outs, plans, files, recipe_only, threads, progress)
+        left = [at for at, out in enumerate(outs) if out not in kept]
+        if not left:
+            return tuple(kept[out] for out in outs)
         walk = Walk(open_device(device), threads or default_threads())
         overwrite = overwrite or overwrite_changed
-        outputs = check_places(source, files, _outs(wanted), recipe_only=recipe_only, overwrite=overwrite)
+        outputs = check_places(
+            source, files, [outs[at] for at in left], recipe_only=recipe_only, overwrite=overwrite
+        )
         require_unchanged(outputs, insists=overwrite_changed, threads=threads, progress=progress)
         check_room(source, files, plans[0], outputs, recipe_only=recipe_only)
         is_folder = not (source.single_file or recipe_only)
@@ -187,34 +208,82 @@ def perturb_each(
             Publication(output, directory=is_folder, overwrite=overwrite, recipe=recipe_only)
             for output in outputs
         ]
-        filled = [] if recipe_only else publications
-        with all_staged(publications):
-            plans = settle_plans(plans, source, told, request.conversion)
-            if request.strict:
-                refuse_doubts(together(plans), request.source)
-            files = _lay_out(source, plans, request.conversion)  # a buffer keeps its dtype
-            receipts = write_tensors(walk, plans, source, filled, progress, files)
-            for plan, done in zip(plans, receipts, strict=True):
-                check_outcomes(plan.noise, ((r.action, r.reason) for r in done), path=request.source)
-            copied, converted = _write_beside(source, request.conversion, files, filled)
-            manifests = [
-                Manifest(
-                    tool_name="noisytune",
-                    tool_version=__version__,
-                    source=record_source(source),
-                    noise=plan.noise,
-                    receipts=done,
-                    copied=copied,
-                    left_out=(*source.left_out, *left_behind(source, files)),
-                    output=converted,
-                )
-                for plan, done in zip(plans, receipts, strict=True)
-            ]
-            for publication, manifest in zip(publications, manifests, strict=True):
-                publication.seal(encode(manifest))
-            paths = commit_all(publications)
-            warnings = (*source.warnings, *warning_of(together(plans)), *_too_strong(plans))
-            return tuple(
+        plans = [plans[at] for at in left]
+        done = _make(request, source, told, plans, publications, walk, progress, recipe_only=recipe_only)
+        return tuple(kept[out] if out in kept else next(done) for out in outs)
+
+
+def _find_made(
+    request: Request,
+    source: Checkpoint,
+    outs: Sequence[str],
+    plans: Sequence[Plan],
+    files: Sequence[OutputFile],
+    recipe_only: bool,
+    threads: int | None,
+    progress: Progress,
+) -> dict[str, Perturbed]:
+    """Return what is there already of what is asked for, by how the user names it."""
+    found = {}
+    for out, plan in zip(outs, plans, strict=True):
+        output = find_place(out, source, files, recipe_only=recipe_only)
+        recorded = find_made(
+            output,
+            source,
+            plan.noise,
+            request.conversion,
+            recipe_only=recipe_only,
+            threads=threads,
+            progress=progress,
+        )
+        if recorded is not None:
+            found[out] = Perturbed(
+                output, recorded.path, recorded.manifest, (), (), recipe_only, skipped=True
+            )
+    return found
+
+
+def _make(
+    request: Request,
+    source: Checkpoint,
+    told: Told,
+    plans: Sequence[Plan],
+    publications: Sequence[Publication],
+    walk: Walk,
+    progress: Progress,
+    *,
+    recipe_only: bool,
+) -> Iterator[Perturbed]:
+    """Write and publish an output for each plan."""
+    filled = [] if recipe_only else publications
+    with all_staged(publications):
+        plans = settle_plans(plans, source, told, request.conversion)
+        if request.strict:
+            refuse_doubts(together(plans), request.source)
+        files = _lay_out(source, plans, request.conversion)  # a buffer keeps its dtype
+        receipts = write_tensors(walk, plans, source, filled, progress, files)
+        for plan, done in zip(plans, receipts, strict=True):
+            check_outcomes(plan.noise, ((r.action, r.reason) for r in done), path=request.source)
+        copied, converted = _write_beside(source, request.conversion, files, filled)
+        manifests = [
+            Manifest(
+                tool_name="noisytune",
+                tool_version=__version__,
+                source=record_source(source),
+                noise=plan.noise,
+                receipts=done,
+                copied=copied,
+                left_out=(*source.left_out, *left_behind(source, files)),
+                output=converted,
+            )
+            for plan, done in zip(plans, receipts, strict=True)
+        ]
+        for publication, manifest in zip(publications, manifests, strict=True):
+            publication.seal(encode(manifest))
+        paths = commit_all(publications)
+        warnings = (*source.warnings, *warning_of(together(plans)), *_too_strong(plans))
+        return iter(
+            [
                 Perturbed(
                     publication.output,
                     path,
@@ -224,7 +293,8 @@ def perturb_each(
                     recipe_only,
                 )
                 for publication, path, manifest in zip(publications, paths, manifests, strict=True)
-            )
+            ]
+        )
 
 
 def _outs(wanted: Sequence[Combination]) -> list[str]:

@@ -1,9 +1,12 @@
-"""Is the output that --overwrite replaces still what noisytune wrote?
+"""What is at an output's place: what is asked for already, or something that --overwrite may replace?
 
 A README that was edited, and weights that a trainer wrote over those with noise, are not ours to throw away.
 The manifest is written last: where no file is younger, by its ctime too, nothing was changed. Else the output
 is held against its manifest as `verify` does, which reads all of it once; a copy that was made by other means
 is younger, and passes. What was removed is no loss.
+
+With --skip-existing an output stays that a run would make again: its manifest records the same noise on the
+same source, whose files are not younger, and the output is as the manifest records it.
 """
 
 from __future__ import annotations
@@ -13,13 +16,21 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.find import comes_from_hub
+from noisytune_cli.commands.write import record_source
 from noisytune_cli.engine.threads import Progress
 from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch, OutputUnsafe, unwritable
 from noisytune_cli.escape import escape
-from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
+from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX, manifest_beside
 from noisytune_cli.output.destination import check_places_of_download
+from noisytune_cli.reading import is_there
+from noisytune_cli.records import Conversion, NoiseSpec, with_output_files
+
+if TYPE_CHECKING:
+    from noisytune_cli.manifest.read import RecordedManifest
 
 #: Nanoseconds that a file may have been written to after the manifest without being younger: the clock of a
 #: file system moves with the kernel's tick.
@@ -42,6 +53,55 @@ def check_before_download(
         overwrite = overwrite or overwrite_changed
         outputs = check_places_of_download(outs, recipe_only=recipe_only, overwrite=overwrite)
         require_unchanged(outputs, insists=overwrite_changed)
+
+
+def find_made(
+    output: Path,
+    source: Checkpoint,
+    noise: NoiseSpec,
+    conversion: Conversion | None,
+    *,
+    recipe_only: bool,
+    threads: int | None = None,
+    progress: Progress = lambda nbytes: nullcontext(lambda done: None),
+) -> RecordedManifest | None:
+    """Return the manifest of what is at `output`, if that is what a run would make there; else None."""
+    from noisytune_cli.manifest.read import read_manifest
+
+    path = output if recipe_only else output / MANIFEST if output.is_dir() else manifest_beside(output)
+    if not is_there(path):
+        return None
+    try:
+        recorded = read_manifest(path)
+    except InputInvalid:
+        return None
+    manifest = recorded.manifest
+    made = None if manifest.output is None else manifest.output.conversion
+    if (manifest.source, manifest.noise, made) != (record_source(source), noise, conversion):
+        return None
+    if source.revision is None and _is_younger(source, path):
+        return None
+    if not recipe_only and (not is_there(output) or _lacks(output, recorded)):
+        return None
+    if not recipe_only and _may_have_changed(output) and _what_changed(output, threads, progress):
+        return None
+    return recorded
+
+
+def _is_younger(source: Checkpoint, manifest: Path) -> bool:
+    """Tell whether a file of the source was written after the manifest; a commit on the hub never is."""
+    written = manifest.stat().st_mtime_ns
+    paths = [*(file.path for file in source.sources), *(source.root / name for name in source.others)]
+    return any(path.stat().st_mtime_ns > written for path in paths)
+
+
+def _lacks(output: Path, recorded: RecordedManifest) -> bool:
+    """Tell whether a recorded file of a folder is absent."""
+    manifest = with_output_files(recorded.manifest)
+    names = [*(file.name for file in manifest.source.files), *(name for name, _ in manifest.copied)]
+    rewritten = () if manifest.output is None else manifest.output.rewritten
+    names += [name for name, _, _ in rewritten]
+    return output.is_dir() and not all(is_there(output / name) for name in names)
 
 
 def require_unchanged(

@@ -52,14 +52,16 @@ def check_places(
     `files` are their weight files where they are not like the source's.
     """
     check_names(source, files)
-    if recipe_only:
-        outputs = [resolve_recipe(out) for out in outs]
-    else:
-        outputs = [resolve_rewritten(out, source, files, convertible=True) for out in outs]
+    outputs = [find_place(out, source, files, recipe_only=recipe_only) for out in outs]
     for output in outputs:
         (check_recipe if recipe_only else check_output)(output, source, overwrite=overwrite)
     check_distinct(outputs)
     return outputs
+
+
+def find_place(out: str, source: Checkpoint, files: Sequence[OutputFile], *, recipe_only: bool) -> Path:
+    """Return the absolute path of an output that a user names `out`."""
+    return resolve_recipe(out) if recipe_only else resolve_rewritten(out, source, files, convertible=True)
 
 
 def check_places_of_download(outs: Sequence[str], *, recipe_only: bool, overwrite: bool) -> list[Path]:

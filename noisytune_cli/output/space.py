@@ -57,6 +57,15 @@ def _nearest(output: Path) -> Path:
     return next(p for p in (output, *output.parents) if p.is_dir())
 
 
+def free_bytes(output: Path) -> int:
+    """Return how many bytes are free where an output will be."""
+    try:
+        status = os.statvfs(_nearest(output))
+    except OSError as error:
+        raise unwritable(error, output) from error
+    return status.f_bavail * status.f_frsize
+
+
 def _check_space_of(outputs: Sequence[Path], nbytes: int, files: int) -> None:
     """Raise ResourceExhausted unless all that `outputs`, on one file system, need in all is free there."""
     try:

@@ -152,7 +152,7 @@ def test_names_in_one_pattern_are_said_to_be_several(verb: str, source: Path, tm
 def test_what_is_not_a_choice_is_said_plainly(source: Path) -> None:
     said = usage("inspect", source, "--format", "cvs")
     assert "'--format': 'cvs' is not one of" in said
-    assert "Usage: noisytune inspect [OPTIONS] SOURCE " in said
+    assert "Usage: noisytune inspect [OPTIONS] SOURCE... " in said
 
 
 def test_an_output_of_noisytune_can_be_inspected_without_a_warning(source: Path, tmp_path: Path) -> None:
@@ -176,6 +176,108 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(source: Path) -> None:
     document = json.loads(invoke("perturb", source, "--dry-run", "--json").stdout)
     assert [tensor["action"] for tensor in document["tensors"]] == ["perturb", "perturb"]
     assert os.listdir(source.parent) == [source.name]
+
+
+def test_a_dry_run_tells_the_room_and_fails_where_the_run_would(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = json.loads(invoke("perturb", source, "--dry-run", "--json").stdout)
+    assert document["parameters"] == 381
+    assert document["free"] is None
+    size = source.stat().st_size
+    assert size < document["bytes"] < size + 10_000
+    several = ("--seed", "0-2", "-o", f"{tmp_path}/o{{seed}}")
+    told = json.loads(invoke("perturb", source, "--dry-run", "--json", *several).stdout)
+    assert told["bytes"] == 3 * document["bytes"]
+    assert told["free"] > 0
+    free = os.statvfs(tmp_path)
+    little = os.statvfs_result((*free[:3], 0, 0, *free[5:]))
+    monkeypatch.setattr(os, "statvfs", lambda path: little)
+    assert "not enough space" in error(6, "perturb", source, "--dry-run", *several)
+
+
+def test_an_output_that_is_there_already_is_kept(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out-{seed}.safetensors"
+    first = tmp_path / "out-1.safetensors"
+    run = ("perturb", source, "-o", out, "--skip-existing", "--json")
+    assert invoke(*run, "--seed", "1").exit_code == 0
+    before = first.stat()
+    result = invoke(*run, "--seed", "0-2")
+    assert result.exit_code == 0, result.output
+    documents = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [document["skipped"] for document in documents] == [False, True, False]
+    assert [document["noise"]["seed"] for document in documents] == ["0", "1", "2"]
+    assert f"kept {first}: it is already what this would write" in result.stderr
+    assert (first.stat().st_ino, first.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    again = invoke(*run, "--seed", "0-2")
+    assert [json.loads(line)["skipped"] for line in again.stdout.splitlines()] == [True] * 3
+
+
+@pytest.mark.parametrize("change", ["noise", "dtype", "source", "output", "gone"])
+def test_what_is_something_else_is_not_kept(change: str, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    run = ["perturb", source, "-o", out, "--skip-existing"]
+    assert invoke(*run).exit_code == 0
+    content = out.read_bytes()
+    if change == "noise":
+        run += ["--exclude", "@embeddings"]
+    elif change == "dtype":
+        run += ["--dtype", "bfloat16"]
+    elif change == "source":
+        os.utime(source)
+    elif change == "output":
+        out.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        out.unlink()
+        assert invoke(*run).exit_code == 5  # a manifest lies there
+        run += ["--overwrite"]
+        assert invoke(*run).exit_code == 0
+        assert out.read_bytes() == content
+        return
+    assert "the output exists" in error(5, *run)
+
+
+def test_a_recipe_and_a_folder_are_kept_too(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    source.rename(folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    for run in (("-o", tmp_path / "out"), ("-o", tmp_path / "r.json", "--recipe-only")):
+        results = [invoke("perturb", folder, *run, "--skip-existing", "--json") for _ in range(2)]
+        assert [json.loads(result.stdout)["skipped"] for result in results] == [False, True]
+    (tmp_path / "out" / "config.json").unlink()
+    assert "the output exists" in error(5, "perturb", folder, "-o", tmp_path / "out", "--skip-existing")
+
+
+def test_several_outputs_are_verified_and_all_faults_told(source: Path, tmp_path: Path) -> None:
+    outs = [tmp_path / f"o{seed}" for seed in range(3)]
+    assert invoke("perturb", source, "--seed", "0-2", "-o", tmp_path / "o{seed}").exit_code == 0
+    result = invoke("verify", *outs, "--json", "--base", source)
+    assert result.exit_code == 0, result.output
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(answer["output"], answer["ok"]) for answer in answers] == [(str(out), True) for out in outs]
+    outs[0].write_bytes(outs[0].read_bytes()[:-1] + b"x")
+    (tmp_path / "o1.noisytune.json").unlink()
+    result = invoke("verify", *outs, "--json")
+    assert result.exit_code == 8
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [answer["ok"] for answer in answers] == [False, False, True]
+    assert "no manifest" in answers[1]["error"]
+    assert [line.partition(": ")[2][:5] for line in result.stderr.splitlines()[:2]] == ["error", "error"]
+    assert result.stderr.splitlines()[2].startswith(f"{outs[2]}: verified 2 tensors")
+    assert invoke("verify", *outs[1:], "-q").exit_code == 4
+
+
+def test_inspect_lists_by_name_as_people_count(tmp_path: Path) -> None:
+    names = [f"layer.{i}.weight" for i in (0, 1, 10, 2)]
+    path = save(tmp_path / "a.safetensors", {name: weights("F32", 3, 3) for name in names})
+    document = json.loads(invoke("inspect", path, "--json", "--limit", "3").stdout)
+    assert [row["name"] for row in document["tensors"]] == [f"layer.{i}.weight" for i in (0, 1, 2)]
+    assert document["totals"]["tensors"] == 4
+    both = json.loads(invoke("inspect", path, path, "--json", "--percentiles", "50", "--headers-only").stdout)
+    assert [one["id"] for one in both] == ["a.safetensors"] * 2
+    assert "--percentiles" in usage("inspect", path, "--percentiles", "101")
+    assert "--format html" in usage("inspect", path, path, "--format", "html")
 
 
 def test_lists_make_an_output_and_a_line_for_each(source: Path, tmp_path: Path) -> None:
@@ -204,7 +306,7 @@ def test_a_dry_run_of_lists_prints_the_plan_once_and_the_outputs(source: Path) -
         "output λ=0.2 seed=3  l0.2-s3",
         "output λ=0.2 seed=4  l0.2-s4",
     ]
-    assert "2 tensors: 2 perturb; 4 outputs; nothing was written" in result.stderr
+    assert "2 tensors: 2 perturb; 381 parameters; 4 outputs of 0.0 MB in all to write, " in result.stderr
     document = json.loads(invoke("perturb", source, *lists, "--dry-run", "--json").stdout)
     assert [tensor["lambdas"] for tensor in document["tensors"]] == [[0.0, 0.2], [0.5, 0.5]]
     assert [one["output"] for one in document["outputs"]] == [None] * 4
