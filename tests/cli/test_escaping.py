@@ -77,7 +77,7 @@ def test_inspect(source: Path, format: str, options: tuple[str, ...]) -> None:
     elif format == "jsonl":
         assert {json.loads(line).get("name") for line in text.splitlines()} >= set(HOSTILE)
     elif format == "csv":
-        assert len(list(csv.reader(io.StringIO(text)))) == 2 + 2 * len(HOSTILE)
+        assert len(list(csv.reader(io.StringIO(text)))) == 1 + 2 * len(HOSTILE)
     else:
         assert "[red]x[/red]" in text
         assert "\\x1b]0;owned\\x07" in text

@@ -300,6 +300,7 @@ def test_the_command_says_no(pristine: tuple[Path, Path], output: Path) -> None:
     result = run(output, "--json")
     assert result.exit_code == 8
     assert json.loads(result.stdout) == {
+        "output": str(output),
         "ok": False,
         "checked": {
             "tensors": len(TENSORS),
