@@ -9,6 +9,7 @@ from noisytune_cli.errors import lacking
 from noisytune_cli.version import __version__
 
 if TYPE_CHECKING:
+    from noisytune_cli.commands.files import compare, inspect, perturb, replay, verify
     from noisytune_cli.memory.ladder import ladder
     from noisytune_cli.memory.perturb import perturb_
     from noisytune_cli.memory.population import Population, noisy
@@ -20,10 +21,15 @@ __all__ = [
     "Population",
     "__version__",
     "add_noise_",
+    "compare",
+    "inspect",
     "ladder",
     "noisy",
     "noisy_from_pretrained",
+    "perturb",
     "perturb_",
+    "replay",
+    "verify",
 ]
 
 #: Public names, and the modules that they are imported from when they are first asked for.
@@ -31,10 +37,15 @@ _HOMES = {
     "NoisyTuneCallback": "memory.transformers",
     "Population": "memory.population",
     "add_noise_": "memory.slices",
+    "compare": "commands.files",
+    "inspect": "commands.files",
     "ladder": "memory.ladder",
     "noisy": "memory.population",
     "noisy_from_pretrained": "memory.transformers",
+    "perturb": "commands.files",
     "perturb_": "memory.perturb",
+    "replay": "commands.files",
+    "verify": "commands.files",
 }
 
 
@@ -51,4 +62,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.commands.heat_map import KIND_ORDER, HeatMap, arrange
 from noisytune_cli.commands.provenance import Provenance, provenance_of
+from noisytune_cli.commands.result import Result
 from noisytune_cli.commands.sorting import check_sort, sort_rows
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine.changes import Change, measure_changes
@@ -90,8 +91,8 @@ class Misfit:
     shape_b: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison(Result):
     """What `compare` found. `rows` are by tensor, layer or kind; with headers only, `differs` is of
     these. `other_dtype` are the names of pairs whose dtypes differ, `heat_map` has `change_norm`.
     """
@@ -112,6 +113,13 @@ class Comparison:
     differs: bool
     headers_only: bool
     warnings: tuple[str, ...] = ()
+
+    def _rows(self) -> Sequence[Any]:
+        return self.rows
+
+    def _told(self) -> str:
+        what = "they differ" if self.differs else "no difference"
+        return f"{self.a.id} and {self.b.id}, {len(self.rows)} rows by {self.by}: {what}"
 
 
 def compare(

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.quantized import refuse_quantized
 from noisytune_cli.commands.provenance import Provenance, provenance_of
+from noisytune_cli.commands.result import Result
 from noisytune_cli.commands.sorting import check_sort, sort_rows
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine.matrix import UNMEASURED, Spread, outcome_of
@@ -87,8 +88,8 @@ class Totals:
     inf: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Inspection:
+@dataclass(frozen=True, slots=True, repr=False)
+class Inspection(Result):
     """A checkpoint as `inspect` found it.
 
     `lam` is the λ that the noise ranges are for, or `sigma` the σ, of which one is None. `quantized` says why
@@ -106,6 +107,13 @@ class Inspection:
     sigma: float | None = None
     earlier: str | None = None
     provenance: Provenance | None = None
+
+    def _rows(self) -> Sequence[Any]:
+        return self.tensors
+
+    def _told(self) -> str:
+        totals = self.totals
+        return f"{self.id}, {totals.tensors} tensors, {totals.parameters:,} parameters"
 
 
 SORT_KEYS = tuple(field.name for field in fields(TensorReport) if field.name not in ("unsure", "percentiles"))

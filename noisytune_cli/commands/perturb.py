@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_found
 from noisytune_cli.checkpoint.composition import Component
@@ -18,12 +19,13 @@ from noisytune_cli.checkpoint.dequantize import check_config, dequantize
 from noisytune_cli.checkpoint.find import find
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.commands.replaced import check_before_download, find_made, require_unchanged
+from noisytune_cli.commands.result import Result
 from noisytune_cli.commands.write import record_source, write_tensors
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import enumerate_some
-from noisytune_cli.manifest.write import encode
+from noisytune_cli.manifest.write import encode, to_json
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.output.commits import all_staged, commit_all
 from noisytune_cli.output.convert import OutputFile, lay_out
@@ -65,8 +67,8 @@ class Request:
     follow_links: bool = False
 
 
-@dataclass(frozen=True)
-class Perturbed:
+@dataclass(frozen=True, repr=False)
+class Perturbed(Result):
     """What was published: the manifest, where it and the output are, and what the user should know.
 
     Of a `recipe` the manifest is the output. What was `skipped` was there already, and is what was asked for.
@@ -79,6 +81,14 @@ class Perturbed:
     warnings: tuple[str, ...]
     recipe: bool = False
     skipped: bool = False
+
+    def _rows(self) -> Sequence[Any]:
+        rows: Sequence[Any] = to_json(self.manifest)["tensors"]
+        return rows
+
+    def _told(self) -> str:
+        perturbed = sum(receipt.action == "perturb" for receipt in self.manifest.receipts)
+        return f"{perturbed} of {len(self.manifest.receipts)} tensors -> {self.output}"
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,7 @@ def perturb(
     recipe_only: bool = False,
     overwrite: bool = False,
     overwrite_changed: bool = False,
+    skip_existing: bool = False,
     device: str = "cpu",
     threads: int | None = None,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
@@ -158,6 +169,7 @@ def perturb(
         recipe_only=recipe_only,
         overwrite=overwrite,
         overwrite_changed=overwrite_changed,
+        skip_existing=skip_existing,
         device=device,
         threads=threads,
         progress=progress,

@@ -7,19 +7,23 @@ before a weight is read; one whose bytes differ, or an output that did, before a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.commands.base import match_files, name_base, not_the_base, open_base
 from noisytune_cli.commands.differences import Difference, compare_receipts, recorded_steps
 from noisytune_cli.commands.replaced import check_before_download, require_unchanged
+from noisytune_cli.commands.result import Result
 from noisytune_cli.commands.write import write_tensors
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
 from noisytune_cli.manifest.locate import manifest_of
 from noisytune_cli.manifest.read import RecordedManifest, read_manifest
+from noisytune_cli.manifest.write import to_json
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.output.convert import OutputFile, lay_out
 from noisytune_cli.output.destination import check_output, resolve_rewritten
@@ -29,8 +33,8 @@ from noisytune_cli.output.space import check_descriptors, check_space, needed_by
 from noisytune_cli.records import Manifest, OutputRecord, Plan
 
 
-@dataclass(frozen=True)
-class Replayed:
+@dataclass(frozen=True, repr=False)
+class Replayed(Result):
     """What was published: where it is, the manifest, and the left-overs of killed runs that were removed."""
 
     output: Path
@@ -38,6 +42,13 @@ class Replayed:
     manifest: Manifest
     cleared: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+
+    def _rows(self) -> Sequence[Any]:
+        rows: Sequence[Any] = to_json(self.manifest)["tensors"]
+        return rows
+
+    def _told(self) -> str:
+        return f"{len(self.manifest.receipts)} tensors -> {self.output}"
 
 
 def replay(

@@ -12,10 +12,11 @@ not match" (8).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 
@@ -26,6 +27,7 @@ from noisytune_cli.checkpoint.index import read_index
 from noisytune_cli.checkpoint.layout import index_suffix, is_weights
 from noisytune_cli.commands.base import compare_files, match_files, open_base, prefixes_of
 from noisytune_cli.commands.differences import Difference, as_written, compare_receipts, recorded_steps
+from noisytune_cli.commands.result import Result
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Output, Walk
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
@@ -51,8 +53,8 @@ class Checked:
     base: bool
 
 
-@dataclass(frozen=True)
-class Verified:
+@dataclass(frozen=True, repr=False)
+class Verified(Result):
     """The answer: everything that does not match, and what was looked at."""
 
     output: Path
@@ -64,6 +66,17 @@ class Verified:
     def ok(self) -> bool:
         """Whether all is as the manifest says."""
         return not self.mismatches
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the answer as `noisytune verify --json` prints it, and the warnings."""
+        return {"ok": self.ok, **super().to_dict()}
+
+    def _rows(self) -> Sequence[Any]:
+        return self.mismatches
+
+    def _told(self) -> str:
+        found = "all as the manifest says" if self.ok else f"{len(self.mismatches)} mismatches"
+        return f"{self.output}, {self.checked.tensors} tensors: {found}"
 
 
 def verify(

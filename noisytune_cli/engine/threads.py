@@ -7,6 +7,7 @@ tensor is still shared by all. The first error stops everybody at the next tile.
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 from collections import Counter
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from noisytune_cli.errors import ResourceExhausted
+from noisytune_cli.errors import ResourceExhausted, UsageError
 
 #: Given the bytes to come, a context that yields what to call, from any thread, with the bytes just done.
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
@@ -35,9 +36,26 @@ class Worker:
 Task = Callable[[Worker], None]
 
 
+_MOST_THREADS = 256
+
+
 def default_threads() -> int:
     """Return how many threads to use unless told: the CPUs this process may run on, up to 8."""
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def thread_count(given: int | None) -> int:
+    """Return `given`, 1 to 256 threads, or for None the default; UsageError for what is neither."""
+    if given is None:
+        return default_threads()
+    try:
+        count = operator.index(given)
+    except TypeError:
+        count = 0
+    if not 1 <= count <= _MOST_THREADS:
+        wanted = f"a whole number from 1 to {_MOST_THREADS}"
+        raise UsageError(f"threads={given!r}", why=f"it is not {wanted}", next_step=f"Give {wanted}")
+    return count
 
 
 class Abandoned(Exception):

@@ -15,21 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.weak import WeakIdKeyDictionary
 
+from noisytune_cli.engine.threads import thread_count
 from noisytune_cli.errors import UsageError
 from noisytune_cli.manifest.locate import manifest_of
 from noisytune_cli.manifest.read import read_manifest
 from noisytune_cli.memory import subnormals
 from noisytune_cli.memory.adapters import base_names
 from noisytune_cli.memory.ahead import SumsAhead
-from noisytune_cli.memory.arguments import (
-    Mix,
-    Pairs,
-    Patterns,
-    check_choice,
-    make_spec,
-    patterns,
-    thread_count,
-)
 from noisytune_cli.memory.batches import batches, begin, receipts_of
 from noisytune_cli.memory.plan import (
     OPTIONS_THAT_EXCLUDE,
@@ -39,6 +31,14 @@ from noisytune_cli.memory.plan import (
 )
 from noisytune_cli.memory.spreads import Spreads
 from noisytune_cli.memory.tensors import Names, live_tensors_of
+from noisytune_cli.plan.arguments import (
+    Mix,
+    Pairs,
+    Patterns,
+    check_choice,
+    make_spec,
+    patterns,
+)
 from noisytune_cli.plan.plan import check_outcomes
 from noisytune_cli.records import (
     Action,

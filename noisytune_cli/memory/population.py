@@ -13,17 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from noisytune_cli.engine.threads import thread_count
 from noisytune_cli.errors import InputInvalid, NoisytuneError
 from noisytune_cli.memory import in_place, subnormals
-from noisytune_cli.memory.arguments import (
-    Mix,
-    Pairs,
-    Patterns,
-    check_choice,
-    make_spec,
-    patterns,
-    thread_count,
-)
 from noisytune_cli.memory.batches import begin, receipts_of
 from noisytune_cli.memory.overlaps import has_memory, place
 from noisytune_cli.memory.perturb import config_of, named_tensors, taking_noise
@@ -31,6 +23,14 @@ from noisytune_cli.memory.plan import OPTIONS_THAT_EXCLUDE, Parameter, leave_out
 from noisytune_cli.memory.sharded import LocalTensor, held_part
 from noisytune_cli.memory.spreads import Spreads
 from noisytune_cli.memory.tensors import LiveTensor, Names, live_tensors_of
+from noisytune_cli.plan.arguments import (
+    Mix,
+    Pairs,
+    Patterns,
+    check_choice,
+    make_spec,
+    patterns,
+)
 from noisytune_cli.plan.plan import check_outcomes
 from noisytune_cli.records import Action, Granularity, Manifest, NoiseSpec, Scope, SourceRecord
 from noisytune_cli.version import __version__

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from noisytune_cli.engine.matrix import UNMEASURED, outcome_of
+from noisytune_cli.engine.threads import thread_count
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.memory import in_place, subnormals
-from noisytune_cli.memory.arguments import Mix, make_spec, thread_count
 from noisytune_cli.memory.sharded import Dose, runs_of
 from noisytune_cli.memory.tensors import LiveTensor, live_tensors_of
 from noisytune_cli.noise.amplitudes import noise_of
+from noisytune_cli.plan.arguments import Mix, make_spec
 from noisytune_cli.plan.evidence.told import Told
 from noisytune_cli.plan.plan import make_plan
 from noisytune_cli.records import whole

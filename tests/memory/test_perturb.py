@@ -389,8 +389,8 @@ def test_importing_the_package_imports_nothing_heavy_and_every_public_name_is_th
     for name in noisytune_cli.__all__:
         assert getattr(noisytune_cli, name)
         assert name in dir(noisytune_cli)
-    with pytest.raises(AttributeError, match="perturb"):
-        noisytune_cli.perturb  # noqa: B018
+    with pytest.raises(AttributeError, match="perturbed"):
+        noisytune_cli.perturbed  # noqa: B018
 
 
 def test_the_same_seed_twice_is_refused_unless_again() -> None:

@@ -1,4 +1,4 @@
-"""What `perturb_` was asked for: its arguments checked, and the noise that they ask for.
+"""What a Python function was asked for: its arguments checked, and the noise that they ask for.
 
 Python lets anything through, and from a training script a wrong type comes late and far from its cause. So
 each argument is looked at before anything else is, and refused under its own name.
@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterable, Mapping
 from numbers import Real
 from typing import Any, TypeVar
 
-from noisytune_cli.engine.threads import default_threads
 from noisytune_cli.errors import UsageError
 from noisytune_cli.manifest.mixture import read_mix
 from noisytune_cli.noise import distributions
@@ -27,8 +26,6 @@ Pairs = Mapping[str, _Value] | Iterable[tuple[str, _Value]]
 
 #: Noises to be added up: the lines of the command line's file, as dictionaries, records, or its path.
 Mix = Iterable[Mapping[str, Any] | Term] | str | os.PathLike[str]
-
-_MOST_THREADS = 256
 
 
 def make_spec(
@@ -71,7 +68,7 @@ def make_spec(
         include=patterns("include", include),
         exclude=patterns("exclude", exclude),
         granularity=granularity,
-        splits=tuple(_texts("splits", splits)),
+        splits=tuple(texts("splits", splits)),
         kept=_share(shrink),
         mix=terms,
     )
@@ -162,16 +159,6 @@ def patterns(option: str, given: Patterns) -> tuple[str, ...]:
     return listed
 
 
-def thread_count(given: int | None) -> int:
-    """Return how many threads to use."""
-    if given is None:
-        return default_threads()
-    count = _whole("threads", given)
-    if not 1 <= count <= _MOST_THREADS:
-        raise _wrong("threads", given, f"a whole number from 1 to {_MOST_THREADS}")
-    return count
-
-
 def _pairs(option: str, given: Pairs[Any]) -> list[tuple[str, Any]]:
     pairs: Any = given.items() if isinstance(given, Mapping) else given
     try:
@@ -183,7 +170,8 @@ def _pairs(option: str, given: Pairs[Any]) -> list[tuple[str, Any]]:
     return listed
 
 
-def _texts(option: str, given: Pairs[str]) -> list[tuple[str, str]]:
+def texts(option: str, given: Pairs[str]) -> list[tuple[str, str]]:
+    """Return pairs of a pattern and a text as a list."""
     pairs = _pairs(option, given)
     if not all(isinstance(value, str) for _, value in pairs):
         raise _wrong(option, given, "a dict from patterns to texts such as '0:/3', or a list of such pairs")

@@ -1,0 +1,274 @@
+"""The verbs as Python functions: for files what `perturb_` and its kin are for a model in memory.
+
+They do what the command line does, and raise its errors. What it would warn of is a `NoisytuneWarning`;
+nothing is printed, and a download shows no bar. Paths may be texts or `os.PathLike`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+
+from noisytune_cli.commands import compare as comparing
+from noisytune_cli.commands import inspect as inspecting
+from noisytune_cli.commands import perturb as perturbing
+from noisytune_cli.commands import replay as replaying
+from noisytune_cli.commands import verify as verifying
+from noisytune_cli.commands.compare import By, Comparison
+from noisytune_cli.commands.inspect import Inspection
+from noisytune_cli.commands.perturb import Perturbed
+from noisytune_cli.commands.replay import Replayed
+from noisytune_cli.commands.verify import Verified
+from noisytune_cli.dtypes import BY_TORCH_NAME
+from noisytune_cli.engine.threads import thread_count
+from noisytune_cli.errors import NoisytuneWarning
+from noisytune_cli.plan.arguments import Mix, Pairs, Patterns, check_choice, make_spec, patterns, texts
+from noisytune_cli.records import Conversion, Granularity, Scope
+
+#: A file, a folder, or where that is allowed a hub id.
+Place = str | os.PathLike[str]
+
+
+def perturb(
+    source: Place,
+    out: Place,
+    *,
+    lam: float | None = None,
+    seed: int | None = None,
+    sigma: float | None = None,
+    mix: Mix | None = None,
+    shrink: float | None = None,
+    noise: str | None = None,
+    scope: Scope | None = None,
+    granularity: Granularity = "tensor",
+    splits: Pairs[str] = (),
+    include: Patterns = (),
+    exclude: Patterns = (),
+    rules: Pairs[float] = (),
+    dtype: str | None = None,
+    to: str | None = None,
+    dequantize: str | None = None,
+    buffers_from: str = "auto",
+    strict: bool = False,
+    weights: str | None = None,
+    components: Patterns = (),
+    revision: str | None = None,
+    mmap: bool = False,
+    follow_links: bool = False,
+    again: bool = False,
+    recipe_only: bool = False,
+    overwrite: bool = False,
+    overwrite_changed: bool = False,
+    skip_existing: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> Perturbed:
+    """Write a noisy copy of `source` and its manifest to `out`, durably, or change nothing.
+
+    The arguments are the options of `noisytune perturb`; `rules` are `--lambda-for` or `--sigma-for`. One
+    output comes of one call: of lists, the command line makes all from one read.
+    """
+    if dtype is not None:
+        check_choice("dtype", dtype, tuple(BY_TORCH_NAME))
+    if to is not None:
+        check_choice("to", to, ("safetensors",))
+    if dequantize is not None:
+        check_choice("dequantize", dequantize, ("bf16",))
+    conversion = Conversion(
+        dtype=None if dtype is None else BY_TORCH_NAME[dtype],
+        format="safetensors" if to else None,
+        dequantized="BF16" if dequantize else None,
+    )
+    spec = make_spec(
+        lam=lam,
+        seed=seed,
+        sigma=sigma,
+        mix=mix,
+        shrink=shrink,
+        noise=noise,
+        scope=scope,
+        granularity=granularity,
+        splits=splits,
+        include=include,
+        exclude=exclude,
+        rules=rules,
+    )
+    request = perturbing.Request(
+        os.fspath(source),
+        spec,
+        conversion=None if conversion == Conversion() else conversion,
+        weights=weights,
+        components=patterns("components", components),
+        revision=revision,
+        mmap=mmap,
+        again=again,
+        quiet=True,
+        buffers_from=buffers_from,
+        strict=strict,
+        follow_links=follow_links,
+    )
+    done = perturbing.perturb(
+        request,
+        os.fspath(out),
+        recipe_only=recipe_only,
+        overwrite=overwrite,
+        overwrite_changed=overwrite_changed,
+        skip_existing=skip_existing,
+        device=device,
+        threads=thread_count(threads),
+    )
+    _warn(done.warnings)
+    return done
+
+
+def inspect(
+    source: Place,
+    *,
+    lam: float = 0.15,
+    sigma: float | None = None,
+    include: Patterns = (),
+    exclude: Patterns = (),
+    granularity: Granularity = "tensor",
+    splits: Pairs[str] = (),
+    sort: str | None = "name",
+    limit: int | None = None,
+    percentiles: Sequence[float] = (),
+    headers_only: bool = False,
+    buffers_from: str = "auto",
+    weights: str | None = None,
+    components: Patterns = (),
+    revision: str | None = None,
+    mmap: bool = False,
+    follow_links: bool = False,
+    threads: int | None = None,
+) -> Inspection:
+    """Return a checkpoint's tensors with their statistics, and what `perturb` would do with each.
+
+    The arguments are the options of `noisytune inspect`; without `sort` tensors come in their files' order.
+    """
+    found = inspecting.inspect(
+        os.fspath(source),
+        lam=lam,
+        sigma=sigma,
+        include=patterns("include", include),
+        exclude=patterns("exclude", exclude),
+        granularity=granularity,
+        splits=texts("splits", splits),
+        sort=sort,
+        limit=limit,
+        percentiles=percentiles,
+        headers_only=headers_only,
+        weights=weights,
+        components=patterns("components", components),
+        revision=revision,
+        mmap=mmap,
+        threads=thread_count(threads),
+        quiet=True,
+        follow_links=follow_links,
+        buffers_from=buffers_from,
+    )
+    _warn(found.warnings)
+    return found
+
+
+def verify(
+    out: Place,
+    *,
+    base: Place | None = None,
+    mmap: bool = False,
+    follow_links: bool = False,
+    threads: int | None = None,
+) -> Verified:
+    """Hold an output against its manifest, and with `base` against what it was made from.
+
+    The answer is `ok` and `mismatches`: what does not match is no error.
+    """
+    found = verifying.verify(
+        os.fspath(out),
+        base=None if base is None else os.fspath(base),
+        threads=thread_count(threads),
+        mmap=mmap,
+        quiet=True,
+        follow_links=follow_links,
+    )
+    _warn(found.warnings)
+    return found
+
+
+def replay(
+    manifest: Place,
+    out: Place,
+    *,
+    base: Place | None = None,
+    overwrite: bool = False,
+    overwrite_changed: bool = False,
+    mmap: bool = False,
+    follow_links: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> Replayed:
+    """Write to `out` exactly what a manifest records, from `base` or the hub's commit that it names.
+
+    `manifest` may be an output, which has its own. Mismatch where a byte would differ: nothing is written.
+    """
+    done = replaying.replay(
+        os.fspath(manifest),
+        os.fspath(out),
+        base=None if base is None else os.fspath(base),
+        overwrite=overwrite,
+        overwrite_changed=overwrite_changed,
+        device=device,
+        threads=thread_count(threads),
+        mmap=mmap,
+        quiet=True,
+        follow_links=follow_links,
+    )
+    _warn(done.warnings)
+    return done
+
+
+def compare(
+    a: Place,
+    b: Place,
+    *,
+    by: By = "tensor",
+    maps: Pairs[str] = (),
+    include: Patterns = (),
+    exclude: Patterns = (),
+    sort: str | None = None,
+    tolerance: float = 0.0,
+    headers_only: bool = False,
+    components: Patterns = (),
+    mmap: bool = False,
+    follow_links: bool = False,
+    threads: int | None = None,
+) -> Comparison:
+    """Return what lies between two checkpoints, by `tensor`, `layer` or `kind`.
+
+    The arguments are the options of `noisytune compare`; `maps` are `--map`.
+    """
+    check_choice("by", by, ("tensor", "layer", "kind"))
+    found = comparing.compare(
+        os.fspath(a),
+        os.fspath(b),
+        by=by,
+        maps=texts("maps", maps),
+        include=patterns("include", include),
+        exclude=patterns("exclude", exclude),
+        sort=sort,
+        tolerance=tolerance,
+        headers_only=headers_only,
+        components=patterns("components", components),
+        mmap=mmap,
+        threads=thread_count(threads),
+        quiet=True,
+        follow_links=follow_links,
+    )
+    _warn(found.warnings)
+    return found
+
+
+def _warn(texts: Sequence[str]) -> None:
+    for text in texts:
+        warnings.warn(text, NoisytuneWarning, stacklevel=3)

@@ -1,0 +1,124 @@
+"""The verbs as Python functions: the command line's bytes, plain answers, warnings that Python can filter."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import numbers, save, weights
+from typer.testing import CliRunner
+
+import noisytune_cli
+from noisytune_cli.cli.app import app
+from noisytune_cli.errors import NoisytuneWarning, OutputUnsafe, PackageMissing, UsageError
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    tensors = {"layer.10.weight": weights("F32", 30, 10), "layer.9.weight": weights("BF16", 9, 9)}
+    return save(tmp_path / "in.safetensors", tensors)
+
+
+def test_perturb_makes_the_command_lines_bytes(source: Path, tmp_path: Path) -> None:
+    options = [
+        "--lambda",
+        "0.2",
+        "--seed",
+        "7",
+        "--noise",
+        "gaussian",
+        "--exclude",
+        "*9*",
+        "--dtype",
+        "float16",
+    ]
+    run = CliRunner().invoke(app, ["perturb", str(source), "-o", str(tmp_path / "a.safetensors"), *options])
+    assert run.exit_code == 0, run.output
+    made = noisytune_cli.perturb(
+        source, tmp_path / "b.safetensors", lam=0.2, seed=7, noise="gaussian", exclude="*9*", dtype="float16"
+    )
+    for ending in ("", ".noisytune.json"):
+        a, b = ((tmp_path / f"{name}.safetensors{ending}").read_bytes() for name in "ab")
+        assert a == b
+    assert repr(made) == f"<Perturbed: 1 of 2 tensors -> {tmp_path / 'b.safetensors'}>"
+    told = made.to_dict()
+    assert told["manifest"] == json.loads((tmp_path / "b.safetensors.noisytune.json").read_bytes())
+    json.dumps(told)
+
+
+def test_what_is_there_is_refused_or_kept(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    noisytune_cli.perturb(source, out)
+    with pytest.raises(OutputUnsafe):
+        noisytune_cli.perturb(source, out)
+    assert noisytune_cli.perturb(source, out, skip_existing=True).skipped
+    with pytest.raises(UsageError, match="threads"):
+        noisytune_cli.perturb(source, out, threads=0)
+    with pytest.raises(UsageError, match="dtype='half'"):
+        noisytune_cli.perturb(source, out, dtype="half")
+
+
+def test_verify_replay_and_compare(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    noisytune_cli.perturb(source, out, sigma=0.01)
+    assert noisytune_cli.verify(out, base=source).ok
+    again = noisytune_cli.replay(out, tmp_path / "again.safetensors", base=source)
+    assert again.output.read_bytes() == out.read_bytes()
+    difference = noisytune_cli.compare(source, out)
+    assert difference.differs
+    assert repr(difference).endswith("2 rows by tensor: they differ>")
+    assert not noisytune_cli.compare(out, again.output).differs
+    content = out.read_bytes()
+    out.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    answer = noisytune_cli.verify(out)
+    assert not answer.ok
+    assert answer.to_dict()["ok"] is False
+    assert answer.to_dict()["mismatches"][0]["tensor"] == "layer.9.weight"
+    assert repr(answer).endswith("2 tensors: 1 mismatches>")
+
+
+def test_inspect_is_plain_data(source: Path) -> None:
+    found = noisytune_cli.inspect(source, percentiles=(50,), include=["layer.*"])
+    assert [row.name for row in found.tensors] == ["layer.9.weight", "layer.10.weight"]
+    assert repr(found) == "<Inspection: in.safetensors, 2 tensors, 381 parameters>"
+    told = found.to_dict()
+    assert told["totals"]["parameters"] == 381
+    assert told["tensors"][1]["percentiles"]["p50"] == found.tensors[1].percentiles["p50"]
+
+
+def test_rows_become_a_data_frame(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = noisytune_cli.inspect(source)
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=lambda rows: rows))
+    rows: Any = found.to_frame()
+    assert [row["name"] for row in rows] == ["layer.9.weight", "layer.10.weight"]
+    assert all(math.isfinite(row["std"]) for row in rows)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(PackageMissing, match="pip install pandas"):
+        found.to_frame()
+
+
+def test_what_the_command_line_warns_of_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = save(tmp_path / "x.safetensors", {"a": numbers("F32", 1.0, np.nan), "b": weights("F32", 4, 4)})
+    with pytest.warns(NoisytuneWarning, match="NaN or infinite") as caught:
+        noisytune_cli.perturb(broken, tmp_path / "y.safetensors")
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        noisytune_cli.inspect(broken)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_package_shows_its_public_names_alone() -> None:
+    assert dir(noisytune_cli) == sorted(noisytune_cli.__all__)
+    for name in noisytune_cli.__all__:
+        if not name.startswith("__"):
+            assert callable(getattr(noisytune_cli, name))
