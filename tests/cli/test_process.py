@@ -211,3 +211,21 @@ def test_a_signal_while_the_handlers_are_installed_is_a_signal_all_the_same() ->
         [sys.executable, "-c", code, "--version"], capture_output=True, text=True, timeout=60
     )
     assert (ended.returncode, ended.stderr) == (143, "")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "sys.argv = ['noisytune', '--version']\nfrom noisytune_cli.__main__ import main\nmain()",
+        "import noisytune_cli\ntry:\n noisytune_cli.perturb\nexcept ImportError as error:\n"
+        " print('noisytune: error:', error, file=sys.stderr)\n sys.exit(error.exit_code)",
+    ],
+)
+def test_a_system_that_is_not_posix_is_told_in_one_line(code: str) -> None:
+    windows = "import os, sys\nos.name = 'nt'\nsys.modules['fcntl'] = sys.modules['resource'] = None\n"
+    ended = subprocess.run([sys.executable, "-c", windows + code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (6, "")
+    assert ended.stderr == (
+        "noisytune: error: this system is not supported: files are written safely on Linux and macOS alone. "
+        "On Windows, install noisytune in WSL.\n"
+    )
