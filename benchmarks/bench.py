@@ -1,18 +1,16 @@
-"""What README's table comes from: noisytune against `cp`, a durable copy, and the paper's loop.
+"""The speed of noisytune beside what bounds it: every aim a row, its contenders in turn, medians and ratios.
 
-    python benchmarks/bench.py [--minilm FILE] [--size GIB] [--rounds N] [--folder DIR]
+    python benchmarks/bench.py [--minilm FILE] [--size GIB ...] [--rounds N] [--only WORD] [--folder DIR]
 
-Builds a float32 and a bfloat16 checkpoint of SIZE GiB (the shapes of a Llama-like model), the first as a
-pickle too, and one of a single tensor, then runs every contender in turn, round after round, so that a slow
-moment of the machine hits all of them alike, and prints medians and ratios. Every run is a process of its
-own, start-up included, with the source in the page cache and the output on the same file system.
-
-    durable copy    cp SOURCE OUT && sync OUT
-    before fsync    noisytune up to its first fsync of weights, against cp alone
+    durable copy    `cp SOURCE OUT && sync OUT`, from a source in the page cache (warm) or not (cold)
+    digest          BLAKE3 of the file in threads, as b3sum does it: reading at its cheapest
     paper's loop    load_file, `p += (rand - 0.5) * λ * std` for every parameter, save_file (torch.load and
                     torch.save for the pickle)
 
-A second table sets several outputs of one run against as many runs of one output each.
+Every run is a process of its own, start-up included, with its output on the file system of its source. The
+contenders of a row take turns, round after round, so that a slow moment of the machine hits them alike; what
+a run left to be written is flushed before the next. A file leaves the page cache by posix_fadvise, without
+rights. The row in little memory needs a cgroup that may be written to; what cannot be measured is said.
 """
 
 from __future__ import annotations
@@ -27,7 +25,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +35,12 @@ import numpy as np
 HIDDEN, FEED_FORWARD, VOCABULARY = 2048, 5632, 32000
 BYTES = {"F32": 4, "BF16": 2}
 
-#: How many outputs one run makes, where it makes several.
-OUTPUTS = 4
+#: How many outputs one run makes, where it makes several, and seeds a mixture has.
+OUTPUTS, SEEDS = 8, 64
+
+#: Bytes of memory, page cache included, where there is little.
+LITTLE = 300 << 20
+_CGROUPS = Path("/sys/fs/cgroup")
 
 LOOP = """
 import sys, torch
@@ -59,19 +63,10 @@ from safetensors.torch import load_file
 torch.save(load_file(sys.argv[1]), sys.argv[2])
 """
 
-#: Runs noisytune and prints when its first fsync of a weight file began, counted from the process's start.
-BEFORE_FSYNC = """
-import os, sys, time
-started = float(sys.argv.pop(1))
-real = os.fsync
-def fsync(fd):
-    if os.fstat(fd).st_size > 1 << 20:
-        print(f"BEFORE {time.time() - started}", file=sys.stderr)
-        os.fsync = real
-    return real(fd)
-os.fsync = fsync
-from noisytune_cli.__main__ import main
-main()
+DIGEST = """
+import sys
+from blake3 import blake3
+print(blake3(max_threads=blake3.AUTO).update_mmap(sys.argv[1]).hexdigest())
 """
 
 
@@ -117,14 +112,12 @@ def build(path: Path, dtype: str, tensors: list[tuple[str, tuple[int, ...]]]) ->
         os.fsync(file.fileno())
 
 
-def timed(*commands: list[str]) -> tuple[float, str]:
-    """Run commands one after the other; return the seconds they took and the last one's stderr."""
-    start, errors = time.perf_counter(), ""
+def timed(*commands: list[str]) -> float:
+    """Run commands one after the other; return the seconds they took."""
+    start = time.perf_counter()
     for command in commands:
-        errors = subprocess.run(
-            command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        ).stderr
-    return time.perf_counter() - start, errors
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - start
 
 
 def peak_memory(command: list[str]) -> int:
@@ -144,126 +137,208 @@ def peak_memory(command: list[str]) -> int:
     return peak
 
 
-def noisytune(source: Path, out: Path, *options: str) -> list[str]:
-    """Return the command that perturbs a file."""
-    return [
-        sys.executable,
-        "-m",
-        "noisytune_cli",
-        "perturb",
-        str(source),
-        "--lambda",
-        "0.15",
-        "-o",
-        str(out),
-        "-q",
-        *options,
-    ]
+def noisytune(verb: str, *arguments: object) -> list[str]:
+    """Return a command of noisytune."""
+    return [sys.executable, "-m", "noisytune_cli", verb, *map(str, arguments), "-q"]
 
 
-def compare(source: Path, folder: Path, rounds: int) -> dict[str, float]:
-    """Return each contender's median seconds for one source."""
+def python(program: str, *arguments: object) -> list[str]:
+    """Return the command that runs a program of ours."""
+    return [sys.executable, "-c", program, *map(str, arguments)]
+
+
+def make_cold(path: Path) -> None:
+    """Take a file out of the page cache."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def make_warm(path: Path) -> None:
+    """Bring a file into the page cache."""
+    with path.open("rb") as file:
+        while file.read(8 << 20):
+            pass
+
+
+@contextmanager
+def little_memory() -> Iterator[list[str]]:
+    """Yield what goes before a command, to run it in a cgroup of LITTLE bytes; OSError if it cannot be."""
+    controllers = _CGROUPS / "memory"
+    group = (controllers if controllers.is_dir() else _CGROUPS) / f"noisytune-bench-{os.getpid()}"
+    limit = "memory.limit_in_bytes" if controllers.is_dir() else "memory.max"
+    group.mkdir()
+    try:
+        (group / limit).write_text(str(LITTLE))
+        yield ["sh", "-c", f'echo $$ >"{group}/cgroup.procs" && exec "$@"', "-"]
+    finally:
+        group.rmdir()
+
+
+@dataclass(frozen=True)
+class Row:
+    """Two contenders, each its name and commands in turn, what precedes every run, and the ratio aimed at."""
+
+    what: str
+    ours: tuple[list[str], ...]
+    beside: str
+    theirs: tuple[list[str], ...]
+    aim: str = ""
+    prepare: Callable[[], None] = lambda: None
+
+    def measure(self, rounds: int, folder: Path) -> None:
+        """Let both run `rounds` times, and print a line."""
+        seconds: tuple[list[float], list[float]] = ([], [])
+        for turn in range(rounds):
+            for which in (0, 1) if turn % 2 else (1, 0):
+                os.sync()
+                self.prepare()
+                seconds[which].append(timed(*(self.ours, self.theirs)[which]))
+                clear(folder)
+        ours, theirs = map(statistics.median, seconds)
+        ratios = sorted(a / b for a, b in zip(*seconds, strict=True))
+        spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+        cells = [self.what, f"{ours:.2f} s", self.beside, f"{theirs:.2f} s", f"{ours / theirs:.2f}", spread]
+        print(f"| {' | '.join([*cells, self.aim])} |", flush=True)
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run wrote."""
+    for made in folder.glob("out*"):
+        made.unlink()
+
+
+def copy(source: Path, folder: Path, count: int = 1) -> tuple[list[str], ...]:
+    """Return the commands of durable copies."""
+    outs = [folder / f"out{index}" for index in range(count)]
+    return tuple(command for out in outs for command in (["cp", str(source), str(out)], ["sync", str(out)]))
+
+
+def start_rows(folder: Path, minilm: Path | None) -> Iterator[Row]:
+    """Yield what a small model takes, beside the start of Python with NumPy."""
+    small = folder / "small.safetensors"
+    build(small, "F32", [("w", (64, 64))])
+    numpy = (python("import numpy"),)
+    for what, source, aim in (("16 KB", small, "2.5"), ("MiniLM, 91 MB", minilm, "3.3")):
+        if source is not None:
+            ours = (noisytune("perturb", source, "-o", folder / "out.safetensors"),)
+            yield Row(f"perturb {what}", ours, "import numpy", numpy, aim)
+    yield Row("--version", ([sys.executable, "-m", "noisytune_cli", "--version"],), "import numpy", numpy)
+
+
+def file_rows(folder: Path, source: Path, label: str, *, large: bool) -> Iterator[Row]:
+    """Yield the rows of one large file."""
     out = folder / f"out{source.suffix}"
-    manifest = folder / f"{out.name}.noisytune.json"
+    ours = (noisytune("perturb", source, "-o", out),)
+    once = copy(source, folder)
+    yield Row(
+        f"{label}, warm", ours, "durable copy", once, "0.9" if large else "1.0", lambda: make_warm(source)
+    )
+    yield Row(f"{label}, cold", ours, "durable copy", once, "1.0", lambda: make_cold(source))
 
-    def before_fsync() -> float:
-        command = noisytune(source, out)
-        runner = [sys.executable, "-c", BEFORE_FSYNC, str(time.time()), *command[3:]]
-        return float(re.search(r"BEFORE (\S+)", timed(runner)[1])[1])  # type: ignore[index]
 
-    contenders: dict[str, Callable[[], float]] = {
-        "noisytune": lambda: timed(noisytune(source, out))[0],
-        "durable copy": lambda: timed(["cp", str(source), str(out)], ["sync", str(out)])[0],
-        "before fsync": before_fsync,
-        "cp": lambda: timed(["cp", str(source), str(out)])[0],
-        "loop": lambda: timed([sys.executable, "-c", LOOP, str(source), str(out)])[0],
+def other_rows(folder: Path, source: Path, label: str) -> Iterator[Row]:
+    """Yield what else is done with a file."""
+    out, noisy = folder / f"out{source.suffix}", folder / f"noisy{source.suffix}"
+    ours = (noisytune("perturb", source, "-o", out),)
+    timed(noisytune("perturb", source, "-o", noisy))
+    digest, once = (python(DIGEST, noisy),), copy(source, folder)
+    several = (noisytune("perturb", source, "--seed", f"0-{OUTPUTS - 1}", "-o", folder / "out{seed}"),)
+    yield Row(
+        f"{label}, {OUTPUTS} outputs", several, f"{OUTPUTS} copies", copy(source, folder, OUTPUTS), "0.9"
+    )
+    yield Row(f"{label}, verify", (noisytune("verify", noisy),), "digest", digest, "1.1")
+    based = (noisytune("verify", noisy, "--base", source),)
+    yield Row(f"{label}, verify --base", based, "digest", digest, "1.2")
+    listed = (noisytune("inspect", source, "-o", folder / "out.csv"),)
+    yield Row(f"{label}, inspect", listed, "digest", digest, "1.1")
+    absolute = (noisytune("perturb", source, "--sigma", "0.001", "-o", out),)
+    yield Row(f"{label}, --sigma", absolute, "--lambda", ours, "below 1")
+    mix = folder / "mix.jsonl"
+    mix.write_text("".join(f'{{"seed": {seed}, "sigma": 0.001}}\n' for seed in range(SEEDS)))
+    mixed = (noisytune("perturb", source, "--mix", mix, "--noise", "uniform", "-o", out),)
+    yield Row(f"{label}, a mix of {SEEDS}", mixed, "--sigma", absolute, f"{SEEDS / 10:g}")
+    try:
+        with little_memory() as within:
+            inside = [tuple([*within, *command] for command in commands) for commands in (ours, once)]
+            yield Row(
+                f"{label}, cold in 300 MB", inside[0], "the same", inside[1], "1.0", lambda: make_cold(source)
+            )
+    except OSError as error:
+        print(f"| {label}, in {LITTLE >> 20} MiB | not measured: {error} | | | | | |", flush=True)
+    loop = (python(LOOP, source, out),)
+    yield Row(f"{label}, the paper's loop", loop, "noisytune", ours)
+
+
+def pickle_rows(folder: Path, source: Path, label: str) -> Iterator[Row]:
+    """Yield what a pickle of the same tensors takes, beside the safetensors file."""
+    pickled = source.with_suffix(".bin")
+    timed(python(PICKLE, source, pickled))
+    ours = (noisytune("perturb", pickled, "-o", folder / "out.bin"),)
+    theirs = (noisytune("perturb", source, "-o", folder / "out.safetensors"),)
+    yield Row(f"{label}, .bin", ours, "safetensors", theirs, "1.1", lambda: make_warm(pickled))
+    loop = (python(LOOP, pickled, folder / "out.bin"),)
+    yield Row(f"{label}, .bin, the paper's loop", loop, "noisytune", ours)
+    pickled.unlink()
+
+
+def rows(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    """Yield every row in its turn, with its files made."""
+    yield from start_rows(folder, options.minilm)
+    for size in options.size:
+        for dtype in BYTES:
+            source, label = folder / f"{dtype}.safetensors", f"{size:g} GiB {dtype}"
+            build(source, dtype, layout(dtype, int(size * 2**30)))
+            yield from file_rows(folder, source, label, large=size >= 4)
+            if size == options.size[0]:
+                yield from other_rows(folder, source, label)
+                (folder / f"noisy{source.suffix}").unlink()
+                (folder / f"noisy{source.suffix}.noisytune.json").unlink()
+            if size == options.size[0] and dtype == "F32":
+                yield from pickle_rows(folder, source, label)
+            source.unlink()
+
+
+def report_memory(options: argparse.Namespace, folder: Path) -> None:
+    """Print the most memory that a run takes."""
+    size = int(options.size[0] * 2**30)
+    print("\n| peak memory, file-backed pages left out | | aim |\n| --- | --- | --- |")
+    shapes = {dtype: layout(dtype, size) for dtype in BYTES} | {
+        "one tensor": [("w", (size // 4 // HIDDEN, HIDDEN))]
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            # Dirty pages of the run before would be written at this one's expense.
-            os.sync()
-            seconds[name].append(run())
-            out.unlink()
-            manifest.unlink(missing_ok=True)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def compare_outputs(source: Path, folder: Path, rounds: int) -> tuple[float, float]:
-    """Return the median seconds of one run that makes `OUTPUTS` outputs, and of as many single runs."""
-    out = folder / "out-{seed}.safetensors"
-    runs = [
-        noisytune(source, Path(str(out).format(seed=seed)), "--seed", str(seed)) for seed in range(OUTPUTS)
-    ]
-    contenders = [[noisytune(source, out, "--seed", f"0-{OUTPUTS - 1}")], runs]
-    seconds: list[list[float]] = [[], []]
-    for _ in range(rounds):
-        for commands, taken in zip(contenders, seconds, strict=True):
-            os.sync()
-            taken.append(timed(*commands)[0])
-            for made in folder.glob("out-*"):
-                made.unlink()
-    together, apart = map(statistics.median, seconds)
-    return together, apart
-
-
-def report(label: str, median: dict[str, float]) -> None:
-    """Print one row of the table."""
-    own, durable, before = median["noisytune"], median["durable copy"], median["before fsync"]
-    cells = [label, f"{own:.2f} s", f"{durable:.2f} s", f"{own / durable:.2f}"]
-    cells += [f"{before:.2f} s", f"{median['cp']:.2f} s", f"{before / median['cp']:.2f}"]
-    cells += [f"{median['loop']:.1f} s", f"{median['loop'] / own:.1f}"]
-    print(f"| {' | '.join(cells)} |", flush=True)
+    for label, tensors in shapes.items():
+        source = folder / "memory.safetensors"
+        build(source, label if label in BYTES else "F32", tensors)
+        peak = peak_memory(noisytune("perturb", source, "-o", folder / "out"))
+        clear(folder)
+        print(f"| {options.size[0]:g} GiB {label} | {peak / 1e6:.0f} MB | 150 MB |", flush=True)
+        source.unlink()
 
 
 def main() -> None:
     """Run the benchmark and print its tables as Markdown."""
-    parser = argparse.ArgumentParser(description="Measure noisytune against cp and the paper's loop.")
+    parser = argparse.ArgumentParser(description="Measure noisytune beside what bounds it.")
     parser.add_argument("--minilm", type=Path, help="a real model.safetensors")
-    parser.add_argument("--size", type=float, default=2.0, help="GiB of the built checkpoints")
+    parser.add_argument("--size", type=float, nargs="+", default=[1.0, 4.0], help="GiB of the built files")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="rows whose name holds this")
     parser.add_argument("--folder", type=Path, help="where to work: a disk, not a tmpfs")
     options = parser.parse_args()
-    size = int(options.size * 2**30)
     print(
         f"{cpu()}, {os.cpu_count()} CPUs, Python {platform.python_version()}; medians of {options.rounds}\n"
     )
+    columns = ["", "noisytune", "beside", "takes", "ratio", "of single rounds", "aim"]
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
     with tempfile.TemporaryDirectory(dir=options.folder or Path.cwd(), prefix="bench-") as name:
         folder = Path(name)
-        columns = ["checkpoint", "noisytune", "durable copy", "ratio", "before fsync", "cp", "ratio"]
-        columns += ["paper's loop", "ratio"]
-        print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
-        peaks, several = {}, {}
-        for dtype, suffix in (("F32", ".safetensors"), ("F32", ".bin"), ("BF16", ".safetensors")):
-            label = f"{options.size:g} GiB {dtype}{', .bin' if suffix == '.bin' else ''}"
-            source = folder / f"{dtype}.safetensors"
-            build(source, dtype, layout(dtype, size))
-            if suffix == ".bin":
-                pickled = source.with_suffix(suffix)
-                timed([sys.executable, "-c", PICKLE, str(source), str(pickled)])
-                source.unlink()
-                source = pickled
-            timed(noisytune(source, folder / "warm"))  # compiles, and fills the page cache
-            peaks[label] = peak_memory(noisytune(source, folder / "memory"))
-            for leftover in ("warm", "memory"):
-                (folder / leftover).unlink()
-                (folder / f"{leftover}.noisytune.json").unlink()
-            report(label, compare(source, folder, options.rounds))
-            if suffix == ".safetensors":
-                several[label] = compare_outputs(source, folder, options.rounds)
-            source.unlink()
-        if options.minilm:
-            report("MiniLM, 91 MB F32", compare(options.minilm, folder, options.rounds))
-        source = folder / "one.safetensors"
-        build(source, "F32", [("w", (size // 4 // HIDDEN, HIDDEN))])
-        peaks[f"one {options.size:g} GiB tensor"] = peak_memory(noisytune(source, folder / "memory"))
-    columns = [f"{OUTPUTS} outputs", "from one read", f"{OUTPUTS} single runs", "ratio"]
-    print(f"\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
-    for label, (together, apart) in several.items():
-        print(f"| {label} | {together:.2f} s | {apart:.2f} s | {together / apart:.2f} |")
-    print("\n| peak memory, file-backed pages left out | |\n| --- | --- |")
-    for label, peak in peaks.items():
-        print(f"| {label} | {peak / 1e6:.0f} MB |")
+        for row in rows(options, folder):
+            if options.only in row.what:
+                row.measure(options.rounds, folder)
+        if not options.only:
+            report_memory(options, folder)
 
 
 def cpu() -> str:
