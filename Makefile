@@ -45,9 +45,9 @@ lowest: $(INSTALLED)
 kernels: $(TESTING)
 	$(BIN)/python -P $(KERNELS)/build.py
 
-# The kernels on arm64. Needs QEMU (qemu-user-static).
+# The kernels on arm64, and with AVX-512. Needs QEMU (qemu-user-static), and Bochs 3 (Debian 13) with what bochs.py names.
 emulate: $(TESTING)
-	NOISYTUNE_EMULATE=1 $(BIN)/python -m pytest tests/noise/test_emulated_kernels.py
+	NOISYTUNE_EMULATE=1 $(BIN)/python -m pytest --timeout 1800 tests/noise/test_emulated_kernels.py
 
 # The kernels' tests with every access to memory and every operation watched. Needs GCC.
 WATCHED := build/sanitized

@@ -1,4 +1,5 @@
-/* Runs cases from standard input through the kernels of LEVEL, in an emulator, and writes what came of each. */
+/* Runs cases from standard input through the kernels of LEVEL, in an emulator, and writes the highest level that
+   the CPU is found to have, and what came of each case. */
 #include <stdio.h>
 
 #include "kernels.c"
@@ -9,6 +10,8 @@ int main(void) {
     struct noise_row row;
     struct mix_row mixed;
     struct term terms[8];
+    const int highest = noisytune_level();
+    fwrite(&highest, sizeof highest, 1, stdout);
     while (fread(kinds, sizeof kinds, 1, stdin) == 1) {
         const int dtype = kinds[1], out = kinds[2];
         const size_t n = (size_t)kinds[3], size = (size_t)size_of(dtype), out_size = (size_t)size_of(out);

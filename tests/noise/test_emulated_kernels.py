@@ -1,15 +1,18 @@
-"""The kernels for arm64, where an emulator of it is at hand: the reference's bits."""
+"""The kernels for CPUs other than this one, where an emulator of one is at hand: the reference's bits."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import bochs
 import numpy as np
 import oracle
 import pytest
@@ -20,7 +23,10 @@ from noisytune_cli.noise.devices.cpu import library
 from noisytune_cli.noise.devices.cpu.rows import TERM
 from noisytune_cli.noise.stream import Noise
 
-EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+
+#: Level -> its machine, as build.py has it; QEMU has no AVX-512.
+MACHINES = {"neon": "aarch64", "v4": "x86_64"}
 WORDS = (123, 2**31, 789, 2**32 - 1)
 
 #: What mixtures are made of beside the first term; and how many terms, with what share of the values kept.
@@ -28,29 +34,47 @@ OTHERS = (((2**32 - 1, 0, 2**31, 7), -0.25), (WORDS, 0.0078125))
 MIXTURES = ((3, 0.7), (1, 0.5), (0, 0.9))
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    if EMULATOR is None:
-        pytest.skip("no qemu-aarch64 here")
+#: Runs the kernels of a level on cases; returns the SHA-256 of what they write.
+Emulated = Callable[[bytes], str]
+
+
+@pytest.fixture(scope="module", params=MACHINES)
+def level(request: pytest.FixtureRequest) -> str:
     if not os.environ.get("NOISYTUNE_EMULATE"):
-        pytest.skip("takes a minute and more to compile: make emulate")
+        pytest.skip("takes minutes to compile and to run: make emulate")
+    if request.param == "neon" and QEMU is None:
+        pytest.skip("needs qemu-aarch64")
+    if request.param == "v4" and bochs.missing():
+        pytest.skip(bochs.missing())
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def emulated(level: str, tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     pytest.importorskip("ziglang")
-    from noisytune_cli.noise.devices.cpu.build import FLAGS
+    from noisytune_cli.noise.devices.cpu import build
 
-    built = tmp_path_factory.mktemp("arm64") / "kernels"
-    source, kernels = (
-        Path(__file__).parents[1] / "inputs" / "emulated_kernels.c",
-        Path(library.__file__).parent,
-    )
-    chosen = ["-target", "aarch64-linux-musl", "-static", "-DLEVEL=neon", "-DLOWEST", f"-I{kernels}"]
-    command = [sys.executable, "-m", "ziglang", "cc", *FLAGS, *chosen, str(source), "-o", str(built)]
+    built = tmp_path_factory.mktemp(level) / "kernels"
+    source, kernels = Path(bochs.__file__).with_name("emulated_kernels.c"), Path(library.__file__).parent
+    machine = MACHINES[level]
+    march = dict(build.LEVELS[machine])[level].replace("-", "_")
+    options = ["-target", f"{machine}-linux-musl", "-static", *([f"-march={march}"] if march else [])]
+    options += [f"-DLEVEL={level}", "-DLOWEST", f"-I{kernels}", str(source), "-o", str(built)]
+    command = [sys.executable, "-m", "ziglang", "cc", *build.FLAGS, *options]
     subprocess.run(command, check=True, timeout=900)
-    return [EMULATOR, str(built)]
+
+    def emulate(cases: bytes) -> str:
+        if level == "v4":
+            return bochs.run(built, cases, built.parent / "machine")
+        done = subprocess.run([str(QEMU), built], input=cases, capture_output=True, check=True, timeout=900)
+        return hashlib.sha256(done.stdout).hexdigest()
+
+    return emulate
 
 
-def test_arm64_has_the_references_bits(program: list[str]) -> None:
+def test_an_emulated_level_has_the_references_bits(level: str, emulated: Emulated) -> None:
     rng = np.random.default_rng(0)
-    cases, expected = [], []
+    cases, expected = [], [struct.pack("<i", library.LEVELS[level])]
     settings = [(0, 0.003, 5000), (2**34 - 77, 2.0**100, 3001), (3, 2.0**-140, 17), (1, 1.0, 1)]
     kinds = itertools.product(distributions.names(), library.DTYPES, library.DTYPES, settings)
     with cpu_at("numpy") as cpu:
@@ -88,5 +112,4 @@ def test_arm64_has_the_references_bits(program: list[str]) -> None:
                 expected.append(struct.pack("<3d3q", *extremes, found.zeros, found.nans, found.infinities))
                 overflowed = cpu.convert(tile, room, dtype, out_dtype)
                 expected.append(out.tobytes() + struct.pack("<q", overflowed))
-    done = subprocess.run(program, input=b"".join(cases), capture_output=True, check=True, timeout=900)
-    assert done.stdout == b"".join(expected)
+    assert emulated(b"".join(cases)) == hashlib.sha256(b"".join(expected)).hexdigest()
