@@ -331,7 +331,8 @@ class OutputRecord:
 class Manifest:
     """All that is needed to check the output, or to rebuild it from the source (`docs/manifest.md`).
 
-    It shows as a line, and as a small table in a notebook.
+    `rewritten` is the model card, where it was written anew: name, the source's name or None where the source
+    has none, digest. It shows as a line, and as a small table in a notebook.
     """
 
     tool_name: str
@@ -342,6 +343,7 @@ class Manifest:
     copied: tuple[tuple[str, str], ...] = ()
     left_out: tuple[tuple[str, str], ...] = ()
     output: OutputRecord | None = None
+    rewritten: tuple[tuple[str, str | None, str], ...] = ()
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
     def __repr__(self) -> str:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from noisytune_cli.cli.help import OUTPUT, SOURCE
-from noisytune_cli.cli.options import AsJson, FollowLinks, Mmap, Overwrite, OverwriteChanged, Quiet, Threads
+from noisytune_cli.cli.options import (
+    AsJson,
+    Card,
+    FollowLinks,
+    Mmap,
+    Overwrite,
+    OverwriteChanged,
+    Quiet,
+    Threads,
+)
 
 if TYPE_CHECKING:
     from noisytune_cli.commands.average import Averaged
@@ -50,6 +59,7 @@ def average(
             rich_help_panel=SOURCE,
         ),
     ] = False,
+    card: Card = False,
     threads: Threads = None,
     mmap: Mmap = False,
     follow_links: FollowLinks = False,
@@ -77,6 +87,7 @@ def average(
         out,
         coefficients=() if coefficients is None else numbers("--coefficients", coefficients),
         ignore_config=ignore_config,
+        card=card,
         overwrite=overwrite,
         overwrite_changed=overwrite_changed,
         threads=threads,

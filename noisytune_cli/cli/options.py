@@ -176,6 +176,14 @@ OverwriteChanged = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+Card = Annotated[
+    bool,
+    typer.Option(
+        "--card",
+        help="Write the model card (README.md) anew: what was done and to which model, without its scores.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 FollowLinks = Annotated[
     bool,
     typer.Option(

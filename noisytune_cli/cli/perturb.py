@@ -12,6 +12,7 @@ from noisytune_cli.cli.help import NOISE, OUTPUT, RUNNING, SOURCE, TENSORS
 from noisytune_cli.cli.options import (
     AsJson,
     BuffersFrom,
+    Card,
     Components,
     Device,
     FollowLinks,
@@ -205,6 +206,7 @@ def perturb(
     weights: Weights = None,
     component: Components = None,
     revision: Revision = None,
+    card: Card = False,
     recipe_only: Annotated[
         bool,
         typer.Option(
@@ -315,6 +317,7 @@ def perturb(
         follow_links=follow_links,
         buffers_from=buffers_from,
         strict=strict,
+        card=card,
     )
     if dry_run:
         planned = command.plan_perturb(

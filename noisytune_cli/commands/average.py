@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_found
 from noisytune_cli.checkpoint.find import find
 from noisytune_cli.checkpoint.formats._file import common_mode
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
+from noisytune_cli.commands.card import claims_of, read_card, write_card
 from noisytune_cli.commands.one_model import (
     check_same_buffers,
     check_same_config,
@@ -56,6 +57,7 @@ def average(
     *,
     coefficients: Sequence[float] = (),
     ignore_config: bool = False,
+    card: bool = False,
     overwrite: bool = False,
     overwrite_changed: bool = False,
     threads: int | None = None,
@@ -68,7 +70,7 @@ def average(
 
     `coefficients` are the sources' weights, finite and > 0, by default all alike; they are divided by their
     sum. Raises UsageError for those, InputInvalid where the sources are not checkpoints of one model; with
-    `ignore_config` their configs need not say so.
+    `ignore_config` their configs need not say so. With a `card` the model card says what was averaged.
     """
     weights = _check_coefficients(sources, coefficients)
     overwrite = overwrite or overwrite_changed
@@ -84,6 +86,8 @@ def average(
             check_descriptors(sum(held) + held[-1])
         first = members[0]
         refuse_adapter(first, sources[0])
+        anew = read_card(first) if card else None
+        claims = [] if anew else claims_of(first)
         for name, member in zip(sources[1:], members[1:], strict=True):
             check_same_tensors(first, sources[0], member, name)
             if not ignore_config:
@@ -107,14 +111,18 @@ def average(
             ),
             tensors=tuple(one.tensor for one in done),
             copied=tuple(
-                (name, publication.copy(first.root / name, name, first.open_beside)) for name in first.others
+                (name, publication.copy(first.root / name, name, first.open_beside))
+                for name in first.others
+                if anew is None or name not in anew.own
             ),
-            left_out=first.left_out,
+            left_out=(*first.left_out, *(anew.left_out if anew else ())),
         )
+        if anew is not None:
+            manifest = replace(manifest, rewritten=write_card(anew, anew.of_average(manifest), [publication]))
         first.check_beside()
         manifest_path = publication.publish(encode(manifest))
         warnings = [warning for member in members for warning in member.warnings]
-        warnings += [*estimates, *publication.warnings]
+        warnings += [*claims, *estimates, *publication.warnings]
         return Averaged(output, manifest_path, manifest, publication.cleared, (*warnings, *_warnings(done)))
 
 

@@ -7,9 +7,9 @@ the output, the space it needs. Then tensors walk from source to staging, and pu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from noisytune_cli.checkpoint.composition import Component
 from noisytune_cli.checkpoint.dequantize import check_config, dequantize
 from noisytune_cli.checkpoint.find import find
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
+from noisytune_cli.commands.card import Card, claims_of, read_card, write_card
 from noisytune_cli.commands.replaced import check_before_download, find_made, require_unchanged
 from noisytune_cli.commands.result import Result
 from noisytune_cli.commands.write import record_source, write_tensors
@@ -65,6 +66,7 @@ class Request:
     buffers_from: str = "auto"
     strict: bool = False
     follow_links: bool = False
+    card: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -128,6 +130,8 @@ def plan_perturb(
     """
     wanted = wanted or [_only(request, None)]
     with _open(request, _outs(wanted), recipe_only, overwrite, overwrite_changed) as source:
+        card = read_card(source) if request.card else None
+        claims = [] if card else claims_of(source)
         told = tell_checkpoint(source, request.buffers_from)
         plans = make_plans(source, request.noise, wanted, told, request.conversion)
         files = _lay_out(source, plans, request.conversion)
@@ -143,8 +147,8 @@ def plan_perturb(
             revision=source.revision,
             plans=tuple(plans),
             outs=tuple(one.out for one in wanted),
-            left_out=(*source.left_out, *left_behind(source, files)),
-            warnings=(*source.warnings, *warning_of(together(plans)), *_too_strong(plans)),
+            left_out=(*source.left_out, *(card.left_out if card else ()), *left_behind(source, files)),
+            warnings=(*source.warnings, *claims, *warning_of(together(plans)), *_too_strong(plans)),
             nbytes=each * len(plans),
             free=free_bytes(outputs[0]) if outputs else None,
         )
@@ -198,6 +202,7 @@ def perturb_each(
     # What of the outputs is to stay is told from the source.
     unsafe = [] if skip_existing else _outs(wanted)
     with _open(request, unsafe, recipe_only, overwrite, overwrite_changed) as source:
+        card = read_card(source) if request.card else None
         told = tell_checkpoint(source, request.buffers_from)
         plans = make_plans(source, request.noise, wanted, told, request.conversion)
         files = _lay_out(source, plans, request.conversion)
@@ -221,7 +226,7 @@ def perturb_each(
             for output in outputs
         ]
         plans = [plans[at] for at in left]
-        done = _make(request, source, told, plans, publications, walk, progress, recipe_only=recipe_only)
+        done = _make(request, source, told, card, plans, publications, walk, progress)
         return tuple(kept[out] if out in kept else next(done) for out in outs)
 
 
@@ -244,6 +249,7 @@ def _find_made(
             source,
             plan.noise,
             request.conversion,
+            with_card=request.card,
             recipe_only=recipe_only,
             threads=threads,
             progress=progress,
@@ -259,15 +265,14 @@ def _make(
     request: Request,
     source: Checkpoint,
     told: Told,
+    card: Card | None,
     plans: Sequence[Plan],
     publications: Sequence[Publication],
     walk: Walk,
     progress: Progress,
-    *,
-    recipe_only: bool,
 ) -> Iterator[Perturbed]:
     """Write and publish an output for each plan."""
-    filled = [] if recipe_only else publications
+    filled = [publication for publication in publications if not publication.is_recipe]
     with all_staged(publications):
         plans = settle_plans(plans, source, told, request.conversion)
         if request.strict:
@@ -276,7 +281,8 @@ def _make(
         receipts = write_tensors(walk, plans, source, filled, progress, files)
         for plan, done in zip(plans, receipts, strict=True):
             check_outcomes(plan.noise, ((r.action, r.reason) for r in done), path=request.source)
-        copied, converted = _write_beside(source, request.conversion, files, filled)
+        own = card.own if card else frozenset[str]()
+        copied, converted = _write_beside(source, request.conversion, files, filled, own)
         manifests = [
             Manifest(
                 tool_name="noisytune",
@@ -285,15 +291,24 @@ def _make(
                 noise=plan.noise,
                 receipts=done,
                 copied=copied,
-                left_out=(*source.left_out, *left_behind(source, files)),
+                left_out=(*source.left_out, *(card.left_out if card else ()), *left_behind(source, files)),
                 output=converted,
             )
             for plan, done in zip(plans, receipts, strict=True)
         ]
+        if card is not None:
+            manifests = [
+                replace(
+                    manifest,
+                    rewritten=write_card(card, card.of_noise(manifest), filled[index : index + 1]),
+                )
+                for index, manifest in enumerate(manifests)
+            ]
         for publication, manifest in zip(publications, manifests, strict=True):
             publication.seal(encode(manifest))
         paths = commit_all(publications)
-        warnings = (*source.warnings, *warning_of(together(plans)), *_too_strong(plans))
+        claims = [] if card else claims_of(source)
+        warnings = (*source.warnings, *claims, *warning_of(together(plans)), *_too_strong(plans))
         return iter(
             [
                 Perturbed(
@@ -302,7 +317,7 @@ def _make(
                     manifest,
                     publication.cleared,
                     (*warnings, *publication.warnings, *_warnings(manifest.receipts)),
-                    recipe_only,
+                    publication.is_recipe,
                 )
                 for publication, path, manifest in zip(publications, paths, manifests, strict=True)
             ]
@@ -325,10 +340,14 @@ def _write_beside(
     conversion: Conversion | None,
     files: Sequence[OutputFile],
     publications: Sequence[Publication],
+    own: Collection[str],
 ) -> tuple[tuple[tuple[str, str], ...], OutputRecord | None]:
-    """Write what lies beside the weights to every output: return what was copied, and what was converted."""
+    """Write what lies beside the weights to every output: return what was copied, and what was converted.
+
+    What is `own` to each output, or to none, is left to the caller.
+    """
     anew = [] if conversion is None else companions(source, files, conversion)
-    kept = [name for name in source.others if name not in {one.source for one in anew}]
+    kept = [name for name in source.others if name not in {*own, *(one.source for one in anew)}]
     copied = tuple(
         (name, copy_file(source.root / name, name, publications, source.open_beside)) for name in kept
     )

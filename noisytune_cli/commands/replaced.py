@@ -61,6 +61,7 @@ def find_made(
     noise: NoiseSpec,
     conversion: Conversion | None,
     *,
+    with_card: bool,
     recipe_only: bool,
     threads: int | None = None,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
@@ -77,7 +78,8 @@ def find_made(
         return None
     manifest = recorded.manifest
     made = None if manifest.output is None else manifest.output.conversion
-    if (manifest.source, manifest.noise, made) != (record_source(source), noise, conversion):
+    recorded_as = (manifest.source, manifest.noise, made, bool(manifest.rewritten))
+    if recorded_as != (record_source(source), noise, conversion, with_card):
         return None
     if source.revision is None and _is_younger(source, path):
         return None

@@ -15,6 +15,7 @@ from typing import Any
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.commands.base import match_files, name_base, not_the_base, open_base
+from noisytune_cli.commands.card import OTHER_CARD, read_card, write_card
 from noisytune_cli.commands.differences import Difference, compare_receipts, recorded_steps
 from noisytune_cli.commands.replaced import check_before_download, require_unchanged
 from noisytune_cli.commands.result import Result
@@ -23,7 +24,7 @@ from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
 from noisytune_cli.manifest.locate import manifest_of
 from noisytune_cli.manifest.read import RecordedManifest, read_manifest
-from noisytune_cli.manifest.write import to_json
+from noisytune_cli.manifest.write import CARD, to_json
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.output.convert import OutputFile, lay_out
 from noisytune_cli.output.destination import check_output, resolve_rewritten
@@ -97,6 +98,10 @@ def replay(
             }
             changed = [name for name, digest in manifest.copied if digests[name] != digest]
             found = [Difference(name, None, "its bytes are not those recorded") for name in changed]
+            if manifest.rewritten:
+                card = read_card(source)
+                if write_card(card, card.of_noise(manifest), [publication]) != manifest.rewritten:
+                    found.append(Difference(CARD, None, OTHER_CARD))
             if manifest.output is not None:
                 found += _write_anew(manifest.output, source, rewritten, publication)
             _refuse(found, recorded, source)
@@ -109,8 +114,10 @@ def replay(
 def _missing_copies(manifest: Manifest, source: Checkpoint) -> list[Difference]:
     """Say which of the recorded other files the base does not have."""
     there = set(source.others)
-    rewritten = () if manifest.output is None else manifest.output.rewritten
-    names = [*(name for name, _ in manifest.copied), *(name for _, name, _ in rewritten)]
+    followed = () if manifest.output is None else manifest.output.rewritten
+    names = [*(name for name, _ in manifest.copied), *(name for _, name, _ in followed)]
+    # A card of its own an output may have without the base's, but not beside a single file.
+    names += [old or name for name, old, _ in manifest.rewritten if old or source.single_file]
     return [Difference(name, None, "it is absent") for name in names if name not in there]
 
 

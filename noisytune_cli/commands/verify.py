@@ -26,6 +26,7 @@ from noisytune_cli.checkpoint.formats import Nowhere, Source, open_source
 from noisytune_cli.checkpoint.index import read_index
 from noisytune_cli.checkpoint.layout import index_suffix, is_weights
 from noisytune_cli.commands.base import compare_files, match_files, open_base, prefixes_of
+from noisytune_cli.commands.card import compare_card
 from noisytune_cli.commands.differences import Difference, as_written, compare_receipts, recorded_steps
 from noisytune_cli.commands.result import Result
 from noisytune_cli.engine.threads import Progress, default_threads
@@ -118,7 +119,7 @@ def verify(
                 open_base(recorded, base, mmap=mmap, quiet=quiet, follow_links=follow_links)
             )
             originals, headers = match_files(manifest, original, "the base: ")
-            found += headers
+            found += [*headers, *compare_card(manifest, original)]
             plans.append(Plan(manifest.noise, recorded_steps(manifest.receipts, originals)))
         with progress(sum(step.tensor.nbytes for plan in plans for step in plan.steps)) as report:
             walk = replace(walk, progress=report)
@@ -170,8 +171,9 @@ def _strays(place: Location, manifest: Manifest) -> list[str]:
 
 def _other_files(manifest: Manifest) -> dict[str, str]:
     """Return the digests of the output's files that are no weights."""
-    rewritten = () if manifest.output is None else manifest.output.rewritten
-    return {**dict(manifest.copied), **{name: digest for name, _, digest in rewritten}}
+    followed = () if manifest.output is None else manifest.output.rewritten
+    anew = (*manifest.rewritten, *followed)
+    return {**dict(manifest.copied), **{name: digest for name, _, digest in anew}}
 
 
 def _open_files(

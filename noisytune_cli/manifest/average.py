@@ -27,7 +27,14 @@ from noisytune_cli.manifest.read import (
     refusing,
 )
 from noisytune_cli.manifest.tensors import read_tensor
-from noisytune_cli.manifest.write import MAX_LINES, SCHEMA, lay_out, left_out_json, source_json
+from noisytune_cli.manifest.write import (
+    MAX_LINES,
+    SCHEMA,
+    beside_json,
+    lay_out,
+    left_out_json,
+    source_json,
+)
 from noisytune_cli.reading import Document
 from noisytune_cli.records import (
     Manifest,
@@ -61,13 +68,17 @@ class AveragedTensor:
 
 @dataclass(frozen=True, slots=True)
 class AverageManifest:
-    """The members with their coefficients, in order, and the tensors, copied and left-out files."""
+    """The members with their coefficients, in order, and the tensors, copied and left-out files.
+
+    `rewritten` is the model card, as in `Manifest`.
+    """
 
     members: tuple[tuple[float, SourceRecord], ...]
     tensors: tuple[AveragedTensor, ...]
     copied: tuple[tuple[str, str], ...]
     left_out: tuple[tuple[str, str], ...]
     tool_version: str = __version__
+    rewritten: tuple[tuple[str, str | None, str], ...] = ()
 
     def as_copies(self) -> Manifest:
         """Return the manifest of the output as it is, every tensor a copy: what `verify` holds it against.
@@ -84,7 +95,15 @@ class AverageManifest:
             for done in self.tensors
         )
         first = self.members[0][1]
-        return Manifest("noisytune", self.tool_version, first, NoiseSpec(), receipts, self.copied)
+        return Manifest(
+            "noisytune",
+            self.tool_version,
+            first,
+            NoiseSpec(),
+            receipts,
+            self.copied,
+            rewritten=self.rewritten,
+        )
 
 
 def to_json(manifest: AverageManifest) -> dict[str, Any]:
@@ -110,7 +129,7 @@ def to_json(manifest: AverageManifest) -> dict[str, Any]:
             }
             for done in manifest.tensors
         ],
-        "copied": [{"name": name, "digest": digest} for name, digest in manifest.copied],
+        **beside_json(manifest.copied, manifest.rewritten),
         "left_out": left_out_json(manifest.left_out),
         "totals": {
             "tensors": len(tensors),
@@ -178,8 +197,8 @@ def _parse(document: Document, version: str) -> AverageManifest:
     )
     if len({done.tensor.name for done in tensors}) < len(tensors):
         raise ManifestFault("it has two tensors of one name")
-    copied, left_out = read_other_files(document, files)
-    manifest = AverageManifest(members, tensors, copied, left_out, version)
+    copied, rewritten, left_out = read_other_files(document, files)
+    manifest = AverageManifest(members, tensors, copied, left_out, version, rewritten)
     document.member("totals")
     totals = document.value()
     document.end()

@@ -9,7 +9,7 @@ them. `manifest/write.py` writes what this reads, and `docs/manifest.md` explain
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, Mismatch
 from noisytune_cli.manifest.fields import Fields, ManifestFault, check_string
 from noisytune_cli.manifest.tensors import SMALLEST_FILE, read_tensors
-from noisytune_cli.manifest.write import MAX_BYTES, MAX_LINES, SCHEMA, encode, why_not_together
+from noisytune_cli.manifest.write import CARD, MAX_BYTES, MAX_LINES, SCHEMA, encode, why_not_together
 from noisytune_cli.noise import distributions
 from noisytune_cli.noise.stream import STREAM
 from noisytune_cli.reading import Document, JsonFault, JsonLimits, read_small
@@ -144,13 +144,13 @@ def parse(content: bytes) -> Manifest:
     noise = _noise(document.value())
     document.member("tensors")
     receipts = read_tensors(document, MAX_LINES, noise, source.files, output)
-    copied, left_out = read_other_files(document, source.files)
+    copied, rewritten, left_out = read_other_files(document, source.files)
     if output is not None:
-        _check_output_names(source, output, copied)
+        _check_output_names(source, output, _names_of(copied, rewritten))
     document.member("totals")
     totals = document.value()
     document.end()
-    manifest = Manifest("noisytune", version, source, noise, receipts, copied, left_out, output)
+    manifest = Manifest("noisytune", version, source, noise, receipts, copied, left_out, output, rewritten)
     _check_totals(totals, manifest)
     return manifest
 
@@ -172,14 +172,21 @@ def begin(content: bytes) -> tuple[Document, str]:
 
 def read_other_files(
     document: Document, files: Sequence[FileRecord]
-) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
-    """Read what was copied beside the weight files (name, digest), and what was left out (name, why)."""
+) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str | None, str], ...], tuple[tuple[str, str], ...]]:
+    """Read what was copied beside the weight files (name, digest), the model card if it was written anew
+    (name, its name in the source, digest), and what was left out (name, why).
+    """
     document.member("copied")
     copied = tuple(_copied(entry, i) for i, entry in enumerate(document.entries(MAX_ENTRIES)))
-    _check_names([*(file.name for file in files), *(name for name, _ in copied)])
-    document.member("left_out")
+    rewritten: tuple[tuple[str, str | None, str], ...] = ()
+    if (key := document.key("left_out")) == "rewritten":
+        rewritten = tuple(_card(entry, i) for i, entry in enumerate(document.entries(MAX_ENTRIES)))
+        document.member("left_out")
+    elif key != "left_out":
+        raise ManifestFault(f'"{key[:40]}" stands where "left_out" is due')
+    _check_names([*(file.name for file in files), *_names_of(copied, rewritten)])
     left_out = tuple(_left_out(entry, i) for i, entry in enumerate(document.entries(MAX_ENTRIES)))
-    return copied, left_out
+    return copied, rewritten, left_out
 
 
 def read_source(value: Any, where: str, *, fewest: int = 1) -> SourceRecord:
@@ -226,10 +233,7 @@ def _rewritten(value: Any, index: int) -> tuple[str, str, str]:
     return fields.name("name"), fields.name("source"), fields.digest("digest")
 
 
-def _check_output_names(
-    source: SourceRecord, output: OutputRecord, copied: Sequence[tuple[str, str]]
-) -> None:
-    others = [name for name, _ in copied]
+def _check_output_names(source: SourceRecord, output: OutputRecord, others: Sequence[str]) -> None:
     _check_names([*(file.name for file in source.files), *(old for _, old, _ in output.rewritten), *others])
     _check_names([*(file.name for file in output.files), *(new for new, _, _ in output.rewritten), *others])
 
@@ -299,9 +303,22 @@ def _copied(value: Any, index: int) -> tuple[str, str]:
     return fields.name("name"), fields.digest("digest")
 
 
+def _card(value: Any, index: int) -> tuple[str, str | None, str]:
+    fields = Fields(value, f"rewritten[{index}]", ("name", "source", "digest"))
+    if (name := fields.string("name")) != CARD:
+        raise _newer(f'its rewritten "{name[:100]}" is no model card')
+    return name, fields.optional_choice("source", (CARD,)), fields.digest("digest")
+
+
 def _left_out(value: Any, index: int) -> tuple[str, str]:
     fields = Fields(value, f"left_out[{index}]", ("name", "why"))
     return fields.string("name"), fields.string("why")
+
+
+def _names_of(
+    copied: Iterable[tuple[str, str]], rewritten: Iterable[tuple[str, str | None, str]]
+) -> list[str]:
+    return [*(name for name, _ in copied), *(name for name, _, _ in rewritten)]
 
 
 def _check_names(names: list[str]) -> None:

@@ -35,6 +35,9 @@ from noisytune_cli.records import (
 MANIFEST = "noisytune.json"
 MANIFEST_SUFFIX = ".noisytune.json"
 
+#: The model card in a folder, the one file that noise itself can rewrite.
+CARD = "README.md"
+
 #: The version of the manifest's layout.
 SCHEMA = 1
 
@@ -137,7 +140,7 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
         **output,
         "noise": noise_json(manifest.noise),
         "tensors": [_tensor(r, range_keys, manifest.noise.needs_std) for r in manifest.receipts],
-        "copied": [{"name": name, "digest": digest} for name, digest in manifest.copied],
+        **beside_json(manifest.copied, manifest.rewritten),
         "left_out": left_out_json(manifest.left_out),
         "totals": {
             "tensors": len(manifest.receipts),
@@ -154,6 +157,17 @@ def source_json(source: SourceRecord) -> dict[str, Any]:
         "id": source.id,
         "revision": source.revision,
         "files": [_file(file) for file in source.files],
+    }
+
+
+def beside_json(
+    copied: Iterable[tuple[str, str]], rewritten: Iterable[tuple[str, str | None, str]]
+) -> dict[str, Any]:
+    """Return the files beside the weights as they stand in a manifest: those copied, and a new model card."""
+    anew = [{"name": name, "source": source, "digest": digest} for name, source, digest in rewritten]
+    return {
+        "copied": [{"name": name, "digest": digest} for name, digest in copied],
+        **({"rewritten": anew} if anew else {}),
     }
 
 

@@ -144,10 +144,10 @@ def _added(output: Path, names: Collection[str], recorded: Manifest) -> list[str
 
     Of a folder in it that holds nothing recorded, only the folder's own name is given.
     """
-    rewritten = () if recorded.output is None else recorded.output.rewritten
+    followed = () if recorded.output is None else recorded.output.rewritten
     files = {MANIFEST, *(file.name for file in recorded.source.files)}
     files.update(name for name, _ in recorded.copied)
-    files.update(name for name, _, _ in rewritten)
+    files.update(name for name, _, _ in (*recorded.rewritten, *followed))
     files.update(chunk for file in recorded.source.files for chunk in _chunks(output, file.name))
     folders = {str(parent) for name in files for parent in PurePosixPath(name).parents}
     added = []

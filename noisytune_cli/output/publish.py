@@ -69,7 +69,7 @@ class Publication:
         self.output = output
         self.cleared: tuple[str, ...] = ()
         self.published = False
-        self._recipe = recipe
+        self.is_recipe = recipe
         self._directory = directory
         self._overwrite = overwrite
         self._in_place = False
@@ -176,7 +176,7 @@ class Publication:
                 for parent in self._made_parents:
                     sync_directory(parent.parent)
                 self._require_whole()
-                if self._recipe:
+                if self.is_recipe:
                     self._publish_recipe(self._stage)
                 elif not self._directory:
                     self._publish_file(self._stage, self._manifest_name)
@@ -198,7 +198,7 @@ class Publication:
     def _manifest_name(self) -> str:
         if self._directory:
             return MANIFEST
-        return self.output.name if self._recipe else self.output.name + MANIFEST_SUFFIX
+        return self.output.name if self.is_recipe else self.output.name + MANIFEST_SUFFIX
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -207,7 +207,7 @@ class Publication:
             f"{escape(name)} beside or in the output is left over: it could not be deleted"
             for name in self._left
         ]
-        if not (self._directory or self._recipe or self.output.suffix):
+        if not (self._directory or self.is_recipe or self.output.suffix):
             name = escape(self.output.name)
             left.append(f"{name} has no extension, by which programs tell formats: name it like its source")
         return tuple(left)
