@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from noisytune_cli.cli.help import OUTPUT, RUNNING, SOURCE, TENSORS
+from noisytune_cli.cli.help import NOISE, OUTPUT, RUNNING, SOURCE, TENSORS
 from noisytune_cli.cli.options import (
     Components,
     FollowLinks,
@@ -98,6 +98,22 @@ def compare(
             "--headers-only", help="Read no weights: names, shapes and dtypes.", rich_help_panel=RUNNING
         ),
     ] = False,
+    seed: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N[-M][,…]",
+            help="Tell whether the change is the noise of one of these seeds.",
+            rich_help_panel=NOISE,
+        ),
+    ] = None,
+    manifest: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="The same of the seed in a manifest (or the output it lies with), which has the names too.",
+            rich_help_panel=NOISE,
+        ),
+    ] = None,
     raw: Raw = False,
     weights_a: Annotated[
         str | None,
@@ -144,10 +160,11 @@ def compare(
     Examples:
       noisytune compare ./bert ./bert-noisy --by kind
       noisytune compare ./bert ./bert-finetuned --by layer -o change.html
+      noisytune compare ./bert ./suspect --seed 0-99
       noisytune compare a.safetensors b.safetensors --exit-code --format csv
     """
     from noisytune_cli.cli import show, show_compare
-    from noisytune_cli.cli.parse import format_of, parse_map
+    from noisytune_cli.cli.parse import format_of, parse_map, read_seeds
     from noisytune_cli.commands import compare as command
     from noisytune_cli.engine.threads import default_threads
     from noisytune_cli.output.reports import check_new
@@ -169,6 +186,8 @@ def compare(
         sort=sort,
         tolerance=tolerance,
         headers_only=headers_only,
+        seeds=read_seeds(seed) if seed is not None else (),
+        manifest=manifest,
         weights=(weights_a, weights_b),
         components=() if component is None else tuple(component.split(",")),
         revisions=(revision_a, revision_b),

@@ -135,7 +135,7 @@ def _show(result: Detection, *, as_json: bool) -> None:
         write_out(json.dumps(_document(result), indent=1, allow_nan=False) + "\n")
     else:
         width = max(len(str(score.seed)) for score in result.seeds)
-        write_out(_line(score, width) for score in result.seeds)
+        write_out(line_of(score, width) for score in result.seeds)
     if not result.found:
         best = max(result.seeds, key=lambda score: abs(score.z))
         raise Mismatch(
@@ -147,7 +147,8 @@ def _show(result: Detection, *, as_json: bool) -> None:
         )
 
 
-def _line(score: SeedScore, width: int) -> str:
+def line_of(score: SeedScore, width: int = 0) -> str:
+    """Return what is said of a seed, its number padded to a width."""
     return (
         f"seed {score.seed:<{width}}  {'yes' if score.found else 'no ':3}  "
         f"λ {score.lam:.4f} [{score.low:.4f}, {score.high:.4f}]  z {score.z:.1f}  p {_power(score)}"
@@ -171,11 +172,12 @@ def _document(result: Detection) -> dict[str, Any]:
         "tensors": result.tensors,
         "elements": result.elements,
         "tests": result.tests,
-        "seeds": [_entry(score) for score in result.seeds],
+        "seeds": [entry_of(score) for score in result.seeds],
     }
 
 
-def _entry(score: SeedScore) -> dict[str, Any]:
+def entry_of(score: SeedScore) -> dict[str, Any]:
+    """Return a seed as it stands in JSON."""
     return {
         "seed": str(score.seed),
         "found": score.found,

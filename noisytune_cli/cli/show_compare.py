@@ -1,9 +1,10 @@
 """A comparison as a table, JSON, JSONL, CSV or a page.
 
     table   for people: numbers rounded; by layer, a heat map of layers and kinds follows on a terminal
-    json    one document: a, b, renamed, by, rows, totals, only_a, only_b, misfits, other_dtype, differs
-    jsonl   a row a line, then {"only_a": …}, {"only_b": …} and {"misfit": …} a tensor, then {"totals": …}
-    csv     a header, a row each, with a `status`: compared, only-a, only-b, misfit; then the total
+    json    one document: a, b, renamed, by, seeds, rows, totals, only_a, only_b, misfits, other_dtype…
+    jsonl   a row a line, then {"only_a": …}, {"only_b": …} and {"misfit": …} a tensor, {"seed": …} a seed,
+            {"totals": …}
+    csv     a header, a row each, with a `status`: compared, only-a, only-b, misfit, seed; then the total
     html    one file that opens offline (page.html)
 
 In JSON names are verbatim; everywhere else they are escaped. What does not exist is null or empty.
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
+from noisytune_cli.cli.detect import entry_of, line_of
 from noisytune_cli.cli.pages import Cell, Column, Page, heat, number_of
 from noisytune_cli.cli.pages import render as render_page
 from noisytune_cli.cli.rows import csv_lines, dump, json_list, values
@@ -133,6 +135,7 @@ def _json(found: Comparison) -> Iterator[str]:
         "headers_only": found.headers_only,
         "tolerance": found.tolerance,
         "differs": found.differs,
+        "seeds": [entry_of(score) for score in found.seeds],
     }
     yield "{\n" + "".join(f" {dump(key)}: {dump(value)},\n" for key, value in head.items())
     lists: dict[str, Sequence[Any]] = {
@@ -154,6 +157,8 @@ def _jsonl(found: Comparison) -> Iterator[str]:
     for key, rows in (("only_a", found.only_a), ("only_b", found.only_b), ("misfit", found.misfits)):
         for lone in rows:
             yield f"{dump({key: values(lone)})}\n"
+    for score in found.seeds:
+        yield f"{dump({'seed': entry_of(score)})}\n"
     yield f"{dump({'totals': values(found.total)})}\n"
 
 
@@ -174,6 +179,15 @@ def _csv_rows(found: Comparison) -> Iterator[dict[str, Any]]:
             "dtype_a": misfit.dtype_a,
             "dtype_b": misfit.dtype_b,
             "shape": f"{_shape(misfit.shape_a)} {_shape(misfit.shape_b)}",
+        }
+    for score in found.seeds:
+        yield {
+            "status": "seed",
+            "name": str(score.seed),
+            "noise": score.distribution if score.found else "",
+            "lam": score.lam,
+            "lam_low": score.low,
+            "lam_high": score.high,
         }
     yield {"status": "total", **_cells(found.total)}
 
@@ -209,6 +223,8 @@ def _table(found: Comparison, blocks: bool) -> Iterator[str]:
     for text, names in listed(found).items():
         if names:
             yield f"{text} ({len(names):,}): {enumerate_some(names)}\n"
+    width = max((len(str(score.seed)) for score in found.seeds), default=0)
+    yield from (line_of(score, width) for score in found.seeds)
     if blocks and found.by == "layer" and found.heat_map.layers:
         yield from draw_blocks(found.heat_map)
 
@@ -285,6 +301,7 @@ def _page(found: Comparison) -> Iterator[str]:
                     ("largest change", total["largest"]),
                     ("cosine", total["cosine"]),
                     ("equal", total["equal"]),
+                    *_seed_facts(found),
                 )
                 if value
             ],
@@ -300,6 +317,15 @@ def _page(found: Comparison) -> Iterator[str]:
             rows=[[row[column.name] for column in columns] for row in rows],
         )
     )
+
+
+def _seed_facts(found: Comparison) -> Iterator[tuple[str, str]]:
+    """Say of which seeds the noise is there; of all others together that it is not."""
+    for score in found.seeds:
+        if score.found:
+            yield "noise of", line_of(score).strip()
+    if others := [str(score.seed) for score in found.seeds if not score.found]:
+        yield "no noise of", f"seed {enumerate_some(others)}"
 
 
 def _named(id: str, revision: str | None) -> str:

@@ -12,14 +12,25 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.commands.detect import (
+    SeedScore,
+    distributions_of,
+    find_seeds,
+    perturbed_steps,
+    planned_streams,
+    seeds_of,
+)
 from noisytune_cli.commands.heat_map import KIND_ORDER, HeatMap, arrange
 from noisytune_cli.commands.provenance import Provenance, provenance_of
 from noisytune_cli.commands.result import Result
 from noisytune_cli.commands.sorting import check_sort, sort_rows
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine.changes import Change, measure_changes
+from noisytune_cli.engine.correlation import Suspect
 from noisytune_cli.engine.threads import Progress
-from noisytune_cli.errors import UsageError
+from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.manifest.locate import manifest_of
+from noisytune_cli.manifest.read import RecordedManifest, read_manifest
 from noisytune_cli.plan.evidence.told import tell_checkpoint
 from noisytune_cli.plan.groups import kinds_of, layers_of
 from noisytune_cli.plan.plan import select
@@ -94,7 +105,8 @@ class Misfit:
 @dataclass(frozen=True, slots=True, repr=False)
 class Comparison(Result):
     """What `compare` found. `rows` are by tensor, layer or kind; with headers only, `differs` is of
-    these. `other_dtype` are the names of pairs whose dtypes differ, `heat_map` has `change_norm`.
+    these. `other_dtype` are the names of pairs whose dtypes differ, `heat_map` has `change_norm`. `seeds` say
+    whether the change is the noise of the seeds that were asked for.
     """
 
     a: Side
@@ -112,6 +124,7 @@ class Comparison(Result):
     tolerance: float
     differs: bool
     headers_only: bool
+    seeds: tuple[SeedScore, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def _rows(self) -> Sequence[Any]:
@@ -133,6 +146,8 @@ def compare(
     sort: str | None = None,
     tolerance: float = 0.0,
     headers_only: bool = False,
+    seeds: Sequence[int] = (),
+    manifest: str | None = None,
     weights: tuple[str | None, str | None] = (None, None),
     components: Sequence[str] = (),
     revisions: tuple[str | None, str | None] = (None, None),
@@ -145,7 +160,8 @@ def compare(
     """Compare the checkpoints `a` and `b`, of which `include` and `exclude` choose tensors by A's names.
 
     They differ where a value does by more than `tolerance`, where it is no number in one of them alone, where
-    a tensor has no partner or none of its shape, and with a tolerance of 0 where a dtype differs.
+    a tensor has no partner or none of its shape, and with a tolerance of 0 where a dtype differs. Of `seeds`,
+    or those of a `manifest`, it is told which one's noise the change is.
     """
     check_sort(sort, SORT_KEYS)
     if not tolerance >= 0:
@@ -155,6 +171,13 @@ def compare(
             next_step="Give the largest change of a value that counts as none, such as 1e-6",
         )
     rules = Rules(maps) if maps else None
+    recorded = None if manifest is None else read_manifest(manifest_of(manifest))
+    if (seeds or recorded) and headers_only:
+        raise UsageError(
+            "--headers-only",
+            why="whose noise the change is, only the values tell",
+            next_step="Leave it out, or --seed and --manifest",
+        )
     with ExitStack() as opened:
         first, second = (
             opened.enter_context(
@@ -179,6 +202,9 @@ def compare(
         changes: list[Change | None] = [None] * len(fitting)
         if not headers_only:
             changes = list(_measure(fitting, first, second, threads, progress))
+        scores: tuple[SeedScore, ...] = ()
+        if seeds or recorded:
+            scores = _find_seeds(fitting, first, second, seeds, recorded, threads, progress)
         for file in (*first.sources, *second.sources):
             file.check_unchanged()
             file.check_sums()
@@ -195,6 +221,7 @@ def compare(
             renaming=pairing.renaming,
             buffers=buffers,
             headers_only=headers_only,
+            seeds=scores,
         )
 
 
@@ -222,6 +249,48 @@ def _measure(
         )
 
 
+def _find_seeds(
+    pairs: Sequence[Pair],
+    first: Checkpoint,
+    second: Checkpoint,
+    seeds: Sequence[int],
+    recorded: RecordedManifest | None,
+    threads: int,
+    progress: Progress,
+) -> tuple[SeedScore, ...]:
+    """Look for the noise of each seed in what B has over A, under the names that it has in A or in B."""
+    if recorded is None:
+        noised = planned_streams(first)
+    else:
+        noised = {step.tensor.name: step.stream for step in perturbed_steps(recorded)}
+    files_a, files_b = ({file.name: file for file in side.sources} for side in (first, second))
+    streams, suspects = [], []
+    for pair in pairs:
+        stream = noised.get(pair.a.name, noised.get(pair.b.name))
+        if stream is not None and pair.a.dtype in FLOAT_DTYPES:
+            streams.append(stream)
+            suspects.append(Suspect(pair.b, files_b[pair.b.file], (pair.a, files_a[pair.a.file])))
+    if not suspects:
+        raise InputInvalid(
+            "nothing to look for noise in",
+            path=second.path,
+            why="no pair of tensors has the name of one that gets noise",
+            next_step="Check --manifest and the filters, or leave --seed and --manifest out",
+        )
+    model_type = (first.config or {}).get("model_type")
+    scores, _ = find_seeds(
+        suspects,
+        streams,
+        seeds_of(seeds, recorded),
+        distributions_of(None, recorded),
+        renames=recorded is None,
+        model_type=model_type if isinstance(model_type, str) else None,
+        threads=threads,
+        progress=progress,
+    )
+    return scores
+
+
 def _summarize(
     first: Checkpoint,
     second: Checkpoint,
@@ -236,6 +305,7 @@ def _summarize(
     renaming: Renaming,
     buffers: Collection[str],
     headers_only: bool,
+    seeds: tuple[SeedScore, ...],
 ) -> Comparison:
     names = [pair.a.name for pair, _ in found]
     kinds, layers = kinds_of(names, buffers), layers_of(names)
@@ -266,6 +336,7 @@ def _summarize(
         tolerance=tolerance,
         differs=changed or structure,
         headers_only=headers_only,
+        seeds=seeds,
         warnings=(*first.warnings, *(w for w in second.warnings if w not in first.warnings)),
     )
 

@@ -37,7 +37,7 @@ from noisytune_cli.plan.evidence.told import tell_checkpoint
 from noisytune_cli.plan.plans import plan_checkpoint
 from noisytune_cli.plan.renames import Renaming, Rules, likely_renamings, pair_up
 from noisytune_cli.plan.settle import look_at_values, settle_ties
-from noisytune_cli.records import NoiseSpec, TensorSpec
+from noisytune_cli.records import NoiseSpec, Step, TensorSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -134,8 +134,8 @@ def detect(
     tensor to look at.
     """
     recorded = None if manifest is None else read_manifest(manifest_of(manifest))
-    seeds = _seeds(seeds, recorded)
-    kinds = _distributions(distribution, recorded)
+    seeds = seeds_of(seeds, recorded)
+    kinds = distributions_of(distribution, recorded)
     with ExitStack() as opened:
         checkpoint = opened.enter_context(
             open_checkpoint(
@@ -165,29 +165,59 @@ def detect(
                 why="no tensor of it has the name and shape of one that gets noise",
                 next_step="Check --manifest, --base and the filters, or say with --map what names were",
             )
-        search = _Search(suspects, threads, progress)
-        attempts = search.run(streams, kinds, seeds, [Renaming()])
-        if recorded is None and not any(_is_significant(a.z, len(attempts)) for a in attempts):
-            model_type = (checkpoint.config or {}).get("model_type")
-            others = likely_renamings(streams, model_type if isinstance(model_type, str) else None)
-            attempts += search.run(streams, kinds, seeds, others)
+        model_type = (checkpoint.config or {}).get("model_type")
+        scores, tests = find_seeds(
+            suspects,
+            streams,
+            seeds,
+            kinds,
+            renames=recorded is None,
+            model_type=model_type if isinstance(model_type, str) else None,
+            threads=threads,
+            progress=progress,
+        )
         for file in (*checkpoint.sources, *(original.sources if original is not None else ())):
             file.check_unchanged()
             file.check_sums()
-        best = [_best([a for a in attempts if a.draw.seed == seed], len(attempts)) for seed in seeds]
         return Detection(
             suspect=checkpoint.id,
             revision=checkpoint.revision,
             base=None if original is None else original.id,
             tensors=len(suspects),
             elements=sum(found.tensor.elements for found in suspects),
-            tests=len(attempts),
-            seeds=tuple(attempt.score(len(attempts), suspects) for attempt in best),
+            tests=tests,
+            seeds=scores,
             warnings=(*checkpoint.warnings, *warnings),
         )
 
 
-def _seeds(seeds: Sequence[int], recorded: RecordedManifest | None) -> list[int]:
+def find_seeds(
+    suspects: Sequence[Suspect],
+    streams: Sequence[str],
+    seeds: Sequence[int],
+    kinds: Sequence[str],
+    *,
+    renames: bool,
+    model_type: str | None,
+    threads: int,
+    progress: Progress,
+) -> tuple[tuple[SeedScore, ...], int]:
+    """Look for the noise of each seed, of these distributions, in tensors whose noise has these streams.
+
+    With `renames`, where nothing is found prefixes of the names are tried, as a model of that type has them.
+    Return the score of each seed and how many noises were tried.
+    """
+    search = _Search(suspects, threads, progress)
+    attempts = search.run(streams, kinds, seeds, [Renaming()])
+    if renames and not any(_is_significant(a.z, len(attempts)) for a in attempts):
+        attempts += search.run(streams, kinds, seeds, likely_renamings(streams, model_type))
+    tests = len(attempts)
+    best = [_best([a for a in attempts if a.draw.seed == seed], tests) for seed in seeds]
+    return tuple(attempt.score(tests, suspects) for attempt in best), tests
+
+
+def seeds_of(seeds: Sequence[int], recorded: RecordedManifest | None) -> list[int]:
+    """Return the seeds to look for, each once: those given, else a manifest's; UsageError for none."""
     if not seeds and recorded is None:
         raise UsageError(
             "--seed is missing",
@@ -200,7 +230,8 @@ def _seeds(seeds: Sequence[int], recorded: RecordedManifest | None) -> list[int]
     return list(dict.fromkeys(seeds))
 
 
-def _distributions(wanted: str | None, recorded: RecordedManifest | None) -> tuple[str, ...]:
+def distributions_of(wanted: str | None, recorded: RecordedManifest | None) -> tuple[str, ...]:
+    """Return the distributions to look for: the one given, else a manifest's, else all."""
     if wanted is None:
         return distributions.names() if recorded is None else (recorded.manifest.noise.distribution,)
     if wanted not in distributions.names():
@@ -231,7 +262,7 @@ def _arrange(
         warnings.append(f"only what is stored as floats is looked at: {error.why}")
     floats = [tensor for tensor in checkpoint.tensors if tensor.dtype in FLOAT_DTYPES]
     if original is None and recorded is None:
-        streams = _planned(checkpoint, include, exclude)
+        streams = planned_streams(checkpoint, include, exclude)
         mapped = rules.apply(streams) if rules else {}
         chosen = [tensor for tensor in floats if tensor.name in streams]
         names = [mapped.get(tensor.name, streams[tensor.name]) for tensor in chosen]
@@ -240,11 +271,11 @@ def _arrange(
     bases = {}
     if original is not None:
         homes = {file.name: file for file in original.sources}
-        streams = _planned(original, include, exclude)
+        streams = planned_streams(original, include, exclude)
         bases = {tensor.name: (tensor, homes[tensor.file]) for tensor in original.tensors}
         noised = {name: (bases[name][0], stream) for name, stream in streams.items()}
     if recorded is not None:
-        steps = [receipt.step for receipt in recorded.manifest.receipts if receipt.action == "perturb"]
+        steps = perturbed_steps(recorded)
         noised = {step.tensor.name: (step.tensor, step.stream) for step in steps}
     pairing = pair_up(floats, [tensor for tensor, _ in noised.values()], rules)
     if pairing.renaming != Renaming():
@@ -263,7 +294,14 @@ def _is_like(before: tuple[TensorSpec, Any] | None, tensor: TensorSpec) -> bool:
     return before is not None and before[0].shape == tensor.shape and before[0].dtype in FLOAT_DTYPES
 
 
-def _planned(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str]) -> dict[str, str]:
+def perturbed_steps(recorded: RecordedManifest) -> list[Step]:
+    """Return the steps of the tensors that a manifest says have noise."""
+    return [receipt.step for receipt in recorded.manifest.receipts if receipt.action == "perturb"]
+
+
+def planned_streams(
+    checkpoint: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> dict[str, str]:
     """Return the stream of each tensor that perturb would add noise to."""
     noise = NoiseSpec(include=tuple(include), exclude=tuple(exclude))
     files = {file.name: file for file in checkpoint.sources}

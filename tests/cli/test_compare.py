@@ -193,6 +193,27 @@ def test_ten_thousand_rows_make_a_page(tmp_path: Path) -> None:
     assert len(parsed.rows) == 10_001
 
 
+def test_every_format_says_whose_noise_the_change_is(tmp_path: Path) -> None:
+    a = save(tmp_path / "a.safetensors", {"w": weights("F32", 90, 90)})
+    assert invoke("perturb", a, "-o", tmp_path / "b.safetensors", "--seed", 7, "-q").exit_code == 0
+    said = {}
+    for kind in ("table", "json", "jsonl", "csv", "html"):
+        asked = invoke("compare", a, tmp_path / "b.safetensors", "--seed", "7-8", "--format", kind)
+        assert asked.exit_code == 0, asked.output
+        said[kind] = asked.stdout
+    lines = said["table"].splitlines()[-2:]
+    assert lines[0].startswith("seed 7  yes  λ 0.15")
+    assert lines[1].startswith("seed 8  no ")
+    entries = json.loads(said["json"])["seeds"]
+    assert [(one["seed"], one["found"]) for one in entries] == [("7", True), ("8", False)]
+    told = [json.loads(line) for line in said["jsonl"].splitlines()]
+    assert [line["seed"] for line in told if "seed" in line] == entries
+    rows = [row for row in csv.DictReader(io.StringIO(said["csv"])) if row["status"] == "seed"]
+    assert [(row["name"], row["noise"]) for row in rows] == [("7", "uniform"), ("8", "")]
+    assert re.search(r"noise of</dt><dd>seed 7  yes  λ 0\.15", said["html"])
+    assert "no noise of</dt><dd>seed 8<" in said["html"]
+
+
 def test_out_is_a_new_file_in_the_format_of_its_ending(tmp_path: Path) -> None:
     out = tmp_path / "report.csv"
     result = invoke("compare", *files(tmp_path), "-o", out)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import Tensor, Tensors, floats, save, save_sharded, weights
+from checkpoints import Tensor, Tensors, floats, noised, save, save_sharded, weights
 from malformed import frame
 from runs import run
 
 from noisytune_cli.commands.compare import SORT_KEYS, Comparison, compare
-from noisytune_cli.errors import Mismatch, UsageError
+from noisytune_cli.commands.detect import detect
+from noisytune_cli.errors import InputInvalid, Mismatch, UsageError
 from noisytune_cli.records import NoiseSpec, Term, mixed_strength
 
 BASE = {
@@ -237,3 +238,38 @@ def test_a_file_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
 
     with pytest.raises(Mismatch):
         compare(str(a), str(b), progress=touch)  # type: ignore[arg-type]
+
+
+def test_the_seed_of_the_change_is_told_as_detect_tells_it(tmp_path: Path) -> None:
+    a = save(tmp_path / "a/model.safetensors", BASE).parent
+    out = run(a, tmp_path / "out", NoiseSpec(lam=0.1, seed=7)).output
+    found = compare(str(a), str(out), seeds=(3, 7))
+    told = detect(str(out), seeds=(3, 7), base=str(a))
+    assert found.seeds == told.seeds
+    assert [score.found for score in found.seeds] == [False, True]
+    assert found.seeds[1].low <= 0.1 <= found.seeds[1].high
+    (by_manifest,) = compare(str(a), str(out), manifest=str(out)).seeds
+    assert (by_manifest.seed, by_manifest.found) == (7, True)
+
+
+def test_a_seed_is_told_under_other_names_and_of_what_is_chosen(tmp_path: Path) -> None:
+    a = save(tmp_path / "a.safetensors", BASE)
+    values = {name: tensor for name, tensor in BASE.items() if tensor.dtype == "F32"}
+    made = noised(values, NoiseSpec(seed=7))
+    noisy = {
+        name: Tensor("F32", np.frombuffer(made[name], "<f4").reshape(tensor.values.shape))
+        for name, tensor in values.items()
+    }
+    b = save(tmp_path / "b.safetensors", {f"model.{name}": t for name, t in noisy.items()})
+    found = compare(str(a), str(b), seeds=[7], include=["*mlp*"], maps=[("*", "model.*")])
+    assert found.seeds[0].found
+    assert {t.name for t in found.seeds[0].tensors} == {
+        f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)
+    }
+
+
+def test_a_seed_needs_values_to_look_at(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--headers-only"):
+        pair(tmp_path / "h", BASE, BASE, seeds=[1], headers_only=True)
+    with pytest.raises(InputInvalid, match="nothing to look for noise in"):
+        pair(tmp_path / "n", BASE, BASE, seeds=[1], include=["ids"])
