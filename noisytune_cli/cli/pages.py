@@ -57,7 +57,7 @@ class Heat:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What the template is given."""
+    """What the template is given; `body` is HTML, that of a report whose text was escaped."""
 
     title: str
     facts: Sequence[tuple[str, str]]
@@ -67,6 +67,7 @@ class Page:
     rows_title: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell]]
+    body: str = ""
 
 
 def render(page: Page) -> Iterator[str]:

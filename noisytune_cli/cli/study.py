@@ -27,6 +27,12 @@ _LEFT = {"method", "verdict"}
 _ROWS, _METHODS, _SEEDS, _TRAINING = "Rows", "Methods", "Seeds", "Training"
 
 
+class _Format(StrEnum):
+    table = "table"
+    json = "json"
+    html = "html"
+
+
 class _Anchor(StrEnum):
     original = "original"
     noised = "noised"
@@ -268,8 +274,16 @@ def study(
             rich_help_panel=RUNNING,
         ),
     ] = False,
+    output_format: Annotated[
+        _Format,
+        typer.Option(
+            "--format",
+            help="Print the table, results.json, or the page that lies in OUT as report.html.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = _Format.table,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print results.json instead of the table.", rich_help_panel=RUNNING)
+        bool, typer.Option("--json", help="The same as --format json.", rich_help_panel=RUNNING)
     ] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.", rich_help_panel=RUNNING)
@@ -287,7 +301,9 @@ def study(
     """
     from noisytune_cli.cli import show
     from noisytune_cli.cli.parse import check_out, numbers, read_seeds, words
+    from noisytune_cli.cli.study_page import NAME, study_page
     from noisytune_cli.study import study as command
+    from noisytune_cli.study.journal import write_durably
     from noisytune_cli.study.settings import Recipe
 
     check_out(out)
@@ -340,16 +356,32 @@ def study(
         tell=lambda text: None if quiet else show.note(text),
         progress=lambda steps: show.progress(steps, "study", enabled=not quiet, of_steps=True),
     )
-    _show(result.results, result.folder, as_json=as_json, quiet=quiet)
+    page = "".join(study_page(result.results, result.folder, _COLUMNS, _rows(result.results)))
+    write_durably(result.folder / NAME, page.encode())
+    if output_format is _Format.html:
+        show.write_out(page)
+    _show(
+        result.results,
+        result.folder,
+        as_json=as_json or output_format is _Format.json,
+        quiet=quiet,
+        is_printed=output_format is _Format.html,
+    )
 
 
-def _show(results: Mapping[str, Any], folder: Path, *, as_json: bool, quiet: bool) -> None:
-    """Print the results; on stderr, unless `quiet`, where the rest lies and what the seeds cannot show."""
+def _show(
+    results: Mapping[str, Any], folder: Path, *, as_json: bool, quiet: bool, is_printed: bool = False
+) -> None:
+    """Print the results, unless they are printed already.
+
+    On stderr follows, unless `quiet`, where the rest lies and what the seeds cannot show.
+    """
     from noisytune_cli.cli.show import note, warn, write_out
     from noisytune_cli.study.report import wording
     from noisytune_cli.study.report.results import encode, whole
 
-    write_out(encode(results) if as_json else _table(results), spelled=not as_json)
+    if not is_printed:
+        write_out(encode(results) if as_json else _table(results), spelled=not as_json)
     if results["missing"]:
         warn(f"the study is not finished: {results['finished']} of {results['planned']} runs are done")
     if results["lambda_chosen_on"] == "dev":

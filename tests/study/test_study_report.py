@@ -45,10 +45,13 @@ def test_json_is_what_results_json_holds_and_a_finished_study_reports_the_same(
 ) -> None:
     out, _ = finished
     before = (out / "results.json").read_bytes()
+    page = (out / "report.html").read_bytes()
     arguments = [*tiny.arguments, "-o", str(out), "--seed", "0-1", "--lambda", "0.1,0.2", "--json"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert result.stdout.encode() == before == (out / "results.json").read_bytes()
+    result = CliRunner().invoke(app, [*arguments[:-1], "--format", "html", "--report-only"])
+    assert result.stdout.encode() == page == (out / "report.html").read_bytes()
 
 
 def test_an_unfinished_study_is_reported_without_carrying_out_more(tiny: Tiny, tmp_path: Path) -> None:
