@@ -11,21 +11,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from noisytune_cli.checkpoint.formats import Source
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine.threads import Pool, TileLoop, Worker
-from noisytune_cli.engine.tile_values import TILE, read_values
+from noisytune_cli.engine.tile_values import TILE, read_tile
+from noisytune_cli.noise.devices.cpu import Cpu
+from noisytune_cli.noise.stream import values
 from noisytune_cli.records import TensorSpec
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-#: Values at a time, whose float64 stay in the cache.
-_BLOCK = 1 << 14
 
 #: Bytes of a tile of what is no float.
 _TILE_BYTES = 1 << 20
@@ -204,13 +200,18 @@ class _Job:
 
     def _compare_numbers(self, worker: Worker, first: int) -> tuple[Change, int]:
         (tensor_a, source_a), (tensor_b, source_b) = self._a, self._b
-        a = read_values(source_a, tensor_a, first, worker.tile)
-        b = read_values(source_b, tensor_b, first, worker.out)
-        with np.errstate(all="ignore"):
-            blocks = [_sums(a[at : at + _BLOCK], b[at : at + _BLOCK]) for at in range(0, len(a), _BLOCK)]
-        *columns, largest = zip(*blocks, strict=True)
-        sums: list[Any] = [len(a), *map(sum, columns), max(largest)]
-        return Change(*sums), len(a) * (FLOAT_DTYPES[tensor_a.dtype] + FLOAT_DTYPES[tensor_b.dtype])
+        a = read_tile(source_a, tensor_a, first, worker.tile)
+        b = read_tile(source_b, tensor_b, first, worker.out)
+        sums, largest, equal = Cpu().compare(a, b, tensor_a.dtype, tensor_b.dtype)
+        count = len(a) // FLOAT_DTYPES[tensor_a.dtype]
+        fields: list[Any] = [count, count, equal, *sums, largest]
+        found = Change(*fields)
+        if not math.isfinite(found.squares):
+            x, y = values(a, tensor_a.dtype), values(b, tensor_b.dtype)
+            if not (np.isfinite(x).all() and np.isfinite(y).all()):
+                same = (x == y) | (np.isnan(x) & np.isnan(y))
+                found = Change(elements=count, equal=int(np.count_nonzero(same)))
+        return found, len(a) + len(b)
 
     def _compare_bytes(self, worker: Worker, start: int) -> tuple[Change, int]:
         (tensor_a, source_a), (tensor_b, source_b) = self._a, self._b
@@ -233,30 +234,3 @@ def _size(tensor: TensorSpec) -> int:
     """Return the bytes of an element, 1 where several share one; a power of two, so that it fits a tile."""
     size = tensor.nbytes // tensor.elements if tensor.elements else 1
     return size if size and tensor.nbytes == size * tensor.elements and not _TILE_BYTES % size else 1
-
-
-def _sums(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[Any, ...]:
-    """Return the fields of a block's Change, from `numbers` on; without sums where a value is not finite."""
-    change = b - a
-    equal = len(a) - int(np.count_nonzero(change))
-    squared = np.square(change)
-    squares = float(squared.sum())
-    if not math.isfinite(squares) and not (np.isfinite(a).all() and np.isfinite(b).all()):
-        equal = int(np.count_nonzero((a == b) | (np.isnan(a) & np.isnan(b))))
-        return 0, equal, *[0.0] * 11
-    absolute = np.abs(change)
-    return (
-        len(a),
-        equal,
-        float(np.abs(a).sum()),
-        float(np.abs(b).sum()),
-        float(absolute.sum()),
-        float(a.sum()),
-        float(change.sum()),
-        float(np.square(a).sum()),
-        float(np.square(b).sum()),
-        squares,
-        float(np.square(squared).sum()),
-        float((a * b).sum()),
-        float(absolute.max()),
-    )

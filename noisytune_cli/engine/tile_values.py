@@ -19,6 +19,11 @@ TILE = 1 << 17
 
 def read_values(source: Source, tensor: TensorSpec, first: int, room: memoryview) -> NDArray[np.float64]:
     """Return the values of a tile from element `first`; `room` has space for TILE of any dtype."""
+    return values(read_tile(source, tensor, first, room), tensor.dtype)
+
+
+def read_tile(source: Source, tensor: TensorSpec, first: int, room: memoryview) -> memoryview:
+    """Return the same as it is stored."""
     size = FLOAT_DTYPES[tensor.dtype]
     count = min(TILE, tensor.elements - first)
-    return values(source.read(tensor, first * size, room[: count * size]), tensor.dtype)
+    return source.read(tensor, first * size, room[: count * size])

@@ -205,6 +205,31 @@ def test_every_level_adds_up_in_one_order(dtype: str) -> None:
             assert one == other
 
 
+@pytest.mark.parametrize("other", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_level_compares_in_one_order(dtype: str, other: str) -> None:
+    rng = np.random.default_rng(5)
+    for count in (0, 1, 15, 16, 17, 1023, 1024, 1025, 70_001):
+        a, b = (oracle.weights(rng, count, kind, 0.1) for kind in (dtype, other))
+        found = []
+        for level in LEVELS:
+            with cpu_at(level) as cpu:
+                found.append(repr(cpu.compare(oracle.tile(a), oracle.tile(b), dtype, other)))
+        assert set(found) == {found[0]}
+        x, y = np.array(oracle.values(a, dtype)), np.array(oracle.values(b, other))
+        sums, largest, equal = cpu.compare(oracle.tile(a), oracle.tile(b), dtype, other)
+        d = y - x
+        expected = [abs(x), abs(y), abs(d), x, d, x * x, y * y, d * d, d**4, x * y]
+        assert sums == pytest.approx([math.fsum(term) for term in expected], rel=1e-12, abs=1e-12)
+        assert largest == max(abs(d), default=0.0)
+        assert equal == np.count_nonzero(x == y)
+
+
+def test_tiles_of_other_lengths_are_not_compared(cpu: Cpu) -> None:
+    with pytest.raises(ValueError, match="as many"):
+        cpu.compare(memoryview(bytes(8)), memoryview(bytes(8)), "F32", "BF16")
+
+
 def test_a_zero_of_either_sign_is_an_extreme_without_one(cpu: Cpu) -> None:
     for values in ([-0.0, 0.0], [0.0, -0.0], [-0.0]):
         found = cpu.summarize(oracle.tile(np.array(values, np.float32)), "F32")

@@ -107,6 +107,19 @@ class Cpu:
         count = _count(tile, out, dtype, out_dtype)
         return library.load().convert(dtype, out_dtype, _address(tile), _address(out), count)
 
+    def compare(
+        self, tile: memoryview, other: memoryview, dtype: str, other_dtype: str
+    ) -> tuple[list[float], float, int]:
+        """Return what two tiles of as many values are and differ by, x and y with d = y - x.
+
+        That is Σ of |x|, |y|, |d|, x, d, x², y², d², d⁴ and xy, the largest |d|, and how many are equal.
+        Where a value is not finite, Σd² is not, and the rest means nothing.
+        """
+        count = len(tile) // FLOAT_DTYPES[dtype]
+        if len(other) != count * FLOAT_DTYPES[other_dtype]:  # the kernel would read past it
+            raise ValueError("the tiles must have as many values")
+        return library.load().change(dtype, other_dtype, _address(tile), _address(other), count)
+
     def summarize(self, tile: memoryview, dtype: str) -> Summary:
         """Return the statistics of a tile that moments do not hold."""
         return Summary(*library.load().summary(dtype, _address(tile), len(tile) // FLOAT_DTYPES[dtype]))

@@ -1,4 +1,4 @@
-/* The CPU's kernels: noise, moments, exact sums, summaries and conversions over runs of stored values.
+/* The CPU's kernels: noise, moments, exact sums, summaries, comparisons and conversions over runs of stored values.
 
    Every function takes addresses of memory that its caller owns and keeps, with room for just the values named;
    nothing is allocated, nothing kept, nothing locked, and nothing called but memcpy and memset. Values lie as in
@@ -796,6 +796,61 @@ INLINE void summarize(enum dtype dtype, const char *x, int64_t n, struct summary
     found->zeros = zeros;
     found->nans = nans;
     found->infinities = infinities;
+}
+
+/* What the values of two runs are and differ by, d = y - x: sums in the order of `add_change`, the largest |d|, and
+   how many are equal. Where a value is not finite, Σd² is not either, and all but that means nothing. */
+enum { TERMS = 10 };
+struct change {
+    double sums[TERMS], largest;
+    int64_t equal;
+};
+
+/* Adds eight terms of each sum. */
+#define ADD_CHANGE(side)                                             \
+    do {                                                             \
+        const f64x8 x = a.side, y = b.side, d = y - x, q = d * d;    \
+        const f64x8 terms[TERMS] = {ABS(x), ABS(y), ABS(d), x, d, x * x, y * y, q, q * q, x * y}; \
+        for (int k = 0; k < TERMS; k++) sums[k].side += terms[k];    \
+        most = SELECT(f64x8, (u64x8)(ABS(d) > most), ABS(d), most);  \
+        same -= (u64x8)(d == 0.0);                                   \
+    } while (0)
+
+INLINE void measure_change(enum dtype dtype, enum dtype other, const char *x, const char *y, int64_t n,
+                           struct change *found) {
+    f64x8 most = {0};
+    for (int k = 0; k < TERMS; k++) found->sums[k] = 0.0;
+    found->equal = 0;
+    for (int64_t i = 0; i < n; i += RUN) {
+        const int64_t end = n - i < RUN ? n : i + RUN;
+        struct lanes sums[TERMS] = {{{0}, {0}}};
+        u64x8 same = {0};
+        for (int64_t at = i; at < end; at += 16) {
+            const struct lanes a = lanes_at(dtype, x, at, end - at), b = lanes_at(other, y, at, end - at);
+            ADD_CHANGE(even);
+            ADD_CHANGE(odd);
+            if (RARELY(end - at < 16)) found->equal -= 16 - (end - at); /* what is not there is equal */
+        }
+        found->equal += counted((u32x16)same);
+        for (int k = 0; k < TERMS; k++) found->sums[k] += folded(sums[k]);
+    }
+    found->largest = most[0];
+    for (int lane = 1; lane < 8; lane++)
+        if (most[lane] > found->largest) found->largest = most[lane];
+}
+
+#define CHANGING(prefix, dtype, other)                                                                              \
+    static __attribute__((noinline)) void prefix##_##dtype##_##other(const char *x, const char *y, int64_t n,       \
+                                                                     struct change *found) {                        \
+        measure_change(dtype, other, x, y, n, found);                                                               \
+    }
+EACH_PAIR(CHANGING, changed)
+#define CHANGED(prefix, dtype, other) [dtype][other] = prefix##_##dtype##_##other,
+typedef void changing(const char *, const char *, int64_t, struct change *);
+static changing *const changes[4][4] = {EACH_PAIR(CHANGED, changed)};
+
+void EXPORT(change)(int dtype, int other, const char *x, const char *y, int64_t n, struct change *found) {
+    changes[dtype][other](x, y, n, found);
 }
 
 #define EACH_DTYPE(macro) macro(F32) macro(F64) macro(BF16) macro(F16)

@@ -68,8 +68,15 @@ class Kernels(Protocol):
     def summary(self, dtype: str, x: int, n: int) -> tuple[float, float, float, int, int, int]:
         """Return (min, max, Σ|x|, zeros, NaNs, infinities) of n values."""
 
+    def change(self, dtype: str, other: str, x: int, y: int, n: int) -> tuple[list[float], float, int]:
+        """Return sums over n pairs of values, the largest |y - x|, and how many are equal."""
+
     def convert(self, dtype: str, out_dtype: str, x: int, y: int, n: int) -> int:
         """Write n values in another dtype; return how many overflowed."""
+
+
+class _Change(ctypes.Structure):
+    _fields_ = (("sums", ctypes.c_double * 10), ("largest", ctypes.c_double), ("equal", ctypes.c_int64))
 
 
 class _Summary(ctypes.Structure):
@@ -95,6 +102,7 @@ class Library:
         self._moments = function("moments", kind, *taking)
         self._exact = function("exact", kind, address, number, address)
         self._summary = function("summary", kind, address, number, address)
+        self._change = function("change", kind, kind, address, address, number, address)
         self._convert = function("convert", kind, kind, address, address, number, returns=number)
 
     def noise(self, distribution: str, dtype: str, out_dtype: str, *taking: Any) -> None:
@@ -143,6 +151,12 @@ class Library:
             found.nans,
             found.infinities,
         )
+
+    def change(self, dtype: str, other: str, x: int, y: int, n: int) -> tuple[list[float], float, int]:
+        """Compare."""
+        found = _Change()
+        self._change(DTYPES.index(dtype), DTYPES.index(other), x, y, n, ctypes.byref(found))
+        return list(found.sums), found.largest, found.equal
 
     def convert(self, dtype: str, out_dtype: str, x: int, y: int, n: int) -> int:
         """Convert."""

@@ -126,6 +126,25 @@ def summary(dtype: str, x: int, n: int) -> tuple[float, float, float, int, int, 
     return least + 0.0, most + 0.0, absolute_sum, zeros, nans, infinities
 
 
+def change(dtype: str, other: str, x: int, y: int, n: int) -> tuple[list[float], float, int]:
+    """Return the sums over n pairs of values, the largest |y - x|, and how many are equal."""
+    ours, theirs = _values(x, n, dtype), _values(y, n, other)
+    sums, largest, equal = [0.0] * 10, 0.0, 0
+    with np.errstate(all="ignore"):
+        for at in range(0, n, _AT_A_TIME):
+            a = stream.upcast(ours[at : at + _AT_A_TIME], dtype).astype(np.float64)
+            b = stream.upcast(theirs[at : at + _AT_A_TIME], other).astype(np.float64)
+            d = b - a
+            q = d * d
+            terms = [np.abs(a), np.abs(b), np.abs(d), a, d, a * a, b * b, q, q * q, a * b]
+            for k, term in enumerate(terms):
+                for run in _folded(_in_lanes(term)):
+                    sums[k] += run
+            largest = max(largest, float(np.abs(d).max()))
+            equal += int(np.count_nonzero(d == 0.0))
+    return sums, largest, equal
+
+
 def convert(dtype: str, out_dtype: str, x: int, y: int, n: int) -> int:
     """Write n values in another dtype; return how many overflowed."""
     values, out = _values(x, n, dtype), _values(y, n, out_dtype)
@@ -159,10 +178,15 @@ def _values(address: int, n: int, dtype: str) -> NDArray[Any]:
 
 def _run_sums(x: NDArray[Any], dtype: str, pivot: float) -> list[tuple[float, float]]:
     """Return Σd and Σd², d = x - pivot, for each run of BLOCK values, in the order of kernels.c."""
-    d = np.zeros(-(-len(x) // BLOCK) * BLOCK)
-    d[: len(x)] = stream.upcast(x, dtype).astype(np.float64) - pivot
-    lanes = d.reshape(-1, BLOCK // _LANES, _LANES)
+    lanes = _in_lanes(stream.upcast(x, dtype).astype(np.float64) - pivot)
     return list(zip(_folded(lanes), _folded(lanes * lanes), strict=True))
+
+
+def _in_lanes(d: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return values as [runs, values of a lane, lanes], with zeros after the last."""
+    padded = np.zeros(-(-len(d) // BLOCK) * BLOCK)
+    padded[: len(d)] = d
+    return padded.reshape(-1, BLOCK // _LANES, _LANES)
 
 
 def _folded(lanes: NDArray[np.float64]) -> list[float]:
