@@ -63,6 +63,17 @@ def test_a_page_asks_for_nothing_and_names_stay_text(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in content
 
 
+def test_html_in_a_report_is_not_passed_on(tmp_path: Path) -> None:
+    page(tmp_path, [run("plain")])
+    (tmp_path / "report.md").write_text(
+        "# a\n\n<b>bold</b> ![lost](figures/../../x.png)\n\n<script>x</script>\n"
+    )
+    results = write.summarise(study([run("plain")]), [run("plain")])
+    content = "".join(study_page(results, tmp_path, cli_study._COLUMNS, iter(())))
+    assert "&lt;b&gt;bold&lt;/b&gt; lost" in content
+    assert "&lt;script&gt;x&lt;/script&gt;" in content
+
+
 def test_a_study_without_runs_has_a_page(tmp_path: Path) -> None:
     made = [run("plain"), run("noisytune")]
     results = write.write_outputs(tmp_path, study(made), [])
