@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 from noisytune_cli.checkpoint import hub
@@ -31,7 +31,7 @@ from noisytune_cli.reading import read_small
 from noisytune_cli.records import Manifest, NoiseSpec, SourceRecord
 
 #: The largest card, and the longest and deepest front matter without its scores: YAML is read in Python.
-_MAX_BYTES, _MAX_HEAD, _MAX_DEPTH = 16 << 20, 64 << 10, 100
+_MAX_BYTES, _MAX_HEAD, _MAX_DEPTH, _MAX_ENTRIES = 16 << 20, 64 << 10, 100, 1000
 
 #: Scores in files of their own, which the hub shows as a card's.
 _SCORES_FOLDER = ".eval_results/"
@@ -163,14 +163,9 @@ def read_card(source: Checkpoint) -> Card:
         raise _cannot(source, f"byte {error.start:,} is not UTF-8") from error
     front = _FRONT.match(text)
     head = "" if front is None else front[1].replace("\r\n", "\n").replace("\r", "\n")
-    entries = _take_apart(head)
-    said = "".join(text for key, text in entries if key != _SCORES)
-    if len(said) > _MAX_HEAD:
-        raise _cannot(source, f"its front matter is longer than {_MAX_HEAD:,} characters")
-    if max(accumulate(_STEPS[c] for c in said if c in _STEPS), default=0) > _MAX_DEPTH:
-        raise _cannot(source, "its front matter is nested too deep")
     try:
-        tags = _check(said, [key for key, _ in entries if key not in ("", _SCORES)])
+        entries = _take_apart(head)
+        tags = _check(entries)
     except ValueError as error:
         raise _cannot(source, str(error)) from error
     newline = "\r\n" if "\r\n" in (text[:_MAX_HEAD] if front is None else front[0]) else "\n"
@@ -210,7 +205,7 @@ def claims_of(source: Checkpoint) -> list[str]:
         return []
     return [
         f"the model card is copied as it is: it claims {' and '.join(claimed)} for the output as for the "
-        "source; --card makes one that does not"
+        "source; --card writes one for the output"
     ]
 
 
@@ -226,12 +221,21 @@ def _keys_of(source: Checkpoint) -> set[str]:
     finally:
         os.close(fd)
     front = _FRONT.match(text)
-    return set() if front is None else {found["key"] for found in _ENTRY.finditer(front[1])}
+    return (
+        set()
+        if front is None
+        else {found["key"] for found in islice(_ENTRY.finditer(front[1]), _MAX_ENTRIES)}
+    )
 
 
 def _take_apart(head: str) -> list[tuple[str, str]]:
-    """Return the entries of front matter with their texts; what comes before the first has the key ""."""
-    found = list(_ENTRY.finditer(head))
+    """Return the entries of front matter with their texts; what comes before the first has the key "".
+
+    ValueError where they are too many.
+    """
+    found = list(islice(_ENTRY.finditer(head), _MAX_ENTRIES + 1))
+    if len(found) > _MAX_ENTRIES:
+        raise ValueError(f"its front matter has more than {_MAX_ENTRIES:,} entries")
     starts = [entry.start() for entry in found] + [len(head)]
     entries = [
         (entry["key"], head[start:end]) for entry, (start, end) in zip(found, pairwise(starts), strict=True)
@@ -240,11 +244,17 @@ def _take_apart(head: str) -> list[tuple[str, str]]:
     return ([("", before)] if before.strip() else []) + entries
 
 
-def _check(head: str, keys: Sequence[str]) -> list[str]:
-    """Return the tags in front matter; ValueError where it is not a mapping with these keys."""
+def _check(entries: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the tags in front matter; ValueError where it is not a mapping of these entries."""
     import yaml
     from huggingface_hub import ModelCard
 
+    head = "".join(text for key, text in entries if key != _SCORES)
+    keys = [key for key, _ in entries if key not in ("", _SCORES)]
+    if len(head) > _MAX_HEAD:
+        raise ValueError(f"its front matter is longer than {_MAX_HEAD:,} characters")
+    if max(accumulate(_STEPS[c] for c in head if c in _STEPS), default=0) > _MAX_DEPTH:
+        raise ValueError("its front matter is nested too deep")
     if not head.strip():
         return []
     try:
