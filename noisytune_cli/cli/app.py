@@ -22,6 +22,7 @@ from noisytune_cli.cli import compare as cli_compare
 from noisytune_cli.cli import detect as cli_detect
 from noisytune_cli.cli import inspect as cli_inspect
 from noisytune_cli.cli import perturb as cli_perturb
+from noisytune_cli.cli import replay as cli_replay
 from noisytune_cli.cli import study as cli_study
 from noisytune_cli.cli import verify as cli_verify
 from noisytune_cli.cli.help import HelpfulCommand
@@ -121,7 +122,7 @@ _VERBS: dict[Callable[..., None], str] = {
     cli_perturb.perturb: "Write a noisy copy of a checkpoint, and its manifest.",
     cli_inspect.inspect: "List tensors, their statistics, and what perturb would do.",
     cli_verify.verify: "Check an output against its manifest, byte for byte.",
-    cli_verify.replay: "Rebuild a noisy checkpoint from its manifest and its base.",
+    cli_replay.replay: "Rebuild a noisy checkpoint from its manifest and its base.",
     cli_compare.compare: "Tell what lies between two checkpoints, tensor by tensor.",
     cli_detect.detect: "Tell whether the noise of a seed is in a checkpoint.",
     cli_average.average: "Write the mean of several checkpoints (a model soup).",
