@@ -1,33 +1,42 @@
 """The command line: the app, its verbs in the order of `--help`, and the exit codes of errors.
 
 A verb turns options into records, calls the function of its name in `commands/`, and tells what came of it.
-Everything heavy is imported inside the verbs, so `--help` stays quick. Errors are caught in one place
-(`_Command.invoke`), which serves the terminal and the test runner alike.
+A run makes the options of its own verb alone, and everything heavy is imported inside the verbs, so that
+`--help` and small models are quick. Errors are caught in one place (`_Command.invoke`), which serves the
+terminal and the test runner alike.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+from typer.main import get_command
 
-from noisytune_cli.cli import average as cli_average
-from noisytune_cli.cli import compare as cli_compare
-from noisytune_cli.cli import detect as cli_detect
-from noisytune_cli.cli import inspect as cli_inspect
-from noisytune_cli.cli import perturb as cli_perturb
-from noisytune_cli.cli import replay as cli_replay
-from noisytune_cli.cli import study as cli_study
-from noisytune_cli.cli import verify as cli_verify
 from noisytune_cli.cli.help import HelpfulCommand
 from noisytune_cli.errors import NoisytuneError, NoisytuneWarning, UsageError, exhausted, lacking
 from noisytune_cli.version import __version__
+
+#: In the order of `--help`, with what it says of each in one line; a verb's own help says more. Each is the
+#: function of its name in the file of its name.
+_VERBS = {
+    "perturb": "Write a noisy copy of a checkpoint, and its manifest.",
+    "inspect": "List tensors, their statistics, and what perturb would do.",
+    "verify": "Check an output against its manifest, byte for byte.",
+    "replay": "Rebuild a noisy checkpoint from its manifest and its base.",
+    "compare": "Tell what lies between two checkpoints, tensor by tensor.",
+    "detect": "Tell whether the noise of a seed is in a checkpoint.",
+    "average": "Write the mean of several checkpoints (a model soup).",
+    "study": "Finetune with several methods, and tell what differs.",
+}
 
 
 class _Command(HelpfulCommand):
@@ -50,8 +59,40 @@ class _Command(HelpfulCommand):
             raise _report(error) from error
 
 
+@functools.cache
+def _make(name: str) -> Any:
+    """Make the command of a verb."""
+    verb = typer.Typer(rich_markup_mode=None, add_completion=False)
+    function = getattr(importlib.import_module(f"noisytune_cli.cli.{name}"), name)
+    verb.command(cls=_Command, short_help=_VERBS[name])(function)
+    return get_command(verb)
+
+
+class _Commands(Mapping[str, Any]):
+    """The commands by name, each made when it is asked for: to make all takes longer than a small run."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in _VERBS:
+            raise KeyError(name)
+        return _make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_VERBS)
+
+    def __len__(self) -> int:
+        return len(_VERBS)
+
+
 class _Verbs(TyperGroup):
     """The verbs, and `help`, which is the word for `--help`."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{**settings, "commands": _Commands()})
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """List the verbs without making them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_VERBS.items()))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, [*args[1:2], "--help"] if args[:1] == ["help"] else args)
@@ -115,21 +156,6 @@ def noisytune(
     ] = False,
 ) -> None:
     """Add reproducible noise to a pretrained checkpoint before finetuning it (NoisyTune, ACL 2022)."""
-
-
-#: In the order of `--help`, with what it says of each in one line; a verb's own help says more.
-_VERBS: dict[Callable[..., None], str] = {
-    cli_perturb.perturb: "Write a noisy copy of a checkpoint, and its manifest.",
-    cli_inspect.inspect: "List tensors, their statistics, and what perturb would do.",
-    cli_verify.verify: "Check an output against its manifest, byte for byte.",
-    cli_replay.replay: "Rebuild a noisy checkpoint from its manifest and its base.",
-    cli_compare.compare: "Tell what lies between two checkpoints, tensor by tensor.",
-    cli_detect.detect: "Tell whether the noise of a seed is in a checkpoint.",
-    cli_average.average: "Write the mean of several checkpoints (a model soup).",
-    cli_study.study: "Finetune with several methods, and tell what differs.",
-}
-for _verb, _line in _VERBS.items():
-    app.command(cls=_Command, short_help=_line)(_verb)
 
 
 def run() -> None:
