@@ -13,7 +13,7 @@ import importlib
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -39,8 +39,42 @@ _VERBS = {
 }
 
 
-class _Command(HelpfulCommand):
+def _take_plain(parameter: Any) -> Callable[[Any, Any], Any]:
+    """Return what reads a parameter: as Typer does, but what needs no reading is taken as it is.
+
+    Typer has pydantic confirm that a word is a word, and that an option is not given; to import that takes
+    longer than a small run.
+    """
+    read = parameter.process_value
+    descriptor = getattr(parameter, "type_descriptor", None)
+    kind = getattr(descriptor, "annotation", None)
+
+    def process_value(ctx: Any, value: Any) -> Any:
+        missing = value is None and not parameter.required
+        # A word that is no Unicode is for Typer to refuse.
+        plain = isinstance(kind, type) and isinstance(value, kind) and str(value).isascii()
+        return value if (missing or plain) and parameter.callback is None else read(ctx, value)
+
+    return process_value
+
+
+class _PlainHelp:
+    """Gives `--help` a default that is a bool, which needs no reading either."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        if option is not None:
+            option.default = False
+        return option
+
+
+class _Command(_PlainHelp, HelpfulCommand):
     """Runs a command and maps what it raises to a line on stderr and an exit code."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        for parameter in self.params:
+            parameter.process_value = _take_plain(parameter)  # type: ignore[assignment, method-assign]
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -83,7 +117,7 @@ class _Commands(Mapping[str, Any]):
         return len(_VERBS)
 
 
-class _Verbs(TyperGroup):
+class _Verbs(_PlainHelp, TyperGroup):
     """The verbs, and `help`, which is the word for `--help`."""
 
     def __init__(self, **settings: Any) -> None:
