@@ -14,7 +14,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from noisytune_cli.checkpoint.composition import (
     COMPOSED_BY,
@@ -25,8 +25,7 @@ from noisytune_cli.checkpoint.composition import (
 )
 from noisytune_cli.checkpoint.config import CONFIG, look_at_config, read_config
 from noisytune_cli.checkpoint.folder import list_folder
-from noisytune_cli.checkpoint.hub import Repository, is_repo_id
-from noisytune_cli.checkpoint.ids import no_source
+from noisytune_cli.checkpoint.ids import is_repo_id, no_source
 from noisytune_cli.checkpoint.index import ShardIndex, read_index
 from noisytune_cli.checkpoint.layout import (
     CHUNKS_SUFFIX,
@@ -42,6 +41,9 @@ from noisytune_cli.escape import escape
 from noisytune_cli.manifest.previous import NAMESAKE, PreviousRun, of_file, of_folder
 from noisytune_cli.manifest.write import MAX_BYTES
 from noisytune_cli.reading import SNAPSHOT, Reach, is_there, reach_of
+
+if TYPE_CHECKING:
+    from noisytune_cli.checkpoint.hub import Repository
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ def find(
     the network, InputInvalid where there are no weights or no telling which, UsageError for the options.
     """
     if comes_from_hub(source):
+        from noisytune_cli.checkpoint.hub import Repository  # what is here should not wait for it
+
         hub = Repository(source, revision, quiet)
         reach = None if follow_links else reach_of(hub.root)
         place = _Place(source, hub.commit, hub.root, hub.listing, source, reach, hub)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 import sys
 import threading
 import warnings
@@ -40,11 +39,6 @@ from noisytune_cli.errors import HubError
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
-_ID_PART = re.compile(r"(?=.{1,96}$)\w(?:[\w.-]*\w)?", re.ASCII)
-
-#: A name that ends so is a misspelt path, not a repository.
-_FILE_SUFFIXES = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".git")
-
 #: Files that are fetched at a time, as huggingface_hub does.
 _WORKERS = 8
 
@@ -52,32 +46,6 @@ _WORKERS = 8
 #: remove their partial files, in seconds.
 _CHUNK = 256 << 10
 _GRACE = 1.0
-
-
-def is_repo_id(text: str) -> bool:
-    """Tell whether `text` looks like NAME or OWNER/NAME."""
-    parts = text.split("/")
-    return (
-        len(parts) <= 2
-        and all(_ID_PART.fullmatch(part) and "--" not in part and ".." not in part for part in parts)
-        and not text.endswith(_FILE_SUFFIXES)
-    )
-
-
-def cache_folder() -> Path | None:
-    """Return where the hub's cache is, links resolved; None where the environment names nothing.
-
-    It need not exist. huggingface_hub is not asked, for its import takes longer than a small run: the
-    environment is read as its `constants.py` does it, and a test holds the two together.
-    """
-    home = os.path.join(os.getenv("XDG_CACHE_HOME", os.path.join("~", ".cache")), "huggingface")
-    default = os.path.join(_expanded(os.getenv("HF_HOME", home)), "hub")
-    folder = _expanded(os.getenv("HF_HUB_CACHE", os.getenv("HUGGINGFACE_HUB_CACHE", default)))
-    return Path(os.path.realpath(folder)) if folder else None
-
-
-def _expanded(path: str) -> str:
-    return os.path.expandvars(os.path.expanduser(path))
 
 
 class Repository:

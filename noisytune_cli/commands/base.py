@@ -10,11 +10,11 @@ import os
 import posixpath
 from collections.abc import Sequence
 
-from noisytune_cli.checkpoint import hub
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.composition import ROOT
 from noisytune_cli.checkpoint.dequantize import dequantize
 from noisytune_cli.checkpoint.formats import Source
+from noisytune_cli.checkpoint.ids import is_repo_id
 from noisytune_cli.checkpoint.layout import index_suffix
 from noisytune_cli.commands.differences import Difference, compare_header, mismatch
 from noisytune_cli.errors import InputInvalid, Mismatch, UsageError
@@ -44,7 +44,7 @@ def name_base(recorded: RecordedManifest, base: str | None) -> str:
 def _is_at_hub(recorded: RecordedManifest) -> bool:
     """Tell whether the hub id and commit that a manifest records name its original."""
     source = recorded.manifest.source
-    return source.revision is not None and hub.is_repo_id(source.id) and not is_there(source.id)
+    return source.revision is not None and is_repo_id(source.id) and not is_there(source.id)
 
 
 def open_base(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.formats.safetensors import SafetensorsSource
-from noisytune_cli.checkpoint.hub import cache_folder
+from noisytune_cli.checkpoint.ids import cache_folder
 from noisytune_cli.checkpoint.layout import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
 from noisytune_cli.errors import OutputUnsafe, UsageError, unwritable
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX, manifest_beside

@@ -16,8 +16,8 @@ import pytest
 from checkpoints import Tensor, weights
 from checkpoints import save as save_tensors
 
-from noisytune_cli.checkpoint import find as find_module
 from noisytune_cli.checkpoint import folder as folder_module
+from noisytune_cli.checkpoint import hub
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch, UsageError
 
@@ -668,7 +668,7 @@ def test_a_path_into_the_hub_cache_tells_id_and_commit(tmp_path: Path) -> None:
 def test_a_missing_path_is_unreadable_and_never_a_hub_id(
     monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
-    monkeypatch.setattr(find_module, "Repository", lambda *args: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub, "Repository", lambda *args: pytest.fail("asked the hub"))
     with pytest.raises(InputUnreadable):
         open_checkpoint(source)
 

@@ -18,8 +18,8 @@ from chunked import save_chunked
 from hub_server import PLAIN, Hub, Repository, fetch, safetensors
 
 from noisytune_cli.checkpoint.checkpoint import open_checkpoint
-from noisytune_cli.checkpoint.hub import is_repo_id
 from noisytune_cli.checkpoint.hub_errors import mapped_errors
+from noisytune_cli.checkpoint.ids import is_repo_id
 from noisytune_cli.commands.average import average
 from noisytune_cli.commands.perturb import Request, perturb, plan_perturb
 from noisytune_cli.commands.replay import replay

@@ -11,7 +11,7 @@ import pytest
 from places import accepted, refused
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
-from noisytune_cli.checkpoint.hub import cache_folder
+from noisytune_cli.checkpoint.ids import cache_folder
 from noisytune_cli.errors import OutputUnsafe
 from noisytune_cli.output import destination as output_module
 from noisytune_cli.output.destination import check_recipe, resolve_recipe
