@@ -14,7 +14,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from html import escape
 from operator import attrgetter
 from typing import Literal
 
@@ -351,6 +350,8 @@ class Manifest:
         return f"<Manifest of {self.source.id!r}: {told}>"
 
     def _repr_html_(self) -> str:
+        from html import escape  # only notebooks ask
+
         rows = "".join(f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in self._told())
         return f"<table><caption>{escape(self.source.id)}</caption>{rows}</table>"
 

@@ -90,8 +90,18 @@ def loaded(*arguments: object) -> set[str]:
 
 
 def test_help_imports_no_numerics() -> None:
-    heavy = {"numpy", "torch", "huggingface_hub", "transformers", "safetensors", "blake3", "scipy", "pydantic"}
+    heavy = {
+        "numpy",
+        "torch",
+        "huggingface_hub",
+        "transformers",
+        "safetensors",
+        "blake3",
+        "scipy",
+        "pydantic",
+    }
     assert not loaded("perturb", "--help") & heavy
+    heavy.add("pydantic")
     modules = loaded("--help")
     assert not modules & heavy
     assert {name for name in modules if name.startswith("noisytune_cli.cli.")} == {
@@ -100,7 +110,30 @@ def test_help_imports_no_numerics() -> None:
     }
 
 
-def test_perturbing_safetensors_does_not_import_torch(tmp_path: Path) -> None:
+def test_a_plain_run_imports_no_more_than_it_needs(tmp_path: Path) -> None:
     source = save(tmp_path / "in.safetensors", {"w": weights("F32", 30)})
-    heavy = {"torch", "huggingface_hub", "transformers", "safetensors", "rich", "scipy", "pydantic"}
-    assert not loaded("perturb", source, "-o", tmp_path / "out", "--quiet") & heavy
+    modules = loaded("perturb", source, "-o", tmp_path / "out.safetensors", "--quiet")
+    heavy = {
+        "torch",
+        "huggingface_hub",
+        "transformers",
+        "safetensors",
+        "rich",
+        "scipy",
+        "jinja2",
+        "matplotlib",
+    }
+    # What takes as long as NumPy, or as tens of modules of ours.
+    assert not modules & (heavy | {"pydantic", "logging", "concurrent.futures", "html", "secrets"})
+    ours = {name.removeprefix("noisytune_cli.") for name in modules if name.startswith("noisytune_cli.")}
+    assert {name for name in ours if name.startswith(("cli.", "commands."))} == {
+        *("cli.app", "cli.help", "cli.options", "cli.parse", "cli.perturb", "cli.show", "cli.show_perturb"),
+        *("commands.perturb", "commands.replaced", "commands.result", "commands.write"),
+    }
+    for seldom in (
+        *("memory", "study", "checkpoint.formats.torch", "checkpoint.formats.dcp", "checkpoint.hub"),
+        *("checkpoint.hub_answers", "checkpoint.hub_errors", "checkpoint.dequantize", "plan.families"),
+        *("plan.evidence.buffers_by_model", "manifest.read", "manifest.average", "manifest.mixture"),
+        *("noise.devices.torch", "noise.devices.cuda", "noise.devices.cpu.reference"),
+    ):
+        assert seldom not in ours

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from noisytune_cli.checkpoint.formats import begins_weights, open_source
-from noisytune_cli.checkpoint.formats.torch.values import NoStateDict
 from noisytune_cli.checkpoint.index import read_index
 from noisytune_cli.checkpoint.layout import index_suffix
 from noisytune_cli.dtypes import FLOAT_DTYPES
@@ -67,6 +66,8 @@ def sort_weights(
                 found = {tensor.name: None if same else tensor.shape for tensor in with_tensors.tensors}
                 same = _overlap(found, ours) or _TELLING < count == _values(with_tensors.tensors)
         except (InputInvalid, InputUnreadable) as error:
+            from noisytune_cli.checkpoint.formats.torch.values import NoStateDict  # not for safetensors
+
             if not same and not isinstance(error.__cause__, NoStateDict) and begins_weights(path, reach):
                 warnings.append(
                     f"{escape(name)} is copied as it is; whether it holds the same weights is unknown: "

@@ -25,8 +25,7 @@ _T = TypeVar("_T")
 MOST = 1000
 
 _NUMBER = r"([-+]?[0-9]{1,30}(?:\.[0-9]{0,30})?|[-+]?\.[0-9]{1,30})"
-_RANGE = re.compile(f"{_NUMBER}:{_NUMBER}:{_NUMBER}", re.ASCII)
-_SEED_RANGE = re.compile(r"([0-9]+)(?:-([0-9]+))?", re.ASCII)
+_RANGE = f"{_NUMBER}:{_NUMBER}:{_NUMBER}"
 _LARGEST_SEED = 2**64 - 1
 
 #: λ of the paper on GLUE.
@@ -257,6 +256,8 @@ def _read_strengths(
 
 def _fill(out: str, names: Mapping[str, str]) -> str:
     """Replace the placeholders; UsageError for a word in braces that is none. Other braces stay."""
+    if "{" not in out:
+        return out
     for word in re.findall(r"\{([A-Za-z_-]+)\}", out):
         if word not in names:
             known = [f"{{{name}}}" for name in names]
@@ -352,7 +353,7 @@ def spelled(option: str, text: str) -> list[str]:
     """
     parts: list[str] = []
     for part in map(str.strip, text.split(",")):
-        if not (found := _RANGE.fullmatch(part)):
+        if not (found := re.fullmatch(_RANGE, part, re.ASCII)):
             parts.append(part)
             continue
         first, last, step = map(Decimal, found.groups())
@@ -400,7 +401,7 @@ def read_seeds(text: str, largest: int = _LARGEST_SEED) -> list[int]:
     bound = f"2^{largest.bit_length()}-1"
     seeds: list[int] = []
     for part in text.split(","):
-        found = _SEED_RANGE.fullmatch(part.strip())
+        found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip(), re.ASCII)
         # 20 digits hold every seed; Python refuses to read thousands of them.
         if found is None or max(map(len, filter(None, found.groups()))) > 20:
             raise _bad_seed(text, f'"{part}" is neither a seed (0 to {bound}) nor a range of seeds')

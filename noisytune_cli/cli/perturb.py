@@ -31,7 +31,7 @@ from noisytune_cli.cli.options import (
 )
 from noisytune_cli.errors import UsageError
 from noisytune_cli.noise import distributions
-from noisytune_cli.records import mixed_strength
+from noisytune_cli.records import Term, mixed_strength
 
 #: The choices are the file names in `distributions/`.
 _Noise = StrEnum("_Noise", {name: name for name in distributions.names()})  # type: ignore[misc]
@@ -269,7 +269,6 @@ def perturb(
         read_shrink,
     )
     from noisytune_cli.commands import perturb as command
-    from noisytune_cli.manifest.mixture import read_mix
 
     started = time.monotonic()
     if out is not None:
@@ -286,7 +285,12 @@ def perturb(
         "--seed": seed,
     }
     strength = choose_strength(given)
-    terms, is_absolute = read_mix(mix) if mix is not None else ((), strength == "--sigma")
+    terms: tuple[Term, ...] = ()
+    is_absolute = strength == "--sigma"
+    if mix is not None:
+        from noisytune_cli.manifest.mixture import read_mix
+
+        terms, is_absolute = read_mix(mix)
     if terms and is_absolute and scope is not None:
         raise UsageError("--scope and --mix", why="σ is scaled with no std", next_step="Leave --scope out")
     default = mixed_strength(terms) if terms else chosen.lam

@@ -15,7 +15,6 @@ from typing import Any
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_found
 from noisytune_cli.checkpoint.composition import Component
-from noisytune_cli.checkpoint.dequantize import check_config, dequantize
 from noisytune_cli.checkpoint.find import find
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.commands.card import Card, claims_of, read_card, write_card
@@ -393,6 +392,8 @@ def _open(
         earlier = found.previous_run
         raise InputInvalid(earlier.what, path=request.source, why=earlier.why, next_step=earlier.next_step)
     dequantizes = request.conversion is not None and request.conversion.dequantized is not None
+    if dequantizes:
+        from noisytune_cli.checkpoint.dequantize import check_config, dequantize  # few weights are fp8
     if found.repository is not None:
         (check_config if dequantizes else refuse_quantized_config)(found.config or {}, found.config_path)
     source = open_found(found, mmap=request.mmap)

@@ -20,7 +20,6 @@ from pathlib import Path
 from blake3 import blake3
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
-from noisytune_cli.checkpoint.dequantize import Dequantized
 from noisytune_cli.checkpoint.formats import Sink, Source
 from noisytune_cli.checkpoint.formats.safetensors import MAX_HEADER, SafetensorsSource, create_file
 from noisytune_cli.checkpoint.formats.safetensors.header import MAX_ENTRIES, PREFIX
@@ -83,6 +82,8 @@ def lay_out(sources: Sequence[Source], plan: Plan, conversion: Conversion) -> tu
 
 
 def _lay_out(source: Source, steps: Iterable[Step], conversion: Conversion) -> OutputFile:
+    from noisytune_cli.checkpoint.dequantize import Dequantized  # not for outputs like their source
+
     dtypes = {step.tensor.name: step.out_dtype or step.tensor.dtype for step in steps}
     same_dtypes = all(dtypes[tensor.name] == tensor.dtype for tensor in source.tensors)
     file = source.inner if isinstance(source, Dequantized) else source

@@ -23,7 +23,6 @@ import json
 import os
 import platform
 import re
-import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,9 +72,9 @@ def create(place: Path, output: Path) -> tuple[Path, int]:
     times.
     """
     for _ in range(_ATTEMPTS):
-        path, fd = place / secrets.token_hex(8), None  # not there
+        path, fd = place / os.urandom(8).hex(), None  # not there
         try:
-            path = place / f"{prefix_for(output)}{''.join(_tags(place))}-{secrets.token_hex(4)}"
+            path = place / f"{prefix_for(output)}{''.join(_tags(place))}-{os.urandom(4).hex()}"
             os.mkdir(path, 0o777)
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             if _lock(fd) and is_at(path, fd):

@@ -23,11 +23,10 @@ from noisytune_cli.checkpoint.config import Hyperparameters
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import UsageError
 from noisytune_cli.manifest.write import FEWER_PARTS, MAX_LINES
-from noisytune_cli.plan.families import known_parts
 from noisytune_cli.plan.parts import cut, within
 from noisytune_cli.records import MAX_PARTS, Part, TensorSpec
 
-_LEVEL = re.compile(r"(-?\d{1,2}):(?:/(\d{1,18})|(\d{1,18}(?:,\d{1,18})*)(?:\*(\d{1,18}))?)")
+_LEVEL = r"(-?\d{1,2}):(?:/(\d{1,18})|(\d{1,18}(?:,\d{1,18})*)(?:\*(\d{1,18}))?)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +71,8 @@ def divide(
     `matched` are the names that each split's pattern matches. Raises UsageError where a split does not fit
     a tensor that it matches (one that can take noise).
     """
+    from noisytune_cli.plan.families import known_parts  # each tensor is one matrix, unless asked
+
     split_of = {name: split for split, found in zip(splits, matched, strict=True) for name in found}
     by_name = {tensor.name: tensor for tensor in tensors}
     model = Hyperparameters(config)
@@ -147,7 +148,7 @@ def _cut(
 def _levels(pattern: str, division: str) -> list[_Level]:
     levels = []
     for text in division.split(";"):
-        match = _LEVEL.fullmatch(text)
+        match = re.fullmatch(_LEVEL, text)
         sizes = tuple(map(int, match[3].split(","))) if match and match[3] else ()
         equal, times = (int(match[2] or 0), int(match[4] or 1)) if match else (0, 0)
         if match is None or math.prod(sizes) == 0 or times == 0 or (not sizes and equal == 0):

@@ -102,7 +102,6 @@ _ONE_MODULE = (
     (r"lm_head\.additional_fc", "model.embed_tokens.additional_embedding"),
     (r"unembedding_projection", "model.embed_tokens.embedding_projection"),
 )
-_ONE = [(re.compile(rf"(?<![^.]){pattern}(?![^.])"), name) for pattern, name in _ONE_MODULE]
 #: What one of these has in its name, looked for before a pattern is.
 _SEVERAL_NAMES = (
     *("class_embed", "bbox_", "score_head", "encoder.language_model", "text_model", "audio_encoder"),
@@ -281,8 +280,8 @@ def _one_module(names: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     for name in names:
         if any(piece in name for piece in _SEVERAL_NAMES):
             known = name
-            for pattern, one in _ONE:
-                known = pattern.sub(one, known, count=1)
+            for pattern, one in _ONE_MODULE:
+                known = re.sub(rf"(?<![^.]){pattern}(?![^.])", one, known, count=1)
             other = first.setdefault(known, known if known in names else name)
             if other != name:
                 yield other, name

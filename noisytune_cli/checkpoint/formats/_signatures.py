@@ -46,15 +46,14 @@ _SIGNATURES = (
     (rb"\s*\{\s*\"", "a JSON document", _FETCH),
     (rb"\0{64}", "zeros, as a download that was cut short leaves", _FETCH),
 )
-_PATTERNS = tuple((re.compile(pattern), kind, next_step) for pattern, kind, next_step in _SIGNATURES)
 
 
 def recognise(head: bytes) -> tuple[str, str] | None:
     """Return what a file that begins with `head` is, and what the user can do; None if it is not known."""
     if head[_TAR_AT:].startswith(_TAR):
         return _tar(head)
-    for pattern, kind, next_step in _PATTERNS:
-        if pattern.match(head):
+    for pattern, kind, next_step in _SIGNATURES:
+        if re.match(pattern, head):
             return kind, next_step
     return _text(head)
 

@@ -98,7 +98,7 @@ def _sam2(tensor: TensorSpec, by_name: Mapping[str, TensorSpec], _: str) -> bool
 
 
 #: The DETR line in transformers, whose backbones have frozen batch norms.
-_DETR_LINE = re.compile(
+_DETR_LINE = (
     r"(conditional_|dab_|deformable_|rt_)?detr(_v2)?|d_fine|deimv2|(mm_)?grounding_dino|pp_doclayout_v[234]"
     r"|table_transformer"
 )
@@ -123,7 +123,7 @@ def _frozen_norm(tensor: TensorSpec, by_name: Mapping[str, TensorSpec], model: s
     mean = _sibling(tensor, by_name, "running_mean")
     if mean is None or mean.shape != tensor.shape:
         return False
-    known = _DETR_LINE.fullmatch(model) is not None or _in_frozen_backbone(tensor.name)
+    known = re.fullmatch(_DETR_LINE, model) is not None or _in_frozen_backbone(tensor.name)
     return known and _sibling(tensor, by_name, "num_batches_tracked") is None
 
 
@@ -226,7 +226,6 @@ def _index(rules: Sequence[BufferRule]) -> tuple[dict[str, list[BufferRule]], li
 
 
 _LITERAL, _WILD = _index(RULES)
-_ENDS = {rule.end: re.compile(fnmatch.translate(f"*.{rule.end}")) for rule in RULES}
 _WILD_LAST = re.compile("|".join(fnmatch.translate(rule.end.rsplit(".", 1)[-1]) for rule in _WILD))
 
 
@@ -253,6 +252,6 @@ def _rule_for(tensor: TensorSpec, by_name: Mapping[str, TensorSpec], model: str)
     if last != "weight" and last != "bias" and _WILD_LAST.fullmatch(last):
         rules = (*rules, *_WILD)
     for rule in rules:
-        if rule.evidence(tensor, by_name, model) and _ENDS[rule.end].fullmatch(f".{tensor.name}"):
+        if rule.evidence(tensor, by_name, model) and fnmatch.fnmatchcase(f".{tensor.name}", f"*.{rule.end}"):
             return rule
     return None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from noisytune_cli.checkpoint.formats.torch.state_dict import is_loss
 from noisytune_cli.plan.evidence.structure import Kind, split_name
 from noisytune_cli.records import Declared, TensorSpec
 
@@ -19,7 +18,7 @@ _COLLECTIONS = frozenset(
     ("stats", "statistics", "state", "states", "cache", "constants", "buffers", "intermediates")
 )
 
-_METRIC = re.compile(
+_METRIC = (
     r"((train|val|valid|validation|test)_)?(metrics?|acc|accuracy|auc|auroc|f1|precision|recall|confmat|iou"
     r"|jaccard|dice|mse|rmse|mae|r2|psnr|ssim|fid|perplexity|bleu|rouge|wer|cer)(_?\d{1,4})?"
 )
@@ -70,7 +69,7 @@ def _losses(tensors: Sequence[TensorSpec]) -> dict[str, tuple[Kind, str]]:
     for tensor in tensors:
         module, last = split_name(tensor.name)
         parts = module.split(".")
-        if any(map(_METRIC.fullmatch, parts)):
+        if any(re.fullmatch(_METRIC, part) for part in parts):
             kinds[tensor.name] = "buffer", "a metric's state"
         elif is_class_weights(tensor, names) and not last.startswith(_LEARNED):
             kinds[tensor.name] = "buffer", "a loss's class weights or state"
@@ -81,6 +80,8 @@ def is_class_weights(tensor: TensorSpec, names: set[str]) -> bool:
     """Say whether a tensor has the place and the shape of a loss's class weights."""
     if "loss" not in tensor.name and "criterion" not in tensor.name:
         return False
+    from noisytune_cli.checkpoint.formats.torch.state_dict import is_loss  # few names come this far
+
     module, last = split_name(tensor.name)
     is_vector = sum(n != 1 for n in tensor.shape) <= 1
     has_layer = last == "bias" or f"{module}bias" in names or f"{module}running_mean" in names

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import UsageError
-from noisytune_cli.plan.evidence import adapter_layers, buffers_by_model, declared, structure
+from noisytune_cli.plan.evidence import adapter_layers, declared, structure
 from noisytune_cli.plan.evidence.buffers import find_buffers, stands_alone
-from noisytune_cli.plan.evidence.buffers_by_model import Answer
 from noisytune_cli.plan.evidence.computed import PLAIN
 from noisytune_cli.plan.evidence.doubts import is_doubtful
 from noisytune_cli.plan.evidence.structure import Kind, OrderedPair
@@ -30,6 +29,7 @@ from noisytune_cli.records import Declared, TensorSpec, ToldBy
 
 if TYPE_CHECKING:
     from noisytune_cli.checkpoint.checkpoint import Checkpoint
+    from noisytune_cli.plan.evidence.buffers_by_model import Answer
 
 Decider = Literal["auto", "names", "model"]
 
@@ -109,7 +109,7 @@ def tell(
     could = [t for t in tensors if _could_take_noise(t) and t.name not in told.by]
     told = replace(told, doubts=frozenset(t.name for t in could if is_doubtful(t, names)))
     if decider == "model":
-        answer = buffers_by_model.ask(tensors, config or {})
+        answer = _ask(tensors, config or {})
         if isinstance(answer, str):
             raise UsageError(
                 "--buffers-from model",
@@ -126,8 +126,14 @@ def ask_model(told: Told, tensors: Sequence[TensorSpec]) -> Told:
     """Return what is told once the model was asked, where there is one and it was not asked yet."""
     if not told.ask_model:
         return told
-    answer = buffers_by_model.ask(tensors, told.config or {})
+    answer = _ask(tensors, told.config or {})
     return replace(told, ask_model=False) if isinstance(answer, str) else _with_answer(told, answer)
+
+
+def _ask(tensors: Sequence[TensorSpec], config: Mapping[str, Any]) -> Answer | str:
+    from noisytune_cli.plan.evidence import buffers_by_model  # few tensors are in doubt
+
+    return buffers_by_model.ask(tensors, config)
 
 
 def with_values(told: Told, computed: Mapping[str, str], settled: Iterable[str] = ()) -> Told:
