@@ -1,6 +1,6 @@
 """The options of `noisytune inspect`: a checkpoint's tensors and what would be done with them."""
 
-from __future__ import annotations
+# Annotations are no strings here: Typer would compile and evaluate each of them four times.
 
 from typing import Annotated
 

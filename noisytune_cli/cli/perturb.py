@@ -1,6 +1,6 @@
 """The options of `noisytune perturb`: a noisy copy of a checkpoint, or several from one pass."""
 
-from __future__ import annotations
+# Annotations are no strings here: Typer would compile and evaluate each of them four times.
 
 import time
 from enum import StrEnum
