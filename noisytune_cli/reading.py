@@ -27,7 +27,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from noisytune_cli.errors import InputInvalid, Mismatch, unreadable
 
@@ -261,8 +261,7 @@ class JsonFault(Exception):
         self.why = why
 
 
-@dataclass(frozen=True)
-class JsonLimits:
+class JsonLimits(NamedTuple):
     """What is read of a document at most: characters of a piece and of all pieces, members of an object.
 
     A piece of two million characters can unfold to some 50 MB. A flat object has limits of its own, its

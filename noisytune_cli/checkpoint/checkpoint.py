@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from noisytune_cli.checkpoint.composition import (
     Component,
@@ -225,8 +225,7 @@ def _checkpoint(
     )
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """The weights in one folder, and the files to copy and to leave out as seen from there."""
 
     sources: tuple[Source, ...]

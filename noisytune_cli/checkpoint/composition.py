@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from noisytune_cli.checkpoint.formats import Sink, Source
 from noisytune_cli.checkpoint.index import ShardIndex
@@ -33,8 +34,7 @@ _MAX_BYTES = 1 << 20
 ROOT, ALL = ".", "all"
 
 
-@dataclass(frozen=True)
-class Composition:
+class Composition(NamedTuple):
     """The folders of the components that have weights ("" is the root), and whether they are used as one."""
 
     folders: tuple[str, ...]

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from noisytune_cli.checkpoint.composition import (
     COMPOSED_BY,
@@ -167,8 +167,7 @@ def _identify(path: Path, is_folder: bool) -> tuple[str, str | None]:
     return printable(absolute.name or "checkpoint"), None
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     """A folder, here or on the hub, and what errors call it."""
 
     id: str

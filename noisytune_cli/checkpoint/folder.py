@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from noisytune_cli.checkpoint.layout import Listing, why_folder_left_out
 from noisytune_cli.errors import InputInvalid, unreadable
@@ -28,8 +28,7 @@ _KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class _Folder:
+class _Folder(NamedTuple):
     """A folder to list: what its names begin with, where it really is, and what it lies in."""
 
     prefix: str

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from noisytune_cli.checkpoint.formats import Source
 from noisytune_cli.checkpoint.layout import index_suffix, is_plain_name
@@ -23,8 +23,7 @@ _MAX_BYTES = 16 << 20
 _MAX_SHOWN = 40  # characters of a wrong total_size that a warning quotes
 
 
-@dataclass(frozen=True)
-class ShardIndex:
+class ShardIndex(NamedTuple):
     """A parsed index: `shard_of` maps tensor to shard, names relative to the checkpoint.
 
     `metadata` is what of the index's own metadata is text, such as aliases of tied weights.

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import translate
 from functools import cache
+from typing import NamedTuple
 
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
 
@@ -134,8 +135,7 @@ def export_format(base: str) -> str | None:
     return next((label for label, patterns in _EXPORTS if _matches(base, patterns)), None)
 
 
-@dataclass(frozen=True)
-class Arranged:
+class Arranged(NamedTuple):
     """Every file but the weights: `others` are to be copied, `left_out` are not, each with the reason.
 
     `weights` are other weight files (and their indexes) in the home of those chosen, each with why it is left

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid
@@ -54,8 +53,7 @@ _BYTES = frozenset({"U8", "I8"})
 _INTEGERS = frozenset({"U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
 
 
-@dataclass(frozen=True, slots=True)
-class QuantizedFamily:
+class QuantizedFamily(NamedTuple):
     """Codes whose name ends in `codes`, stored as one of `dtypes`, beside one of `companions`.
 
     The companion is named by what replaces `codes` at the end of the name.
@@ -175,8 +173,7 @@ def _refusal(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Claim:
+class _Claim(NamedTuple):
     """A method that a config names, under which key, and whether plain weights would belie it."""
 
     method: str

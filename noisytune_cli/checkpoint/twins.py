@@ -9,8 +9,8 @@ prefix or with its own names, the prefix and the number of all values tell.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from noisytune_cli.checkpoint.formats import begins_weights, open_source
 from noisytune_cli.checkpoint.index import read_index
@@ -25,8 +25,7 @@ from noisytune_cli.records import TensorSpec
 _TELLING = 10_000
 
 
-@dataclass(frozen=True)
-class Sorted:
+class Sorted(NamedTuple):
     """Other weights: those that hold the same, those that do not, and what to warn of."""
 
     twins: frozenset[str]

@@ -10,10 +10,9 @@ import math
 import re
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from itertools import product
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from noisytune_cli.dtypes import BY_TORCH_NAME
 from noisytune_cli.errors import UsageError
@@ -32,8 +31,7 @@ _LARGEST_SEED = 2**64 - 1
 DEFAULT_LAMBDA = 0.15
 
 
-@dataclass(frozen=True)
-class Preset:
+class Preset(NamedTuple):
     """Settings with a name; explicit options beat them."""
 
     lam: float
@@ -192,8 +190,7 @@ def parse_map(text: str) -> tuple[str, str]:
     return pattern, name
 
 
-@dataclass(frozen=True, slots=True)
-class _Strength:
+class _Strength(NamedTuple):
     """A λ, and what stands for each placeholder that it fills."""
 
     lam: float

@@ -12,8 +12,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -38,8 +37,7 @@ _LONG = 4096
 _RUN = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """Runs of elements in a tile, all whole: counted from the tile's first element."""
 
     at: int

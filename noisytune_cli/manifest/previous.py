@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from noisytune_cli.errors import InputInvalid, InputUnreadable
 from noisytune_cli.escape import list_some
@@ -22,8 +22,7 @@ NAMESAKE = "it has the name of a manifest of noisytune, and is none"
 _BEGINNING = re.compile(rb'\s*\{\s*"schema"\s*:[^{}]{,40}"tool"\s*:\s*\{\s*"name"\s*:\s*"noisytune"')
 
 
-@dataclass(frozen=True)
-class PreviousRun:
+class PreviousRun(NamedTuple):
     """A manifest that lies with the weights: `what` it makes of the source, `why`, and what to do about it.
 
     `why` may hold text from files, not yet escaped. `files` are the weight files that it records, None where

@@ -16,8 +16,7 @@ below are that paper's. This stream is a contract with saved manifests: it never
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -34,8 +33,7 @@ STREAM = "philox4x32-10/v1"
 StreamWords = tuple[int, int, int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Noise:
+class Noise(NamedTuple):
     """What is done to a matrix: kept · x + Σ c_k · a_k, c_k the coefficients of a distribution.
 
     `terms` are (stream, amplitude) in the order that they are added up; an amplitude is a float32 value held

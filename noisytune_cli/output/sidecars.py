@@ -11,9 +11,8 @@ import json
 import posixpath
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.config import CONFIG
@@ -37,8 +36,7 @@ _QUANTISED_KEYS = ("quantization_config", "compression_config")
 _INDENT = re.compile(r"\s*\{\r?\n([ \t]+)")
 
 
-@dataclass(frozen=True)
-class Companion:
+class Companion(NamedTuple):
     """A small file of the output: its name, that of the source's file it is made from, and its bytes."""
 
     name: str

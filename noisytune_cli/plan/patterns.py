@@ -12,7 +12,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from noisytune_cli.errors import UsageError
 
@@ -102,8 +102,7 @@ _WILDCARD = re.compile(r"[*?]|\[!?\]?[^\]]*\]")
 _SUGGEST_FROM = 5_000  # names looked at for a suggestion: difflib takes some 20 µs for each
 
 
-@dataclass(frozen=True, slots=True)
-class Pattern:
+class Pattern(NamedTuple):
     """A compiled pattern: `regex` matches the whole name and none of `but` does."""
 
     text: str

@@ -15,8 +15,8 @@ import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, UsageError
@@ -74,8 +74,7 @@ def check_noise(noise: NoiseSpec) -> None:
     check_splits(noise.splits, noise.granularity)
 
 
-@dataclass(frozen=True, slots=True)
-class _Wish:
+class _Wish(NamedTuple):
     """What is known of a parameter beside its tensor: all its names count. `rule` is a λ rule's index."""
 
     stream: str
@@ -86,8 +85,7 @@ class _Wish:
     division: Division
 
 
-@dataclass(frozen=True, slots=True)
-class _Filters:
+class _Filters(NamedTuple):
     """Names the patterns exclude and include (None: all), and for each name the index of its λ rule."""
 
     excluded: frozenset[str]

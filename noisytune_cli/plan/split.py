@@ -16,8 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from noisytune_cli.checkpoint.config import Hyperparameters
 from noisytune_cli.dtypes import FLOAT_DTYPES
@@ -29,8 +28,7 @@ from noisytune_cli.records import MAX_PARTS, Part, TensorSpec
 _LEVEL = r"(-?\d{1,2}):(?:/(\d{1,18})|(\d{1,18}(?:,\d{1,18})*)(?:\*(\d{1,18}))?)"
 
 
-@dataclass(frozen=True, slots=True)
-class _Level:
+class _Level(NamedTuple):
     """A cut of one dimension: into `equal` blocks, or into blocks of `sizes`, `times` times in turn."""
 
     text: str
@@ -40,8 +38,7 @@ class _Level:
     times: int
 
 
-@dataclass(frozen=True, slots=True)
-class Division:
+class Division(NamedTuple):
     """The parts of one tensor, none if it is one matrix, and why it is one though it looks like several."""
 
     parts: tuple[Part, ...] = ()

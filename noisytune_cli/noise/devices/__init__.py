@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from noisytune_cli.errors import UsageError
 
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 _SHARED = {"mps": "torch"}
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
+class Summary(NamedTuple):
     """Statistics of one tile: extremes and Σ|x| (meaningless with a NaN inside), and counts of elements."""
 
     minimum: float

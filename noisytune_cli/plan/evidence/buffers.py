@@ -13,8 +13,7 @@ import fnmatch
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from noisytune_cli.records import TensorSpec
 
@@ -127,8 +126,7 @@ def _frozen_norm(tensor: TensorSpec, by_name: Mapping[str, TensorSpec], model: s
     return known and _sibling(tensor, by_name, "num_batches_tracked") is None
 
 
-@dataclass(frozen=True, slots=True)
-class BufferRule:
+class BufferRule(NamedTuple):
     """A shell pattern for the end of a name (from a dot on), the evidence asked for, and whose it is."""
 
     end: str

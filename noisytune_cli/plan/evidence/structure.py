@@ -12,8 +12,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.records import TensorSpec
@@ -47,8 +46,7 @@ _MOST_WORDS = 4
 _WORD = re.compile(r"[^_]+")
 
 
-@dataclass(frozen=True, slots=True)
-class OrderedPair:
+class OrderedPair(NamedTuple):
     """Two tensors that are statistics if `high` is nowhere below `low` (or, without one, below zero)."""
 
     names: tuple[str, str]
@@ -56,8 +54,7 @@ class OrderedPair:
     low: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Siblings:
+class Siblings(NamedTuple):
     """What structure tells: the kind of each name and why, and what the values have to bear out."""
 
     kinds: Mapping[str, tuple[Kind, str]]

@@ -10,8 +10,7 @@ meant?), white space before the brace, entries as lists. Format: https://hugging
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from noisytune_cli.dtypes import DTYPES, stored_bytes
 from noisytune_cli.reading import Document, JsonFault, JsonLimits
@@ -43,8 +42,7 @@ class HeaderFault(Exception):
         self.why, self.tensor = why, tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """A header's tensors, in the order of their data, and its metadata."""
 
     tensors: tuple[TensorSpec, ...]
