@@ -130,6 +130,8 @@ def test_a_plain_run_imports_no_more_than_it_needs(tmp_path: Path) -> None:
         *("cli.app", "cli.help", "cli.options", "cli.parse", "cli.perturb", "cli.show", "cli.show_perturb"),
         *("commands.perturb", "commands.replaced", "commands.result", "commands.write"),
     }
+    assert "pydantic" not in loaded("perturb", source, "--dry-run", "--include", "w", "--device", "cpu")
+    assert "pydantic" not in loaded("inspect", source, "--headers-only")
     for seldom in (
         *("memory", "study", "checkpoint.formats.torch", "checkpoint.formats.dcp", "checkpoint.hub"),
         *("checkpoint.hub_answers", "checkpoint.hub_errors", "checkpoint.dequantize", "plan.families"),

@@ -40,20 +40,19 @@ _VERBS = {
 
 
 def _take_plain(parameter: Any) -> Callable[[Any, Any], Any]:
-    """Return what reads a parameter: as Typer does, but what needs no reading is taken as it is.
+    """Return what reads a parameter: as Typer does, but words and defaults are taken as they are.
 
     Typer has pydantic confirm that a word is a word, and that an option is not given; to import that takes
     longer than a small run.
     """
     read = parameter.process_value
-    descriptor = getattr(parameter, "type_descriptor", None)
-    kind = getattr(descriptor, "annotation", None)
+    known = getattr(parameter, "type_descriptor", None)
+    is_text = known is not None and known.annotation in (str, list[str]) and not known.parameter_info.parser
 
     def process_value(ctx: Any, value: Any) -> Any:
-        missing = value is None and not parameter.required
-        # A word that is no Unicode is for Typer to refuse.
-        plain = isinstance(kind, type) and isinstance(value, kind) and str(value).isascii()
-        return value if (missing or plain) and parameter.callback is None else read(ctx, value)
+        is_default = value is parameter.default and not parameter.required
+        is_plain = is_default or (is_text and value)
+        return value if is_plain and parameter.callback is None else read(ctx, value)
 
     return process_value
 
