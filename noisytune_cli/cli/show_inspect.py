@@ -20,8 +20,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
-from noisytune_cli.cli.pages import Cell, Column, Page, heat, number_of
-from noisytune_cli.cli.pages import render as render_page
 from noisytune_cli.cli.rows import csv_lines, dump, json_list, values
 from noisytune_cli.cli.show import TOLD_BY, note, warn, warn_all, write_out
 from noisytune_cli.cli.table import lay_out
@@ -219,6 +217,8 @@ def _table(inspection: Inspection) -> Iterator[str]:
 
 def _page(inspection: Inspection) -> Iterator[str]:
     """Yield the page."""
+    from noisytune_cli.cli import pages
+
     kinds, layers = _groups(inspection)
     blank = dict.fromkeys(_percentiles(inspection), "")
     rows = []
@@ -229,10 +229,10 @@ def _page(inspection: Inspection) -> Iterator[str]:
             **(row.percentiles or {}),
             "noise": row.noise_std if row.high is None else row.high,
         }
-        rows.append({key: Cell(text, number_of(numbers.get(key))) for key, text in texts.items()})
+        rows.append({key: pages.Cell(text, pages.number_of(numbers.get(key))) for key, text in texts.items()})
     wanted = ("name", "kind", "layer", *_with(_percentiles(inspection))[1:])
     columns = [
-        Column(key, is_text=key in _LEFT or key in ("kind", "layer"))
+        pages.Column(key, is_text=key in _LEFT or key in ("kind", "layer"))
         for key in wanted
         if any(key in row and row[key].text for row in rows)
     ]
@@ -246,13 +246,13 @@ def _page(inspection: Inspection) -> Iterator[str]:
         ("NaN, Inf", f"{totals.nan:,}, {totals.inf:,}" if totals.nan or totals.inf else ""),
         ("quantised", escape(inspection.quantized or "", 500)),
     ]
-    return render_page(
-        Page(
+    return pages.render(
+        pages.Page(
             title=escape(inspection.id),
             facts=[(label, value) for label, value in facts if value],
             provenances=[("How it was made", inspection.provenance)] if inspection.provenance else [],
             lists=[],
-            heat=heat("The std, by layer and kind", std_map(inspection)),
+            heat=pages.heat("The std, by layer and kind", std_map(inspection)),
             rows_title=f"By tensor (noise of {strength})",
             columns=columns,
             rows=[[row[column.name] for column in columns] for row in rows],

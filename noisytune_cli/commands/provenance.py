@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.errors import NoisytuneError
 from noisytune_cli.escape import list_some
-from noisytune_cli.manifest.average import RecordedAverage, read_any_manifest
-from noisytune_cli.manifest.locate import manifest_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +22,10 @@ def provenance_of(checkpoint: Checkpoint) -> Provenance | None:
     """Return what the manifest that lies with a checkpoint's weights says, None without one to be read."""
     if checkpoint.previous_run is None:
         return None
+    # Most weights have no manifest beside them, and should not wait for what reads one.
+    from noisytune_cli.manifest.average import RecordedAverage, read_any_manifest
+    from noisytune_cli.manifest.locate import manifest_of
+
     try:
         recorded = read_any_manifest(manifest_of(str(checkpoint.path)))
     except NoisytuneError:
