@@ -87,7 +87,7 @@ def average(
         first = members[0]
         refuse_adapter(first, sources[0])
         anew = read_card(first) if card else None
-        claims = [] if anew else claims_of(first)
+        claims = [] if anew or first.single_file else claims_of(first)
         for name, member in zip(sources[1:], members[1:], strict=True):
             check_same_tensors(first, sources[0], member, name)
             if not ignore_config:

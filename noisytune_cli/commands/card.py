@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise
 from typing import Any
 
-from noisytune_cli.checkpoint import hub
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.formats._file import common_mode
+from noisytune_cli.checkpoint.ids import is_repo_id
 from noisytune_cli.commands.differences import Difference
 from noisytune_cli.errors import InputInvalid, NoisytuneError, UsageError
 from noisytune_cli.manifest.average import AverageManifest
@@ -195,8 +195,6 @@ def compare_card(manifest: Manifest, base: Checkpoint) -> list[Difference]:
 
 def claims_of(source: Checkpoint) -> list[str]:
     """Warn of what a card that is copied as it is claims of the output."""
-    if source.single_file:
-        return []
     claimed = ["scores (model-index)", "a base model (base_model)"]
     keys = _keys_of(source) if CARD in source.others else set()
     claimed = [words for key, words in zip((_SCORES, _BASE), claimed, strict=True) if key in keys]
@@ -299,7 +297,7 @@ def _cannot(source: Checkpoint, why: str) -> InputInvalid:
 
 def _on_hub(sources: Sequence[SourceRecord]) -> list[str]:
     """Return the ids of those that are on the hub."""
-    ids = [one.id for one in sources if one.revision is not None and hub.is_repo_id(one.id)]
+    ids = [one.id for one in sources if one.revision is not None and is_repo_id(one.id)]
     return list(dict.fromkeys(ids))
 
 

@@ -57,6 +57,7 @@ def perturb(
     mmap: bool = False,
     follow_links: bool = False,
     again: bool = False,
+    card: bool = False,
     recipe_only: bool = False,
     overwrite: bool = False,
     overwrite_changed: bool = False,
@@ -107,6 +108,7 @@ def perturb(
         buffers_from=buffers_from,
         strict=strict,
         follow_links=follow_links,
+        card=card,
     )
     done = perturbing.perturb(
         request,

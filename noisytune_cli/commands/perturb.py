@@ -11,13 +11,12 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_found
 from noisytune_cli.checkpoint.composition import Component
 from noisytune_cli.checkpoint.find import find
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
-from noisytune_cli.commands.card import Card, claims_of, read_card, write_card
 from noisytune_cli.commands.replaced import check_before_download, find_made, require_unchanged
 from noisytune_cli.commands.result import Result
 from noisytune_cli.commands.write import record_source, write_tensors
@@ -47,6 +46,9 @@ from noisytune_cli.records import (
     Receipt,
 )
 from noisytune_cli.version import __version__
+
+if TYPE_CHECKING:
+    from noisytune_cli.commands.card import Card
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,8 @@ def plan_perturb(
     """
     wanted = wanted or [_only(request, None)]
     with _open(request, _outs(wanted), recipe_only, overwrite, overwrite_changed) as source:
-        card = read_card(source) if request.card else None
-        claims = [] if card else claims_of(source)
+        card = _read_card(source) if request.card else None
+        claims = [] if card else _claims_of(source)
         told = tell_checkpoint(source, request.buffers_from)
         plans = make_plans(source, request.noise, wanted, told, request.conversion)
         files = _lay_out(source, plans, request.conversion)
@@ -201,7 +203,7 @@ def perturb_each(
     # What of the outputs is to stay is told from the source.
     unsafe = [] if skip_existing else _outs(wanted)
     with _open(request, unsafe, recipe_only, overwrite, overwrite_changed) as source:
-        card = read_card(source) if request.card else None
+        card = _read_card(source) if request.card else None
         told = tell_checkpoint(source, request.buffers_from)
         plans = make_plans(source, request.noise, wanted, told, request.conversion)
         files = _lay_out(source, plans, request.conversion)
@@ -296,6 +298,8 @@ def _make(
             for plan, done in zip(plans, receipts, strict=True)
         ]
         if card is not None:
+            from noisytune_cli.commands.card import write_card
+
             manifests = [
                 replace(
                     manifest,
@@ -306,7 +310,7 @@ def _make(
         for publication, manifest in zip(publications, manifests, strict=True):
             publication.seal(encode(manifest))
         paths = commit_all(publications)
-        claims = [] if card else claims_of(source)
+        claims = [] if card else _claims_of(source)
         warnings = (*source.warnings, *claims, *warning_of(together(plans)), *_too_strong(plans))
         return iter(
             [
@@ -414,6 +418,22 @@ def _open(
         source.close()
         raise
     return source
+
+
+def _read_card(source: Checkpoint) -> Card:
+    # Few outputs get one, and the others should not wait for it.
+    from noisytune_cli.commands.card import read_card
+
+    return read_card(source)
+
+
+def _claims_of(source: Checkpoint) -> list[str]:
+    """Warn of what the model card of a folder claims of the output; a file has none."""
+    if source.single_file:
+        return []
+    from noisytune_cli.commands.card import claims_of
+
+    return claims_of(source)
 
 
 def _too_strong(plans: Sequence[Plan]) -> list[str]:
