@@ -13,7 +13,8 @@
         └── PipeClosed         141   the reader of our output went away
 
 An error is one line: WHAT: PATH[: tensor "NAME"]: WHY. NEXT STEP. Everything that came from a file is
-escaped here, once, so no caller has to remember.
+escaped here, once, so no caller has to remember. Errors can be pickled: one of a worker process reaches its
+caller with all its fields.
 """
 
 from __future__ import annotations
@@ -22,12 +23,19 @@ import errno
 import os
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 from noisytune_cli.escape import escape
 
 #: What ends the cause of a failed write, unless an earlier output of the same run is there already.
 NOTHING_PUBLISHED = "nothing was published"
+
+
+#: How pickle makes an error again: from its class, what it was raised with and its fields.
+_Again = tuple[
+    Callable[..., BaseException], tuple[type[BaseException], tuple[object, ...], Mapping[str, object]]
+]
 
 
 class NoisytuneError(Exception):
@@ -52,6 +60,10 @@ class NoisytuneError(Exception):
         self.path = None if path is None else os.fspath(path)
         self.tensor = tensor
         super().__init__(self.line())
+
+    def __reduce__(self) -> _Again:
+        # An ImportError keeps its path elsewhere.
+        return _again, (type(self), self.args, vars(self) | {"path": self.path})
 
     def line(self) -> str:
         """The error as one printable line, without the program's name."""
@@ -119,6 +131,9 @@ class Stopped(BaseException):
         self.left: str | None = None
         super().__init__(f"stopped by {signal.Signals(signum).name}")
 
+    def __reduce__(self) -> _Again:
+        return _again, (type(self), self.args, vars(self))
+
     @property
     def exit_code(self) -> int:
         """128 + the signal's number, as a shell reports it."""
@@ -130,6 +145,16 @@ class PipeClosed(Stopped):
 
     def __init__(self) -> None:
         super().__init__(signal.SIGPIPE)
+
+
+def _again(
+    kind: type[BaseException], args: tuple[object, ...], fields: Mapping[str, object]
+) -> BaseException:
+    """Make an error from another process again, not by its `__init__`, which takes other arguments."""
+    error: BaseException = kind.__new__(kind, *args)
+    for name, value in fields.items():
+        setattr(error, name, value)
+    return error
 
 
 def unreadable(error: OSError, path: str | os.PathLike[str]) -> NoisytuneError:
