@@ -12,8 +12,8 @@ JSON is read strictly: no key twice, no NaN or Infinity, no integer of more than
 number past the range of float64 is infinite, which is for the reader of the field to refuse. `read_json`
 reads a small file whole, and leniently where it is for another program to say what is right. A `Document` is
 read piece by piece: it is one object, whose members are handed out one at a time, as are the entries of a
-list. So memory is bounded by the longest piece (`JsonLimits`), not by what the text could unfold to, and the
-reader can refuse a document at its first bad member.
+list. So memory is bounded by the longest piece (`JsonLimits`), not by what the text could unfold to, nor by
+its length where it is fetched as it is read; and the reader can refuse a document at its first bad member.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from noisytune_cli.errors import InputInvalid, Mismatch, unreadable
 
@@ -59,28 +59,19 @@ _BLOBS = "blobs"
 
 _PATH_BYTES = 4096
 
-Record = TypeVar("Record")
-
-#: Reads the entry that begins at a character of the text, where it is spelt as usual and in order; returns
-#: what it stands for and where it ends, or None where that is for the strict reader to say.
-LineReader = Callable[[str, int], tuple[Record, int] | None]
-
-#: How many characters are looked at first for a piece, and how that grows.
-_FIRST_LOOK, _GROWTH = 4096, 8
-
-#: What a short piece counts for at least of those that are read in all, in characters.
-_LEAST_COUNTED = 256
+#: How many characters a value takes in a long document, its key counted, the least of many.
+_LEAST_CHARACTERS = 12
 
 _MAX_DIGITS = 20  # of 2^64
 _MAX_SHOWN = 60  # characters of a key or number that a message quotes
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_SPACES = " \t\n\r"
 _SPACE = re.compile(r"[ \t\n\r]*+")
 _OPEN = re.compile(r"\{[ \t\n\r]*+(\}[ \t\n\r]*+)?")
 _COLON = re.compile(r"[ \t\n\r]*+:[ \t\n\r]*+")
-_NEXT = re.compile(r"[ \t\n\r]*+([,}])[ \t\n\r]*+")
 _NEXT_LINE = ",\n  "
-_SEPARATOR = re.compile(r"[ \t\n\r]*+([,\]])[ \t\n\r]*+")
+_NEXT = re.compile(r"[ \t\n\r]*+([,}])[ \t\n\r]*+")
 
 
 @dataclass(frozen=True)
@@ -187,13 +178,19 @@ def changed(path: Path, how: str) -> Mismatch:
 
 def read_small(path: Path, limit: int, reach: Reach | None = None) -> bytes:
     """Return the whole file at `path`; InputInvalid if it has more than `limit` bytes."""
+    return b"".join(read_chunks(path, limit, reach))
+
+
+def read_chunks(path: Path, limit: int, reach: Reach | None = None) -> Generator[bytes]:
+    """Yield the file at `path` little by little; InputInvalid if it has more than `limit` bytes."""
     fd = open_regular(path, reach)
-    chunks: list[bytes] = []
-    room = limit + 1
     try:
+        # Before the first chunk where its size tells, or a reader would work through all that is allowed.
+        room = limit + 1 if os.fstat(fd).st_size <= limit else 0
         while room > 0 and (chunk := os.read(fd, min(room, _CHUNK))):
-            chunks.append(chunk)
             room -= len(chunk)
+            if room > 0:
+                yield chunk
     except OSError as error:
         raise unreadable(error, path) from error
     finally:
@@ -201,7 +198,6 @@ def read_small(path: Path, limit: int, reach: Reach | None = None) -> bytes:
     if room <= 0:
         why = f"it is larger than {limit:,} bytes, which no file of its kind is"
         raise _cannot_read(path, why, "Check that it is the file its name says")
-    return b"".join(chunks)
 
 
 def read_json(path: Path, limit: int, reach: Reach | None = None, *, lenient: bool = False) -> object:
@@ -262,14 +258,15 @@ class JsonFault(Exception):
 
 
 class JsonLimits(NamedTuple):
-    """What is read of a document at most: characters of a piece and of all pieces, members of an object.
+    """What is read of a document at most: characters of a piece, values, members of an object.
 
-    A piece of two million characters can unfold to some 50 MB. A flat object has limits of its own, its
-    characters, and the values of all of them.
+    A piece of two million characters can unfold to some 50 MB. In all pieces together there may be a value
+    for every twelve characters, and `spare_values` more: so time is in proportion to the text. A flat object
+    has limits of its own, its characters, and the values of all of them.
     """
 
     piece: int = 2 << 20
-    pieces: int = 8 << 20
+    spare_values: int = 1_000_000
     members: int = 0
     flat: int = 0
     flat_values: int = 0
@@ -280,6 +277,9 @@ class Document:
 
     `member` moves to the value of the next one in a known order, `members` to one after the other in any;
     then `value`, `entries`, `string` or `flat` reads it. `name` is what the document is called in a fault.
+
+    What is read by `member`, `value` and `entries` alone may come little by little, in ASCII: `more` gives
+    the bytes that follow, none at the end. In memory is then a window with room for the longest piece.
     """
 
     def __init__(
@@ -289,15 +289,14 @@ class Document:
         *,
         name: str = "it",
         encoding: Literal["ASCII", "UTF-8"] = "ASCII",
+        more: Callable[[], bytes] | None = None,
     ) -> None:
-        try:
-            self._text = str(content, encoding)
-        except UnicodeDecodeError as error:
-            raise JsonFault(f"{name} is not {encoding}: byte {error.start:,} of it") from error
-        self._name, self._limits = name, limits
-        self._at = 0
+        self._name, self._limits, self._encoding, self._more = name, limits, encoding, more
+        #: How many characters lie before the window, and where in it the reader is.
+        self._before = self._at = 0
+        self._text = self._decode(content)
         self._first = True
-        self._left, self._values_left = limits.pieces, limits.flat_values
+        self._spare, self._values_left = limits.spare_values, limits.flat_values
 
     def members(self, what: str) -> Iterator[str]:
         """Yield the keys of the object that begins here; the consumer reads each key's value."""
@@ -382,49 +381,37 @@ class Document:
     def value(self) -> Any:
         """Read one value."""
         self._skip()
-        look = _FIRST_LOOK
-        while True:
-            window = self._text[self._at : self._at + look]
-            try:
-                value, length = _strict.raw_decode(window)
-            except json.JSONDecodeError as error:
-                if look >= self._limits.piece or self._at + look >= len(self._text):
-                    self._fail(error.msg, self._at + error.pos)
-                look *= _GROWTH
-                continue
-            except RecursionError as error:
-                raise JsonFault("it is nested too deep") from error
-            self._at += length
-            self._left -= max(length, _LEAST_COUNTED)
-            if self._left < 0:
-                raise JsonFault("too much of it is laid out in another way than noisytune's")
-            return value
+        try:
+            value, end = _strict.raw_decode(self._text, self._at)
+        except json.JSONDecodeError as error:
+            self._fail(error.msg, error.pos)
+        except RecursionError as error:
+            raise JsonFault("it is nested too deep") from error
+        length = end - self._at
+        self._spare += length // _LEAST_CHARACTERS - self._text.count(",", self._at, end)
+        if length > self._limits.piece:
+            raise JsonFault(f"{self._name} has a value of more than {self._limits.piece:,} characters")
+        if self._spare < 0:
+            raise JsonFault(f"{self._name} has far too many values for its length")
+        self._at = end
+        return value
 
-    def entries(self, limit: int, read_line: LineReader[Record] | None = None) -> Iterator[Any | Record]:
-        """Read a list element by element, at most `limit`: what `read_line` makes of one, or its value."""
+    def entries(self, limit: int) -> Iterator[Any]:
+        """Read a list element by element, at most `limit`."""
         self._take("[", "it is no list:")
         if self._peek() == "]":
             self._at += 1
             return
-        for count in range(limit + 1):
-            if count == limit:
-                raise JsonFault(f"it has a list of more than {limit:,} entries")
-            line = None if read_line is None else read_line(self._text, self._at)
-            if line is None:
-                yield self.value()
-            else:
-                self._at = line[1]
-                yield line[0]
-                if self._text.startswith(_NEXT_LINE, self._at):
-                    self._at += len(_NEXT_LINE)
-                    continue
-            found = _SEPARATOR.match(self._text, self._at)
-            if found is None:
-                self._take(",", "it is not valid JSON: no comma:")
-            else:
-                self._at = found.end()
-                if found[1] == "]":
-                    return
+        for _ in range(limit):
+            yield self.value()
+            if self._text.startswith(_NEXT_LINE, self._at):
+                self._at += len(_NEXT_LINE)
+                continue
+            if self._peek() == "]":
+                self._at += 1
+                return
+            self._take(",", "it is not valid JSON: no comma:")
+        raise JsonFault(f"it has a list of more than {limit:,} entries")
 
     def end(self) -> None:
         """Refuse anything that follows the last member, in an object of a known order."""
@@ -445,9 +432,39 @@ class Document:
         return match
 
     def _skip(self) -> None:
-        match = _SPACE.match(self._text, self._at)
-        assert match is not None
-        self._at = match.end()
+        """Go to the next character that is no space, and see that the longest piece from there is at hand."""
+        while True:
+            if self._more is not None and len(self._text) - self._at <= self._limits.piece:
+                self._fetch(self._more)
+            if self._text[self._at : self._at + 1] not in _SPACES:
+                return
+            match = _SPACE.match(self._text, self._at)
+            assert match is not None
+            if match.end() == self._at:
+                return
+            self._at = match.end()
+
+    def _fetch(self, more: Callable[[], bytes]) -> None:
+        """Let the window begin here, and hold more than the longest piece, or all that follows."""
+        window = [self._text[self._at :]]
+        self._before += self._at
+        self._at = 0
+        length = len(window[0])
+        while length <= self._limits.piece:
+            content = more()
+            if not content:
+                self._more = None
+                break
+            window.append(self._decode(content, length))
+            length += len(content)
+        self._text = "".join(window)
+
+    def _decode(self, content: bytes | memoryview, at: int = 0) -> str:
+        try:
+            return str(content, self._encoding)
+        except UnicodeDecodeError as error:
+            byte = self._before + at + error.start
+            raise JsonFault(f"{self._name} is not {self._encoding}: byte {byte:,} of it") from error
 
     def _peek(self) -> str:
         self._skip()
@@ -456,11 +473,11 @@ class Document:
     def _take(self, token: str, complaint: str) -> None:
         found = self._peek()
         if found != token:
-            raise JsonFault(f'{complaint} "{token}" is due at character {self._at:,}')
+            raise JsonFault(f'{complaint} "{token}" is due at character {self._before + self._at:,}')
         self._at += 1
 
     def _fail(self, why: str, at: int) -> NoReturn:
-        raise JsonFault(f"{self._name} is not valid JSON: {why}, near character {at:,}")
+        raise JsonFault(f"{self._name} is not valid JSON: {why}, near character {self._before + at:,}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

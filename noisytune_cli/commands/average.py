@@ -30,7 +30,7 @@ from noisytune_cli.engine import mean
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import enumerate_some
-from noisytune_cli.manifest.average import AverageManifest, encode, manifest_bytes
+from noisytune_cli.manifest.average import AverageManifest, manifest_bytes, pieces
 from noisytune_cli.manifest.write import MAX_BYTES
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.output.convert import check_names
@@ -120,7 +120,7 @@ def average(
         if anew is not None:
             manifest = replace(manifest, rewritten=write_card(anew, anew.of_average(manifest), [publication]))
         first.check_beside()
-        manifest_path = publication.publish(encode(manifest))
+        manifest_path = publication.publish(pieces(manifest))
         warnings = [warning for member in members for warning in member.warnings]
         warnings += [*claims, *estimates, *publication.warnings]
         return Averaged(output, manifest_path, manifest, publication.cleared, (*warnings, *_warnings(done)))

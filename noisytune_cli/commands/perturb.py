@@ -24,7 +24,7 @@ from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import enumerate_some
-from noisytune_cli.manifest.write import encode, to_json
+from noisytune_cli.manifest.write import pieces, to_json
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.output.commits import all_staged, commit_all
 from noisytune_cli.output.convert import OutputFile, lay_out
@@ -308,7 +308,7 @@ def _make(
                 for index, manifest in enumerate(manifests)
             ]
         for publication, manifest in zip(publications, manifests, strict=True):
-            publication.seal(encode(manifest))
+            publication.seal(pieces(manifest))
         paths = commit_all(publications)
         claims = [] if card else _claims_of(source)
         warnings = (*source.warnings, *claims, *warning_of(together(plans)), *_too_strong(plans))

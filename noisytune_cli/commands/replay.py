@@ -107,7 +107,7 @@ def replay(
             _refuse(found, recorded, source)
             (done,) = write_tensors(walk, [plan], source, [publication], progress, rewritten, receipts)
             _refuse(compare_receipts(receipts, done), recorded, source)
-            path = publication.publish(recorded.content)
+            path = publication.publish(recorded.pieces())
             return Replayed(output, path, manifest, publication.cleared, publication.warnings)
 
 

@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.manifest.fields import Fields, ManifestFault, check_digest
-from noisytune_cli.manifest.line_forms import LONGEST_LINE, Shapes, average_pattern, text_of
 from noisytune_cli.manifest.read import (
     RecordedManifest,
     begin,
-    collector_paused,
-    parse,
-    read_content,
+    fetching,
+    read_on,
     read_other_files,
     read_source,
-    refusing,
 )
-from noisytune_cli.manifest.tensors import read_tensor
+from noisytune_cli.manifest.tensors import Tensors
 from noisytune_cli.manifest.write import (
     MAX_LINES,
     SCHEMA,
@@ -51,6 +48,8 @@ from noisytune_cli.version import __version__
 OPERATION = "average"
 
 _MAX_MEMBERS = 10_000
+
+_KEYS = ("name", "file", "dtype", "shape", "action", "source_digests", "digest")
 
 #: What an entry takes at most beside its names, its shape and its digests; a number of its shape, a digest.
 _ENTRY_BYTES, _DIMENSION_BYTES, _DIGEST_BYTES = 260, 21, 75
@@ -106,37 +105,40 @@ class AverageManifest:
         )
 
 
-def to_json(manifest: AverageManifest) -> dict[str, Any]:
-    """Return the manifest as the JSON document it is stored as."""
+def _members(manifest: AverageManifest) -> Iterator[tuple[str, Any]]:
+    """Yield the members of the manifest, its tensors one at a time."""
+    yield "schema", SCHEMA
+    yield "tool", {"name": "noisytune", "version": manifest.tool_version}
+    yield "operation", OPERATION
+    members = [
+        {"coefficient": float(coefficient), **source_json(source)} for coefficient, source in manifest.members
+    ]
+    yield "members", members
+    yield "tensors", map(_tensor, manifest.tensors)
+    yield from beside_json(manifest.copied, manifest.rewritten).items()
+    yield "left_out", left_out_json(manifest.left_out)
+    yield "totals", _totals(manifest)
+
+
+def _tensor(done: AveragedTensor) -> dict[str, Any]:
+    return {
+        "name": done.tensor.name,
+        "file": done.tensor.file,
+        "dtype": done.tensor.dtype,
+        "shape": list(done.tensor.shape),
+        "action": done.action,
+        "source_digests": list(done.source_digests),
+        "digest": done.digest,
+    }
+
+
+def _totals(manifest: AverageManifest) -> dict[str, int]:
     tensors = [done.tensor for done in manifest.tensors]
     return {
-        "schema": SCHEMA,
-        "tool": {"name": "noisytune", "version": manifest.tool_version},
-        "operation": OPERATION,
-        "members": [
-            {"coefficient": float(coefficient), **source_json(source)}
-            for coefficient, source in manifest.members
-        ],
-        "tensors": [
-            {
-                "name": done.tensor.name,
-                "file": done.tensor.file,
-                "dtype": done.tensor.dtype,
-                "shape": list(done.tensor.shape),
-                "action": done.action,
-                "source_digests": list(done.source_digests),
-                "digest": done.digest,
-            }
-            for done in manifest.tensors
-        ],
-        **beside_json(manifest.copied, manifest.rewritten),
-        "left_out": left_out_json(manifest.left_out),
-        "totals": {
-            "tensors": len(tensors),
-            "averaged": sum(done.action == "average" for done in manifest.tensors),
-            "parameters": sum(tensor.elements for tensor in tensors),
-            "bytes": sum(tensor.nbytes for tensor in tensors),
-        },
+        "tensors": len(tensors),
+        "averaged": sum(done.action == "average" for done in manifest.tensors),
+        "parameters": sum(tensor.elements for tensor in tensors),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
     }
 
 
@@ -152,9 +154,9 @@ def manifest_bytes(tensors: Sequence[TensorSpec], members: int) -> int:
     )
 
 
-def encode(manifest: AverageManifest) -> bytes:
-    """Return the manifest as JSON in ASCII, one line for each tensor and file."""
-    return lay_out(to_json(manifest))
+def pieces(manifest: AverageManifest) -> Iterator[bytes]:
+    """Yield the manifest as JSON in ASCII, one line for each tensor and file, a thousand at a time."""
+    return lay_out(_members(manifest))
 
 
 @dataclass(frozen=True)
@@ -163,23 +165,22 @@ class RecordedAverage(RecordedManifest):
 
     average: AverageManifest
 
-    @property
-    def is_original(self) -> bool:
-        """Whether the bytes are those that noisytune writes for this content."""
-        return encode(self.average) == self.content
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the bytes that noisytune writes for this content."""
+        return pieces(self.average)
 
 
 def read_any_manifest(path: Path) -> RecordedManifest:
     """Read and validate the manifest at `path`, of noise or of an average; raises as `read_manifest`."""
-    content = read_content(path)
-    with refusing(path), collector_paused():
+    with fetching(path) as content:
         document, version = begin(content)
-        if document.key("source") != "operation":
-            return RecordedManifest(path, content, parse(content))
+        if (key := document.key("source")) != "operation":
+            manifest = read_on(document, key, version)
+            return RecordedManifest(path, content.digest(), manifest)
         if (operation := document.value()) != OPERATION:
             raise ManifestFault(f'its operation is "{str(operation)[:40]}"', next_step="Upgrade noisytune")
         average = _parse(document, version)
-        return RecordedAverage(path, content, average.as_copies(), average)
+        return RecordedAverage(path, content.digest(), average.as_copies(), average)
 
 
 def _parse(document: Document, version: str) -> AverageManifest:
@@ -190,10 +191,9 @@ def _parse(document: Document, version: str) -> AverageManifest:
         raise ManifestFault("it has fewer than two members")
     files = members[0][1].files
     document.member("tensors")
-    reader = _Reader({file.name: file.name for file in files}, len(members))
+    reader = _Reader((file.name for file in files), len(members))
     tensors = tuple(
-        entry if isinstance(entry, AveragedTensor) else reader.read(entry, f"tensors[{i}]")
-        for i, entry in enumerate(document.entries(MAX_LINES, reader.read_line))
+        reader.read(entry, f"tensors[{i}]") for i, entry in enumerate(document.entries(MAX_LINES))
     )
     if len({done.tensor.name for done in tensors}) < len(tensors):
         raise ManifestFault("it has two tensors of one name")
@@ -202,7 +202,7 @@ def _parse(document: Document, version: str) -> AverageManifest:
     document.member("totals")
     totals = document.value()
     document.end()
-    if totals != to_json(manifest)["totals"]:
+    if totals != _totals(manifest):
         raise ManifestFault("totals are not what its tensors add up to")
     return manifest
 
@@ -219,35 +219,13 @@ def _member(value: Any, index: int) -> tuple[float, SourceRecord]:
 class _Reader:
     """What an entry is read against: the first member's files, and how many members there are."""
 
-    def __init__(self, files: Mapping[str, str], members: int) -> None:
-        self._files, self._members = files, members
-        self._line, self._shapes = average_pattern(members), Shapes()
-
-    def read_line(self, text: str, at: int) -> tuple[AveragedTensor, int] | None:
-        """Return what the usual line at `at` stands for, and its end; None leaves it to `read`."""
-        line = self._line.match(text, at)
-        if line is None:
-            return None
-        raw_name, raw_file, dtype, raw_shape, action, raw_digests, digest = line.groups()
-        name, measured = text_of(raw_name), self._shapes.find(dtype, raw_shape)
-        file = self._files.get(text_of(raw_file) or "")
-        if name is None or measured is None or file is None or len(name) > LONGEST_LINE:
-            return None
-        if (action == "average") != (dtype in FLOAT_DTYPES):
-            return None
-        digests = tuple(raw_digests[1:-1].split('", "'))
-        if action == "copy" and digest != digests[0]:
-            return None
-        tensor = TensorSpec(name, measured[0], measured[1], file, 0, measured[3])
-        done: Literal["average", "copy"] = "copy" if action == "copy" else "average"
-        return AveragedTensor(tensor, done, digests, digest), line.end()
+    def __init__(self, files: Iterable[str], members: int) -> None:
+        self._tensors, self._members = Tensors(files), members
 
     def read(self, entry: Any, where: str) -> AveragedTensor:
         """Return what an entry stands for; where its tensor lies (offset) it does not say."""
-        fields = Fields(
-            entry, where, ("name", "file", "dtype", "shape", "action", "source_digests", "digest")
-        )
-        tensor = read_tensor(fields, where, self._files)
+        fields = Fields(entry, where, _KEYS)
+        tensor, _ = self._tensors.read(fields, where)
         action = fields.choice("action", ("average", "copy"))
         if (action == "average") != (tensor.dtype in FLOAT_DTYPES):
             raise fields.fault("action", "does not fit the dtype")

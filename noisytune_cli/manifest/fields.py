@@ -9,10 +9,12 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
+from noisytune_cli.dtypes import LARGEST
+
 _DIGEST = re.compile(r"blake3:[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SEED = re.compile(r"0|[1-9][0-9]{0,19}")
-SURROGATE = re.compile("[\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 _FLOAT32 = struct.Struct("<f")
 _INFINITE = (math.inf, -math.inf)
@@ -35,7 +37,7 @@ def check_string(value: Any, where: str) -> str:
     """Return `value` if it is a string that UTF-8 can spell."""
     if not isinstance(value, str):
         raise ManifestFault(f"{where} is not a string")
-    if not value.isascii() and SURROGATE.search(value):
+    if not value.isascii() and _SURROGATE.search(value):
         raise ManifestFault(f"{where} has half a surrogate pair")
     return value
 
@@ -75,11 +77,15 @@ def _sets(required: tuple[str, ...], optional: tuple[str, ...]) -> tuple[frozens
 class Fields:
     """One object of the manifest, which has `required` keys and may have `optional` ones, and no others."""
 
-    def __init__(self, value: Any, where: str, required: Sequence[str], optional: Sequence[str] = ()) -> None:
+    __slots__ = ("_value", "_where")
+
+    def __init__(
+        self, value: Any, where: str, required: tuple[str, ...], optional: tuple[str, ...] = ()
+    ) -> None:
         if not isinstance(value, dict):
             raise ManifestFault(f"{where} is not an object")
-        needed, known = _sets(tuple(required), tuple(optional))
-        if not needed <= value.keys() <= known:
+        needed, known = _sets(required, optional)
+        if value.keys() != needed and not needed <= value.keys() <= known:
             for key in required:
                 if key not in value:
                     raise ManifestFault(f"{where}.{key} is missing")
@@ -150,6 +156,9 @@ class Fields:
 
     def count(self, key: str, limit: int) -> int:
         """Return an integer from 0 to `limit`."""
+        value = self._value[key]
+        if type(value) is int and 0 <= value <= limit:
+            return value
         value = self.integer(key)
         if value > limit:
             raise self.fault(key, f"is more than {limit:,}")
@@ -173,8 +182,16 @@ class Fields:
             raise self.fault(key, "is too large for a number")
         return float(value)
 
+    def holds(self, key: str, value: float | None) -> bool:
+        """Tell whether a field has this number, or null for None; raises for what is neither."""
+        found = self._value[key]
+        return found == value if type(found) is float else self.number(key) == value
+
     def strength(self, key: str) -> float:
         """Return λ or σ: a finite number."""
+        value = self._value[key]
+        if type(value) is float and 0.0 < value < math.inf:
+            return value
         value = self.number(key)
         if value is None:
             raise self.fault(key, "is not a number")
@@ -184,6 +201,10 @@ class Fields:
 
     def float32(self, key: str, *, signed: bool = False) -> float | None:
         """Return a number, >= 0 unless `signed`, that float32 holds exactly, or None for null."""
+        value = self._value[key]
+        # As most are; what is larger cannot be packed.
+        if type(value) is float and 0.0 < value <= LARGEST["F32"] and is_float32(value):
+            return value
         value = self.number(key)
         if value is None:
             return None

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 from noisytune_cli.errors import InputInvalid, InputUnreadable
 from noisytune_cli.escape import list_some
-from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX, manifest_beside
+from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX, MAX_BYTES, manifest_beside
+from noisytune_cli.reading import read_chunks
 
 #: Why a file is left out that has a manifest's name and is none.
 NAMESAKE = "it has the name of a manifest of noisytune, and is none"
@@ -40,16 +42,24 @@ def begins_a_manifest(content: bytes) -> bool:
     return _BEGINNING.match(content) is not None
 
 
+def _beginning(path: Path) -> bytes:
+    """Return the first bytes of a file that are no space, as many as tell what it is."""
+    with closing(read_chunks(path, MAX_BYTES)) as chunks:
+        for chunk in chunks:
+            if found := chunk.lstrip():
+                return found + next(chunks, b"")
+    return b""
+
+
 def read_previous(path: Path) -> PreviousRun | None:
     """Return what the file at `path` says of its source, or None where it is no manifest of noisytune."""
     # Most sources have no manifest, and should not wait for its readers to be imported.
     from noisytune_cli.manifest.average import RecordedAverage, read_any_manifest
-    from noisytune_cli.manifest.read import read_content
     from noisytune_cli.records import with_output_files
 
     name = path.name
     try:
-        if not begins_a_manifest(read_content(path)):
+        if not begins_a_manifest(_beginning(path)):
             return None
     except InputInvalid:
         return None

@@ -4,25 +4,29 @@ A manifest may come from a stranger, and a replay follows it: so every field is 
 record, and so is what fields say together (an amplitude is that of its λ and std, a copy has a reason that
 fits its tensor, totals add up). Names are checked to be plain relative ones before anybody makes a path of
 them. `manifest/write.py` writes what this reads, and `docs/manifest.md` explains every field.
+
+It is read entry by entry, as it is written: in memory are its records and a window of its text.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
+
+from blake3 import blake3
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, Mismatch
 from noisytune_cli.manifest.fields import Fields, ManifestFault, check_string
 from noisytune_cli.manifest.tensors import SMALLEST_FILE, read_tensors
-from noisytune_cli.manifest.write import CARD, MAX_BYTES, MAX_LINES, SCHEMA, encode, why_not_together
+from noisytune_cli.manifest.write import CARD, MAX_BYTES, MAX_LINES, SCHEMA, pieces, why_not_together
 from noisytune_cli.noise import distributions
 from noisytune_cli.noise.stream import STREAM
-from noisytune_cli.reading import Document, JsonFault, JsonLimits, read_small
+from noisytune_cli.reading import Document, JsonFault, JsonLimits, read_chunks
 from noisytune_cli.records import (
     MAX_TERMS,
     Conversion,
@@ -36,8 +40,7 @@ from noisytune_cli.records import (
     mixed_strength,
 )
 
-#: What of a manifest is read piece by piece: what is not spelt as usual, so little.
-LIMITS = JsonLimits(piece=2 << 20, pieces=8 << 20)
+_LIMITS = JsonLimits()
 
 #: The longest list in a manifest.
 MAX_ENTRIES = 1_000_000
@@ -47,16 +50,23 @@ _MAX_SIZE = 2**63 - 1
 
 @dataclass(frozen=True)
 class RecordedManifest:
-    """A manifest as it was read: its path, its bytes, and what they say."""
+    """A manifest as it was read: its path, the BLAKE3 digest of its bytes, and what they say."""
 
     path: Path
-    content: bytes
+    digest: bytes
     manifest: Manifest
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the bytes that noisytune writes for this content."""
+        return pieces(self.manifest)
 
     @property
     def is_original(self) -> bool:
         """Whether the bytes are those that noisytune writes for this content."""
-        return encode(self.manifest) == self.content
+        written = blake3()
+        for piece in self.pieces():
+            written.update(piece)
+        return written.digest() == self.digest
 
     def require_original(self) -> None:
         """Raise Mismatch where the manifest was reformatted: its copy would not be what noisytune wrote."""
@@ -89,13 +99,37 @@ def read_manifest(path: Path) -> RecordedManifest:
 
     Raises InputInvalid that names the field, InputUnreadable where it is missing or cannot be read.
     """
-    content = read_content(path)
-    with refusing(path), collector_paused():
-        return RecordedManifest(path, content, parse(content))
+    with fetching(path) as content:
+        manifest = parse(content)
+        return RecordedManifest(path, content.digest(), manifest)
+
+
+class Content:
+    """The bytes of a manifest as they are fetched: each call returns some, at the end none."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._hash = chunks, blake3()
+
+    def __call__(self) -> bytes:
+        """Return the next bytes."""
+        chunk = next(self._chunks, b"")
+        self._hash.update(chunk)
+        return chunk
+
+    def digest(self) -> bytes:
+        """Return the digest of all that was fetched."""
+        return self._hash.digest()
 
 
 @contextmanager
-def collector_paused() -> Iterator[None]:
+def fetching(path: Path) -> Iterator[Content]:
+    """Open a manifest to be read; InputUnreadable, or InputInvalid for what is wrong with it."""
+    with closing(read_chunks(path, MAX_BYTES)) as chunks, _refusing(path), _collector_paused():
+        yield Content(chunks)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
     """Keep the garbage collector from looking through records again and again: none of them is a cycle."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -106,13 +140,8 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def read_content(path: Path) -> bytes:
-    """Return a manifest's bytes; InputUnreadable, or InputInvalid where they are too many."""
-    return read_small(path, MAX_BYTES)
-
-
 @contextmanager
-def refusing(path: Path) -> Iterator[None]:
+def _refusing(path: Path) -> Iterator[None]:
     """Turn what is wrong with the manifest at `path` into the error the user sees."""
     try:
         yield
@@ -127,10 +156,15 @@ def refusing(path: Path) -> Iterator[None]:
         ) from fault
 
 
-def parse(content: bytes) -> Manifest:
-    """Return what a manifest's bytes say; raises JsonFault or ManifestFault."""
+def parse(content: bytes | Callable[[], bytes]) -> Manifest:
+    """Return what a manifest's bytes say, all or as they are fetched; raises JsonFault or ManifestFault."""
     document, version = begin(content)
-    if (key := document.key("source")) != "source":
+    return read_on(document, document.key("source"), version)
+
+
+def read_on(document: Document, key: str, version: str) -> Manifest:
+    """Read on from the value of `key`, the member after those of `begin`; raises as `parse`."""
+    if key != "source":
         if key == "operation":
             raise ManifestFault("it is that of an average", next_step="Average its members again")
         raise ManifestFault(f'"{key[:40]}" stands where "source" is due')
@@ -155,9 +189,12 @@ def parse(content: bytes) -> Manifest:
     return manifest
 
 
-def begin(content: bytes) -> tuple[Document, str]:
+def begin(content: bytes | Callable[[], bytes]) -> tuple[Document, str]:
     """Read the members that every manifest begins with; return the document and the tool's version."""
-    document = Document(content, LIMITS)
+    if isinstance(content, bytes):
+        document = Document(content, _LIMITS)
+    else:
+        document = Document(b"", _LIMITS, more=content)
     document.member("schema")
     schema = document.value()
     if type(schema) is not int or schema < 1:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,11 @@ CARD = "README.md"
 #: The version of the manifest's layout.
 SCHEMA = 1
 
-#: The largest manifest that is written, and read back: some 52,000 tensors.
-MAX_BYTES = 32 << 20
+#: The largest manifest that is written, and read back: some 200,000 tensors.
+MAX_BYTES = 128 << 20
+
+#: Lines of a manifest that are written together.
+_LINES_AT_ONCE = 1000
 
 #: What an entry takes at most beside its names and its shape, and a number of its shape.
 _ENTRY_BYTES, _DIMENSION_BYTES = 520, 21
@@ -82,19 +85,33 @@ def why_not_together(names: Iterable[str]) -> str | None:
 
 def encode(manifest: Manifest) -> bytes:
     """Return the manifest as JSON in ASCII, one line for each tensor and file."""
-    return lay_out(to_json(manifest))
+    return b"".join(pieces(manifest))
 
 
-def lay_out(document: Mapping[str, Any]) -> bytes:
-    """Return a manifest's document as JSON in ASCII, one line for each entry of its lists."""
-    members = []
-    for key, value in document.items():
-        if isinstance(value, list) and value:
-            lines = ",\n".join(f"  {_dump(entry)}" for entry in value)
-            members.append(f' "{key}": [\n{lines}\n ]')
+def pieces(manifest: Manifest) -> Iterator[bytes]:
+    """Yield the bytes of a manifest a thousand lines at a time."""
+    return lay_out(_members(manifest))
+
+
+def lay_out(document: Iterable[tuple[str, Any]]) -> Iterator[bytes]:
+    """Yield a manifest's members as JSON in ASCII, one line for each entry of a list or an iterator."""
+    lines: list[str] = []
+    before = "{\n"
+    for key, value in document:
+        if isinstance(value, (list, Iterator)):
+            opening = f'{before} "{key}": [\n  '
+            for entry in value:
+                lines.append(f"{opening}{_dump(entry)}")
+                opening = ",\n  "
+                if len(lines) >= _LINES_AT_ONCE:
+                    yield "".join(lines).encode("ascii")
+                    lines.clear()
+            lines.append("\n ]" if opening == ",\n  " else f'{before} "{key}": []')
         else:
-            members.append(f' "{key}": {_dump(value)}')
-    return ("{\n" + ",\n".join(members) + "\n}\n").encode("ascii")
+            lines.append(f'{before} "{key}": {_dump(value)}')
+        before = ",\n"
+    lines.append("\n}\n")
+    yield "".join(lines).encode("ascii")
 
 
 def check_recordable(plan: Plan, *, path: str | os.PathLike[str]) -> None:
@@ -130,25 +147,28 @@ def check_recordable(plan: Plan, *, path: str | os.PathLike[str]) -> None:
 
 def to_json(manifest: Manifest) -> dict[str, Any]:
     """Return the manifest as the JSON document it is stored as."""
-    perturbed = sum(r.action == "perturb" for r in manifest.receipts)
-    output = {} if manifest.output is None else {"output": _output(manifest.output)}
+    return {key: list(value) if isinstance(value, Iterator) else value for key, value in _members(manifest)}
+
+
+def _members(manifest: Manifest) -> Iterator[tuple[str, Any]]:
+    """Yield the members of a manifest, its tensors one at a time."""
     range_keys = distributions.load(manifest.noise.distribution).noise_range(0.0).keys()
-    return {
-        "schema": SCHEMA,
-        "tool": {"name": manifest.tool_name, "version": manifest.tool_version},
-        "source": source_json(manifest.source),
-        **output,
-        "noise": noise_json(manifest.noise),
-        "tensors": [_tensor(r, range_keys, manifest.noise.needs_std) for r in manifest.receipts],
-        **beside_json(manifest.copied, manifest.rewritten),
-        "left_out": left_out_json(manifest.left_out),
-        "totals": {
-            "tensors": len(manifest.receipts),
-            "perturbed": perturbed,
-            "parameters": sum(r.step.tensor.elements for r in manifest.receipts),
-            "bytes": sum(r.step.tensor.nbytes for r in manifest.receipts),
-        },
+    yield "schema", SCHEMA
+    yield "tool", {"name": manifest.tool_name, "version": manifest.tool_version}
+    yield "source", source_json(manifest.source)
+    if manifest.output is not None:
+        yield "output", _output(manifest.output)
+    yield "noise", noise_json(manifest.noise)
+    yield "tensors", (_tensor(r, range_keys, manifest.noise.needs_std) for r in manifest.receipts)
+    yield from beside_json(manifest.copied, manifest.rewritten).items()
+    yield "left_out", left_out_json(manifest.left_out)
+    totals = {
+        "tensors": len(manifest.receipts),
+        "perturbed": sum(r.action == "perturb" for r in manifest.receipts),
+        "parameters": sum(r.step.tensor.elements for r in manifest.receipts),
+        "bytes": sum(r.step.tensor.nbytes for r in manifest.receipts),
     }
+    yield "totals", totals
 
 
 def source_json(source: SourceRecord) -> dict[str, Any]:
@@ -193,8 +213,7 @@ def _output(output: OutputRecord) -> dict[str, Any]:
     }
 
 
-def _dump(value: object) -> str:
-    return json.dumps(value, allow_nan=False)
+_dump = json.JSONEncoder(allow_nan=False).encode
 
 
 def noise_json(noise: NoiseSpec) -> dict[str, Any]:

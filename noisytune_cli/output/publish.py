@@ -19,7 +19,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -154,14 +154,16 @@ class Publication:
         """Write a small file, flushed, and return its digest `blake3:HEX`."""
         return write_file(content, name, [self])
 
-    def publish(self, manifest: bytes) -> Path:
+    def publish(self, manifest: bytes | Iterable[bytes]) -> Path:
         """Seal the output with its manifest and put it in place; return the manifest's path."""
         self.seal(manifest)
         return self.commit()
 
-    def seal(self, manifest: bytes) -> None:
-        """Complete the staging directory with the manifest."""
-        self.write(self._manifest_name, manifest)
+    def seal(self, manifest: bytes | Iterable[bytes]) -> None:
+        """Complete the staging directory with the manifest, whole or in pieces."""
+        with self.create(self._manifest_name) as write:
+            for piece in [manifest] if isinstance(manifest, bytes) else manifest:
+                write(piece)
 
     def commit(self) -> Path:
         """Put what was sealed in place, durably, and return the manifest's path.

@@ -103,7 +103,7 @@ def test_the_manifest_holds_all_that_verify_and_replay_need(tmp_path: Path) -> N
     for name in ("model.safetensors", "noisytune.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     schema = Path(noisytune_cli.__file__).parent / "manifest" / "manifest.schema.json"
-    document = json.loads(recorded.content)
+    document = json.loads(recorded.path.read_bytes())
     jsonschema.Draft202012Validator(json.loads(schema.read_text())).validate(document)
     assert "parts" not in document["tensors"][2]
     assert document["tensors"][0]["parts"][1] | {"std": 0, "amplitude": 0, "low": 0, "high": 0} == {

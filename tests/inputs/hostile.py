@@ -22,13 +22,17 @@ Command = Literal["inspect", "perturb", "verify", "replay"]
 
 @dataclass(frozen=True)
 class Hostile:
-    """An input: `lay` puts it under an empty folder and returns what the command is given."""
+    """An input: `lay` puts it under an empty folder and returns what the command is given.
+
+    `times` is how many times the CPU time of others it may take.
+    """
 
     name: str
     lay: Callable[[Path], Path]
     words: tuple[str, ...] = ()
     code: int = 3
     command: Command = "inspect"
+    times: int = 1
 
     @property
     def refused(self) -> bool:

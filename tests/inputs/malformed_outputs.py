@@ -28,15 +28,15 @@ def published(manifest: Callable[[], bytes], **more: Content) -> Callable[[Path]
     return lambda root: tree({**output(), "noisytune.json": manifest(), **more})(root)
 
 
-def large() -> bytes:
-    """A manifest nearly as large as may be, every line of it valid, and wrong in its totals."""
+def large(nbytes: int) -> bytes:
+    """A manifest of nearly so many bytes, every line of it valid, and wrong in its totals."""
     document = json.loads(written())
     entry = document["tensors"][0]
     line = json.dumps(entry | {"name": "N", "stream": "N"}).encode() + b",\n  "
     name = b"model.layers.12.mlp.experts.%06d.down_proj.weight"
-    count = (MAX_BYTES - len(written())) // (len(line) + 2 * len(name % 0))
+    count = (nbytes - len(written())) // (len(line) + 2 * len(name % 0))
     document["tensors"] = []
-    head, tail = lay_out(document).split(b'"tensors": []')
+    head, tail = b"".join(lay_out(document.items())).split(b'"tensors": []')
     lines = b"".join(line.replace(b'"N"', b'"' + name % place + b'"') for place in range(count))
     return head + b'"tensors": [\n  ' + lines[:-4] + b"\n ]" + tail
 
@@ -73,8 +73,7 @@ OTHER_BYTES = tuple(
         ("a folder", lambda root: tree({"noisytune.json": folder})(root), ("a directory",), 3),
         ("a link to nothing", instead("noisytune.json", link("no")), ("No such file",), 4),
         ("a link to a device", instead("noisytune.json", link("/dev/zero")), ("a character device",), 3),
-        ("large, wrong at its end", published(large), ("totals.tensors",), 3),
-        ("100 MB", instead("noisytune.json", sparse(100 << 20)), ("larger than",), 3),
+        ("200 MB", instead("noisytune.json", sparse(200 << 20)), ("larger than",), 3),
         (
             "of a folder, beside a file",
             lambda root: tree({"x": b"", "x.noisytune.json": written()}, "model/x")(root),
@@ -106,6 +105,15 @@ OTHER_BYTES = tuple(
             8,
         ),
     )
+) + tuple(
+    Hostile(
+        f"manifest: {nbytes >> 20} MiB, wrong at its end",
+        published(lambda nbytes=nbytes: large(nbytes)),  # type: ignore[misc]
+        ("totals.tensors",),
+        command="verify",
+        times=nbytes >> 24,
+    )
+    for nbytes in (32 << 20, MAX_BYTES)
 )
 
 OUTPUTS = (

@@ -91,7 +91,7 @@ def foresee(design: Iterable[Run]) -> tuple[int, int] | None:
 
 def encode(results: Results) -> str:
     """Return the results as JSON in ASCII, laid out as a manifest is; floats round-trip."""
-    return lay_out(results).decode()
+    return b"".join(lay_out(results.items())).decode()
 
 
 def whole(results: Results, key: str = "conditions") -> list[Any]:
