@@ -176,7 +176,7 @@ def _choose_among(files: list[str], where: str) -> str | None:
             "cannot read the checkpoint",
             path=where,
             why=f"it has shards ({list_some(shards)}) but no index (*{suffix}.index.json)",
-            next_step="Fetch the index too, or name one shard with --weights",
+            next_step="Fetch the index too, which says what the model consists of",
         )
     return None
 

@@ -141,7 +141,7 @@ def check_recordable(plan: Plan, *, path: str | os.PathLike[str]) -> None:
             why=f"{counted} can take {nbytes:,} bytes of it; the limit is {MAX_BYTES:,}",
             next_step=FEWER_PARTS
             if parts
-            else "Perturb its weight files one by one, each to its place in a new folder",
+            else "Add the noise to the loaded model with perturb_(), which needs no manifest",
         )
 
 

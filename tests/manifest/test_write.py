@@ -158,6 +158,6 @@ def test_the_estimate_is_no_less_than_the_manifest(
     noise = NoiseSpec(granularity=granularity, lam=1 / 3, seed=2**64 - 1, splits=splits)
     written = perturb(Request(str(source), noise), str(tmp_path / "out")).manifest_path.stat().st_size
     monkeypatch.setattr(manifest_module, "MAX_BYTES", written - 1500)  # what stands beside the tensors
-    advice = "--split" if granularity == "matrix" else "weight files one by one"
+    advice = "--split" if granularity == "matrix" else r"perturb_\(\), which needs no manifest"
     with pytest.raises(InputInvalid, match=f"too many tensors.*{advice}"):
         perturb(Request(str(source), noise), str(tmp_path / "again"))
