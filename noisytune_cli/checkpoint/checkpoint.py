@@ -10,7 +10,7 @@ import os
 import posixpath
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from noisytune_cli.checkpoint.composition import (
 from noisytune_cli.checkpoint.config import read_adapter
 from noisytune_cli.checkpoint.find import Found, find, printable
 from noisytune_cli.checkpoint.formats import Source, open_source
+from noisytune_cli.checkpoint.formats.safetensors import SafetensorsSource
 from noisytune_cli.checkpoint.index import ShardIndex, check_tensors
 from noisytune_cli.checkpoint.layout import (
     OTHER_WEIGHTS,
@@ -31,7 +32,7 @@ from noisytune_cli.checkpoint.layout import (
 )
 from noisytune_cli.checkpoint.twins import sort_weights
 from noisytune_cli.checkpoint.weights import Choice
-from noisytune_cli.errors import InputInvalid
+from noisytune_cli.errors import InputInvalid, NoisytuneError
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.previous import NAMESAKE, PreviousRun
 from noisytune_cli.reading import Reach, changed, fingerprint, open_regular
@@ -49,7 +50,7 @@ class Checkpoint:
     in the order of their names; `others` are to be copied (the index among them), `left_out` are not, each
     with its reason. File names are relative to `root`, with `/`. `previous_run` is what a manifest that lies
     with the weights says of them; `reach` bounds where links may lead, and `seen` has what `others` were when
-    all was opened.
+    all was opened. `scratch` is released when it is closed.
     """
 
     id: str
@@ -65,6 +66,7 @@ class Checkpoint:
     previous_run: PreviousRun | None
     reach: Reach | None = None
     seen: Mapping[str, os.stat_result] = field(default_factory=dict)
+    scratch: ExitStack = field(default_factory=ExitStack, compare=False, repr=False)
 
     @property
     def path(self) -> Path:
@@ -131,6 +133,7 @@ class Checkpoint:
         """Close every weight file (twice is fine)."""
         for source in self.sources:
             source.close()
+        self.scratch.close()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -150,6 +153,7 @@ def open_checkpoint(
     mmap: bool = False,
     quiet: bool = False,
     follow_links: bool = False,
+    headers_only: bool = False,
 ) -> Checkpoint:
     """Look at SOURCE as `find` does, and open it: for those who have nothing to ask before it is fetched."""
     found = find(
@@ -160,11 +164,17 @@ def open_checkpoint(
         quiet=quiet,
         follow_links=follow_links,
     )
-    return open_found(found, mmap=mmap)
+    return open_found(found, mmap=mmap, headers_only=headers_only)
 
 
-def open_found(found: Found, *, mmap: bool = False) -> Checkpoint:
-    """Fetch what is missing of a checkpoint, and open it."""
+def open_found(found: Found, *, mmap: bool = False, headers_only: bool = False) -> Checkpoint:
+    """Fetch what is missing of a checkpoint, and open it.
+
+    With `headers_only` no value may be read: of a hub's weights that are not here, headers are fetched into a
+    folder that goes when the checkpoint is closed. In memory and errors it lies where it would lie whole.
+    """
+    if headers_only and found.repository is not None:
+        return _open_headers(found)
     if found.listing is None:
         name = found.choices[0].name
         source = open_source(found.root / name, printable(name), mmap)
@@ -225,6 +235,23 @@ def _checkpoint(
     )
 
 
+def _open_headers(found: Found) -> Checkpoint:
+    from tempfile import TemporaryDirectory
+
+    with ExitStack() as scratch:
+        folder = Path(scratch.enter_context(TemporaryDirectory(prefix="noisytune-")))
+        try:
+            opened = open_found(found.outlined(folder))
+        except NoisytuneError as error:
+            if error.path is None or not Path(error.path).is_relative_to(folder):
+                raise
+            place = found.root / Path(error.path).relative_to(folder)
+            raise type(error)(
+                error.what, why=error.why, next_step=error.next_step, path=place, tensor=error.tensor
+            ) from error
+        return replace(opened, root=found.root, scratch=scratch.pop_all())
+
+
 class _Part(NamedTuple):
     """The weights in one folder, and the files to copy and to leave out as seen from there."""
 
@@ -248,8 +275,12 @@ def _open_part(found: Found, listing: Listing, choice: Choice, mmap: bool, opene
             )
     sources: list[Source] = []
     for file in files:
-        sources.append(open_source(found.root / file, file, mmap, found.reach))
-        opened.callback(sources[-1].close)
+        source = open_source(found.root / file, file, mmap, found.reach)
+        opened.callback(source.close)
+        if file in found.headers_alone:
+            assert isinstance(source, SafetensorsSource)
+            source.has_header_alone = True
+        sources.append(source)
     weight_files = {name for source in sources for name in source.files}
     tensors = [tensor for source in sources for tensor in source.tensors]
     arranged = arrange(listing, chosen, weight_files)

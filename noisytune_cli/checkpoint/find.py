@@ -12,7 +12,7 @@ import os
 import posixpath
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +25,7 @@ from noisytune_cli.checkpoint.composition import (
 )
 from noisytune_cli.checkpoint.config import CONFIG, look_at_config, read_config
 from noisytune_cli.checkpoint.folder import list_folder
+from noisytune_cli.checkpoint.formats.safetensors import SUFFIX
 from noisytune_cli.checkpoint.ids import is_repo_id, no_source
 from noisytune_cli.checkpoint.index import ShardIndex, read_index
 from noisytune_cli.checkpoint.layout import (
@@ -54,7 +55,7 @@ class Found:
     the weights, several where it `is_composed` of components. `listing` is None where SOURCE is a file, and
     `repository` where it is local. `config` is the model's own, at `config_path` for an error to name;
     `previous_run` is what a manifest that lies with the weights says of them, and `namesakes` only look like
-    one. `reach` bounds where links may lead.
+    one. `reach` bounds where links may lead. Of the files in `headers_alone` there is nothing but a header.
     """
 
     id: str
@@ -70,6 +71,7 @@ class Found:
     namesakes: frozenset[str] = frozenset()
     reach: Reach | None = None
     repository: Repository | None = field(default=None, compare=False)
+    headers_alone: frozenset[str] = frozenset()
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -78,15 +80,39 @@ class Found:
 
     def fetch(self) -> None:
         """Bring the weights, and the files that come along with them, to `root`, unless they are there."""
-        if self.repository is None or self.listing is None:
-            return
+        if self.repository is not None:
+            self.repository.fetch(self._needed())
+
+    def outlined(self, folder: Path) -> Found:
+        """Return what was found as it lies in `folder` then: headers alone of the weights that are not here.
+
+        Of the safetensors files that a hub has and the cache lacks, their headers are fetched; what else is
+        missing is fetched whole.
+        """
+        assert self.repository is not None
+        needed = self._needed()
+        headers = [name for name in self.repository.lacks(needed) if name.endswith(SUFFIX)]
+        whole = [name for name in needed if name not in set(headers)]
+        self.repository.fetch(whole)
+        self.repository.fetch_headers(headers, folder)
+        for name in {*whole, *(choice.name for choice in self.choices if choice.index is not None)}:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to((self.root / name).resolve())
+        reach = None
+        if self.reach is not None:
+            reach = Reach((*self.reach.folders, os.path.realpath(folder)))
+        return replace(self, root=folder, reach=reach, repository=None, headers_alone=frozenset(headers))
+
+    def _needed(self) -> list[str]:
+        """Return the names of the weights and of the files that come along with them."""
+        assert self.listing is not None
         files = list(self.files)
         parts = {posixpath.dirname(c.name): arrange(self.listing, c.name, files) for c in self.choices}
         judge = judge_of(list(parts))
         for home, part in parts.items():
             needed = (*part.others, *(part.weights.keys() - part.twins))
             files += (name for name in needed if judge(name) == home and name not in files)
-        self.repository.fetch(files)
+        return files
 
 
 def comes_from_hub(source: str) -> bool:

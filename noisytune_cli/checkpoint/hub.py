@@ -13,14 +13,15 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from noisytune_cli.checkpoint.folder import list_folder
+from noisytune_cli.checkpoint.formats.safetensors.header import header_end
 from noisytune_cli.checkpoint.hub_answers import (
     COMMIT,
     SHA256,
@@ -34,10 +35,13 @@ from noisytune_cli.checkpoint.hub_errors import CANNOT_FETCH, mapped_errors
 from noisytune_cli.checkpoint.layout import (
     list_names,
 )
-from noisytune_cli.errors import HubError
+from noisytune_cli.errors import HubError, exhausted
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
+
+#: How much of a file is asked for first where its header is all that is needed: most headers are shorter.
+_HEAD = 64 << 10
 
 #: Files that are fetched at a time, as huggingface_hub does.
 _WORKERS = 8
@@ -72,6 +76,82 @@ class Repository:
     def size(self, name: str) -> int:
         """Return how long the hub says a file is, 0 where it never did."""
         return 0 if self._listed is None else self._listed[name].size
+
+    def lacks(self, names: Iterable[str]) -> list[str]:
+        """Return those of `names` that are not in the cache, where the hub can be asked for them."""
+        from huggingface_hub import constants
+
+        if self._listed is None or constants.is_offline_mode():
+            return []
+        return [name for name in names if not (self.root / name).exists()]
+
+    def fetch_headers(self, names: Sequence[str], folder: Path) -> None:
+        """Put the headers of safetensors files into `folder`, each at the beginning of a file of its size.
+
+        What follows there is empty, and no digest can tell whether the hub lies: none of it is for the cache.
+        """
+        left_behind = threading.Event()
+
+        def fetch(name: str) -> None:
+            size = self.size(name)
+            head = self._part(name, 0, min(size, _HEAD), left_behind)
+            end = header_end(head)
+            if len(head) < end <= size:
+                head += self._part(name, len(head), end, left_behind)
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with path.open("xb") as file:
+                    file.write(head)
+                    file.truncate(size)
+            except OSError as error:
+                raise exhausted(error) from error
+
+        with self._asked():
+            _do_all(fetch, names, left_behind)
+
+    def _part(self, name: str, start: int, end: int, left_behind: threading.Event) -> bytes:
+        """Return the bytes of a file from `start` to `end`; Untrue where the answer has others, or more."""
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            build_hf_headers,
+            hf_raise_for_status,
+            http_stream_backoff,
+        )
+
+        if start == end:
+            return b""
+        url = hf_hub_url(self._id, name, revision=self.commit)
+        headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}"}
+        due = f"bytes {start}-{end - 1}/{self.size(name)}"
+        # The library would take these for its own, and ask again.
+        transport_error = cast(type[Exception], HfHubHTTPError.__bases__[0])
+        broken: Exception | None = None
+        content = bytearray()
+        with http_stream_backoff(
+            "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+        ) as answer:
+            if answer.is_error:
+                answer.read()
+            hf_raise_for_status(answer)
+            told = answer.headers.get("Content-Range")
+            if answer.status_code != 206 or told != due:
+                raise Untrue(f"{name}: asked for {due}, it sends {told or 'another part of it'}")
+            try:
+                for data in answer.iter_bytes():
+                    if left_behind.is_set():
+                        raise RuntimeError("the download was abandoned")
+                    content += data
+                    if len(content) > end - start:
+                        break
+            except transport_error as error:
+                broken = error
+        if broken is not None:
+            raise broken
+        if len(content) != end - start:
+            raise Untrue(f"{name}: it sends another number of bytes than it says")
+        return bytes(content)
 
     def fetch(self, names: Sequence[str]) -> None:
         """Bring `names` into the cache; raises HubError unless each is then what the hub lists."""
@@ -198,18 +278,26 @@ def _fetch(repo_id: str, commit: str, sizes: Mapping[str, int]) -> None:
     def fetch(name: str) -> None:
         hf_hub_download(repo_id, name, revision=commit, tqdm_class=Part, local_files_only=offline)
 
+    constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, _CHUNK)
+    try:
+        _do_all(fetch, sizes, left_behind)
+    finally:
+        shown.close()
+
+
+def _do_all(fetch: Callable[[str], None], names: Iterable[str], left_behind: threading.Event) -> None:
+    """Fetch each of `names`, several at a time; `left_behind` tells workers that nobody waits any more."""
     outcome: Future[None] = Future()
 
     def fetch_all() -> None:
         try:
             with ThreadPoolExecutor(_WORKERS) as pool:
-                for _ in pool.map(fetch, sizes):
+                for _ in pool.map(fetch, names):
                     pass
             outcome.set_result(None)
         except BaseException as error:  # handed to the thread that waits, whatever it is
             outcome.set_exception(error)
 
-    constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, _CHUNK)
     thread = threading.Thread(target=fetch_all, daemon=True)
     thread.start()
     try:
@@ -217,7 +305,6 @@ def _fetch(repo_id: str, commit: str, sizes: Mapping[str, int]) -> None:
     finally:
         left_behind.set()
         thread.join(_GRACE)
-        shown.close()
 
 
 def _cached_list(repo_id: str, commit: str) -> dict[str, RepoFile] | None:

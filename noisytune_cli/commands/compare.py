@@ -189,6 +189,7 @@ def compare(
                     mmap=mmap,
                     quiet=quiet,
                     follow_links=follow_links,
+                    headers_only=headers_only,
                 )
             )
             for source, chosen, revision in zip((a, b), weights, revisions, strict=True)

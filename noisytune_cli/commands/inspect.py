@@ -163,6 +163,7 @@ def inspect(
         mmap=mmap,
         quiet=quiet,
         follow_links=follow_links,
+        headers_only=headers_only,
     ) as checkpoint:
         told = tell_checkpoint(checkpoint, buffers_from)
         plan = plan_checkpoint(checkpoint, noise, told)

@@ -130,7 +130,9 @@ def plan_perturb(
     Outputs that are named are refused as there.
     """
     wanted = wanted or [_only(request, None)]
-    with _open(request, _outs(wanted), recipe_only, overwrite, overwrite_changed) as source:
+    with _open(
+        request, _outs(wanted), recipe_only, overwrite, overwrite_changed, headers_only=True
+    ) as source:
         card = _read_card(source) if request.card else None
         claims = [] if card else _claims_of(source)
         told = tell_checkpoint(source, request.buffers_from)
@@ -375,6 +377,7 @@ def _open(
     recipe_only: bool = False,
     overwrite: bool = False,
     overwrite_changed: bool = False,
+    headers_only: bool = False,
 ) -> Checkpoint:
     """Open the source; what can be refused without a hub's weights is refused before they are downloaded."""
     check_before_download(
@@ -400,7 +403,7 @@ def _open(
         from noisytune_cli.checkpoint.dequantize import check_config, dequantize  # few weights are fp8
     if found.repository is not None:
         (check_config if dequantizes else refuse_quantized_config)(found.config or {}, found.config_path)
-    source = open_found(found, mmap=request.mmap)
+    source = open_found(found, mmap=request.mmap, headers_only=headers_only)
     try:
         if request.conversion is not None and any(isinstance(file, Component) for file in source.sources):
             raise UsageError(

@@ -21,8 +21,8 @@ from blake3 import blake3
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.formats import Sink, Source
-from noisytune_cli.checkpoint.formats.safetensors import MAX_HEADER, SafetensorsSource, create_file
-from noisytune_cli.checkpoint.formats.safetensors.header import MAX_ENTRIES, PREFIX
+from noisytune_cli.checkpoint.formats.safetensors import SafetensorsSource, create_file
+from noisytune_cli.checkpoint.formats.safetensors.header import MAX_ENTRIES, MAX_HEADER, PREFIX
 from noisytune_cli.checkpoint.layout import METADATA, PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
 from noisytune_cli.dtypes import DTYPES, FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, UsageError

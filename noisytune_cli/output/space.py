@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
-from noisytune_cli.errors import ResourceExhausted, unreadable, unwritable
+from noisytune_cli.errors import ResourceExhausted, unwritable
 from noisytune_cli.output.convert import OutputFile
 from noisytune_cli.records import Plan
 
@@ -106,13 +106,6 @@ def check_room(
     check_descriptors(held + len(outputs) * (written + 1))
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise unreadable(error, path) from error
-
-
 def needed_bytes(source: Checkpoint, plan: Plan, files: Sequence[OutputFile] = ()) -> int:
     """Return how many bytes an output of this source takes, its manifest included (an estimate)."""
     return copied_bytes(source, files) + manifest_bytes(plan)
@@ -121,7 +114,7 @@ def needed_bytes(source: Checkpoint, plan: Plan, files: Sequence[OutputFile] = (
 def copied_bytes(source: Checkpoint, files: Sequence[OutputFile] = ()) -> int:
     """Return how many bytes the weights and the other files of an output of this source take."""
     weights = sum(file.size for file in files or source.sources)
-    return weights + sum(_size(source.root / name) for name in source.others)
+    return weights + sum(source.seen[name].st_size for name in source.others)
 
 
 def manifest_bytes(plan: Plan) -> int:

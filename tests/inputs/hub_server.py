@@ -92,6 +92,7 @@ class Hub:
     sent: dict[str, bytes] = field(default_factory=dict)
     answers: dict[str, bytes] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
+    sent_bytes: int = 0
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def fetched(self) -> list[str]:
@@ -190,9 +191,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif (body or fault == "404") and self._fails(name):
             return
         elif body and start and fault != "200 to a range":
-            offset = int(start.removeprefix("bytes=").rstrip("-"))
-            span = f"bytes {offset}-{len(content) - 1}/{len(content)}"
-            self._send(206, content[offset:], headers | {"Content-Range": span})
+            first, _, last = start.removeprefix("bytes=").partition("-")
+            part = slice(int(first), min(int(last or len(content)) + 1, len(content)))
+            span = f"bytes {part.start}-{part.stop - 1}/{len(content) + (fault == 'another size')}"
+            sent = content[part][: -1 if fault == "short part" else None]
+            self._send(206, sent, {"Content-Range": span} | headers)
         else:
             self._send(200, content, headers, body)
 
@@ -216,6 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if body and self.command == "GET":
+            self.hub.sent_bytes += len(content)
             self.wfile.write(content)
 
 

@@ -17,17 +17,18 @@ from blake3 import blake3
 from noisytune_cli.checkpoint.formats._file import InputFile, WritableFile, create_output, open_input
 from noisytune_cli.checkpoint.formats._signatures import HEAD
 from noisytune_cli.checkpoint.formats._signatures import recognise as recognise_other
-from noisytune_cli.checkpoint.formats.safetensors.header import PREFIX, HeaderFault, parse_header
+from noisytune_cli.checkpoint.formats.safetensors.header import (
+    MAX_HEADER,
+    PREFIX,
+    HeaderFault,
+    parse_header,
+)
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.reading import Reach
 from noisytune_cli.records import TensorSpec
 
 #: What a file's name ends in.
 SUFFIX = ".safetensors"
-
-#: A header that names 100,000 tensors. As text it takes four times as much, and once more while it is read:
-#: what the safetensors package allows (100 MB) would take nearly 1 GB to refuse.
-MAX_HEADER = 16 << 20
 
 _FETCH = "The file is damaged or unfinished: fetch it again"
 _REWRITE = (
@@ -55,6 +56,8 @@ class SafetensorsSource(InputFile):
         self.tensors = parsed.tensors
         self.metadata: Mapping[str, str] = parsed.metadata
         self.header_digest = f"blake3:{blake3(self.header).hexdigest()}"
+        #: Whether the header is all that there is of the file (`checkpoint/hub.py`): no value can be read.
+        self.has_header_alone = False
         self.warnings: tuple[str, ...] = () if self.tensors else (f"{name} holds no tensors",)
         self.ties: tuple[tuple[str, ...], ...] = ()
         if mmap:
@@ -65,6 +68,8 @@ class SafetensorsSource(InputFile):
 
         Raises Mismatch if the file ends before, InputUnreadable if the read fails.
         """
+        if self.has_header_alone:
+            raise AssertionError("a value was asked for where there is a header alone")
         return self.read_at(tensor.offset + start, buffer)
 
     def check_sums(self) -> None:

@@ -24,6 +24,10 @@ PREFIX = 8
 MAX_ENTRIES = 120_000
 _MAX_NUMBERS = 1_000_000
 
+#: A header that names 100,000 tensors. As text it takes four times as much, and once more while it is read:
+#: what the safetensors package allows (100 MB) would take nearly 1 GB to refuse.
+MAX_HEADER = 16 << 20
+
 _METADATA = "__metadata__"
 _MAX_ENTRY = 1 << 16  # characters in one tensor's entry: room for a shape of thousands of dimensions
 _MAX_SHOWN = 60  # characters of a key that a message quotes
@@ -47,6 +51,12 @@ class Header(NamedTuple):
 
     tensors: tuple[TensorSpec, ...]
     metadata: dict[str, str]
+
+
+def header_end(head: bytes) -> int:
+    """Return where the header ends of a file that begins with `head`, 0 where it says nothing possible."""
+    length = int.from_bytes(head[:PREFIX], "little")
+    return PREFIX + length if len(head) >= PREFIX and length <= MAX_HEADER else 0
 
 
 def parse_header(header: bytearray, file: str, data_bytes: int) -> Header:
