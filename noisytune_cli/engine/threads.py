@@ -19,13 +19,16 @@ import numpy as np
 
 from noisytune_cli.errors import ResourceExhausted, UsageError
 
+#: A cache line, which any element's size divides.
+_ALIGNMENT = 64
+
 #: Given the bytes to come, a context that yields what to call, from any thread, with the bytes just done.
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass
 class Worker:
-    """What one thread works with: room for a tile, for its noised copy, and for a whole small tensor."""
+    """What one thread works with: room for a tile, for its noised copy, and what a task asks of it beside."""
 
     pool: Pool
     tile: memoryview
@@ -123,12 +126,45 @@ class TileLoop:
             return self._taken - 1
 
 
-class Pool:
-    """The threads of one run: each does tasks in order, then helps with the passes still open."""
+class Arena:
+    """Memory that tasks keep tensors in, cut from one piece as they come; for one thread at a time."""
 
-    def __init__(self, tasks: Iterable[Task], *, tile_bytes: int, buffer_bytes: int) -> None:
+    def __init__(self, nbytes: int) -> None:
+        self._memory = np.empty(nbytes, np.uint8).data
+        self._taken: list[slice] = []
+
+    def take(self, nbytes: int) -> slice | None:
+        """Return where so many bytes are free, aligned to any element, until `give_back`; None if nowhere."""
+        start = 0
+        for place, after in enumerate([*self._taken, slice(len(self._memory), None)]):
+            if start + nbytes <= after.start:
+                self._taken.insert(place, slice(start, start + nbytes))
+                return self._taken[place]
+            if after.stop is not None:
+                start = -(-after.stop // _ALIGNMENT) * _ALIGNMENT
+        return None
+
+    def give_back(self, taken: slice) -> None:
+        """Let others have what `take` returned."""
+        self._taken.remove(taken)
+
+    def __getitem__(self, taken: slice) -> memoryview:
+        return self._memory[taken]
+
+
+class Pool:
+    """The threads of one run: each does tasks in order, then helps with the passes still open.
+
+    `kept_bytes` is the memory that all tasks together may keep tensors in.
+    """
+
+    def __init__(
+        self, tasks: Iterable[Task], *, tile_bytes: int, buffer_bytes: int, kept_bytes: int = 0
+    ) -> None:
         self._tasks = iter(tasks)
         self._room = (tile_bytes, tile_bytes, buffer_bytes)
+        self._arena = Arena(kept_bytes)
+        self._waiting: list[object] = []
         self._change = threading.Condition()
         self._passes: list[TileLoop] = []
         self._busy = self._alive = 0
@@ -172,6 +208,52 @@ class Pool:
             with self._change:
                 self._passes.remove(work)
 
+    @contextmanager
+    def keep(self, nbytes: int, worker: Worker) -> Iterator[memoryview]:
+        """Yield memory for a tensor, no more than `kept_bytes`: at once, or when those before have theirs.
+
+        Until then the thread helps with open passes, which are those of tensors that are kept too.
+        """
+        turn = object()
+
+        def found() -> slice | None:
+            return self._arena.take(nbytes) if self._waiting[0] is turn else None
+
+        with self._change:
+            self._waiting.append(turn)
+        try:
+            while (taken := self._room_or_pass(found)) is None or isinstance(taken, TileLoop):
+                self.check()
+                if taken is not None:
+                    taken.help(worker)
+        finally:
+            with self._change:
+                self._waiting.remove(turn)
+                self._change.notify_all()
+        try:
+            yield self._arena[taken]
+        finally:
+            with self._change:
+                self._arena.give_back(taken)
+                self._change.notify_all()
+
+    def _room_or_pass(self, find: Callable[[], slice | None]) -> slice | TileLoop | None:
+        """Wait for room or for a pass with tiles left, and return it; None once another thread has failed."""
+        got: slice | TileLoop | None = None
+
+        def ready() -> bool:
+            nonlocal got
+            if self._error is None:
+                got = find() or self._open_pass()
+            return got is not None or self._error is not None
+
+        with self._change:
+            self._change.wait_for(ready)
+        return got
+
+    def _open_pass(self) -> TileLoop | None:
+        return next((p for p in self._passes if p.has_tiles()), None)
+
     def _live(self) -> None:
         try:
             tile, out, buffer = (np.empty(n, np.uint8).data for n in self._room)
@@ -203,14 +285,12 @@ class Pool:
 
     def _pass_to_help(self) -> TileLoop | None:
         """Return an open pass with tiles left; None once no thread can open another, or one has failed."""
-
-        def found() -> TileLoop | None:
-            return next((p for p in self._passes if p.has_tiles()), None)
-
         with self._change:
             # Without a look at the error this would wait for ever for a thread that could not be started.
-            self._change.wait_for(lambda: self._busy == 0 or self._error is not None or found() is not None)
-            return found()
+            self._change.wait_for(
+                lambda: self._busy == 0 or self._error is not None or self._open_pass() is not None
+            )
+            return self._open_pass()
 
     def _fail(self, error: BaseException) -> None:
         with self._change:

@@ -2,15 +2,16 @@
 
 Several outputs may be made at once; they differ in their noise, and share tensors, reads and sums. Each
 tensor is one task of a pool of threads, so that all its stages run in one core's cache; idle threads help
-with a tensor's tiles. One that fits a thread's buffer is read once and kept there between measuring and
-adding; a larger one is read twice, tile by tile, whatever the number of outputs. Digests need the tiles in
-order, so each tile is hashed in its turn. Memory is the same for any checkpoint and any number of outputs: a
-buffer and two tiles for each thread.
+with a tensor's tiles. One of up to 64 MiB is read once and kept between measuring and adding, however many
+threads there are, which share the memory for that; a larger one is read twice, tile by tile, whatever the
+number of outputs. Digests need the tiles in order, so each tile is hashed in its turn. Memory is the same for
+any checkpoint and any number of outputs: what is kept, and two tiles for each thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 #: Bytes of a tile: long enough that Python's part of the work is small, short enough for the caches.
 TILE_BYTES = 1 << 20
 
-#: Bytes that all buffers together may take, and the most that one is given.
-_ALL_BUFFERS, _LARGEST_BUFFER = 128 << 20, 64 << 20
+#: Bytes of the tensors that are kept at a time, and of the largest of them.
+_ALL_KEPT, _LARGEST_KEPT = 128 << 20, 64 << 20
 
 
 def _no_progress(nbytes: int) -> None:
@@ -147,8 +148,9 @@ class Walk:
         return std
 
     def _run(self, tasks: Iterable[Task], threads: int | None = None) -> None:
-        buffer_bytes = min(_LARGEST_BUFFER, _ALL_BUFFERS // self.threads)
-        Pool(tasks, tile_bytes=self.tile_bytes, buffer_bytes=buffer_bytes).run(threads or self.threads)
+        # As many as there are threads, and an arena has whole cache lines.
+        kept = min(_ALL_KEPT, self.threads * (_LARGEST_KEPT + 64))
+        Pool(tasks, tile_bytes=self.tile_bytes, buffer_bytes=0, kept_bytes=kept).run(threads or self.threads)
 
 
 def work_bytes(outputs: Sequence[Output]) -> int:
@@ -190,13 +192,14 @@ class TensorWalk:
 
     def measure_and_write(self, worker: Worker) -> None:
         """Do the whole walk of a tensor whose std is its own."""
-        if self.is_measured:
-            if self.tensor.nbytes <= len(worker.buffer):
-                self._buffer = worker.buffer[: self.tensor.nbytes]
-            self.measure(worker, report=False)
-            self.spreads = [self._own_spreads(worker)] * len(self._outputs)
-        self.write(worker)
-        self._buffer = None
+        with ExitStack() as kept:
+            if self.is_measured:
+                if self.tensor.nbytes <= _LARGEST_KEPT:
+                    self._buffer = kept.enter_context(worker.pool.keep(self.tensor.nbytes, worker))
+                self.measure(worker, report=False)
+                self.spreads = [self._own_spreads(worker)] * len(self._outputs)
+            self.write(worker)
+            self._buffer = None
 
     def measure(self, worker: Worker, report: bool = True) -> None:
         """Read the tensor for its moments and its source digest."""
@@ -302,8 +305,8 @@ class TensorWalk:
         return data
 
     def _do(self, work: TileLoop, worker: Worker) -> None:
-        """Do a pass; with the buffer alone (its tiles fit one thread's cache), else with whoever is idle."""
-        if self._buffer is not None:
+        """Do a pass; alone where every thread may keep as much, else with whoever is idle or waits for it."""
+        if self._buffer is not None and len(self._buffer) * self._walk.threads <= _ALL_KEPT:
             work.help(worker)
         else:
             worker.pool.share(work, worker)

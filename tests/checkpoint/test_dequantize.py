@@ -141,7 +141,7 @@ def test_std_and_noise_are_of_the_dequantised_values(
 def test_tiles_and_threads_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = base(tmp_path)
     run(folder, tmp_path / "out", conversion=BF16)
-    monkeypatch.setattr("noisytune_cli.engine.walk._LARGEST_BUFFER", 64)
+    monkeypatch.setattr("noisytune_cli.engine.walk._LARGEST_KEPT", 64)
     monkeypatch.setattr("noisytune_cli.commands.perturb.Walk", partial(Walk, tile_bytes=704))
     run(folder, tmp_path / "again", conversion=BF16, threads=3, mmap=True)
     assert tree(tmp_path / "again") == tree(tmp_path / "out")

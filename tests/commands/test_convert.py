@@ -114,7 +114,7 @@ def tree(root: Path) -> dict[str, bytes]:
 def test_tiles_and_threads_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = base(tmp_path)
     run(folder, tmp_path / "out", NOISE, conversion=Conversion(dtype="F64"))
-    monkeypatch.setattr("noisytune_cli.engine.walk._LARGEST_BUFFER", 64)
+    monkeypatch.setattr("noisytune_cli.engine.walk._LARGEST_KEPT", 64)
     monkeypatch.setattr("noisytune_cli.commands.perturb.Walk", partial(Walk, tile_bytes=96))
     for threads in (1, 3):
         again = tmp_path / f"again-{threads}"

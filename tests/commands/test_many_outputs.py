@@ -114,7 +114,7 @@ def test_each_output_is_that_of_a_single_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(command, "Walk", partial(Walk, tile_bytes=96))
-    monkeypatch.setattr(walk_module, "_LARGEST_BUFFER", buffer)
+    monkeypatch.setattr(walk_module, "_LARGEST_KEPT", buffer)
     source = make(tmp_path)
     noise = NoiseSpec(scope=scope, distribution=distribution)
     results = run_each(

@@ -96,7 +96,7 @@ def test_each_output_is_that_of_a_walk_of_its_own(
     rules: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(walk_module, "_LARGEST_BUFFER", buffer)
+    monkeypatch.setattr(walk_module, "_LARGEST_KEPT", buffer)
     noises = [
         NoiseSpec(lam=lam, seed=seed, distribution=distribution, scope=scope, rules=rules)
         for lam, seed in ((0.1, 0), (0.1, 1), (0.0, 0), (0.2, 0), (1e-44, 0))

@@ -80,7 +80,7 @@ def test_tiles_slabs_and_threads_change_nothing(
     source = folder(tmp_path / "in", {"attn.c_attn.weight": scaled("F32", 12, 36), "w": tensor})
     noise = NoiseSpec(granularity="matrix", distribution=distribution, splits=(("w", "0:1,2,3*4"),), lam=0.3)
     for buffer in (64 << 20, 0):
-        monkeypatch.setattr(walk, "_LARGEST_BUFFER", buffer)
+        monkeypatch.setattr(walk, "_LARGEST_KEPT", buffer)
         run(source, tmp_path / f"out-{buffer}", noise, threads=3)
         by_six = {
             name: np.arange(24 * 36).reshape(4, 6, 36)[:, a:b].ravel()

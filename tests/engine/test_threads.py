@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 
-from noisytune_cli.engine.threads import Pool, Task, TileLoop, Worker
+from noisytune_cli.engine.threads import Arena, Pool, Task, TileLoop, Worker
 from noisytune_cli.errors import ResourceExhausted, Stopped
 
 
@@ -153,3 +155,58 @@ def test_a_signal_in_the_waiting_thread_stops_the_others(monkeypatch: pytest.Mon
     with pytest.raises(Stopped):
         pool.run(2)
     assert not [t for t in threading.enumerate() if t.name.startswith("walk-")]
+
+
+def test_an_arena_gives_the_first_gap_and_takes_it_back() -> None:
+    arena = Arena(300)
+    first, second = arena.take(100), arena.take(60)
+    assert first == slice(0, 100)
+    assert second == slice(128, 188)
+    assert arena.take(200) is None
+    third = arena.take(108)
+    assert third == slice(192, 300)
+    assert arena.take(1) is None
+    assert first is not None
+    arena.give_back(first)
+    assert arena.take(129) is None
+    assert arena.take(100) == first
+    assert len(arena[first]) == 100
+
+
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_tasks_keep_memory_in_turn(threads: int) -> None:
+    held: Counter[int] = Counter()
+    done: list[int] = []
+
+    def task(number: int) -> Callable[[Worker], None]:
+        def work(worker: Worker) -> None:
+            with worker.pool.keep(100 + number % 3, worker) as memory:
+                memory[:] = bytes([number]) * len(memory)
+                pass_ = TileLoop(20, lambda worker, index: held.update([number]))
+                worker.pool.share(pass_, worker)
+                assert bytes(memory) == bytes([number]) * len(memory)
+            done.append(number)
+
+        return work
+
+    Pool(map(task, range(60)), tile_bytes=8, buffer_bytes=0, kept_bytes=256).run(threads)
+    assert sorted(done) == list(range(60))
+    assert set(held.values()) == {20}
+
+
+def test_who_waits_for_memory_stops_at_an_error() -> None:
+    held = threading.Event()
+
+    def hold(worker: Worker) -> None:
+        with worker.pool.keep(100, worker):
+            held.set()
+            time.sleep(0.05)
+            raise ValueError("no")
+
+    def wait(worker: Worker) -> None:
+        assert held.wait(10)
+        with worker.pool.keep(100, worker):
+            raise AssertionError("it got what another has")
+
+    with pytest.raises(ValueError, match="no"):
+        Pool([hold, wait, wait], tile_bytes=8, buffer_bytes=0, kept_bytes=100).run(3)

@@ -17,6 +17,7 @@ from checkpoints import FLOATS, Tensor, noised, numbers, save, split, std32, wei
 from noisytune_cli.commands import perturb as command
 from noisytune_cli.commands.perturb import Perturbed, Request, perturb
 from noisytune_cli.engine import walk as walk_module
+from noisytune_cli.engine.threads import Worker
 from noisytune_cli.engine.walk import Walk
 from noisytune_cli.manifest.read import read_manifest
 from noisytune_cli.records import NoiseSpec
@@ -109,8 +110,32 @@ def test_tiles_threads_and_slabs_change_nothing(
 ) -> None:
     noise, expected = case
     monkeypatch.setattr(command, "Walk", partial(Walk, tile_bytes=tile))
-    monkeypatch.setattr(walk_module, "_LARGEST_BUFFER", buffer)
+    monkeypatch.setattr(walk_module, "_LARGEST_KEPT", buffer)
     assert content(run(source, noise, threads=threads)) == content(expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_what_may_be_kept_is_read_once_whatever_the_threads(
+    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [6000, 10, 8000, 300, 7000, 7900, 20, 6500, 8000, 40, 5000, 8000]
+    tensors = {f"layer.{n}.weight": weights("F32", size // 10, 10) for n, size in enumerate(sizes)}
+    source = save(tmp_path / "in.safetensors", tensors)
+    expected = content(run(source, NoiseSpec(), threads=1))
+    read: list[int] = []
+    original = walk_module.TensorWalk._read
+
+    def counting(self: walk_module.TensorWalk, worker: Worker, index: int) -> memoryview:
+        data = original(self, worker, index)
+        read.append(len(data))
+        return data
+
+    monkeypatch.setattr(walk_module.TensorWalk, "_read", counting)
+    monkeypatch.setattr(command, "Walk", partial(Walk, tile_bytes=1024))
+    monkeypatch.setattr(walk_module, "_LARGEST_KEPT", 32_000)
+    monkeypatch.setattr(walk_module, "_ALL_KEPT", 65_000)
+    assert content(run(source, NoiseSpec(), threads=threads)) == expected
+    assert sum(read) == 4 * sum(sizes)
 
 
 @pytest.mark.parametrize("tile", [32, 1056])
@@ -119,7 +144,7 @@ def test_mapped_and_misaligned_reads_change_nothing(
 ) -> None:
     noise, expected = case
     monkeypatch.setattr(command, "Walk", partial(Walk, tile_bytes=tile))
-    monkeypatch.setattr(walk_module, "_LARGEST_BUFFER", 512)
+    monkeypatch.setattr(walk_module, "_LARGEST_KEPT", 512)
     assert content(run(source, noise, mmap=True, threads=2)) == content(expected)
     for pad in (1, 3):  # data that begins at an odd offset
         shifted = save(source.parent / f"shifted-{pad}.safetensors", TENSORS | COPIED, pad=pad)
@@ -142,7 +167,7 @@ def test_a_rounding_that_float64_cannot_decide(
     scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(walk_module, "round_std", lambda parts: None)
-    monkeypatch.setattr(walk_module, "_LARGEST_BUFFER", 512)
+    monkeypatch.setattr(walk_module, "_LARGEST_KEPT", 512)
     monkeypatch.setattr(command, "Walk", partial(Walk, tile_bytes=64))
     tensors = {"small": weights("F32", 100), "large": weights("BF16", 1000, centre=1.0)}
     noise = NoiseSpec(scope=scope)  # type: ignore[arg-type]
@@ -174,7 +199,7 @@ def test_global_scope_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scope", ["matrix", "global"])
 @pytest.mark.parametrize("buffer", [0, 1 << 20])
 def test_progress_adds_up(scope: str, buffer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walk_module, "_LARGEST_BUFFER", buffer)
+    monkeypatch.setattr(walk_module, "_LARGEST_KEPT", buffer)
     monkeypatch.setattr(command, "Walk", partial(Walk, tile_bytes=64))
     promised, done = [], []
 
