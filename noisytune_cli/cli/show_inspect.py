@@ -16,7 +16,7 @@ CSV they are no formulas.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -197,22 +197,30 @@ def _noise(row: TensorReport) -> str:
 
 def _table(inspection: Inspection) -> Iterator[str]:
     percentiles = _percentiles(inspection)
-    blank = dict.fromkeys(percentiles, "")
-    rows = [(blank | _row(row), "yellow" if row.nan or row.inf else "") for row in inspection.tensors]
-    rows.append((blank | _total_row(inspection.totals), "bold"))
     several = len({row.file for row in inspection.tensors}) != 1
     # Those with something to say: no blank ones, no file's name where there is one file.
-    columns = [
-        key for key in _with(percentiles) if any(row[key] for row, _ in rows) and (several or key != "file")
-    ]
+    columns = [key for key in _with(percentiles) if several or key != "file"]
     return lay_out(
         columns,
-        rows,
+        _Rows(inspection, dict.fromkeys(percentiles, "")),
         left=_LEFT,
         dispensable=(*_DISPENSABLE, *percentiles),
         all_in="--format csv",
         shortened=_SHORTENED,
+        without_blanks=True,
     )
+
+
+class _Rows:
+    """The rows of a table with their styles, made whenever they are gone through: kept they take 100 MB."""
+
+    def __init__(self, inspection: Inspection, blank: Mapping[str, str]) -> None:
+        self._inspection, self._blank = inspection, dict(blank)
+
+    def __iter__(self) -> Iterator[tuple[dict[str, str], str]]:
+        for row in self._inspection.tensors:
+            yield self._blank | _row(row), "yellow" if row.nan or row.inf else ""
+        yield self._blank | _total_row(self._inspection.totals), "bold"
 
 
 def _page(inspection: Inspection) -> Iterator[str]:

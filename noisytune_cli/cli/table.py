@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, zip_longest
 from types import MappingProxyType
 
 from noisytune_cli.cli.show import is_terminal
@@ -15,18 +15,20 @@ _GAP = "  "
 
 def lay_out(
     columns: Sequence[str],
-    rows: Sequence[tuple[Mapping[str, str], str]],
+    rows: Iterable[tuple[Mapping[str, str], str]],
     *,
     left: Collection[str],
     dispensable: Sequence[str],
     all_in: str,
     shortened: Mapping[str, int] = MappingProxyType({}),
+    without_blanks: bool = False,
 ) -> Iterator[str]:
     """Yield the lines of a table: its columns' names, then `rows`, each with the style that a terminal has.
 
     Columns begin at the left where they are in `left`, else they end at the right. On a terminal the
     `dispensable` go, the first first, until the rest fits, and cells of the `shortened` lose their middle,
-    down to the width that is given; `all_in` is the option whose output has everything.
+    down to the width that is given; `all_in` is the option whose output has everything. `without_blanks`
+    leaves out columns in which no row has anything. The rows are gone through twice, and not kept.
     """
     from rich.cells import cell_len
     from rich.console import Console
@@ -35,8 +37,12 @@ def lay_out(
     on_terminal = is_terminal(sys.stdout)
     out = io.StringIO()
     console = Console(file=out, force_terminal=on_terminal or None)
-    rows = [(dict(zip(columns, columns, strict=True)), "bold"), *rows]
-    widths = {key: max(cell_len(row[key]) for row, _ in rows) for key in columns}
+    widths = dict.fromkeys(columns, 0)
+    for row, _ in rows:
+        for key in columns:
+            if (width := cell_len(row[key])) > widths[key]:
+                widths[key] = width
+    widths = {key: max(n, cell_len(key)) for key, n in widths.items() if n or not without_blanks}
     dropped = set()
     if on_terminal:
         least = {key: min(width, shortened.get(key, width)) for key, width in widths.items()}
@@ -55,7 +61,7 @@ def lay_out(
         out.truncate()
         return printed
 
-    for row, style in rows:
+    for row, style in chain([(dict(zip(columns, columns, strict=True)), "bold")], rows):
         cells = []
         for key, width in widths.items():
             cell = _shorten(row[key], width) if key in shortened else row[key]

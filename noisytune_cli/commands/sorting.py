@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from noisytune_cli.errors import UsageError
 
 _Row = TypeVar("_Row")
+
+_NUMBER = re.compile("[0-9]+")
 
 
 def check_sort(sort: str | None, keys: Sequence[str]) -> None:
@@ -33,8 +36,11 @@ def sort_rows(rows: Sequence[_Row], sort: str) -> list[_Row]:
 
 
 def _natural(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    pieces: list[Any] = re.split(r"([0-9]+)", value)
-    pieces[1::2] = [(len(digits.lstrip("0")), digits.lstrip("0")) for digits in pieces[1::2]]
-    return pieces
+    """Return what sorts as a value: of a text a text, which is small, with every number after its length."""
+    return _NUMBER.sub(_measured, value) if isinstance(value, str) else value
+
+
+def _measured(number: re.Match[str]) -> str:
+    # Below all that a name can go on with, so that a shorter name comes first.
+    digits = number[0].lstrip("0")
+    return f"\0{chr(min(len(digits), sys.maxunicode))}{digits}"

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from noisytune_cli.cli.app import app
 from noisytune_cli.cli.options import ReportFormat
 from noisytune_cli.cli.show_inspect import render, show_inspections, std_map
-from noisytune_cli.commands.inspect import Inspection, TensorReport, Totals
+from noisytune_cli.commands.inspect import Inspection, TensorReport, Totals, inspect
 from noisytune_cli.errors import OutputUnsafe
 
 ROW = TensorReport(
@@ -327,3 +328,17 @@ def test_percentiles_are_columns_and_keys() -> None:
     assert "2.5" in row
     assert "p99.9" in header
     assert "p99.9" in shown(found, "html")
+
+
+def test_the_table_of_many_tensors_is_not_kept(tmp_path: Path) -> None:
+    tensors = {f"layer.{n}.weight": weights("F32", 2, 2) for n in range(1000)}
+    found = inspect(str(save(tmp_path / "many.safetensors", tensors)), headers_only=True)
+    assert len("".join(render([found], "table")).splitlines()) == 1002  # and imports
+    tracemalloc.start()
+    try:
+        for _ in render([found], "table"):
+            pass
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 400_000
