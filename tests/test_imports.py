@@ -128,7 +128,7 @@ def test_a_plain_run_imports_no_more_than_it_needs(tmp_path: Path) -> None:
     ours = {name.removeprefix("noisytune_cli.") for name in modules if name.startswith("noisytune_cli.")}
     assert {name for name in ours if name.startswith(("cli.", "commands."))} == {
         *("cli.app", "cli.help", "cli.options", "cli.parse", "cli.perturb", "cli.show", "cli.show_perturb"),
-        *("commands.perturb", "commands.replaced", "commands.result", "commands.write"),
+        *("commands.perturb", "commands.replaced", "commands.request", "commands.result", "commands.write"),
     }
     for seldom in (
         *("memory", "study", "checkpoint.formats.torch", "checkpoint.formats.dcp", "checkpoint.hub"),

@@ -269,6 +269,7 @@ def perturb(
         read_shrink,
     )
     from noisytune_cli.commands import perturb as command
+    from noisytune_cli.commands.request import Request
 
     started = time.monotonic()
     if out is not None:
@@ -308,7 +309,7 @@ def perturb(
         rules=lambda_for or sigma_for or (),
         preset=chosen,
     )
-    request = command.Request(
+    request = Request(
         source=source,
         noise=spec,
         conversion=make_conversion(dtype, to, dequantize),

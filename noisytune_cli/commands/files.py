@@ -19,6 +19,7 @@ from noisytune_cli.commands.compare import By, Comparison
 from noisytune_cli.commands.inspect import Inspection
 from noisytune_cli.commands.perturb import Perturbed
 from noisytune_cli.commands.replay import Replayed
+from noisytune_cli.commands.request import Request
 from noisytune_cli.commands.verify import Verified
 from noisytune_cli.dtypes import BY_TORCH_NAME
 from noisytune_cli.engine.threads import thread_count
@@ -95,7 +96,7 @@ def perturb(
         exclude=exclude,
         rules=rules,
     )
-    request = perturbing.Request(
+    request = Request(
         os.fspath(source),
         spec,
         conversion=None if conversion == Conversion() else conversion,

@@ -13,16 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_found
-from noisytune_cli.checkpoint.composition import Component
-from noisytune_cli.checkpoint.find import find
-from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
+from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.commands.replaced import check_before_download, find_made, require_unchanged
+from noisytune_cli.commands.request import Request
 from noisytune_cli.commands.result import Result
 from noisytune_cli.commands.write import record_source, write_tensors
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
-from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import enumerate_some
 from noisytune_cli.manifest.write import pieces, to_json
 from noisytune_cli.noise.devices import open_device
@@ -40,7 +37,6 @@ from noisytune_cli.records import (
     Combination,
     Conversion,
     Manifest,
-    NoiseSpec,
     OutputRecord,
     Plan,
     Receipt,
@@ -49,25 +45,6 @@ from noisytune_cli.version import __version__
 
 if TYPE_CHECKING:
     from noisytune_cli.commands.card import Card
-
-
-@dataclass(frozen=True)
-class Request:
-    """Where to read and how; what `perturb` and its dry run have in common."""
-
-    source: str
-    noise: NoiseSpec
-    conversion: Conversion | None = None
-    weights: str | None = None
-    components: tuple[str, ...] = ()
-    revision: str | None = None
-    mmap: bool = False
-    again: bool = False
-    quiet: bool = False
-    buffers_from: str = "auto"
-    strict: bool = False
-    follow_links: bool = False
-    card: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -130,9 +107,14 @@ def plan_perturb(
     Outputs that are named are refused as there.
     """
     wanted = wanted or [_only(request, None)]
-    with _open(
-        request, _outs(wanted), recipe_only, overwrite, overwrite_changed, headers_only=True
-    ) as source:
+    check_before_download(
+        request.source,
+        _outs(wanted),
+        recipe_only=recipe_only,
+        overwrite=overwrite,
+        overwrite_changed=overwrite_changed,
+    )
+    with request.open(headers_only=True) as source:
         card = _read_card(source) if request.card else None
         claims = [] if card else _claims_of(source)
         told = tell_checkpoint(source, request.buffers_from)
@@ -202,9 +184,15 @@ def perturb_each(
     `overwrite` replaces outputs that are as noisytune wrote them, `overwrite_changed` others too; with
     `skip_existing` those stay that are what is asked for.
     """
-    # What of the outputs is to stay is told from the source.
-    unsafe = [] if skip_existing else _outs(wanted)
-    with _open(request, unsafe, recipe_only, overwrite, overwrite_changed) as source:
+    if not skip_existing:  # what is to stay is told from the source
+        check_before_download(
+            request.source,
+            _outs(wanted),
+            recipe_only=recipe_only,
+            overwrite=overwrite,
+            overwrite_changed=overwrite_changed,
+        )
+    with request.open() as source:
         card = _read_card(source) if request.card else None
         told = tell_checkpoint(source, request.buffers_from)
         plans = make_plans(source, request.noise, wanted, told, request.conversion)
@@ -369,58 +357,6 @@ def _write_beside(
 def _only(request: Request, out: str | None) -> Combination:
     """Return the one combination of a request without lists."""
     return Combination(request.noise.lam, request.noise.seed, out)
-
-
-def _open(
-    request: Request,
-    outs: Sequence[str] = (),
-    recipe_only: bool = False,
-    overwrite: bool = False,
-    overwrite_changed: bool = False,
-    headers_only: bool = False,
-) -> Checkpoint:
-    """Open the source; what can be refused without a hub's weights is refused before they are downloaded."""
-    check_before_download(
-        request.source,
-        outs,
-        recipe_only=recipe_only,
-        overwrite=overwrite,
-        overwrite_changed=overwrite_changed,
-    )
-    found = find(
-        request.source,
-        weights=request.weights,
-        components=request.components,
-        revision=request.revision,
-        quiet=request.quiet,
-        follow_links=request.follow_links,
-    )
-    if found.previous_run is not None and not request.again:
-        earlier = found.previous_run
-        raise InputInvalid(earlier.what, path=request.source, why=earlier.why, next_step=earlier.next_step)
-    dequantizes = request.conversion is not None and request.conversion.dequantized is not None
-    if dequantizes:
-        from noisytune_cli.checkpoint.dequantize import check_config, dequantize  # few weights are fp8
-    if found.repository is not None:
-        (check_config if dequantizes else refuse_quantized_config)(found.config or {}, found.config_path)
-    source = open_found(found, mmap=request.mmap, headers_only=headers_only)
-    try:
-        if request.conversion is not None and any(isinstance(file, Component) for file in source.sources):
-            raise UsageError(
-                "--dtype, --to and --dequantize are for one model",
-                path=request.source,
-                why="the components of this one lie in folders, and get noise together",
-                next_step="Convert them one by one, with --weights FOLDER/NAME",
-            )
-        if dequantizes:
-            return dequantize(source, request.source)
-        refuse_quantized(
-            source.tensors, config=source.config, metadata=source.metadata, path=request.source, are_all=True
-        )
-    except BaseException:
-        source.close()
-        raise
-    return source
 
 
 def _read_card(source: Checkpoint) -> Card:

@@ -1,0 +1,71 @@
+"""What `perturb` is asked for, and its source opened: what can be refused is, before weights are fetched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_found
+from noisytune_cli.checkpoint.composition import Component
+from noisytune_cli.checkpoint.find import find
+from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
+from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.records import Conversion, NoiseSpec
+
+
+@dataclass(frozen=True)
+class Request:
+    """Where to read and how; what `perturb` and its dry run have in common."""
+
+    source: str
+    noise: NoiseSpec
+    conversion: Conversion | None = None
+    weights: str | None = None
+    components: tuple[str, ...] = ()
+    revision: str | None = None
+    mmap: bool = False
+    again: bool = False
+    quiet: bool = False
+    buffers_from: str = "auto"
+    strict: bool = False
+    follow_links: bool = False
+    card: bool = False
+
+    def open(self, *, headers_only: bool = False) -> Checkpoint:
+        """Open the source; with `headers_only` no weights of a hub's are fetched.
+
+        Raises InputInvalid for one that is quantised, or was noised before and not asked for `again`.
+        """
+        found = find(
+            self.source,
+            weights=self.weights,
+            components=self.components,
+            revision=self.revision,
+            quiet=self.quiet,
+            follow_links=self.follow_links,
+        )
+        if found.previous_run is not None and not self.again:
+            earlier = found.previous_run
+            raise InputInvalid(earlier.what, path=self.source, why=earlier.why, next_step=earlier.next_step)
+        dequantizes = self.conversion is not None and self.conversion.dequantized is not None
+        if dequantizes:
+            from noisytune_cli.checkpoint.dequantize import check_config, dequantize  # few weights are fp8
+        if found.repository is not None:
+            (check_config if dequantizes else refuse_quantized_config)(found.config or {}, found.config_path)
+        source = open_found(found, mmap=self.mmap, headers_only=headers_only)
+        try:
+            if self.conversion is not None and any(isinstance(file, Component) for file in source.sources):
+                raise UsageError(
+                    "--dtype, --to and --dequantize are for one model",
+                    path=self.source,
+                    why="the components of this one lie in folders, and get noise together",
+                    next_step="Convert them one by one, with --weights FOLDER/NAME",
+                )
+            if dequantizes:
+                return dequantize(source, self.source)
+            refuse_quantized(
+                source.tensors, config=source.config, metadata=source.metadata, path=self.source, are_all=True
+            )
+        except BaseException:
+            source.close()
+            raise
+        return source
