@@ -24,8 +24,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import noisytune_cli
 
-SIGMAS = (0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03)
-LAMBDAS = (0.05, 0.15, 0.3, 0.6, 1.0, 1.5, 2.0)
+SIGMAS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03)
+LAMBDAS = (0.15, 0.3, 0.6, 1.0, 1.5)
 SEEDS = range(5)
 
 EPOCHS, BATCH, RATE, LENGTH = 3, 16, 1e-4, 64
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("sst2", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--labels", type=int, default=2000)
+    parser.add_argument("--labels", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.manual_seed(0)

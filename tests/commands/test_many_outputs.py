@@ -85,7 +85,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 def _needed_bytes(source: Path) -> int:
     request = Request(str(source), NoiseSpec())
-    with command._open(request) as opened:
+    with request.open() as opened:
         return needed_bytes(opened, command.plan_perturb(request).plan)
 
 
