@@ -32,9 +32,7 @@ from noisytune_cli.checkpoint.hub_answers import (
     watched,
 )
 from noisytune_cli.checkpoint.hub_errors import CANNOT_FETCH, mapped_errors
-from noisytune_cli.checkpoint.layout import (
-    list_names,
-)
+from noisytune_cli.checkpoint.layout import list_names
 from noisytune_cli.errors import HubError, exhausted
 
 if TYPE_CHECKING:
