@@ -220,6 +220,11 @@ def look(path: Path) -> Look | None:
         return None
 
 
+def is_top(seen: Look, folder: int) -> bool:
+    """Tell whether an open directory is the one that was looked at."""
+    return seen[""] == _status(os.fstat(folder))
+
+
 def _inner(root: Path, folder: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     for name in os.listdir(root / folder):
         path = f"{folder}{name}"

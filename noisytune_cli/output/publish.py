@@ -32,7 +32,7 @@ from noisytune_cli.errors import NOTHING_PUBLISHED, OutputUnsafe, ResourceExhaus
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.output import signals, staging
-from noisytune_cli.output.overwrite import Look, look
+from noisytune_cli.output.overwrite import Look, is_top, look
 from noisytune_cli.output.renames import (
     Steps,
     rename_any,
@@ -345,23 +345,30 @@ class Publication:
                 raise unwritable(error, folder) from error
             self._made_parents.append(folder)
 
-    def _is_ours(self, stage: Path, lock: int) -> bool:
-        """Tell whether what bears the staging directory's name is that, or the old output."""
-        if staging.is_at(stage, lock):
-            return True
-        there = look(stage) if self.published and self._directory else None
-        return there is not None and there == self._seen
+    def _empty_replaced(self, stage: Path) -> None:
+        """Empty the old output, which bears the staging directory's name, unless it is another by now."""
+        folder = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if self._seen is not None and look(stage) == self._seen and is_top(self._seen, folder):
+                _empty(folder)
+        finally:
+            os.close(folder)
 
     def _discard(self) -> None:
-        """Remove the staging directory and the parents made for it, as far as that goes."""
+        """Remove the staging directory and the parents made for it, as far as that goes.
+
+        By descriptors, and then the empty name: what bears it by now may be somebody else's.
+        """
         if self._stage is not None and self._lock is not None:
-            with contextlib.suppress(OSError):  # it does not ignore all of them
-                if self._is_ours(self._stage, self._lock):
-                    shutil.rmtree(self._stage, ignore_errors=True)
-                elif not staging.is_at(self.output, self._lock):
-                    _empty(self._lock)  # whoever moved it elsewhere
-                if self.published and os.path.lexists(self._stage):
-                    self._left.append(self._stage.name)
+            with contextlib.suppress(OSError):
+                if not staging.is_at(self.output, self._lock):
+                    _empty(self._lock)
+                elif self.published and self._directory:
+                    self._empty_replaced(self._stage)
+            with contextlib.suppress(OSError):
+                os.rmdir(self._stage)
+            if self.published and os.path.lexists(self._stage):
+                self._left.append(self._stage.name)
             self._stage = None
         if self._lock is not None:
             with contextlib.suppress(OSError):  # the lock is released all the same
@@ -374,12 +381,13 @@ class Publication:
 
 
 def _empty(folder: int) -> None:
-    """Remove what an open directory holds, wherever that is."""
+    """Remove what an open directory holds, wherever that is, as far as that goes."""
     for name in os.listdir(folder):
-        if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
-            shutil.rmtree(name, dir_fd=folder)
-        else:
-            os.unlink(name, dir_fd=folder)
+        with contextlib.suppress(OSError):
+            if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                shutil.rmtree(name, ignore_errors=True, dir_fd=folder)
+            else:
+                os.unlink(name, dir_fd=folder)
 
 
 def copy_file(

@@ -77,7 +77,8 @@ def create(place: Path, output: Path) -> tuple[Path, int]:
             path = place / f"{prefix_for(output)}{''.join(_tags(place))}-{os.urandom(4).hex()}"
             os.mkdir(path, 0o777)
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            if _lock(fd) and is_at(path, fd):
+            # Empty, or somebody else's has just taken the name.
+            if _lock(fd) and is_at(path, fd) and not os.listdir(fd):
                 return path, fd
             _drop(path, fd)  # another run is just removing it
         except (FileExistsError, FileNotFoundError):

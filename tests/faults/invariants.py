@@ -68,7 +68,7 @@ def breaches_after_a_power_cut(scenario: Scenario, expected: Expected, code: int
     state = tree(scenario.place)
     if code == 0:
         return [] if state == expected.after else ["exit 0, but the output did not survive"]
-    found = [] if _is_sound(scenario, expected, files(state)) else [f"exit {code}, and left {sorted(state)}"]
+    found = [] if is_sound(scenario, expected, files(state)) else [f"exit {code}, and left {sorted(state)}"]
     if len(left_overs(scenario.place)) > 1:
         found.append(f"left {left_overs(scenario.place)}")
     return found
@@ -110,14 +110,14 @@ def _of_files(scenario: Scenario, expected: Expected, ended: Ended, *, cleaned: 
         if state != expected.after:
             found.append("exit 0, but the output is not whole")
     elif ended.code == _KILLED:
-        if not _is_sound(scenario, expected, files(state)):
+        if not is_sound(scenario, expected, files(state)):
             found.append(f"killed, and neither the old state nor the new: {sorted(files(state))}")
-    elif state != expected.before and (cleaned or not _is_sound(scenario, expected, files(state))):
+    elif state != expected.before and (cleaned or not is_sound(scenario, expected, files(state))):
         found.append(f"exit {ended.code}, but something is there: {sorted(state)}")
     return found
 
 
-def _is_sound(scenario: Scenario, expected: Expected, state: Tree) -> bool:
+def is_sound(scenario: Scenario, expected: Expected, state: Tree) -> bool:
     """Tell whether a kill may leave these files: all old, all new, or whole ones without a manifest.
 
     The last is for what takes several renames. The next run knows it for unfinished, and starts again.

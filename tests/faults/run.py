@@ -25,6 +25,7 @@ from pathlib import Path
 
 import faults
 import kills
+import stages
 import strace
 from invariants import Fault
 from scenarios import Expected, Scenario, further_scenarios, learn, scenarios
@@ -33,7 +34,7 @@ from warm import Warm
 # For the scenarios' inputs, as pytest has it.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "inputs"))
 
-_KILLS, _STOPS, _SHORT, _FIRST_FAULTS = 2600, 800, 800, 6000
+_KILLS, _STOPS, _SHORT, _LOST, _FIRST_FAULTS = 2600, 800, 800, 1500, 6000
 
 
 #: Of every other run that is not traced: what strace counts is told in one thread alone.
@@ -49,10 +50,13 @@ class Task:
     always: tuple[str, ...] = ()
     fault: Fault | None = None
     number: int = 0
+    call: tuple[str, int] | None = None
+    way: str = ""
 
     @property
     def key(self) -> str:
-        return f"{self.scenario} {self.kind} {len(self.always)} {self.fault or self.number}"
+        what = self.fault or self.call or self.number
+        return f"{self.scenario} {self.kind} {len(self.always)} {what}{self.way}"
 
 
 class Worker:
@@ -91,14 +95,22 @@ class Worker:
             for fault in faults.faults_of(name, number)
         ]
         choose.shuffle(injected)
+        lost = [
+            Task(index, "lost stage", call=call, way=way)
+            for index, scenario in enumerate(self._scenarios)
+            for call in faults.targets(scenario, faults.count(scenario, warm, self._log))
+            for way in stages.WAYS
+            if call[0] in stages.CALLS
+        ]
+        choose.shuffle(lost)
         count = len(self._scenarios)
         stopped = [Task(n % count, "kill", number=n) for n in range(_KILLS)]
         stopped += [Task(n % count, "signal", number=n) for n in range(_STOPS)]
         stopped += [Task(n % count, "short transfer", number=n) for n in range(_SHORT)]
-        first = injected[:_FIRST_FAULTS] + stopped
+        first = injected[:_FIRST_FAULTS] + stopped + lost[:_LOST]
         choose.shuffle(first)
         mine, workers = self._share
-        yield from (first + injected[_FIRST_FAULTS:])[mine::workers]
+        yield from (first + injected[_FIRST_FAULTS:] + lost[_LOST:])[mine::workers]
 
     @property
     def _log(self) -> Path:
@@ -114,6 +126,9 @@ class Worker:
             what += " without renameat2" * bool(task.always)
             outcome = asdict(result) | {"what": f"{what}: {task.fault}", "hit": result.injected > 0}
             return {name: outcome[name] for name in ("what", "hit", "code", "breaches")}
+        if task.call is not None:
+            hit, found = stages.lose(scenario, expected, warm, self._log, task.call, task.way)
+            return {"what": f"{what}: stage {task.way} at {task.call}", "hit": hit, "breaches": found}
         if choose.random() < 0.5:
             scenario = replace(scenario, threads=_THREADS)
             what += f" in {_THREADS} threads"
@@ -185,7 +200,7 @@ def _report(journal: Path, seconds: float, broken: int) -> int:
         print(f"{record['what']} (exit {record.get('code', '?')}): {record['breaches']}")
     print(f"{platform.system()} {platform.release()}, Python {platform.python_version()}, {seconds:.0f} s")
     print(f"journal: {journal}")
-    for kind in ("fault", "kill", "signal", "short transfer"):
+    for kind in ("fault", "kill", "signal", "short transfer", "lost stage"):
         print(f"{kind:>14}s: {tried[kind]:6} tried, {hit[kind]:6} hit a running process")
     print(f"{len(failed)} of {len(records)} broke a promise" + f"; {broken} workers failed" * bool(broken))
     return 1 if failed or broken else 0

@@ -5,8 +5,11 @@ from __future__ import annotations
 import random
 import signal
 from dataclasses import replace
+from pathlib import Path
 
+import faults
 import kills
+import stages
 from scenarios import Expected, Scenario
 from warm import Warm
 
@@ -36,3 +39,15 @@ def test_short_transfers(scenario: Scenario, expected: Expected, warm: Warm) -> 
     for seed in range(6):
         tried = replace(scenario, threads=1 + seed % 2 * 3)
         assert kills.shorten(tried, expected, warm, seed) == (True, []), f"seed {seed}"
+
+
+def test_the_stage_is_taken_away(scenario: Scenario, expected: Expected, warm: Warm, log: Path) -> None:
+    called = faults.targets(scenario, faults.count(scenario, warm, log))
+    changing = [call for call in called if call[0] in stages.CALLS]
+    choose, hits = random.Random(0), 0
+    for way in stages.WAYS:
+        for call in choose.sample(changing, 4):
+            hit, found = stages.lose(scenario, expected, warm, log, call, way)
+            assert found == [], f"{way} at {call}"
+            hits += hit
+    assert hits

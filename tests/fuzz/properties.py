@@ -8,6 +8,7 @@ is the file, a manifest is written as it was read, and where there is another re
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import warnings
@@ -26,9 +27,11 @@ from malformed_indexes import FIRST, INDEX, SECOND
 from noisytune_cli.checkpoint.formats import Source, open_source
 from noisytune_cli.checkpoint.index import read_index
 from noisytune_cli.commands.inspect import inspect
-from noisytune_cli.errors import NoisytuneError
+from noisytune_cli.errors import InputInvalid, NoisytuneError
 from noisytune_cli.manifest.read import parse, read_manifest
 from noisytune_cli.manifest.write import encode
+from noisytune_cli.output import staging
+from noisytune_cli.reading import JsonFault
 
 _CPU_SECONDS = 2.0
 _GROWTH_BYTES = 64 << 20
@@ -148,6 +151,24 @@ def manifest(content: bytes, folder: Path) -> None:
     assert again == found
     names = [file.name for file in found.source.files] + [name for name, _ in found.copied]
     assert all((folder / name).resolve().is_relative_to(folder.resolve()) for name in names)
+
+
+def moves(content: bytes, folder: Path) -> None:
+    """What a killed run says it moved: whatever that is, only files that it can have moved are removed."""
+    output, precious = folder / "out", folder / "precious"
+    precious.write_bytes(b"somebody else's")
+    stage, lock = staging.create(folder, output)
+    try:
+        (stage / staging._MOVES).write_bytes(content)
+        try:
+            _, names, _ = staging._announced(lock)
+        except JsonFault as fault:
+            raise InputInvalid("no announcement", path=stage, why=fault.why, next_step="None") from fault
+        assert all("/" not in name and name not in ("", ".", "..") for name in names)
+    finally:
+        os.close(lock)
+        assert staging.clear_dead(folder, output) == (stage.name,)
+        assert precious.read_bytes() == b"somebody else's"
 
 
 def _twin(source: Source, folder: Path) -> bytes:

@@ -42,6 +42,14 @@ _CONFIG = {
     "quantization": {"bits": 4, "group_size": 64},
     "auto_map": {"AutoModel": "modeling.Model"},
 }
+_MOVES = {
+    "manifest": "noisytune.json",
+    "names": ["precious", "sub"],
+    "moved": [
+        {"name": "precious", "inode": 12, "size": 15, "mtime": 0, "ctime": 0},
+        {"name": "sub/er", "inode": 13, "size": 2**40, "mtime": 1, "ctime": 1},
+    ],
+}
 _STATE = Writer().state_dict(a=Writer().tensor((1, 2), (1, 1)), b=Writer().tensor((2,), (1,), 2)).end()
 
 
@@ -73,6 +81,7 @@ TARGETS: dict[str, tuple[properties.Property, Callable[[], st.SearchStrategy[byt
     "config": (properties.config, lambda: mutations.json_texts(_CONFIG)),
     "pickle": (properties.pickle, torch_files),
     "manifest": (properties.manifest, lambda: mutations.json_texts(json.loads(written()))),
+    "moves": (properties.moves, lambda: mutations.json_texts(_MOVES)),
     "parts": (properties.manifest, lambda: mutations.json_texts(json.loads(parted()))),
 }
 

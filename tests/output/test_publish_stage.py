@@ -202,17 +202,33 @@ def test_an_old_output_that_cannot_be_deleted_is_said_and_blocks_nothing(
     output = tmp_path / "out"
     write(output, {"model": b"old"})
 
-    def fail(path: Path, ignore_errors: bool = False) -> None:
+    def fail(path: Path | int, ignore_errors: bool = False) -> None:
         if not ignore_errors:
             raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(shutil, "rmtree", fail)
+    monkeypatch.setattr(publish_module, "_empty", fail)
     for count in (1, 2):
         with Publication(output, directory=True, overwrite=True) as p:
             p.publish(b"manifest")
         assert files(output) == {"noisytune.json": b"manifest"}
         assert len(p.warnings) == count
         assert all(".noisytune-" in warning for warning in p.warnings)
+
+
+def test_what_takes_the_stages_name_at_the_last_moment_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = publish_module._empty
+
+    def lose_first(folder: int) -> None:
+        replaced(stage_of(publication))
+        empty(folder)
+
+    monkeypatch.setattr(publish_module, "_empty", lose_first)
+    with Publication(tmp_path / "out", directory=True, overwrite=False) as publication:
+        publication.write("weights", b"new")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["precious"]
 
 
 CHANGES: dict[str, tuple[str, Callable[[Path], object]]] = {
