@@ -123,8 +123,8 @@ def test_the_number_of_parts_is_limited() -> None:
         parts("0:/5000", 5000, 2)
     with pytest.raises(UsageError, match="10,000 parts, and 4,096 is the most"):
         parts("0:/100;1:/100", 100, 100)
-    many = tuple(spec(f"w{i}", 4096, 1) for i in range(40))
-    with pytest.raises(UsageError, match="163,840 sub-matrices"):
+    many = tuple(spec(f"w{i}", 4096, 1) for i in range(64))
+    with pytest.raises(UsageError, match="262,144 sub-matrices"):
         plan("*=0:/4096", tensors=many)
 
 
