@@ -188,12 +188,12 @@ class Step:
     """What will happen to one tensor, decided from headers alone.
 
     `stream` names the noise stream (the tensor's own name, or that of the tie it belongs to). `lam` is the
-    strength (λ or σ), 0 for a copy. `unsure` says what only the values can tell (`constant`, `non-finite`) of
-    a tensor that is to be perturbed. `told_by` says what decided whether it is a buffer, None where an
-    earlier record does not say; a `doubt` is a name of a buffer's kind that nothing stronger tells.
-    `out_dtype` is the dtype it is written in, None where that is its own. `parts` are its matrices if they
-    are to have a std each, two at least; `undivided` says why a tensor that looks like several matrices is
-    taken as one.
+    strength (λ or σ), 0 for a copy. `unsure` says what only the values can tell of a tensor that is to be
+    perturbed (`constant`, `non-finite`; `computed` where its name or its siblings leave that to them).
+    `told_by` says what decided whether it is a buffer, None where an earlier record does not say; a `doubt`
+    is a name of a buffer's kind that nothing stronger tells. `out_dtype` is the dtype it is written in, None
+    where that is its own. `parts` are its matrices if they are to have a std each, two at least; `undivided`
+    says why a tensor that looks like several matrices is taken as one.
     """
 
     tensor: TensorSpec

@@ -41,10 +41,11 @@ class TensorReport:
     """One tensor: what it is, its statistics, and what perturb would do with it and why.
 
     `stream` names the noise stream; `low` and `high` bound the noise. `unsure` says what perturb would look
-    for in values that were not read (`constant`, `non-finite`, `tied`). Of a tensor whose matrices have a std
-    each there is a record for each `part`, with its own shape; `undivided` says why one that looks like
-    several matrices is taken as one. `path` is a name with the containers that it is in, where these say
-    more, and `told_by` says what told whether it is a buffer. `percentiles` go by their names, such as `p99`.
+    for in values that were not read (`constant`, `non-finite`, `computed`, `tied`). Of a tensor whose
+    matrices have a std each there is a record for each `part`, with its own shape; `undivided` says why one
+    that looks like several matrices is taken as one. `path` is a name with the containers that it is in,
+    where these say more, and `told_by` says what told whether it is a buffer. `percentiles` go by their
+    names, such as `p99`.
     """
 
     name: str

@@ -156,6 +156,8 @@ def make_plan(
     if noise.granularity == "matrix":
         divisions = divide(tensors, noise.splits, matched[len(matched) - len(noise.splits) :], config)
     wishes = _wishes(certain, filters, told.buffers, divisions)
+    # What the user includes is a parameter, whatever its values.
+    open_to_values = set() if noise.include else told.open_to_values(tensors)
     steps = []
     for tensor in tensors:
         name = tensor.name
@@ -163,7 +165,9 @@ def make_plan(
         step = _decide(tensor, wish, noise, filters)
         by = told.by.get(name, "names")
         step = replace(step, told_by=by, doubt=_is_doubt(step, wish, name in told.doubts))
-        if tensor.name in candidates and step.reason not in _SAFETY:
+        if name in open_to_values and step.action != "copy":
+            step = replace(step, unsure=(*step.unsure, "computed"))
+        if name in candidates and step.reason not in _SAFETY:
             step = replace(step, unsure=(*step.unsure, "tied"))
         steps.append(step)
     return Plan(noise, tuple(steps), ties)

@@ -79,10 +79,8 @@ def find_computed(
     }
     found: dict[str, str] = {}
     for name, step in open_steps.items():
-        last = split_name(name)[1]
-        # A letter is what weights have in formulas.
-        plain = len(last) == 1 or computed.PLAIN.fullmatch(last) is not None
-        if plain and last != "weight":
+        plain = computed.is_plain(name)
+        if plain and split_name(name)[1] != "weight":
             continue
         if why := computed.look(step.tensor, values_of(step.tensor), plain=plain):
             found[name] = why

@@ -63,7 +63,7 @@ def test_every_tensor_has_a_step_in_file_order_with_its_reason() -> None:
 
 def test_what_only_the_values_can_tell_is_marked() -> None:
     made = plan()
-    assert step(made, "half").unsure == ("constant", "non-finite")
+    assert step(made, "half").unsure == ("constant", "non-finite", "computed")
     assert step(made, HEAD).unsure == ("constant", "non-finite", "tied")
     assert step(made, "ids").unsure == ()
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
+from noisytune_cli.plan.evidence.structure import split_name
 from noisytune_cli.records import TensorSpec
 
 if TYPE_CHECKING:
@@ -55,6 +56,25 @@ _WAVE = "a table of sinusoids, or a progression"
 _SCHEDULE = "a schedule: monotone and smooth"
 _EVEN = "a window or a filter, the same backwards"
 _UNIT = "its rows or columns have length one"
+
+
+def is_plain(name: str) -> bool:
+    """Say whether a name is one that only weights have; a letter is what they have in formulas."""
+    last = split_name(name)[1]
+    return len(last) == 1 or PLAIN.fullmatch(last) is not None
+
+
+def may_be(tensor: TensorSpec) -> bool:
+    """Say whether a name leaves it to the values to tell whether they were computed.
+
+    Of those that only weights have, it is the tables of positions, which may be sinusoids.
+    """
+    if tensor.dtype not in FLOAT_DTYPES or tensor.elements < _FEWEST:
+        return False
+    module, last = split_name(tensor.name)
+    if is_plain(tensor.name):
+        return last == "weight" and len(tensor.shape) > 1 and _POSITIONS.search(module) is not None
+    return True
 
 
 def look(tensor: TensorSpec, values: Values, *, plain: bool) -> str | None:
@@ -334,6 +354,9 @@ def _has_unit_vectors(shape: tuple[int, ...], values: Values, rounding: float) -
         squares += (values(at * length, n * length).reshape(n, length) ** 2).sum(0)
     return are_unit(squares)
 
+
+#: What modules are called that hold a table of positions.
+_POSITIONS = re.compile(r"(?<![a-z])(pos|positions?|positional|wpe)(?![a-z])[^./]*[./]$", re.IGNORECASE)
 
 #: The last part of names that only weights have.
 PLAIN = re.compile(

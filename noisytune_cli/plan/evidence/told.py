@@ -22,7 +22,7 @@ from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import UsageError
 from noisytune_cli.plan.evidence import adapter_layers, declared, structure
 from noisytune_cli.plan.evidence.buffers import find_buffers, stands_alone
-from noisytune_cli.plan.evidence.computed import PLAIN
+from noisytune_cli.plan.evidence.computed import PLAIN, may_be
 from noisytune_cli.plan.evidence.doubts import is_doubtful
 from noisytune_cli.plan.evidence.structure import Kind, OrderedPair
 from noisytune_cli.records import Declared, TensorSpec, ToldBy
@@ -61,6 +61,11 @@ class Told:
     def tells(self, name: str) -> bool:
         """Say whether something stronger than values decided on a name."""
         return self.by.get(name, "names") != "names"
+
+    def open_to_values(self, tensors: Iterable[TensorSpec]) -> set[str]:
+        """Return the names of which the values may yet show that they are buffers."""
+        pairs = [pair.names for pair in self.unsure if not any(map(self.tells, pair.names))]
+        return {t.name for t in tensors if may_be(t) and not self.tells(t.name)}.union(*pairs)
 
 
 def tell_checkpoint(source: Checkpoint, decider: str) -> Told:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 import noisytune_cli
 from noisytune_cli.cli.app import app
 from noisytune_cli.commands.inspect import inspect
-from noisytune_cli.commands.perturb import Perturbed, Request, perturb
+from noisytune_cli.commands.perturb import Perturbed, Request, perturb, plan_perturb
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid
@@ -61,6 +61,36 @@ def pickled(tmp_path: Path, content: Any) -> Perturbed:
 def tensors(**shapes: tuple[int, ...]) -> dict[str, Any]:
     torch = pytest.importorskip("torch")
     return {name: torch.from_numpy(drawn(*shape, seed=i)) for i, (name, shape) in enumerate(shapes.items())}
+
+
+def test_the_plan_says_of_what_the_values_decide(tmp_path: Path) -> None:
+    shapes = {
+        "net.0.weight": (8, 8),
+        "net.0.bias": (8,),
+        "net.q_proj": (8, 8),
+        "embeddings.word_embeddings.weight": (16, 4),
+        "embeddings.position_embeddings.weight": (16, 4),
+        "pos_embed": (1, 16, 4),
+        "obs.mean": (3,),
+        "obs.std": (3,),
+        "obs.gain": (3,),
+        "x.running_mean": (8,),
+        "x.running_var": (8,),
+    }
+    stored = {name: Tensor("F32", drawn(*shape)) for name, shape in shapes.items()}
+    source = save(tmp_path / "m.safetensors", stored)
+    left_open = ["embeddings.position_embeddings.weight", "pos_embed", "obs.mean", "obs.std"]
+
+    steps = plan_perturb(Request(str(source), NoiseSpec())).plan.steps
+    assert [step.tensor.name for step in steps if "computed" in step.unsure] == left_open
+    dry = noisytune("perturb", source, "--dry-run")
+    assert "pos_embed  F32 1x16x4  perturb λ=0.15; unless constant or non-finite or computed" in dry.stdout
+    rows = inspect(str(source), headers_only=True).tensors
+    assert [row.name for row in rows if "computed" in row.unsure] == left_open
+    assert not any(row.unsure for row in inspect(str(source)).tensors)
+    # What the user includes is a parameter whatever its values.
+    included = plan_perturb(Request(str(source), NoiseSpec(include=("*",)))).plan.steps
+    assert not any("computed" in step.unsure for step in included)
 
 
 # The checkpoint itself.
