@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 
 from noisytune_cli.checkpoint.composition import (
     Component,
+    Model,
     judge_of,
+    models_of,
 )
 from noisytune_cli.checkpoint.config import read_adapter
 from noisytune_cli.checkpoint.find import Found, find, printable
@@ -49,8 +51,9 @@ class Checkpoint:
     `id` is a plain name or hub id, never a path of this machine; `revision` the hub's commit. `sources` are
     in the order of their names; `others` are to be copied (the index among them), `left_out` are not, each
     with its reason. File names are relative to `root`, with `/`. `previous_run` is what a manifest that lies
-    with the weights says of them; `reach` bounds where links may lead, and `seen` has what `others` were when
-    all was opened. `scratch` is released when it is closed.
+    with the weights says of them; `configs` are those of components in folders, by folder; `reach` bounds
+    where links may lead, and `seen` has what `others` were when all was opened. `scratch` is released when it
+    is closed.
     """
 
     id: str
@@ -64,6 +67,7 @@ class Checkpoint:
     left_out: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...]
     previous_run: PreviousRun | None
+    configs: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     reach: Reach | None = None
     seen: Mapping[str, os.stat_result] = field(default_factory=dict)
     scratch: ExitStack = field(default_factory=ExitStack, compare=False, repr=False)
@@ -103,9 +107,18 @@ class Checkpoint:
         )
 
     @property
+    def models(self) -> tuple[Model, ...]:
+        """The models that are in it: one, but for a composition."""
+        return models_of(self.tensors, self.config, self.configs)
+
+    @property
     def adapter(self) -> Mapping[str, Any] | None:
-        """The config of the adapter that lies with the weights, if there is one."""
+        """The config of the adapter that lies with the first of the weights, if there is one."""
         return read_adapter(self.root / posixpath.dirname(self.sources[0].name), self.reach)
+
+    def adapter_of(self, model: Model) -> Mapping[str, Any] | None:
+        """Return the config of the adapter that lies with a model's weights, if there is one."""
+        return read_adapter(self.root / model.folder, self.reach) if self.configs else self.adapter
 
     @property
     def stored_as_one(self) -> tuple[tuple[str, ...], ...]:
@@ -230,6 +243,7 @@ def _checkpoint(
         left_out=left_out,
         warnings=(*found.warnings, *warnings),
         previous_run=found.previous_run,
+        configs=found.configs,
         reach=found.reach,
         seen=seen or {},
     )

@@ -12,7 +12,7 @@ import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from noisytune_cli.checkpoint.formats import Sink, Source
 from noisytune_cli.checkpoint.index import ShardIndex
@@ -102,6 +102,53 @@ def choose_inside(listing: Listing, folder: str, where: str, read: Callable[[str
     """Choose the weights of a component, as if its folder were a checkpoint's."""
     name = choose_weights(inside(listing, folder), None, f"{where}/{folder}")
     return choose(listing, posixpath.join(folder, name), where, read)
+
+
+class Model(NamedTuple):
+    """One of the models that a checkpoint holds: its tensors under their own names, and what is said of them.
+
+    `prefix` is what comes before its names in a composition, `folder` where it lies.
+    """
+
+    prefix: str
+    folder: str
+    tensors: tuple[TensorSpec, ...]
+    config: Mapping[str, Any] | None
+
+
+def models_of(
+    tensors: Sequence[TensorSpec],
+    config: Mapping[str, Any] | None,
+    configs: Mapping[str, Mapping[str, Any] | None] | None = None,
+) -> tuple[Model, ...]:
+    """Return the models whose tensors these are: each is judged by itself, as nobody names them together.
+
+    `configs` are those of the components in folders, by folder; without one there is one model.
+    """
+    configs = configs or {}
+    held: dict[str, list[TensorSpec]] = {}
+    for tensor in tensors:
+        folder = posixpath.dirname(tensor.file)
+        held.setdefault(folder if folder in configs else "", []).append(tensor)
+    return tuple(
+        Model(
+            prefix := f"{folder}/" if folder else "",
+            folder,
+            tuple(replace(tensor, name=tensor.name[len(prefix) :]) for tensor in found),
+            configs.get(folder, config),
+        )
+        for folder, found in held.items()
+    )
+
+
+def within(prefix: str, metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return what the metadata of all says of one of the models, as its own files say it."""
+    end = len(prefix)
+    return {
+        name[end:]: other[end:] if other.startswith(prefix) else other
+        for name, other in metadata.items()
+        if name.startswith(prefix)
+    }
 
 
 def judge_of(homes: Sequence[str]) -> Callable[[str], str]:

@@ -72,6 +72,15 @@ def read_adapter(folder: Path, reach: Reach | None = None) -> Mapping[str, Any] 
     return config if isinstance(config, dict) else None
 
 
+def library_of(config: Mapping[str, Any]) -> str | None:
+    """Return the library that wrote a config, by how it names the architecture there."""
+    if config.get("architectures"):
+        return "transformers"
+    if "_class_name" in config and "_diffusers_version" in config:
+        return "diffusers"
+    return "timm" if "architecture" in config and "pretrained_cfg" in config else None
+
+
 class Hyperparameters:
     """The sizes and types in a config, wherever in it they stand; empty without one.
 

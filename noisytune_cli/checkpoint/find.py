@@ -55,7 +55,8 @@ class Found:
     the weights, several where it `is_composed` of components. `listing` is None where SOURCE is a file, and
     `repository` where it is local. `config` is the model's own, at `config_path` for an error to name;
     `previous_run` is what a manifest that lies with the weights says of them, and `namesakes` only look like
-    one. `reach` bounds where links may lead. Of the files in `headers_alone` there is nothing but a header.
+    one. `configs` are those of components in folders, by folder. `reach` bounds where links may lead. Of the
+    files in `headers_alone` there is nothing but a header.
     """
 
     id: str
@@ -69,6 +70,7 @@ class Found:
     warnings: tuple[str, ...]
     previous_run: PreviousRun | None
     namesakes: frozenset[str] = frozenset()
+    configs: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     reach: Reach | None = None
     repository: Repository | None = field(default=None, compare=False)
     headers_alone: frozenset[str] = frozenset()
@@ -238,8 +240,10 @@ def _find_in_folder(place: _Place, weights: str | None, components: Sequence[str
         choices = (choose(listing, weights, where, place.read_index),)
 
     config_name = posixpath.join("" if folders else posixpath.dirname(choices[0].name), CONFIG)
-    place.fetch([config_name] if config_name in listing.files else [])
+    config_names = {folder: posixpath.join(folder, CONFIG) for folder in folders if folder}
+    place.fetch([name for name in (config_name, *config_names.values()) if name in listing.files])
     config, useless = look_at_config(root / config_name, place.reach)
+    own = {folder: look_at_config(root / name, place.reach) for folder, name in config_names.items()}
 
     # A manifest is not copied, but says what was done to the weights. What is too long for one is none.
     left, repository = manifests(listing), place.repository
@@ -249,7 +253,7 @@ def _find_in_folder(place: _Place, weights: str | None, components: Sequence[str
     files = [file for choice in choices for file in _files_of(choice, listing)]
     earlier, namesakes = of_folder(root, left, files)
     namesakes |= set(manifests(listing)).difference(left)
-    warnings = [] if useless is None else [useless]
+    warnings = [why for why in (useless, *(why for _, why in own.values())) if why is not None]
     return Found(
         id=place.id,
         revision=place.revision,
@@ -262,6 +266,7 @@ def _find_in_folder(place: _Place, weights: str | None, components: Sequence[str
         warnings=(*warnings, *(f"{escape(name)} is left out: {NAMESAKE}" for name in sorted(namesakes))),
         previous_run=earlier,
         namesakes=namesakes,
+        configs={folder: found for folder, (found, _) in own.items()},
         reach=place.reach,
         repository=repository,
     )

@@ -14,6 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from noisytune_cli.checkpoint.composition import Model, within
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.records import TensorSpec
@@ -144,6 +145,20 @@ def refuse_quantized(
             raise _refusal(method, f"__metadata__ has {key}", path)
         if "torchao" in value:
             raise _refusal("torchao", f"__metadata__ has {key}", path)
+
+
+def refuse_quantized_models(
+    models: Sequence[Model], *, metadata: Mapping[str, str], path: str, are_all: bool = False
+) -> None:
+    """Raise InputInvalid if one of a checkpoint's models is quantised, each by its own config and names."""
+    for model in models:
+        refuse_quantized(
+            model.tensors,
+            config=model.config,
+            metadata=within(model.prefix, metadata),
+            path=os.path.join(path, model.folder) if model.folder else path,
+            are_all=are_all,
+        )
 
 
 def refuse_quantized_config(config: Mapping[str, Any] | None, path: str | os.PathLike[str]) -> None:

@@ -150,7 +150,7 @@ BuffersFrom = Annotated[
     str,
     typer.Option(
         metavar="auto|names|model",
-        help="What tells buffers from parameters: their names, a model that transformers builds from "
+        help="What tells buffers from parameters: their names, a model that its library builds from "
         "config.json without weights, or the model only where the names leave a doubt.",
         rich_help_panel=TENSORS,
     ),

@@ -15,7 +15,7 @@ from pathlib import Path
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_found
 from noisytune_cli.checkpoint.find import find
 from noisytune_cli.checkpoint.formats._file import common_mode
-from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
+from noisytune_cli.checkpoint.quantized import refuse_quantized_config, refuse_quantized_models
 from noisytune_cli.commands.card import claims_of, read_card, write_card
 from noisytune_cli.commands.one_model import (
     check_same_buffers,
@@ -161,11 +161,11 @@ def _open(source: str, *, mmap: bool, quiet: bool, follow_links: bool) -> Checkp
     found = find(source, quiet=quiet, follow_links=follow_links)
     if found.repository is not None:
         refuse_quantized_config(found.config, found.config_path)
+        for folder, config in found.configs.items():
+            refuse_quantized_config(config, f"{source}/{folder}/config.json")
     member = open_found(found, mmap=mmap)
     try:
-        refuse_quantized(
-            member.tensors, config=member.config, metadata=member.metadata, path=source, are_all=True
-        )
+        refuse_quantized_models(member.models, metadata=member.metadata, path=source, are_all=True)
     except BaseException:
         member.close()
         raise

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from noisytune_cli.checkpoint.quantized import refuse_quantized
+from noisytune_cli.checkpoint.quantized import refuse_quantized_models
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine.correlation import Correlation, Draw, Suspect, correlate
 from noisytune_cli.engine.threads import Progress
@@ -255,9 +255,7 @@ def _arrange(
     files = {file.name: file for file in checkpoint.sources}
     warnings = []
     try:
-        refuse_quantized(
-            checkpoint.tensors, config=checkpoint.config, metadata=checkpoint.metadata, path=checkpoint.id
-        )
+        refuse_quantized_models(checkpoint.models, metadata=checkpoint.metadata, path=checkpoint.id)
     except InputInvalid as error:
         warnings.append(f"only what is stored as floats is looked at: {error.why}")
     floats = [tensor for tensor in checkpoint.tensors if tensor.dtype in FLOAT_DTYPES]

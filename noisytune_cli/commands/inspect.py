@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from noisytune_cli.checkpoint.quantized import refuse_quantized
+from noisytune_cli.checkpoint.quantized import refuse_quantized_models
 from noisytune_cli.commands.provenance import Provenance, provenance_of
 from noisytune_cli.commands.result import Result
 from noisytune_cli.commands.sorting import check_sort, sort_rows
@@ -212,13 +212,7 @@ def inspect(
 def _refusal(checkpoint: Checkpoint, path: str) -> str | None:
     """Return why perturb would refuse the checkpoint as quantised, or None."""
     try:
-        refuse_quantized(
-            checkpoint.tensors,
-            config=checkpoint.config,
-            metadata=checkpoint.metadata,
-            path=path,
-            are_all=True,
-        )
+        refuse_quantized_models(checkpoint.models, metadata=checkpoint.metadata, path=path, are_all=True)
     except InputInvalid as error:
         return error.why
     return None

@@ -79,6 +79,7 @@ def _tied_to(tensor: TensorSpec, having: Checkpoint, lacking: Mapping[str, Tenso
     ties = find_ties(
         having.tensors,
         config=having.config,
+        configs=having.configs,
         metadata=having.metadata,
         stored_as_one=having.stored_as_one,
     )
@@ -118,8 +119,10 @@ def _adapter_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
 
 def check_same_config(first: Checkpoint, first_name: str, other: Checkpoint, name: str) -> None:
     """Raise InputInvalid where the configs make other models of the same tensors; it names the fields."""
+    folders = first.configs.keys() & other.configs.keys()
     for ours, theirs, file in (
         (first.config, other.config, "config.json"),
+        *((first.configs[at], other.configs[at], f"{at}/config.json") for at in sorted(folders)),
         (_adapter_config(first), _adapter_config(other), _ADAPTER_CONFIG),
     ):
         if ours is None or theirs is None:

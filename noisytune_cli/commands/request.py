@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_found
 from noisytune_cli.checkpoint.composition import Component
 from noisytune_cli.checkpoint.find import find
-from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
+from noisytune_cli.checkpoint.quantized import refuse_quantized_config, refuse_quantized_models
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.records import Conversion, NoiseSpec
 
@@ -51,6 +51,8 @@ class Request:
             from noisytune_cli.checkpoint.dequantize import check_config, dequantize  # few weights are fp8
         if found.repository is not None:
             (check_config if dequantizes else refuse_quantized_config)(found.config or {}, found.config_path)
+            for folder, config in found.configs.items():
+                refuse_quantized_config(config, f"{self.source}/{folder}/config.json")
         source = open_found(found, mmap=self.mmap, headers_only=headers_only)
         try:
             if self.conversion is not None and any(isinstance(file, Component) for file in source.sources):
@@ -62,9 +64,7 @@ class Request:
                 )
             if dequantizes:
                 return dequantize(source, self.source)
-            refuse_quantized(
-                source.tensors, config=source.config, metadata=source.metadata, path=self.source, are_all=True
-            )
+            refuse_quantized_models(source.models, metadata=source.metadata, path=self.source, are_all=True)
         except BaseException:
             source.close()
             raise

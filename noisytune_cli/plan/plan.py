@@ -127,12 +127,14 @@ def make_plan(
     noise: NoiseSpec,
     *,
     config: Mapping[str, Any] | None = None,
+    configs: Mapping[str, Mapping[str, Any] | None] | None = None,
     metadata: Mapping[str, str] | None = None,
     stored_as_one: Iterable[Sequence[str]] = (),
     told: Told | None = None,
 ) -> Plan:
     """Decide for each of `tensors` whether it gets noise.
 
+    `configs` are those of a composition's components, by folder.
     `told` says which are buffers; without it that is told from the tensors and the config alone.
     Ties by equal bytes are candidates: their names stand alone, marked `tied`, until `confirm_ties`.
     Raises UsageError for a bad λ or seed, for a pattern that is wrong or matches nothing, and for a split
@@ -142,7 +144,12 @@ def make_plan(
     if told is None:
         told = tell(tensors, config=config, decider="names")
     ties = find_ties(
-        tensors, config=config, metadata=metadata, stored_as_one=stored_as_one, declared=told.pairs
+        tensors,
+        config=config,
+        configs=configs,
+        metadata=metadata,
+        stored_as_one=stored_as_one,
+        declared=told.pairs,
     )
     names = [*(tensor.name for tensor in tensors), *(name for tie in ties for name, _ in tie.dropped)]
     # A kind holds no buffer, but what the values told it may have held before they were known.
@@ -154,7 +161,9 @@ def make_plan(
     candidates = {name for tie in ties if tie.evidence == "equal-bytes" for name in tie.names}
     divisions: dict[str, Division] = {}
     if noise.granularity == "matrix":
-        divisions = divide(tensors, noise.splits, matched[len(matched) - len(noise.splits) :], config)
+        divisions = divide(
+            tensors, noise.splits, matched[len(matched) - len(noise.splits) :], config, configs
+        )
     wishes = _wishes(certain, filters, told.buffers, divisions)
     # What the user includes is a parameter, whatever its values.
     open_to_values = set() if noise.include else told.open_to_values(tensors)

@@ -67,6 +67,7 @@ def plan_checkpoint(source: Checkpoint, noise: NoiseSpec, told: Told) -> Plan:
         source.tensors,
         noise,
         config=source.config,
+        configs=source.configs,
         metadata=source.metadata,
         stored_as_one=source.stored_as_one,
         told=told,

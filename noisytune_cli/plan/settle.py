@@ -60,7 +60,7 @@ def look_at_values(
         return read
 
     found, settled = find_computed(plan, told, values_of)
-    if told.ask_model and (found or _is_tie_likely(plan, sources)):
+    if told.models and (found or _is_tie_likely(plan, sources)):
         told = ask_model(told, tensors)
     return with_values(told, found, settled)
 

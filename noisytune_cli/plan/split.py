@@ -18,6 +18,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from noisytune_cli.checkpoint.composition import models_of
 from noisytune_cli.checkpoint.config import Hyperparameters
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import UsageError
@@ -62,31 +63,35 @@ def divide(
     splits: Sequence[tuple[str, str]],
     matched: Sequence[Collection[str]],
     config: Mapping[str, Any] | None,
+    configs: Mapping[str, Mapping[str, Any] | None] | None = None,
 ) -> dict[str, Division]:
     """Return the division of each tensor that has one, or that looks as if it should have.
 
+    The layouts in each model of a composition are told by its own of `configs` (see `models_of`).
     `matched` are the names that each split's pattern matches. Raises UsageError where a split does not fit
     a tensor that it matches (one that can take noise).
     """
     from noisytune_cli.plan.families import known_parts  # each tensor is one matrix, unless asked
 
     split_of = {name: split for split, found in zip(splits, matched, strict=True) for name in found}
-    by_name = {tensor.name: tensor for tensor in tensors}
-    model = Hyperparameters(config)
     divisions = {}
-    for tensor in tensors:
-        if tensor.dtype not in FLOAT_DTYPES or tensor.elements < 2:
-            continue
-        if tensor.name in split_of:
-            divisions[tensor.name] = Division(_split(tensor, *split_of[tensor.name]))
-            continue
-        found = known_parts(tensor, by_name, model)
-        if isinstance(found, str):
-            divisions[tensor.name] = Division(undivided=found)
-        elif len(found) > MAX_PARTS:
-            divisions[tensor.name] = Division(undivided=f"it has {len(found):,} matrices, too many to record")
-        elif found:
-            divisions[tensor.name] = Division(found)
+    for model in models_of(tensors, config, configs):
+        by_name = {tensor.name: tensor for tensor in model.tensors}
+        sizes = Hyperparameters(model.config)
+        for tensor in model.tensors:
+            if tensor.dtype not in FLOAT_DTYPES or tensor.elements < 2:
+                continue
+            name = model.prefix + tensor.name
+            if name in split_of:
+                divisions[name] = Division(_split(tensor, *split_of[name]))
+                continue
+            found = known_parts(tensor, by_name, sizes)
+            if isinstance(found, str):
+                divisions[name] = Division(undivided=found)
+            elif len(found) > MAX_PARTS:
+                divisions[name] = Division(undivided=f"it has {len(found):,} matrices, too many to record")
+            elif found:
+                divisions[name] = Division(found)
     if (count := sum(len(division.parts) for division in divisions.values())) > MAX_LINES:
         raise UsageError(
             "--granularity matrix",

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from noisytune_cli.checkpoint.composition import models_of
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.plan.patterns import compile_pattern
 from noisytune_cli.records import TensorSpec, Tie
@@ -119,12 +120,14 @@ def find_ties(
     tensors: Sequence[TensorSpec],
     *,
     config: Mapping[str, Any] | None = None,
+    configs: Mapping[str, Mapping[str, Any] | None] | None = None,
     metadata: Mapping[str, str] | None = None,
     stored_as_one: Iterable[Sequence[str]] = (),
     declared: Iterable[tuple[str, str]] = (),
 ) -> tuple[Tie, ...]:
     """Return the ties and candidates for one among `tensors`, in file order, none sharing a name.
 
+    Of a composition each model is judged alone, by its own of `configs` (see `models_of`).
     `declared` are pairs that a model or the checkpoint declares. An alias may be of a name that is not
     stored: the parameter has that name too, and may get its noise. `stored_as_one` are groups of names that
     share a slot in the file. A chain of pairs is one tie. Its evidence is `equal-bytes` if a known pair is
@@ -137,8 +140,10 @@ def find_ties(
     links += [(a, b, "alias") for a, b in (metadata or {}).items()]
     dropped_of = _dropped(by_name, metadata or {})
     links += [(a, b, "equal-bytes") for a, b in declared]
-    links += [(a, b, "equal-bytes") for a, b in _known_pairs(by_name, heads=not _parted(config))]
-    links += [(a, b, "equal-bytes") for a, b in _one_module(by_name)]
+    for model in models_of(tensors, config, configs):
+        names = {tensor.name: None for tensor in model.tensors}
+        known = (*_known_pairs(names, heads=not _parted(model.config)), *_one_module(names))
+        links += [(model.prefix + a, model.prefix + b, "equal-bytes") for a, b in known]
     group_of: dict[str, list[str]] = {}
     unsure: set[str] = set()
     aliased = set(dropped_of)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from noisytune_cli.commands.average import average
 from noisytune_cli.commands.compare import compare
 from noisytune_cli.commands.detect import detect
 from noisytune_cli.commands.inspect import inspect
-from noisytune_cli.commands.perturb import Perturbed, Request, perturb
+from noisytune_cli.commands.perturb import Perturbed, Request, perturb, plan_perturb
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.plan.evidence import buffers_by_model
+from noisytune_cli.plan.evidence.buffers_by_model import Answer
 from noisytune_cli.records import Conversion, NoiseSpec
 from tests.cli.test_cli import invoke
 
@@ -206,6 +210,87 @@ def test_noise_in_a_pipeline_is_compared_and_detected(pipeline: Path, tmp_path: 
     assert {tensor.stream for tensor in score.tensors} == changed
     with pytest.raises(InputInvalid, match="a pipeline of several models"):
         compare(str(pipeline), str(out))
+
+
+@pytest.fixture
+def composed(tmp_path: Path) -> Path:
+    """Two models side by side that name their tensors alike; only one config knows of the other's things."""
+    root = tmp_path / "composed"
+    table = weights("F32", 20, 8, seed=1)
+    tensors = {
+        "model.embed_tokens.weight": table,
+        "lm_head.weight": table,
+        "h.0.attn.query_key_value.weight": weights("F32", 24, 8, seed=2),
+    }
+    configs = {
+        "0_Tied": {"model_type": "bloom", "n_head": 2, "hidden_size": 8},
+        "1_Apart": {"model_type": "x", "tie_word_embeddings": False},
+    }
+    for folder, config in configs.items():
+        save(root / folder / "model.safetensors", tensors)
+        write(root / folder / "config.json", config)
+    write(root / "modules.json", modules("0_Tied", "1_Apart"))
+    return root
+
+
+def test_each_component_is_judged_by_its_own_config(composed: Path, tmp_path: Path) -> None:
+    done = perturb(Request(str(composed), NoiseSpec(granularity="matrix")), str(tmp_path / "out"))
+    steps = {r.step.tensor.name: r.step for r in done.manifest.receipts}
+    tied = {name: step.stream for name, step in steps.items() if step.stream != name}
+    assert tied == {"0_Tied/lm_head.weight": "0_Tied/model.embed_tokens.weight"}
+    fused = "h.0.attn.query_key_value.weight"
+    assert [part.name for part in steps[f"0_Tied/{fused}"].parts] == ["q", "k", "v"]
+    assert not steps[f"1_Apart/{fused}"].parts
+
+
+def test_a_component_whose_config_calls_it_quantised_is_refused(composed: Path, tmp_path: Path) -> None:
+    write(composed / "1_Apart/config.json", {"quantization_config": {"quant_method": "gptq"}})
+    with pytest.raises(InputInvalid, match="GPTQ") as refused:
+        run(composed, tmp_path / "out")
+    assert refused.value.path == str(composed / "1_Apart")
+    run(composed, tmp_path / "out", components=("0_Tied",))
+    metadata = {"format": "pt", "quantization": "gptq"}
+    save(composed / "0_Tied/model.safetensors", {"w": weights("F32", 9, 4)}, metadata)
+    with pytest.raises(InputInvalid, match="__metadata__ has quantization"):
+        run(composed, tmp_path / "other", components=("0_Tied",))
+
+
+def test_a_component_whose_config_is_of_no_use_is_warned_of(composed: Path, tmp_path: Path) -> None:
+    (composed / "1_Apart/config.json").write_text("[]")
+    done = run(composed, tmp_path / "out")
+    assert [warning for warning in done.warnings if "1_Apart/config.json" in warning]
+
+
+def test_configs_of_components_that_differ_are_refused_in_an_average(composed: Path, tmp_path: Path) -> None:
+    shutil.copytree(composed, tmp_path / "other")
+    write(tmp_path / "other/1_Apart/config.json", {"model_type": "y", "tie_word_embeddings": False})
+    with pytest.raises(InputInvalid, match=r"1_Apart/config.json differs.*model_type"):
+        average([str(composed), str(tmp_path / "other")], str(tmp_path / "out"))
+
+
+def test_a_component_asks_the_model_of_its_own_config(
+    composed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def answer(request: Any) -> Answer:
+        asked.append((request["config"]["model_type"], request["names"]))
+        return Answer({"pos_embed": "buffer"}, (("pos_embed", "table"),))
+
+    monkeypatch.setattr(buffers_by_model, "_run", answer)
+    tensors = {"pos_embed": weights("F32", 9, 4), "table": weights("F32", 9, 4)}
+    for folder in ("0_Tied", "1_Apart"):
+        save(composed / folder / "model.safetensors", tensors)
+    write(composed / "1_Apart/config.json", {"architectures": ["BertModel"], "model_type": "bert"})
+    for buffers_from in ("auto", "model"):
+        request = Request(str(composed), NoiseSpec(), buffers_from=buffers_from)
+        told = {step.tensor.name: step.told_by for step in plan_perturb(request).plan.steps}
+        assert told["1_Apart/pos_embed"] == "model"
+        assert told["0_Tied/pos_embed"] != "model"
+    assert asked == [("bert", ["pos_embed", "table"])] * 2
+    write(composed / "1_Apart/config.json", {})
+    with pytest.raises(UsageError, match="no model can be asked"):
+        plan_perturb(replace(request, buffers_from="model"))
 
 
 def test_weights_takes_one_file_under_its_own_keys(sentences: Path, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """A model without weights, which knows its parameters, its buffers and its ties exactly.
 
-Where `config.json` names one of transformers' architectures and transformers is installed, a model is built
-from it on torch's meta device (`meta_model.py`, in a process of its own). That takes seconds, and importing
-torch, so by default it is asked only where there is a doubt (`told.py`).
+Where `config.json` names an architecture of a library's own (transformers, diffusers, timm) and that is
+installed, a model is built from it on torch's meta device (`meta_model.py`, in a process of its own). That
+takes seconds, and importing torch, so by default it is asked only where there is a doubt (`told.py`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from noisytune_cli.checkpoint.config import library_of
 from noisytune_cli.plan.evidence.structure import Kind
 from noisytune_cli.records import TensorSpec
 
 #: Keys of a config that say how many of something a model is made of.
-_COUNTS = re.compile(r"(num|n)_\w*(layers?|blocks?|experts?|layer)|depths?|\w*_(layers|depths?|blocks)")
+_COUNTS = re.compile(
+    r"(num|n)_\w*(layers?|blocks?|experts?|layer)|depths?|\w*_(layers|depths?|blocks)|\w*layers_per_\w*"
+)
+
+#: The key under which each library names the architecture.
+_NAMED_BY = {"transformers": "architectures", "diffusers": "_class_name", "timm": "architecture"}
+#: What such a name is; in timm it may have a tag, but no colon, which would name a repository.
+_CLASS = re.compile(r"[A-Za-z]\w*")
+_NAME = {"transformers": _CLASS, "diffusers": _CLASS, "timm": re.compile(r"\w+(\.\w+)?")}
+
+#: What is installed for a library in a clone, where it is one of noisytune's extras.
+_EXTRA = {"transformers": "'.[transformers]' in a clone"}
 
 #: More parts than this for each tensor of the checkpoint, and the config is of another model, or a trap.
 _MOST_PARTS, _FEWEST_ALLOWED = 2, 1000
@@ -39,19 +51,24 @@ class Answer:
 
 def ask(tensors: Sequence[TensorSpec], config: Mapping[str, Any]) -> Answer | str:
     """Return what the model that a config names knows of the tensors, or why there is none to ask."""
-    names = config.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or type(names[0]) is not str:
+    library = library_of(config)
+    name = config.get(_NAMED_BY.get(library or "", ""))
+    if library == "transformers" and isinstance(name, list) and len(name) == 1:
+        name = name[0]
+    if library is None or type(name) is not str:
         return "config.json names no architecture"
     if "auto_map" in config:
         return "its architecture comes with the checkpoint, and what comes with one is never run"
-    if not re.fullmatch(r"[A-Za-z]\w*", names[0]) or type(config.get("model_type")) is not str:
-        return "its architecture is none of transformers'"
+    is_typed = library != "transformers" or type(config.get("model_type")) is str
+    if not is_typed or not _NAME[library].fullmatch(name):
+        return f"its architecture is none of {library}'{'' if library.endswith('s') else 's'}"
     most = max(_FEWEST_ALLOWED, _MOST_PARTS * len(tensors))
     if any(count > most for count in _counts(config, 0)):
         return f"config.json describes more than {most:,} parts, far more than the checkpoint has"
-    if not all(importlib.util.find_spec(package) for package in ("transformers", "torch")):
-        return "transformers is not installed (pip install '.[transformers]' in a clone)"
-    return _run({"config": dict(config), "names": [tensor.name for tensor in tensors]})
+    if not all(importlib.util.find_spec(package) for package in (library, "torch")):
+        return f"{library} is not installed (pip install {_EXTRA.get(library, library)})"
+    names = [tensor.name for tensor in tensors]
+    return _run({"library": library, "config": dict(config), "names": names})
 
 
 def _counts(value: object, depth: int, key: str = "") -> Iterator[float]:
@@ -83,7 +100,7 @@ def _run(request: Mapping[str, Any]) -> Answer | str:
         answer = json.loads(done.stdout)
         kinds, tied = answer["kinds"], answer["tied"]
     except (OSError, LookupError, TypeError, ValueError, subprocess.SubprocessError):
-        return "transformers cannot build its architecture from config.json"
+        return f"{request['library']} cannot build its architecture from config.json"
     known = set(request["names"])
     return Answer(
         {name: kind for name, kind in kinds.items() if name in known},

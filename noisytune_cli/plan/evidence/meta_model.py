@@ -1,11 +1,11 @@
 """A process of its own that builds a model without weights and tells its parameters from its buffers.
 
-    stdin    {"config": {…}, "names": […]}     the checkpoint's config.json and its tensors' names
+    stdin    {"library": …, "config": {…}, "names": […]}     the checkpoint's config.json, its tensors' names
     stdout   {"kinds": {NAME: "parameter" | "buffer"}, "tied": [[NAME, …], …]}     of those that it knows
 
 `tied` are the names that it declares to be one weight.
 
-torch's meta device allocates no weights. The architecture is one of transformers' own classes, so nothing
+torch's meta device allocates no weights. The architecture is one of the library's own classes, so nothing
 that comes with the checkpoint is imported, and the hub is told to be offline. A config is a stranger's all
 the same: time and memory are limited, and whatever goes wrong is an exit code other than 0.
 """
@@ -13,8 +13,10 @@ the same: time and memory are limited, and whatever goes wrong is an exit code o
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +27,11 @@ _CPU_SECONDS, _DATA_BYTES = 120, 8 << 30
 
 #: Keys of a config that are not the architecture's: they could fetch weights, or ask for packages.
 _LEFT_OUT = frozenset({"auto_map", "quantization_config", "attn_implementation", "_attn_implementation"})
+_FETCHES = re.compile("pretrained|checkpoint|cache|url|path")
 _OFF = {"use_pretrained_backbone": False, "use_kernels": False}
+
+#: Keys beside `model_args` that size a model of timm.
+_OF_TIMM = ("num_classes", "global_pool")
 
 
 def main() -> None:
@@ -37,13 +43,13 @@ def main() -> None:
     answer = os.dup(1)
     os.dup2(2, 1)  # what a library prints is no part of the answer
     with os.fdopen(answer, "w") as file:
-        model = _build(request["config"])
+        model = _BUILDERS[request["library"]](request["config"])
         own = _own_names(model, request["names"])
         json.dump({"kinds": _kinds(model, own), "tied": _tied(model, own)}, file)
 
 
 def _build(config: Mapping[str, Any]) -> Any:
-    """Return the model that a config names, on the meta device."""
+    """Return the model of transformers that a config names, on the meta device."""
     import torch
     import transformers
     from transformers import initialization
@@ -54,6 +60,37 @@ def _build(config: Mapping[str, Any]) -> Any:
     known = transformers.AutoConfig.for_model(**_without_effects(config))
     with torch.device("meta"), initialization.no_init_weights():
         return kind(known)
+
+
+def _build_of_diffusers(config: Mapping[str, Any]) -> Any:
+    """Return the model of diffusers that a config names."""
+    import torch
+
+    diffusers = importlib.import_module("diffusers")
+
+    kind = getattr(diffusers, config["_class_name"])
+    if not issubclass(kind, diffusers.ModelMixin):
+        raise TypeError("the architecture is no model")
+    with torch.device("meta"):
+        return kind.from_config(_without_effects(config))
+
+
+def _build_of_timm(config: Mapping[str, Any]) -> Any:
+    """Return the model of timm that a config names, whose arguments name no weights."""
+    import torch
+
+    timm = importlib.import_module("timm")
+
+    name = config["architecture"].partition(".")[0]  # what follows is a tag of the weights
+    if not timm.is_model(name):
+        raise TypeError("the architecture is no model")
+    given = {**{key: config[key] for key in _OF_TIMM if key in config}, **(config.get("model_args") or {})}
+    given = {key: value for key, value in given.items() if not _FETCHES.search(key)}
+    with torch.device("meta"):
+        return timm.create_model(name, pretrained=False, **_without_effects(given))
+
+
+_BUILDERS = {"transformers": _build, "diffusers": _build_of_diffusers, "timm": _build_of_timm}
 
 
 def _without_effects(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +109,8 @@ def _own_names(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Return the model's name of each that it knows, under a base model's prefix or without one."""
     known = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     known |= {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    rename, prefix = _renaming(model), f"{model.base_model_prefix}."
+    is_renamed = hasattr(model, "base_model_prefix")  # transformers alone does when it loads
+    rename, prefix = (_renaming(model), f"{model.base_model_prefix}.") if is_renamed else (str, "")
     own = {}
     for name in names:
         renamed = rename(name)

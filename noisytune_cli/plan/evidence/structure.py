@@ -53,6 +53,11 @@ class OrderedPair(NamedTuple):
     high: str
     low: str | None
 
+    def under(self, prefix: str) -> OrderedPair:
+        """Return the pair under names with a prefix."""
+        a, b = self.names
+        return OrderedPair((prefix + a, prefix + b), prefix + self.high, self.low and prefix + self.low)
+
 
 class Siblings(NamedTuple):
     """What structure tells: the kind of each name and why, and what the values have to bear out."""

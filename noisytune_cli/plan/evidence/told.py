@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from noisytune_cli.checkpoint.config import library_of
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import UsageError
 from noisytune_cli.plan.evidence import adapter_layers, declared, structure
@@ -29,6 +30,7 @@ from noisytune_cli.records import Declared, TensorSpec, ToldBy
 
 if TYPE_CHECKING:
     from noisytune_cli.checkpoint.checkpoint import Checkpoint
+    from noisytune_cli.checkpoint.composition import Model
     from noisytune_cli.plan.evidence.buffers_by_model import Answer
 
 Decider = Literal["auto", "names", "model"]
@@ -47,7 +49,7 @@ class Told:
     `buffers` are the names that are buffers, each with the reason; `by` says of each name that more than a
     plain name decided on, buffer or parameter, what did. `doubts` are names of a buffer's kind that nothing
     tells. `unsure` are pairs that the values may show to be statistics, `pairs` are declared ties.
-    `ask_model` says that a model was not asked yet, and may be.
+    `models` are those that were not asked yet and may be: what comes before their names, and their configs.
     """
 
     buffers: Mapping[str, str]
@@ -55,8 +57,7 @@ class Told:
     doubts: frozenset[str] = frozenset()
     unsure: tuple[OrderedPair, ...] = ()
     pairs: tuple[tuple[str, str], ...] = ()
-    ask_model: bool = False
-    config: Mapping[str, Any] | None = None
+    models: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
     def tells(self, name: str) -> bool:
         """Say whether something stronger than values decided on a name."""
@@ -69,13 +70,54 @@ class Told:
 
 
 def tell_checkpoint(source: Checkpoint, decider: str) -> Told:
-    """Tell what is known of an open checkpoint's tensors (see `tell`)."""
-    return tell(
-        source.tensors,
-        config=source.config,
-        adapter=source.adapter,
-        declares=source.declared,
-        decider=decider,
+    """Tell what is known of an open checkpoint's tensors (see `tell`), of each of its models alone.
+
+    With `model` one that can be asked is enough: not every layer of a composition is a library's model.
+    """
+    parts: list[tuple[str, Told]] = []
+    refused: list[UsageError] = []
+    models, declares = source.models, source.declared
+    for model in models:
+
+        def told(model: Model, decider: str) -> Told:
+            return tell(
+                model.tensors,
+                config=model.config,
+                adapter=source.adapter_of(model),
+                declares=_own(declares, model.prefix),
+                decider=decider,
+            )
+
+        try:
+            parts.append((model.prefix, told(model, decider)))
+        except UsageError as error:
+            refused.append(error)
+            if len(refused) == len(models):
+                raise refused[0] from None
+            parts.append((model.prefix, told(model, "names")))
+    return parts[0][1] if len(parts) == 1 and not parts[0][0] else _together(parts)
+
+
+def _own(declares: Declared, prefix: str) -> Declared:
+    """Return what the files of one of the models say, under its own names."""
+    end = len(prefix)
+    return replace(
+        declares,
+        buffers=frozenset(name[end:] for name in declares.buffers if name.startswith(prefix)),
+        parameters=frozenset(name[end:] for name in declares.parameters if name.startswith(prefix)),
+        pairs=tuple((a[end:], b[end:]) for a, b in declares.pairs if a.startswith(prefix)),
+    )
+
+
+def _together(parts: Sequence[tuple[str, Told]]) -> Told:
+    """Return what is told of several models in one, each under its prefix."""
+    return Told(
+        buffers={at + name: why for at, told in parts for name, why in told.buffers.items()},
+        by={at + name: by for at, told in parts for name, by in told.by.items()},
+        doubts=frozenset(at + name for at, told in parts for name in told.doubts),
+        unsure=tuple(pair.under(at) for at, told in parts for pair in told.unsure),
+        pairs=tuple((at + a, at + b) for at, told in parts for a, b in told.pairs),
+        models=tuple((at, config) for at, told in parts for _, config in told.models),
     )
 
 
@@ -107,8 +149,7 @@ def tell(
         told,
         unsure=found.unsure,
         pairs=declares.pairs,
-        config=config,
-        ask_model=decider == "auto" and bool((config or {}).get("architectures")),
+        models=(("", config),) if decider == "auto" and config and library_of(config) else (),
     )
     names = {tensor.name for tensor in tensors}
     could = [t for t in tensors if _could_take_noise(t) and t.name not in told.by]
@@ -121,18 +162,21 @@ def tell(
                 why=f"no model can be asked: {answer}",
                 next_step="Leave the option out, and use --exclude for what should get no noise",
             )
-        return _with_answer(told, answer)
+        return _with_answer(told, answer, "")
     if decider == "auto" and any(_asks(could, names)):
         return ask_model(told, tensors)
     return told
 
 
 def ask_model(told: Told, tensors: Sequence[TensorSpec]) -> Told:
-    """Return what is told once the model was asked, where there is one and it was not asked yet."""
-    if not told.ask_model:
-        return told
-    answer = _ask(tensors, told.config or {})
-    return replace(told, ask_model=False) if isinstance(answer, str) else _with_answer(told, answer)
+    """Return what is told once the models were asked that can be and were not asked yet."""
+    for prefix, config in told.models:
+        names = [t for t in tensors if t.name.startswith(prefix)]
+        own = [replace(t, name=t.name[len(prefix) :]) for t in names]
+        answer = _ask(own, config)
+        if not isinstance(answer, str):
+            told = _with_answer(told, answer, prefix)
+    return replace(told, models=())
 
 
 def _ask(tensors: Sequence[TensorSpec], config: Mapping[str, Any]) -> Answer | str:
@@ -170,19 +214,20 @@ def _stronger(told: Told, kinds: Mapping[str, tuple[Kind, str]], by: ToldBy) -> 
     return replace(told, buffers=buffers, by={**told.by, **dict.fromkeys(kinds, by)})
 
 
-def _with_answer(told: Told, answer: Answer) -> Told:
+def _with_answer(told: Told, answer: Answer, prefix: str) -> Told:
     """Return what is told with what a model knows: all but what the checkpoint says of itself."""
+    known = {prefix + name: kind for name, kind in answer.kinds.items()}
     kinds: dict[str, tuple[Kind, str]] = {
         name: (kind, told.buffers.get(name, REGISTERED))
-        for name, kind in answer.kinds.items()
+        for name, kind in known.items()
         if told.by.get(name) != "checkpoint"
     }
-    ties = tuple((group[0], name) for group in answer.tied for name in group[1:])
+    ties = tuple((prefix + group[0], prefix + name) for group in answer.tied for name in group[1:])
     return replace(
         _stronger(told, kinds, "model"),
-        doubts=told.doubts.difference(answer.kinds),
+        doubts=told.doubts.difference(known),
         pairs=told.pairs + ties,
-        ask_model=False,
+        models=(),
     )
 
 

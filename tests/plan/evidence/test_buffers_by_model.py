@@ -78,7 +78,8 @@ def test_a_doubt_is_put_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch, {"x.table": "buffer", "rope.inv_freq": "parameter", "x.weight": "parameter"}
     )
     told = tell(specs("x.table", "rope.inv_freq", "x.weight", "y.weight"), config=CONFIG)
-    assert asked == [{"config": CONFIG, "names": ["x.table", "rope.inv_freq", "x.weight", "y.weight"]}]
+    names = ["x.table", "rope.inv_freq", "x.weight", "y.weight"]
+    assert asked == [{"library": "transformers", "config": CONFIG, "names": names}]
     assert told.buffers == {"x.table": REGISTERED}
     assert by_model(told) == {"x.table", "rope.inv_freq", "x.weight"}
     assert told.doubts == frozenset()
@@ -108,6 +109,9 @@ def test_what_the_model_does_not_know_the_names_decide(monkeypatch: pytest.Monke
         (CONFIG | {"auto_map": {"AutoModel": "x.Y"}}, "never run"),
         (CONFIG | {"architectures": ["os.system"]}, "none of transformers'"),
         (CONFIG | {"model_type": None}, "none of transformers'"),
+        ({"_class_name": "os.system", "_diffusers_version": "0.30"}, "none of diffusers'"),
+        ({"architecture": "hf-hub:x/y", "pretrained_cfg": {}}, "none of timm's"),
+        ({"architecture": ["x"], "pretrained_cfg": {}}, "names no architecture"),
         (CONFIG | {"num_hidden_layers": 10**9}, "more than 1,000 parts"),
         (CONFIG | {"vision_config": {"depths": [2, 10**6]}}, "more than 1,000 parts"),
         (CONFIG | {"text_config": {"num_local_experts": 1e18}}, "more than 1,000 parts"),
@@ -187,6 +191,94 @@ def test_what_names_code_or_weights_is_left_out_at_any_depth() -> None:
         "vision_config": kept,
         "parts": [kept, [kept], "part"],
     }
+
+
+#: Packages that stand in for a library, which need not be installed: one model, of a parameter and a buffer.
+STAND_IN = """
+import torch
+class ModelMixin(torch.nn.Module):
+    pass
+class Net(ModelMixin):
+    def __init__(self, size=2):
+        super().__init__()
+        self.embed = torch.nn.Parameter(torch.zeros(size, 4))
+        self.register_buffer("pos_embed", torch.zeros(size, 4))
+    @classmethod
+    def from_config(cls, config):
+        assert "quantization_config" not in config
+        return cls(config["size"])
+class Scheduler:
+    pass
+def is_model(name):
+    return name.partition(".")[0] == "net"
+def create_model(name, pretrained, num_classes, **arguments):
+    assert not pretrained and arguments == {"wide": True}, arguments
+    return Net(num_classes)
+"""
+
+CONFIGS = {
+    "diffusers": {"_class_name": "Net", "_diffusers_version": "0.30", "size": 2, "quantization_config": {}},
+    "timm": {
+        "architecture": "net.tag",
+        "num_classes": 2,
+        "pretrained_cfg": {"url": "https://example.com/weights"},
+        "model_args": {"wide": True, "pretrained_cfg": {}, "checkpoint_path": "x.pth", "cache_dir": "/"},
+    },
+}
+
+
+@pytest.mark.parametrize("library", CONFIGS)
+def test_a_model_of_another_library(library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    (tmp_path / f"{library}.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    told = tell(specs("embed", "pos_embed", "other"), config=CONFIGS[library])
+    assert told.buffers == {"pos_embed": REGISTERED}
+    assert told.by == {"embed": "model", "pos_embed": "model"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIGS["diffusers"] | {"_class_name": "Scheduler"},
+        CONFIGS["diffusers"] | {"_class_name": "is_model"},
+        CONFIGS["timm"] | {"architecture": "other"},
+    ],
+)
+def test_only_models_of_another_library_are_built(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    for library in CONFIGS:
+        (tmp_path / f"{library}.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    with pytest.raises(UsageError, match="cannot build its architecture"):
+        tell(specs("w"), config=config, decider="model")
+
+
+def test_a_model_of_diffusers_itself() -> None:
+    diffusers = pytest.importorskip("diffusers", exc_type=ImportError)
+    config = diffusers.AutoencoderKL(block_out_channels=(32,)).config
+    model = meta_model._build_of_diffusers(dict(config) | {"_class_name": "AutoencoderKL"})
+    own = meta_model._own_names(model, ["encoder.conv_in.weight", "no.such"])
+    assert meta_model._kinds(model, own) == {"encoder.conv_in.weight": "parameter"}
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+
+
+def test_a_model_of_timm_itself() -> None:
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    assert timm.is_model("resnet18")
+    given = {
+        "architecture": "resnet18.x",
+        "num_classes": 3,
+        "pretrained_cfg": {},
+        "model_args": {"in_chans": 1},
+    }
+    model = meta_model._build_of_timm(given)
+    own = meta_model._own_names(model, ["fc.weight", "bn1.running_mean", "no.such"])
+    assert meta_model._kinds(model, own) == {"fc.weight": "parameter", "bn1.running_mean": "buffer"}
 
 
 def test_the_plan_says_who_decided(tmp_path: Path) -> None:
