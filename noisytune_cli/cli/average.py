@@ -59,6 +59,14 @@ def average(
             rich_help_panel=SOURCE,
         ),
     ] = False,
+    average_statistics: Annotated[
+        bool,
+        typer.Option(
+            "--average-statistics",
+            help="Average a batch norm's running statistics too, to be estimated again on data.",
+            rich_help_panel=SOURCE,
+        ),
+    ] = False,
     card: Card = False,
     threads: Threads = None,
     mmap: Mmap = False,
@@ -87,6 +95,7 @@ def average(
         out,
         coefficients=() if coefficients is None else numbers("--coefficients", coefficients),
         ignore_config=ignore_config,
+        average_statistics=average_statistics,
         card=card,
         overwrite=overwrite,
         overwrite_changed=overwrite_changed,

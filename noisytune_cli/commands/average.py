@@ -57,6 +57,7 @@ def average(
     *,
     coefficients: Sequence[float] = (),
     ignore_config: bool = False,
+    average_statistics: bool = False,
     card: bool = False,
     overwrite: bool = False,
     overwrite_changed: bool = False,
@@ -70,7 +71,8 @@ def average(
 
     `coefficients` are the sources' weights, finite and > 0, by default all alike; they are divided by their
     sum. Raises UsageError for those, InputInvalid where the sources are not checkpoints of one model; with
-    `ignore_config` their configs need not say so. With a `card` the model card says what was averaged.
+    `ignore_config` their configs need not say so, and with `average_statistics` what batch norms estimated
+    on data may differ and is averaged too. With a `card` the model card says what was averaged.
     """
     weights = _check_coefficients(sources, coefficients)
     overwrite = overwrite or overwrite_changed
@@ -93,7 +95,7 @@ def average(
             if not ignore_config:
                 check_same_config(first, sources[0], member, name)
         _check_has_floats(first.tensors, sources[0])
-        estimates = check_same_buffers(members, sources)
+        estimates = check_same_buffers(members, sources, average_statistics=average_statistics)
         recorded = _check_recordable(first.tensors, len(members), sources[0])
         check_names(first)
         output = resolve_rewritten(out, first)

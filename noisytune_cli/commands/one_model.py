@@ -18,9 +18,11 @@ from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import enumerate_some, escape, list_some
 from noisytune_cli.plan.evidence.told import tell_checkpoint
+from noisytune_cli.plan.plans import plan_checkpoint
+from noisytune_cli.plan.settle import look_at_values
 from noisytune_cli.plan.ties import find_ties
 from noisytune_cli.reading import read_json
-from noisytune_cli.records import TensorSpec
+from noisytune_cli.records import NoiseSpec, TensorSpec
 
 _ADAPTER, _ADAPTER_CONFIG = "adapter_model", "adapter_config.json"
 
@@ -44,8 +46,10 @@ _OF_NO_ACCOUNT = re.compile(
 
 _MAX_CONFIG, _MAX_SHOWN = 16 << 20, 60
 
-#: What a batch norm estimates on data.
-_ESTIMATED = (".running_mean", ".running_var", ".num_batches_tracked")
+#: Why a buffer is one that a model estimates on data, whatever its framework calls it.
+_STATISTICS = re.compile(
+    r"batch norm|running statistics|in the collection \w*stats|a mean and its spread, .*"
+)
 
 _TILE_BYTES = 1 << 20
 
@@ -162,40 +166,54 @@ def _shown(value: object) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
-def check_same_buffers(members: Sequence[Checkpoint], names: Sequence[str]) -> list[str]:
+def check_same_buffers(
+    members: Sequence[Checkpoint], names: Sequence[str], *, average_statistics: bool = False
+) -> list[str]:
     """Raise InputInvalid where a buffer is not the same everywhere; return a warning of estimates.
 
-    A batch norm's statistics differ as the weights do, and their mean is averaged with these.
+    A batch norm's statistics differ as the weights do, and their mean is not the averaged model's: they are
+    averaged where the user says so.
     """
     first = members[0]
-    buffers = tell_checkpoint(first, "auto").buffers
+    buffers = _buffers(first)
     others = [{tensor.name: tensor for tensor in member.tensors} for member in members[1:]]
     estimated = []
     for tensor in first.tensors:
-        if tensor.name not in buffers or not tensor.nbytes:
+        # How many batches were counted makes no difference to anything.
+        if tensor.name not in buffers or not tensor.nbytes or tensor.name.endswith(".num_batches_tracked"):
             continue
         expected = list(_pieces(first, tensor))
+        is_statistic = _STATISTICS.fullmatch(buffers[tensor.name]) is not None
         for member, name, theirs in zip(members[1:], names[1:], others, strict=True):
             found = _pieces(member, theirs[tensor.name])
             if all(a == b for a, b in zip(expected, found, strict=True)):
                 continue
-            if tensor.name.endswith(_ESTIMATED):
+            if is_statistic and average_statistics:
                 estimated.append(tensor.name)
                 break
+            next_step = "Average checkpoints of one model, whose buffers agree"
+            if is_statistic:
+                next_step += ", or pass --average-statistics and estimate them again on data afterwards"
             raise InputInvalid(
                 "a buffer differs",
                 path=name,
                 tensor=tensor.name,
                 why=f"it is not learned but computed or counted, has no mean, and is another in {names[0]}",
-                next_step="Average checkpoints of one model, whose buffers agree",
+                next_step=next_step,
             )
-    floats = [name for name in estimated if not name.endswith(_ESTIMATED[-1])]
-    if not floats:
+    if not estimated:
         return []
     return [
-        f"{enumerate_some(floats, 3)}: the mean of a batch norm's statistics is not what the averaged model "
-        "needs: estimate them again on data"
+        f"{enumerate_some(estimated, 3)}: the mean of statistics is not what the averaged model needs: "
+        "estimate them again on data"
     ]
+
+
+def _buffers(checkpoint: Checkpoint) -> Mapping[str, str]:
+    """Return what is a buffer, each with the reason, as perturb tells it."""
+    told = tell_checkpoint(checkpoint, "auto")
+    plan = plan_checkpoint(checkpoint, NoiseSpec(), told)
+    return look_at_values(plan, told, {file.name: file for file in checkpoint.sources}).buffers
 
 
 def _pieces(checkpoint: Checkpoint, tensor: TensorSpec) -> Iterable[bytes]:

@@ -327,16 +327,46 @@ def test_buffers_must_agree(tmp_path: Path) -> None:
     assert not (tmp_path / "other.safetensors").exists()
 
 
-def test_statistics_of_a_batch_norm_are_averaged_with_a_warning(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("bn.running_mean", "bn.running_var"),
+        ("batch_stats/bn/mean", "batch_stats/bn/var"),
+        ("bn/moving_mean", "bn/moving_variance"),
+    ],
+)
+def test_statistics_are_averaged_where_the_user_says_so(names: tuple[str, str], tmp_path: Path) -> None:
+    members = []
     for i in range(2):
-        names = ("weight", "running_mean", "running_var")
-        tensors = {f"bn.{name}": weights("F32", 4, seed=i * 9 + j) for j, name in enumerate(names)}
-        tensors["bn.num_batches_tracked"] = Tensor("I64", np.array(i))
-        save(tmp_path / f"{i}.safetensors", tensors)
-    result = average(
-        [str(tmp_path / f"{i}.safetensors") for i in range(2)], str(tmp_path / "out.safetensors")
-    )
-    assert "bn.running_mean, bn.running_var: the mean of a batch norm" in result.warnings[0]
+        tensors = {name: weights("F32", 4, seed=i * 9 + j) for j, name in enumerate(names)}
+        tensors |= {
+            "params/bn/scale": weights("F32", 4, seed=i),
+            "bn.num_batches_tracked": Tensor("I64", np.array(i)),
+        }
+        if names[0].startswith("batch_stats"):
+            del tensors["bn.num_batches_tracked"]
+        members.append(str(save(tmp_path / f"{i}.safetensors", tensors)))
+    out = str(tmp_path / "out.safetensors")
+    with pytest.raises(InputInvalid, match=r"a buffer differs.*--average-statistics") as refused:
+        average(members, out)
+    assert refused.value.tensor == names[0]
+    done = CliRunner().invoke(app, ["average", *members, "-o", out, "--average-statistics"])
+    assert done.exit_code == 0
+    assert f"{names[0]}, {names[1]}: the mean of statistics" in done.stderr
+
+
+def test_other_buffers_have_to_agree_whatever_the_user_says(tmp_path: Path) -> None:
+    """Told by values too: a mask of another member."""
+    members = []
+    for i in range(2):
+        mask = Tensor("F32", np.tril(np.ones((8, 8), np.float32), -i))
+        members.append(
+            str(save(tmp_path / f"{i}.safetensors", {"look": mask, "w": weights("F32", 8, seed=i)}))
+        )
+    with pytest.raises(InputInvalid, match="a buffer differs") as refused:
+        average(members, str(tmp_path / "out.safetensors"), average_statistics=True)
+    assert refused.value.tensor == "look"
+    assert "--average-statistics" not in str(refused.value)
 
 
 def test_refuses_what_holds_nothing_to_average(tmp_path: Path) -> None:
