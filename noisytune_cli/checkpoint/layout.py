@@ -76,6 +76,7 @@ _EXPORTS = (
     ("Rust", ("rust_model.ot",)),
     ("Core ML", ("*.mlmodel",)),
     ("Paddle", ("*.pdparams",)),
+    ("MLX", ("weights.npz", "weights.*.npz")),
     ("PyTorch", ("consolidated.*.pth", "pytorch_model_fsdp*.bin")),
 )
 

@@ -133,6 +133,7 @@ def test_what_is_left_out_is_named(tmp_path: Path) -> None:
         "pytorch_model-00001-of-00002.bin",
         "rust_model.ot",
         "model.tflite",
+        "weights.npz",
         "model-Q4.GGUF",
         "model.pt",
     ]
@@ -155,9 +156,15 @@ def test_what_is_left_out_is_named(tmp_path: Path) -> None:
     inside = [".git/config", ".cache/x", ".huggingface/y", "checkpoint-500/model.bin", "global_step5/a.pt"]
     inside += ["coreml/a.mlpackage/Data/weight.bin", "sub/.git/HEAD", ".noisytune-x1/model.safetensors"]
     write(tmp_path, *twins, *state, *inside, "onnx/config.json", ".gitattributes", "checkpoint-notes/a.txt")
+    write(tmp_path, "speaker.npz")
     write(tmp_path, "noisytune.json")
     with open_checkpoint(str(tmp_path)) as opened:
-        assert opened.others == (".gitattributes", "checkpoint-notes/a.txt", "onnx/config.json")
+        assert opened.others == (
+            ".gitattributes",
+            "checkpoint-notes/a.txt",
+            "onnx/config.json",
+            "speaker.npz",
+        )
         left_out = dict(opened.left_out)
         assert any("noisytune.json is left out" in warning for warning in opened.warnings)
     folders = [".git/", ".cache/", ".huggingface/", "checkpoint-500/", "global_step5/", "coreml/a.mlpackage/"]

@@ -2,8 +2,9 @@
 
 A mask has zeros and one other value. A table of sinusoids, a progression of frequencies or timesteps obeys
 x[n+1] + x[n-1] = c · x[n] along its positions, whatever its base, phase or layout; a schedule of noise levels
-is monotone and smooth to its last element; a window and a filter read the same backwards; what was
-normalised has rows or columns of length one. Values that an optimizer moved do none of this: so a look at
+is monotone and smooth to its last element; a window and a filter read the same backwards; a bank of filters
+has zeros but for one bump in each, one further on than the other; what was normalised has rows or columns of
+length one. Values that an optimizer moved do none of this: so a look at
 a few values rejects nearly every tensor, and of a table some rows at its beginning, middle and end will do.
 
 Of names that only weights have (`weight`, `bias`, `q_proj`…) `weight` alone is asked, and for tables of
@@ -55,6 +56,7 @@ _MASK = "zeros and one other value: a mask"
 _WAVE = "a table of sinusoids, or a progression"
 _SCHEDULE = "a schedule: monotone and smooth"
 _EVEN = "a window or a filter, the same backwards"
+_BANK = "a bank of filters, each a bump among zeros"
 _UNIT = "its rows or columns have length one"
 
 
@@ -111,6 +113,8 @@ def _look(shape: tuple[int, ...], count: int, values: Values, rounding: float, *
         return _WAVE
     if _is_even(shape, values, rounding):
         return _EVEN
+    if first.min() >= 0 and not first.all() and _is_bank(shape, values, rounding):
+        return _BANK
     return _UNIT if _has_unit_vectors(shape, values, rounding) else None
 
 
@@ -318,6 +322,37 @@ def _reads_backwards(rows: NDArray[Any], rounding: float) -> bool:
             if part.shape[1] >= _FEWEST:
                 even |= (np.abs(part - sign * part[:, ::-1]) <= slack).all(1)
     return bool(even.all())
+
+
+def _is_bank(shape: tuple[int, ...], values: Values, rounding: float) -> bool:
+    """Say whether each row, or each column, of a matrix is zero but for one bump, further on in each."""
+    import numpy as np
+
+    count = math.prod(shape)
+    if len(shape) != 2 or count > _LONGEST:
+        return False
+    table = values(0, count).reshape(shape)
+    if not (np.isfinite(table).all() and (table >= 0).all()) or 2 * np.count_nonzero(table) > count:
+        return False
+    return any(_are_bumps(lines, rounding) for lines in (table, table.T))
+
+
+def _are_bumps(lines: NDArray[Any], rounding: float) -> bool:
+    """Say whether lines that are not zero, eight at least, rise once and fall once, tops in order."""
+    import numpy as np
+
+    lines = lines[lines.any(1)]
+    if len(lines) < _FEWEST or lines.shape[1] < _FEWEST:
+        return False
+    tops = lines.argmax(1)
+    if (np.diff(tops) < 0).any() or len(np.unique(tops)) < _FEWEST // 2:
+        return False
+    some = lines > 0
+    ends = np.diff(some, axis=1, prepend=False, append=False).sum(1)
+    steps = np.diff(lines, axis=1)
+    slack = _SLACK * rounding * lines.max(1, keepdims=True)
+    before = np.arange(steps.shape[1]) < tops[:, None]
+    return bool((ends == 2).all() and np.where(before, steps >= -slack, steps <= slack).all())
 
 
 def _has_unit_vectors(shape: tuple[int, ...], values: Values, rounding: float) -> bool:

@@ -25,7 +25,9 @@ _LAST = re.compile(
     r"|counter|buffers?|shadow|masks?"
 )
 _FIRST = re.compile(r"running|moving|ema|buffer")
-_WHOLE = re.compile(r"(pos|class|cls|ce|empty|label)_weights?|(memory|feature|key)_?bank")
+_WHOLE = re.compile(
+    r"(pos|class|cls|ce|empty|label)_weights?|(class|cls|label)_(freqs?|frequenc(y|ies)|priors?)|(memory|feature|key)_?bank"
+)
 _LEARNED = frozenset(("log", "raw", "logit"))
 
 _SHOWN, _LONGEST = 6, 600
@@ -37,7 +39,7 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 def is_doubtful(tensor: TensorSpec, names: set[str]) -> bool:
     """Say whether a tensor's name is one that buffers have; `names` are all tensors'."""
     last = split_name(tensor.shown)[1]
-    words = last.lower().split("_")
+    words = last.lower().strip("_").split("_")
     if not _LEARNED.isdisjoint(words):
         return False
     found = _LAST.fullmatch(words[-1]) or _FIRST.fullmatch(words[0]) or _WHOLE.fullmatch(last.lower())

@@ -85,7 +85,7 @@ def look(tensors: Sequence[TensorSpec]) -> Siblings:
     for module, siblings in modules.items():
         if siblings.keys() <= _LAYERS and "mean" not in module:
             continue  # a layer, as nearly all are
-        queues = tuple(_queues(siblings))
+        queues, codebooks = tuple(_queues(siblings)), _codebooks(siblings)
         for last, tensor in siblings.items():
             if tensor.dtype not in FLOAT_DTYPES or last in _LAYERS:
                 continue
@@ -93,6 +93,8 @@ def look(tensors: Sequence[TensorSpec]) -> Siblings:
                 kinds.setdefault(tensor.name, (kind, why))
             if tensor.elements > 1 and f"_{last}".endswith(queues):
                 kinds.setdefault(tensor.name, ("buffer", "a queue with a pointer to its end"))
+            if any(last.startswith(stem) and n in tensor.shape for stem, n in codebooks):
+                kinds.setdefault(tensor.name, ("buffer", "what an EMA codebook counts and sums up"))
         for (low, high), is_range in _pairs(module, siblings, modules):
             unsure.append(OrderedPair((low, high), high, low if is_range else None))
     for name, why in _shared_projections(modules):
@@ -149,6 +151,16 @@ def _queues(siblings: Mapping[str, TensorSpec]) -> set[str]:
             if rest and len(rest) < len(words):
                 found.add(f"_{'_'.join(rest)}")
     return set() if len(found) > _MOST_QUEUES else found
+
+
+def _codebooks(siblings: Mapping[str, TensorSpec]) -> list[tuple[str, int]]:
+    """Return how the names begin beside the sizes of an average's clusters, and how many these are."""
+    stems = ((last.removesuffix("cluster_size"), tensor) for last, tensor in siblings.items())
+    return [
+        (stem, tensor.elements)
+        for stem, tensor in stems
+        if tensor.name.endswith("cluster_size") and not _ACCUMULATED.isdisjoint(_WORD.findall(stem))
+    ]
 
 
 @functools.lru_cache(1 << 12)

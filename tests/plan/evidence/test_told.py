@@ -512,3 +512,60 @@ def test_a_module_is_the_truth_in_memory() -> None:
     after = module.state_dict()
     assert not torch.equal(after["mean"], before["mean"])
     assert torch.equal(after["plain_weight"], before["plain_weight"])
+
+
+def mel(filters: int, bins: int, *, area: bool) -> NDArray[np.float32]:
+    """Triangles on a mel scale, [filters, bins], of height one or of area one."""
+    edges = 700 * (10 ** (np.linspace(0, 2.8, filters + 2) / 2.8) - 1) / 6300 * (bins - 1)
+    at, low, middle, high = np.arange(bins), edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    bumps = np.maximum(0, np.minimum((at - low) / (middle - low), (high - at) / (high - middle)))
+    return np.asarray(bumps * 2 / (high - low) if area else bumps, np.float32)
+
+
+def test_a_bank_of_filters_is_computed(tmp_path: Path) -> None:
+    banks = {
+        "featurizer.fb": mel(40, 201, area=True)[None],
+        "mel_scale.fb": mel(40, 201, area=False).T,
+        "melmat": mel(80, 257, area=True).T,
+    }
+    trained = mel(40, 201, area=True)
+    trained[7, trained[7].nonzero()[0][0]] *= -0.01
+    pruned = np.where(np.abs(drawn(40, 64)) > 1, np.abs(drawn(40, 64)), 0)
+    parameters = {
+        "a.fb": trained,
+        "b.fb": mel(40, 201, area=True)[::-1] + drawn(40, 201) * 1e-3,
+        "c.fb": pruned,
+    }
+    assert told(noised(tmp_path, banks | parameters)) == dict.fromkeys(banks, BY_VALUES) | dict.fromkeys(
+        parameters, NOISE
+    )
+
+
+def test_what_an_ema_codebook_sums_up_is_told_by_its_counts(tmp_path: Path) -> None:
+    done = noised(
+        tmp_path,
+        {
+            "vq._embedding.weight": drawn(16, 8),
+            "vq._ema_w": drawn(16, 8, seed=1),
+            "vq._ema_cluster_size": np.abs(drawn(16, seed=2)),
+            "other._ema_w": drawn(9, 8, seed=3),
+            "net.cluster_size": drawn(16, seed=4),
+        },
+    )
+    assert told(done) == {
+        "vq._embedding.weight": NOISE,
+        "vq._ema_w": BY_STRUCTURE,
+        "vq._ema_cluster_size": BY_STRUCTURE,
+        "other._ema_w": (None, "names"),
+        "net.cluster_size": NOISE,
+    }
+    assert "other._ema_w" in done.warnings[0]
+
+
+@pytest.mark.parametrize("name", ["_ema_w", "_count", "class_freq", "label_priors", "cls_frequencies"])
+def test_names_of_what_is_counted_are_doubts(name: str, tmp_path: Path) -> None:
+    done = noised(
+        tmp_path, {f"head.{name}": drawn(9), "head.weight": drawn(3, 9), "class_embed": drawn(3, 9)}
+    )
+    assert f"head.{name}: perturbed, though" in done.warnings[0]
+    assert len(done.warnings) == 1
