@@ -61,9 +61,9 @@ _UNIT = "its rows or columns have length one"
 
 
 def is_plain(name: str) -> bool:
-    """Say whether a name is one that only weights have; a letter is what they have in formulas."""
+    """Say whether a name is one that only weights have."""
     last = split_name(name)[1]
-    return len(last) == 1 or PLAIN.fullmatch(last) is not None
+    return PLAIN.fullmatch(last) is not None or _LETTER.fullmatch(last) is not None
 
 
 def may_be(tensor: TensorSpec) -> bool:
@@ -392,6 +392,9 @@ def _has_unit_vectors(shape: tuple[int, ...], values: Values, rounding: float) -
 
 #: What modules are called that hold a table of positions.
 _POSITIONS = re.compile(r"(?<![a-z])(pos|positions?|positional|wpe)(?![a-z])[^./]*[./]$", re.IGNORECASE)
+
+#: What weights are called in formulas.
+_LETTER = re.compile("[A-Zbguvw]")
 
 #: The last part of names that only weights have.
 PLAIN = re.compile(

@@ -21,7 +21,7 @@ Kind = Literal["buffer", "parameter"]
 
 #: What the spread beside a mean is called.
 _SPREADS = ("var", "variance", "std", "stddev", "stdev", "invstd", "vars", "variances", "stds")
-_MEANS = ("mean", "means", "average")
+_MEANS = ("mean", "means", "average", "avg")
 _MEAN, _SPREAD = frozenset(_MEANS), frozenset(_SPREADS)
 _COSINE, _SINE = frozenset(("cos",)), frozenset(("sin",))
 _LEAST = (frozenset(("min",)), ("max",)), (frozenset(("low",)), ("high",))

@@ -569,3 +569,22 @@ def test_names_of_what_is_counted_are_doubts(name: str, tmp_path: Path) -> None:
     )
     assert f"head.{name}: perturbed, though" in done.warnings[0]
     assert len(done.warnings) == 1
+
+
+def test_a_letter_that_no_formula_calls_a_weight_is_looked_at(tmp_path: Path) -> None:
+    slopes = 2.0 ** -np.arange(1, 9)
+    laplace = np.array([[0, 1, 0], [1, -4, 1], [0, 1, 0]], np.float32)
+    tensors = {"attn.m": slopes.reshape(8, 1, 1), "edges.k": laplace.reshape(1, 1, 3, 3)}
+    weights = {"mixer.D": slopes, "linear.w": np.eye(8), "norm.g": slopes, "mixer.s": drawn(8)}
+    assert told(noised(tmp_path, tensors | weights)) == dict.fromkeys(tensors, BY_VALUES) | dict.fromkeys(
+        weights, NOISE
+    )
+
+
+def test_a_moving_average_beside_its_variance_is_statistics(tmp_path: Path) -> None:
+    names = ["norm.moving_avg", "norm.moving_var"]
+    tensors = {name: drawn(8, seed=i) for i, name in enumerate([*names, "norm.avg_pool"])}
+    assert told(noised(tmp_path, tensors)) == {
+        **dict.fromkeys(names, BY_STRUCTURE),
+        "norm.avg_pool": NOISE,
+    }
