@@ -83,7 +83,7 @@ def average(
 
     Examples:
       noisytune average ./run-s0 ./run-s1 ./run-s2 -o ./soup
-      noisytune average ./run-s0 ./run-s1 --coefficients 3,1 -o ./soup
+      noisytune average ./run-s0 ./run-s1 --coefficients 3,1 -o ./soup-3-1
     """
     from noisytune_cli.cli import show
     from noisytune_cli.cli.parse import check_out, numbers

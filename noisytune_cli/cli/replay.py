@@ -66,7 +66,7 @@ def replay(
 
     Examples:
       noisytune replay noisytune.json --base bert-base-uncased -o ./bert-noisy
-      noisytune replay noisytune.json -o ./bert-noisy
+      noisytune replay noisytune.json -o ./bert-again
     """
     from noisytune_cli.cli import show
     from noisytune_cli.cli.parse import check_out

@@ -15,7 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 from noisytune_cli.checkpoint.find import Found, find
 
@@ -117,6 +120,20 @@ def serve(**repositories: Repository) -> Iterator[Hub]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def asked(hub: Hub, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Have huggingface_hub ask this hub, with its cache in `folder`."""
+    from huggingface_hub import constants
+
+    patch.setattr(constants, "ENDPOINT", hub.endpoint)
+    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    patch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    patch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+    patch.setattr(constants, "AGENT_HARNESSES_PATH", str(folder / "harnesses.json"))
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.delenv("HF_TOKEN", raising=False)
 
 
 class _Handler(BaseHTTPRequestHandler):
