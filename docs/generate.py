@@ -1,13 +1,17 @@
-"""Write docs/cli.md from the commands' own --help, so that the two cannot differ.
+"""Write docs/cli.md from the commands' own --help and docs/json.md from the schemas, so that none can differ.
 
 python docs/generate.py [--check]      with --check: only say whether it is current
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 # Help is wrapped to the terminal; the reference must not depend on whose terminal it was.
 os.environ["COLUMNS"] = "100"
@@ -18,7 +22,7 @@ from typer.testing import CliRunner
 
 from noisytune_cli.cli.app import app
 
-TARGET = Path(__file__).parent / "cli.md"
+DOCS = Path(__file__).parent
 
 HEAD = """# Command line reference
 
@@ -61,15 +65,88 @@ def reference() -> str:
     return HEAD + "".join(sections) + TAIL
 
 
+JSON_HEAD = """# JSON
+
+Made by `make docs` from the schemas in `noisytune_cli/cli/schemas`, which every document follows.
+
+Documents go to stdout, alone; what people are told goes to stderr. Numbers round-trip, what does not exist is
+null, names are as they are stored, and seeds of noise are strings, since they may not fit a float. Keys may
+be added in later versions: skip those that you do not know. Keys in brackets are not always there. The
+schemas (JSON Schema 2020-12) come with the package:
+
+```python
+from importlib.resources import files
+
+schema = files("noisytune_cli.cli").joinpath("schemas/perturb.schema.json").read_text()
+```
+
+The manifest has a page of its own, [manifest.md](manifest.md).
+"""
+
+#: The schemas, in the order of the verbs.
+SCHEMAS = ("perturb", "dry-run", "inspect", "histogram", "verify", "replay")
+SCHEMAS += ("compare", "detect", "average", "study")
+
+
+def json_reference() -> str:
+    """Return the page of the JSON of every verb."""
+    folder = files("noisytune_cli.cli").joinpath("schemas")
+    sections = []
+    for name in SCHEMAS:
+        schema = json.loads(folder.joinpath(f"{name}.schema.json").read_text(encoding="utf-8"))
+        rows = [f"| `{key}` | {kind} | {text} |" for key, kind, text in _keys(schema, schema, "", set())]
+        about = f"{schema.get('description', '')} Schema: `{name}.schema.json`.".lstrip() + "\n\n"
+        table = "\n".join(["| key | value | |", "| --- | --- | --- |", *rows])
+        sections.append(f"\n## {schema['title']}\n\n{about}{table}\n")
+    return JSON_HEAD + "".join(sections)
+
+
+def _keys(schema: Any, root: Any, before: str, told: set[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield each key with its path, what it holds and what it means; what is told once is not told again."""
+    name = schema.get("$ref", "").removeprefix("#/$defs/")
+    if name:
+        if name in told:
+            return
+        told.add(name)
+        schema = root["$defs"][name]
+    for one in schema.get("anyOf", ()):
+        yield from _keys(one, root, before, told)
+    if "items" in schema:
+        yield from _keys(schema["items"], root, f"{before}[]", told)
+    if isinstance(schema.get("additionalProperties"), dict):
+        yield from _keys(schema["additionalProperties"], root, f"{before}.NAME" if before else "NAME", told)
+    for key, inner in schema.get("properties", {}).items():
+        path = f"{before}.{key}" if before else key
+        shown = path if key in schema["required"] else f"[{path}]"
+        yield shown, _kind(inner, root), inner.get("description", "").replace("|", "\\|")
+        yield from _keys(inner, root, path, told)
+
+
+def _kind(schema: Any, root: Any) -> str:
+    """Say what a value may be."""
+    if "$ref" in schema:
+        schema = root["$defs"][schema["$ref"].removeprefix("#/$defs/")]
+    if "anyOf" in schema:
+        return ", ".join(_kind(one, root) for one in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return ", ".join(f"`{json.dumps(value)}`" for value in schema.get("enum", [schema.get("const")]))
+    kinds = schema["type"]
+    return " or ".join([kinds] if isinstance(kinds, str) else kinds)
+
+
+PAGES = {"cli.md": reference, "json.md": json_reference}
+
+
 def main(arguments: list[str]) -> int:
-    """Write the reference, or compare it."""
-    text = reference()
-    if arguments == ["--check"]:
-        if TARGET.read_text(encoding="utf-8") != text:
-            print(f"{TARGET.name} is not current: run `make docs`", file=sys.stderr)
-            return 1
-        return 0
-    TARGET.write_text(text, encoding="utf-8")
+    """Write the pages, or compare them."""
+    for name, made in PAGES.items():
+        text = made()
+        if arguments == ["--check"]:
+            if (DOCS / name).read_text(encoding="utf-8") != text:
+                print(f"{name} is not current: run `make docs`", file=sys.stderr)
+                return 1
+        else:
+            (DOCS / name).write_text(text, encoding="utf-8")
     return 0
 
 

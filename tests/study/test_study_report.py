@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from jsonschema import Draft202012Validator
 from typer.testing import CliRunner
 
 from noisytune_cli.cli.app import app
+from tests.cli.test_json import SCHEMAS
 
 from .conftest import Tiny
 
@@ -52,6 +54,7 @@ def test_json_is_what_results_json_holds_and_a_finished_study_reports_the_same(
     assert result.stdout.encode() == before == (out / "results.json").read_bytes()
     result = CliRunner().invoke(app, [*arguments[:-1], "--format", "html", "--report-only"])
     assert result.stdout.encode() == page == (out / "report.html").read_bytes()
+    Draft202012Validator(SCHEMAS["study"]).validate(json.loads(before))
 
 
 def test_an_unfinished_study_is_reported_without_carrying_out_more(tiny: Tiny, tmp_path: Path) -> None:
