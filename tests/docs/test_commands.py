@@ -101,6 +101,7 @@ def stories(page: str) -> list[list[Block]]:
     return [[block] for block in wanted if block.commands] if page == "cli.md" else [wanted]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # what libraries say to each other
 @pytest.mark.usefixtures("shell")
 @pytest.mark.parametrize("page", RUNNABLE)
 def test_every_command_of_a_page_runs(

@@ -89,6 +89,15 @@ class StandIns:
             path / "model.safetensors",
         )
 
+    def pipeline(self, path: Path) -> None:
+        """A pipeline of diffusers: two models under one roof."""
+        names = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
+        for component, name in names.items():
+            (path / component).mkdir(parents=True)
+            save_file({"w.weight": torch.randn(4, 4)}, path / component / name)
+        index = {component: ["library", "class"] for component in names}
+        (path / "model_index.json").write_text(json.dumps({"_class_name": "Pipeline", **index}))
+
     def manifest(self, path: Path) -> None:
         """The manifest of a run from the hub, as its author publishes it."""
         noisytune_cli.perturb("bert-base-uncased", path, recipe_only=True)
@@ -117,6 +126,7 @@ MAKERS: Mapping[str, Callable[[StandIns, Path], None]] = {
     **dict.fromkeys(("model.safetensors", "a.safetensors", "b.safetensors"), StandIns.file),
     "llama-f32": StandIns.llama_f32,
     "upcycled": StandIns.upcycled,
+    "pipeline": StandIns.pipeline,
     "noisytune.json": StandIns.manifest,
     "glue": StandIns.glue,
     "train.csv": StandIns.rows,
