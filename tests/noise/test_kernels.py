@@ -271,6 +271,14 @@ def test_without_a_library_numpy_does_the_work(
         assert library.choose() is reference
 
 
+def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled()
+    monkeypatch.delenv(library.LEVEL_VARIABLE, raising=False)
+    monkeypatch.setattr(library, "levels", lambda _: ["v9"])  # whose functions this one lacks
+    with pytest.warns(NoisytuneWarning, match=r"undefined symbol.*NumPy does their work"):
+        assert library.choose() is reference
+
+
 def perturb(source: Path, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "noisytune_cli", "perturb", str(source), "-o", str(out), "--quiet"]
     return subprocess.run(

@@ -177,13 +177,14 @@ def choose() -> Kernels:
     wanted = os.environ.get(LEVEL_VARIABLE, "")
     if wanted == _NUMPY:
         return _reference()
+    has: dict[str, Library] = {}
     try:
         library = ctypes.CDLL(os.fspath(_PATH))
-        has = levels(library)
+        has = {level: Library(library, level) for level in levels(library)}
     except (OSError, AttributeError) as error:
         if "failed to map" in str(error) or "cannot allocate memory" in str(error).lower():
             raise MemoryError from error
-        has, why = [], str(error) if _PATH.exists() else f"{_PATH} is missing"
+        why = str(error) if _PATH.exists() else f"{_PATH} is missing"
     else:
         why = "this CPU is older than x86-64-v2"
     if wanted and wanted not in has:
@@ -200,7 +201,7 @@ def choose() -> Kernels:
             stacklevel=1,
         )
         return _reference()
-    return Library(library, wanted or has[-1])
+    return has[wanted] if wanted else [*has.values()][-1]
 
 
 def levels(library: ctypes.CDLL) -> list[str]:
