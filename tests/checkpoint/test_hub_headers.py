@@ -28,11 +28,11 @@ COUNT = 200_000
 FILES = {
     "config.json": b"{}",
     "model.safetensors.index.json": json.dumps(
-        {"weight_map": {"a": "x-00001-of-00002.safetensors", "b": "x-00002-of-00002.safetensors"}}
+        {"weight_map": {"u": "x-00001-of-00002.safetensors", "w": "x-00002-of-00002.safetensors"}}
     ).encode(),
-    "x-00001-of-00002.safetensors": safetensors(a=[float(n) for n in range(COUNT)]),
-    "x-00002-of-00002.safetensors": safetensors(b=[float(-n) for n in range(COUNT)]),
-    "consolidated.safetensors": safetensors(a=[0.0] * COUNT, b=[0.0] * COUNT),
+    "x-00001-of-00002.safetensors": safetensors(u=[float(n) for n in range(COUNT)]),
+    "x-00002-of-00002.safetensors": safetensors(w=[float(-n) for n in range(COUNT)]),
+    "consolidated.safetensors": safetensors(u=[0.0] * COUNT, w=[0.0] * COUNT),
     "head/model.safetensors": safetensors(c=[0.0] * COUNT),
 }
 WEIGHTS = [name for name in FILES if name.endswith(".safetensors")]
@@ -93,7 +93,7 @@ def test_of_a_conversion_and_of_single_weights_too(large: Hub) -> None:
     fetch("large")
     (large_cached,) = [plan(conversion=Conversion(dtype="BF16"))]
     assert (large_cached.plans, large_cached.nbytes) == (found[0].plans, found[0].nbytes)
-    assert [step.tensor.name for step in found[1].plan.steps] == ["a", "b"]
+    assert [step.tensor.name for step in found[1].plan.steps] == ["u", "w"]
 
 
 def test_a_long_header_takes_a_second_part(large: Hub, tmp_path: Path) -> None:

@@ -78,10 +78,10 @@ def test_arrays_that_share_memory_overlap_though_each_is_a_storage() -> None:
     line = np.linspace(-1, 1, 20, dtype=np.float32)
     with pytest.raises(NoisytuneError, match="overlap"):
         perturb_({"a": torch.from_numpy(line[:12]), "b": torch.from_numpy(line[8:])})
-    two_names = {"a": torch.from_numpy(line), "b": torch.from_numpy(line[:])}
+    two_names = {"u": torch.from_numpy(line), "v": torch.from_numpy(line[:])}
     record = perturb_(two_names)
-    assert {r.step.stream for r in record.receipts} == {"a"}  # a tie, and noise once
-    apart = {"a": torch.from_numpy(line[::2]), "b": torch.from_numpy(line[1::2])}
+    assert {r.step.stream for r in record.receipts} == {"u"}  # a tie, and noise once
+    apart = {"u": torch.from_numpy(line[::2]), "v": torch.from_numpy(line[1::2])}
     perturb_(apart)
 
 
