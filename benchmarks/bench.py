@@ -256,7 +256,8 @@ def other_rows(folder: Path, source: Path, label: str) -> Iterator[Row]:
     listed = (noisytune("inspect", source, "-o", folder / "out.csv"),)
     yield Row(f"{label}, inspect", listed, "digest", digest, "1.1")
     absolute = (noisytune("perturb", source, "--sigma", "0.001", "-o", out),)
-    yield Row(f"{label}, --sigma", absolute, "--lambda", ours, "below 1")
+    gaussian = (noisytune("perturb", source, "--noise", "gaussian", "-o", out),)
+    yield Row(f"{label}, --sigma", absolute, "--lambda, Gaussian", gaussian, "below 1")
     mix = folder / "mix.jsonl"
     mix.write_text("".join(f'{{"seed": {seed}, "sigma": 0.001}}\n' for seed in range(SEEDS)))
     mixed = (noisytune("perturb", source, "--mix", mix, "--noise", "uniform", "-o", out),)
