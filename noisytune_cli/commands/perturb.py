@@ -7,7 +7,7 @@ the output, the space it needs. Then tensors walk from source to staging, and pu
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -194,6 +194,7 @@ def perturb_each(
         )
     with request.open() as source:
         card = _read_card(source) if request.card else None
+        claims = [] if card else _claims_of(source)
         told = tell_checkpoint(source, request.buffers_from)
         plans = make_plans(source, request.noise, wanted, told, request.conversion)
         files = _lay_out(source, plans, request.conversion)
@@ -217,8 +218,9 @@ def perturb_each(
             for output in outputs
         ]
         plans = [plans[at] for at in left]
-        done = _make(request, source, told, card, plans, publications, walk, progress)
-        return tuple(kept[out] if out in kept else next(done) for out in outs)
+        made = _make(request, source, told, card, claims, plans, publications, walk, progress)
+        done = kept | {outs[at]: one for at, one in zip(left, made, strict=True)}
+        return tuple(done[out] for out in outs)
 
 
 def _find_made(
@@ -238,7 +240,7 @@ def _find_made(
         recorded = find_made(
             output,
             source,
-            plan.noise,
+            plan,
             request.conversion,
             with_card=request.card,
             recipe_only=recipe_only,
@@ -257,12 +259,13 @@ def _make(
     source: Checkpoint,
     told: Told,
     card: Card | None,
+    claims: Sequence[str],
     plans: Sequence[Plan],
     publications: Sequence[Publication],
     walk: Walk,
     progress: Progress,
-) -> Iterator[Perturbed]:
-    """Write and publish an output for each plan."""
+) -> list[Perturbed]:
+    """Write and publish an output for each plan; `claims` are warned of."""
     filled = [publication for publication in publications if not publication.is_recipe]
     with all_staged(publications):
         plans = settle_plans(plans, source, told, request.conversion)
@@ -300,21 +303,18 @@ def _make(
         for publication, manifest in zip(publications, manifests, strict=True):
             publication.seal(pieces(manifest))
         paths = commit_all(publications)
-        claims = [] if card else _claims_of(source)
         warnings = (*source.warnings, *claims, *warning_of(together(plans)), *_too_strong(plans))
-        return iter(
-            [
-                Perturbed(
-                    publication.output,
-                    path,
-                    manifest,
-                    publication.cleared,
-                    (*warnings, *publication.warnings, *_warnings(manifest.receipts)),
-                    publication.is_recipe,
-                )
-                for publication, path, manifest in zip(publications, paths, manifests, strict=True)
-            ]
-        )
+        return [
+            Perturbed(
+                publication.output,
+                path,
+                manifest,
+                publication.cleared,
+                (*warnings, *publication.warnings, *_warnings(manifest.receipts)),
+                publication.is_recipe,
+            )
+            for publication, path, manifest in zip(publications, paths, manifests, strict=True)
+        ]
 
 
 def _outs(wanted: Sequence[Combination]) -> list[str]:

@@ -27,7 +27,8 @@ from noisytune_cli.escape import escape
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX, manifest_beside
 from noisytune_cli.output.destination import check_places_of_download
 from noisytune_cli.reading import is_there
-from noisytune_cli.records import Conversion, NoiseSpec, with_output_files
+from noisytune_cli.records import Conversion, Manifest, Plan, Receipt, with_output_files
+from noisytune_cli.version import __version__
 
 if TYPE_CHECKING:
     from noisytune_cli.manifest.read import RecordedManifest
@@ -58,7 +59,7 @@ def check_before_download(
 def find_made(
     output: Path,
     source: Checkpoint,
-    noise: NoiseSpec,
+    plan: Plan,
     conversion: Conversion | None,
     *,
     with_card: bool,
@@ -78,8 +79,10 @@ def find_made(
         return None
     manifest = recorded.manifest
     made = None if manifest.output is None else manifest.output.conversion
-    recorded_as = (manifest.source, manifest.noise, made, bool(manifest.rewritten))
-    if recorded_as != (record_source(source), noise, conversion, with_card):
+    recorded_as = (manifest.tool_version, manifest.source, manifest.noise, made, bool(manifest.rewritten))
+    if recorded_as != (__version__, record_source(source), plan.noise, conversion, with_card):
+        return None
+    if not _is_of(manifest.receipts, plan) or not _knows(manifest, source.others):
         return None
     if source.revision is None and _is_younger(source, path):
         return None
@@ -88,6 +91,25 @@ def find_made(
     if not recipe_only and _may_have_changed(output) and _what_changed(output, threads, progress):
         return None
     return recorded
+
+
+def _is_of(receipts: Sequence[Receipt], plan: Plan) -> bool:
+    """Tell whether a plan, made from headers, decides as recorded, but for what values decided then."""
+    recorded = {receipt.step.tensor.name: receipt for receipt in receipts}
+    for step in plan.steps:
+        receipt = recorded.get(step.tensor.name)
+        if receipt is None or (step.reason is not None and receipt.reason != step.reason):
+            return False
+        if step.reason is None and receipt.reason == "buffer" and receipt.step.told_by != "values":
+            return False
+    return len(recorded) == len(plan.steps)
+
+
+def _knows(manifest: Manifest, others: Sequence[str]) -> bool:
+    """Tell whether the run that wrote a manifest saw all these files beside the weights."""
+    converted = () if manifest.output is None else manifest.output.rewritten
+    names = {name for name, _ in (*manifest.copied, *manifest.left_out)}
+    return names.union(name for _, name, _ in (*converted, *manifest.rewritten)).issuperset(others)
 
 
 def _is_younger(source: Checkpoint, manifest: Path) -> bool:

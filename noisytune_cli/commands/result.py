@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from noisytune_cli.manifest.write import to_json
 from noisytune_cli.records import Manifest
 
 
-class Result:
+class Result(ABC):
     """The base of what the file functions return; a dataclass with `repr=False`."""
 
     __slots__ = ()
@@ -36,11 +37,13 @@ class Result:
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self._told()}>"
 
+    @abstractmethod
     def _rows(self) -> Sequence[Any]:
-        raise NotImplementedError
+        """Return what the frame has a row for."""
 
+    @abstractmethod
     def _told(self) -> str:
-        raise NotImplementedError
+        """Return what the line says."""
 
 
 def _plain(value: Any) -> Any:

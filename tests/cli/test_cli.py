@@ -245,8 +245,14 @@ def test_a_recipe_and_a_folder_are_kept_too(source: Path, tmp_path: Path) -> Non
     for run in (("-o", tmp_path / "out"), ("-o", tmp_path / "r.json", "--recipe-only")):
         results = [invoke("perturb", folder, *run, "--skip-existing", "--json") for _ in range(2)]
         assert [json.loads(result.stdout)["skipped"] for result in results] == [False, True]
+    run = ("perturb", folder, "-o", tmp_path / "out", "--skip-existing")
+    (folder / "vocab.txt").touch()
+    os.utime(folder / "vocab.txt", (0, 0))  # older than the output, and not in it
+    assert "the output exists" in error(5, *run)
+    (folder / "vocab.txt").unlink()
+    assert invoke(*run).exit_code == 0
     (tmp_path / "out" / "config.json").unlink()
-    assert "the output exists" in error(5, "perturb", folder, "-o", tmp_path / "out", "--skip-existing")
+    assert "the output exists" in error(5, *run)
 
 
 def test_several_outputs_are_verified_and_all_faults_told(source: Path, tmp_path: Path) -> None:

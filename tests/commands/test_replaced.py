@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from noisytune_cli.cli.app import app
 from noisytune_cli.commands import replaced
 from noisytune_cli.commands.average import average
-from noisytune_cli.commands.perturb import Request, plan_perturb
+from noisytune_cli.commands.perturb import Request, perturb, plan_perturb
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import OutputUnsafe
@@ -143,3 +144,22 @@ def test_nothing_is_read_of_an_output_that_is_as_it_was_left(
     for noise in (NoiseSpec(), NoiseSpec(seed=1)):
         run(source / WEIGHTS, single, noise, overwrite=True)
         let_it_age([single], tmp_path / "out.safetensors.noisytune.json")
+
+
+def test_what_is_decided_in_another_way_is_not_what_was_made(tmp_path: Path) -> None:
+    made = {
+        "bn.running_mean": weights("F32", 8),
+        "bn.running_var": weights("F32", 8, centre=1.0),
+        "bn.weight": weights("F32", 8, seed=1),
+    }
+    request = Request(str(save(tmp_path / "model.safetensors", made)), NoiseSpec())
+    plan = plan_perturb(request).plan
+    receipts = perturb(request, str(tmp_path / "out.safetensors")).manifest.receipts
+    assert [receipt.reason for receipt in receipts] == ["buffer", "buffer", None]
+    assert replaced._is_of(receipts, plan)
+    first, *rest = plan.steps
+    noised = replace(first, action="perturb", reason=None, told_by=None)
+    assert not replaced._is_of(receipts, replace(plan, steps=(noised, *rest)))
+    assert not replaced._is_of(receipts[1:], plan)
+    kept = replace(plan.steps[2], action="copy", reason="buffer")
+    assert not replaced._is_of(receipts, replace(plan, steps=(first, rest[0], kept)))
