@@ -80,6 +80,13 @@ class Found:
         """The names of the files that the weights lie in, as far as names and index tell."""
         return tuple(file for choice in self.choices for file in _files_of(choice, self.listing))
 
+    @property
+    def named_configs(self) -> tuple[tuple[Mapping[str, Any] | None, str], ...]:
+        """Every config that was found, the model's own first, each with the path that an error names."""
+        where = posixpath.dirname(self.config_path)
+        of_components = ((c, posixpath.join(where, folder, CONFIG)) for folder, c in self.configs.items())
+        return ((self.config, self.config_path), *of_components)
+
     def fetch(self) -> None:
         """Bring the weights, and the files that come along with them, to `root`, unless they are there."""
         if self.repository is not None:

@@ -162,9 +162,8 @@ def _check_coefficients(sources: Sequence[str], coefficients: Sequence[float]) -
 def _open(source: str, *, mmap: bool, quiet: bool, follow_links: bool) -> Checkpoint:
     found = find(source, quiet=quiet, follow_links=follow_links)
     if found.repository is not None:
-        refuse_quantized_config(found.config, found.config_path)
-        for folder, config in found.configs.items():
-            refuse_quantized_config(config, f"{source}/{folder}/config.json")
+        for config, path in found.named_configs:
+            refuse_quantized_config(config, path)
     member = open_found(found, mmap=mmap)
     try:
         refuse_quantized_models(member.models, metadata=member.metadata, path=source, are_all=True)

@@ -50,9 +50,8 @@ class Request:
         if dequantizes:
             from noisytune_cli.checkpoint.dequantize import check_config, dequantize  # few weights are fp8
         if found.repository is not None:
-            (check_config if dequantizes else refuse_quantized_config)(found.config or {}, found.config_path)
-            for folder, config in found.configs.items():
-                refuse_quantized_config(config, f"{self.source}/{folder}/config.json")
+            for config, path in found.named_configs:
+                (check_config if dequantizes else refuse_quantized_config)(config or {}, path)
         source = open_found(found, mmap=self.mmap, headers_only=headers_only)
         try:
             if self.conversion is not None and any(isinstance(file, Component) for file in source.sources):

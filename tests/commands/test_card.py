@@ -368,3 +368,16 @@ def test_a_manifest_has_no_other_rewritten_file(tmp_path: Path) -> None:
         manifest.write_text(content.replace(old, new))
         with pytest.raises(InputInvalid, match=why):
             verify(str(out))
+
+
+def test_what_a_card_claims_is_read_before_anything_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(source: object) -> list[str]:
+        raise Mismatch("the input changed", why="another run wrote it", next_step="Run again")
+
+    monkeypatch.setattr(command, "claims_of", changed)
+    base = source(tmp_path / "model")
+    with pytest.raises(Mismatch):
+        perturb(Request(str(base), NoiseSpec()), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
