@@ -31,7 +31,7 @@ class Percentiles:
 
     def __init__(self, wanted: Sequence[float], count: int, dtype: str) -> None:
         """Begin with nothing known."""
-        self._wanted, self._dtype = wanted, dtype
+        self._dtype = dtype
         self._bits = 8 * FLOAT_DTYPES[dtype]
         self._places = [percent / 100 * (count - 1) for percent in wanted]
         ranks = {rank for place in self._places for rank in (math.floor(place), math.ceil(place))}
