@@ -41,6 +41,11 @@ int main(void) {
         const int64_t overflowed = AT(convert, LEVEL)(dtype, out, x, y, kinds[3]);
         fwrite(y, out_size, n, stdout);
         fwrite(&overflowed, 8, 1, stdout);
+        struct change between;
+        AT(change, LEVEL)(dtype, out, x, y, kinds[3], &between);
+        for (int i = 0; i < 10; i++)
+            if (between.sums[i] != between.sums[i]) between.sums[i] = 0; /* no number: its bits mean nothing */
+        fwrite(&between, sizeof between, 1, stdout);
     }
     return 0;
 }

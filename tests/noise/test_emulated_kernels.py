@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 import shutil
 import struct
@@ -112,4 +113,7 @@ def test_an_emulated_level_has_the_references_bits(level: str, emulated: Emulate
                 expected.append(struct.pack("<3d3q", *extremes, found.zeros, found.nans, found.infinities))
                 overflowed = cpu.convert(tile, room, dtype, out_dtype)
                 expected.append(out.tobytes() + struct.pack("<q", overflowed))
+                between, largest, equal = cpu.compare(tile, room, dtype, out_dtype)
+                between = [0.0 if math.isnan(one) else one for one in between]
+                expected.append(struct.pack("<11dq", *between, largest, equal))
     assert emulated(b"".join(cases)) == hashlib.sha256(b"".join(expected)).hexdigest()
