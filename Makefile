@@ -54,12 +54,12 @@ WATCHED := build/sanitized
 sanitize: $(TESTING)
 	rm -rf $(WATCHED)
 	mkdir -p $(WATCHED)
-	cp -R noisytune_cli $(WATCHED)
+	cp -R noisytune_cli tests pyproject.toml $(WATCHED)
 	NOISYTUNE_CC="gcc -O1 -fsanitize=address,undefined -fno-sanitize-recover=all" \
 		$(BIN)/python -P $(WATCHED)/$(KERNELS)/build.py
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(WATCHED) \
-		$(BIN)/python -P -m pytest tests/noise/test_kernels.py tests/noise/test_mix.py tests/noise/test_rows.py
+	cd $(WATCHED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
+		$(CURDIR)/$(BIN)/python -P -m pytest tests/noise/test_kernels.py tests/noise/test_mix.py tests/noise/test_rows.py
 
 # For every platform that has a compiled library, from this machine.
 wheels: $(TESTING)

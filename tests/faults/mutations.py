@@ -112,7 +112,7 @@ MUTATIONS = (
     Mutation(
         "what a failed run has made is not removed",
         "output/publish.py",
-        "                    shutil.rmtree(self._stage, ignore_errors=True)\n",
+        "                    _empty(self._lock)\n",
         "                    pass\n",
         _FAULTS,
     ),
