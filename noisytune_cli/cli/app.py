@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import sys
 import traceback
 import warnings
@@ -22,7 +23,14 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from noisytune_cli.cli.help import HelpfulCommand
-from noisytune_cli.errors import NoisytuneError, NoisytuneWarning, UsageError, exhausted, lacking
+from noisytune_cli.errors import (
+    NoisytuneError,
+    NoisytuneWarning,
+    ResourceExhausted,
+    UsageError,
+    exhausted,
+    lacking,
+)
 from noisytune_cli.version import __version__
 
 #: In the order of `--help`, with what it says of each in one line; a verb's own help says more. Each is the
@@ -178,6 +186,46 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+#: What a shell asks for completions by, and the shells that do.
+_COMPLETE = "_NOISYTUNE_COMPLETE"
+_SHELLS = ("bash", "zsh", "fish", "powershell", "pwsh")
+
+
+def _complete(param: typer.CallbackParam, wanted: bool) -> None:
+    """Install completion for the shell that this runs in, or show what that would install.
+
+    Typer would add both options by itself, and with them a fifth to the start of every run.
+    """
+    if not wanted:
+        return
+    import shellingham
+    from typer.completion import get_completion_script, install
+
+    from noisytune_cli.cli import show
+
+    try:
+        shell = shellingham.detect_shell()[0]
+    except shellingham.ShellDetectionFailure:
+        shell = ""
+    if shell not in _SHELLS:
+        raise typer.BadParameter(f"{shell or 'no shell'} is none of {', '.join(_SHELLS)}: run it in one")
+    if param.name == "show_completion":
+        script = get_completion_script(prog_name="noisytune", complete_var=_COMPLETE, shell=shell)
+        show.write_out(f"{script}\n")
+    else:
+        try:
+            _, path = install(shell=shell, prog_name="noisytune", complete_var=_COMPLETE)
+        except (OSError, RuntimeError) as error:  # no home is a RuntimeError
+            raise ResourceExhausted(
+                "cannot install completion",
+                path=getattr(error, "filename", None),
+                why=getattr(error, "strerror", None) or str(error),
+                next_step="Put what --show-completion prints into the shell's own start-up file",
+            ) from error
+        show.note(f"installed {path}: open a new {shell}")
+    raise typer.Exit
+
+
 @app.callback()
 def noisytune(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with every error.")] = False,
@@ -187,12 +235,26 @@ def noisytune(
             "--version", "-V", callback=_show_version, is_eager=True, help="Show the version and exit."
         ),
     ] = False,
+    install_completion: Annotated[
+        bool,
+        typer.Option(
+            "--install-completion", callback=_complete, help="Have this shell complete verbs and options."
+        ),
+    ] = False,
+    show_completion: Annotated[
+        bool,
+        typer.Option("--show-completion", callback=_complete, help="Show what that installs."),
+    ] = False,
 ) -> None:
     """Add reproducible noise to a pretrained checkpoint before finetuning it (NoisyTune, ACL 2022)."""
 
 
 def run() -> None:
     """Run the command line and end the process with its exit code."""
+    if _COMPLETE in os.environ:
+        from typer.completion import completion_init
+
+        completion_init()
     try:
         app(prog_name="noisytune", args=sys.argv[1:])
     except NoisytuneError as error:  # of --version, which no verb runs

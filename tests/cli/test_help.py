@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,49 @@ def test_help_is_a_word_too() -> None:
     assert shown("help", "verify") == shown("verify", "--help")
     assert shown("-V") == shown("--version")
     assert CliRunner().invoke(app, ["help", "nothing"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["per"], ["perturb"]),
+        (["perturb", "--lambda"], ["--lambda", "--lambda-for"]),
+        (["inspect", "--format", "j"], ["json", "jsonl"]),
+        (["inspect", "x", "--hist"], ["--histogram"]),
+        (["--ver"], ["--version"]),
+    ],
+)
+def test_a_shell_completes_what_is_typed(words: list[str], found: list[str]) -> None:
+    asked = {"_NOISYTUNE_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(["noisytune", *words])}
+    environment = os.environ | asked | {"COMP_CWORD": str(len(words))}
+    command = [sys.executable, "-m", "noisytune_cli"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=False, timeout=120
+    )
+    assert (result.stdout.split(), result.stderr) == (found, "")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_completion_is_installed_by_one_option(tmp_path: Path) -> None:
+    def typed(option: str, shell: str = "bash", home: Path = tmp_path) -> subprocess.CompletedProcess[str]:
+        command = [shell, "-c", f'"$0" -m noisytune_cli {option}; exit $?', sys.executable]
+        environment = os.environ | {"HOME": str(home)}
+        return subprocess.run(
+            command, capture_output=True, text=True, env=environment, check=False, timeout=120
+        )
+
+    shown = typed("--show-completion")
+    assert "complete -o default -F _noisytune_completion noisytune" in shown.stdout
+    assert list(tmp_path.iterdir()) == []
+    done = typed("--install-completion")
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
+    script = tmp_path / ".bash_completions/noisytune.sh"
+    assert script.read_text() == shown.stdout.rstrip("\n")
+    assert str(script) in (tmp_path / ".bashrc").read_text()
+    (blocked := tmp_path / "file").touch()
+    lost = typed("--install-completion", home=blocked)
+    assert (lost.returncode, lost.stderr.count("\n")) == (6, 1), lost.stderr
+    assert "--show-completion" in lost.stderr
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "cp437", "ascii"])
