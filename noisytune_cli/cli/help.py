@@ -28,8 +28,9 @@ class HelpfulCommand(TyperCommand):
     """A command whose help has headings and examples, in plain text."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """Return the pieces of the usage line, an argument as it is named elsewhere."""
-        return [re.sub(r"^\{(.+)\}", r"\1", piece) for piece in super().collect_usage_pieces(ctx)]
+        """Return the pieces of the usage line, which versions of Typer make of other signs."""
+        arguments = [one for one in self.get_params(ctx) if one.param_type_name == "argument"]
+        return ["[OPTIONS]", *(f"{one.metavar}{'' if one.nargs == 1 else '...'}" for one in arguments)]
 
     def format_help_text(self, ctx: Any, formatter: Any) -> None:
         """Write the docstring without its examples."""
