@@ -304,7 +304,7 @@ def _total_row(totals: Totals) -> dict[str, str]:
         "elements": f"{totals.parameters:,}",
         "nan": _count(totals.nan),
         "inf": _count(totals.inf),
-        "action": f"{totals.perturbed:,} of {totals.tensors:,} perturbed",
+        "action": f"{totals.perturbed:,} of {totals.tensors:,}",
     }
 
 

@@ -221,7 +221,8 @@ def _refusal(checkpoint: Checkpoint, path: str) -> str | None:
 def _noised_before(checkpoint: Checkpoint) -> str | None:
     if (earlier := checkpoint.previous_run) is None:
         return None
-    return f"{earlier.what}: {escape(earlier.why, 500)}; perturb needs --again to add noise to it"
+    why = f": {escape(earlier.why, 500)}" if earlier.files is None else ""  # else it is as it should be
+    return f"{earlier.what}{why}; perturb needs --again"
 
 
 def _report(
