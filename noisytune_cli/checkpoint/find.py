@@ -151,7 +151,7 @@ def find(
     if comes_from_hub(source):
         from noisytune_cli.checkpoint.hub import Repository  # what is here should not wait for it
 
-        hub = Repository(source, revision, quiet)
+        hub = Repository(source, revision)
         reach = None if follow_links else reach_of(hub.root)
         place = _Place(source, hub.commit, hub.root, hub.listing, source, reach, hub)
         return _find_in_folder(place, weights, components)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from noisytune_cli.checkpoint import downloads
 from noisytune_cli.checkpoint.folder import list_folder
 from noisytune_cli.checkpoint.formats.safetensors.header import header_end
 from noisytune_cli.checkpoint.hub_answers import (
@@ -56,13 +56,12 @@ class Repository:
     A name is in the snapshot only if its content is what the hub says it is, unless the process was killed.
     """
 
-    def __init__(self, repo_id: str, revision: str | None, quiet: bool) -> None:
-        self._id, self._revision, self._quiet = repo_id, revision, quiet
+    def __init__(self, repo_id: str, revision: str | None) -> None:
+        self._id, self._revision = repo_id, revision
         self._answers = Answers()
         with self._asked():
             self.commit = self._answers.commit = _resolve(repo_id, revision)
-            with _silenced(quiet=True):
-                self.root = _list(repo_id, self.commit)
+            self.root = _list(repo_id, self.commit)
             self._listed = _cached_list(repo_id, self.commit)
         self.listing = list_folder(self.root) if self._listed is None else list_names(list(self._listed))
 
@@ -174,7 +173,7 @@ class Repository:
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
-        with watched(self._answers), mapped_errors(self._id, self._revision), _silenced(self._quiet):
+        with watched(self._answers), mapped_errors(self._id, self._revision), _silenced():
             yield
 
     def _check_new(self, path: Path, name: str) -> None:
@@ -253,19 +252,19 @@ def _fetch(repo_id: str, commit: str, sizes: Mapping[str, int]) -> None:
 
     left_behind = threading.Event()
     offline = constants.is_offline_mode()
-    said = f"Fetching {len(sizes)} files"
-    shown = tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=said)  # type: ignore[no-untyped-call]
+    came: Callable[[int], None]
 
     class Part(tqdm):
         """What is shown of one file: its share of the whole."""
 
-        def __init__(self, *args: Any, **options: Any) -> None:
+        def __init__(self, *args: Any, initial: int = 0, **options: Any) -> None:
             super().__init__(*args, **options | {"disable": True})  # type: ignore[no-untyped-call]
+            came(initial)  # of an earlier run
 
         def update(self, n: float | None = 1) -> None:
             if left_behind.is_set():
                 raise RuntimeError("the download was abandoned")
-            shown.update(n)
+            came(int(n or 0))
 
         def update_transfer(self, n: float | None = 1) -> None:
             """What comes over the wire is shown as what is made of it."""
@@ -277,10 +276,8 @@ def _fetch(repo_id: str, commit: str, sizes: Mapping[str, int]) -> None:
         hf_hub_download(repo_id, name, revision=commit, tqdm_class=Part, local_files_only=offline)
 
     constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, _CHUNK)
-    try:
+    with downloads.shown.get()(sum(sizes.values())) as came:
         _do_all(fetch, sizes, left_behind)
-    finally:
-        shown.close()
 
 
 def _do_all(fetch: Callable[[str], None], names: Iterable[str], left_behind: threading.Event) -> None:
@@ -344,8 +341,8 @@ def _not_cached(path: str, why: str) -> HubError:
 
 
 @contextmanager
-def _silenced(quiet: bool) -> Iterator[None]:
-    """Keep huggingface_hub's log and warnings off stderr, and its progress off all but a terminal."""
+def _silenced() -> Iterator[None]:
+    """Keep huggingface_hub's log, warnings and bars off stderr."""
     from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
@@ -354,7 +351,7 @@ def _silenced(quiet: bool) -> Iterator[None]:
     )
 
     verbosity = hub_logging.get_verbosity()
-    hide = (quiet or not sys.stderr.isatty()) and not are_progress_bars_disabled()
+    hide = not are_progress_bars_disabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         hub_logging.set_verbosity(logging.CRITICAL)

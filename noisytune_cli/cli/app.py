@@ -87,7 +87,8 @@ class _Command(_PlainHelp, HelpfulCommand):
         try:
             from noisytune_cli.cli import show
 
-            with _shown_warnings(), show.errors_alone(ctx.params.get("quiet", False)):
+            quiet = ctx.params.get("quiet", False)
+            with _shown_warnings(), _shown_downloads(), show.errors_alone(quiet):
                 return super().invoke(ctx)
         except (NoisytuneError, MemoryError, OSError, ModuleNotFoundError) as found:
             error = lacking(found) if isinstance(found, ModuleNotFoundError) else found
@@ -155,6 +156,19 @@ def _shown_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
         yield
+
+
+@contextmanager
+def _shown_downloads() -> Iterator[None]:
+    """Show what comes from the hub as all progress is shown."""
+    from noisytune_cli.checkpoint import downloads
+    from noisytune_cli.cli import show
+
+    before = downloads.shown.set(lambda nbytes: show.progress(nbytes, "download"))
+    try:
+        yield
+    finally:
+        downloads.shown.reset(before)
 
 
 def _report(error: NoisytuneError | MemoryError | OSError) -> typer.Exit:

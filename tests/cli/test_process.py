@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -194,6 +196,38 @@ def test_a_model_of_the_hub(hub: Any, tmp_path: Path) -> None:
         "perturb", "owner/name", "-o", cached.parent / "noisy", HF_HUB_OFFLINE="1", **environment
     )
     assert into_the_cache.returncode == 5
+
+
+def on_terminal(*arguments: object, **environment: str) -> tuple[int, str]:
+    """Run noisytune with stderr on a terminal; its exit code, and all that the terminal was sent."""
+    leader, follower = os.openpty()
+    kept = {key: os.environ[key] for key in ("PATH", "TMPDIR") if key in os.environ}
+    command = [sys.executable, "-m", "noisytune_cli", *map(str, arguments)]
+    environment = kept | {"TERM": "xterm", "COLUMNS": "80"} | environment
+    running = subprocess.Popen(command, stderr=follower, stdout=subprocess.DEVNULL, env=environment)
+    os.close(follower)
+    sent = b""
+    with contextlib.suppress(OSError):  # that of a terminal whose other end was closed
+        while data := os.read(leader, 1 << 16):
+            sent += data
+    os.close(leader)
+    return running.wait(60), sent.decode()
+
+
+def test_a_download_shows_one_bar_which_goes_away(hub: Any, tmp_path: Path) -> None:
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    code, sent = on_terminal("perturb", "owner/name", "-o", tmp_path / "out", **environment)
+    assert code == 0, sent
+    for name in hub.fetched():  # the config is looked at before the weights are asked for
+        size = len(hub.repositories["owner/name"].files[name])
+        assert f"{size}/{size} bytes" in sent
+    assert not re.search(r"Fetching|config\.json|\d%|it/s", sent)
+    # A bar's line is gone back to and erased; at most one is there at a time.
+    lines = re.split(r"\n\x1b\[1A\x1b\[2K", re.sub(r"\x1b\[\?25[hl]|\x1b\[\d*m|\r", "", sent))
+    words = [line.split("\x1b[2K")[-1].split()[0] for line in lines]
+    assert words == ["download", "download", "perturb", "perturbed"]
+    code, sent = on_terminal("perturb", "owner/name", "-q", "-o", tmp_path / "quiet", **environment)
+    assert (code, sent) == (0, "")
 
 
 def test_a_signal_while_the_handlers_are_installed_is_a_signal_all_the_same() -> None:
