@@ -164,7 +164,6 @@ def open_checkpoint(
     components: Sequence[str] = (),
     revision: str | None = None,
     mmap: bool = False,
-    quiet: bool = False,
     follow_links: bool = False,
     headers_only: bool = False,
 ) -> Checkpoint:
@@ -174,7 +173,6 @@ def open_checkpoint(
         weights=weights,
         components=components,
         revision=revision,
-        quiet=quiet,
         follow_links=follow_links,
     )
     return open_found(found, mmap=mmap, headers_only=headers_only)

@@ -139,14 +139,13 @@ def find(
     weights: str | None = None,
     components: Sequence[str] = (),
     revision: str | None = None,
-    quiet: bool = False,
     follow_links: bool = False,
 ) -> Found:
     """Look at SOURCE: a weight file, a checkpoint's folder, or a hub id.
 
-    `weights`, `components` and `revision` are what the options say; `quiet` hides the progress of downloads,
-    and with `follow_links` a folder may consist of links that lead out of it. Raises HubError for the hub and
-    the network, InputInvalid where there are no weights or no telling which, UsageError for the options.
+    `weights`, `components` and `revision` are what the options say; with `follow_links` a folder may consist
+    of links that lead out of it. Raises HubError for the hub and the network, InputInvalid where there are no
+    weights or no telling which, UsageError for the options.
     """
     if comes_from_hub(source):
         from noisytune_cli.checkpoint.hub import Repository  # what is here should not wait for it

@@ -101,7 +101,6 @@ def average(
         overwrite_changed=overwrite_changed,
         threads=threads,
         mmap=mmap,
-        quiet=quiet,
         follow_links=follow_links,
         progress=lambda nbytes: show.progress(nbytes, "average", enabled=not quiet),
     )

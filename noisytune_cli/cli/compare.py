@@ -193,7 +193,6 @@ def compare(
         revisions=(revision_a, revision_b),
         mmap=mmap,
         threads=threads or default_threads(),
-        quiet=quiet,
         follow_links=follow_links,
         progress=lambda nbytes: show.progress(nbytes, "compare", enabled=not quiet),
     )

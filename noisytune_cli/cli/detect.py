@@ -118,7 +118,6 @@ def detect(
         revision=revision,
         mmap=mmap,
         threads=threads or default_threads(),
-        quiet=quiet,
         follow_links=follow_links,
         progress=lambda nbytes: show.progress(nbytes, "detect", enabled=not quiet),
     )

@@ -172,7 +172,6 @@ def inspect(
             weights=weights,
             revision=revision,
             mmap=mmap,
-            quiet=quiet,
             follow_links=follow_links,
         )
         show_histogram.show_histogram(counted, kind, out=out, plot=plot)
@@ -197,7 +196,6 @@ def inspect(
             revision=revision,
             mmap=mmap,
             threads=threads or default_threads(),
-            quiet=quiet,
             follow_links=follow_links,
             progress=lambda nbytes: show.progress(nbytes, "inspect", enabled=not quiet),
         )

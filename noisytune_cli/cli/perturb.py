@@ -318,7 +318,6 @@ def perturb(
         revision=revision,
         mmap=mmap,
         again=again,
-        quiet=quiet,
         follow_links=follow_links,
         buffers_from=buffers_from,
         strict=strict,

@@ -82,7 +82,6 @@ def replay(
         device=device,
         threads=threads,
         mmap=mmap,
-        quiet=quiet,
         follow_links=follow_links,
         progress=lambda nbytes: show.progress(nbytes, "replay", enabled=not quiet),
     )

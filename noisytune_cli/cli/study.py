@@ -349,7 +349,6 @@ def study(
         threads=threads,
         jobs=jobs,
         report_only=report_only,
-        quiet=quiet,
     )
     result = command.study(
         request,

@@ -62,7 +62,6 @@ def verify(
                 base=base,
                 threads=threads,
                 mmap=mmap,
-                quiet=quiet,
                 follow_links=follow_links,
                 progress=lambda nbytes: show.progress(nbytes, "verify", enabled=not quiet),
             )

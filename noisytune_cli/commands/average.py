@@ -63,7 +63,6 @@ def average(
     overwrite_changed: bool = False,
     threads: int | None = None,
     mmap: bool = False,
-    quiet: bool = False,
     follow_links: bool = False,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
 ) -> Averaged:
@@ -81,7 +80,7 @@ def average(
     with ExitStack() as opened:
         members: list[Checkpoint] = []
         for source in sources:
-            members.append(_open(source, mmap=mmap, quiet=quiet, follow_links=follow_links))
+            members.append(_open(source, mmap=mmap, follow_links=follow_links))
             opened.callback(members[-1].close)
             # What is open, and room for as much as the last again: the next one, or the output.
             held = [len(member.weight_files) for member in members]
@@ -159,8 +158,8 @@ def _check_coefficients(sources: Sequence[str], coefficients: Sequence[float]) -
     return list(coefficients)
 
 
-def _open(source: str, *, mmap: bool, quiet: bool, follow_links: bool) -> Checkpoint:
-    found = find(source, quiet=quiet, follow_links=follow_links)
+def _open(source: str, *, mmap: bool, follow_links: bool) -> Checkpoint:
+    found = find(source, follow_links=follow_links)
     if found.repository is not None:
         for config, path in found.named_configs:
             refuse_quantized_config(config, path)

@@ -52,7 +52,6 @@ def open_base(
     base: str,
     *,
     mmap: bool = False,
-    quiet: bool = False,
     follow_links: bool = False,
 ) -> Checkpoint:
     """Open `base`, the hub id that the manifest records at the recorded commit."""
@@ -69,7 +68,6 @@ def open_base(
         components=components,
         revision=source.revision if base == source.id and _is_at_hub(recorded) else None,
         mmap=mmap,
-        quiet=quiet,
         follow_links=follow_links,
     )
     output = recorded.manifest.output

@@ -153,7 +153,6 @@ def compare(
     revisions: tuple[str | None, str | None] = (None, None),
     mmap: bool = False,
     threads: int = 1,
-    quiet: bool = False,
     follow_links: bool = False,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
 ) -> Comparison:
@@ -187,7 +186,6 @@ def compare(
                     components=components,
                     revision=revision,
                     mmap=mmap,
-                    quiet=quiet,
                     follow_links=follow_links,
                     headers_only=headers_only,
                 )

@@ -122,7 +122,6 @@ def detect(
     revision: str | None = None,
     mmap: bool = False,
     threads: int = 1,
-    quiet: bool = False,
     follow_links: bool = False,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
 ) -> Detection:
@@ -144,16 +143,13 @@ def detect(
                 components=components,
                 revision=revision,
                 mmap=mmap,
-                quiet=quiet,
                 follow_links=follow_links,
             )
         )
         original = None
         if base is not None:
             original = opened.enter_context(
-                open_checkpoint(
-                    base, components=components, mmap=mmap, quiet=quiet, follow_links=follow_links
-                )
+                open_checkpoint(base, components=components, mmap=mmap, follow_links=follow_links)
             )
         streams, suspects, warnings = _arrange(
             checkpoint, original, recorded, Rules(maps) if maps else None, include, exclude

@@ -105,7 +105,6 @@ def perturb(
         revision=revision,
         mmap=mmap,
         again=again,
-        quiet=True,
         buffers_from=buffers_from,
         strict=strict,
         follow_links=follow_links,
@@ -167,7 +166,6 @@ def inspect(
         revision=revision,
         mmap=mmap,
         threads=thread_count(threads),
-        quiet=True,
         follow_links=follow_links,
         buffers_from=buffers_from,
     )
@@ -192,7 +190,6 @@ def verify(
         base=None if base is None else os.fspath(base),
         threads=thread_count(threads),
         mmap=mmap,
-        quiet=True,
         follow_links=follow_links,
     )
     _warn(found.warnings)
@@ -224,7 +221,6 @@ def replay(
         device=device,
         threads=thread_count(threads),
         mmap=mmap,
-        quiet=True,
         follow_links=follow_links,
     )
     _warn(done.warnings)
@@ -265,7 +261,6 @@ def compare(
         components=patterns("components", components),
         mmap=mmap,
         threads=thread_count(threads),
-        quiet=True,
         follow_links=follow_links,
     )
     _warn(found.warnings)

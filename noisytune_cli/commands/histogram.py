@@ -30,12 +30,11 @@ def histogram(
     weights: str | None = None,
     revision: str | None = None,
     mmap: bool = False,
-    quiet: bool = False,
     follow_links: bool = False,
 ) -> Counted:
     """Count the values of the tensor called `name`; UsageError where there is none, or it holds no floats."""
     with open_checkpoint(
-        source, weights=weights, revision=revision, mmap=mmap, quiet=quiet, follow_links=follow_links
+        source, weights=weights, revision=revision, mmap=mmap, follow_links=follow_links
     ) as checkpoint:
         for file in checkpoint.sources:
             for tensor in file.tensors:

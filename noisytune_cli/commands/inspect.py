@@ -138,7 +138,6 @@ def inspect(
     revision: str | None = None,
     mmap: bool = False,
     threads: int = 1,
-    quiet: bool = False,
     follow_links: bool = False,
     buffers_from: str = "auto",
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
@@ -162,7 +161,6 @@ def inspect(
         components=components,
         revision=revision,
         mmap=mmap,
-        quiet=quiet,
         follow_links=follow_links,
         headers_only=headers_only,
     ) as checkpoint:

@@ -24,7 +24,6 @@ class Request:
     revision: str | None = None
     mmap: bool = False
     again: bool = False
-    quiet: bool = False
     buffers_from: str = "auto"
     strict: bool = False
     follow_links: bool = False
@@ -40,7 +39,6 @@ class Request:
             weights=self.weights,
             components=self.components,
             revision=self.revision,
-            quiet=self.quiet,
             follow_links=self.follow_links,
         )
         if found.previous_run is not None and not self.again:

@@ -86,7 +86,6 @@ def verify(
     base: str | None = None,
     threads: int | None = None,
     mmap: bool = False,
-    quiet: bool = False,
     follow_links: bool = False,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
 ) -> Verified:
@@ -115,9 +114,7 @@ def verify(
         plans = [_plan_digests(produced, matched)]
         originals: dict[str, Source] = {}
         if base is not None:
-            original = opened.enter_context(
-                open_base(recorded, base, mmap=mmap, quiet=quiet, follow_links=follow_links)
-            )
+            original = opened.enter_context(open_base(recorded, base, mmap=mmap, follow_links=follow_links))
             originals, headers = match_files(manifest, original, "the base: ")
             found += [*headers, *compare_card(manifest, original)]
             plans.append(Plan(manifest.noise, recorded_steps(manifest.receipts, originals)))

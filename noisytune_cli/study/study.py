@@ -63,7 +63,6 @@ class StudyRequest:
     threads: int | None = None
     jobs: int = 1
     report_only: bool = False
-    quiet: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,9 +114,7 @@ def study(
         len(data.train), train_rows=request.train_rows, held_out=request.held_out, seed=request.data_seed
     )
     probe = _probe(request)
-    with open_checkpoint(
-        request.model, revision=request.revision, quiet=request.quiet, follow_links=True
-    ) as source:
+    with open_checkpoint(request.model, revision=request.revision, follow_links=True) as source:
         _check_folder(source, request.model)
         parameters = sum(tensor.elements for tensor in source.tensors)
         digests = {

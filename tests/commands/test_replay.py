@@ -177,12 +177,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("hub")
 def test_without_a_base_the_recorded_commit_is_fetched(tmp_path: Path) -> None:
-    made = perturb(Request("owner/model", NoiseSpec(), quiet=True), str(tmp_path / "out"))
+    made = perturb(Request("owner/model", NoiseSpec()), str(tmp_path / "out"))
     assert made.manifest.source.revision == Repository({}).commit
     for name, base in (("none", None), ("same", "owner/model")):
-        replay(str(made.manifest_path), str(tmp_path / name), base=base, quiet=True)
+        replay(str(made.manifest_path), str(tmp_path / name), base=base)
         assert tree(tmp_path / name) == tree(made.output)
-    assert verify(str(made.output), base="owner/model", quiet=True).ok
+    assert verify(str(made.output), base="owner/model").ok
     (tmp_path / "owner" / "model").mkdir(parents=True)
     with pytest.raises(UsageError, match="has the name of the hub id"):
         replay(str(made.manifest_path), str(tmp_path / "x"))
