@@ -144,3 +144,18 @@ def test_what_is_asked_of_headers_waits_for_no_more_than_it_needs(tmp_path: Path
     unneeded = {"pydantic", "noisytune_cli.cli.pages", "noisytune_cli.manifest.read"}
     assert not loaded("inspect", source, "--headers-only") & unneeded
     assert not loaded("perturb", source, "--dry-run", "--include", "w", "--device", "cpu") & unneeded
+
+
+def test_the_shorter_name_is_the_same_and_as_light() -> None:
+    code = (
+        "import sys, noisytune; assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
+        "import noisytune_cli; assert dir(noisytune) == noisytune.__all__ == noisytune_cli.__all__\n"
+        "assert noisytune.__version__ == noisytune_cli.__version__\n"
+        "from noisytune import perturb; assert perturb is noisytune_cli.perturb\n"
+        "assert not hasattr(noisytune, 'errors')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    shown = subprocess.run(
+        [sys.executable, "-m", "noisytune", "-V"], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout == f"noisytune {noisytune_cli.__version__}\n"
