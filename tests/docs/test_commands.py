@@ -35,7 +35,7 @@ NOT_RUN = {
         ("pip install --no-deps", "installs packages"),
     ],
     "containers.md": [("docker build", "needs Docker")],
-    "manifest.md": [("hf upload", "publishes on the hub")],
+    "publishing.md": [("hf upload", "publishes on the hub")],
     "python.md": [("class NoiseExtension", "needs vLLM; its slices are tested with stand-ins")],
 }
 
