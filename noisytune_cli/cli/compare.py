@@ -9,6 +9,7 @@ import typer
 
 from noisytune_cli.cli.help import NOISE, OUTPUT, RUNNING, SOURCE, TENSORS
 from noisytune_cli.cli.options import (
+    AsJson,
     Components,
     FollowLinks,
     Format,
@@ -147,6 +148,7 @@ def compare(
     threads: Threads = None,
     mmap: Mmap = False,
     follow_links: FollowLinks = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Tell what lies between two checkpoints, such as a base and what noise or finetuning made of it.
@@ -169,7 +171,7 @@ def compare(
     from noisytune_cli.engine.threads import default_threads
     from noisytune_cli.output.reports import check_new
 
-    kind = format_of(None if output_format is None else output_format.value, out)
+    kind = format_of(None if output_format is None else output_format.value, out, as_json=as_json)
     if out is not None:
         check_new(out)
     if plot is not None:

@@ -142,12 +142,7 @@ def inspect(
     from noisytune_cli.engine.threads import default_threads
     from noisytune_cli.output.reports import check_new
 
-    wanted = None if output_format is None else output_format.value
-    if as_json and wanted not in (None, "json"):
-        raise UsageError(
-            f"--json and --format {wanted}", why="--json is --format json", next_step="Give one of them"
-        )
-    kind = format_of("json" if as_json else wanted, out)
+    kind = format_of(None if output_format is None else output_format.value, out, as_json=as_json)
     single = {"--format html": kind == "html", "--plot": plot, "--histogram": histogram}
     if len(sources) > 1 and (unfit := next((option for option, given in single.items() if given), None)):
         raise UsageError(

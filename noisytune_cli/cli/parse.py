@@ -56,10 +56,17 @@ def check_out(out: str) -> None:
         )
 
 
-def format_of(wanted: str | None, out: str | None) -> str:
-    """Return the format of a report: the one that is asked for, else by the file's ending, else a table."""
-    if wanted is not None:
-        return wanted
+def format_of(wanted: str | None, out: str | None, *, as_json: bool = False) -> str:
+    """Return the format of a report: the one that is asked for, else by the file's ending, else a table.
+
+    `as_json` is --json, which is --format json.
+    """
+    if as_json and wanted not in (None, "json"):
+        raise UsageError(
+            f"--json and --format {wanted}", why="--json is --format json", next_step="Give one of them"
+        )
+    if as_json or wanted is not None:
+        return wanted or "json"
     ending = "" if out is None else out.rpartition(".")[2].lower()
     return {"json": "json", "jsonl": "jsonl", "csv": "csv", "html": "html", "htm": "html"}.get(
         ending, "table"

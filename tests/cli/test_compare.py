@@ -111,6 +111,15 @@ def test_json_and_jsonl_have_all(tmp_path: Path) -> None:
     assert lines[4] == {"totals": document["totals"]}
 
 
+def test_json_has_a_short_word(tmp_path: Path) -> None:
+    a, b = files(tmp_path)
+    assert invoke("compare", a, b, "--json").stdout == invoke("compare", a, b, "--format", "json").stdout
+    for verb in (["inspect", a], ["compare", a, b]):
+        refused = invoke(*verb, "--json", "--format", "csv")
+        assert refused.exit_code == 2
+        assert "--json and --format csv" in refused.stderr
+
+
 def test_csv_has_a_status_for_each_row(tmp_path: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(invoke("compare", *files(tmp_path), "--format", "csv").stdout)))
     assert [(row["status"], row["name"]) for row in rows] == [
