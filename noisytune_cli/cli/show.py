@@ -148,7 +148,7 @@ def progress(
         columns: list[bars.ProgressColumn] = [bars.MofNCompleteColumn(), bars.TextColumn("steps")]
         columns += [bars.TimeElapsedColumn(), bars.TextColumn("left")]
     else:
-        columns = [bars.DownloadColumn(binary_units=True), bars.TransferSpeedColumn()]
+        columns = [bars.DownloadColumn(), bars.TransferSpeedColumn()]
     lock = threading.Lock()
     completed, next_update = 0, 0.0
     bar = bars.Progress(

@@ -77,7 +77,7 @@ def show_perturbed(results: Sequence[Perturbed], *, as_json: bool, quiet: bool, 
     if quiet:
         return
     for result in results:
-        took = f" in {seconds:.1f} s" if len(results) == 1 else ""
+        took = f" in {seconds:.1f} s" if len(results) == 1 and not result.skipped else ""
         note(f"{_summary(result)}{took}")
     if len(results) > 1:
         note(f"{len(results)} outputs in {seconds:.1f} s")
