@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -178,6 +178,22 @@ def open_checkpoint(
     return open_found(found, mmap=mmap, headers_only=headers_only)
 
 
+def open_files(found: Found, names: Collection[str], *, mmap: bool = False) -> tuple[Source, ...]:
+    """Fetch and open these weight files of a checkpoint alone, for who knows all else that is in it."""
+    if found.repository is not None:
+        found.repository.fetch(list(names))
+    sources: list[Source] = []
+    with ExitStack() as opened:
+        for choice in found.choices:
+            for file in (choice.name,) if choice.index is None else choice.index.shards:
+                if (name := printable(file) if found.listing is None else file) in names:
+                    source = open_source(found.root / file, name, mmap, found.reach)
+                    opened.callback(source.close)
+                    sources += _in_component(found, choice, [source])
+        opened.pop_all()
+    return tuple(sorted(sources, key=lambda source: source.name))
+
+
 def open_found(found: Found, *, mmap: bool = False, headers_only: bool = False) -> Checkpoint:
     """Fetch what is missing of a checkpoint, and open it.
 
@@ -306,16 +322,21 @@ def _open_part(found: Found, listing: Listing, choice: Choice, mmap: bool, opene
             for name in sorted(sorted_out.twins)
             if arranged.weights[name] == OTHER_WEIGHTS and index_suffix(name) is None
         ]
-    home = posixpath.dirname(chosen)
-    if found.is_composed and home:
-        metadata = {} if index is None else index.metadata
-        sources = [*(Component(source, home, metadata) for source in sources)]
     return _Part(
-        tuple(sources),
+        tuple(_in_component(found, choice, sources)),
         (*arranged.others, *sorted_out.others),
         (*arranged.left_out, *((name, arranged.weights[name]) for name in sorted_out.twins)),
         tuple(warnings),
     )
+
+
+def _in_component(found: Found, choice: Choice, sources: Sequence[Source]) -> list[Source]:
+    """Return weight files of one choice with their tensors called as in the whole checkpoint."""
+    home = posixpath.dirname(choice.name)
+    if not (found.is_composed and home):
+        return list(sources)
+    metadata = {} if choice.index is None else choice.index.metadata
+    return [Component(source, home, metadata) for source in sources]
 
 
 def _look(path: Path, reach: Reach | None) -> os.stat_result:

@@ -94,6 +94,46 @@ class Planned:
         return self.plans[0]
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A request with its source open: what is told of the tensors, and the plan of each output.
+
+    `files` are the outputs' weight files where they are not like the source's; `card` is the model card where
+    it is to be written anew, and `claims` are what is warned of where it is not.
+    """
+
+    request: Request
+    source: Checkpoint
+    plans: tuple[Plan, ...]
+    files: tuple[OutputFile, ...]
+    card: Card | None
+    claims: tuple[str, ...]
+    told: Told
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know before a weight is read."""
+        doubts = warning_of(together(self.plans))
+        return (*self.source.warnings, *self.claims, *doubts, *_too_strong(self.plans))
+
+    def settled(self) -> Prepared:
+        """Return it with all settled that takes reading; a buffer keeps its dtype."""
+        request = self.request
+        plans = tuple(settle_plans(self.plans, self.source, self.told, request.conversion))
+        if request.strict:
+            refuse_doubts(together(plans), request.source)
+        return replace(self, plans=plans, files=lay_out_all(self.source, plans, request.conversion))
+
+
+def prepare(request: Request, source: Checkpoint, wanted: Sequence[Combination]) -> Prepared:
+    """Plan each combination from headers alone."""
+    card, claims = read_claims(request, source)
+    told = tell_checkpoint(source, request.buffers_from)
+    plans = tuple(make_plans(source, request.noise, wanted, told, request.conversion))
+    files = lay_out_all(source, plans, request.conversion)
+    return Prepared(request, source, plans, files, card, claims, told)
+
+
 def plan_perturb(
     request: Request,
     wanted: Sequence[Combination] = (),
@@ -106,22 +146,19 @@ def plan_perturb(
 
     Outputs that are named are refused as there.
     """
-    wanted = wanted or [_only(request, None)]
+    wanted = wanted or [only(request, None)]
     check_before_download(
         request.source,
-        _outs(wanted),
+        outs_of(wanted),
         recipe_only=recipe_only,
         overwrite=overwrite,
         overwrite_changed=overwrite_changed,
     )
     with request.open(headers_only=True) as source:
-        card = _read_card(source) if request.card else None
-        claims = [] if card else _claims_of(source)
-        told = tell_checkpoint(source, request.buffers_from)
-        plans = make_plans(source, request.noise, wanted, told, request.conversion)
-        files = _lay_out(source, plans, request.conversion)
+        prepared = prepare(request, source, wanted)
+        plans, files, card = prepared.plans, prepared.files, prepared.card
         overwrite = overwrite or overwrite_changed
-        outputs = check_places(source, files, _outs(wanted), recipe_only=recipe_only, overwrite=overwrite)
+        outputs = check_places(source, files, outs_of(wanted), recipe_only=recipe_only, overwrite=overwrite)
         require_unchanged(outputs, insists=overwrite_changed)
         if request.strict:
             refuse_doubts(together(plans), request.source)
@@ -133,7 +170,7 @@ def plan_perturb(
             plans=tuple(plans),
             outs=tuple(one.out for one in wanted),
             left_out=(*source.left_out, *(card.left_out if card else ()), *left_behind(source, files)),
-            warnings=(*source.warnings, *claims, *warning_of(together(plans)), *_too_strong(plans)),
+            warnings=prepared.warnings,
             nbytes=each * len(plans),
             free=free_bytes(outputs[0]) if outputs else None,
         )
@@ -154,7 +191,7 @@ def perturb(
     """Write the noisy checkpoint and its manifest to `out`, durably, or change nothing."""
     (done,) = perturb_each(
         request,
-        [_only(request, out)],
+        [only(request, out)],
         recipe_only=recipe_only,
         overwrite=overwrite,
         overwrite_changed=overwrite_changed,
@@ -187,18 +224,15 @@ def perturb_each(
     if not skip_existing:  # what is to stay is told from the source
         check_before_download(
             request.source,
-            _outs(wanted),
+            outs_of(wanted),
             recipe_only=recipe_only,
             overwrite=overwrite,
             overwrite_changed=overwrite_changed,
         )
     with request.open() as source:
-        card = _read_card(source) if request.card else None
-        claims = [] if card else _claims_of(source)
-        told = tell_checkpoint(source, request.buffers_from)
-        plans = make_plans(source, request.noise, wanted, told, request.conversion)
-        files = _lay_out(source, plans, request.conversion)
-        outs = _outs(wanted)
+        prepared = prepare(request, source, wanted)
+        plans, files = prepared.plans, prepared.files
+        outs = outs_of(wanted)
         kept = {}
         if skip_existing:
             kept = _find_made(request, source, outs, plans, files, recipe_only, threads, progress)
@@ -217,8 +251,8 @@ def perturb_each(
             Publication(output, directory=is_folder, overwrite=overwrite, recipe=recipe_only)
             for output in outputs
         ]
-        plans = [plans[at] for at in left]
-        made = _make(request, source, told, card, claims, plans, publications, walk, progress)
+        prepared = replace(prepared, plans=tuple(plans[at] for at in left))
+        made = _make(prepared, publications, walk, progress)
         done = kept | {outs[at]: one for at, one in zip(left, made, strict=True)}
         return tuple(done[out] for out in outs)
 
@@ -255,73 +289,73 @@ def _find_made(
 
 
 def _make(
-    request: Request,
-    source: Checkpoint,
-    told: Told,
-    card: Card | None,
-    claims: Sequence[str],
-    plans: Sequence[Plan],
-    publications: Sequence[Publication],
-    walk: Walk,
-    progress: Progress,
+    prepared: Prepared, publications: Sequence[Publication], walk: Walk, progress: Progress
 ) -> list[Perturbed]:
-    """Write and publish an output for each plan; `claims` are warned of."""
+    """Write and publish an output for each plan."""
     filled = [publication for publication in publications if not publication.is_recipe]
     with all_staged(publications):
-        plans = settle_plans(plans, source, told, request.conversion)
-        if request.strict:
-            refuse_doubts(together(plans), request.source)
-        files = _lay_out(source, plans, request.conversion)  # a buffer keeps its dtype
-        receipts = write_tensors(walk, plans, source, filled, progress, files)
-        for plan, done in zip(plans, receipts, strict=True):
-            check_outcomes(plan.noise, ((r.action, r.reason) for r in done), path=request.source)
-        own = card.own if card else frozenset[str]()
-        copied, converted = _write_beside(source, request.conversion, files, filled, own)
+        prepared = prepared.settled()
+        places = [publication.place for publication in filled]
+        sources = prepared.source.sources
+        receipts = write_tensors(walk, prepared.plans, sources, places, progress, prepared.files)
+        return publish_receipts(prepared, receipts, publications)
+
+
+def publish_receipts(
+    prepared: Prepared, receipts: Sequence[tuple[Receipt, ...]], publications: Sequence[Publication]
+) -> list[Perturbed]:
+    """Complete staged outputs whose weight files are made, each with its receipts, and publish them."""
+    request, source, card, files = prepared.request, prepared.source, prepared.card, prepared.files
+    filled = [publication for publication in publications if not publication.is_recipe]
+    for plan, done in zip(prepared.plans, receipts, strict=True):
+        check_outcomes(plan.noise, ((r.action, r.reason) for r in done), path=request.source)
+    own = card.own if card else frozenset[str]()
+    copied, converted = _write_beside(source, request.conversion, files, filled, own)
+    manifests = [
+        Manifest(
+            tool_name="noisytune",
+            tool_version=__version__,
+            source=record_source(source),
+            noise=plan.noise,
+            receipts=done,
+            copied=copied,
+            left_out=(*source.left_out, *(card.left_out if card else ()), *left_behind(source, files)),
+            output=converted,
+        )
+        for plan, done in zip(prepared.plans, receipts, strict=True)
+    ]
+    if card is not None:
+        from noisytune_cli.commands.card import write_card
+
         manifests = [
-            Manifest(
-                tool_name="noisytune",
-                tool_version=__version__,
-                source=record_source(source),
-                noise=plan.noise,
-                receipts=done,
-                copied=copied,
-                left_out=(*source.left_out, *(card.left_out if card else ()), *left_behind(source, files)),
-                output=converted,
-            )
-            for plan, done in zip(plans, receipts, strict=True)
-        ]
-        if card is not None:
-            from noisytune_cli.commands.card import write_card
-
-            manifests = [
-                replace(
-                    manifest,
-                    rewritten=write_card(card, card.of_noise(manifest), filled[index : index + 1]),
-                )
-                for index, manifest in enumerate(manifests)
-            ]
-        for publication, manifest in zip(publications, manifests, strict=True):
-            publication.seal(pieces(manifest))
-        paths = commit_all(publications)
-        warnings = (*source.warnings, *claims, *warning_of(together(plans)), *_too_strong(plans))
-        return [
-            Perturbed(
-                publication.output,
-                path,
+            replace(
                 manifest,
-                publication.cleared,
-                (*warnings, *publication.warnings, *_warnings(manifest.receipts)),
-                publication.is_recipe,
+                rewritten=write_card(card, card.of_noise(manifest), filled[index : index + 1]),
             )
-            for publication, path, manifest in zip(publications, paths, manifests, strict=True)
+            for index, manifest in enumerate(manifests)
         ]
+    for publication, manifest in zip(publications, manifests, strict=True):
+        publication.seal(pieces(manifest))
+    paths = commit_all(publications)
+    warnings = prepared.warnings
+    return [
+        Perturbed(
+            publication.output,
+            path,
+            manifest,
+            publication.cleared,
+            (*warnings, *publication.warnings, *warnings_of(manifest.receipts)),
+            publication.is_recipe,
+        )
+        for publication, path, manifest in zip(publications, paths, manifests, strict=True)
+    ]
 
 
-def _outs(wanted: Sequence[Combination]) -> list[str]:
+def outs_of(wanted: Sequence[Combination]) -> list[str]:
     return [one.out for one in wanted if one.out is not None]
 
 
-def _lay_out(
+def lay_out_all(
     source: Checkpoint, plans: Sequence[Plan], conversion: Conversion | None
 ) -> tuple[OutputFile, ...]:
     """Return the outputs' weight files where they are not like the source's; λ makes no difference."""
@@ -354,25 +388,19 @@ def _write_beside(
     return copied, OutputRecord(conversion, tuple(file.record for file in files), rewritten)
 
 
-def _only(request: Request, out: str | None) -> Combination:
+def only(request: Request, out: str | None) -> Combination:
     """Return the one combination of a request without lists."""
     return Combination(request.noise.lam, request.noise.seed, out)
 
 
-def _read_card(source: Checkpoint) -> Card:
-    # Few outputs get one, and the others should not wait for it.
-    from noisytune_cli.commands.card import read_card
+def read_claims(request: Request, source: Checkpoint) -> tuple[Card | None, tuple[str, ...]]:
+    """Read the model card that is to be written anew; or warn of what it claims, which a file has none of."""
+    if source.single_file and not request.card:
+        return None, ()
+    # Few outputs have one, and the others should not wait for it.
+    from noisytune_cli.commands.card import claims_of, read_card
 
-    return read_card(source)
-
-
-def _claims_of(source: Checkpoint) -> list[str]:
-    """Warn of what the model card of a folder claims of the output; a file has none."""
-    if source.single_file:
-        return []
-    from noisytune_cli.commands.card import claims_of
-
-    return claims_of(source)
+    return (read_card(source), ()) if request.card else (None, tuple(claims_of(source)))
 
 
 def _too_strong(plans: Sequence[Plan]) -> list[str]:
@@ -385,7 +413,7 @@ def _too_strong(plans: Sequence[Plan]) -> list[str]:
     return [f"λ {lam:g} gives noise with {times} times the weights' std; the paper's λ is 0.15"]
 
 
-def _warnings(receipts: tuple[Receipt, ...]) -> list[str]:
+def warnings_of(receipts: tuple[Receipt, ...]) -> list[str]:
     """Say which tensors the noise could not reach, or hardly; a line for each kind, not for each tensor."""
     broken = [r.step.tensor.name for r in receipts if r.reason == "non-finite" and not r.parts]
     broken += [

@@ -104,7 +104,8 @@ def replay(
             if manifest.output is not None:
                 found += _write_anew(manifest.output, source, rewritten, publication)
             _refuse(found, recorded, source)
-            (done,) = write_tensors(walk, [plan], source, [publication], progress, rewritten, receipts)
+            places = [publication.place]
+            (done,) = write_tensors(walk, [plan], source.sources, places, progress, rewritten, receipts)
             _refuse(compare_receipts(receipts, done), recorded, source)
             path = publication.publish(recorded.pieces())
             return Replayed(output, path, manifest, publication.cleared, publication.warnings)

@@ -5,52 +5,54 @@ Publishing is not decided here: what is filled is flushed, and is as the source 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.formats import Nowhere, Sink, Source
 from noisytune_cli.engine.threads import Progress
 from noisytune_cli.engine.walk import Output, Walk, work_bytes
 from noisytune_cli.output.convert import OutputFile
-from noisytune_cli.output.publish import Publication
 from noisytune_cli.records import FileRecord, Plan, Receipt, SourceRecord
+
+#: Says where the weight file of a name is to be made.
+Place = Callable[[str], Path]
 
 
 def write_tensors(
     walk: Walk,
     plans: Sequence[Plan],
-    source: Checkpoint,
-    publications: Sequence[Publication],
+    sources: Sequence[Source],
+    places: Sequence[Place],
     progress: Progress,
     files: Sequence[OutputFile] = (),
     recorded: Mapping[str, Receipt] | None = None,
+    stds: Sequence[float] = (),
 ) -> tuple[tuple[Receipt, ...], ...]:
-    """Fill every weight file of every plan's output and flush it; the source must be as it was throughout.
+    """Fill every weight file of every plan's output and flush it; its sources must be as at the beginning.
 
-    Without publications the plans are carried out for their receipts alone. `files` are those of each output
-    where they are not like the source's; `recorded` are earlier receipts by tensor name, whose std and
-    amplitude hold.
+    `places` say where each output's files are made; without any the plans are carried out for their receipts
+    alone. `files` are those of each output where they are not like the source's; `recorded` are earlier
+    receipts by tensor name, whose std and amplitude hold; `stds` are those of each output in scope global,
+    where they are known.
     """
-    models: Sequence[Source | OutputFile] = files or source.sources
+    models: Sequence[Source | OutputFile] = files or sources
     targets = {name: slot for file in files for name, slot in file.slots.items()}
-    places: Sequence[Publication | None] = publications or [None] * len(plans)
     with ExitStack() as opened:
         variants = []
-        for plan, publication in zip(plans, places, strict=True):
+        for index, plan in enumerate(plans):
             sinks: dict[str, Sink] = {}
-            for file, made in zip(source.sources, models, strict=True):
-                sinks[file.name] = Nowhere()
-                if publication is not None:
-                    name = publication.output.name if source.single_file else made.name
-                    sinks[file.name] = made.create_sink(publication.path(name))
+            for file, made in zip(sources, models, strict=True):
+                sinks[file.name] = made.create_sink(places[index](made.name)) if places else Nowhere()
                 opened.callback(sinks[file.name].abort)
-            variants.append(Output(plan, sinks, targets, recorded=recorded or {}))
+            std = stds[index] if stds else None
+            variants.append(Output(plan, sinks, targets, recorded=recorded or {}, std=std))
         with progress(work_bytes(variants)) as report:
-            sources = {file.name: file for file in source.sources}
-            receipts = replace(walk, progress=report).carry_out(variants, sources)
-        complete(source.sources, [sink for variant in variants for sink in variant.sinks.values()])
+            by_name = {file.name: file for file in sources}
+            receipts = replace(walk, progress=report).carry_out(variants, by_name)
+        complete(sources, [sink for variant in variants for sink in variant.sinks.values()])
     return receipts
 
 

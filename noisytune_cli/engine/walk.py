@@ -10,7 +10,7 @@ any checkpoint and any number of outputs: what is kept, and two tiles for each t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -49,13 +49,15 @@ class Output:
 
     `targets` are, by tensor name, the tensors that lie elsewhere in the output's file than in the source's.
     `recorded` are an earlier run's receipts by tensor name: the tensors are not measured for this output, but
-    get the std and the amplitude that stand there. They are all or none.
+    get the std and the amplitude that stand there. They are all or none. `std` is that of all values in scope
+    global, where it is known.
     """
 
     plan: Plan
     sinks: Mapping[str, Sink]
     targets: Mapping[str, TensorSpec] = field(default_factory=dict)
     recorded: Mapping[str, Receipt] = field(default_factory=dict)
+    std: float | None = None
 
     def target(self, step: Step) -> TensorSpec:
         """Return a step's tensor as it is in the output."""
@@ -93,23 +95,52 @@ class Walk:
         tensors = [step.tensor for step in outputs[0].plan.steps]
         receipts: list[tuple[Receipt, ...]] = [()] * len(tensors)
 
-        def prepare(index: int) -> TensorWalk:
-            return TensorWalk(self, outputs, index, sources[tensors[index].file])
-
         def walk_alone(index: int, worker: Worker) -> None:
-            tensor = prepare(index)
+            tensor = TensorWalk(self, outputs, index, sources[tensors[index].file])
             tensor.measure_and_write(worker)
             receipts[index] = tensor.receipts
 
         if _measures_apart(outputs):
-            walks = [prepare(index) for index in range(len(tensors))]
-            self._run(walk.measure for walk in walks if walk.is_measured)
+            walks = self._measured(outputs, sources)
             self._settle_together(outputs, walks)
             self._run(walk.write for walk in walks)
             receipts = [walk.receipts for walk in walks]
         else:
             self._run(partial(walk_alone, index) for index in range(len(tensors)))
         return tuple(tuple(one[i] for one in receipts) for i in range(len(outputs)))
+
+    def add_up(
+        self, outputs: Sequence[Output], sources: Mapping[str, Source], repeated: Collection[str]
+    ) -> list[tuple[int, NDArray[np.int64]]]:
+        """Return for each output how many finite values it perturbs, and their exact sums.
+
+        That is what all tensors of its plan add to the std of a model of which they are a part. `repeated`
+        are names whose values are counted under another one.
+        """
+        walks = self._measured(outputs, sources)
+        found: dict[tuple[int, ...], tuple[int, NDArray[np.int64]]] = {}
+        totals = []
+        for output in outputs:
+            chosen = tuple(
+                index
+                for index, step in enumerate(output.plan.steps)
+                if step.action == "perturb" and step.tensor.name not in repeated
+            )
+            if chosen not in found:
+                finite = [sums for index in chosen for sums in walks[index].matrices.sums if sums.finite]
+                count = sum(sums.elements for sums in finite)
+                found[chosen] = count, self._exact_sums([walks[index] for index in chosen])
+            totals.append(found[chosen])
+        return totals
+
+    def _measured(self, outputs: Sequence[Output], sources: Mapping[str, Source]) -> list[TensorWalk]:
+        """Return the walks of all tensors, each measured where an output needs its std."""
+        walks = [
+            TensorWalk(self, outputs, index, sources[step.tensor.file])
+            for index, step in enumerate(outputs[0].plan.steps)
+        ]
+        self._run(walk.measure for walk in walks if walk.is_measured)
+        return walks
 
     def _settle_together(self, outputs: Sequence[Output], walks: Sequence[TensorWalk]) -> None:
         """Give all matrices that an output perturbs the std of the concatenation of their finite values.
@@ -136,16 +167,18 @@ class Walk:
         if count < 2:
             return 0.0  # of fewer than two values there is none, and nothing to scale noise with
         std = round_std(m for sums in finite for m in sums.moments)
-        if std is None:
-            exact = new_exact_sums()
-            tasks = (
-                partial(walk.add_exact_sums, {i: exact for i, s in enumerate(walk.matrices.sums) if s.finite})
-                for walk in walks
-                if any(sums.finite for sums in walk.matrices.sums)
-            )
-            self._run(tasks, threads=1)
-            std = exact_std(exact, count)
-        return std
+        return exact_std(self._exact_sums(walks), count) if std is None else std
+
+    def _exact_sums(self, walks: Sequence[TensorWalk]) -> NDArray[np.int64]:
+        """Return the exact sums of all finite matrices of some tensors."""
+        exact = new_exact_sums()
+        tasks = (
+            partial(walk.add_exact_sums, {i: exact for i, s in enumerate(walk.matrices.sums) if s.finite})
+            for walk in walks
+            if any(sums.finite for sums in walk.matrices.sums)
+        )
+        self._run(tasks, threads=1)
+        return exact
 
     def _run(self, tasks: Iterable[Task], threads: int | None = None) -> None:
         # As many as there are threads, and an arena has whole cache lines.
@@ -165,7 +198,8 @@ def work_bytes(outputs: Sequence[Output]) -> int:
 
 def _measures_apart(outputs: Sequence[Output]) -> bool:
     """Say whether every tensor is measured before the first is written."""
-    return outputs[0].plan.noise.scope == "global" and not all(output.recorded for output in outputs)
+    is_known = all(output.recorded or output.std is not None for output in outputs)
+    return outputs[0].plan.noise.scope == "global" and not is_known
 
 
 class TensorWalk:
@@ -197,7 +231,7 @@ class TensorWalk:
                 if self.tensor.nbytes <= _LARGEST_KEPT:
                     self._buffer = kept.enter_context(worker.pool.keep(self.tensor.nbytes, worker))
                 self.measure(worker, report=False)
-                self.spreads = [self._own_spreads(worker)] * len(self._outputs)
+                self.spreads = self._find_spreads(worker)
             self.write(worker)
             self._buffer = None
 
@@ -248,6 +282,13 @@ class TensorWalk:
             worker.pool.check()
             data = self._buffer_tile(index) if self._buffer is not None else self._read(worker, index)
             self.matrices.add_exact_sums(sums, first, data)
+
+    def _find_spreads(self, worker: Worker) -> Sequence[Sequence[Spread | None]]:
+        """Return what each output scales the noise of each matrix with."""
+        if self._outputs[0].std is None:
+            return [self._own_spreads(worker)] * len(self._outputs)
+        finite = [sums.finite for sums in self.matrices.sums]
+        return [[Spread(output.std) if known else None for known in finite] for output in self._outputs]
 
     def _own_spreads(self, worker: Worker) -> list[Spread | None]:
         """Return the spread of each matrix alone, None for one that has none."""

@@ -24,11 +24,9 @@ _LONGEST_NAME = 4096  # bytes of a path, PATH_MAX
 
 
 class ManifestFault(Exception):
-    """What is wrong with a manifest, and what its user can do about it."""
+    """What is wrong with a manifest, and what its user can do about it; None is for its reader to say."""
 
-    def __init__(
-        self, why: str, *, next_step: str = "Fetch the manifest again; it is not meant to be edited"
-    ) -> None:
+    def __init__(self, why: str, *, next_step: str | None = None) -> None:
         super().__init__(why)
         self.why, self.next_step = why, next_step
 
@@ -109,6 +107,21 @@ class Fields:
             return value  # most are, and a large manifest has a million
         return check_string(self._value[key], f"{self._where}.{key}")
 
+    def optional_string(self, key: str) -> str | None:
+        """Return a string, or None for null."""
+        return None if self._value[key] is None else self.string(key)
+
+    def strings(self, key: str) -> tuple[str, ...]:
+        """Return a list of strings."""
+        return tuple(check_string(one, f"{self._where}.{key}") for one in self.list(key))
+
+    def flag(self, key: str) -> bool:
+        """Return true or false."""
+        value = self._value[key]
+        if type(value) is not bool:
+            raise self.fault(key, "is neither true nor false")
+        return value
+
     def name(self, key: str) -> str:
         """Return a file's name, relative to the checkpoint."""
         return check_name(self._value[key], f"{self._where}.{key}")
@@ -163,6 +176,10 @@ class Fields:
         if value > limit:
             raise self.fault(key, f"is more than {limit:,}")
         return value
+
+    def optional_count(self, key: str, limit: int) -> int | None:
+        """Return an integer from 0 to `limit`, or None for null."""
+        return None if self._value[key] is None else self.count(key, limit)
 
     def list(self, key: str) -> list[Any]:
         """Return a list."""

@@ -121,10 +121,20 @@ class Content:
         return self._hash.digest()
 
 
+#: What to do about a manifest that cannot be read.
+_FETCH_AGAIN = "Fetch the manifest again; it is not meant to be edited"
+
+
 @contextmanager
-def fetching(path: Path) -> Iterator[Content]:
-    """Open a manifest to be read; InputUnreadable, or InputInvalid for what is wrong with it."""
-    with closing(read_chunks(path, MAX_BYTES)) as chunks, _refusing(path), _collector_paused():
+def fetching(
+    path: Path, what: str = "cannot use the manifest", next_step: str = _FETCH_AGAIN
+) -> Iterator[Content]:
+    """Open a manifest to be read; InputUnreadable, or InputInvalid for `what` is wrong with it."""
+    with (
+        closing(read_chunks(path, MAX_BYTES)) as chunks,
+        _refusing(path, what, next_step),
+        _collector_paused(),
+    ):
         yield Content(chunks)
 
 
@@ -141,18 +151,16 @@ def _collector_paused() -> Iterator[None]:
 
 
 @contextmanager
-def _refusing(path: Path) -> Iterator[None]:
+def _refusing(path: Path, what: str, next_step: str) -> Iterator[None]:
     """Turn what is wrong with the manifest at `path` into the error the user sees."""
     try:
         yield
     except (JsonFault, ManifestFault) as fault:
         raise InputInvalid(
-            "cannot use the manifest",
+            what,
             path=path,
             why=fault.why,
-            next_step=fault.next_step
-            if isinstance(fault, ManifestFault)
-            else "Fetch the manifest again; it is not meant to be edited",
+            next_step=(fault.next_step if isinstance(fault, ManifestFault) else None) or next_step,
         ) from fault
 
 
@@ -175,7 +183,7 @@ def read_on(document: Document, key: str, version: str) -> Manifest:
         document.member("noise")
     elif key != "noise":
         raise ManifestFault(f'"{key[:40]}" stands where "noise" is due')
-    noise = _noise(document.value())
+    noise = read_noise(document.value())
     document.member("tensors")
     receipts = read_tensors(document, MAX_LINES, noise, source.files, output)
     copied, rewritten, left_out = read_other_files(document, source.files)
@@ -250,19 +258,24 @@ def _files(fields: Fields, where: str, fewest: int = 1) -> tuple[FileRecord, ...
 
 def _output(value: Any, source: SourceRecord) -> OutputRecord:
     fields = Fields(value, "output", ("dtype", "format", "dequantized", "files", "rewritten"))
-    dtype = fields.optional_choice("dtype", tuple(FLOAT_DTYPES))
-    conversion = Conversion(
-        dtype=dtype,
-        format="safetensors" if fields.optional_choice("format", ("safetensors",)) else None,
-        dequantized="BF16" if fields.optional_choice("dequantized", ("BF16",)) else None,
-    )
-    if conversion == Conversion():
-        raise ManifestFault("output converts nothing")
+    conversion = read_conversion(fields)
     files = _files(fields, "output")
     if len(files) != len(source.files):
         raise ManifestFault("output.files are not as many as source.files")
     rewritten = tuple(_rewritten(entry, i) for i, entry in enumerate(fields.list("rewritten")))
     return OutputRecord(conversion, files, rewritten)
+
+
+def read_conversion(fields: Fields) -> Conversion:
+    """Return what an object says that an output converts, among other things."""
+    conversion = Conversion(
+        dtype=fields.optional_choice("dtype", tuple(FLOAT_DTYPES)),
+        format="safetensors" if fields.optional_choice("format", ("safetensors",)) else None,
+        dequantized="BF16" if fields.optional_choice("dequantized", ("BF16",)) else None,
+    )
+    if conversion == Conversion():
+        raise ManifestFault("output converts nothing")
+    return conversion
 
 
 def _rewritten(value: Any, index: int) -> tuple[str, str, str]:
@@ -275,11 +288,12 @@ def _check_output_names(source: SourceRecord, output: OutputRecord, others: Sequ
     _check_names([*(file.name for file in output.files), *(new for new, _, _ in output.rewritten), *others])
 
 
-def _noise(value: Any) -> NoiseSpec:
+def read_noise(value: Any, where: str = "noise") -> NoiseSpec:
+    """Return the noise that an object at `where` in the manifest describes."""
     scopes: dict[str, Scope] = {scope: scope for scope in get_args(Scope)}
     fields = Fields(
         value,
-        "noise",
+        where,
         ("stream", "distribution", "scope", "granularity", "seed", "lambda", "rules", "include", "exclude"),
         ("sigma", "shrink", "mix"),
     )

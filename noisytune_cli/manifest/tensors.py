@@ -42,14 +42,17 @@ from noisytune_cli.records import (
 _DONE_KEYS = ("action", "lambda", "std", "amplitude", "unchanged", "clamped")
 _KEYS_IN_MEMORY = ("name", "stream", "file", "dtype", "shape", *_DONE_KEYS)
 _KEYS = (*_KEYS_IN_MEMORY, "source_digest", "digest")
-_PART_KEYS = ("name", "shape", "first", "length", "stride", "repeat", *_DONE_KEYS)
+#: What describes a part.
+PART_KEYS = ("name", "shape", "first", "length", "stride", "repeat")
+_PART_KEYS = (*PART_KEYS, *_DONE_KEYS)
 _MAX_DIMENSION = 2**63 - 1
 _PART_NAME = re.compile(r"(?=.{1,64}\Z)[a-z0-9_]+(?:\.[a-z0-9_]+)*", re.ASCII)
 _OPTIONAL_KEYS = ("reason", "out_dtype", "told_by", "parts")
 _OPTIONAL_PART_KEYS = ("reason",)
 _NO_FILE = {"": ""}
-_TOLD_BY: dict[str, ToldBy] = {by: by for by in get_args(ToldBy)}
-_ACTIONS: dict[str, Action] = {action: action for action in get_args(Action)}
+#: By the words that a manifest has for them: what tells buffers, and what is done.
+TOLD_BY: dict[str, ToldBy] = {by: by for by in get_args(ToldBy)}
+ACTIONS: dict[str, Action] = {action: action for action in get_args(Action)}
 
 #: Shapes that are kept, and the most dimensions of one.
 _KEPT_SHAPES, _KEPT_DIMENSIONS = 1 << 12, 64
@@ -175,6 +178,20 @@ def _part_shape(fields: Fields) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def read_part(fields: Fields, where: str, tensor: TensorSpec, elements: int) -> Part:
+    """Return the part of a tensor of so many elements that an entry with PART_KEYS describes."""
+    name, shape = fields.string("name"), _part_shape(fields)
+    if not _PART_NAME.fullmatch(name):
+        raise fields.fault("name", "is not made of small letters, digits, underscores and dots")
+    first, length, stride, repeat = (
+        fields.count(key, elements) for key in ("first", "length", "stride", "repeat")
+    )
+    part: Any = _Part(name, shape, first, length, stride, repeat)
+    part.__class__ = Part
+    check_runs(part, tensor, where)
+    return part  # type: ignore[no-any-return]
+
+
 class _Reader:
     """What an entry is read against: the noise, the weight files, and what the output converts."""
 
@@ -223,7 +240,7 @@ class _Reader:
             raise ManifestFault(f"{where} is not written in the dtype that output.dtype asks for")
         told_by = None
         if fields.has("told_by"):
-            told_by = _TOLD_BY[fields.choice("told_by", tuple(_TOLD_BY))]
+            told_by = TOLD_BY[fields.choice("told_by", tuple(TOLD_BY))]
         doubt = told_by is not None and reason != "buffer"
         if fields.has("parts"):
             step = replace(receipt.step, told_by=told_by, out_dtype=out_dtype, doubt=doubt)
@@ -272,17 +289,9 @@ class _Reader:
 
     def _part(self, entry: Any, where: str, tensor: TensorSpec, elements: int) -> PartReceipt:
         fields = Fields(entry, where, self._part_keys, _OPTIONAL_PART_KEYS)
-        name, shape = fields.string("name"), _part_shape(fields)
-        if not _PART_NAME.fullmatch(name):
-            raise fields.fault("name", "is not made of small letters, digits, underscores and dots")
-        first, length, stride, repeat = (
-            fields.count(key, elements) for key in ("first", "length", "stride", "repeat")
-        )
-        part = _Part(name, shape, first, length, stride, repeat)
-        part.__class__ = Part
-        check_runs(part, tensor, where)
+        part = read_part(fields, where, tensor, elements)
         receipt: Any = _PartReceipt(
-            *self._done(fields, where, tensor.dtype, length * repeat, PART_REASONS), part
+            *self._done(fields, where, tensor.dtype, part.elements, PART_REASONS), part
         )
         receipt.__class__ = PartReceipt
         return receipt  # type: ignore[no-any-return]
@@ -298,9 +307,9 @@ class _Reader:
         lam = self._strength(fields, amplitude)
         unchanged, clamped = fields.count("unchanged", elements), fields.count("clamped", elements)
         reason: Reason | None = None
-        action = _ACTIONS.get(fields.string("action"))
+        action = ACTIONS.get(fields.string("action"))
         if action is None:
-            action = _ACTIONS[fields.choice("action", tuple(_ACTIONS))]
+            action = ACTIONS[fields.choice("action", tuple(ACTIONS))]
         if action == "perturb":
             self._check_perturbed(fields, dtype, elements, lam, std, amplitude)
         else:

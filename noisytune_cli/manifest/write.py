@@ -19,11 +19,13 @@ from noisytune_cli.errors import InputInvalid
 from noisytune_cli.noise import distributions
 from noisytune_cli.noise.stream import STREAM
 from noisytune_cli.records import (
+    Conversion,
     FileRecord,
     Manifest,
     NoiseSpec,
     Outcome,
     OutputRecord,
+    Part,
     PartReceipt,
     Plan,
     Receipt,
@@ -201,15 +203,21 @@ def _file(file: FileRecord) -> dict[str, Any]:
 
 
 def _output(output: OutputRecord) -> dict[str, Any]:
-    conversion = output.conversion
     return {
-        "dtype": conversion.dtype,
-        "format": conversion.format,
-        "dequantized": conversion.dequantized,
+        **conversion_json(output.conversion),
         "files": [_file(file) for file in output.files],
         "rewritten": [
             {"name": name, "source": source, "digest": digest} for name, source, digest in output.rewritten
         ],
+    }
+
+
+def conversion_json(conversion: Conversion) -> dict[str, str | None]:
+    """Return what an output converts as it stands in a manifest."""
+    return {
+        "dtype": conversion.dtype,
+        "format": conversion.format,
+        "dequantized": conversion.dequantized,
     }
 
 
@@ -265,7 +273,11 @@ def _tensor(receipt: Receipt, range_keys: Iterable[str], has_lambda: bool) -> di
 
 
 def _part(receipt: PartReceipt, range_keys: Iterable[str], has_lambda: bool) -> dict[str, Any]:
-    part = receipt.part
+    return {**part_json(receipt.part), **_done(receipt, range_keys, has_lambda)}
+
+
+def part_json(part: Part) -> dict[str, Any]:
+    """Return a part of a tensor, and where it lies, as they stand in a manifest."""
     return {
         "name": part.name,
         "shape": list(part.shape),
@@ -273,7 +285,6 @@ def _part(receipt: PartReceipt, range_keys: Iterable[str], has_lambda: bool) -> 
         "length": part.length,
         "stride": part.stride,
         "repeat": part.repeat,
-        **_done(receipt, range_keys, has_lambda),
     }
 
 

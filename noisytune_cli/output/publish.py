@@ -47,6 +47,9 @@ from noisytune_cli.reading import open_regular
 
 _CHUNK = 1 << 20
 
+#: Why a file cannot have a second name here: another file system, one without links, or too many.
+_NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
 #: Returns a descriptor of a file to be copied.
 Opener = Callable[[Path], int]
 
@@ -123,6 +126,23 @@ class Publication:
             raise unwritable(error, self.output) from error
         self._written.add(name)
         return self._stage / name
+
+    def place(self, name: str) -> Path:
+        """Return where to write the weight file `name`; in an output that is a file it bears that's name."""
+        return self.path(name if self._directory else self.output.name)
+
+    def adopt(self, file: Path, name: str) -> None:
+        """Let a whole and durable file that lies elsewhere be the weight file `name`, under both names.
+
+        It is copied where it cannot have two.
+        """
+        place = self.place(name)
+        try:
+            os.link(file, place, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise unwritable(error, self.output) from error
+            self.copy(file, place.relative_to(self._stage or place).as_posix())
 
     def copy(self, source: Path, name: str, open_file: Opener = open_regular) -> str:
         """Copy a regular file to `name`, flushed, and return its digest `blake3:HEX`."""
