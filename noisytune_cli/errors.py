@@ -157,6 +157,25 @@ def _again(
     return error
 
 
+def to_plain(error: NoisytuneError) -> dict[str, str | None]:
+    """Return an error as plain data, for another machine's noisytune to raise."""
+    fields = ("what", "why", "next_step", "path", "tensor")
+    return {"kind": type(error).__name__, **{name: getattr(error, name) for name in fields}}
+
+
+def from_plain(data: Mapping[str, str | None]) -> NoisytuneError:
+    """Return the error that `to_plain` made data of."""
+    kinds: list[type[NoisytuneError]] = [NoisytuneError, *NoisytuneError.__subclasses__()]
+    named = {kind.__name__: kind for kind in kinds}
+    return named.get(data["kind"] or "", ResourceExhausted)(
+        data["what"] or "",
+        why=data["why"] or "",
+        next_step=data["next_step"] or "",
+        path=data["path"],
+        tensor=data["tensor"],
+    )
+
+
 def unreadable(error: OSError, path: str | os.PathLike[str]) -> NoisytuneError:
     """Map an OSError met while opening or reading an input to the error the user sees."""
     if isinstance(error, FileNotFoundError):

@@ -35,7 +35,13 @@ FLOORS = {
 FILES = {"__init__", "__main__", "version", "records", "dtypes", "errors", "escape", "reading"}
 
 #: Packages whose `__init__` states a contract.
-CONTRACTS = {"checkpoint.formats", "noise.devices", "noise.distributions", "study.methods"}
+CONTRACTS = {
+    "checkpoint.formats",
+    "commands.engines",
+    "noise.devices",
+    "noise.distributions",
+    "study.methods",
+}
 
 #: A wing reaches the rest by few doors.
 DOORS = {

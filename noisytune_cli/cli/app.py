@@ -43,6 +43,10 @@ _VERBS = {
     "compare": "Tell what lies between two checkpoints, tensor by tensor.",
     "detect": "Tell whether the noise of a seed is in a checkpoint.",
     "average": "Write the mean of several checkpoints (a model soup).",
+    "plan": "Write a run of perturb down as a job of many shares.",
+    "work": "Do shares of a job, on any machine that sees its folder.",
+    "finish": "Publish the output of a job whose shares are done.",
+    "status": "Tell how far a job is.",
     "study": "Finetune with several methods, and tell what differs.",
 }
 

@@ -127,6 +127,14 @@ Components = Annotated[
         rich_help_panel=SOURCE,
     ),
 ]
+JobOut = Annotated[
+    str,
+    typer.Argument(
+        metavar="OUT",
+        help="The output, as noisytune plan was given it: with its placeholders where it has any.",
+        show_default=False,
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

@@ -134,6 +134,19 @@ _UNFIT = {
 }
 
 
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def read_bytes(option: str, text: str | None, default: int) -> int:
+    """Return a number of bytes, such as 512M or 4G; K, M, G and T are powers of 1,024."""
+    if text is None:
+        return default
+    found = re.fullmatch(r"([0-9]{1,15})([kmgt]?)(?:i?b)?", text.lower())
+    if found is None or int(found[1]) == 0:
+        raise UsageError(f"{option} {text}", why="it is no number of bytes", next_step="Write for example 4G")
+    return int(found[1]) * _UNITS[found[2]]
+
+
 def read_shrink(text: str | None) -> float:
     """Return the share of the weights that is kept, all of them without one."""
     return 1.0 if text is None else _one("--shrink", numbers("--shrink", text, 0.0, 1.0), text)

@@ -3,8 +3,9 @@
 # Annotations are no strings here: Typer would compile and evaluate each of them four times.
 
 import time
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -55,6 +56,31 @@ class _To(StrEnum):
 
 class _Dequantize(StrEnum):
     bf16 = "bf16"
+
+
+class _Engine(StrEnum):
+    local = "local"
+    ray = "ray"
+
+
+ShareBytes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BYTES",
+        help="Weight files up to so many bytes together are one share, such as 4G. [default: 1G]",
+        rich_help_panel=RUNNING,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the options of `perturb` ask for, as its command and that of `plan` take it."""
+
+    request: Any
+    wanted: Any
+    share_bytes: int
+    outputs: dict[str, bool]
 
 
 def perturb(
@@ -228,6 +254,23 @@ def perturb(
             rich_help_panel=OUTPUT,
         ),
     ] = False,
+    engine: Annotated[
+        _Engine | None,
+        typer.Option(
+            help="Do it in shares, here (local) or on a Ray cluster: what is stopped goes on when the same "
+            "command is given again.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="The head of the Ray cluster. [default: one is started here]",
+            rich_help_panel=RUNNING,
+        ),
+    ] = None,
+    share_bytes: ShareBytes = None,
     again: Annotated[
         bool,
         typer.Option(
@@ -258,20 +301,115 @@ def perturb(
       noisytune perturb ./bert --lambda 0.1,0.15 --seed 0-4 -o 'bert-l{lambda}-s{seed}'
       noisytune perturb ./llama --dry-run
     """
+    given = dict(locals())
     from noisytune_cli.cli import show, show_perturb
+    from noisytune_cli.commands import perturb as command
+
+    started = time.monotonic()
+    asked = ask(**given)
+    if dry_run:
+        planned = command.plan_perturb(asked.request, asked.wanted, **asked.outputs)
+        show_perturb.show_planned(planned, as_json=as_json)
+        return
+    if out is None:
+        raise UsageError(
+            "--out is missing", why="there is nowhere to write to", next_step="Give -o OUT, or --dry-run"
+        )
+
+    def progress(nbytes: int) -> Any:
+        return show.progress(nbytes, "perturb", enabled=not quiet)
+
+    if engine is not None:
+        from noisytune_cli.commands.distribute import perturb_shares
+
+        if skip_existing:
+            raise UsageError(
+                "--engine and --skip-existing",
+                why="the shares that are done are passed over in any case",
+                next_step="Leave one of them out",
+            )
+        results = perturb_shares(
+            asked.request,
+            out,
+            asked.wanted,
+            engine=engine.value,
+            address=address,
+            share_bytes=asked.share_bytes,
+            device=device,
+            threads=threads,
+            progress=progress,
+            **asked.outputs,
+        )
+    else:
+        if address is not None or share_bytes is not None:
+            raise UsageError(
+                "--share-bytes" if address is None else "--address",
+                why="it is for a run in shares",
+                next_step="Add --engine local or --engine ray",
+            )
+        results = command.perturb_each(
+            asked.request,
+            asked.wanted,
+            skip_existing=skip_existing,
+            device=device,
+            threads=threads,
+            progress=progress,
+            **asked.outputs,
+        )
+    show_perturb.show_perturbed(results, as_json=as_json, quiet=quiet, seconds=time.monotonic() - started)
+
+
+def ask(
+    *,
+    source: str,
+    out: str | None,
+    lam: str | None,
+    noise_std: str | None,
+    sigma: str | None,
+    mix: str | None,
+    shrink: str | None,
+    seed: str | None,
+    noise: Any,
+    scope: Any,
+    granularity: Any,
+    split: Any,
+    include: Any,
+    exclude: Any,
+    lambda_for: Any,
+    sigma_for: Any,
+    buffers_from: str,
+    strict: bool,
+    preset: str | None,
+    dtype: Any,
+    to: Any,
+    dequantize: Any,
+    mmap: bool,
+    follow_links: bool,
+    weights: str | None,
+    component: str | None,
+    revision: str | None,
+    card: bool,
+    recipe_only: bool,
+    overwrite: bool,
+    overwrite_changed: bool,
+    share_bytes: str | None,
+    again: bool,
+    quiet: bool,
+    **_: object,
+) -> Asked:
+    """Return what options ask for; UsageError where they do not go together."""
     from noisytune_cli.cli.parse import (
         check_out,
         choose_strength,
         combine,
         make_conversion,
         make_noise,
+        read_bytes,
         read_preset,
         read_shrink,
     )
-    from noisytune_cli.commands import perturb as command
-    from noisytune_cli.commands.request import Request
+    from noisytune_cli.commands.request import SHARE_BYTES, Request
 
-    started = time.monotonic()
     if out is not None:
         check_out(out)
     chosen = read_preset(preset)
@@ -323,25 +461,5 @@ def perturb(
         strict=strict,
         card=card,
     )
-    if dry_run:
-        planned = command.plan_perturb(
-            request, wanted, recipe_only=recipe_only, overwrite=overwrite, overwrite_changed=overwrite_changed
-        )
-        show_perturb.show_planned(planned, as_json=as_json)
-        return
-    if out is None:
-        raise UsageError(
-            "--out is missing", why="there is nowhere to write to", next_step="Give -o OUT, or --dry-run"
-        )
-    results = command.perturb_each(
-        request,
-        wanted,
-        recipe_only=recipe_only,
-        overwrite=overwrite,
-        overwrite_changed=overwrite_changed,
-        skip_existing=skip_existing,
-        device=device,
-        threads=threads,
-        progress=lambda nbytes: show.progress(nbytes, "perturb", enabled=not quiet),
-    )
-    show_perturb.show_perturbed(results, as_json=as_json, quiet=quiet, seconds=time.monotonic() - started)
+    outputs = {"recipe_only": recipe_only, "overwrite": overwrite, "overwrite_changed": overwrite_changed}
+    return Asked(request, wanted, read_bytes("--share-bytes", share_bytes, SHARE_BYTES), outputs)

@@ -11,6 +11,9 @@ from noisytune_cli.checkpoint.quantized import refuse_quantized_config, refuse_q
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.records import Conversion, NoiseSpec
 
+#: The bytes of weight files that are one share of a job together, unless one alone has more.
+SHARE_BYTES = 1 << 30
+
 
 @dataclass(frozen=True)
 class Request:

@@ -28,7 +28,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from noisytune_cli.errors import OutputUnsafe, unwritable
+from noisytune_cli.errors import NoisytuneError, OutputUnsafe, unwritable
 from noisytune_cli.reading import Document, JsonFault, JsonLimits
 
 #: What every staging directory's name begins with.
@@ -200,6 +200,16 @@ def clear_dead(place: Path, output: Path, left: list[str] | None = None) -> tupl
             continue
         cleared.append(name)
     return tuple(cleared)
+
+
+def clear_certainly_dead(place: Path, output: Path) -> None:
+    """Remove what runs to this output left in `place` that are dead for certain; the others may go on."""
+    prefix = prefix_for(output)
+    for name in os.listdir(place):
+        if name.startswith(prefix):
+            with contextlib.suppress(OSError, NoisytuneError):
+                if _whose(place / name) is None:
+                    _remove_dead(place / name, output, keep=True)
 
 
 def _tags(place: Path) -> tuple[str, str, str]:

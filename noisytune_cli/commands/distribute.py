@@ -1,0 +1,93 @@
+"""perturb by shares: plan, shares on an engine, finish; the same command again goes on where it stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from noisytune_cli.commands.engines import complete, start
+from noisytune_cli.commands.finish import finish
+from noisytune_cli.commands.perturb import Perturbed
+from noisytune_cli.commands.plan import plan_job
+from noisytune_cli.commands.request import SHARE_BYTES, Request
+from noisytune_cli.commands.work import add_up_share, do_share
+from noisytune_cli.engine.threads import Progress, default_threads
+from noisytune_cli.engine.walk import Walk
+from noisytune_cli.errors import NoisytuneError, exhausted, to_plain
+from noisytune_cli.noise.devices import open_device
+from noisytune_cli.output.job_folder import open_folder
+from noisytune_cli.records import Combination
+
+
+def perturb_shares(
+    request: Request,
+    out: str,
+    wanted: Sequence[Combination],
+    *,
+    engine: str,
+    address: str | None = None,
+    share_bytes: int = SHARE_BYTES,
+    recipe_only: bool = False,
+    overwrite: bool = False,
+    overwrite_changed: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    progress: Progress = lambda nbytes: nullcontext(lambda done: None),
+) -> tuple[Perturbed, ...]:
+    """Write what `perturb_each` would, its shares done by an engine; raises what these do."""
+    planned = plan_job(
+        request,
+        out,
+        wanted,
+        recipe_only=recipe_only,
+        overwrite=overwrite,
+        overwrite_changed=overwrite_changed,
+        share_bytes=share_bytes,
+    )
+    folder = planned.folder
+    job = folder.job
+    to_sum, left = folder.lacking_sums, folder.left
+    common = {"job": os.fspath(folder.path), "device": device, "mmap": request.mmap}
+    if threads is not None:
+        common["threads"] = threads
+
+    def tasks(shares: Sequence[int], times: int, *, sums: bool) -> list[dict[str, Any]]:
+        return [
+            {**common, "share": share, "sums": sums, "nbytes": job.shares[share].nbytes * times}
+            for share in shares
+        ]
+
+    first, second = tasks(to_sum, 1, sums=True), tasks(left, len(job.outputs), sums=False)
+    warnings = list(planned.warnings)
+    if first or second:
+        with (
+            start(engine, address, threads) as run,
+            progress(sum(task["nbytes"] for task in (*first, *second))) as report,
+        ):
+            complete(run, do_task, first, report)
+            for answer in complete(run, do_task, second, report):
+                warnings += answer["warnings"]
+    made = finish(out, threads=threads, quiet=request.quiet, progress=progress)
+    return tuple(replace(one, warnings=tuple(dict.fromkeys((*warnings, *one.warnings)))) for one in made)
+
+
+def do_task(task: dict[str, Any], report: Any) -> dict[str, Any]:
+    """Do one share, wherever this is called: plain data in and out, with what failed as data too."""
+    warnings: tuple[str, ...] = ()
+    try:
+        folder = open_folder(Path(task["job"]))
+        walk = Walk(open_device(task["device"]), task.get("threads") or default_threads(), progress=report)
+        share = task["share"]
+        if task["sums"] and not folder.has_sums(share):
+            add_up_share(folder, share, walk, mmap=task["mmap"])
+        elif not task["sums"] and not folder.is_done(share):
+            warnings = do_share(folder, share, walk, mmap=task["mmap"])
+    except NoisytuneError as error:
+        return {"error": to_plain(error)}
+    except (MemoryError, OSError) as error:
+        return {"error": to_plain(exhausted(error))}
+    return {"error": None, "warnings": list(warnings)}

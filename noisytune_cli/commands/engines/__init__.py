@@ -1,0 +1,74 @@
+"""Engines: where the shares of a job are done; one file each, behind one contract.
+
+An engine module's name is the name a user types. It offers
+
+    started(address, threads) -> context manager of a Run      start or join it, and leave it as it was
+
+A `Run` takes a function, tasks for it and a progress to report to, and yields (number of the task, answer) in
+the order in which they end. Tasks and answers are plain data (`dict` of text and numbers), the function is
+one of a module that is there on every machine. What ends without an answer (a process was killed, a machine
+lost) is answered `{"died": why}`; whether it is tried again is not the engine's to say. A task says by
+`nbytes` how much it reports.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from noisytune_cli.errors import NoisytuneError, ResourceExhausted, from_plain
+
+Task = dict[str, Any]
+Answer = dict[str, Any]
+Report = Callable[[int], None]
+Call = Callable[[Task, Report], Answer]
+Run = Callable[[Call, Sequence[Task], Report], Iterator[tuple[int, Answer]]]
+
+#: The engines, as a user types them.
+ENGINES = ("local", "ray")
+
+#: How often a task is tried, and the exit codes of errors that may be gone the next time: those of 2, 3, 4, 5
+#: and 8 are not.
+_TRIES, _PASSING = 3, (6, 7)
+
+
+def start(engine: str, address: str | None, threads: int | None) -> AbstractContextManager[Run]:
+    """Start an engine, or join the one at `address`; each task may use so many threads."""
+    module = importlib.import_module(f"noisytune_cli.commands.engines.{engine}")
+    started: AbstractContextManager[Run] = module.started(address, threads)
+    return started
+
+
+def complete(run: Run, call: Call, tasks: Sequence[Task], report: Report) -> list[Answer]:
+    """Do all tasks, each up to three times where what failed may pass; return their answers in order.
+
+    The first error that will not pass is raised.
+    """
+    answers: dict[int, Answer] = {}
+    left = list(range(len(tasks)))
+    for attempt in range(1, _TRIES + 1):
+        again: dict[int, NoisytuneError] = {}
+        for place, answer in run(call, [tasks[number] for number in left], report):
+            error = _error_of(answer)
+            if error is None:
+                answers[left[place]] = answer
+            elif error.exit_code in _PASSING and attempt < _TRIES:
+                again[left[place]] = error
+            else:
+                raise error
+        left = sorted(again)
+        if not left:
+            break
+    return [answers[number] for number in range(len(tasks))]
+
+
+def _error_of(answer: Answer) -> NoisytuneError | None:
+    if "died" in answer:
+        return ResourceExhausted(
+            "a share ended without a word",
+            why=str(answer["died"]),
+            next_step="Find out what ends its process, then give the same command again: it goes on",
+        )
+    return from_plain(answer["error"]) if answer.get("error") else None

@@ -1,0 +1,98 @@
+"""The engine of a Ray cluster, or of one that is started on this machine for as long as it takes.
+
+Ray is kept from what is not its own: standard output, which its processes write to, is led to standard error
+while it is connected; the handlers of signals that it replaces are put back; it sends no statistics.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from noisytune_cli.commands.engines import Answer, Call, Report, Run, Task
+from noisytune_cli.errors import HubError, PackageMissing
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+#: CPUs that a share takes unless told: a cluster has as many shares at work as CPUs.
+_CPUS = 1
+
+
+@contextmanager
+def started(address: str | None, threads: int | None) -> Iterator[Run]:
+    """Join the cluster at HOST:PORT, or start one here; PackageMissing without Ray, HubError without it."""
+    # Whoever wants them sets the variable.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise PackageMissing(
+            "--engine ray needs ray",
+            why="it is not installed",
+            next_step="Install it: pip install 'noisytune[ray]'",
+        ) from error
+    handlers = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+    with _stdout_apart():
+        try:
+            # Without an address "auto" would join what a file from an earlier cluster names, dead or not.
+            settings: dict[str, Any] = {} if address else {"include_dashboard": False}
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **settings)
+        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            raise HubError(
+                "cannot join Ray" if address else "cannot start Ray",
+                path=address,
+                why=str(error).partition("\n")[0] or type(error).__name__,
+                next_step="Check the address (HOST:PORT of the head), and that this machine is a node of it"
+                if address
+                else "See its logs, or use --engine local",
+            ) from error
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+        try:
+            yield lambda call, tasks, report: _run(ray, call, tasks, report, threads or _CPUS)
+        finally:
+            ray.shutdown()
+
+
+def _run(
+    ray: Any, call: Call, tasks: Sequence[Task], report: Report, cpus: int
+) -> Iterator[tuple[int, Answer]]:
+    # A task that is lost is tried again by who asked for it, as is one that failed.
+    remote = ray.remote(max_retries=0, num_cpus=cpus, scheduling_strategy="SPREAD")(_quietly)
+    waiting = {remote.remote(call, {"threads": cpus, **task}): number for number, task in enumerate(tasks)}
+    while waiting:
+        (done, *_), _ = ray.wait(list(waiting), num_returns=1)
+        number = waiting.pop(done)
+        try:
+            answer = ray.get(done)
+        except ray.exceptions.RayTaskError:
+            raise  # a bug, of which the traceback tells
+        except ray.exceptions.RayError as error:
+            answer = {"died": str(error).partition("\n")[0] or type(error).__name__}
+        if not answer.get("error") and "died" not in answer:
+            report(tasks[number]["nbytes"])
+        yield number, answer
+
+
+def _quietly(call: Call, task: Task) -> Answer:
+    return call(task, lambda done: None)
+
+
+@contextmanager
+def _stdout_apart() -> Iterator[None]:
+    """Lead what is written to descriptor 1 to standard error."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)

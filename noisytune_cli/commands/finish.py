@@ -1,0 +1,252 @@
+"""finish: the shares of a job put together, and what lies beside them, published as `perturb` would have.
+
+Receipts are read as a stranger's: each must be the manifest of just that share, of just that plan. The
+weights themselves are not read again; `verify` does that. Whatever fails or is killed leaves the job, and the
+same command goes on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+from noisytune_cli.checkpoint.checkpoint import Checkpoint
+from noisytune_cli.commands.differences import same_kind
+from noisytune_cli.commands.perturb import Perturbed, Prepared, lay_out_all, publish_receipts, read_claims
+from noisytune_cli.commands.replaced import require_unchanged
+from noisytune_cli.commands.work import changed_since, check_planned, check_times, plans_of, request_of
+from noisytune_cli.engine.threads import Progress
+from noisytune_cli.errors import InputInvalid, InputUnreadable, unreadable
+from noisytune_cli.manifest.job import Job, read_steps
+from noisytune_cli.manifest.read import RecordedManifest, read_manifest
+from noisytune_cli.manifest.write import MANIFEST, manifest_beside
+from noisytune_cli.output.commits import all_staged
+from noisytune_cli.output.destination import check_distinct, check_output, check_recipe, resolve_folder
+from noisytune_cli.output.job_folder import JobFolder, is_planned, job_path, no_job, open_job
+from noisytune_cli.output.publish import Publication
+from noisytune_cli.output.space import check_descriptors
+from noisytune_cli.plan.evidence.told import Told
+from noisytune_cli.reading import is_there
+from noisytune_cli.records import Plan, Receipt, Step, with_output_files
+
+#: Missing shares that an error names.
+_MOST_NAMED = 20
+
+
+def finish(
+    out: str,
+    *,
+    threads: int | None = None,
+    quiet: bool = False,
+    progress: Progress = lambda nbytes: nullcontext(lambda done: None),
+) -> tuple[Perturbed, ...]:
+    """Publish the outputs of the job of `out`, durably, and remove the job; what is published stays.
+
+    Raises InputUnreadable that names the shares which are missing, InputInvalid for a receipt that is no
+    receipt of this job, Mismatch where the source changed since it was planned.
+    """
+    if not is_planned(out):
+        return _published_before(out)
+    folder = open_job(out)
+    job = folder.job
+    if left := folder.left:
+        raise missing(folder, left)
+    with request_of(job, quiet=quiet).open(headers_only=True) as source:
+        _check_source(job, source)
+        prepared = _prepare(folder, source)
+        receipts = [_receipts(folder, at, plan) for at, plan in enumerate(prepared.plans)]
+        there, new = dict[int, Perturbed](), dict[int, Path]()
+        for at, plan in enumerate(prepared.plans):
+            output = Path(job.outputs[at].path)
+            path = _manifest_path(output, job, source)
+            if _is_published(path, job, plan, receipts[at]):
+                manifest = read_manifest(path).manifest
+                there[at] = Perturbed(output, path, manifest, (), (), job.recipe_only, skipped=True)
+            else:
+                new[at] = output
+        _check_places(list(new.values()), job, source, threads, progress)
+        made = there | dict(zip(new, _publish(folder, prepared, new, receipts), strict=True))
+    folder.remove()
+    return tuple(made[at] for at in sorted(made))
+
+
+def missing(folder: JobFolder, left: Sequence[int]) -> InputUnreadable:
+    """Return the error that names the shares which are still to be done."""
+    count = len(folder.job.shares)
+    named = ", ".join(str(share + 1) for share in left[:_MOST_NAMED])
+    more = f" and {len(left) - _MOST_NAMED:,} more" if len(left) > _MOST_NAMED else ""
+    return InputUnreadable(
+        "shares are missing",
+        path=folder.path,
+        why=f"{len(left):,} of {count:,} are not done: {named}{more}",
+        next_step=f"Run noisytune work OUT --share {left[0] + 1}/{count} for each, or for all without it",
+    )
+
+
+def _published_before(out: str) -> tuple[Perturbed, ...]:
+    """Return what is at OUT where no job is: an earlier `finish` has published it, and removed the job."""
+    output = resolve_folder(out)
+    for path in (output / MANIFEST, manifest_beside(output)):
+        if is_there(path):
+            return (Perturbed(output, path, read_manifest(path).manifest, (), (), skipped=True),)
+    raise no_job(job_path(out))
+
+
+def _check_source(job: Job, source: Checkpoint) -> None:
+    """Raise Mismatch if the source is not as it was when the job was planned, by names, sizes and times."""
+    names = [file.name for file in job.source.files]
+    if job.commit is None:
+        check_times(job, source.root, names)
+    check_planned(job, source.sources, names)
+    planned = {one.name: (one.size, one.mtime) for one in job.others}
+    for name in sorted(planned.keys() ^ set(source.others)):
+        raise changed_since(source.root / name, "it was not there then, or is not there now")
+    for name, (size, mtime) in planned.items():
+        status = source.seen[name]
+        if status.st_size != size or (mtime is not None and status.st_mtime_ns != mtime):
+            raise changed_since(source.root / name, "its size or its time is another")
+    if source.left_out != job.left_out:
+        raise changed_since(source.root, "what is left out of the output is other than then")
+
+
+def _prepare(folder: JobFolder, source: Checkpoint) -> Prepared:
+    """Return the job as `perturb` would have it before it publishes."""
+    job = folder.job
+    noises = [output.noise for output in job.outputs]
+    steps: dict[float, list[Step]] = {strength: [] for strength in job.strengths}
+    for number, share in enumerate(job.shares):
+        of_share = read_steps(folder.steps(number), job, share).steps
+        for strength, found in zip(job.strengths, of_share, strict=True):
+            steps[strength] += found
+    plans = tuple(plans_of(noises, [steps[noise.lam] for noise in noises], source.sources))
+    plans = tuple(replace(plan, ties=job.ties) for plan in plans)
+    request = request_of(job)
+    card, claims = read_claims(request, source)
+    files = lay_out_all(source, plans, job.conversion)
+    return Prepared(request, source, plans, files, card, claims, Told({}, {}))
+
+
+def _receipts(folder: JobFolder, output: int, plan: Plan) -> tuple[Receipt, ...]:
+    """Return the receipts of all tensors in an output, from those of every share."""
+    job = folder.job
+    sizes = {file.name: file for file in job.source.files}
+    receipts: list[Receipt] = []
+    for number, share in enumerate(job.shares):
+        recorded = read_manifest(folder.receipt(number, output))
+        manifest = recorded.manifest
+        files = tuple(sizes[name] for name in share.files)
+        expected = (job.version, replace(job.source, files=files), job.outputs[output].noise, job.conversion)
+        conversion = None if manifest.output is None else manifest.output.conversion
+        found = (manifest.tool_version, manifest.source, manifest.noise, conversion)
+        beside = (*manifest.copied, *manifest.rewritten, *manifest.left_out)
+        steps = plan.steps[len(receipts) : len(receipts) + len(manifest.receipts)]
+        if found != expected or beside or not all(map(_fits, manifest.receipts, steps)):
+            raise _no_receipt(recorded, "it is not of this share of this job")
+        receipts += manifest.receipts
+        _check_files(folder, output, recorded)
+    if len(receipts) != len(plan.steps):
+        raise InputInvalid(
+            "cannot use the job",
+            path=folder.path,
+            why="the receipts of its shares are not of all tensors",
+            next_step="Remove the job's folder, and plan it again",
+        )
+    return tuple(receipts)
+
+
+def _fits(receipt: Receipt, step: Step) -> bool:
+    """Tell whether a receipt is what carrying out a step can leave."""
+    done = receipt.step
+    if (done.tensor.name, done.stream, done.out_dtype) != (step.tensor.name, step.stream, step.out_dtype):
+        return False
+    if not same_kind(done.tensor, step.tensor):
+        return False
+    if step.reason is not None:
+        told = done.told_by == step.told_by or step.reason != "buffer"
+        return (receipt.action, receipt.reason) == (step.action, step.reason) and told
+    if receipt.action == "perturb":
+        return done.parts == step.parts and receipt.lam == step.lam
+    return receipt.reason in ("constant", "non-finite", "unrepresentable", "one-element")
+
+
+def _check_files(folder: JobFolder, output: int, recorded: RecordedManifest) -> None:
+    """Raise InputInvalid unless the weight files that a receipt is of are there, and of its sizes."""
+    if folder.job.recipe_only:
+        return
+    for file in with_output_files(recorded.manifest).source.files:
+        path = folder.file(output, file.name)
+        try:
+            size = os.stat(path, follow_symlinks=False).st_size
+        except FileNotFoundError:
+            size = -1
+        except OSError as error:
+            raise unreadable(error, path) from error
+        if size != file.size:
+            raise _no_receipt(recorded, f"{file.name}, which it is of, is not there, or not whole")
+
+
+def _no_receipt(recorded: RecordedManifest, why: str) -> InputInvalid:
+    return InputInvalid(
+        "cannot use the receipt",
+        path=recorded.path,
+        why=why,
+        next_step="Remove it, do its share again with noisytune work, then finish",
+    )
+
+
+def _manifest_path(output: Path, job: Job, source: Checkpoint) -> Path:
+    if job.recipe_only:
+        return output
+    return manifest_beside(output) if source.single_file else output / MANIFEST
+
+
+def _is_published(path: Path, job: Job, plan: Plan, receipts: tuple[Receipt, ...]) -> bool:
+    """Tell whether an output's manifest is there: an earlier `finish` was stopped after it."""
+    if not is_there(path):
+        return False
+    try:
+        manifest = read_manifest(path).manifest
+    except InputInvalid:
+        return False
+    return (manifest.source, manifest.noise, manifest.receipts) == (job.source, plan.noise, receipts)
+
+
+def _check_places(
+    outputs: Sequence[Path], job: Job, source: Checkpoint, threads: int | None, progress: Progress
+) -> None:
+    """Raise what stands against outputs that are to be published now, as `perturb` does."""
+    replaces = job.overwrite or job.overwrite_changed
+    for output in outputs:
+        (check_recipe if job.recipe_only else check_output)(output, source, overwrite=replaces)
+    check_distinct(outputs)
+    require_unchanged(outputs, insists=job.overwrite_changed, threads=threads, progress=progress)
+    check_descriptors(len(source.weight_files))
+
+
+def _publish(
+    folder: JobFolder,
+    prepared: Prepared,
+    outputs: Mapping[int, Path],
+    receipts: Sequence[tuple[Receipt, ...]],
+) -> list[Perturbed]:
+    """Publish some of the job's outputs, by their numbers."""
+    job, source = folder.job, prepared.source
+    names = [file.name for file in prepared.files] or [file.name for file in source.sources]
+    publications = [
+        Publication(
+            output,
+            directory=not (source.single_file or job.recipe_only),
+            overwrite=job.overwrite or job.overwrite_changed,
+            recipe=job.recipe_only,
+        )
+        for output in outputs.values()
+    ]
+    with all_staged(publications):
+        for at, publication in zip(outputs, publications, strict=True):
+            for name in [] if job.recipe_only else names:
+                publication.adopt(folder.file(at, name), name)
+        chosen = replace(prepared, plans=tuple(prepared.plans[at] for at in outputs))
+        return publish_receipts(chosen, [receipts[at] for at in outputs], publications)

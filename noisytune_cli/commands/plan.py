@@ -1,0 +1,165 @@
+"""plan: a run of `perturb` written down as a job, whose shares any number of processes can do.
+
+Everything is decided here, once: ties by equal bytes, buffers, what is left out. A share needs nothing of the
+others then, since the noise is a function of seed, name and index. The plan is deterministic, so whoever
+plans the same job joins it.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from noisytune_cli.checkpoint.checkpoint import Checkpoint
+from noisytune_cli.checkpoint.find import comes_from_hub
+from noisytune_cli.checkpoint.layout import METADATA
+from noisytune_cli.commands.perturb import Prepared, outs_of, prepare
+from noisytune_cli.commands.replaced import check_before_download, require_unchanged
+from noisytune_cli.commands.request import SHARE_BYTES, Request
+from noisytune_cli.commands.write import record_source
+from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.manifest.job import Beside, Job, JobOutput, Share, ShareSteps, steps_bytes
+from noisytune_cli.output.destination import check_places, find_place
+from noisytune_cli.output.job_folder import JobFolder, create_job, is_planned
+from noisytune_cli.output.space import check_room
+from noisytune_cli.records import Combination
+from noisytune_cli.version import __version__
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """A job that is there: whether it was before (`joined`), and what the user should know."""
+
+    folder: JobFolder
+    joined: bool
+    warnings: tuple[str, ...]
+
+
+def plan_job(
+    request: Request,
+    out: str,
+    wanted: Sequence[Combination],
+    *,
+    recipe_only: bool = False,
+    overwrite: bool = False,
+    overwrite_changed: bool = False,
+    share_bytes: int = SHARE_BYTES,
+) -> PlannedJob:
+    """Write the job of what `perturb_each` would do, or join the same one.
+
+    `out` is how the user names the outputs, with placeholders where there are several; `work` and `finish`
+    find the job by it. Raises what `perturb_each` does before it reads weights, OutputUnsafe for another job
+    there, InputInvalid for weights that are no plain files.
+    """
+    begins = not is_planned(out)
+    replaces = overwrite or overwrite_changed
+    if begins:
+        check_before_download(
+            request.source,
+            outs_of(wanted),
+            recipe_only=recipe_only,
+            overwrite=overwrite,
+            overwrite_changed=overwrite_changed,
+        )
+    with request.open() as source:
+        _refuse_folders(source)
+        prepared = prepare(request, source, wanted)
+        if begins:  # else it is asked when the outputs are published
+            outputs = check_places(
+                source, prepared.files, outs_of(wanted), recipe_only=recipe_only, overwrite=replaces
+            )
+            require_unchanged(outputs, insists=overwrite_changed)
+            check_room(source, prepared.files, prepared.plans[0], outputs, recipe_only=recipe_only)
+        prepared = prepared.settled()
+        paths = [find_place(one, source, prepared.files, recipe_only=recipe_only) for one in outs_of(wanted)]
+
+        at_hub = comes_from_hub(request.source)
+        local = os.path.abspath(os.path.expanduser(request.source))
+
+        def make(shares: tuple[Share, ...]) -> Job:
+            return Job(
+                version=__version__,
+                source=record_source(source),
+                asked=request.source if at_hub else _spelled(local),
+                weights=request.weights,
+                components=request.components,
+                commit=source.revision if at_hub else None,
+                again=request.again,
+                follow_links=request.follow_links,
+                card=request.card,
+                recipe_only=recipe_only,
+                overwrite=overwrite,
+                overwrite_changed=overwrite_changed,
+                conversion=request.conversion,
+                outputs=tuple(
+                    JobOutput(_spelled(path), replace(plan.noise, splits=()))
+                    for path, plan in zip(paths, prepared.plans, strict=True)
+                ),
+                mtimes=tuple(None if at_hub else file.path.stat().st_mtime_ns for file in source.sources),
+                others=tuple(
+                    Beside(name, source.seen[name].st_size, None if at_hub else source.seen[name].st_mtime_ns)
+                    for name in source.others
+                ),
+                left_out=source.left_out,
+                ties=prepared.plans[0].ties,
+                shares=shares,
+            )
+
+        folder, joined = create_job(out, _shares(prepared, share_bytes), make)
+        return PlannedJob(folder, joined, prepared.warnings)
+
+
+def _refuse_folders(source: Checkpoint) -> None:
+    """Raise InputInvalid for weights that lie in a folder of chunks, which are not divided."""
+    for file in source.sources:
+        if posixpath.basename(file.name) == METADATA:
+            raise InputInvalid(
+                "a job is done in weight files",
+                path=file.path,
+                why="it is a torch.distributed.checkpoint, whose chunks are read together",
+                next_step="Use noisytune perturb, which does it in one run",
+            )
+
+
+def _spelled(path: str | Path) -> str:
+    """Return a path as JSON can spell it; UsageError where it cannot."""
+    text = os.fspath(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            "a job needs names in UTF-8",
+            path=text,
+            why="its plan writes them down",
+            next_step="Rename it, or use noisytune perturb",
+        ) from None
+    return text
+
+
+def _shares(prepared: Prepared, share_bytes: int) -> Iterator[tuple[tuple[str, ...], int, bytes]]:
+    """Yield each share: its files, their bytes, and its steps."""
+    source = prepared.source
+    plans = {plan.noise.lam: plan for plan in prepared.plans}
+    by_file: dict[str, list[int]] = {file.name: [] for file in source.sources}
+    last: dict[str, int] = {}
+    for index, step in enumerate(prepared.plans[0].steps):
+        by_file[step.tensor.file].append(index)
+        last[step.stream] = index
+    groups: list[tuple[list[str], int]] = []
+    for file in source.sources:
+        if groups and groups[-1][1] + file.size <= share_bytes:
+            groups[-1] = ([*groups[-1][0], file.name], groups[-1][1] + file.size)
+        else:
+            groups.append(([file.name], file.size))
+    for names, nbytes in groups:
+        chosen = [index for name in names for index in by_file[name]]
+        steps = tuple(tuple(plan.steps[index] for index in chosen) for plan in plans.values())
+        repeated = frozenset(
+            step.tensor.name
+            for index, step in zip(chosen, steps[0], strict=True)
+            if last[step.stream] != index
+        )
+        yield tuple(names), nbytes, steps_bytes(ShareSteps(steps, repeated), list(plans))

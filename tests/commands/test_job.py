@@ -1,0 +1,192 @@
+"""Jobs: shares done in any order, by anybody, more than once, make what a single run makes, byte for byte."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import Tensor, numbers, save, save_sharded, weights
+
+from noisytune_cli.cli.parse import combine
+from noisytune_cli.commands.finish import finish
+from noisytune_cli.commands.perturb import perturb_each
+from noisytune_cli.commands.plan import PlannedJob, plan_job
+from noisytune_cli.commands.request import Request
+from noisytune_cli.commands.work import work
+from noisytune_cli.errors import InputUnreadable, Mismatch, OutputUnsafe
+from noisytune_cli.output.job_folder import job_path
+from noisytune_cli.records import Conversion, NoiseSpec
+
+#: A shard each; the head is tied to the embeddings of another shard, by equal bytes.
+SHARDS = (
+    {"model.embed_tokens.weight": weights("F32", 30, 8, seed=1), "ids": Tensor("I64", np.arange(8))},
+    {
+        "model.layers.0.mlp.down_proj.weight": weights("BF16", 8, 24, seed=3),
+        "model.layers.0.norm.weight": numbers("F32", *[1.0] * 8),
+    },
+    {"model.layers.0.bias": numbers("F16", 1.0, math.nan), "scale": numbers("F32", 0.5)},
+    {"lm_head.weight": weights("F32", 30, 8, seed=1), "model.layers.1.w": weights("F64", 7, 5, seed=6)},
+)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    root = tmp_path / "base"
+    save_sharded(root, *SHARDS)
+    (root / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": true}')
+    (root / "README.md").write_text("---\nlicense: mit\n---\nA model.\n")
+    return root
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    if root.is_file():
+        beside = Path(f"{root}.noisytune.json")
+        return {"weights": root.read_bytes(), "manifest": beside.read_bytes()}
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+Asked = dict[str, object]
+
+REQUESTS: dict[str, tuple[Asked, dict[str, str]]] = {
+    "plain": ({}, {}),
+    "lists": ({}, {"lam": "0,0.1,0.3", "seed": "0-2"}),
+    "sigma": ({"scope": "absolute", "distribution": "gaussian"}, {"sigma": "0.01,-0.01"}),
+    "global": ({"scope": "global"}, {"lam": "0.1,0.2"}),
+    "global gaussian": ({"scope": "global", "distribution": "gaussian", "exclude": ("*embed*",)}, {}),
+    "shrink": ({"kept": 0.5, "scope": "global"}, {}),
+    "rules": ({"rules": (("*mlp*", 0.4), ("*norm*", 0.0)), "exclude": ("*layers.1*",)}, {"lam": "0.1,0.2"}),
+}
+
+
+def request(source: Path, asked: Asked, conversion: Conversion | None = None, card: bool = False) -> Request:
+    return Request(os.fspath(source), NoiseSpec(**asked), conversion, card=card)  # type: ignore[arg-type]
+
+
+def plan(asked: Request, out: str, given: dict[str, str], **options: object) -> PlannedJob:
+    wanted = combine(out, default=0.15, **{"seed": "0", **given})  # type: ignore[arg-type]
+    return plan_job(asked, out, wanted, share_bytes=1, **options)  # type: ignore[arg-type]
+
+
+def single(asked: Request, out: str, given: dict[str, str], **options: object) -> list[Path]:
+    wanted = combine(out, default=0.15, **{"seed": "0", **given})  # type: ignore[arg-type]
+    return [one.output for one in perturb_each(asked, wanted, **options)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_job_is_the_single_run(name: str, source: Path, tmp_path: Path) -> None:
+    asked, given = REQUESTS[name]
+    placeholders = "-{lambda}-{seed}" if "lam" in given else "-{sigma}" if "sigma" in given else ""
+    expected = single(request(source, asked), f"{tmp_path}/single{placeholders}", given)
+    out = f"{tmp_path}/job{placeholders}"
+    planned = plan(request(source, asked), out, given)
+    assert len(planned.folder.job.shares) == len(SHARDS)
+    # Backwards, one by one; with scope global the first round leaves sums.
+    rounds = 2 if asked.get("scope") == "global" else 1
+    for _ in range(rounds):
+        for share in reversed(range(1, 5)):
+            work(out, (share, 4))
+    made = [one.output for one in finish(out)]
+    assert [contents(one) for one in made] == [contents(one) for one in expected]
+    assert not job_path(out).exists()
+
+
+def test_a_file_and_a_conversion_and_a_card(source: Path, tmp_path: Path) -> None:
+    one = save(tmp_path / "one.safetensors", SHARDS[1], {"format": "pt"})
+    for asked, suffix in [
+        (request(one, {}), ".safetensors"),
+        (request(source, {}, Conversion(dtype="BF16")), ""),
+        (request(source, {}, card=True), ""),
+    ]:
+        expected = single(asked, f"{tmp_path}/single{suffix}", {})
+        out = f"{tmp_path}/job{suffix}"
+        plan(asked, out, {})
+        work(out)
+        made = [one.output for one in finish(out)]
+        assert [contents(path) for path in made] == [contents(path) for path in expected]
+        for path in [*made, *expected]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            Path(f"{path}.noisytune.json").unlink(missing_ok=True)
+
+
+def test_a_recipe(source: Path, tmp_path: Path) -> None:
+    (expected,) = single(request(source, {}), f"{tmp_path}/single.json", {}, recipe_only=True)
+    out = f"{tmp_path}/job.json"
+    plan(request(source, {}), out, {}, recipe_only=True)
+    work(out)
+    (made,) = finish(out)
+    assert made.output.read_bytes() == expected.read_bytes()
+
+
+def test_small_files_are_done_together(source: Path, tmp_path: Path) -> None:
+    out = f"{tmp_path}/job"
+    planned = plan_job(request(source, {}), out, combine(out, seed="0", default=0.15))
+    assert [share.files for share in planned.folder.job.shares] == [
+        tuple(sorted(f.name for f in source.glob("*.safetensors")))
+    ]
+
+
+def test_the_same_plan_joins_and_another_is_refused(source: Path, tmp_path: Path) -> None:
+    out = f"{tmp_path}/job"
+    assert not plan(request(source, {}), out, {}).joined
+    before = contents(job_path(out))
+    assert plan(request(source, {}), out, {}).joined
+    assert contents(job_path(out)) == before
+    with pytest.raises(OutputUnsafe, match="another job"):
+        plan(request(source, {"seed": 1}), out, {"seed": "1"})
+    assert contents(job_path(out)) == before
+
+
+def test_finish_names_the_missing_shares(source: Path, tmp_path: Path) -> None:
+    out = f"{tmp_path}/job"
+    with pytest.raises(InputUnreadable, match="no job"):
+        finish(out)
+    plan(request(source, {}), out, {})
+    work(out, (2, 4))
+    with pytest.raises(InputUnreadable, match="3 of 4 are not done: 1, 3, 4"):
+        finish(out)
+    assert not Path(out).exists()
+    work(out)
+    finish(out)
+    (again,) = finish(out)
+    assert again.skipped
+
+
+def change_a_byte(source: Path) -> None:
+    path = sorted(source.glob("*.safetensors"))[1]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def grow(source: Path) -> None:
+    path = sorted(source.glob("*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def edit_config(source: Path) -> None:
+    (source / "config.json").write_text("{}")
+
+
+def add_a_file(source: Path) -> None:
+    (source / "vocab.txt").write_text("a")
+
+
+@pytest.mark.parametrize("change", [change_a_byte, grow, edit_config, add_a_file])
+def test_a_source_that_changed(change: Callable[[Path], None], source: Path, tmp_path: Path) -> None:
+    out = f"{tmp_path}/job"
+    plan(request(source, {}), out, {})
+    work(out, (1, 4))
+    change(source)
+    with pytest.raises(Mismatch, match="changed since the job was planned"):
+        work(out)
+        finish(out)
+    assert not Path(out).exists()
