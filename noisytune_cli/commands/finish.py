@@ -23,6 +23,7 @@ from noisytune_cli.errors import InputInvalid, InputUnreadable, unreadable
 from noisytune_cli.manifest.job import Job, read_steps
 from noisytune_cli.manifest.read import RecordedManifest, read_manifest
 from noisytune_cli.manifest.write import MANIFEST, manifest_beside
+from noisytune_cli.output import staging
 from noisytune_cli.output.commits import all_staged
 from noisytune_cli.output.destination import check_distinct, check_output, check_recipe, resolve_folder
 from noisytune_cli.output.job_folder import JobFolder, is_planned, job_path, no_job, open_job
@@ -63,12 +64,14 @@ def finish(
             output = Path(job.outputs[at].path)
             path = _manifest_path(output, job, source)
             if _is_published(path, job, plan, receipts[at]):
-                manifest = read_manifest(path).manifest
-                there[at] = Perturbed(output, path, manifest, (), (), job.recipe_only, skipped=True)
+                manifest, cleared = read_manifest(path).manifest, _clear(output)
+                there[at] = Perturbed(output, path, manifest, cleared, (), job.recipe_only, skipped=True)
             else:
                 new[at] = output
         _check_places(list(new.values()), job, source, threads, progress)
-        made = there | dict(zip(new, _publish(folder, prepared, new, receipts), strict=True))
+        made = there
+        if new:
+            made |= zip(new, _publish(folder, prepared, new, receipts), strict=True)
     folder.remove()
     return tuple(made[at] for at in sorted(made))
 
@@ -212,6 +215,12 @@ def _is_published(path: Path, job: Job, plan: Plan, receipts: tuple[Receipt, ...
     except InputInvalid:
         return False
     return (manifest.source, manifest.noise, manifest.receipts) == (job.source, plan.noise, receipts)
+
+
+def _clear(output: Path) -> tuple[str, ...]:
+    """Remove what an earlier `finish` that was killed left of the stage of an output that is complete."""
+    places = [output.parent, *([output] if output.is_dir() else [])]
+    return tuple(name for place in places for name in staging.clear_dead(place, output))
 
 
 def _check_places(

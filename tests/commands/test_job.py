@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import Tensor, numbers, save, save_sharded, weights
+from chunked import save_chunked
 
 from noisytune_cli.cli.parse import combine
 from noisytune_cli.commands.finish import finish
@@ -18,9 +20,10 @@ from noisytune_cli.commands.perturb import perturb_each
 from noisytune_cli.commands.plan import PlannedJob, plan_job
 from noisytune_cli.commands.request import Request
 from noisytune_cli.commands.work import work
-from noisytune_cli.errors import InputUnreadable, Mismatch, OutputUnsafe
+from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch, OutputUnsafe
 from noisytune_cli.output.job_folder import job_path
 from noisytune_cli.records import Conversion, NoiseSpec
+from noisytune_cli.version import __version__
 
 #: A shard each; the head is tied to the embeddings of another shard, by equal bytes.
 SHARDS = (
@@ -187,6 +190,100 @@ def test_a_source_that_changed(change: Callable[[Path], None], source: Path, tmp
     work(out, (1, 4))
     change(source)
     with pytest.raises(Mismatch, match="changed since the job was planned"):
-        work(out)
+        work_and_finish(out)
+    assert not Path(out).exists()
+
+
+def work_and_finish(out: str) -> None:
+    work(out)
+    finish(out)
+
+
+def test_chunks_are_refused_by_name(tmp_path: Path) -> None:
+    save_chunked(tmp_path / "chunks", {("w",): torch.arange(300.0).view(30, 10)})
+    with pytest.raises(InputInvalid, match=r"torch\.distributed\.checkpoint"):
+        plan(request(tmp_path / "chunks", {}), f"{tmp_path}/job", {})
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) >= 1
+    path.write_text(text.replace(old, new, 1))
+
+
+def forge_a_digest(receipts: Path) -> None:
+    edit(receipts / "2-1.json", '"action": "perturb"', '"action": "copy", "reason": "constant"')
+
+
+def forge_the_noise(receipts: Path) -> None:
+    edit(receipts / "1-1.json", '"seed": "0"', '"seed": "1"')
+
+
+def cut(receipts: Path) -> None:
+    content = (receipts / "1-1.json").read_bytes()
+    (receipts / "1-1.json").write_bytes(content[: len(content) // 2])
+
+
+def exchange(receipts: Path) -> None:
+    shutil.copy(receipts / "1-1.json", receipts / "2-1.json")
+
+
+def exclude(receipts: Path) -> None:
+    """Claim that the user excluded a tensor, which the plan does not."""
+    edit(receipts / "4-1.json", '"stream": "model.layers.1.w"', '"stream": "another"')
+
+
+def shorten(receipts: Path) -> None:
+    (weights,) = (receipts.parent / "files" / "1").glob("*00001-of*")
+    weights.write_bytes(weights.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("forge", [forge_a_digest, forge_the_noise, cut, exchange, exclude, shorten])
+def test_a_receipt_that_is_none(forge: Callable[[Path], None], source: Path, tmp_path: Path) -> None:
+    out = f"{tmp_path}/job"
+    planned = plan(request(source, {}), out, {})
+    work(out)
+    forge(planned.folder.receipt(0, 0).parent)
+    with pytest.raises(InputInvalid, match=r"cannot use the (receipt|manifest)"):
         finish(out)
     assert not Path(out).exists()
+    assert job_path(out).exists()
+
+
+def test_a_receipt_of_another_plan_counts_for_nothing(source: Path, tmp_path: Path) -> None:
+    out = f"{tmp_path}/job"
+    old = plan(request(source, {"seed": 5}), out, {"seed": "5"}).folder
+    work(out)
+    (old.path / "plan.json").unlink()
+    plan(request(source, {}), out, {})
+    with pytest.raises(InputUnreadable, match="4 of 4 are not done"):
+        finish(out)
+
+
+def test_another_version_is_refused(source: Path, tmp_path: Path) -> None:
+    out = f"{tmp_path}/job"
+    folder = plan(request(source, {}), out, {}).folder
+    edit(folder.path / "plan.json", f'"version": "{__version__}"', '"version": "0.0.1"')
+    with pytest.raises(InputInvalid, match=r"noisytune 0\.0\.1 planned it"):
+        work(out)
+
+
+def test_steps_that_the_plan_does_not_know(source: Path, tmp_path: Path) -> None:
+    out = f"{tmp_path}/job"
+    folder = plan(request(source, {}), out, {}).folder
+    edit(folder.steps(0), "0.15", "0.16")
+    with pytest.raises(InputInvalid, match="cannot use the job"):
+        work(out)
+
+
+def test_the_output_is_only_refused_when_it_is_another(source: Path, tmp_path: Path) -> None:
+    out = f"{tmp_path}/job"
+    plan(request(source, {}), out, {})
+    work(out)
+    Path(out).mkdir()
+    (Path(out) / "mine").write_text("x")
+    with pytest.raises(OutputUnsafe, match=r"exists|noisytune did not write"):
+        finish(out)
+    assert (Path(out) / "mine").read_text() == "x"
+    shutil.rmtree(out)
+    finish(out)

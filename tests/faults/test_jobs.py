@@ -1,0 +1,244 @@
+"""Jobs that are killed, lost and done twice: the same command again ends in what a single run makes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import save_sharded, weights
+
+from noisytune_cli.checkpoint.formats import _system
+from noisytune_cli.cli.parse import combine
+from noisytune_cli.commands.finish import finish
+from noisytune_cli.commands.perturb import perturb
+from noisytune_cli.commands.plan import plan_job
+from noisytune_cli.commands.request import Request
+from noisytune_cli.commands.work import work
+from noisytune_cli.output.job_folder import job_path
+from noisytune_cli.records import NoiseSpec
+
+#: Seconds that a process may take, on a machine that does other things.
+_PATIENCE = 120.0
+
+_SHARES = 4
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("model") / "base"
+    # Large enough that a worker can be met at work.
+    save_sharded(root, *({f"layers.{i}.weight": weights("F32", 1000, 400, seed=i)} for i in range(_SHARES)))
+    (root / "config.json").write_text("{}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> dict[str, bytes]:
+    return tree(perturb(Request(os.fspath(model), NoiseSpec()), f"{model.parent}/single").output)
+
+
+@pytest.fixture
+def out(model: Path, tmp_path: Path) -> str:
+    out = f"{tmp_path}/job"
+    plan(model, out)
+    return out
+
+
+def plan(model: Path, out: str) -> None:
+    plan_job(Request(os.fspath(model), NoiseSpec()), out, combine(out, seed="0", default=0.15), share_bytes=1)
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-P", "-m", "noisytune_cli", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command,
+        env={**os.environ, **environment},
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, told = process.communicate(timeout=_PATIENCE)
+    return process.returncode, told
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + _PATIENCE
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+def files_below(folder: Path, pattern: str) -> list[Path]:
+    return list(folder.rglob(pattern)) if folder.exists() else []
+
+
+def test_a_worker_killed_twice(out: str, expected: dict[str, bytes]) -> None:
+    for _ in range(2):
+        worker = start("work", out, "-q", "--threads", "1")
+        wait_for(lambda: files_below(job_path(out), "scratch/*/1-0"), worker)
+        worker.kill()
+        assert end(worker)[0] in (-signal.SIGKILL, 0)
+    assert end(start("work", out))[0] == 0
+    assert files_below(job_path(out), "scratch/*/*") == []
+    (done,) = finish(out)
+    assert tree(done.output) == expected
+    assert not job_path(out).exists()
+
+
+def test_the_driver_killed_and_the_same_command_again(
+    model: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    out = f"{tmp_path}/job"
+    command = ("perturb", os.fspath(model), "-o", out, "--engine", "local", "--share-bytes", "1", "-q")
+    for count in (1, 2):
+        driver = start(*command)
+        wait_for(lambda count=count: len(files_below(job_path(out), "receipts/*.json")) >= count, driver)
+        driver.kill()
+        end(driver)
+    receipts = {path.name: path.stat().st_ino for path in files_below(job_path(out), "receipts/*.json")}
+    driver = start(*command)
+    assert end(driver) == (0, "")
+    assert receipts or Path(out).exists()
+    assert tree(Path(out)) == expected
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda task: {
+            "SLURM_ARRAY_TASK_ID": str(10 + 5 * task),
+            "SLURM_ARRAY_TASK_MIN": "10",
+            "SLURM_ARRAY_TASK_STEP": "5",
+            "SLURM_ARRAY_TASK_COUNT": str(_SHARES),
+        },
+        lambda task: {"JOB_COMPLETION_INDEX": str(task), "JOB_COMPLETIONS": str(_SHARES)},
+        lambda task: {"AWS_BATCH_JOB_ARRAY_INDEX": str(task), "AWS_BATCH_JOB_ARRAY_SIZE": str(_SHARES)},
+    ],
+)
+def test_an_array_with_a_lost_task(
+    scheduler: Callable[[int], dict[str, str]], out: str, expected: dict[str, bytes]
+) -> None:
+    tasks = [start("work", out, "--share", "env", **scheduler(task)) for task in range(_SHARES) if task != 2]
+    assert [end(task)[0] for task in tasks] == [0, 0, 0]
+    code, told = end(start("finish", out))
+    assert code == 4
+    assert "1 of 4 are not done: 3." in told
+    assert end(start("work", out, "--share", "env", **scheduler(2)))[0] == 0
+    assert end(start("finish", out))[0] == 0
+    assert tree(Path(out)) == expected
+
+
+def test_four_workers_on_all_shares_at_once(out: str, expected: dict[str, bytes]) -> None:
+    workers = [start("work", out) for _ in range(4)]
+    assert [end(worker)[0] for worker in workers] == [0] * 4
+    finish(out)
+    assert tree(Path(out)) == expected
+
+
+def test_a_worker_that_is_late_finds_the_job_finished(out: str) -> None:
+    work(out)
+    finish(out)
+    code, told = end(start("work", out))
+    assert code == 4
+    assert "there is no job" in told
+
+
+def calls_of(run: Callable[[], object], at: int) -> int | None:
+    """Run in a process of its own that is killed before its `at`-th call that changes a disk.
+
+    Return its exit code, or None where it was killed.
+    """
+    child = os.fork()
+    if not child:
+        left = at
+        try:
+
+            def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+                def call(*arguments: Any, **options: Any) -> Any:
+                    nonlocal left
+                    left -= 1
+                    if not left:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return function(*arguments, **options)
+
+                return call
+
+            for name in ("link", "rename", "replace", "mkdir", "rmdir", "unlink", "fsync", "open"):
+                setattr(os, name, counted(getattr(os, name)))
+            for name in ("rename_without_replacing", "exchange"):
+                setattr(_system, name, counted(getattr(_system, name)))
+            run()
+            os._exit(0)
+        finally:
+            os._exit(99)
+    _, status = os.waitpid(child, 0)
+    return None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("small") / "base"
+    save_sharded(root, {"a": weights("F32", 30, 8, seed=1)}, {"b": weights("BF16", 30, 8, seed=2)})
+    (root / "config.json").write_text("{}")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("verb", "is_there"),
+    [(plan, False), (work, False), (finish, False), (finish, True)],
+    ids=["plan", "work", "finish", "finish in an empty folder"],
+)
+def test_killed_at_every_step(
+    verb: Callable[..., object], is_there: bool, small: Path, tmp_path: Path
+) -> None:
+    expected = tree(perturb(Request(os.fspath(small), NoiseSpec()), f"{tmp_path}/single").output)
+    at, killed = 1, 0
+    while True:
+        place = tmp_path / str(at)
+        place.mkdir()
+        out = f"{place}/out"
+        if is_there:
+            Path(out).mkdir()
+        if verb is not plan:
+            plan(small, out)
+        if verb is finish:
+            work(out)
+        run = partial(verb, small, out) if verb is plan else partial(verb, out)
+        code = calls_of(run, at)
+        if code is not None:
+            assert code == 0
+            break
+        killed += 1
+        # As who was called to it would: the same commands again.
+        if not Path(out, "noisytune.json").exists() or job_path(out).joinpath("plan.json").exists():
+            plan(small, out)
+            work(out)
+        finish(out)
+        assert tree(Path(out)) == expected, at
+        left = [path.name for path in place.iterdir() if path.name != "out"]
+        assert not [name for name in left if "job" not in name], at
+        shutil.rmtree(place)
+        at += 1
+    assert killed > 15
