@@ -85,7 +85,7 @@ The manifest has a page of its own, [manifest.md](manifest.md).
 
 #: The schemas, in the order of the verbs.
 SCHEMAS = ("perturb", "dry-run", "inspect", "histogram", "verify", "replay")
-SCHEMAS += ("compare", "detect", "average", "study")
+SCHEMAS += ("compare", "detect", "average", "plan", "status", "study")
 
 
 def json_reference() -> str:

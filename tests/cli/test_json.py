@@ -87,6 +87,13 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     found["detect"] += made("detect", noisy, "--seed", "7,8", "--base", a, "--json")
     found["detect"] += made("detect", noisy, "--seed", "8", "--json", code=8)
     found["average"] += made("average", a, noisy, "-o", folder / "mean", "--json")
+    job = folder / "job"
+    found["plan"] += made("plan", a, "--scope", "global", "-o", job, "--json")
+    found["status"] += made("status", job, "--json")
+    for _ in range(2):
+        assert CliRunner().invoke(app, ["work", str(job), "--share", "1/1"]).exit_code == 0
+    found["status"] += made("status", job, "--json")
+    found["perturb"] += made("finish", job, "--json")
     content = (noisy / "model.safetensors").read_bytes()
     (noisy / "model.safetensors").write_bytes(content[:-4] + b"\0\0\0\1")
     found["verify"] += made("verify", noisy, folder / "nothing", sigma, "--json", code=8)

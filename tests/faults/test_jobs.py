@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from checkpoints import save_sharded, weights
+from namespaces import in_namespace
 
 from noisytune_cli.checkpoint.formats import _system
 from noisytune_cli.cli.parse import combine
@@ -124,28 +126,19 @@ def test_the_driver_killed_and_the_same_command_again(
     assert tree(Path(out)) == expected
 
 
-@pytest.mark.parametrize(
-    "scheduler",
-    [
-        lambda task: {
-            "SLURM_ARRAY_TASK_ID": str(10 + 5 * task),
-            "SLURM_ARRAY_TASK_MIN": "10",
-            "SLURM_ARRAY_TASK_STEP": "5",
-            "SLURM_ARRAY_TASK_COUNT": str(_SHARES),
-        },
-        lambda task: {"JOB_COMPLETION_INDEX": str(task), "JOB_COMPLETIONS": str(_SHARES)},
-        lambda task: {"AWS_BATCH_JOB_ARRAY_INDEX": str(task), "AWS_BATCH_JOB_ARRAY_SIZE": str(_SHARES)},
-    ],
-)
-def test_an_array_with_a_lost_task(
-    scheduler: Callable[[int], dict[str, str]], out: str, expected: dict[str, bytes]
-) -> None:
-    tasks = [start("work", out, "--share", "env", **scheduler(task)) for task in range(_SHARES) if task != 2]
+def slurm(task: int) -> dict[str, str]:
+    """Return what Slurm sets in a task of an array 10-25:5."""
+    names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP", "SLURM_ARRAY_TASK_COUNT")
+    return dict(zip(names, map(str, (10 + 5 * task, 10, 5, _SHARES)), strict=True))
+
+
+def test_an_array_with_a_lost_task(out: str, expected: dict[str, bytes]) -> None:
+    tasks = [start("work", out, "--share", "env", **slurm(task)) for task in range(_SHARES) if task != 2]
     assert [end(task)[0] for task in tasks] == [0, 0, 0]
     code, told = end(start("finish", out))
     assert code == 4
     assert "1 of 4 are not done: 3." in told
-    assert end(start("work", out, "--share", "env", **scheduler(2)))[0] == 0
+    assert end(start("work", out, "--share", "env", **slurm(2)))[0] == 0
     assert end(start("finish", out))[0] == 0
     assert tree(Path(out)) == expected
 
@@ -242,3 +235,14 @@ def test_killed_at_every_step(
         shutil.rmtree(place)
         at += 1
     assert killed > 15
+
+
+def test_a_node_of_ray_is_killed(model: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
+    pytest.importorskip("ray")
+    program = Path(__file__).parent.parent / "inputs" / "ray_cluster.py"
+    out = f"{tmp_path}/job"
+    found = json.loads(in_namespace([sys.executable, os.fspath(program), os.fspath(model), out]))
+    assert found["code"] == 0
+    assert 0 < found["receipts"] < _SHARES
+    assert json.loads(found["stdout"])["output"] == out
+    assert tree(Path(out)) == expected

@@ -16,6 +16,7 @@ from typing import Any
 
 from noisytune_cli.commands.engines import Answer, Call, Report, Run, Task
 from noisytune_cli.errors import HubError, PackageMissing
+from noisytune_cli.version import __version__
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -71,8 +72,14 @@ def _run(
         number = waiting.pop(done)
         try:
             answer = ray.get(done)
-        except ray.exceptions.RayTaskError:
-            raise  # a bug, of which the traceback tells
+        except ray.exceptions.RayTaskError as error:
+            if "No module named 'noisytune_cli" not in str(error):
+                raise  # a bug, of which the traceback tells
+            raise PackageMissing(
+                "a node of the cluster lacks noisytune",
+                why="it cannot import noisytune_cli",
+                next_step=f"Install noisytune {__version__} on every node",
+            ) from error
         except ray.exceptions.RayError as error:
             answer = {"died": str(error).partition("\n")[0] or type(error).__name__}
         if not answer.get("error") and "died" not in answer:

@@ -1,0 +1,101 @@
+"""Every engine against the contract of `commands/engines`: what is run, answered, tried again and left."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+
+import pytest
+from namespaces import in_namespace
+
+from noisytune_cli.commands.engines import ENGINES, Answer, Call, Report, Task, complete, start
+from noisytune_cli.errors import (
+    HubError,
+    InputInvalid,
+    Mismatch,
+    NoisytuneError,
+    ResourceExhausted,
+    UsageError,
+    to_plain,
+)
+
+#: The error of each kind that a share may answer with, and whether it is tried again.
+PASSING = {ResourceExhausted: True, HubError: True, InputInvalid: False, Mismatch: False, UsageError: False}
+
+
+def error_of(kind: type[NoisytuneError]) -> Answer:
+    return {"error": to_plain(kind("what", why="why", next_step="next", path="/p", tensor="t"))}
+
+
+class Scripted:
+    """An engine whose tasks answer in turn what they are told to."""
+
+    def __init__(self, *answers: Answer) -> None:
+        self.answers = list(answers)
+        self.tried: list[Task] = []
+
+    def __call__(self, call: Call, tasks: Sequence[Task], report: Report) -> Iterator[tuple[int, Answer]]:
+        for number, task in enumerate(tasks):
+            self.tried.append(task)
+            yield number, self.answers.pop(0)
+
+
+def nothing(task: Task, report: Report) -> Answer:
+    raise AssertionError
+
+
+@pytest.mark.parametrize("kind", PASSING)
+def test_what_may_pass_is_tried_three_times(kind: type[NoisytuneError]) -> None:
+    done = {"error": None}
+    run = Scripted(done, error_of(kind), error_of(kind), done)
+    tasks: list[Task] = [{"share": 0}, {"share": 1}]
+    if PASSING[kind]:
+        assert complete(run, nothing, tasks, lambda n: None) == [done, done]
+        assert [task["share"] for task in run.tried] == [0, 1, 1, 1]
+        run = Scripted(*[error_of(kind)] * 3)
+    with pytest.raises(kind, match=r'what: /p: tensor "t": why\. next\.'):
+        complete(run, nothing, tasks[:1] if PASSING[kind] else tasks, lambda n: None)
+    assert len(run.tried) == (3 if PASSING[kind] else 2)
+
+
+def test_a_process_that_dies_is_tried_again() -> None:
+    run = Scripted({"died": "killed"}, {"error": None})
+    assert complete(run, nothing, [{"share": 0}], lambda n: None) == [{"error": None}]
+    with pytest.raises(ResourceExhausted, match="ended without a word: killed"):
+        complete(Scripted(*[{"died": "killed"}] * 3), nothing, [{}], lambda n: None)
+
+
+def test_the_local_engine_knows_no_address() -> None:
+    with pytest.raises(UsageError, match="--engine ray"), start("local", "127.0.0.1:1", None):
+        raise AssertionError
+
+
+#: Run in a process of its own, where an engine cannot disturb the tests: it prints what it saw as JSON.
+_PROGRAM = """
+import json, os, signal
+from engine_tasks import square
+from noisytune_cli.commands.engines import complete, start
+def stop(number, frame): pass
+signal.signal(signal.SIGTERM, stop)
+done = []
+with start({engine!r}, None, None) as run:
+    answers = complete(run, square, [{{"of": n, "nbytes": n}} for n in range(5)], done.append)
+    if {engine!r} == "ray":
+        os.write(1, b"of Ray's own processes, as it were\\n")
+kept = signal.getsignal(signal.SIGTERM) is stop
+print(json.dumps({{"answers": answers, "done": sorted(done), "kept": kept}}))
+"""
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine(engine: str) -> None:
+    if engine == "ray":
+        pytest.importorskip("ray")
+    found = in_namespace([sys.executable, "-c", _PROGRAM.format(engine=engine)])
+    # Whatever the engine's processes say goes to stderr: stdout is the document alone.
+    assert json.loads(found) == {
+        "answers": [{"error": None, "square": n * n} for n in range(5)],
+        "done": [0, 1, 2, 3, 4],
+        "kept": True,
+    }
