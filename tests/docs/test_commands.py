@@ -36,6 +36,11 @@ NOT_RUN = {
     ],
     "containers.md": [("docker build", "needs Docker")],
     "publishing.md": [("hf upload", "publishes on the hub")],
+    "scale.md": [
+        ("rm -r .noisytune-job", "removes a job, which the reader may have none of"),
+        ("sbatch", "needs Slurm"),
+        ("--engine ray", "needs a cluster"),
+    ],
     "python.md": [("class NoiseExtension", "needs vLLM; its slices are tested with stand-ins")],
 }
 

@@ -43,7 +43,7 @@ def started(address: str | None, threads: int | None) -> Iterator[Run]:
             # Without an address "auto" would join what a file from an earlier cluster names, dead or not.
             settings: dict[str, Any] = {} if address else {"include_dashboard": False}
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **settings)
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise HubError(
                 "cannot join Ray" if address else "cannot start Ray",
                 path=address,

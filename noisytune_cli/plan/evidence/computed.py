@@ -100,6 +100,8 @@ def _look(shape: tuple[int, ...], count: int, values: Values, rounding: float, *
         return None
     if plain:
         # The sines and cosines of position 0, or a row of padding.
+        if not first.any() and not values(count // 2, min(_FIRST, count - count // 2)).any():
+            return None  # most likely all of it is 0, and what is constant is copied, whatever it is
         start = np.abs(first[: shape[-1]])
         starts = np.minimum(start, np.abs(start - 1)) <= 1e-6
         return _WAVE if starts.all() and _is_wave(shape, values, rounding) else None
