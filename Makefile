@@ -102,7 +102,7 @@ prove: $(TESTING)
 bench: $(TESTING) $(MODEL)/model.safetensors
 	$(BIN)/python benchmarks/bench.py --minilm $(MODEL)/model.safetensors
 
-# A job of a trillion parameters, planned on files that are holes.
+# A job of a terabyte in 400 shards, planned on files that are holes.
 rehearse: $(INSTALLED)
 	$(BIN)/python benchmarks/rehearse.py
 

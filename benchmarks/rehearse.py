@@ -1,9 +1,9 @@
-"""Plan a job of a trillion parameters without having them: sparse files with real headers, half a second to make.
+"""Plan a job of a trillion bytes of weights without having them: sparse files with real headers.
 
     python benchmarks/rehearse.py [--shards 400] [--tensors 100000] [--terabytes 1]
 
-Prints what `noisytune plan` and `noisytune status` take of time, of the CPU and of memory. Nothing is read of the weights
-but what decides on ties and buffers, and the files are holes. `make rehearse` runs it.
+Prints what `noisytune plan` and `noisytune status` take of time, of the CPU and of memory. Nothing is read of
+the weights but what decides on ties and buffers. `make rehearse` runs it.
 """
 
 from __future__ import annotations
