@@ -1,0 +1,136 @@
+"""A job's files, read as a stranger's: what they say is what was written, and anything else is one error."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import numbers, save_sharded, weights
+
+from noisytune_cli.cli.parse import combine
+from noisytune_cli.commands.plan import plan_job
+from noisytune_cli.commands.request import Request
+from noisytune_cli.commands.work import work
+from noisytune_cli.errors import InputInvalid
+from noisytune_cli.manifest.job import (
+    Job,
+    ShareSums,
+    job_pieces,
+    read_job,
+    read_steps,
+    read_sums,
+    steps_bytes,
+    sums_bytes,
+)
+from noisytune_cli.output.job_folder import JobFolder
+from noisytune_cli.records import NoiseSpec
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> JobFolder:
+    root = tmp_path_factory.mktemp("job")
+    shards = (
+        {
+            "model.embed_tokens.weight": weights("F32", 30, 8),
+            "model.h.attn.c_attn.weight": weights("F32", 8, 24),
+        },
+        {"lm_head.weight": weights("F32", 30, 8), "position_ids": numbers("I64", 0, 1)},
+    )
+    save_sharded(root / "base", *shards)
+    (root / "base" / "config.json").write_text('{"model_type": "gpt2", "tie_word_embeddings": true}')
+    noise = NoiseSpec(scope="global", granularity="matrix", rules=(("*c_attn*", 0.3),))
+    out = f"{root}/out-{{lambda}}"
+    wanted = combine(out, lam="0.1,0.2", seed="0", default=0.15)
+    planned = plan_job(Request(str(root / "base"), noise), out, wanted, share_bytes=1).folder
+    work(out)
+    return planned
+
+
+def read_plan(folder: JobFolder, path: Path) -> Job:
+    return read_job(path)[0]
+
+
+READERS: dict[str, tuple[Callable[[JobFolder], Path], Callable[[JobFolder, Path], Any]]] = {
+    "plan": (lambda folder: folder.path / "plan.json", read_plan),
+    "steps": (
+        lambda folder: folder.steps(0),
+        lambda folder, path: read_steps(path, folder.job, folder.job.shares[0]),
+    ),
+    "sums": (lambda folder: folder.sums(0), lambda folder, path: read_sums(path, folder.job)),
+}
+
+
+def test_what_is_written_is_what_is_read(folder: JobFolder) -> None:
+    job = read_plan(folder, folder.path / "plan.json")
+    assert job == folder.job
+    assert b"".join(job_pieces(job)) == (folder.path / "plan.json").read_bytes()
+    for number, share in enumerate(job.shares):
+        found = read_steps(folder.steps(number), job, share)
+        assert steps_bytes(found, job.strengths) == folder.steps(number).read_bytes()
+    sums = read_sums(folder.sums(0), job)
+    assert sums_bytes(sums) == folder.sums(0).read_bytes()
+    exact = np.zeros_like(sums[0].exact)
+    exact[3] = [-(2**62), 1, -1, 0, 2**63 - 1, 5, 6, 7]
+    again = folder.path / "again.json"
+    again.write_bytes(sums_bytes([ShareSums(9, exact)] * 2))
+    assert [(one.elements, one.exact.tolist()) for one in read_sums(again, job)] == [(9, exact.tolist())] * 2
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, (*path, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from leaves(inner, (*path, index))
+
+
+def with_leaf(document: Any, path: tuple[Any, ...], value: Any) -> Any:
+    copy = json.loads(json.dumps(document))
+    place = copy
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    return copy
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_whatever_stands_there_is_read_or_refused(kind: str, folder: JobFolder, tmp_path: Path) -> None:
+    place, read = READERS[kind]
+    content = place(folder).read_bytes()
+    document = json.loads(content)
+    choose = random.Random(kind)
+    changed = tmp_path / "changed.json"
+    refused = 0
+    wrong = (None, True, -1, 0.5, 1e400, 2**70, "", "../x", "\0", "\ud800", [], {}, [[]], [None], {"a": 1})
+    paths = [path for path in leaves(document) if path]
+    for path in choose.sample(paths, min(len(paths), 120)):
+        for value in choose.sample(wrong, 3):
+            text = json.dumps(with_leaf(document, path, value), ensure_ascii=True)
+            changed.write_text(text)
+            refused += is_refused(read, folder, changed)
+    for _ in range(200):
+        cut = bytearray(content)
+        for _ in range(choose.randint(1, 3)):
+            at = choose.randrange(len(cut))
+            cut[at : at + choose.randint(0, 3)] = choose.randbytes(choose.randint(0, 3))
+        changed.write_bytes(cut)
+        refused += is_refused(read, folder, changed)
+    assert refused > 300
+
+
+def is_refused(read: Callable[[JobFolder, Path], Any], folder: JobFolder, path: Path) -> bool:
+    """Read a file: InputInvalid that names it, or it is read; anything else fails the test."""
+    refusal = None
+    try:
+        read(folder, path)
+    except InputInvalid as error:
+        refusal = error
+    assert refusal is None or (refusal.path, refusal.what) == (str(path), "cannot use the job")
+    return refusal is not None
