@@ -65,6 +65,13 @@ class NoisytuneError(Exception):
         # An ImportError keeps its path elsewhere.
         return _again, (type(self), self.args, vars(self) | {"path": self.path})
 
+    def move(self, here: str | os.PathLike[str], there: str) -> None:
+        """Name a file below the folder `here` by where it is meant to be."""
+        start = os.fspath(here)
+        if self.path is not None and (self.path == start or self.path.startswith(f"{start}/")):
+            self.path = there + self.path[len(start) :]
+            self.args = (self.line(),)
+
     def line(self) -> str:
         """The error as one printable line, without the program's name."""
         where = [] if self.path is None else [escape(self.path, 500)]

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 from checkpoints import save, weights
+from object_store import moto, store
 from publications import KINDS, Kind, refuse
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.formats import _system as system
+
+#: Fixtures that lie with what they are about.
+__all__ = ["moto", "store"]
 
 # Triton reads this once, as it is imported. Where there is no GPU, its kernels run in its interpreter.
 if not Path("/dev/nvidiactl").exists():

@@ -53,7 +53,7 @@ class Checkpoint:
     with its reason. File names are relative to `root`, with `/`. `previous_run` is what a manifest that lies
     with the weights says of them; `configs` are those of components in folders, by folder; `reach` bounds
     where links may lead, and `seen` has what `others` were when all was opened. `scratch` is released when it
-    is closed.
+    is closed; `moved` are folders of this run's that its files lie in, and what errors name instead.
     """
 
     id: str
@@ -71,6 +71,7 @@ class Checkpoint:
     reach: Reach | None = None
     seen: Mapping[str, os.stat_result] = field(default_factory=dict)
     scratch: ExitStack = field(default_factory=ExitStack, compare=False, repr=False)
+    moved: tuple[tuple[Path, str], ...] = ()
 
     @property
     def path(self) -> Path:
@@ -154,6 +155,9 @@ class Checkpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, NoisytuneError):
+            for here, there in self.moved:
+                error.move(here, there)
         self.close()
 
 
@@ -200,13 +204,21 @@ def open_found(found: Found, *, mmap: bool = False, headers_only: bool = False) 
     With `headers_only` no value may be read: of a hub's weights that are not here, headers are fetched into a
     folder that goes when the checkpoint is closed. In memory and errors it lies where it would lie whole.
     """
-    if headers_only and found.repository is not None:
-        return _open_headers(found)
+    if found.remote is None:
+        return _open(found, mmap)
+    with found.remote.named():
+        if headers_only:
+            return _open_headers(found)
+        found.fetch()
+        return _open(found, mmap)
+
+
+def _open(found: Found, mmap: bool) -> Checkpoint:
+    """Open what lies here."""
     if found.listing is None:
         name = found.choices[0].name
-        source = open_source(found.root / name, printable(name), mmap)
+        source = _open_source(found, name, printable(name), mmap)
         return _checkpoint(found, (source,), warnings=source.warnings)
-    found.fetch()
     with ExitStack() as opened:
         parts = {
             posixpath.dirname(choice.name): _open_part(found, found.listing, choice, mmap, opened)
@@ -245,6 +257,9 @@ def _checkpoint(
     warnings: Sequence[str],
     seen: Mapping[str, os.stat_result] | None = None,
 ) -> Checkpoint:
+    scratch = ExitStack()
+    if found.remote is not None:
+        scratch.callback(found.remote.close)
     return Checkpoint(
         id=found.id,
         revision=found.revision,
@@ -260,6 +275,8 @@ def _checkpoint(
         configs=found.configs,
         reach=found.reach,
         seen=seen or {},
+        scratch=scratch,
+        moved=() if found.remote is None else found.remote.moved,
     )
 
 
@@ -268,16 +285,24 @@ def _open_headers(found: Found) -> Checkpoint:
 
     with ExitStack() as scratch:
         folder = Path(scratch.enter_context(TemporaryDirectory(prefix="noisytune-")))
+        moved = (folder, os.fspath(found.root))
         try:
-            opened = open_found(found.outlined(folder))
+            opened = _open(found.outlined(folder), mmap=False)
         except NoisytuneError as error:
-            if error.path is None or not Path(error.path).is_relative_to(folder):
-                raise
-            place = found.root / Path(error.path).relative_to(folder)
-            raise type(error)(
-                error.what, why=error.why, next_step=error.next_step, path=place, tensor=error.tensor
-            ) from error
-        return replace(opened, root=found.root, scratch=scratch.pop_all())
+            error.move(*moved)
+            raise
+        assert found.remote is not None
+        scratch.callback(found.remote.close)
+        return replace(opened, root=found.root, scratch=scratch.pop_all(), moved=(moved, *found.remote.moved))
+
+
+def _open_source(found: Found, file: str, name: str, mmap: bool) -> Source:
+    """Open a weight file, or what there is of it."""
+    source = open_source(found.root / file, name, mmap, found.reach)
+    if file in found.headers_alone:
+        assert isinstance(source, SafetensorsSource)
+        source.has_header_alone = True
+    return source
 
 
 class _Part(NamedTuple):
@@ -303,11 +328,8 @@ def _open_part(found: Found, listing: Listing, choice: Choice, mmap: bool, opene
             )
     sources: list[Source] = []
     for file in files:
-        source = open_source(found.root / file, file, mmap, found.reach)
+        source = _open_source(found, file, file, mmap)
         opened.callback(source.close)
-        if file in found.headers_alone:
-            assert isinstance(source, SafetensorsSource)
-            source.has_header_alone = True
         sources.append(source)
     weight_files = {name for source in sources for name in source.files}
     tensors = [tensor for source in sources for tensor in source.tensors]

@@ -1,9 +1,9 @@
 """From what the user typed to what is there: names, the weights among them, config, what an earlier run left.
 
-What begins with `.`, `/` or `~`, or exists, is local and never reaches the hub. Both ways end in the same
-place: a folder, the names in it, and the rules of `checkpoint/weights.py` and `checkpoint/layout.py`. Looking
-fetches small files only; what a command has to ask, it asks of what was found, before that is fetched and
-opened.
+What is an address in an object store (`s3://…`) is there; what begins with `.`, `/` or `~`, or exists, is
+local and never reaches the hub. All ways end in the same place: a folder, the names in it, and the rules of
+`checkpoint/weights.py` and `checkpoint/layout.py`. Looking fetches small files only; what a command has to
+ask, it asks of what was found, before that is fetched and opened.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from noisytune_cli.checkpoint.address import is_address
 from noisytune_cli.checkpoint.composition import (
     COMPOSED_BY,
     choose_components,
@@ -44,7 +45,7 @@ from noisytune_cli.manifest.write import MAX_BYTES
 from noisytune_cli.reading import SNAPSHOT, Reach, is_there, reach_of
 
 if TYPE_CHECKING:
-    from noisytune_cli.checkpoint.hub import Repository
+    from noisytune_cli.checkpoint.remote import Remote
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Found:
 
     `id` is a plain name or hub id, never a path of this machine; `revision` the hub's commit. `choices` are
     the weights, several where it `is_composed` of components. `listing` is None where SOURCE is a file, and
-    `repository` where it is local. `config` is the model's own, at `config_path` for an error to name;
+    `remote` where it is local. `config` is the model's own, at `config_path` for an error to name;
     `previous_run` is what a manifest that lies with the weights says of them, and `namesakes` only look like
     one. `configs` are those of components in folders, by folder. `reach` bounds where links may lead. Of the
     files in `headers_alone` there is nothing but a header.
@@ -72,7 +73,7 @@ class Found:
     namesakes: frozenset[str] = frozenset()
     configs: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     reach: Reach | None = None
-    repository: Repository | None = field(default=None, compare=False)
+    remote: Remote | None = field(default=None, compare=False)
     headers_alone: frozenset[str] = frozenset()
 
     @property
@@ -87,10 +88,15 @@ class Found:
         of_components = ((c, posixpath.join(where, folder, CONFIG)) for folder, c in self.configs.items())
         return ((self.config, self.config_path), *of_components)
 
+    def close(self) -> None:
+        """Remove what was fetched to look at it and will not be opened."""
+        if self.remote is not None:
+            self.remote.close()
+
     def fetch(self) -> None:
         """Bring the weights, and the files that come along with them, to `root`, unless they are there."""
-        if self.repository is not None:
-            self.repository.fetch(self._needed())
+        if self.remote is not None:
+            self.remote.fetch(self._needed())
 
     def outlined(self, folder: Path) -> Found:
         """Return what was found as it lies in `folder` then: headers alone of the weights that are not here.
@@ -98,24 +104,25 @@ class Found:
         Of the safetensors files that a hub has and the cache lacks, their headers are fetched; what else is
         missing is fetched whole.
         """
-        assert self.repository is not None
+        assert self.remote is not None
         needed = self._needed()
-        headers = [name for name in self.repository.lacks(needed) if name.endswith(SUFFIX)]
+        headers = [name for name in self.remote.lacks(needed) if name.endswith(SUFFIX)]
         whole = [name for name in needed if name not in set(headers)]
-        self.repository.fetch(whole)
-        self.repository.fetch_headers(headers, folder)
+        self.remote.fetch(whole)
+        self.remote.fetch_headers(headers, folder)
         for name in {*whole, *(choice.name for choice in self.choices if choice.index is not None)}:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to((self.root / name).resolve())
         reach = None
         if self.reach is not None:
             reach = Reach((*self.reach.folders, os.path.realpath(folder)))
-        return replace(self, root=folder, reach=reach, repository=None, headers_alone=frozenset(headers))
+        return replace(self, root=folder, reach=reach, remote=None, headers_alone=frozenset(headers))
 
     def _needed(self) -> list[str]:
         """Return the names of the weights and of the files that come along with them."""
-        assert self.listing is not None
         files = list(self.files)
+        if self.listing is None:
+            return files
         parts = {posixpath.dirname(c.name): arrange(self.listing, c.name, files) for c in self.choices}
         judge = judge_of(list(parts))
         for home, part in parts.items():
@@ -126,7 +133,7 @@ class Found:
 
 def comes_from_hub(source: str) -> bool:
     """Tell whether SOURCE is a hub id; InputUnreadable where it is neither that nor anything here."""
-    if source.startswith((".", "/", "~")) or is_there(source):
+    if is_address(source) or source.startswith((".", "/", "~")) or is_there(source):
         return False
     if not is_repo_id(source):
         raise no_source(source)
@@ -141,7 +148,7 @@ def find(
     revision: str | None = None,
     follow_links: bool = False,
 ) -> Found:
-    """Look at SOURCE: a weight file, a checkpoint's folder, or a hub id.
+    """Look at SOURCE: a weight file or a checkpoint's folder, here or in an object store, or a hub id.
 
     `weights`, `components` and `revision` are what the options say; with `follow_links` a folder may consist
     of links that lead out of it. Raises HubError for the hub and the network, InputInvalid where there are no
@@ -158,9 +165,11 @@ def find(
         raise UsageError(
             "--revision cannot be used",
             path=source,
-            why="it is for hub ids, and this is a local path",
+            why="it is for hub ids, and this is none",
             next_step="Leave --revision out, or give a hub id",
         )
+    if is_address(source):
+        return _find_in_store(source, weights, components, quiet)
     path = Path(os.path.expanduser(source))
     try:
         is_folder = stat.S_ISDIR(os.stat(path).st_mode)
@@ -171,6 +180,30 @@ def find(
         reach = None if follow_links else reach_of(path)
         place = _Place(name, commit, path, list_folder(path), os.fspath(path), reach, None)
         return _find_in_folder(place, weights, components)
+    _refuse_choice(source, weights, components)
+    return _find_file(path, name, commit)
+
+
+def _find_in_store(source: str, weights: str | None, components: Sequence[str], quiet: bool) -> Found:
+    from noisytune_cli.checkpoint.bucket import Bucket  # what is here should not wait for it
+
+    bucket = Bucket(source, quiet)
+    name = bucket.address
+    with bucket.named():
+        if bucket.file is None:
+            reach = reach_of(bucket.root)
+            place = _Place(name, None, bucket.root, bucket.listing, name, reach, bucket)
+            return _find_in_folder(place, weights, components)
+        _refuse_choice(source, weights, components)
+        bucket.fetch([file for file in bucket.listing.files if file != bucket.file])
+        found = _find_file(bucket.root / bucket.file, name, None)
+        told = tuple(text.replace(os.fspath(bucket.root), name.parent) for text in found.warnings)
+        config_path = name.parent / CONFIG
+        return replace(found, config_path=config_path, warnings=told, remote=bucket)
+
+
+def _refuse_choice(source: str, weights: str | None, components: Sequence[str]) -> None:
+    """Raise UsageError where an option chooses in a folder, and SOURCE is a file."""
     if weights is not None or components:
         option, what = ("--component", "models") if components else ("--weights", "a file")
         raise UsageError(
@@ -179,7 +212,6 @@ def find(
             why=f"it chooses {what} in a folder, and SOURCE is a file",
             next_step=f"Leave {option} out, or give the folder",
         )
-    return _find_file(path, name, commit)
 
 
 def printable(name: str) -> str:
@@ -210,19 +242,19 @@ class _Place(NamedTuple):
     listing: Listing
     where: str
     reach: Reach | None
-    repository: Repository | None
+    remote: Remote | None
 
     def fetch(self, names: Sequence[str]) -> None:
         """Bring small files to `root`."""
-        if self.repository is not None:
-            self.repository.fetch(names)
+        if self.remote is not None:
+            self.remote.fetch(names)
 
     def read_index(self, name: str) -> ShardIndex:
         """Read an index, whose shards can be had."""
         self.fetch([name])
         index = read_index(self.root, name, self.reach)
-        if self.repository is not None:
-            self.repository.require(index.shards)
+        if self.remote is not None:
+            self.remote.require(index.shards)
         return index
 
 
@@ -252,10 +284,10 @@ def _find_in_folder(place: _Place, weights: str | None, components: Sequence[str
     own = {folder: look_at_config(root / name, place.reach) for folder, name in config_names.items()}
 
     # A manifest is not copied, but says what was done to the weights. What is too long for one is none.
-    left, repository = manifests(listing), place.repository
-    if repository is not None:
-        left = [name for name in left if repository.size(name) <= MAX_BYTES]
-        repository.fetch(left)
+    left, remote = manifests(listing), place.remote
+    if remote is not None:
+        left = [name for name in left if remote.size(name) <= MAX_BYTES]
+        remote.fetch(left)
     files = [file for choice in choices for file in _files_of(choice, listing)]
     earlier, namesakes = of_folder(root, left, files)
     namesakes |= set(manifests(listing)).difference(left)
@@ -274,7 +306,7 @@ def _find_in_folder(place: _Place, weights: str | None, components: Sequence[str
         namesakes=namesakes,
         configs={folder: found for folder, (found, _) in own.items()},
         reach=place.reach,
-        repository=repository,
+        remote=remote,
     )
 
 

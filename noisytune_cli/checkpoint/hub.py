@@ -12,8 +12,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from noisytune_cli.checkpoint import downloads
 from noisytune_cli.checkpoint.folder import list_folder
-from noisytune_cli.checkpoint.formats.safetensors.header import header_end
 from noisytune_cli.checkpoint.hub_answers import (
     COMMIT,
     SHA256,
@@ -33,24 +31,17 @@ from noisytune_cli.checkpoint.hub_answers import (
 )
 from noisytune_cli.checkpoint.hub_errors import CANNOT_FETCH, mapped_errors
 from noisytune_cli.checkpoint.layout import list_names
-from noisytune_cli.errors import HubError, exhausted
+from noisytune_cli.checkpoint.remote import Remote, do_all
+from noisytune_cli.errors import HubError
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
-#: How much of a file is asked for first where its header is all that is needed: most headers are shorter.
-_HEAD = 64 << 10
-
-#: Files that are fetched at a time, as huggingface_hub does.
-_WORKERS = 8
-
-#: How much is fetched between two looks at whether to stop, in bytes, and how long the workers then get to
-#: remove their partial files, in seconds.
+#: How much is fetched between two looks at whether to stop, in bytes.
 _CHUNK = 256 << 10
-_GRACE = 1.0
 
 
-class Repository:
+class Repository(Remote):
     """One commit of a repository: its names, and where in the cache those lie that are fetched.
 
     A name is in the snapshot only if its content is what the hub says it is, unless the process was killed.
@@ -59,7 +50,7 @@ class Repository:
     def __init__(self, repo_id: str, revision: str | None) -> None:
         self._id, self._revision = repo_id, revision
         self._answers = Answers()
-        with self._asked():
+        with self.asked():
             self.commit = self._answers.commit = _resolve(repo_id, revision)
             self.root = _list(repo_id, self.commit)
             self._listed = _cached_list(repo_id, self.commit)
@@ -82,32 +73,7 @@ class Repository:
             return []
         return [name for name in names if not (self.root / name).exists()]
 
-    def fetch_headers(self, names: Sequence[str], folder: Path) -> None:
-        """Put the headers of safetensors files into `folder`, each at the beginning of a file of its size.
-
-        What follows there is empty, and no digest can tell whether the hub lies: none of it is for the cache.
-        """
-        left_behind = threading.Event()
-
-        def fetch(name: str) -> None:
-            size = self.size(name)
-            head = self._part(name, 0, min(size, _HEAD), left_behind)
-            end = header_end(head)
-            if len(head) < end <= size:
-                head += self._part(name, len(head), end, left_behind)
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with path.open("xb") as file:
-                    file.write(head)
-                    file.truncate(size)
-            except OSError as error:
-                raise exhausted(error) from error
-
-        with self._asked():
-            _do_all(fetch, names, left_behind)
-
-    def _part(self, name: str, start: int, end: int, left_behind: threading.Event) -> bytes:
+    def part(self, name: str, start: int, end: int, left_behind: threading.Event) -> bytes:
         """Return the bytes of a file from `start` to `end`; Untrue where the answer has others, or more."""
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.errors import HfHubHTTPError
@@ -158,7 +124,7 @@ class Repository:
             if new:
                 sizes = {name: self.size(name) for name in new}
                 self._answers.longest = max(sizes.values())
-                with self._asked():
+                with self.asked():
                     _fetch(self._id, self.commit, sizes)
             with mapped_errors(self._id, self._revision):
                 for name in new:
@@ -172,7 +138,7 @@ class Repository:
             self._check_size(path, name)
 
     @contextmanager
-    def _asked(self) -> Iterator[None]:
+    def asked(self) -> Iterator[None]:
         with watched(self._answers), mapped_errors(self._id, self._revision), _silenced():
             yield
 
@@ -244,8 +210,8 @@ def _fetch(repo_id: str, commit: str, sizes: Mapping[str, int]) -> None:
     """Bring files, whose sizes are given by name, into the cache.
 
     snapshot_download would compare each of its patterns with each name of the repository, which takes hours
-    for what a stranger can list, and waits for its workers even when a signal has asked us to stop. Here the
-    workers' pool has a thread of its own, which is left behind then; they give up at the next piece of data.
+    for what a stranger can list, and waits for its workers even when a signal has asked us to stop. Here they
+    are left behind then, and give up at the next piece of data.
     """
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.utils.tqdm import tqdm
@@ -277,29 +243,7 @@ def _fetch(repo_id: str, commit: str, sizes: Mapping[str, int]) -> None:
 
     constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, _CHUNK)
     with downloads.shown.get()(sum(sizes.values())) as came:
-        _do_all(fetch, sizes, left_behind)
-
-
-def _do_all(fetch: Callable[[str], None], names: Iterable[str], left_behind: threading.Event) -> None:
-    """Fetch each of `names`, several at a time; `left_behind` tells workers that nobody waits any more."""
-    outcome: Future[None] = Future()
-
-    def fetch_all() -> None:
-        try:
-            with ThreadPoolExecutor(_WORKERS) as pool:
-                for _ in pool.map(fetch, names):
-                    pass
-            outcome.set_result(None)
-        except BaseException as error:  # handed to the thread that waits, whatever it is
-            outcome.set_exception(error)
-
-    thread = threading.Thread(target=fetch_all, daemon=True)
-    thread.start()
-    try:
-        outcome.result()
-    finally:
-        left_behind.set()
-        thread.join(_GRACE)
+        do_all(fetch, sizes, left_behind)
 
 
 def _cached_list(repo_id: str, commit: str) -> dict[str, RepoFile] | None:

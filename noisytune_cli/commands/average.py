@@ -160,15 +160,14 @@ def _check_coefficients(sources: Sequence[str], coefficients: Sequence[float]) -
 
 def _open(source: str, *, mmap: bool, follow_links: bool) -> Checkpoint:
     found = find(source, follow_links=follow_links)
-    if found.repository is not None:
-        for config, path in found.named_configs:
-            refuse_quantized_config(config, path)
-    member = open_found(found, mmap=mmap)
-    try:
+    with ExitStack() as opened:
+        opened.callback(found.close)
+        if found.remote is not None:
+            for config, path in found.named_configs:
+                refuse_quantized_config(config, path)
+        member = opened.enter_context(open_found(found, mmap=mmap))
         refuse_quantized_models(member.models, metadata=member.metadata, path=source, are_all=True)
-    except BaseException:
-        member.close()
-        raise
+        opened.pop_all()
     return member
 
 

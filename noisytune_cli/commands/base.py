@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import posixpath
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.composition import ROOT
@@ -73,11 +74,10 @@ def open_base(
     output = recorded.manifest.output
     if output is None or output.conversion.dequantized is None:
         return original
-    try:
-        return dequantize(original, base)
-    except BaseException:
-        original.close()
-        raise
+    with ExitStack() as opened:
+        original = dequantize(opened.enter_context(original), base)
+        opened.pop_all()
+    return original
 
 
 def components_of(manifest: Manifest) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from noisytune_cli.checkpoint.address import is_address
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.find import comes_from_hub
 from noisytune_cli.commands.write import record_source
@@ -48,12 +49,19 @@ def check_before_download(
 ) -> None:
     """Raise what stands against the outputs of a hub's model, before the hub is asked for anything.
 
-    Of a local SOURCE nothing is said: what is there decides what the outputs are.
+    Of one in an object store too, which is asked whether it is a file. Of a local SOURCE nothing is said:
+    what is there decides what the outputs are.
     """
-    if comes_from_hub(source):
-        overwrite = overwrite or overwrite_changed
-        outputs = check_places_of_download(outs, recipe_only=recipe_only, overwrite=overwrite)
-        require_unchanged(outputs, insists=overwrite_changed)
+    is_file = False
+    if is_address(source):
+        from noisytune_cli.checkpoint.bucket import is_object  # what is here should not wait for it
+
+        is_file = is_object(source)
+    elif not comes_from_hub(source):
+        return
+    overwrite = overwrite or overwrite_changed
+    outputs = check_places_of_download(outs, is_file=is_file, recipe_only=recipe_only, overwrite=overwrite)
+    require_unchanged(outputs, insists=overwrite_changed)
 
 
 def find_made(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_found
 from noisytune_cli.checkpoint.composition import Component
-from noisytune_cli.checkpoint.find import find
+from noisytune_cli.checkpoint.find import Found, find
 from noisytune_cli.checkpoint.quantized import refuse_quantized_config, refuse_quantized_models
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.records import Conversion, NoiseSpec
@@ -44,17 +45,10 @@ class Request:
             revision=self.revision,
             follow_links=self.follow_links,
         )
-        if found.previous_run is not None and not self.again:
-            earlier = found.previous_run
-            raise InputInvalid(earlier.what, path=self.source, why=earlier.why, next_step=earlier.next_step)
-        dequantizes = self.conversion is not None and self.conversion.dequantized is not None
-        if dequantizes:
-            from noisytune_cli.checkpoint.dequantize import check_config, dequantize  # few weights are fp8
-        if found.repository is not None:
-            for config, path in found.named_configs:
-                (check_config if dequantizes else refuse_quantized_config)(config or {}, path)
-        source = open_found(found, mmap=self.mmap, headers_only=headers_only)
-        try:
+        with ExitStack() as opened:
+            opened.callback(found.close)
+            self._check_found(found)
+            source = opened.enter_context(open_found(found, mmap=self.mmap, headers_only=headers_only))
             if self.conversion is not None and any(isinstance(file, Component) for file in source.sources):
                 raise UsageError(
                     "--dtype, --to and --dequantize are for one model",
@@ -62,10 +56,31 @@ class Request:
                     why="the components of this one lie in folders, and get noise together",
                     next_step="Convert them one by one, with --weights FOLDER/NAME",
                 )
-            if dequantizes:
-                return dequantize(source, self.source)
-            refuse_quantized_models(source.models, metadata=source.metadata, path=self.source, are_all=True)
-        except BaseException:
-            source.close()
-            raise
+            if self._dequantizes:
+                from noisytune_cli.checkpoint.dequantize import dequantize  # few weights are fp8
+
+                source = dequantize(source, self.source)
+            else:
+                refuse_quantized_models(
+                    source.models, metadata=source.metadata, path=self.source, are_all=True
+                )
+            opened.pop_all()
         return source
+
+    @property
+    def _dequantizes(self) -> bool:
+        return self.conversion is not None and self.conversion.dequantized is not None
+
+    def _check_found(self, found: Found) -> None:
+        """Raise InputInvalid for what can be refused before its weights are fetched."""
+        if found.previous_run is not None and not self.again:
+            earlier = found.previous_run
+            raise InputInvalid(earlier.what, path=self.source, why=earlier.why, next_step=earlier.next_step)
+        if found.remote is not None:
+            for config, path in found.named_configs:
+                if self._dequantizes:
+                    from noisytune_cli.checkpoint.dequantize import check_config
+
+                    check_config(config or {}, path)
+                else:
+                    refuse_quantized_config(config or {}, path)

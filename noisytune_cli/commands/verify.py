@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
+from noisytune_cli.checkpoint.address import Place, is_address
 from noisytune_cli.checkpoint.composition import Component
 from noisytune_cli.checkpoint.folder import list_folder
 from noisytune_cli.checkpoint.formats import Nowhere, Source, open_source
@@ -36,7 +37,7 @@ from noisytune_cli.escape import escape
 from noisytune_cli.manifest.average import RecordedAverage, read_any_manifest
 from noisytune_cli.manifest.locate import Location, place_of, require_manifest
 from noisytune_cli.manifest.read import REFORMATTED, RecordedManifest
-from noisytune_cli.manifest.write import MANIFEST
+from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.reading import open_regular
 from noisytune_cli.records import Manifest, NoiseSpec, Plan, Receipt, with_output_files
@@ -58,7 +59,7 @@ class Checked:
 class Verified(Result):
     """The answer: everything that does not match, and what was looked at."""
 
-    output: Path
+    output: Place
     checked: Checked
     mismatches: tuple[Difference, ...]
     warnings: tuple[str, ...]
@@ -91,10 +92,58 @@ def verify(
 ) -> Verified:
     """Hold an output against its manifest and, where given, against the base.
 
-    `out` is the path of the output, a folder or a file, or of its manifest.
+    `out` is the path of the output, a folder or a file, or of its manifest; or the address of one of them in
+    an object store, from where the output is fetched.
     """
-    place = place_of(out)
-    recorded = _read_manifest(place)
+    with _located(out, quiet) as located:
+        return _verify(located, base, threads, mmap, quiet, follow_links, progress)
+
+
+@dataclass(frozen=True)
+class _Located:
+    """An output and its manifest, found: where errors and answers say it is, and the names of its files."""
+
+    shown: Place
+    place: Location
+    recorded: RecordedManifest
+    names: Sequence[str]
+
+
+@contextmanager
+def _located(out: str, quiet: bool) -> Iterator[_Located]:
+    if not is_address(out):
+        place = place_of(out)
+        recorded = _read_manifest(place)
+        yield _Located(
+            place.output, place, recorded, list_folder(place.output).files if place.is_folder else ()
+        )
+        return
+    from noisytune_cli.checkpoint.bucket import Bucket  # what is here should not wait for it
+
+    output = out[: -len(MANIFEST)] if out.endswith(f"/{MANIFEST}") else out.removesuffix(MANIFEST_SUFFIX)
+    with closing(Bucket(output, quiet)) as bucket, bucket.named():
+        names, file = bucket.listing.files, bucket.file
+        manifest = MANIFEST if file is None else file + MANIFEST_SUFFIX
+        bucket.fetch([name for name in (manifest, file) if name in names])
+        require_manifest(bucket.root / manifest)
+        place = place_of(os.fspath(bucket.root / (file or "")))
+        recorded = _read_manifest(place)
+        if file is None:
+            known = _known(recorded.manifest)
+            bucket.fetch([name for name in names if name in known])
+        yield _Located(bucket.address, place, recorded, names if file is None else ())
+
+
+def _verify(
+    located: _Located,
+    base: str | None,
+    threads: int | None,
+    mmap: bool,
+    quiet: bool,
+    follow_links: bool,
+    progress: Progress,
+) -> Verified:
+    place, recorded = located.place, located.recorded
     if base is not None and isinstance(recorded, RecordedAverage):
         raise UsageError(
             "--base",
@@ -137,7 +186,7 @@ def verify(
         bytes=sum(file.size for file in produced.source.files),
         base=base is not None,
     )
-    return Verified(place.output, checked, tuple(found), tuple(_strays(place, manifest)))
+    return Verified(located.shown, checked, tuple(found), tuple(_strays(located)))
 
 
 def _read_manifest(place: Location) -> RecordedManifest:
@@ -154,16 +203,20 @@ def _read_manifest(place: Location) -> RecordedManifest:
     return recorded
 
 
-def _strays(place: Location, manifest: Manifest) -> list[str]:
+def _strays(located: _Located) -> list[str]:
     """Return a warning for each file that might be taken for weights, but is not recorded."""
-    if not place.is_folder:
-        return []
-    files = with_output_files(manifest).source.files
-    known = {*(file.name for file in files), *_other_files(manifest)}
-    names = [name for name in list_folder(place.output).files if name not in known]
+    known = _known(located.recorded.manifest)
     return [
-        f"{escape(name)} is not in the manifest, and was not verified" for name in names if is_weights(name)
+        f"{escape(name)} is not in the manifest, and was not verified"
+        for name in located.names
+        if name not in known and is_weights(name)
     ]
+
+
+def _known(manifest: Manifest) -> set[str]:
+    """Return the names of all files that a manifest records of an output."""
+    files = with_output_files(manifest).source.files
+    return {*(file.name for file in files), *_other_files(manifest)}
 
 
 def _other_files(manifest: Manifest) -> dict[str, str]:

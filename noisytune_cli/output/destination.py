@@ -64,11 +64,19 @@ def find_place(out: str, source: Checkpoint, files: Sequence[OutputFile], *, rec
     return resolve_recipe(out) if recipe_only else resolve_rewritten(out, source, files, convertible=True)
 
 
-def check_places_of_download(outs: Sequence[str], *, recipe_only: bool, overwrite: bool) -> list[Path]:
-    """Do as `check_places` for outputs of a hub's model, a folder, before that is downloaded."""
+def check_places_of_download(
+    outs: Sequence[str], *, is_file: bool, recipe_only: bool, overwrite: bool
+) -> list[Path]:
+    """Do as `check_places` for outputs of what is fetched, before it is.
+
+    Where that `is_file`, an output in a folder is not asked about: its name is known when the file is.
+    """
+    if is_file and not recipe_only:
+        outs = [out for out in outs if not out.endswith("/")]
     outputs = [(resolve_recipe if recipe_only else resolve_folder)(out) for out in outs]
+    check = check_recipe if recipe_only else check_file if is_file else check_folder
     for output in outputs:
-        (check_recipe if recipe_only else check_folder)(output, overwrite=overwrite)
+        check(output, overwrite=overwrite)
     check_distinct(outputs)
     return outputs
 
@@ -131,9 +139,14 @@ def check_output(output: Path, *sources: Checkpoint, overwrite: bool, manifest: 
     It is a file where the first of `sources` is one, else a directory. What --overwrite cannot replace is
     told before that something is there. A file's `manifest` may lie there, where it will be that very one.
     """
-    if not sources[0].single_file:
+    if sources[0].single_file:
+        check_file(output, *sources, overwrite=overwrite, manifest=manifest)
+    else:
         check_folder(output, *sources, overwrite=overwrite)
-        return
+
+
+def check_file(output: Path, *sources: Checkpoint, overwrite: bool, manifest: Path | None = None) -> None:
+    """Raise OutputUnsafe unless the file `output` can be written, as `check_folder` does."""
     mode = _mode(output)
     _check_kind(output, mode, single_file=True)
     _check_apart(output, sources, replaces=False, single_file=True)

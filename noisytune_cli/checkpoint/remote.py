@@ -1,0 +1,160 @@
+"""A checkpoint that lies elsewhere: its names are known, and a file is fetched when it is asked for.
+
+What the hub and object stores have in common: several files or parts of them at a time, by threads that are
+left behind when a signal asks us to stop; and headers alone, at the beginning of files that are empty else.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from noisytune_cli.checkpoint.formats.safetensors.header import header_end
+from noisytune_cli.checkpoint.layout import Listing
+from noisytune_cli.errors import NoisytuneError, exhausted
+
+_T = TypeVar("_T")
+
+#: How much of a file is asked for first where its header is all that is needed: most headers are shorter.
+_HEAD = 64 << 10
+
+#: What is fetched or sent at a time.
+WORKERS = 8
+
+#: How long the workers get to remove their partial files when nobody waits any more, in seconds.
+_GRACE = 1.0
+
+
+class Remote(ABC):
+    """The names of a checkpoint that lies elsewhere, and where those lie that are fetched (`root`)."""
+
+    root: Path
+    listing: Listing
+    #: What errors name in place of `root`, where that is of this run alone.
+    moved: tuple[tuple[Path, str], ...] = ()
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """Return how long a file is said to be, 0 where that was never said."""
+
+    @abstractmethod
+    def lacks(self, names: Iterable[str]) -> list[str]:
+        """Return those of `names` that are not in `root`, and can be asked for."""
+
+    @abstractmethod
+    def fetch(self, names: Sequence[str]) -> None:
+        """Bring `names` to `root`; raises unless each is then what was said of it."""
+
+    @abstractmethod
+    def part(self, name: str, start: int, end: int, left_behind: threading.Event) -> bytes:
+        """Return the bytes of a file from `start` to `end`, no others and no fewer."""
+
+    @abstractmethod
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        """Turn what goes wrong meanwhile into our errors."""
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Have errors name a file by where it is meant to be, and leave nothing behind where one comes."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, NoisytuneError):
+                for here, there in self.moved:
+                    error.move(here, there)
+            self.close()
+            raise
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raise for a name that can be had neither here nor there."""
+        return
+
+    def close(self) -> None:
+        """Remove what nobody else will need."""
+        return
+
+    def fetch_headers(self, names: Sequence[str], folder: Path) -> None:
+        """Put the headers of safetensors files into `folder`, each at the beginning of a file of its size.
+
+        What follows there is empty, and no digest can tell whether what was sent is true: none of it is for
+        a cache.
+        """
+        left_behind = threading.Event()
+
+        def fetch(name: str) -> None:
+            size = self.size(name)
+            head = self.part(name, 0, min(size, _HEAD), left_behind)
+            end = header_end(head)
+            if len(head) < end <= size:
+                head += self.part(name, len(head), end, left_behind)
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with path.open("xb") as file:
+                    file.write(head)
+                    file.truncate(size)
+            except OSError as error:
+                raise exhausted(error) from error
+
+        with self.asked():
+            do_all(fetch, names, left_behind)
+
+
+def do_all(work: Callable[[_T], None], items: Iterable[_T], left_behind: threading.Event) -> None:
+    """Do `work` with each of `items`, several at a time; `left_behind` tells that nobody waits any more.
+
+    A pool waits for its workers even when a signal has asked us to stop. Here it has a thread of its own,
+    which is left behind then.
+    """
+    outcome: Future[None] = Future()
+
+    def do() -> None:
+        try:
+            with ThreadPoolExecutor(WORKERS) as pool:
+                for _ in pool.map(work, items):
+                    pass
+            outcome.set_result(None)
+        except BaseException as error:  # handed to the thread that waits, whatever it is
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=do, daemon=True)
+    thread.start()
+    try:
+        outcome.result()
+    finally:
+        left_behind.set()
+        thread.join(_GRACE)
+
+
+@contextmanager
+def transfer_shown(what: str, nbytes: int, quiet: bool) -> Iterator[Callable[[int], object]]:
+    """Show a transfer on a terminal; yield what is told of the bytes that are done."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=nbytes, unit="B", unit_scale=True, desc=what) as shown:
+        yield shown.update
+
+
+class Scratch:
+    """A folder of this run's own, among the system's temporary ones (TMPDIR); it goes with its holder."""
+
+    def __init__(self) -> None:
+        try:
+            self.path = Path(tempfile.mkdtemp(prefix="noisytune-"))
+        except OSError as error:
+            raise exhausted(error) from error
+        # Also where a run ends before anything was opened that would close it.
+        self.remove = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)

@@ -1,0 +1,279 @@
+"""An object store, as far as noisytune uses one; the only file that knows obstore.
+
+Credentials, region and endpoint are the store's own standard variables (AWS_*, GOOGLE_*, AZURE_*), which
+obstore reads. What goes wrong is told apart once (`StoreFault`), and made an error of by who reads or writes.
+Of what a store says only its status and its code are passed on: the rest may hold what is secret.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+
+from noisytune_cli.checkpoint.address import Address
+from noisytune_cli.errors import (
+    HubError,
+    InputUnreadable,
+    Mismatch,
+    NoisytuneError,
+    OutputUnsafe,
+    PackageMissing,
+    ResourceExhausted,
+)
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+_T = TypeVar("_T")
+
+#: What is read or sent in one request.
+PIECE = 8 << 20
+
+#: Parts that an upload may have (S3's limit, the lowest), and parts that are on their way at a time.
+_PARTS = 10_000
+_AT_A_TIME = 4
+
+#: A request that fails for the network or the server's load is repeated by obstore, for half a minute or so.
+_RETRIES = {
+    "max_retries": 8,
+    "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=8), "base": 2},
+}
+
+_STATUS = re.compile(r"status(?: code)?:? (\d{3})\b")
+_CODE = re.compile(r"<Code>(\w{1,60})</Code>")
+
+Cause = Literal["absent", "denied", "exists", "changed", "full", "failed"]
+
+#: What a store's codes and statuses stand for, where obstore has no class of its own for them.
+_CAUSES: dict[str, Cause] = {
+    **dict.fromkeys(("404", "NoSuchBucket", "NoSuchKey"), "absent"),
+    **dict.fromkeys(("401", "403", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"), "denied"),
+    **dict.fromkeys(("InvalidAccessKeyId", "RequestExpired"), "denied"),
+    **dict.fromkeys(("413", "507", "EntityTooLarge", "QuotaExceeded", "XMinioStorageFull"), "full"),
+    "412": "changed",
+}
+
+
+class StoreFault(Exception):
+    """What a store refused or could not do: the cause, and what to tell of it."""
+
+    def __init__(self, cause: Cause, why: str) -> None:
+        self.cause, self.why = cause, why
+        super().__init__(why)
+
+
+class Object(NamedTuple):
+    """An object: its key, its length, and what tells this content from another under the same key."""
+
+    key: str
+    size: int
+    etag: str | None
+
+
+class Store:
+    """A bucket. Raises StoreFault; a signal ends the wait for an answer."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        try:
+            from obstore.store import from_url
+        except ModuleNotFoundError as error:
+            raise PackageMissing(
+                "object stores need obstore",
+                path=address,
+                why="it is not installed",
+                next_step="Install it: pip install 'noisytune[remote]'",
+            ) from error
+        # Only S3 can be told what to hold an upload against; on the others TLS has to do.
+        summed = {"checksum_algorithm": "SHA256"} if address.startswith("s3:") else {}
+        # No options of the client: they would take the place of what AWS_ALLOW_HTTP and its like say.
+        options: dict[str, Any] = {"retry_config": _RETRIES, **summed}
+        self._store: ObjectStore = _wait(lambda: from_url(address.store, **options))
+
+    def head(self, key: str) -> Object | None:
+        """Return the object at a key, None where there is none."""
+        import obstore
+
+        try:
+            return _object(_wait(lambda: obstore.head(self._store, key)))
+        except StoreFault as fault:
+            if fault.cause == "absent":
+                return None
+            raise
+
+    def list(self, prefix: str, limit: int) -> list[Object]:
+        """Return what lies below a prefix, and no more than one object over `limit`."""
+        import obstore
+
+        def look() -> list[Object]:
+            found: list[Object] = []
+            for page in obstore.list(self._store, prefix or None):
+                found += map(_object, page)
+                if len(found) > limit:
+                    break
+            return found[: limit + 1]
+
+        return _wait(look)
+
+    def read(self, entry: Object, start: int, end: int) -> bytes:
+        """Return the bytes of an object from `start` to `end`; `changed` where it is no longer that one."""
+        import obstore
+
+        def read() -> bytes:
+            answer = obstore.get(
+                self._store, entry.key, options={"range": (start, end), "if_match": _quoted(entry.etag)}
+            )
+            told, content = _object(answer.meta), bytes(answer.bytes())
+            if told.size != entry.size or _bare(told.etag) != _bare(entry.etag):
+                raise StoreFault("changed", "another object took its place")
+            if len(content) != end - start:
+                raise StoreFault("failed", "fewer bytes were sent than asked for")
+            return content
+
+        return _wait(read) if end > start else b""
+
+    def create(self, key: str, content: bytes) -> None:
+        """Make a small object; `exists` where one is there."""
+        import obstore
+
+        _wait(lambda: obstore.put(self._store, key, content, mode="create"))
+
+    def send(self, key: str, pieces: Iterable[bytes], size: int) -> None:
+        """Make an object of `size` bytes in parts, or replace one; an error of `pieces` gives it up."""
+        import obstore
+
+        part = max(PIECE, -(-size // _PARTS))
+        _wait(lambda: obstore.put(self._store, key, pieces, chunk_size=part, max_concurrency=_AT_A_TIME))
+
+    def delete(self, key: str) -> None:
+        """Remove an object; none is there is fine."""
+        import obstore
+
+        _wait(lambda: obstore.delete(self._store, key))
+
+
+def _object(meta: Any) -> Object:
+    return Object(meta["path"], meta["size"], meta["e_tag"])
+
+
+def _bare(etag: str | None) -> str | None:
+    return None if etag is None else etag.removeprefix("W/").strip('"')
+
+
+def _quoted(etag: str | None) -> str | None:
+    """Return an ETag as a header has it; Azure lists them without quotation marks."""
+    return f'"{etag}"' if etag is not None and '"' not in etag else etag
+
+
+def _wait(ask: Callable[[], _T]) -> _T:
+    """Return what `ask` does, in a thread of its own, so that a signal needs not wait for the store."""
+    outcome: Future[_T] = Future()
+
+    def do() -> None:
+        try:
+            outcome.set_result(ask())
+        except BaseException as error:  # handed to the thread that waits, whatever it is
+            outcome.set_exception(error)
+
+    threading.Thread(target=do, daemon=True).start()
+    try:
+        return outcome.result()
+    except (StoreFault, NoisytuneError):
+        raise
+    except Exception as error:
+        raise _fault(error) from None  # its text may hold what is secret
+
+
+def _fault(error: Exception) -> StoreFault:
+    """Tell what an error of obstore means."""
+    from obstore import exceptions
+
+    text = str(error)
+    status, code = _STATUS.search(text), _CODE.search(text)
+    told = [found[1] for found in (code, status) if found is not None]
+    said = f"the store answered {' '.join(reversed(told))}" if told else ""
+    if code is not None and code[1] == "NoSuchBucket":
+        return StoreFault("absent", "there is no such bucket")
+    if isinstance(error, FileNotFoundError):
+        return StoreFault("absent", said or "there is no such object")
+    if isinstance(error, exceptions.AlreadyExistsError):
+        return StoreFault("exists", "an object is there already")
+    if isinstance(error, exceptions.PreconditionError):
+        return StoreFault("changed", "another object took its place")
+    if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+        return StoreFault("denied", f"access is denied ({said})" if said else "access is denied")
+    if cause := next((_CAUSES[one] for one in told if one in _CAUSES), None):
+        return StoreFault(cause, f"access is denied ({said})" if cause == "denied" else said)
+    if "169.254." in text or "metadata.google" in text:
+        return StoreFault("denied", "no credentials are set, and no machine's own could be had")
+    if "BadScheme" in text:
+        return StoreFault("failed", "its endpoint is http, which is not allowed unless AWS_ALLOW_HTTP=true")
+    if isinstance(error, exceptions.InvalidPathError | ValueError):
+        return StoreFault("failed", "it has a key that is no path ('..', '//')")
+    return StoreFault("failed", said or "the connection failed")
+
+
+_CREDENTIALS = "Check the store's variables (AWS_ACCESS_KEY_ID, AWS_SESSION_TOKEN, …) and what they may do"
+
+
+@contextmanager
+def reading(address: Address) -> Iterator[None]:
+    """Turn what a store refuses into the errors of an input."""
+    try:
+        yield
+    except StoreFault as fault:
+        raise _unreadable(fault, address) from None
+
+
+def _unreadable(fault: StoreFault, address: Address) -> NoisytuneError:
+    if fault.cause == "absent":
+        next_step = "Check the spelling of bucket and key, and the endpoint and region that are set"
+        return InputUnreadable("no such input", path=address, why=fault.why, next_step=next_step)
+    if fault.cause == "denied":
+        return InputUnreadable("cannot read", path=address, why=fault.why, next_step=_CREDENTIALS)
+    if fault.cause == "changed":
+        return Mismatch(
+            "the input changed while it was read",
+            path=address,
+            why=fault.why,
+            next_step="Wait until nothing writes to it any more, then run again",
+        )
+    return _failed("cannot fetch", fault.why, address)
+
+
+@contextmanager
+def writing(address: Address, left: str) -> Iterator[None]:
+    """Turn what a store refuses into the errors of an output; `left` says what is there then."""
+    try:
+        yield
+    except StoreFault as fault:
+        raise _unwritable(fault, address, left) from None
+
+
+def _unwritable(fault: StoreFault, address: Address, left: str) -> NoisytuneError:
+    why = f"{fault.why}; {left}"
+    if fault.cause in ("exists", "changed"):
+        next_step = "Choose another output with -o"
+        return OutputUnsafe("the output exists", path=address, why=why, next_step=next_step)
+    if fault.cause in ("absent", "denied", "full"):
+        steps = {
+            "absent": "Make the bucket, or check the endpoint and region that are set",
+            "denied": _CREDENTIALS,
+            "full": "Free space, or choose another place with -o, then run again",
+        }
+        return ResourceExhausted("cannot write", path=address, why=why, next_step=steps[fault.cause])
+    return _failed("cannot write", why, address)
+
+
+def _failed(what: str, why: str, address: Address) -> HubError:
+    return HubError(
+        what,
+        path=address,
+        why=why,
+        next_step="Check the network and the endpoint that is set, then run again",
+    )
