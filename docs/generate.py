@@ -41,7 +41,7 @@ TAIL = """
 | 4 | input missing or unreadable |
 | 5 | output exists, is in use, or is unsafe to write |
 | 6 | out of a resource, a write failed, or a package that is needed is not installed |
-| 7 | hub or network |
+| 7 | hub, object store or network |
 | 8 | input changed while read, or the answer is "does not match" |
 | 130, 143, 129, 141 | stopped by SIGINT, SIGTERM, SIGHUP, a closed pipe |
 

@@ -7,7 +7,7 @@
     ├── OutputUnsafe         5   the output exists, is in use, or is unsafe to write
     ├── ResourceExhausted    6   out of a resource, or a write failed
     │   └── PackageMissing       a package is not installed (an ImportError too)
-    ├── HubError             7   the hub or the network failed
+    ├── HubError             7   the hub, an object store or the network failed
     ├── Mismatch             8   the input changed while read, or the answer is "does not match"
     └── Stopped      130, 143, 129   a signal asked us to stop
         └── PipeClosed         141   the reader of our output went away
@@ -116,7 +116,7 @@ class PackageMissing(ResourceExhausted, ImportError):
 
 
 class HubError(NoisytuneError):
-    """The hub or the network failed: exit code 7."""
+    """The hub, an object store or the network failed: exit code 7."""
 
     exit_code = 7
 

@@ -111,29 +111,40 @@ class Remote(ABC):
 
 
 def do_all(work: Callable[[_T], None], items: Iterable[_T], left_behind: threading.Event) -> None:
-    """Do `work` with each of `items`, several at a time; `left_behind` tells that nobody waits any more.
+    """Do `work` with each of `items`, several at a time; `left_behind` tells that nobody waits any more."""
 
-    A pool waits for its workers even when a signal has asked us to stop. Here it has a thread of its own,
-    which is left behind then.
+    def do() -> None:
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for _ in pool.map(work, items):
+                pass
+
+    wait_for(do, left_behind)
+
+
+def wait_for(
+    work: Callable[[], _T], left_behind: threading.Event | None = None, patience: float | None = None
+) -> _T:
+    """Return what `work` does in a thread of its own, which is left behind when a signal asks us to stop.
+
+    A pool would be waited for even then, and so would a call that does not return. TimeoutError where
+    `patience`, in seconds, is over.
     """
-    outcome: Future[None] = Future()
+    outcome: Future[_T] = Future()
 
     def do() -> None:
         try:
-            with ThreadPoolExecutor(WORKERS) as pool:
-                for _ in pool.map(work, items):
-                    pass
-            outcome.set_result(None)
+            outcome.set_result(work())
         except BaseException as error:  # handed to the thread that waits, whatever it is
             outcome.set_exception(error)
 
     thread = threading.Thread(target=do, daemon=True)
     thread.start()
     try:
-        outcome.result()
+        return outcome.result(patience)
     finally:
-        left_behind.set()
-        thread.join(_GRACE)
+        if left_behind is not None:
+            left_behind.set()
+            thread.join(_GRACE)
 
 
 @contextmanager

@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from noisytune_cli.checkpoint.address import Address
+from noisytune_cli.checkpoint.remote import wait_for
 from noisytune_cli.errors import (
     HubError,
     InputUnreadable,
@@ -80,8 +80,9 @@ class Store:
 
     def __init__(self, address: Address) -> None:
         self.address = address
+        self._opened: ObjectStore | None = None
         try:
-            from obstore.store import from_url
+            import obstore  # noqa: F401
         except ModuleNotFoundError as error:
             raise PackageMissing(
                 "object stores need obstore",
@@ -89,11 +90,25 @@ class Store:
                 why="it is not installed",
                 next_step="Install it: pip install 'noisytune[remote]'",
             ) from error
-        # Only S3 can be told what to hold an upload against; on the others TLS has to do.
-        summed = {"checksum_algorithm": "SHA256"} if address.startswith("s3:") else {}
-        # No options of the client: they would take the place of what AWS_ALLOW_HTTP and its like say.
-        options: dict[str, Any] = {"retry_config": _RETRIES, **summed}
-        self._store: ObjectStore = _wait(lambda: from_url(address.store, **options))
+
+    @property
+    def _store(self) -> ObjectStore:
+        """The store as the environment says it is, opened when it is first asked for anything."""
+        from obstore.store import from_url
+
+        if self._opened is None:
+            # No options of the client: they would take the place of what AWS_ALLOW_HTTP and its like say.
+            # Only S3 can be told what to hold an upload against; on the others TLS has to do.
+            options: dict[str, Any] = {"retry_config": _RETRIES}
+            if self.address.startswith("s3:"):
+                options["checksum_algorithm"] = "SHA256"
+            try:
+                self._opened = from_url(self.address.store, **options)
+            except Exception as error:
+                known = "Account must be specified" in str(error)
+                why = "AZURE_STORAGE_ACCOUNT_NAME is not set" if known else "its variables cannot be used"
+                raise StoreFault("denied", why) from None
+        return self._opened
 
     def head(self, key: str) -> Object | None:
         """Return the object at a key, None where there is none."""
@@ -143,18 +158,27 @@ class Store:
 
         _wait(lambda: obstore.put(self._store, key, content, mode="create"))
 
-    def send(self, key: str, pieces: Iterable[bytes], size: int) -> None:
-        """Make an object of `size` bytes in parts, or replace one; an error of `pieces` gives it up."""
+    def send(self, key: str, pieces: Iterable[bytes], size: int, left_behind: threading.Event) -> None:
+        """Make an object of `size` bytes in parts, or replace one.
+
+        An error of `pieces` gives it up, and what was sent is forgotten; so they end where nobody waits.
+        """
         import obstore
 
         part = max(PIECE, -(-size // _PARTS))
-        _wait(lambda: obstore.put(self._store, key, pieces, chunk_size=part, max_concurrency=_AT_A_TIME))
 
-    def delete(self, key: str) -> None:
-        """Remove an object; none is there is fine."""
+        def put() -> None:
+            obstore.put(
+                self._store, key, pieces, use_multipart=True, chunk_size=part, max_concurrency=_AT_A_TIME
+            )
+
+        _wait(put, left_behind)
+
+    def delete(self, key: str, patience: float) -> None:
+        """Remove an object, if there is one; `failed` where it takes longer than `patience`."""
         import obstore
 
-        _wait(lambda: obstore.delete(self._store, key))
+        _wait(lambda: obstore.delete(self._store, key), patience=patience)
 
 
 def _object(meta: Any) -> Object:
@@ -170,19 +194,12 @@ def _quoted(etag: str | None) -> str | None:
     return f'"{etag}"' if etag is not None and '"' not in etag else etag
 
 
-def _wait(ask: Callable[[], _T]) -> _T:
-    """Return what `ask` does, in a thread of its own, so that a signal needs not wait for the store."""
-    outcome: Future[_T] = Future()
-
-    def do() -> None:
-        try:
-            outcome.set_result(ask())
-        except BaseException as error:  # handed to the thread that waits, whatever it is
-            outcome.set_exception(error)
-
-    threading.Thread(target=do, daemon=True).start()
+def _wait(
+    ask: Callable[[], _T], left_behind: threading.Event | None = None, patience: float | None = None
+) -> _T:
+    """Return what `ask` does; a signal needs not wait for the store."""
     try:
-        return outcome.result()
+        return wait_for(ask, left_behind, patience)
     except (StoreFault, NoisytuneError):
         raise
     except Exception as error:
@@ -218,7 +235,15 @@ def _fault(error: Exception) -> StoreFault:
     return StoreFault("failed", said or "the connection failed")
 
 
-_CREDENTIALS = "Check the store's variables (AWS_ACCESS_KEY_ID, AWS_SESSION_TOKEN, …) and what they may do"
+_VARIABLES = {
+    "s3": "AWS_ACCESS_KEY_ID, AWS_SESSION_TOKEN, AWS_REGION, …",
+    "gs": "GOOGLE_SERVICE_ACCOUNT, …",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY, …",
+}
+
+
+def _check_credentials(address: Address) -> str:
+    return f"Check the store's variables ({_VARIABLES[address[:2]]}) and what they may do"
 
 
 @contextmanager
@@ -235,7 +260,9 @@ def _unreadable(fault: StoreFault, address: Address) -> NoisytuneError:
         next_step = "Check the spelling of bucket and key, and the endpoint and region that are set"
         return InputUnreadable("no such input", path=address, why=fault.why, next_step=next_step)
     if fault.cause == "denied":
-        return InputUnreadable("cannot read", path=address, why=fault.why, next_step=_CREDENTIALS)
+        return InputUnreadable(
+            "cannot read", path=address, why=fault.why, next_step=_check_credentials(address)
+        )
     if fault.cause == "changed":
         return Mismatch(
             "the input changed while it was read",
@@ -263,7 +290,7 @@ def _unwritable(fault: StoreFault, address: Address, left: str) -> NoisytuneErro
     if fault.cause in ("absent", "denied", "full"):
         steps = {
             "absent": "Make the bucket, or check the endpoint and region that are set",
-            "denied": _CREDENTIALS,
+            "denied": _check_credentials(address),
             "full": "Free space, or choose another place with -o, then run again",
         }
         return ResourceExhausted("cannot write", path=address, why=why, next_step=steps[fault.cause])

@@ -28,8 +28,8 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="A weight file (safetensors or a PyTorch pickle), a checkpoint's folder, or a hub id (NAME or "
-        "OWNER/NAME).",
+        help="A weight file (safetensors or a PyTorch pickle), a checkpoint's folder, a hub id (NAME or "
+        "OWNER/NAME), or an address in an object store (s3://…).",
         show_default=False,
     ),
 ]
@@ -37,8 +37,8 @@ Sources = Annotated[
     list[str],
     typer.Argument(
         metavar="SOURCE",
-        help="Weight files (safetensors or PyTorch pickles), checkpoints' folders, or hub ids (NAME or "
-        "OWNER/NAME).",
+        help="Weight files (safetensors or PyTorch pickles), checkpoints' folders, hub ids (NAME or "
+        "OWNER/NAME), or addresses in an object store (s3://…).",
         show_default=False,
     ),
 ]

@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import TextIO
 
+from noisytune_cli.checkpoint.address import Place
 from noisytune_cli.errors import PipeClosed, ResourceExhausted
 from noisytune_cli.escape import SPELLED, escape
 
@@ -55,7 +55,7 @@ def errors_alone(wanted: bool) -> Iterator[None]:
         _errors_alone.reset(before)
 
 
-def write_out(text: str | Iterable[str], published: Sequence[Path] = (), *, spelled: bool = False) -> None:
+def write_out(text: str | Iterable[str], published: Sequence[Place] = (), *, spelled: bool = False) -> None:
     """Write data, whole or in chunks, to stdout and flush it; `spelled` is text that people read.
 
     Raises PipeClosed where the reader has gone, ResourceExhausted where the data cannot be written; that says
@@ -75,7 +75,7 @@ def write_out(text: str | Iterable[str], published: Sequence[Path] = (), *, spel
         raise lost_out(error, published) from error
 
 
-def lost_out(error: OSError, published: Sequence[Path] = ()) -> ResourceExhausted:
+def lost_out(error: OSError, published: Sequence[Place] = ()) -> ResourceExhausted:
     """Return what it is that stdout failed with this error, and give it up."""
     if sys.stdout is not None:
         _abandon(sys.stdout)
@@ -199,7 +199,7 @@ def _abandon(stream: TextIO) -> None:
             os.close(nowhere)
 
 
-def _lost(why: str, published: Sequence[Path]) -> ResourceExhausted:
+def _lost(why: str, published: Sequence[Place]) -> ResourceExhausted:
     if published:
         more = f" and {len(published) - 1:,} more places" if len(published) > 1 else ""
         return ResourceExhausted(

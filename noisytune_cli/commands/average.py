@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+from noisytune_cli.checkpoint.address import Place
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_found
 from noisytune_cli.checkpoint.find import find
 from noisytune_cli.checkpoint.formats._file import common_mode
@@ -33,6 +33,7 @@ from noisytune_cli.escape import enumerate_some
 from noisytune_cli.manifest.average import AverageManifest, manifest_bytes, pieces
 from noisytune_cli.manifest.write import MAX_BYTES
 from noisytune_cli.noise.devices import open_device
+from noisytune_cli.output.commits import publication_at
 from noisytune_cli.output.convert import check_names
 from noisytune_cli.output.destination import check_output, resolve_rewritten
 from noisytune_cli.output.publish import Publication
@@ -44,8 +45,8 @@ from noisytune_cli.records import TensorSpec
 class Averaged:
     """What was published: the manifest, where it and the output are, and what the user should know."""
 
-    output: Path
-    manifest_path: Path
+    output: Place
+    manifest_path: Place
     manifest: AverageManifest
     cleared: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -80,8 +81,8 @@ def average(
     with ExitStack() as opened:
         members: list[Checkpoint] = []
         for source in sources:
-            members.append(_open(source, mmap=mmap, follow_links=follow_links))
-            opened.callback(members[-1].close)
+            member = _open(source, mmap=mmap, follow_links=follow_links)
+            members.append(opened.enter_context(member))
             # What is open, and room for as much as the last again: the next one, or the output.
             held = [len(member.weight_files) for member in members]
             check_descriptors(sum(held) + held[-1])
@@ -103,7 +104,7 @@ def average(
         files = len(first.weight_files) + len(first.others) + 1
         check_space([output], copied_bytes(first) + recorded, files)
         publication = opened.enter_context(
-            Publication(output, directory=not first.single_file, overwrite=overwrite)
+            publication_at(output, directory=not first.single_file, overwrite=overwrite, progress=progress)
         )
         done = _carry_out(members, weights, publication, threads or default_threads(), progress)
         manifest = AverageManifest(

@@ -10,9 +10,9 @@ import math
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from noisytune_cli.checkpoint.address import Place
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.commands.replaced import check_before_download, find_made, require_unchanged
 from noisytune_cli.commands.request import Request
@@ -23,7 +23,7 @@ from noisytune_cli.engine.walk import Walk
 from noisytune_cli.escape import enumerate_some
 from noisytune_cli.manifest.write import pieces, to_json
 from noisytune_cli.noise.devices import open_device
-from noisytune_cli.output.commits import all_staged, commit_all
+from noisytune_cli.output.commits import all_staged, commit_all, publication_at
 from noisytune_cli.output.convert import OutputFile, lay_out
 from noisytune_cli.output.destination import check_places, find_place
 from noisytune_cli.output.publish import Publication, copy_file, write_file
@@ -54,8 +54,8 @@ class Perturbed(Result):
     Of a `recipe` the manifest is the output. What was `skipped` was there already, and is what was asked for.
     """
 
-    output: Path
-    manifest_path: Path
+    output: Place
+    manifest_path: Place
     manifest: Manifest
     cleared: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -248,7 +248,9 @@ def perturb_each(
         check_room(source, files, plans[0], outputs, recipe_only=recipe_only)
         is_folder = not (source.single_file or recipe_only)
         publications = [
-            Publication(output, directory=is_folder, overwrite=overwrite, recipe=recipe_only)
+            publication_at(
+                output, directory=is_folder, overwrite=overwrite, recipe=recipe_only, progress=progress
+            )
             for output in outputs
         ]
         prepared = replace(prepared, plans=tuple(plans[at] for at in left))
@@ -340,7 +342,7 @@ def publish_receipts(
     warnings = prepared.warnings
     return [
         Perturbed(
-            publication.output,
+            publication.shown,
             path,
             manifest,
             publication.cleared,

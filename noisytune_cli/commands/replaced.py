@@ -18,12 +18,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from noisytune_cli.checkpoint.address import is_address
+from noisytune_cli.checkpoint.address import Address, Place, is_address
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.find import comes_from_hub
 from noisytune_cli.commands.write import record_source
 from noisytune_cli.engine.threads import Progress
-from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch, OutputUnsafe, unwritable
+from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch, OutputUnsafe, UsageError, unwritable
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX, manifest_beside
 from noisytune_cli.output.destination import check_places_of_download
@@ -65,7 +65,7 @@ def check_before_download(
 
 
 def find_made(
-    output: Path,
+    output: Place,
     source: Checkpoint,
     plan: Plan,
     conversion: Conversion | None,
@@ -78,6 +78,13 @@ def find_made(
     """Return the manifest of what is at `output`, if that is what a run would make there; else None."""
     from noisytune_cli.manifest.read import read_manifest
 
+    if isinstance(output, Address):
+        raise UsageError(
+            "--skip-existing cannot be used",
+            path=output,
+            why="what is in an object store would have to be fetched to tell whether it is the same",
+            next_step="Leave it out: an output that exists is refused, one that is not complete is completed",
+        )
     path = output if recipe_only else output / MANIFEST if output.is_dir() else manifest_beside(output)
     if not is_there(path):
         return None
@@ -137,7 +144,7 @@ def _lacks(output: Path, recorded: RecordedManifest) -> bool:
 
 
 def require_unchanged(
-    outputs: Sequence[Path],
+    outputs: Sequence[Place],
     *,
     insists: bool,
     threads: int | None = None,
@@ -148,6 +155,8 @@ def require_unchanged(
     They may be replaced but for that (`check_output`). Where the user `insists`, nothing is asked.
     """
     for output in () if insists else outputs:
+        if isinstance(output, Address):  # nothing there is replaced
+            continue
         if _may_have_changed(output) and (what := _what_changed(output, threads, progress)):
             raise OutputUnsafe(
                 "the output was changed since noisytune wrote it",

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from noisytune_cli.checkpoint.address import Place
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.commands.base import match_files, name_base, not_the_base, open_base
 from noisytune_cli.commands.card import OTHER_CARD, read_card, write_card
@@ -26,6 +26,7 @@ from noisytune_cli.manifest.locate import manifest_of
 from noisytune_cli.manifest.read import RecordedManifest, read_manifest
 from noisytune_cli.manifest.write import CARD, to_json
 from noisytune_cli.noise.devices import open_device
+from noisytune_cli.output.commits import publication_at
 from noisytune_cli.output.convert import OutputFile, lay_out
 from noisytune_cli.output.destination import check_output, resolve_rewritten
 from noisytune_cli.output.publish import Publication
@@ -38,8 +39,8 @@ from noisytune_cli.records import Manifest, OutputRecord, Plan
 class Replayed(Result):
     """What was published: where it is, the manifest, and the left-overs of killed runs that were removed."""
 
-    output: Path
-    manifest_path: Path
+    output: Place
+    manifest_path: Place
     manifest: Manifest
     cleared: tuple[str, ...]
     warnings: tuple[str, ...] = ()
@@ -90,7 +91,9 @@ def replay(
         written = len(rewritten) or len(source.weight_files)
         check_space([output], needed_bytes(source, plan, rewritten), written + len(source.others) + 1)
         check_descriptors(len(source.weight_files) + written + 1)
-        with Publication(output, directory=not source.single_file, overwrite=overwrite) as publication:
+        with publication_at(
+            output, directory=not source.single_file, overwrite=overwrite, progress=progress
+        ) as publication:
             digests = {
                 name: publication.copy(source.root / name, name, source.open_beside)
                 for name, _ in manifest.copied

@@ -8,14 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
+from noisytune_cli.checkpoint.address import Address, Place
+from noisytune_cli.engine.threads import Progress
 from noisytune_cli.errors import NOTHING_PUBLISHED, NoisytuneError, Stopped
 from noisytune_cli.output import signals
 from noisytune_cli.output.publish import Publication
 
 #: Characters of a list of names that an error line has room for.
 _ROOM = 160
+
+
+def publication_at(
+    output: Place, *, directory: bool, overwrite: bool, recipe: bool = False, progress: Progress
+) -> Publication:
+    """Return the publication of an output that goes here, or into an object store.
+
+    `progress` shows what is sent there.
+    """
+    if isinstance(output, Address):
+        from noisytune_cli.output.remote import RemotePublication  # most outputs are here
+
+        return RemotePublication(output, directory=directory, recipe=recipe, progress=progress)
+    return Publication(output, directory=directory, overwrite=overwrite, recipe=recipe)
 
 
 @contextmanager
@@ -32,7 +47,7 @@ def all_staged(publications: Sequence[Publication]) -> Iterator[None]:
                 staged.close()
 
 
-def commit_all(publications: Sequence[Publication]) -> list[Path]:
+def commit_all(publications: Sequence[Publication]) -> list[Place]:
     """Commit sealed outputs in their order; return the paths of their manifests."""
     try:
         paths = [publication.commit() for publication in publications]
@@ -54,13 +69,13 @@ def commit_all(publications: Sequence[Publication]) -> list[Path]:
 
 
 def _which(publications: Sequence[Publication]) -> str:
-    done = [publication.output for publication in publications if publication.published]
-    rest = [publication.output for publication in publications if not publication.published]
+    done = [publication.shown for publication in publications if publication.published]
+    rest = [publication.shown for publication in publications if not publication.published]
     told = f"{_named(done)} published"
     return f"{told}, {_named(rest)} not" if rest else told
 
 
-def _named(outputs: Sequence[Path]) -> str:
+def _named(outputs: Sequence[Place]) -> str:
     """Name the outputs; of many, which come in a known order, the first and the last."""
     verb = "is" if len(outputs) == 1 else "are"
     names = [output.name for output in outputs]

@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from noisytune_cli.checkpoint.address import Address, Place, is_address
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.formats.safetensors import SafetensorsSource
 from noisytune_cli.checkpoint.ids import cache_folder
@@ -46,7 +47,7 @@ def check_places(
     *,
     recipe_only: bool,
     overwrite: bool,
-) -> list[Path]:
+) -> list[Place]:
     """Return where the outputs go; raises unless all of them may be written there.
 
     `files` are their weight files where they are not like the source's.
@@ -59,14 +60,14 @@ def check_places(
     return outputs
 
 
-def find_place(out: str, source: Checkpoint, files: Sequence[OutputFile], *, recipe_only: bool) -> Path:
+def find_place(out: str, source: Checkpoint, files: Sequence[OutputFile], *, recipe_only: bool) -> Place:
     """Return the absolute path of an output that a user names `out`."""
     return resolve_recipe(out) if recipe_only else resolve_rewritten(out, source, files, convertible=True)
 
 
 def check_places_of_download(
     outs: Sequence[str], *, is_file: bool, recipe_only: bool, overwrite: bool
-) -> list[Path]:
+) -> list[Place]:
     """Do as `check_places` for outputs of what is fetched, before it is.
 
     Where that `is_file`, an output in a folder is not asked about: its name is known when the file is.
@@ -83,7 +84,7 @@ def check_places_of_download(
 
 def resolve_rewritten(
     out: str, source: Checkpoint, files: Sequence[OutputFile] = (), *, convertible: bool = False
-) -> Path:
+) -> Place:
     """Return the output's absolute path (`resolve_output`); a single file keeps a fitting name.
 
     UsageError where the name of a single file promises the other format; `convertible` tells that the verb
@@ -104,7 +105,7 @@ def resolve_rewritten(
     return resolve_output(out, source, output_name(file.path.name, Conversion(format="safetensors")))
 
 
-def resolve_output(out: str, source: Checkpoint, name_in_folder: str | None = None) -> Path:
+def resolve_output(out: str, source: Checkpoint, name_in_folder: str | None = None) -> Place:
     """Return the output's absolute path; for a single file and an `out` that ends in `/`, a file in it.
 
     That bears the source's name, or `name_in_folder`.
@@ -115,8 +116,10 @@ def resolve_output(out: str, source: Checkpoint, name_in_folder: str | None = No
     return path
 
 
-def resolve_folder(out: str) -> Path:
-    """Return the absolute path of an output whose name is `out`, whatever it ends in."""
+def resolve_folder(out: str) -> Place:
+    """Return the absolute path of an output whose name is `out`, whatever it ends in; or its address."""
+    if is_address(out):
+        return Address(out)
     expanded = os.path.expanduser(out)
     folder, name = os.path.split(expanded.rstrip("/"))
     # Links in the folder are resolved as the kernel would (`link/..` is not `.`), the last name is kept.
@@ -127,13 +130,13 @@ def resolve_folder(out: str) -> Path:
         raise unwritable(error, out) from error
 
 
-def resolve_recipe(out: str) -> Path:
+def resolve_recipe(out: str) -> Place:
     """Return a recipe's absolute path: `out` itself, or a manifest in it where it names a folder."""
     folder = out.endswith("/") or os.path.isdir(os.path.expanduser(out))
     return resolve_folder(os.path.join(out, MANIFEST) if folder else out)
 
 
-def check_output(output: Path, *sources: Checkpoint, overwrite: bool, manifest: Path | None = None) -> None:
+def check_output(output: Place, *sources: Checkpoint, overwrite: bool, manifest: Path | None = None) -> None:
     """Raise OutputUnsafe unless `output` can be written without touching anything that must stay.
 
     It is a file where the first of `sources` is one, else a directory. What --overwrite cannot replace is
@@ -145,19 +148,25 @@ def check_output(output: Path, *sources: Checkpoint, overwrite: bool, manifest: 
         check_folder(output, *sources, overwrite=overwrite)
 
 
-def check_file(output: Path, *sources: Checkpoint, overwrite: bool, manifest: Path | None = None) -> None:
+def check_file(output: Place, *sources: Checkpoint, overwrite: bool, manifest: Path | None = None) -> None:
     """Raise OutputUnsafe unless the file `output` can be written, as `check_folder` does."""
+    if isinstance(output, Address):
+        _check_in_store(output, sources, is_file=True, overwrite=overwrite)
+        return
     mode = _mode(output)
     _check_kind(output, mode, single_file=True)
     _check_apart(output, sources, replaces=False, single_file=True)
     _check_old_file(output, mode, overwrite, manifest)
 
 
-def check_folder(output: Path, *sources: Checkpoint, overwrite: bool) -> None:
+def check_folder(output: Place, *sources: Checkpoint, overwrite: bool) -> None:
     """Raise OutputUnsafe unless the directory `output` can be written, as far as these sources tell.
 
     They need not be there yet: what is downloaded goes to the hub's cache, where no output may lie.
     """
+    if isinstance(output, Address):
+        _check_in_store(output, sources, is_file=False, overwrite=overwrite)
+        return
     mode = _mode(output)
     _check_kind(output, mode, single_file=False)
     names = contents(output) if mode is not None else set()
@@ -197,8 +206,11 @@ def _check_apart(output: Path, sources: Sequence[Checkpoint], *, replaces: bool,
             raise _unsafe(output, "it is the input, or a link to it")
 
 
-def check_recipe(output: Path, *sources: Checkpoint, overwrite: bool) -> None:
+def check_recipe(output: Place, *sources: Checkpoint, overwrite: bool) -> None:
     """Raise OutputUnsafe unless the manifest `output` can be written alone, as `check_folder` does."""
+    if isinstance(output, Address):
+        _check_in_store(output, sources, is_file=True, overwrite=overwrite)
+        return
     mode = _mode(output)
     if mode is not None and not stat.S_ISREG(mode):
         raise _unsafe(output, "it is not a regular file")
@@ -214,9 +226,17 @@ def check_recipe(output: Path, *sources: Checkpoint, overwrite: bool) -> None:
             raise exists(output)
 
 
-def check_distinct(outputs: Sequence[Path]) -> None:
+def _check_in_store(
+    output: Address, sources: Sequence[Checkpoint], *, is_file: bool, overwrite: bool
+) -> None:
+    from noisytune_cli.output.remote import check_in_store  # most outputs are here
+
+    check_in_store(output, *sources, is_file=is_file, overwrite=overwrite)
+
+
+def check_distinct(outputs: Sequence[Place]) -> None:
     """Raise OutputUnsafe where one of a run's outputs is, or lies in, another."""
-    places: set[Path] = set()
+    places: set[Place] = set()
     for output in outputs:
         if output in places:
             raise _unsafe(output, "two outputs of this run would be written there")
@@ -334,5 +354,5 @@ def _wrong_ending(out: str, written: str, next_step: str) -> UsageError:
     )
 
 
-def _unsafe(output: Path, why: str) -> OutputUnsafe:
+def _unsafe(output: Place, why: str) -> OutputUnsafe:
     return OutputUnsafe("cannot write there", path=output, why=why, next_step="Choose another output with -o")

@@ -27,6 +27,7 @@ from types import TracebackType
 
 from blake3 import blake3
 
+from noisytune_cli.checkpoint.address import Place
 from noisytune_cli.checkpoint.formats._file import output_mode
 from noisytune_cli.errors import NOTHING_PUBLISHED, OutputUnsafe, ResourceExhausted, unreadable, unwritable
 from noisytune_cli.escape import escape
@@ -83,6 +84,11 @@ class Publication:
         self._left: list[str] = []
         self._seen = self._look(output)
         self._seen_manifest = None if directory or recipe else self._look(output.parent / self._manifest_name)
+
+    @property
+    def shown(self) -> Place:
+        """Where it goes, as the user is told."""
+        return self.output
 
     def __enter__(self) -> Publication:
         """Make missing parents, clear dead left-overs, and make the staging directory."""
@@ -174,7 +180,7 @@ class Publication:
         """Write a small file, flushed, and return its digest `blake3:HEX`."""
         return write_file(content, name, [self])
 
-    def publish(self, manifest: bytes | Iterable[bytes]) -> Path:
+    def publish(self, manifest: bytes | Iterable[bytes]) -> Place:
         """Seal the output with its manifest and put it in place; return the manifest's path."""
         self.seal(manifest)
         return self.commit()
@@ -185,7 +191,7 @@ class Publication:
             for piece in [manifest] if isinstance(manifest, bytes) else manifest:
                 write(piece)
 
-    def commit(self) -> Path:
+    def commit(self) -> Place:
         """Put what was sealed in place, durably, and return the manifest's path.
 
         Whatever fails is undone before the error is raised.

@@ -10,6 +10,7 @@ import resource
 from collections.abc import Sequence
 from pathlib import Path
 
+from noisytune_cli.checkpoint.address import Address, Place
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.errors import ResourceExhausted, unwritable
 from noisytune_cli.output.convert import OutputFile
@@ -22,12 +23,12 @@ _BESIDE = 64
 _MANIFEST_BYTES, _MANIFEST_BYTES_A_TENSOR, _MANIFEST_BYTES_A_PART = 4096, 1024, 512
 
 
-def check_space(outputs: Sequence[Path], nbytes: int, files: int) -> None:
+def check_space(outputs: Sequence[Place], nbytes: int, files: int) -> None:
     """Raise ResourceExhausted unless `nbytes` in `files` new files fit where each of `outputs` will be.
 
     What goes to one file system is added up.
     """
-    together: dict[int, list[Path]] = {}
+    together: dict[int, list[Place]] = {}
     for output in outputs:
         try:
             together.setdefault(os.stat(_nearest(output)).st_dev, []).append(output)
@@ -52,12 +53,16 @@ def check_descriptors(files: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
-def _nearest(output: Path) -> Path:
-    """Return the output, or the nearest folder above it that there is."""
+def _nearest(output: Place) -> Path:
+    """Return the output, or the nearest folder above it that there is; where it is staged for a store."""
+    if isinstance(output, Address):
+        from tempfile import gettempdir
+
+        return Path(gettempdir())
     return next(p for p in (output, *output.parents) if p.is_dir())
 
 
-def free_bytes(output: Path) -> int:
+def free_bytes(output: Place) -> int:
     """Return how many bytes are free where an output will be."""
     try:
         status = os.statvfs(_nearest(output))
@@ -66,7 +71,7 @@ def free_bytes(output: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def _check_space_of(outputs: Sequence[Path], nbytes: int, files: int) -> None:
+def _check_space_of(outputs: Sequence[Place], nbytes: int, files: int) -> None:
     """Raise ResourceExhausted unless all that `outputs`, on one file system, need in all is free there."""
     try:
         status = os.statvfs(_nearest(outputs[0]))
@@ -80,11 +85,12 @@ def _check_space_of(outputs: Sequence[Path], nbytes: int, files: int) -> None:
         why = f"{needs} {files:,} files and {status.f_favail:,} more can be made"
     else:
         return
+    next_step = "Free space or choose another place with -o, then run again"
+    if isinstance(outputs[0], Address):
+        why = f"before it is sent, {why}"
+        next_step = "Free space, or set TMPDIR to a folder that has it, then run again"
     raise ResourceExhausted(
-        "not enough space",
-        path=outputs[0],
-        why=f"{why}; nothing was written",
-        next_step="Free space or choose another place with -o, then run again",
+        "not enough space", path=outputs[0], why=f"{why}; nothing was written", next_step=next_step
     )
 
 
@@ -92,7 +98,7 @@ def check_room(
     source: Checkpoint,
     files: Sequence[OutputFile],
     plan: Plan,
-    outputs: Sequence[Path],
+    outputs: Sequence[Place],
     *,
     recipe_only: bool,
 ) -> None:

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from noisytune_cli.checkpoint.address import is_address
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.engine.threads import default_threads
-from noisytune_cli.errors import InputInvalid, unreadable
+from noisytune_cli.errors import InputInvalid, UsageError, unreadable
 from noisytune_cli.study import machine
 from noisytune_cli.study.data.tasks import choose_glue, choose_task, read_data
 from noisytune_cli.study.report import wording
@@ -114,6 +115,13 @@ def study(
         len(data.train), train_rows=request.train_rows, held_out=request.held_out, seed=request.data_seed
     )
     probe = _probe(request)
+    if is_address(request.model):
+        raise UsageError(
+            "cannot study a model in an object store",
+            path=request.model,
+            why="every run loads it anew",
+            next_step="Copy its folder here, and give that",
+        )
     with open_checkpoint(request.model, revision=request.revision, follow_links=True) as source:
         _check_folder(source, request.model)
         parameters = sum(tensor.elements for tensor in source.tensors)

@@ -6,6 +6,7 @@ stay). A test asks for the `store` fixture, and puts objects into a bucket of it
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import re
 import socket
@@ -15,6 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -45,8 +47,8 @@ class Fault:
 
     `before` is called first. With a `status` the store is not asked; with `lost` it is, and the connection
     ends without its answer; `cut` leaves out the last bytes of the body, `short` also says that they are
-    fewer; `instead` takes the body's place. The store does not see the header that it `drops`. It happens
-    `times` times, after `skipped` requests.
+    fewer; `instead` takes the body's place. The store does not see the header that it `drops`, and another
+    body where it `damages` that. It happens `times` times, after `skipped` requests.
     """
 
     method: str
@@ -59,6 +61,7 @@ class Fault:
     short: int = 0
     instead: bytes | None = None
     drops: str = ""
+    damages: bool = False
     before: Callable[[], object] | None = None
     times: int = 1
     skipped: int = 0
@@ -77,6 +80,10 @@ class Fault:
 def error(code: str) -> bytes:
     """The body of an S3 error."""
     return f"<Error><Code>{code}</Code><Message>{SECRET}</Message></Error>".encode()
+
+
+def _sha256(content: bytes) -> str:
+    return b64encode(hashlib.sha256(content).digest()).decode()
 
 
 @dataclass
@@ -199,6 +206,11 @@ def _handler(store: ObjectStore) -> type[BaseHTTPRequestHandler]:
                 return self._answer(fault.status, {"Content-Type": "application/xml"}, fault.body)
             if fault is not None and fault.drops:
                 del self.headers[fault.drops]
+            if fault is not None and fault.damages:
+                body = body[:-1] + bytes([body[-1] ^ 1])
+            if (told := asked.headers.get("x-amz-checksum-sha256")) and told != _sha256(body):
+                asked.status = 400  # as S3 does; moto does not look
+                return self._answer(400, {"Content-Type": "application/xml"}, error("BadDigest"))
             status, headers, content = self._forward(body)
             asked.status = status
             if fault is not None and fault.lost:

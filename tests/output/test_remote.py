@@ -1,0 +1,362 @@
+"""Outputs that go into an object store: the same bytes as here, complete or known not to be."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from checkpoints import save, save_sharded, weights
+from object_store import SECRET, Fault, ObjectStore, error
+from runs import run
+from without import run_without
+
+from noisytune_cli.commands.average import average
+from noisytune_cli.commands.perturb import perturb_each
+from noisytune_cli.commands.replay import replay
+from noisytune_cli.commands.request import Request
+from noisytune_cli.commands.verify import verify
+from noisytune_cli.errors import HubError, NoisytuneError, OutputUnsafe, ResourceExhausted, UsageError
+from noisytune_cli.records import Combination, NoiseSpec
+
+WEIGHTS = "model-00001-of-00002.safetensors"
+CLAIM = ".noisytune/publishing"
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where temporary folders are made, of which none may be left."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    yield folder
+    assert list(folder.iterdir()) == []
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A sharded model with config, a file and one in a folder."""
+    root = tmp_path / "model"
+    save_sharded(root, {"a.weight": weights("F32", 64, 50)}, {"b.weight": weights("BF16", 64, 48)})
+    (root / "config.json").write_text('{"model_type": "x"}')
+    (root / "tokenizer.json").write_text("{}")
+    (root / "sub").mkdir()
+    (root / "sub/notes é #1.txt").write_text("notes")
+    return root
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """A model whose weights take three parts, and what a run makes of it here."""
+    root = tmp_path_factory.mktemp("large")
+    save(root / "in/model.safetensors", {"a.weight": weights("F32", 1500, 1800)})
+    (root / "in/config.json").write_text("{}")
+    run(root / "in", root / "out")
+    return root / "in", contents(root / "out")
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of the least size that S3 allows."""
+    for room in ("checkpoint.store", "output.remote"):
+        monkeypatch.setattr(f"noisytune_cli.{room}.PIECE", 5 << 20)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def sent(store: ObjectStore, key: str = "out") -> dict[str, bytes]:
+    """All that lies below a key."""
+    return {name: store.get(f"{key}/{name}") for name in store.keys(f"{key}/")}
+
+
+def fails(source: Path, out: str, **options: object) -> NoisytuneError:
+    """Run, and return the error that is raised."""
+    with pytest.raises(NoisytuneError) as caught:
+        run(source, out, **options)
+    assert SECRET not in caught.value.line()
+    return caught.value
+
+
+def test_a_folder_is_sent_in_order_and_as_it_is_here(store: ObjectStore, model: Path, tmp_path: Path) -> None:
+    done = run(model, f"{store.url}/out/")
+    run(model, tmp_path / "local")
+    assert sent(store) == contents(tmp_path / "local")
+    assert (str(done.output), str(done.manifest_path)) == (
+        f"{store.url}/out",
+        f"{store.url}/out/noisytune.json",
+    )
+    names = [one.path.partition("/out/")[2] for one in store.of("PUT")]
+    assert names == [
+        CLAIM,
+        WEIGHTS,
+        WEIGHTS.replace("1-", "2-"),
+        "sub/notes%20%C3%A9%20%231.txt",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+        "config.json",
+        "noisytune.json",
+    ]
+    assert all(one.headers["if-none-match"] == "*" for one in store.of("PUT"))
+    assert all("x-amz-checksum-sha256" in one.headers for one in store.of("PUT"))
+
+
+def test_large_files_are_sent_in_parts(
+    store: ObjectStore, large: tuple[Path, dict[str, bytes]], in_parts: None
+) -> None:
+    model, made = large
+    run(model, f"{store.url}/out")
+    assert sent(store) == made
+    parts = store.of("PUT", "partNumber")
+    assert len(parts) == 3
+    assert all("x-amz-checksum-sha256" in one.headers for one in parts)
+    assert store.uploads() == []
+
+
+def test_a_file_is_sent_with_its_manifest(store: ObjectStore, tmp_path: Path) -> None:
+    path = save(tmp_path / "in/w.safetensors", {"w": weights("F32", 8)})
+    for out in ("one/x.safetensors", "two/"):
+        run(path, f"{store.url}/{out}")
+    run(path, f"{tmp_path}/two/")
+    assert sent(store, "two") == contents(tmp_path / "two")
+    assert store.keys("one/") == {"x.safetensors", "x.safetensors.noisytune.json"}
+
+
+def test_from_a_bucket_into_a_bucket(store: ObjectStore, model: Path, tmp_path: Path) -> None:
+    store.put_folder(model, "in")
+    run(f"{store.url}/in", f"{store.url}/out")  # type: ignore[arg-type]
+    run(f"{store.url}/in", tmp_path / "local")  # type: ignore[arg-type]
+    assert sent(store) == contents(tmp_path / "local")
+    for out in ("in", "in/out"):
+        assert fails(f"{store.url}/in", f"{store.url}/{out}").exit_code == 5  # type: ignore[arg-type]
+
+
+def test_recipes_lists_replays_and_averages_go_there_too(
+    store: ObjectStore, model: Path, tmp_path: Path
+) -> None:
+    wanted = [Combination(0.15, seed, f"{store.url}/list-{seed}") for seed in (0, 1)]
+    perturb_each(Request(str(model), NoiseSpec()), wanted)
+    run(model, tmp_path / "local")
+    assert sent(store, "list-0") == contents(tmp_path / "local")
+    replay(str(tmp_path / "local"), f"{store.url}/replayed", base=str(model))
+    assert sent(store, "replayed") == contents(tmp_path / "local")
+    run(model, f"{store.url}/recipe.json", recipe_only=True)
+    assert store.get("recipe.json") == (tmp_path / "local/noisytune.json").read_bytes()
+    average([str(model), str(model)], f"{store.url}/mean")
+    average([str(model), str(model)], str(tmp_path / "mean"))
+    assert sent(store, "mean") == contents(tmp_path / "mean")
+
+
+PASSING = {
+    "503": [Fault("PUT", WEIGHTS, status=503, body=error("SlowDown"), times=2)],
+    "reset": [Fault("PUT", WEIGHTS, reset=True), Fault("PUT", "config.json", reset=True)],
+    "503 to the claim": [Fault("PUT", "publishing", status=503, times=2)],
+    "lost answer to the claim": [Fault("PUT", "publishing", lost=True)],
+    "lost answers": [Fault("PUT", name, lost=True) for name in (WEIGHTS, "config.json", "noisytune.json$")],
+    "409 to the manifest": [Fault("PUT", "noisytune.json$", status=409, body=error("Conflict"))],
+    "503 to the list": [Fault("GET", "list-type", status=503)],
+    "503 to the claim's removal": [Fault("POST", "delete", status=503)],
+}
+
+
+@pytest.mark.parametrize("faults", PASSING)
+def test_what_passes_leaves_no_trace(store: ObjectStore, model: Path, tmp_path: Path, faults: str) -> None:
+    store.faults += [replace(fault) for fault in PASSING[faults]]
+    run(model, f"{store.url}/out")
+    assert not any(fault.times for fault in store.faults)
+    run(model, tmp_path / "local")
+    assert sent(store) == contents(tmp_path / "local")
+
+
+IN_PARTS = {
+    "503 to a part": [Fault("PUT", "partNumber=2", status=503, times=2)],
+    "reset of parts": [Fault("PUT", "partNumber", reset=True, times=2)],
+    "lost answer to a part": [Fault("PUT", "partNumber=1", lost=True)],
+    "lost answer to Complete": [Fault("POST", "uploadId", lost=True)],
+    "NoSuchUpload": [Fault("PUT", "partNumber=2", status=404, body=error("NoSuchUpload"))],
+    "NoSuchUpload after Complete": [
+        Fault("POST", "uploadId", lost=True),
+        Fault("POST", "uploadId", status=404, body=error("NoSuchUpload")),
+    ],
+    "200 with an error": [Fault("POST", "uploadId", status=200, body=error("InternalError"))],
+    "200 with an error, though it is done": [Fault("POST", "uploadId", instead=error("InternalError"))],
+    "a part that was damaged": [Fault("PUT", "partNumber=1", damages=True)],
+}
+
+
+@pytest.mark.parametrize("faults", IN_PARTS)
+def test_what_passes_leaves_no_trace_of_parts(
+    store: ObjectStore, large: tuple[Path, dict[str, bytes]], in_parts: None, faults: str
+) -> None:
+    store.faults += [replace(fault) for fault in IN_PARTS[faults]]
+    run(large[0], f"{store.url}/out")
+    assert not any(fault.times for fault in store.faults)
+    assert sent(store) == large[1]
+    assert store.uploads() == []
+
+
+REFUSED = {
+    (403, "AccessDenied"): (ResourceExhausted, "denied"),
+    (400, "ExpiredToken"): (ResourceExhausted, "400 ExpiredToken"),
+    (507, "XMinioStorageFull"): (ResourceExhausted, "507 XMinioStorageFull"),
+    (404, "NoSuchBucket"): (ResourceExhausted, "no such bucket"),
+    (409, "Conflict"): (OutputUnsafe, ""),
+    (400, "Strange"): (HubError, "400 Strange"),
+}
+
+
+@pytest.mark.parametrize("answer", REFUSED)
+def test_what_does_not_pass_is_completed_by_the_same_command(
+    store: ObjectStore, model: Path, tmp_path: Path, answer: tuple[int, str]
+) -> None:
+    (status, code), (kind, why) = answer, REFUSED[answer]
+    store.faults.append(Fault("PUT", "config.json", status=status, body=error(code), times=99))
+    failed = fails(model, f"{store.url}/out")
+    assert type(failed) is kind
+    assert why in failed.why
+    assert "the same command completes it" in failed.why
+    assert failed.path == f"{store.url}/out"
+    assert not {"config.json", "noisytune.json"} & store.keys("out/")
+    store.faults.clear()
+    store.asked.clear()
+    other = fails(model, f"{store.url}/out", noise=NoiseSpec(seed=1))
+    assert (other.exit_code, other.what) == (5, "the output is claimed")
+    run(model, f"{store.url}/out")
+    run(model, tmp_path / "local")
+    assert sent(store) == contents(tmp_path / "local")
+    assert not store.of("PUT", WEIGHTS)
+
+
+def test_what_cannot_begin_leaves_nothing(store: ObjectStore, model: Path) -> None:
+    store.faults.append(Fault("PUT", WEIGHTS, status=403, body=error("AccessDenied")))
+    assert fails(model, f"{store.url}/out").exit_code == 6
+    assert store.keys() == set()
+    failed = fails(model, f"{store.url}-not-there/out")
+    assert (failed.exit_code, "no such bucket" in failed.why) == (6, True)
+
+
+@pytest.mark.parametrize("name", ["noisytune.json", "config.json", "other.txt", "sub/more.txt"])
+def test_what_is_there_stays(store: ObjectStore, model: Path, name: str) -> None:
+    store.put(f"out/{name}", b"mine")
+    failed = fails(model, f"{store.url}/out")
+    assert (failed.exit_code, name in failed.why) == (5, True)
+    assert sent(store) == {name: b"mine"}
+    assert not store.of("PUT")
+
+
+def test_a_complete_output_stays(store: ObjectStore, model: Path) -> None:
+    run(model, f"{store.url}/out")
+    before = sent(store)
+    assert fails(model, f"{store.url}/out", noise=NoiseSpec(seed=1)).exit_code == 5
+    assert sent(store) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "noisytune.json", "stray.txt"])
+def test_what_comes_meanwhile_is_not_replaced(store: ObjectStore, model: Path, name: str) -> None:
+    when = "publishing" if name == "stray.txt" else f"/{name}$"
+    store.faults.append(Fault("PUT", when, before=lambda: store.put(f"out/{name}", b"mine")))
+    failed = fails(model, f"{store.url}/out")
+    assert (failed.exit_code, name in failed.why) == (5, True)
+    assert store.get(f"out/{name}") == b"mine"
+    if name != "noisytune.json":
+        assert "noisytune.json" not in store.keys("out/")
+
+
+def test_two_runs_of_one_command_publish_once(store: ObjectStore, model: Path, tmp_path: Path) -> None:
+    store.faults.append(Fault("PUT", "tokenizer.json", before=lambda: run(model, f"{store.url}/out")))
+    run(model, f"{store.url}/out")
+    run(model, tmp_path / "local")
+    assert sent(store) == contents(tmp_path / "local")
+
+
+@pytest.mark.parametrize(
+    "options", [{"overwrite": True}, {"overwrite_changed": True}, {"skip_existing": True}]
+)
+def test_options_that_replace_are_none_of_a_bucket(
+    store: ObjectStore, model: Path, options: dict[str, bool]
+) -> None:
+    failed = fails(model, f"{store.url}/out", **options)
+    assert isinstance(failed, UsageError)
+    assert store.keys() == set()
+
+
+def test_a_claim_that_cannot_be_removed_is_told(store: ObjectStore, model: Path, tmp_path: Path) -> None:
+    store.faults.append(Fault("POST", "delete", status=403, body=error("AccessDenied")))
+    done = run(model, f"{store.url}/out")
+    assert "publishing beside or in the output is left over: it could not be deleted" in done.warnings
+    assert CLAIM in store.keys("out/")
+    assert verify(f"{store.url}/out").ok
+    run(model, f"{store.url}/out")  # the same command completes this too
+    run(model, tmp_path / "local")
+    assert sent(store) == contents(tmp_path / "local")
+
+
+def test_a_process_that_lacks_obstore_says_how_to_get_it(model: Path, tmp_path: Path) -> None:
+    command = ("-m", "noisytune_cli", "perturb", model, "-o", "s3://bucket/out")
+    done = run_without(("obstore",), tmp_path, *command)
+    assert done.returncode == 6
+    assert done.stderr.endswith("it is not installed. Install it: pip install 'noisytune[remote]'.\n")
+    assert done.stderr.count("\n") == 1
+
+
+def _command(source: Path, out: str, *options: str) -> list[str]:
+    return [sys.executable, "-m", "noisytune_cli", *options, "perturb", str(source), "-o", out]
+
+
+def test_a_signal_has_the_parts_forgotten(
+    store: ObjectStore, large: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+    path = tmp_path / "in/model.safetensors"
+    save(path, {"a.weight": weights("F32", 3000, 2300)})
+
+    def stall() -> None:
+        reached.set()
+        go_on.wait(20)
+
+    store.faults.append(Fault("PUT", "partNumber=1", before=stall))
+    command = [
+        sys.executable,
+        "-m",
+        "noisytune_cli",
+        "perturb",
+        str(tmp_path / "in"),
+        "-o",
+        f"{store.url}/out",
+    ]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert reached.wait(60)
+    run.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    go_on.set()
+    _, told = run.communicate(timeout=30)
+    assert run.returncode == 128 + signal.SIGTERM
+    assert "is not complete: the same command completes it" in told
+    assert store.keys() == set()
+
+
+def test_what_a_store_says_is_not_repeated(store: ObjectStore, model: Path) -> None:
+    store.faults.append(Fault("PUT", "config.json", status=403, body=error("AccessDenied")))
+    command = [
+        sys.executable,
+        "-m",
+        "noisytune_cli",
+        "--debug",
+        "perturb",
+        str(model),
+        "-o",
+        f"{store.url}/out",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 6
+    assert "access is denied (the store answered 403 AccessDenied)" in done.stderr
+    assert SECRET not in done.stderr + done.stdout
