@@ -278,12 +278,16 @@ def _reason_to_copy(
     elements = tensor.elements
     if elements == 0:
         return "empty"
-    if elements == 1 and noise.scope == "matrix":
-        return "one-element"  # its std is undefined; a std of all values exists for it too
+    left_out: Reason | None = None
     if wish.is_buffer and (wish.excluded or not wish.included):
-        return "buffer"
-    if wish.excluded or (filters.included is not None and not wish.included):
-        return "excluded"
+        left_out = "buffer"
+    elif wish.excluded or (filters.included is not None and not wish.included):
+        left_out = "excluded"
+    # Its std is undefined; a std of all values exists for it too. Left out, it must not be shrunk either.
+    if elements == 1 and noise.scope == "matrix" and (left_out is None or noise.kept == 1.0):
+        return "one-element"
+    if left_out is not None:
+        return left_out
     return "lambda-zero" if lam == 0 else None
 
 

@@ -183,6 +183,26 @@ def test_shrink(source: Path, tmp_path: Path, kept: float) -> None:
     check_again(source, out, tmp_path)
 
 
+def test_what_is_left_out_is_not_shrunk_however_small(tmp_path: Path) -> None:
+    source, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    held = {
+        "a.weight": torch.randn(9, 4),
+        "a.scale": torch.tensor([2.0]),
+        "a.other": torch.tensor([3.0]),
+        "bn.running_mean": torch.tensor([4.0]),
+        "bn.running_var": torch.tensor([5.0]),
+        "bn.num_batches_tracked": torch.tensor(3),
+    }
+    save_file(held, source)
+    run("perturb", source, "--shrink", 0.5, "--exclude", "a.scale", "-o", out)
+    check_kept(source, out, ("a.scale", "bn.running_mean", "bn.running_var"))
+    assert bytes_of(out, "a.other") == torch.tensor([1.5]).numpy().tobytes()
+    check_again(source, out, tmp_path)
+    included = tmp_path / "included.safetensors"
+    run("perturb", source, "--shrink", 0.5, "--include", "a.weight", "-o", included)
+    check_kept(source, included, ("a.scale", "a.other", "bn.running_mean"))
+
+
 def test_shrinking_alone_and_nothing_at_all(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "half.safetensors"
     run("perturb", source, "--lambda", 0, "--shrink", 0.5, "-o", out)
@@ -249,6 +269,22 @@ def test_all_forms_at_once_agree(source: Path, tmp_path: Path) -> None:
     for name in (*NOISED, *KEPT):
         held = pickled[name].flatten().view(torch.uint8).numpy().tobytes()
         assert held == bytes_of(tmp_path / "a.safetensors", name), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wild", ["inf", "-inf", "nan"])
+@pytest.mark.parametrize("device", ["cpu", "torch:cpu"])
+def test_what_is_not_finite_is_left_as_it_is_in_every_dtype(
+    dtype: torch.dtype, wild: str, device: str, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "m.safetensors", tmp_path / "out.safetensors"
+    save_file({"w": torch.tensor([0.5, float(wild), 2.0], dtype=dtype), "v": torch.randn(9, 4)}, source)
+    mixture(tmp_path / "mix.jsonl", "sigma")
+    for options in (["--sigma", 0.1], ["--mix", tmp_path / "mix.jsonl"]):
+        run("perturb", source, *options, "--device", device, "-o", out, "--overwrite")
+        check_kept(source, out, ("w",))
+        (entry,) = (r for r in read_manifest(Path(f"{out}.noisytune.json")).manifest.receipts if r.reason)
+        assert (entry.step.tensor.name, entry.reason) == ("w", "non-finite")
 
 
 def test_a_large_tensor_that_is_not_finite_is_left_as_it_is(tmp_path: Path) -> None:
