@@ -22,8 +22,11 @@ demo: $(SHOWING) $(MODEL)/model.safetensors
 	$(BIN)/noisytune compare $(MODEL) demo/minilm-noisy -o demo/changes.html
 	$(BIN)/python benchmarks/demo.py $(MODEL) demo/minilm-noisy
 
+# Files of tests side by side, as many as JOBS; then, one after another, those that hold something to seconds.
+JOBS ?= 2
 test: $(TESTING) $(MODEL)/model.safetensors
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not alone' --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m alone
 
 lint: $(TESTING)
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ from limited import CPU_SECONDS, Ended, Limited
 from malformed_outputs import output
 
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="limits need Linux's /proc"),
     # All rows run before the first test, which takes minutes where the machine has other work.
     pytest.mark.timeout(3600),

@@ -14,6 +14,8 @@ from invariants import Fault
 from scenarios import Expected, Scenario
 from warm import Warm
 
+pytestmark = pytest.mark.alone
+
 FILE_SYSTEMS = {"renameat2": (), "no renameat2": faults.WITHOUT_RENAMEAT2}
 _CHANGING = {"fsync", "write", "pwrite64", "renameat2", "rename", "link", "mkdir", "openat"}
 _SAMPLE = 3

@@ -19,6 +19,8 @@ from processes import COMMAND, finish, start
 from scenarios import Expected, Scenario, left_overs, tree, weights
 from warm import Warm
 
+pytestmark = pytest.mark.alone
+
 #: The calls between which the state on a disk differs.
 _FLUSHES_AND_RENAMES = ("fsync", "rename", "renameat", "renameat2", "link")
 

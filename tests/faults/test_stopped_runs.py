@@ -9,9 +9,12 @@ from pathlib import Path
 
 import faults
 import kills
+import pytest
 import stages
 from scenarios import Expected, Scenario
 from warm import Warm
+
+pytestmark = pytest.mark.alone
 
 
 def test_killed_at_random_moments(scenario: Scenario, expected: Expected, warm: Warm) -> None:

@@ -86,6 +86,7 @@ TARGETS: dict[str, tuple[properties.Property, Callable[[], st.SearchStrategy[byt
 }
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(_SECONDS + 300)
 @pytest.mark.parametrize("target", TARGETS)
 def test_any_bytes_are_refused_or_read(target: str, tmp_path: Path) -> None:

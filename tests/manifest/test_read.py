@@ -122,6 +122,7 @@ def many_dimensions(document: Any) -> None:
     tensor["parts"] = [part | {"name": str(place)} for place in range(3000)]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("document", "words"),
     [
