@@ -1,7 +1,7 @@
-"""Names of half a million characters: whatever looks at a name takes time in proportion to its length.
+"""Names of 200,000 characters: whatever looks at a name takes time in proportion to its length.
 
 Each name repeats what a pattern would begin again at, and ends as no pattern does. Where time grows with the
-square of the length, one of these would take hours.
+square of the length, one of these would take many minutes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from noisytune_cli.plan.patterns import KINDS, match_names
 from noisytune_cli.plan.ties import find_ties, stream_of
 from noisytune_cli.records import TensorSpec
 
-LENGTH = 500_000
+LENGTH = 200_000
 
 _UNITS = (
     *("norm", "normal", "bn", "bn1", "ln_", "mlp", "ffn", "attn", "embed_tokens", "lm_head", "bias", "_proj"),
