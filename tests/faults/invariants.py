@@ -69,7 +69,7 @@ def breaches_after_a_power_cut(scenario: Scenario, expected: Expected, code: int
     if code == 0:
         return [] if state == expected.after else ["exit 0, but the output did not survive"]
     found = [] if is_sound(scenario, expected, files(state)) else [f"exit {code}, and left {sorted(state)}"]
-    if len(left_overs(scenario.place)) > 1:
+    if len(left_overs(scenario.place)) > scenario.outputs:
         found.append(f"left {left_overs(scenario.place)}")
     return found
 
@@ -77,7 +77,8 @@ def breaches_after_a_power_cut(scenario: Scenario, expected: Expected, code: int
 def breaches_after_rerun(scenario: Scenario, expected: Expected, warm: Warm) -> list[str]:
     """Run again over whatever a fault left, and return what does not hold then."""
     left = left_overs(scenario.place)
-    there = files(tree(scenario.place)) == files(expected.after)
+    state = files(tree(scenario.place))
+    there = state == files(expected.after) or (scenario.outputs > 1 and bool(state))
     # One that lies in what is replaced goes with it, unnamed.
     within = left_overs(scenario.place / scenario.out) if there else []
     # Not quietly: what it clears away it names.
@@ -112,7 +113,9 @@ def _of_files(scenario: Scenario, expected: Expected, ended: Ended, *, cleaned: 
     elif ended.code == _KILLED:
         if not is_sound(scenario, expected, files(state)):
             found.append(f"killed, and neither the old state nor the new: {sorted(files(state))}")
-    elif state != expected.before and (cleaned or not is_sound(scenario, expected, files(state))):
+    elif state != expected.before and (
+        (cleaned and scenario.outputs == 1) or not is_sound(scenario, expected, files(state))
+    ):
         found.append(f"exit {ended.code}, but something is there: {sorted(state)}")
     return found
 
@@ -120,15 +123,32 @@ def _of_files(scenario: Scenario, expected: Expected, ended: Ended, *, cleaned: 
 def is_sound(scenario: Scenario, expected: Expected, state: Tree) -> bool:
     """Tell whether a kill may leave these files: all old, all new, or whole ones without a manifest.
 
-    The last is for what takes several renames. The next run knows it for unfinished, and starts again.
+    The last is for what takes several renames. The next run knows it for unfinished, and starts again. Of
+    several outputs each is judged alone.
     """
-    if state in (files(expected.before), files(expected.after)):
+    if scenario.outputs > 1:
+        return all(_is_sound_alone(scenario, expected, state, n) for n in range(scenario.outputs))
+    return _is_sound(scenario, files(expected.before), files(expected.after), state)
+
+
+def _is_sound_alone(scenario: Scenario, expected: Expected, state: Tree, number: int) -> bool:
+    """Judge the output that takes the seed `number`."""
+    stem = scenario.out.replace("{seed}", str(number))
+
+    def alone(tree: Tree) -> Tree:
+        return {name: what for name, what in files(tree).items() if name.startswith(stem)}
+
+    return _is_sound(scenario, alone(expected.before), alone(expected.after), alone(state))
+
+
+def _is_sound(scenario: Scenario, before: Tree, after: Tree, state: Tree) -> bool:
+    if state in (before, after):
         return True
     if not state and any(name.endswith(ASIDE) for name in left_overs(scenario.place)):
         return True  # two directories cannot be exchanged everywhere; the next run puts the old one back
     if not scenario.piecewise or any(name.endswith("noisytune.json") for name in state):
         return False
-    return all(what in (expected.before.get(name), expected.after.get(name)) for name, what in state.items())
+    return all(what in (before.get(name), after.get(name)) for name, what in state.items())
 
 
 def _of_ending(scenario: Scenario, fault: Fault, ended: Ended, injected: Sequence[Call]) -> list[str]:
@@ -191,6 +211,6 @@ def _may_leave(fault: Fault, ended: Ended) -> bool:
 
 def _of_left_overs(scenario: Scenario, fault: Fault, ended: Ended) -> list[str]:
     left = [name for name in left_overs(scenario.place) if not name.endswith(ASIDE)]
-    if len(left) > 1:
+    if len(left) > scenario.outputs:
         return [f"{len(left)} left-overs: {left[:4]}"]
     return [f"it leaves {left[0]}"] if left and not _may_leave(fault, ended) else []

@@ -14,7 +14,7 @@ import shutil
 import stat
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from warm import Warm
@@ -50,6 +50,8 @@ class Scenario:
     verb: tuple[str, ...] = ()
     #: One, where every run is to make the same system calls in the same order.
     threads: int = 1
+    #: How many outputs: whatever stops the run, each is there whole or not at all.
+    outputs: int = 1
 
     @property
     def argv(self) -> list[str]:
@@ -107,7 +109,8 @@ def further_scenarios(sandbox: Path) -> tuple[Scenario, ...]:
     from noisytune_cli.commands.perturb import Request, perturb
 
     source = sandbox / "source"
-    folder, pickled, chunks = source / "model", source / "pickled.bin", source / "chunks"
+    folder, file = source / "model", source / "single.safetensors"
+    pickled, chunks = source / "pickled.bin", source / "chunks"
     torch.save({"w": torch.arange(1.0, 301.0), "v": torch.arange(1.0, 41.0).double()}, pickled)
     save_chunked(chunks, {("w",): torch.arange(1.0, 301.0).view(30, 10)})
     recipe = source / "recipe.json"
@@ -126,6 +129,8 @@ def further_scenarios(sandbox: Path) -> tuple[Scenario, ...]:
         scenario("chunks", chunks, "out"),
         scenario("absolute", folder, "out", "--sigma", "0.01", "--shrink", "0.5"),
         scenario("recipe", folder, "out.json", "--recipe-only"),
+        replace(scenario("many", folder, "out-{seed}", "--seed", "0-2"), outputs=3),
+        replace(scenario("many-files", file, "out-{seed}.safetensors", "--seed", "0,1"), outputs=2),
     )
 
 

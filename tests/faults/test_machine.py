@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import stat
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import mounts
+import power
 import pytest
 import strace
-from invariants import breaches_after_a_power_cut, breaches_after_rerun
 from processes import COMMAND, finish, start
-from scenarios import Expected, Scenario, left_overs, tree, weights
+from scenarios import Expected, Scenario, weights
 from warm import Warm
 
 pytestmark = pytest.mark.alone
-
-#: The calls between which the state on a disk differs.
-_FLUSHES_AND_RENAMES = ("fsync", "rename", "renameat", "renameat2", "link")
 
 
 @pytest.fixture
@@ -189,16 +184,8 @@ def test_exit_0_survives_a_power_cut(
 ) -> None:
     try:
         with mounts.device(tmp_path) as device:
-            disk = replace(scenario, place=tmp_path / "disk" / "place")
-            disk.reset()
-            os.sync()
-            ended = warm.run(disk.argv)
-            device.cut_power()
-            device.unmount()
-            device.mount()
-            assert ended.code == 0, ended.stderr
-            assert tree(disk.place) == expected.after
-            assert len(left_overs(disk.place)) <= 1
+            disk = power.on(tmp_path / "disk", scenario)
+            assert power.cut_after_the_end(disk, expected, warm, device) == []
     except mounts.Unavailable as why:
         pytest.skip(str(why))
 
@@ -208,36 +195,15 @@ def test_a_power_cut_leaves_the_old_state_or_the_new(
 ) -> None:
     try:
         with mounts.device(tmp_path) as device:
-            disk = replace(scenario, place=tmp_path / "disk" / "place")
+            disk = power.on(tmp_path / "disk", scenario)
             disk.reset()
-            _, calls = strace.trace(warm, disk.argv, log, calls=_FLUSHES_AND_RENAMES)
-            moments = [(call.name, call.number) for call in calls if str(disk.place) in call.text]
+            _, calls = strace.trace(warm, disk.argv, log, calls=power.CALLS)
+            moments = power.moments(disk, calls)
             assert moments
-            for name, number in moments:
-                disk.reset()
-                os.sync()
-                code = _run_until_power_is_cut(disk, warm, log, device, f"{name}:signal=STOP:when={number}")
-                found = breaches_after_a_power_cut(disk, expected, code)
-                found += breaches_after_rerun(disk, expected, warm)
-                assert found == [], f"power cut after {name} {number}"
+            for moment in moments:
+                assert power.cut_at(disk, expected, warm, log, device, moment) == [], f"cut after {moment}"
     except mounts.Unavailable as why:
         pytest.skip(str(why))
-
-
-def _run_until_power_is_cut(disk: Scenario, warm: Warm, log: Path, device: mounts.Device, stop: str) -> int:
-    """Cut the power while the run is stopped at a call, start the machine again, and return the exit code."""
-    run = warm.hold(disk.argv)
-    tracer = strace.attach(run, log, [f"trace={','.join(_FLUSHES_AND_RENAMES)}", f"inject={stop}"])
-    run.release()
-    while "--- stopped by SIGSTOP ---" not in log.read_text(errors="replace"):
-        assert not warm.has_answer(0.002), run.wait().stderr
-    device.cut_power()
-    run.send(signal.SIGCONT)
-    ended = run.wait()
-    tracer.communicate()
-    device.unmount()
-    device.mount()
-    return ended.code
 
 
 def test_names_from_files_are_printed_escaped(tmp_path: Path) -> None:
