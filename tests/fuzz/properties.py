@@ -7,24 +7,28 @@ is the file, a manifest is written as it was read, and where there is another re
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import signal
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 import safetensors
 import torch
+from chunked import save_chunked
 from differences import documented
 from hostile import weight_file
 from malformed_indexes import FIRST, INDEX, SECOND
 
 from noisytune_cli.checkpoint.formats import Source, open_source
+from noisytune_cli.checkpoint.formats.dcp import open_source as open_chunked
 from noisytune_cli.checkpoint.index import read_index
 from noisytune_cli.commands.inspect import inspect
 from noisytune_cli.errors import InputInvalid, NoisytuneError
@@ -33,34 +37,38 @@ from noisytune_cli.manifest.write import encode
 from noisytune_cli.output import staging
 from noisytune_cli.reading import JsonFault
 
-_CPU_SECONDS = 2.0
-_GROWTH_BYTES = 64 << 20
+CPU_SECONDS = 2.0
+GROWTH_BYTES = 64 << 20
+CHUNKS = "__0_0.distcp"
 _STATUS = Path("/proc/self/status")
 
 #: A property takes the bytes and an empty folder, and raises what is no NoisytuneError if it does not hold.
 Property = Callable[[bytes, Path], None]
+
+#: Holds what runs inside to its time and memory.
+Bounds = Callable[[], AbstractContextManager[None]]
 
 
 @contextmanager
 def bounded() -> Iterator[None]:
     """Hold what runs inside to its CPU time and memory."""
     before = _peak(reset=True)
-    previous = signal.signal(signal.SIGPROF, _too_slow)
-    signal.setitimer(signal.ITIMER_PROF, _CPU_SECONDS)
+    previous = signal.signal(signal.SIGPROF, too_slow)
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, previous)
     grown = _peak() - before
-    assert grown < _GROWTH_BYTES, f"it took {grown:,} bytes"
+    assert grown < GROWTH_BYTES, f"it took {grown:,} bytes"
 
 
-def holds(check: Property, content: bytes, folder: Path) -> bool:
+def holds(check: Property, content: bytes, folder: Path, bounds: Bounds = bounded) -> bool:
     """Whether `content` was accepted; raises AssertionError, or whatever the bug raises, if `check` fails."""
     refusal: NoisytuneError | None = None
     try:
-        with bounded():
+        with bounds():
             check(content, folder)
     except NoisytuneError as error:
         refusal = error
@@ -153,6 +161,40 @@ def manifest(content: bytes, folder: Path) -> None:
     assert all((folder / name).resolve().is_relative_to(folder.resolve()) for name in names)
 
 
+def metadata(content: bytes, folder: Path) -> None:
+    """The `.metadata` of chunks: what is accepted can be read to its end."""
+    _chunked(folder, content, None)
+
+
+def chunks(content: bytes, folder: Path) -> None:
+    """A file of chunks beside the `.metadata` that they were written with."""
+    _chunked(folder, None, content)
+
+
+@functools.cache
+def chunked_files() -> dict[str, bytes]:
+    """The files of a small checkpoint in chunks: a tensor in four of them, and a value."""
+    with tempfile.TemporaryDirectory() as scratch:
+        values = {("model", "w"): torch.arange(24.0).reshape(4, 6), ("step",): 7}
+        folder = save_chunked(Path(scratch), values, files=1)
+        return {name: (folder / name).read_bytes() for name in (".metadata", CHUNKS)}
+
+
+def _chunked(folder: Path, metadata: bytes | None, chunks: bytes | None) -> None:
+    intact = chunked_files()
+    (folder / ".metadata").write_bytes(intact[".metadata"] if metadata is None else metadata)
+    (folder / CHUNKS).write_bytes(intact[CHUNKS] if chunks is None else chunks)
+    source = open_chunked(folder / ".metadata", ".metadata", False)
+    try:
+        for tensor in source.tensors:
+            data = source.read(tensor, 0, memoryview(bytearray(tensor.nbytes)))
+            assert len(data) == tensor.nbytes
+        source.check_unchanged()
+        source.check_sums()
+    finally:
+        source.close()
+
+
 def moves(content: bytes, folder: Path) -> None:
     """What a killed run says it moved: whatever that is, only files that it can have moved are removed."""
     output, precious = folder / "out", folder / "precious"
@@ -187,8 +229,8 @@ def _twin(source: Source, folder: Path) -> bytes:
     return twin.read_bytes()
 
 
-def _too_slow(signum: int, frame: FrameType | None) -> NoReturn:
-    raise AssertionError(f"it took more than {_CPU_SECONDS} s of CPU time")
+def too_slow(signum: int, frame: FrameType | None) -> NoReturn:
+    raise AssertionError(f"it took more than {CPU_SECONDS} s of CPU time")
 
 
 def _peak(*, reset: bool = False) -> int:
