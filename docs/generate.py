@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the commands' own --help and docs/json.md from the schemas, so that none can differ.
+"""Write docs/cli.md from the commands' own --help, docs/json.md from the schemas, tables from the journal.
 
 python docs/generate.py [--check]      with --check: only say whether it is current
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 os.environ["COLUMNS"] = "100"
 os.environ["NO_COLOR"] = "1"
 
+import long_runs
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -134,7 +135,12 @@ def _kind(schema: Any, root: Any) -> str:
     return " or ".join([kinds] if isinstance(kinds, str) else kinds)
 
 
-PAGES = {"cli.md": reference, "json.md": json_reference}
+PAGES: dict[str, Callable[[], str]] = {
+    "cli.md": reference,
+    "json.md": json_reference,
+    "reliability.md": lambda: long_runs.shown("reliability.md", long_runs.RELIABILITY),
+    "security.md": lambda: long_runs.shown("security.md", long_runs.SECURITY),
+}
 
 
 def main(arguments: list[str]) -> int:
