@@ -91,11 +91,14 @@ def records(content: bytes, folder: Path) -> None:
         found = read_records(_range(content), len(content))
     except ZipFault as fault:
         raise _refused(str(fault)) from fault
-    listed = zipfile.ZipFile(io.BytesIO(content)).infolist()
+    assert all(record.start + record.size <= len(content) for record in found.values())
+    try:
+        listed = zipfile.ZipFile(io.BytesIO(content)).infolist()
+    except (zipfile.BadZipFile, NotImplementedError):
+        return  # it asks for what torch does not look at, such as the version of ZIP
     assert {r.name: (r.size, r.crc) for r in found.values()} == {
         info.orig_filename: (info.file_size, info.CRC) for info in listed
     }
-    assert all(record.start + record.size <= len(content) for record in found.values())
 
 
 def archive(content: bytes, folder: Path) -> None:

@@ -250,7 +250,7 @@ def _write(journal: Path, outcome: Outcome, commit: str, seed: int, part: str) -
         "part": part,
         "kind": outcome.kind,
         "count": outcome.count,
-        "broken": outcome.broken,
+        "broken": int(outcome.broken),
         "seconds": round(outcome.seconds, 1),
     }
     if outcome.hit is not None:
