@@ -57,6 +57,8 @@ def fuzz(target: str, seconds: float, seed: int, corpus: Path) -> tuple[int, lis
                 try:
                     holds(check, content, place, bounds)
                 except Exception:
+                    if len(broken) == _MOST_KEPT:
+                        continue
                     kept = guided.failures() / f"{target}-bulk-{seed}-{count}"
                     kept.write_bytes(content)
                     broken.append(f"{kept}: {traceback.format_exc(limit=-3)}")

@@ -1,0 +1,35 @@
+"""Fuzzing by number tries a corpus that it sows itself, and keeps what breaks a property."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fuzz import bulk
+from fuzz.targets import TARGETS
+
+
+@pytest.mark.alone
+def test_a_reader_is_tried_by_the_hundred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUZZ_FAILURES", str(tmp_path / "failures"))
+    count, broken = bulk.fuzz("quick-header", 0.01, 1, tmp_path / "corpus")
+    assert (count >= 500, broken) == (True, [])
+    assert len([*(tmp_path / "corpus").iterdir()]) > 100
+    assert not [*(tmp_path / "failures").glob("*")]
+
+
+def test_what_breaks_a_property_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never_shorter(content: bytes, folder: Path) -> None:
+        assert len(content) >= 4, "it is shorter"
+
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "one").write_bytes(b"abcd")
+    monkeypatch.setenv("FUZZ_FAILURES", str(tmp_path / "failures"))
+    monkeypatch.setitem(TARGETS, "quick-header", TARGETS["quick-header"]._replace(check=never_shorter))
+    count, broken = bulk.fuzz("quick-header", 0.01, 1, tmp_path / "corpus")
+    assert count == 500
+    assert "it is shorter" in broken[0]
+    kept = [path.read_bytes() for path in (tmp_path / "failures").iterdir()]
+    assert kept
+    assert all(len(content) < 4 for content in kept)
