@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -50,23 +51,48 @@ _VERBS = {
     "study": "Finetune with several methods, and tell what differs.",
 }
 
+#: Digits that Python reads as a number without a question.
+_MANY_DIGITS = 10
+
 
 def _take_plain(parameter: Any) -> Callable[[Any, Any], Any]:
-    """Return what reads a parameter: as Typer does, but words and defaults are taken as they are.
+    """Return what reads a parameter: as Typer does, but without it where there is nothing to ask.
 
-    Typer has pydantic confirm that a word is a word, and that an option is not given; to import that takes
-    longer than a small run.
+    Typer has pydantic confirm that a word is a word, that an option is not given, and what whole number some
+    digits are; to import that takes longer than a small run.
     """
     read = parameter.process_value
     known = getattr(parameter, "type_descriptor", None)
-    is_text = known is not None and known.annotation in (str, list[str]) and not known.parameter_info.parser
+    kind, own = (None, None) if known is None else (known.annotation, known.parameter_info.parser)
 
     def process_value(ctx: Any, value: Any) -> Any:
-        is_default = value is parameter.default and not parameter.required
-        is_plain = is_default or (is_text and value)
-        return value if is_plain and parameter.callback is None else read(ctx, value)
+        if parameter.callback is not None:
+            return read(ctx, value)
+        if value is parameter.default and not parameter.required:
+            return value
+        if value and own is None and kind in (str, list[str]):
+            return value
+        plain = None
+        if isinstance(value, str) and isinstance(kind, type):
+            if own is None:
+                plain = _plain(value, kind, parameter)
+            elif kind is float:
+                plain = own(value)
+        return read(ctx, value) if plain is None else plain
 
     return process_value
+
+
+def _plain(text: str, kind: type, parameter: Any) -> Any:
+    """Return the word of a choice, or the number within its range, that a text is beyond doubt; else None."""
+    if issubclass(kind, StrEnum) and text in kind.__members__.values():
+        return kind(text)
+    if kind is int and text.isascii() and text.isdigit() and len(text) < _MANY_DIGITS:
+        number = int(text)
+        least, most = parameter.min, parameter.max
+        if (least is None or number >= least) and (most is None or number <= most):
+            return number
+    return None
 
 
 class _PlainHelp:
