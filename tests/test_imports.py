@@ -159,3 +159,24 @@ def test_the_shorter_name_is_the_same_and_as_light() -> None:
         [sys.executable, "-m", "noisytune", "-V"], capture_output=True, text=True, check=True
     )
     assert shown.stdout == f"noisytune {noisytune_cli.__version__}\n"
+
+
+def test_options_that_say_what_they_mean_need_no_pydantic(tmp_path: Path) -> None:
+    source = save(tmp_path / "in.safetensors", {"w": weights("F32", 30)})
+    for number, options in enumerate(
+        (
+            ("perturb", source, "-o", tmp_path / "0.safetensors", "--noise", "gaussian", "--threads", "2"),
+            ("perturb", source, "--dry-run", "--dtype", "bfloat16", "--granularity", "matrix"),
+            ("inspect", source, "--format", "json", "--limit", "1", "--lambda", "0.2"),
+            ("compare", source, source, "--by", "kind", "--tolerance", "1e-3", "--format", "csv"),
+        )
+    ):
+        assert "pydantic" not in loaded(*options), number
+
+
+def test_a_comparison_reads_no_manifest_and_draws_no_page_unless_asked(tmp_path: Path) -> None:
+    source = save(tmp_path / "in.safetensors", {"w": weights("F32", 30)})
+    modules = loaded("compare", source, source, "--format", "csv")
+    for seldom in ("cli.pages", "commands.detect", "engine.correlation", "manifest.average", "manifest.read"):
+        assert f"noisytune_cli.{seldom}" not in modules
+    assert "rich" not in modules

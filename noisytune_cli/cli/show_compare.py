@@ -19,8 +19,6 @@ from dataclasses import fields
 from typing import Any
 
 from noisytune_cli.cli.detect import entry_of, line_of
-from noisytune_cli.cli.pages import Cell, Column, Page, heat, number_of
-from noisytune_cli.cli.pages import render as render_page
 from noisytune_cli.cli.rows import csv_lines, dump, json_list, values
 from noisytune_cli.cli.show import is_terminal, note, warn_all, write_out
 from noisytune_cli.cli.table import lay_out
@@ -50,24 +48,25 @@ _COLUMNS = (
 _DISPENSABLE = ("b", "shape", "elements", "dtype", "tensors", "largest", "l2", "cosine", "equal")
 _LEFT = {"name", "b", "dtype", "shape", "noise"}
 
-#: The columns of a page and what is in them.
-_PAGE_COLUMNS = (
-    Column("name", "the tensor, layer or kind", is_text=True),
-    Column("b", "its name in B", is_text=True),
-    Column("kind", is_text=True),
-    Column("layer", is_text=True),
-    Column("dtype", is_text=True),
-    Column("shape", is_text=True),
-    Column("tensors"),
-    Column("elements"),
-    Column("norm_change", "by which share the L1 norm changed"),
-    Column("change_norm", "the L1 norm of the change, as a share of A's"),
-    Column("l2", "the L2 norm of the change"),
-    Column("largest", "the largest change of a value"),
-    Column("cosine", "of the angle between A and B"),
-    Column("equal", "the share of equal elements"),
-    Column("noise", "what the change looks like, and λ with an interval of 95 %", is_text=True),
-)
+#: The columns of a page and what is in them, and those that are texts.
+_PAGE_COLUMNS = {
+    "name": "the tensor, layer or kind",
+    "b": "its name in B",
+    "kind": "",
+    "layer": "",
+    "dtype": "",
+    "shape": "",
+    "tensors": "",
+    "elements": "",
+    "norm_change": "by which share the L1 norm changed",
+    "change_norm": "the L1 norm of the change, as a share of A's",
+    "l2": "the L2 norm of the change",
+    "largest": "the largest change of a value",
+    "cosine": "of the angle between A and B",
+    "equal": "the share of equal elements",
+    "noise": "what the change looks like, and λ with an interval of 95 %",
+}
+_TEXTS = {"name", "b", "kind", "layer", "dtype", "shape", "noise"}
 
 #: What stands for a cell of the heat map, from nothing to the largest.
 _BLOCKS = "·░▒▓█"
@@ -274,19 +273,25 @@ def noise_text(row: ChangeRow) -> str:
 
 def _page(found: Comparison) -> Iterator[str]:
     """Yield the page."""
-    rows: list[dict[str, Cell]] = []
+    from noisytune_cli.cli import pages
+
+    rows: list[dict[str, pages.Cell]] = []
     for row in found.rows:
         texts = cells(row)
         texts |= {"kind": row.kind or "", "layer": escape(row.layer or "")}
         # As what it looks like is a text, its order is that of λ.
-        numbers: dict[str, Any] = {column.name: getattr(row, column.name, None) for column in _PAGE_COLUMNS}
+        numbers: dict[str, Any] = {key: getattr(row, key, None) for key in _PAGE_COLUMNS}
         numbers["noise"] = row.lam
-        rows.append({key: Cell(text, number_of(numbers.get(key))) for key, text in texts.items()})
-    columns = [column for column in _PAGE_COLUMNS if any(row[column.name].text for row in rows)]
+        rows.append({key: pages.Cell(text, pages.number_of(numbers.get(key))) for key, text in texts.items()})
+    columns = [
+        pages.Column(key, told, is_text=key in _TEXTS)
+        for key, told in _PAGE_COLUMNS.items()
+        if any(row[key].text for row in rows)
+    ]
     noun = "tensor" if found.by == "tensor" else found.by
     total = cells(found.total)
-    return render_page(
-        Page(
+    return pages.render(
+        pages.Page(
             title=f"{escape(found.a.id)} → {escape(found.b.id)}",
             facts=[
                 (label, value)
@@ -311,7 +316,7 @@ def _page(found: Comparison) -> Iterator[str]:
                 if side.provenance is not None
             ],
             lists=list(listed(found).items()),
-            heat=heat("The L1 norm of the change, by layer and kind", found.heat_map),
+            heat=pages.heat("The L1 norm of the change, by layer and kind", found.heat_map),
             rows_title=f"By {noun}",
             columns=columns,
             rows=[[row[column.name] for column in columns] for row in rows],

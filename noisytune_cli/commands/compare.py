@@ -9,33 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from noisytune_cli.commands.detect import (
-    SeedScore,
-    distributions_of,
-    find_seeds,
-    perturbed_steps,
-    planned_streams,
-    seeds_of,
-)
 from noisytune_cli.commands.heat_map import KIND_ORDER, HeatMap, arrange
 from noisytune_cli.commands.provenance import Provenance, provenance_of
 from noisytune_cli.commands.result import Result
 from noisytune_cli.commands.sorting import check_sort, sort_rows
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine.changes import Change, measure_changes
-from noisytune_cli.engine.correlation import Suspect
 from noisytune_cli.engine.threads import Progress
 from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.manifest.locate import manifest_of
-from noisytune_cli.manifest.read import RecordedManifest, read_manifest
 from noisytune_cli.plan.evidence.told import tell_checkpoint
 from noisytune_cli.plan.groups import kinds_of, layers_of
 from noisytune_cli.plan.plan import select
 from noisytune_cli.plan.renames import Pair, Renaming, Rules, pair_up
 from noisytune_cli.records import TensorSpec
+
+if TYPE_CHECKING:
+    from noisytune_cli.commands.detect import SeedScore
+    from noisytune_cli.manifest.read import RecordedManifest
 
 By = Literal["tensor", "layer", "kind"]
 
@@ -170,7 +163,7 @@ def compare(
             next_step="Give the largest change of a value that counts as none, such as 1e-6",
         )
     rules = Rules(maps) if maps else None
-    recorded = None if manifest is None else read_manifest(manifest_of(manifest))
+    recorded = None if manifest is None else _read_manifest(manifest)
     if (seeds or recorded) and headers_only:
         raise UsageError(
             "--headers-only",
@@ -224,6 +217,13 @@ def compare(
         )
 
 
+def _read_manifest(path: str) -> RecordedManifest:
+    from noisytune_cli.manifest.locate import manifest_of
+    from noisytune_cli.manifest.read import read_manifest
+
+    return read_manifest(manifest_of(path))
+
+
 def _fits(pair: Pair) -> bool:
     """Tell whether values can be held against each other."""
     floats = pair.a.dtype in FLOAT_DTYPES and pair.b.dtype in FLOAT_DTYPES
@@ -258,6 +258,16 @@ def _find_seeds(
     progress: Progress,
 ) -> tuple[SeedScore, ...]:
     """Look for the noise of each seed in what B has over A, under the names that it has in A or in B."""
+    # Imported here: few comparisons ask for it, and it takes as long as a small one.
+    from noisytune_cli.commands.detect import (
+        distributions_of,
+        find_seeds,
+        perturbed_steps,
+        planned_streams,
+        seeds_of,
+    )
+    from noisytune_cli.engine.correlation import Suspect
+
     if recorded is None:
         noised = planned_streams(first)
     else:
