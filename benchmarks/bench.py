@@ -8,9 +8,11 @@
                     torch.save for the pickle)
 
 Every run is a process of its own, start-up included, with its output on the file system of its source. The
-contenders of a row take turns, round after round, so that a slow moment of the machine hits them alike; what
-a run left to be written is flushed before the next. A file leaves the page cache by posix_fadvise, without
-rights. The row in little memory needs a cgroup that may be written to; what cannot be measured is said.
+contenders of a row take turns, round after round, so that a slow moment of the machine hits them alike, and a
+ratio is the median of the rounds' ratios; that of CPU time, user and system, tells most where others are at
+work. What a run left to be written is flushed before the next. A file leaves the page cache by posix_fadvise,
+without rights. The row in little memory needs a cgroup that may be written to; what cannot be measured is
+said.
 """
 
 from __future__ import annotations
@@ -112,12 +114,14 @@ def build(path: Path, dtype: str, tensors: list[tuple[str, tuple[int, ...]]]) ->
         os.fsync(file.fileno())
 
 
-def timed(*commands: list[str]) -> float:
-    """Run commands one after the other; return the seconds they took."""
-    start = time.perf_counter()
+def timed(*commands: list[str]) -> tuple[float, float]:
+    """Run commands one after the other; return the seconds they took, and those of CPU time."""
+    start, before = time.perf_counter(), os.times()
     for command in commands:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - start
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    return time.perf_counter() - start, used
 
 
 def peak_memory(command: list[str]) -> int:
@@ -191,18 +195,26 @@ class Row:
 
     def measure(self, rounds: int, folder: Path) -> None:
         """Let both run `rounds` times, and print a line."""
-        seconds: tuple[list[float], list[float]] = ([], [])
+        taken: tuple[list[tuple[float, float]], ...] = ([], [])
         for turn in range(rounds):
             for which in (0, 1) if turn % 2 else (1, 0):
                 os.sync()
                 self.prepare()
-                seconds[which].append(timed(*(self.ours, self.theirs)[which]))
+                taken[which].append(timed(*(self.ours, self.theirs)[which]))
                 clear(folder)
-        ours, theirs = map(statistics.median, seconds)
-        ratios = sorted(a / b for a, b in zip(*seconds, strict=True))
-        spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
-        cells = [self.what, f"{ours:.2f} s", self.beside, f"{theirs:.2f} s", f"{ours / theirs:.2f}", spread]
-        print(f"| {' | '.join([*cells, self.aim])} |", flush=True)
+        (ours, our_cpu), (theirs, their_cpu) = ([*zip(*one, strict=True)] for one in taken)
+        ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+        cells = [
+            self.what,
+            f"{statistics.median(ours):.2f} s",
+            self.beside,
+            f"{statistics.median(theirs):.2f} s",
+            f"{statistics.median(ratios):.2f}",
+            f"{ratios[0]:.2f} to {ratios[-1]:.2f}",
+            f"{statistics.median(a / b for a, b in zip(our_cpu, their_cpu, strict=True)):.2f}",
+            self.aim,
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def clear(folder: Path) -> None:
@@ -253,6 +265,8 @@ def other_rows(folder: Path, source: Path, label: str) -> Iterator[Row]:
     yield Row(f"{label}, verify", (noisytune("verify", noisy),), "digest", digest, "1.1")
     based = (noisytune("verify", noisy, "--base", source),)
     yield Row(f"{label}, verify --base", based, "digest", digest, "1.2")
+    both = (noisytune("compare", source, noisy),)
+    yield Row(f"{label}, compare", both, "cat of both", (["cat", str(source), str(noisy)],), "1.0")
     listed = (noisytune("inspect", source, "-o", folder / "out.csv"),)
     yield Row(f"{label}, inspect", listed, "digest", digest, "1.1")
     absolute = (noisytune("perturb", source, "--sigma", "0.001", "-o", out),)
@@ -269,7 +283,7 @@ def other_rows(folder: Path, source: Path, label: str) -> Iterator[Row]:
                 f"{label}, cold in 300 MB", inside[0], "the same", inside[1], "1.0", lambda: make_cold(source)
             )
     except OSError as error:
-        print(f"| {label}, in {LITTLE >> 20} MiB | not measured: {error} | | | | | |", flush=True)
+        print(f"| {label}, in {LITTLE >> 20} MiB | not measured: {error} | | | | | | |", flush=True)
     loop = (python(LOOP, source, out),)
     yield Row(f"{label}, the paper's loop", loop, "noisytune", ours)
 
@@ -331,7 +345,7 @@ def main() -> None:
     print(
         f"{cpu()}, {os.cpu_count()} CPUs, Python {platform.python_version()}; medians of {options.rounds}\n"
     )
-    columns = ["", "noisytune", "beside", "takes", "ratio", "of single rounds", "aim"]
+    columns = ["", "noisytune", "beside", "takes", "ratio", "of single rounds", "ratio of CPU time", "aim"]
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
     with tempfile.TemporaryDirectory(dir=options.folder or Path.cwd(), prefix="bench-") as name:
         folder = Path(name)
