@@ -18,8 +18,23 @@ LOW = (
     *("--group-by-length", "--threads", "1"),
 )
 
+#: How many seeds plain and noisytune are compared over on each task, round by round, as far as time allows:
+#: tasks in which plain learns something and whose runs are short. A study goes seed by seed, so wherever time
+#: ends both methods have the same seeds.
+_ROUNDS = (
+    *(("cola", 5), ("sst2", 5), ("cola", 10), ("sst2", 10), ("stsb", 10)),
+    *(("cola", 15), ("sst2", 15), ("cola", 20), ("sst2", 20), ("stsb", 20)),
+)
+
 #: Each study's options, in the order in which they are carried out.
 STUDIES: dict[str, tuple[str, ...]] = {
+    **{
+        f"{task}-{seeds}-seeds": (
+            *("--task", task, *LOW, "--method", "plain,noisytune", "--lambda", "0.15"),
+            *("--seed", f"0-{seeds - 1}"),
+        )
+        for task, seeds in _ROUNDS
+    },
     "cola": ("--task", "cola", *LOW, "--method", "plain,noisytune,r3f,mixout", "--seed", "0-4"),
     "sst2": ("--task", "sst2", *LOW, "--method", "plain,noisytune", "--seed", "0-4"),
     # In CoLA's folder: the runs at λ 0.15 and the plain ones are there already.
@@ -30,7 +45,10 @@ STUDIES: dict[str, tuple[str, ...]] = {
 }
 
 #: Studies that continue in another's folder.
-FOLDERS = {"cola-lambda": "cola"}
+FOLDERS = {
+    **{f"{task}-{seeds}-seeds": f"{task}-pairs" for task, seeds in _ROUNDS},
+    "cola-lambda": "cola",
+}
 
 
 def main() -> int:
