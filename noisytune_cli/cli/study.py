@@ -33,6 +33,12 @@ class _Format(StrEnum):
     html = "html"
 
 
+class _Precision(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class _Anchor(StrEnum):
     original = "original"
     noised = "noised"
@@ -244,8 +250,15 @@ def study(
     ] = 0.1,
     device: Annotated[
         str,
-        typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N (bf16 autocast).", rich_help_panel=RUNNING),
+        typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N.", rich_help_panel=RUNNING),
     ] = "cpu",
+    precision: Annotated[
+        _Precision,
+        typer.Option(
+            help="Of the forward and backward pass; auto is bfloat16 where the device computes in it.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = _Precision.auto,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -344,6 +357,7 @@ def study(
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
         ),
+        precision=precision.value,
         revision=revision,
         device=device,
         threads=threads,

@@ -18,6 +18,7 @@ from typing import Any
 
 from noisytune_cli.errors import InputInvalid, OutputUnsafe, unreadable, unwritable
 from noisytune_cli.output.staging import sync_directory
+from noisytune_cli.study.settings import completed
 
 STUDY = "study.json"
 RUNS = "runs.jsonl"
@@ -113,7 +114,7 @@ class Journal:
         settled = dict(study)
         if path.exists():
             known = _read_study(path)
-            _check_same(known["settings"], study["settings"], self.folder)
+            _check_same(completed(known["settings"]), study["settings"], self.folder)
             planned = {run["key"]: run for run in (*known["design"], *study["design"])}
             # Machine and versions stay those that the first runs were made with.
             settled = {**known, "design": list(planned.values())}

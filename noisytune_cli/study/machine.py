@@ -43,6 +43,26 @@ def check_device(device: str) -> str:
     return kind
 
 
+def choose_precision(asked: str, device: str) -> str:
+    """Return float32 or bfloat16; for `auto` the latter only where the device computes in it.
+
+    A CPU without instructions for bfloat16 can emulate it, which takes longer than float32 does.
+    """
+    import torch
+
+    if asked != "auto":
+        return asked
+    if device.startswith("cuda"):
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = (
+            bool(_cpu_flags() & _BFLOAT16_FLAGS)
+            and torch.backends.mkldnn.is_available()
+            and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        )
+    return "bfloat16" if able else "float32"
+
+
 def describe_machine(device: str, threads: int, jobs: int) -> dict[str, Any]:
     """Return what the numbers of a study may depend on in their last digits, and its times altogether."""
     import torch
@@ -61,8 +81,23 @@ def describe_machine(device: str, threads: int, jobs: int) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
+    return _cpu_fact("model name") or platform.processor() or platform.machine()
+
+
+#: What Linux calls the instructions that multiply in bfloat16: x86's two, and arm64's.
+_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def _cpu_flags() -> set[str]:
+    """Return the names of the CPU's extensions; none where the system does not tell."""
+    return set((_cpu_fact("flags") or _cpu_fact("Features")).split())
+
+
+def _cpu_fact(name: str) -> str:
+    """Return what /proc/cpuinfo says of the first CPU, or nothing."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+            facts = (line.partition(":") for line in file)
+            return next((value.strip() for fact, _, value in facts if fact.strip() == name), "")
+    except OSError:
+        return ""

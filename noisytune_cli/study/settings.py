@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ class Recipe:
     """How every run is trained: AdamW, a linear schedule with warm-up, gradients clipped at norm 1.
 
     `warmup` is a share of the steps; `group_by_length` makes batches of rows of similar length; `anchor` says
-    which weights methods hold on to; `lora_rank` 0 is full finetuning.
+    which weights methods hold on to; `lora_rank` 0 is full finetuning. `precision` is that of the forward and
+    backward pass, `float32` or `bfloat16` (autocast); weights and optimizer are float32 in both.
     """
 
     epochs: int = 3
@@ -28,6 +30,7 @@ class Recipe:
     lora_rank: int = 0
     lora_alpha: int = 16
     lora_dropout: float = 0.1
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -66,3 +69,9 @@ def record(material: Material, recipe: Recipe, digests: dict[str, str], device: 
         "device": device,
         **asdict(recipe),
     }
+
+
+def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return recorded settings with what earlier versions left unsaid: the precision that a device had."""
+    precision = "bfloat16" if settings.get("device") == "cuda" else "float32"
+    return {"precision": precision, **settings}

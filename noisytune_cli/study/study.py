@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,7 @@ class StudyRequest:
     data_seed: int = 0
     probe: str | None = None
     recipe: Recipe = field(default_factory=Recipe)
+    precision: str = "auto"
     revision: str | None = None
     device: str = "cpu"
     threads: int | None = None
@@ -86,6 +87,7 @@ def study(
     """
     machine.check_packages(lora=bool(request.recipe.lora_rank))
     kind = machine.check_device(request.device)
+    recipe = replace(request.recipe, precision=machine.choose_precision(request.precision, request.device))
     from noisytune_cli.study.combination import read_settings
     from noisytune_cli.study.design import Seeds, plan_runs, split_rows
     from noisytune_cli.study.journal import Journal
@@ -144,7 +146,7 @@ def study(
     document = {
         "schema": 1,
         "tool": {"name": "noisytune", "version": __version__},
-        "settings": record(material, request.recipe, digests, kind),
+        "settings": record(material, recipe, digests, kind),
         "model": {"id": source.id, "revision": source.revision, "parameters": parameters},
         "task": task.name,
         "primary": task.metrics[0],
@@ -160,7 +162,7 @@ def study(
             foreseen = foresee(journal.study["design"])
             if foreseen is not None and (weak := wording.too_few(*foreseen)):
                 tell(weak)
-            _carry_out(request, material, lacking, split, parameters, threads, journal.add, progress)
+            _carry_out(request, material, recipe, lacking, split, parameters, threads, journal.add, progress)
         planned = [run["key"] for run in journal.study["design"]]
         finished = [journal.runs[key] for key in planned if key in journal.runs]
         return Studied(journal.folder, write_outputs(journal.folder, journal.study, finished))
@@ -169,6 +171,7 @@ def study(
 def _carry_out(
     request: StudyRequest,
     material: Material,
+    recipe: Recipe,
     runs: Sequence[Run],
     split: Split,
     parameters: int,
@@ -180,8 +183,8 @@ def _carry_out(
 
     check_memory(parameters, request.jobs)
     place = Place(request.device, request.jobs, threads)
-    with progress(sum(split.steps(run.share, request.recipe) for run in runs)) as report:
-        for done in carry_out(material, request.recipe, runs, place, report):
+    with progress(sum(split.steps(run.share, recipe) for run in runs)) as report:
+        for done in carry_out(material, recipe, runs, place, report):
             add(done)
 
 

@@ -205,6 +205,35 @@ def test_another_study_in_the_folder_is_refused(tiny: Tiny, finished: Path) -> N
     assert (finished / "runs.jsonl").read_bytes() == before
 
 
+def test_another_precision_in_the_folder_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (run,) = done(tiny, out, "--seed", "0", "--method", "plain", "--precision", "bfloat16")
+    assert run["dev"]["accuracy"] > 0.7
+    assert json.loads((out / "study.json").read_text())["settings"]["precision"] == "bfloat16"
+    assert "precision | bfloat16" in (out / "report.md").read_text()
+    before = (out / "runs.jsonl").read_bytes()
+    said = refused(tiny, out, 5, "--seed", "0-1", "--precision", "float32")
+    assert 'its precision is "bfloat16", now "float32" is asked for' in said
+    assert (out / "runs.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(("device", "had"), [("cpu", "float32"), ("cuda", "bfloat16")])
+def test_a_study_of_before_there_was_a_choice_has_the_precision_that_its_device_had(
+    tiny: Tiny, finished: Path, tmp_path: Path, device: str, had: str
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    recorded = json.loads((out / "study.json").read_text())
+    del recorded["settings"]["precision"]
+    recorded["settings"]["device"] = device
+    (out / "study.json").write_text(json.dumps(recorded))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command.machine, "check_device", lambda asked: device)
+        other = "float32" if had == "bfloat16" else "bfloat16"
+        assert f'its precision is "{had}"' in refused(tiny, out, 5, "--seed", "0-1", "--precision", other)
+        assert len(done(tiny, out, "--seed", "0-1", "--precision", had)) == 4
+
+
 def test_a_study_that_is_interrupted_keeps_its_runs(tiny: Tiny, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(tiny, out, "--seed", "0-99")

@@ -69,6 +69,17 @@ def test_methods_differ_from_plain(tiny: Tiny) -> None:
     assert len(set(losses.values())) == 4
 
 
+def test_bfloat16_is_that_of_the_passes_alone(tiny: Tiny) -> None:
+    full = bench(tiny).carry_out(a_run("plain"))
+    place = bench(tiny, dataclasses.replace(RECIPE, precision="bfloat16"))
+    half = place.carry_out(a_run("plain"))
+    assert half["loss"] != full["loss"]
+    assert half["loss"] == pytest.approx(full["loss"], rel=0.02)
+    # The weights stay float32: changes that bfloat16 could not hold are kept.
+    for kind, change in full["drift"].items():
+        assert half["drift"][kind]["change_norm"] == pytest.approx(change["change_norm"], rel=0.05)
+
+
 def test_the_cost_is_counted(tiny: Tiny) -> None:
     place = bench(tiny)
     counted = {name: place.carry_out(a_run(name)) for name in ("plain", "r3f")}

@@ -99,7 +99,7 @@ class Bench:
         rows = self.train.take(range(len(self.split.share(run.share))))
         method = combine(run.method, _settings(run))
         start = self.pretrained.start(_derive(run.init_seed, "init"), self.device)
-        forward = _Forward(self.device)
+        forward = _Forward(self.device, recipe.precision)
         training = Training(
             model=start.model,
             anchor=start.anchor,
@@ -241,9 +241,9 @@ class Bench:
 class _Forward:
     """The forward pass of every method: logits in float32; `count` says how often it ran in training."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, precision: str) -> None:
         self.count = 0
-        self._device = device
+        self._device, self._precision = device, precision
 
     def __call__(self, model: nn.Module, batch: Any, /, **replaced: Tensor | None) -> Tensor:
         """Return logits [B, C] in float32 of a batch's inputs, some of them replaced or left out."""
@@ -254,8 +254,8 @@ class _Forward:
         return logits.float()
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self._device.type == "cuda":
-            return torch.autocast("cuda", dtype=torch.bfloat16)
+        if self._precision == "bfloat16":
+            return torch.autocast(self._device.type, dtype=torch.bfloat16)
         return nullcontext()
 
 
