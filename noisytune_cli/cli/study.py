@@ -71,12 +71,18 @@ def study(
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR", help="The folder of the GLUE tasks, or of this one.", rich_help_panel=_ROWS
+            metavar="DIR",
+            help="The folder of the GLUE tasks, or of this one; or one with splits of your own.",
+            rich_help_panel=_ROWS,
         ),
     ] = None,
     train: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Rows to train on: .tsv, .csv or .jsonl.", rich_help_panel=_ROWS),
+        typer.Option(
+            metavar="FILE",
+            help="Rows to train on: .tsv, .csv, .jsonl, .parquet or .arrow; or a folder of such.",
+            rich_help_panel=_ROWS,
+        ),
     ] = None,
     dev: Annotated[
         str | None, typer.Option(metavar="FILE", help="Rows to report the score of.", rich_help_panel=_ROWS)

@@ -57,7 +57,7 @@ def choose_precision(asked: str, device: str) -> str:
     else:
         able = (
             bool(_cpu_flags() & _BFLOAT16_FLAGS)
-            and torch.backends.mkldnn.is_available()
+            and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
             and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         )
     return "bfloat16" if able else "float32"

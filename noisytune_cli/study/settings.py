@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from noisytune_cli.study.data.splits import Files
 from noisytune_cli.study.data.tasks import Task
 
 
@@ -39,14 +40,14 @@ class Material:
 
     model: Path
     task: Task
-    train: Path
-    dev: Path
+    train: Files
+    dev: Files
     train_rows: int | None = None
     held_out: int | None = None
     data_seed: int = 0
     probe: Task | None = None
-    probe_train: Path | None = None
-    probe_dev: Path | None = None
+    probe_train: Files = ()
+    probe_dev: Files = ()
     probe_rows: int = 1000
 
 

@@ -129,8 +129,8 @@ def study(
         parameters = sum(tensor.elements for tensor in source.tensors)
         digests = {
             "model": _digest(source.root / file.name for file in source.sources),
-            "train": _digest([train]),
-            "dev": _digest([dev]),
+            "train": _digest(train),
+            "dev": _digest(dev),
         }
     material = Material(
         model=source.root,

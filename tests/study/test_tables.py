@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from noisytune_cli.errors import InputInvalid, InputUnreadable
-from noisytune_cli.study.data.tables import TableRow, read_table
+from noisytune_cli.study.data.rows import TableRow
+from noisytune_cli.study.data.tables import read_table
 
 COLUMNS = ("text", "label")
 
@@ -21,26 +22,33 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
 def test_a_tsv_file_has_no_quoting(tmp_path: Path) -> None:
     path = write(tmp_path, "a.tsv", 'id\tlabel\ttext\n7\t1\t" He said , 5\n8\t0\tx\x0by\u2028z\n')
     assert read_table(path, COLUMNS) == [
-        TableRow(2, ('" He said , 5', "1")),
-        TableRow(3, ("x\x0by\u2028z", "0")),
+        TableRow(path, 2, ('" He said , 5', "1")),
+        TableRow(path, 3, ("x\x0by\u2028z", "0")),
     ]
 
 
 def test_a_tsv_file_may_have_no_header_a_mark_and_windows_line_ends(tmp_path: Path) -> None:
     path = write(tmp_path, "a.tsv", "\ufeffé\t1\r\nb\t0\r\n")
-    assert read_table(path, COLUMNS, header=COLUMNS) == [TableRow(1, ("é", "1")), TableRow(2, ("b", "0"))]
+    found = read_table(path, COLUMNS, header=COLUMNS)
+    assert found == [
+        TableRow(path, 1, ("é", "1")),
+        TableRow(path, 2, ("b", "0")),
+    ]
 
 
 def test_a_csv_file_has_quoting(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", 'text,label\n"one, two",1\n"three\nfour",0\n')
-    assert read_table(path, COLUMNS) == [TableRow(2, ("one, two", "1")), TableRow(4, ("three\nfour", "0"))]
+    assert read_table(path, COLUMNS) == [
+        TableRow(path, 2, ("one, two", "1")),
+        TableRow(path, 4, ("three\nfour", "0")),
+    ]
 
 
 def test_a_jsonl_file_holds_objects(tmp_path: Path) -> None:
     path = write(
         tmp_path, "a.jsonl", '{"text": "a", "label": 1, "more": []}\n\n{"label": "x", "text": "b"}\n'
     )
-    assert read_table(path, COLUMNS) == [TableRow(1, ("a", "1")), TableRow(3, ("b", "x"))]
+    assert read_table(path, COLUMNS) == [TableRow(path, 1, ("a", "1")), TableRow(path, 3, ("b", "x"))]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +68,7 @@ def test_a_jsonl_file_holds_objects(tmp_path: Path) -> None:
         ("a.jsonl", "[1]\n", "line 1: it is not a JSON object"),
         ("a.jsonl", '{"text": "a"}\n', 'line 1: there is no column "label"; the columns are text'),
         ("a.jsonl", '{"text": ["a"], "label": 1}\n', 'line 1: column "text" is neither text nor a number'),
-        ("a.parquet", "x", "the file's name ends in .parquet"),
+        ("a.txt", "x", "the file's name ends in .txt"),
     ],
 )
 def test_what_is_malformed_is_refused_with_its_place(

@@ -18,7 +18,7 @@ def read(folder: Path, task: Task, train: str, dev: str) -> Data:
     paths = folder / "train.tsv", folder / "dev.tsv"
     for path, rows in zip(paths, (train, dev), strict=True):
         path.write_text("text\tlabel\n" + "".join(f"t\t{label}\n" for label in rows.split(" ")))
-    return read_data(task, *paths)
+    return read_data(task, paths[:1], paths[1:])
 
 
 def test_label_names_are_in_order_and_make_the_class_indices(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_each_glue_task_is_read_as_it_is_released(data: Path, name: str) -> None
 def test_a_glue_task_is_found_by_other_spellings_and_in_its_own_folder(tmp_path: Path) -> None:
     assert glue_task("SST-2") is glue_task("sst2")
     (tmp_path / "train.tsv").touch()
-    assert glue_files(glue_task("rte"), tmp_path) == (tmp_path / "train.tsv", tmp_path / "dev.tsv")
+    assert glue_files(glue_task("rte"), tmp_path) == ((tmp_path / "train.tsv",), (tmp_path / "dev.tsv",))
 
 
 def test_an_unknown_task_and_a_folder_without_it_are_refused(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ RECIPE = Recipe(epochs=2, batch_size=8, learning_rate=1e-3)
 
 
 def bench(tiny: Tiny, recipe: Recipe = RECIPE, **changed: Any) -> Bench:
-    material = Material(tiny.model, TASK, tiny.train, tiny.dev, train_rows=24, held_out=8)
+    material = Material(tiny.model, TASK, (tiny.train,), (tiny.dev,), train_rows=24, held_out=8)
     return Bench(dataclasses.replace(material, **changed), recipe, "cpu", 1)
 
 

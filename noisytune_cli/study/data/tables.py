@@ -1,7 +1,7 @@
-"""Rows of text and labels from a file: TSV (tab-separated, no quoting, as GLUE is), CSV or JSONL.
+"""Rows of text and labels from a file: TSV (tabs, no quoting, as GLUE is), CSV, JSONL, Parquet or Arrow.
 
 One idea: whatever the file, a row is the wanted columns' values and the line it came from, so that every
-later complaint can name the file, the line and the column. Everything is UTF-8, with or without a mark.
+later complaint can name the file, the line and the column. Text is UTF-8, with or without a mark.
 """
 
 from __future__ import annotations
@@ -9,24 +9,17 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from noisytune_cli.errors import InputInvalid, unreadable
+from noisytune_cli.study.data.arrow import arrow_rows
+from noisytune_cli.study.data.rows import TableRow, as_text, check_columns, malformed
 
 #: How a file is read, by the end of its name.
-FORMATS = (".tsv", ".csv", ".jsonl")
+FORMATS = (".tsv", ".csv", ".jsonl", ".parquet", ".arrow")
 
 #: What the row's readers yield: a line number, counted from 1, and that row's cells.
 _Cells = Iterator[tuple[int, list[str]]]
-
-
-@dataclass(frozen=True, slots=True)
-class TableRow:
-    """The wanted columns of one row, and its line in the file, counted from 1."""
-
-    line: int
-    values: tuple[str, ...]
 
 
 def read_table(path: Path, columns: Sequence[str], *, header: Sequence[str] | None = None) -> list[TableRow]:
@@ -42,21 +35,21 @@ def read_table(path: Path, columns: Sequence[str], *, header: Sequence[str] | No
             why=f"the file's name ends in {path.suffix or 'nothing'}",
             next_step=f"Name it {', '.join(FORMATS[:-1])} or {FORMATS[-1]} after what it holds",
         )
-    lines = _lines(path)
-    if path.suffix.lower() == ".jsonl":
-        rows = list(_json_rows(path, lines, columns))
-    else:
-        split = _split_csv(path, lines) if path.suffix.lower() == ".csv" else _split_tabs(lines)
-        rows = list(_cell_rows(path, split, columns, header))
+    rows = list(_rows(path, columns, header))
     if not rows:
         raise malformed(path, "it holds no rows", "Give a file with at least one row")
     return rows
 
 
-def malformed(path: Path, why: str, next_step: str, line: int | None = None) -> InputInvalid:
-    """Return the error for a file that does not hold what it should."""
-    where = "" if line is None else f"line {line}: "
-    return InputInvalid("cannot use the data", path=path, why=f"{where}{why}", next_step=next_step)
+def _rows(path: Path, columns: Sequence[str], header: Sequence[str] | None) -> Iterator[TableRow]:
+    match path.suffix.lower():
+        case ".parquet" | ".arrow":
+            return arrow_rows(path, columns)
+        case ".jsonl":
+            return _json_rows(path, _lines(path), columns)
+        case ".csv":
+            return _cell_rows(path, _split_csv(path, _lines(path)), columns, header)
+    return _cell_rows(path, _split_tabs(_lines(path)), columns, header)
 
 
 def _lines(path: Path) -> list[str]:
@@ -101,16 +94,7 @@ def _cell_rows(
     names = list(header) if header is not None else next(split, (0, []))[1]
     if not names:
         raise malformed(path, "it is empty", "Give a file with a header line and rows")
-    missing = [column for column in columns if column not in names]
-    if missing:
-        raise malformed(
-            path,
-            f'there is no column "{missing[0]}"; the columns are {", ".join(names)}',
-            "Name the columns with --text and --label",
-        )
-    twice = [column for column in columns if names.count(column) > 1]
-    if twice:
-        raise malformed(path, f'two columns are called "{twice[0]}"', "Give each column a name of its own")
+    check_columns(path, columns, names)
     places = [names.index(column) for column in columns]
     for number, cells in split:
         if len(cells) != len(names):
@@ -120,7 +104,7 @@ def _cell_rows(
                 "Correct the line; a TSV file has no quoting, a CSV file has",
                 number,
             )
-        yield TableRow(number, tuple(cells[place] for place in places))
+        yield TableRow(path, number, tuple(cells[place] for place in places))
 
 
 def _json_rows(path: Path, lines: list[str], columns: Sequence[str]) -> Iterator[TableRow]:
@@ -133,19 +117,6 @@ def _json_rows(path: Path, lines: list[str], columns: Sequence[str]) -> Iterator
             raise malformed(path, "it is not JSON", "Write one JSON object a line", number) from None
         if not isinstance(found, dict):
             raise malformed(path, "it is not a JSON object", "Write one JSON object a line", number)
-        values = []
-        for column in columns:
-            if column not in found:
-                raise malformed(
-                    path,
-                    f'there is no column "{column}"; the columns are {", ".join(found)}',
-                    "Name the columns with --text and --label",
-                    number,
-                )
-            value = found[column]
-            if not isinstance(value, str | int | float):
-                raise malformed(
-                    path, f'column "{column}" is neither text nor a number', "Correct the line", number
-                )
-            values.append(value if isinstance(value, str) else json.dumps(value))
-        yield TableRow(number, tuple(values))
+        check_columns(path, columns, list(found), number)
+        values = tuple(as_text(path, column, found[column], number) for column in columns)
+        yield TableRow(path, number, values)

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from noisytune_cli.errors import InputUnreadable, UsageError
-from noisytune_cli.study.data.tables import TableRow, malformed, read_table
+from noisytune_cli.study.data.rows import TableRow, malformed
+from noisytune_cli.study.data.splits import Files, find_splits, split_files
+from noisytune_cli.study.data.tables import read_table
 from noisytune_cli.study.training import metrics
 
 
@@ -102,12 +104,12 @@ def glue_task(name: str) -> Task:
     return GLUE[known]
 
 
-def glue_files(task: Task, folder: Path) -> tuple[Path, Path]:
-    """Return a GLUE task's train and dev file in `folder`, or in the task's own folder there."""
+def glue_files(task: Task, folder: Path) -> tuple[Files, Files]:
+    """Return a GLUE task's files to train on and to score, in `folder`, or in the task's own folder there."""
     known = _FOLDERS[task.name]
     for place in (folder, folder / known, folder / task.name, folder / task.name.upper()):
         if (place / "train.tsv").is_file():
-            return place / "train.tsv", place / "dev.tsv"
+            return (place / "train.tsv",), (place / "dev.tsv",)
     raise InputUnreadable(
         "cannot find the task's data",
         path=folder,
@@ -125,8 +127,8 @@ def choose_task(
     text: Sequence[str],
     label: str | None,
     chosen: Sequence[str],
-) -> tuple[Task, Path, Path]:
-    """Return the task with its train and dev file; `chosen` are metrics in place of its own.
+) -> tuple[Task, Files, Files]:
+    """Return the task with its files to train on and to score; `chosen` are metrics in place of its own.
 
     UsageError where the options contradict each other or are not enough.
     """
@@ -140,11 +142,11 @@ def choose_task(
             )
         known, files, held = choose_glue("--task", task, data)
         return (replace(known, metrics=tuple(chosen)) if chosen else known), files, held
-    if not (train and dev and text and label):
+    if bool(train) != bool(dev) or not (text and label) or not (train or data):
         raise UsageError(
             "no task",
             why="neither a task's name nor its files and columns are given",
-            next_step="Give --task NAME --data DIR, or --train, --dev, --text and --label",
+            next_step="Give --task NAME --data DIR, or --text and --label with --train and --dev or --data",
         )
     if len(text) > 2:
         raise UsageError(
@@ -152,12 +154,16 @@ def choose_task(
             why="a row is one text or a pair",
             next_step="Name one column or two",
         )
-    own = Task(Path(train).stem, tuple(text), label, tuple(chosen) or ("accuracy",))
-    return own, Path(train), Path(dev)
+    metrics_of_it = tuple(chosen) or ("accuracy",)
+    if train and dev:
+        own = Task(Path(train).stem, tuple(text), label, metrics_of_it)
+        return own, split_files(Path(train)), split_files(Path(dev))
+    folder = Path(data or "")
+    return Task(folder.resolve().name, tuple(text), label, metrics_of_it), *find_splits(folder)
 
 
-def choose_glue(option: str, name: str, data: str | None) -> tuple[Task, Path, Path]:
-    """Return a GLUE task by name, with its train and dev file in the folder of --data."""
+def choose_glue(option: str, name: str, data: str | None) -> tuple[Task, Files, Files]:
+    """Return a GLUE task by name, with its files in the folder of --data."""
     task = glue_task(name)
     if data is None:
         raise UsageError(
@@ -168,27 +174,32 @@ def choose_glue(option: str, name: str, data: str | None) -> tuple[Task, Path, P
     return task, *glue_files(task, Path(data))
 
 
-def read_data(task: Task, train: Path, dev: Path) -> Data:
+def read_data(task: Task, train: Files, dev: Files) -> Data:
     """Read a task's files; InputInvalid, with line and column, for labels that make no sense."""
     columns = (*task.text, task.label)
-    tables = {path: read_table(path, columns, header=task.header) for path in (train, dev)}
+    rows, dev_rows = (
+        [row for path in files for row in read_table(path, columns, header=task.header)]
+        for files in (train, dev)
+    )
     if task.regression:
-        numbers = {path: [_number(path, task.label, row) for row in table] for path, table in tables.items()}
         return Data(
-            task, _rows(tables[train], numbers[train]), _rows(tables[dev], numbers[dev]), label_names=()
+            task,
+            _task_rows(rows, [_number(task.label, row) for row in rows]),
+            _task_rows(dev_rows, [_number(task.label, row) for row in dev_rows]),
+            label_names=(),
         )
-    names = _label_names(train, task.label, tables[train])
+    names, known = _label_names(task.label, rows), train[0].name
     index = {name: float(i) for i, name in enumerate(names)}
-    for row in tables[dev]:
+    for row in dev_rows:
         if row.values[-1] not in index:
             raise malformed(
-                dev,
-                f'column "{task.label}" has the label "{row.values[-1]}", which no row of {train.name} has',
+                row.path,
+                f'column "{task.label}" has the label "{row.values[-1]}", which no row of {known} has',
                 "Correct the label, or the column's name with --label",
                 row.line,
             )
-    labels = {path: [index[row.values[-1]] for row in table] for path, table in tables.items()}
-    return Data(task, _rows(tables[train], labels[train]), _rows(tables[dev], labels[dev]), names)
+    labels, dev_labels = ([index[row.values[-1]] for row in some] for some in (rows, dev_rows))
+    return Data(task, _task_rows(rows, labels), _task_rows(dev_rows, dev_labels), names)
 
 
 def _check_metrics(chosen: Sequence[str]) -> None:
@@ -207,11 +218,11 @@ def _check_metrics(chosen: Sequence[str]) -> None:
         )
 
 
-def _rows(table: Sequence[TableRow], labels: Sequence[float]) -> TaskRows:
+def _task_rows(table: Sequence[TableRow], labels: Sequence[float]) -> TaskRows:
     return TaskRows(tuple(row.values[:-1] for row in table), tuple(labels))
 
 
-def _number(path: Path, column: str, row: TableRow) -> float:
+def _number(column: str, row: TableRow) -> float:
     try:
         value = float(row.values[-1])
         if not math.isfinite(value):
@@ -219,7 +230,7 @@ def _number(path: Path, column: str, row: TableRow) -> float:
         return value
     except ValueError:
         raise malformed(
-            path,
+            row.path,
             f'column "{column}" has "{row.values[-1]}", which is no number',
             "Correct it, or choose a classification metric with --metric",
             row.line,
@@ -230,14 +241,14 @@ def _number(path: Path, column: str, row: TableRow) -> float:
 _MOST_CLASSES = 1000
 
 
-def _label_names(path: Path, column: str, table: Sequence[TableRow]) -> tuple[str, ...]:
+def _label_names(column: str, table: Sequence[TableRow]) -> tuple[str, ...]:
     names = {row.values[-1] for row in table}
     if "" in names:
-        line = next(row.line for row in table if not row.values[-1])
-        raise malformed(path, f'column "{column}" has no label', "Correct the line", line)
+        row = next(row for row in table if not row.values[-1])
+        raise malformed(row.path, f'column "{column}" has no label', "Correct the line", row.line)
     if not 2 <= len(names) <= _MOST_CLASSES:
         raise malformed(
-            path,
+            table[0].path,
             f'column "{column}" has {len(names)} different labels',
             f"Classes are 2 to {_MOST_CLASSES}; for numbers choose --metric pearson or spearman",
         )

@@ -73,7 +73,7 @@ class Bench:
         self.held_out = self._encode(self.data, self.split.held_out, "train") if self.split.held_out else None
         self.dev = self._encode(self.data, range(len(self.data.dev)), "dev")
         self.probe: _ProbeRows | None = None
-        if material.probe is not None and material.probe_train and material.probe_dev:
+        if material.probe is not None:
             data = read_data(material.probe, material.probe_train, material.probe_dev)
             chosen = split_rows(
                 len(data.train),
