@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from noisytune_cli.cli.help import OUTPUT, RUNNING, SOURCE
+from noisytune_cli.errors import UsageError
 from noisytune_cli.escape import escape
 
 _T = TypeVar("_T")
@@ -22,6 +24,9 @@ _COLUMNS = ("method", "λ", "seeds", "mean ± std", "difference from plain [95 %
 _DISPENSABLE = ("p", "seeds", "p (Holm)", "λ")
 _LEFT = {"method", "verdict"}
 
+
+#: What the NoisyTune paper searches; its 0 is plain.
+_SEARCHED = "0.05,0.1,0.15,0.2,0.25,0.3"
 
 #: Headings of the help that only a study has.
 _ROWS, _METHODS, _SEEDS, _TRAINING = "Rows", "Methods", "Seeds", "Training"
@@ -65,7 +70,9 @@ def study(
     task: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="A GLUE task: cola, mrpc, rte, sst2, stsb, wnli.", rich_help_panel=_ROWS
+            metavar="NAME,…",
+            help="A GLUE task: cola, mrpc, rte, sst2, stsb, wnli. Of several also what they say together.",
+            rich_help_panel=_ROWS,
         ),
     ] = None,
     data: Annotated[
@@ -115,8 +122,23 @@ def study(
         ),
     ] = "plain,noisytune",
     lam: Annotated[
-        str, typer.Option("--lambda", metavar="λ,…", help="noisytune's λ.", rich_help_panel=_METHODS)
-    ] = "0.15",
+        str | None,
+        typer.Option(
+            "--lambda",
+            metavar="λ,…",
+            help="noisytune's λ; of several one is chosen on the held-out rows. [default: 0.15]",
+            show_default=False,
+            rich_help_panel=_METHODS,
+        ),
+    ] = None,
+    choose: Annotated[
+        bool,
+        typer.Option(
+            "--choose",
+            help="Search λ as the NoisyTune paper does: 0.05 to 0.3, or what --lambda says.",
+            rich_help_panel=_METHODS,
+        ),
+    ] = False,
     noise: Annotated[
         str,
         typer.Option(
@@ -317,6 +339,7 @@ def study(
       noisytune study bert-base-uncased --task rte --data ./glue --seed 0-5 -o ./study-rte
       noisytune study ./bert --train train.csv --dev dev.csv --text text --label label -o ./study
       noisytune study ./bert --task rte --data ./glue --method plain,noisytune,mixout -o ./study-rte
+      noisytune study ./bert --task rte --data ./glue --choose -o ./study-lambda
     """
     from noisytune_cli.cli import show
     from noisytune_cli.cli.parse import check_out, numbers, read_seeds, words
@@ -326,18 +349,20 @@ def study(
     from noisytune_cli.study.settings import Recipe
 
     check_out(out)
+    tasks = _once(words("--task", task)) if task else ()
     request = command.StudyRequest(
         model=model,
         out=out,
         methods=_once(words("--method", method)),
-        task=task,
+        task=tasks[0] if tasks else None,
         data=data,
         train=train,
         dev=dev,
         text=_once(words("--text", text)) if text else (),
         label=label,
         metrics=_once(words("--metric", metric)) if metric else (),
-        lambdas=_once(numbers("--lambda", lam, 0)),
+        lambdas=_once(numbers("--lambda", lam or (_SEARCHED if choose else "0.15"), 0)),
+        choose=choose,
         noises=_once(words("--noise", noise, ("uniform", "gaussian"))),
         scopes=_once(words("--scope", scope, ("matrix", "global"))),
         shares=_once(numbers("--share", share, 0, 1)),
@@ -370,22 +395,35 @@ def study(
         jobs=jobs,
         report_only=report_only,
     )
-    result = command.study(
-        request,
-        tell=lambda text: None if quiet else show.note(text),
-        progress=lambda steps: show.progress(steps, "study", enabled=not quiet, of_steps=True),
-    )
-    page = "".join(study_page(result.results, result.folder, _COLUMNS, _rows(result.results)))
-    write_durably(result.folder / NAME, page.encode())
-    if output_format is _Format.html:
-        show.write_out(page)
-    _show(
-        result.results,
-        result.folder,
-        as_json=as_json or output_format is _Format.json,
-        quiet=quiet,
-        is_printed=output_format is _Format.html,
-    )
+    as_json = as_json or output_format is _Format.json
+    as_html = output_format is _Format.html
+
+    def tell(text: str) -> None:
+        if not quiet:
+            show.note(text)
+
+    def progress(steps: int) -> AbstractContextManager[Callable[[int], None]]:
+        return show.progress(steps, "study", enabled=not quiet, of_steps=True)
+
+    if len(tasks) < 2:
+        studied, together = [command.study(request, tell=tell, progress=progress)], None
+    elif as_html:
+        raise UsageError(
+            "--format html with several tasks",
+            why="each of them has a page of its own",
+            next_step="Leave it out, and open report.html in each task's folder",
+        )
+    else:
+        studied, together = command.study_tasks(request, tasks, tell=tell, progress=progress)
+    for one in studied:
+        page = "".join(study_page(one.results, one.folder, _COLUMNS, _rows(one.results)))
+        write_durably(one.folder / NAME, page.encode())
+        if as_html:
+            show.write_out(page)
+        printed = as_html or (as_json and together is not None)
+        _show(one.results, one.folder, as_json=as_json, quiet=quiet, is_printed=printed)
+    if together is not None:
+        _show_together(together, Path(out), as_json=as_json, quiet=quiet)
 
 
 def _show(
@@ -411,6 +449,55 @@ def _show(
     if compared and (weak := wording.power(compared)):
         note(weak)
     note(f"report, results and figures: {folder}")
+
+
+#: The columns of the table over tasks.
+_TOGETHER = (
+    "method",
+    "tasks",
+    "seeds",
+    "mean difference [95 %]",
+    "excluded beyond",
+    "p",
+    "p (Holm)",
+    "verdict",
+)
+
+
+def _show_together(summary: Mapping[str, Any], folder: Path, *, as_json: bool, quiet: bool) -> None:
+    """Print what several tasks say together."""
+    from noisytune_cli.cli.show import note, write_out
+    from noisytune_cli.cli.table import lay_out
+    from noisytune_cli.study.report import wording
+    from noisytune_cli.study.report.results import NO_EVIDENCE, encode
+
+    def row(method: Mapping[str, Any]) -> dict[str, str]:
+        told = [
+            escape(method["name"], None),
+            str(len(method["tasks"])),
+            str(len(method["values"])),
+            wording.difference(method),
+            wording.interval({"interval": method["excluded_beyond"]}),
+            wording.probability(method["p"]),
+            wording.probability(method["p_holm"]),
+            method["verdict"],
+        ]
+        return dict(zip(_TOGETHER, told, strict=True))
+
+    if as_json:
+        write_out(encode(summary), spelled=False)
+    else:
+        rows = [(row(method), "green" * (method["verdict"] != NO_EVIDENCE)) for method in summary["methods"]]
+        dispensable = ("p", "tasks", "seeds", "p (Holm)")
+        write_out(
+            (
+                "\nall tasks: mean paired difference from plain, score × 100\n",
+                *lay_out(_TOGETHER, rows, left=_LEFT, dispensable=dispensable, all_in="--json"),
+            ),
+            spelled=True,
+        )
+    if not quiet:
+        note(f"all tasks together: {folder / 'tasks.md'}")
 
 
 def _table(results: Mapping[str, Any]) -> Iterator[str]:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from noisytune_cli.checkpoint.address import is_address
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.engine.threads import default_threads
-from noisytune_cli.errors import InputInvalid, UsageError, unreadable
+from noisytune_cli.errors import InputInvalid, OutputUnsafe, UsageError, unreadable
 from noisytune_cli.study import machine
-from noisytune_cli.study.data.tasks import choose_glue, choose_task, read_data
+from noisytune_cli.study.data.tasks import choose_glue, choose_task, glue_task, read_data
 from noisytune_cli.study.report import wording
 from noisytune_cli.study.settings import Material, Recipe, record
 from noisytune_cli.version import __version__
@@ -46,6 +46,7 @@ class StudyRequest:
     label: str | None = None
     metrics: Sequence[str] = ()
     lambdas: Sequence[float] = (0.15,)
+    choose: bool = False
     noises: Sequence[str] = ("uniform",)
     scopes: Sequence[str] = ("matrix",)
     shares: Sequence[float] = (1.0,)
@@ -116,6 +117,8 @@ def study(
     split = split_rows(
         len(data.train), train_rows=request.train_rows, held_out=request.held_out, seed=request.data_seed
     )
+    if request.choose:
+        _check_choice(request, split)
     probe = _probe(request)
     if is_address(request.model):
         raise UsageError(
@@ -168,6 +171,31 @@ def study(
         return Studied(journal.folder, write_outputs(journal.folder, journal.study, finished))
 
 
+def study_tasks(
+    request: StudyRequest,
+    tasks: Sequence[str],
+    *,
+    tell: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda steps: nullcontext(lambda done: None),
+) -> tuple[list[Studied], dict[str, Any]]:
+    """Carry out a study of each GLUE task in a folder of its name, and return what they say together."""
+    from noisytune_cli.study.journal import STUDY
+    from noisytune_cli.study.report.write import write_tasks
+
+    folder = Path(request.out)
+    names = list(dict.fromkeys(glue_task(task).name for task in tasks))
+    if (folder / STUDY).exists():
+        raise OutputUnsafe(
+            "cannot write the studies",
+            path=folder,
+            why="it is itself the study of one task",
+            next_step="Choose another folder with -o",
+        )
+    requests = [replace(request, task=task, out=str(folder / task)) for task in names]
+    studied = [study(one, tell=tell, progress=progress) for one in requests]
+    return studied, write_tasks(folder, [one.results for one in studied])
+
+
 def _carry_out(
     request: StudyRequest,
     material: Material,
@@ -195,6 +223,22 @@ def _probe(request: StudyRequest) -> dict[str, Any]:
     task, train, dev = choose_glue("--probe", request.probe, request.data)
     read_data(task, train, dev)
     return {"probe": task, "probe_train": train, "probe_dev": dev}
+
+
+def _check_choice(request: StudyRequest, split: Split) -> None:
+    """Refuse to search λ where there is no noise, one λ, or no rows to choose it on but the reported ones."""
+    if all("noisytune" not in method.split("+") for method in request.methods) or len(request.lambdas) < 2:
+        raise UsageError(
+            "--choose",
+            why="there is nothing to choose: it takes the method noisytune and several λ",
+            next_step="Give --method plain,noisytune, and several --lambda or none",
+        )
+    if not split.held_out:
+        raise UsageError(
+            "--choose without held-out rows",
+            why="λ would be chosen on the rows that the scores are reported on",
+            next_step="Leave --held-out out, or give more rows to train on",
+        )
 
 
 def _check_folder(source: Checkpoint, model: str) -> None:

@@ -25,7 +25,8 @@ def raised(method: str, by: list[float], **others: Any) -> list[dict[str, Any]]:
 def test_five_seeds_are_no_evidence_and_the_report_says_why() -> None:
     text = report([*runs("plain", PLAIN), *raised("noisytune", [0.01, 0.02, 0.03, 0.02, 0.01])])
     assert "noisytune (λ 0.15) against plain: +1.80 [" in text
-    assert "higher in 5 of them, p = 0.0625 (0.0625 adjusted): no evidence of a difference." in text
+    assert "higher in 5 of them, p = 0.0625 (0.0625 adjusted): no evidence of a difference; a " in text
+    assert "a mean difference below +0.76 or above +2.84 is excluded at 95 %." in text
     assert "5 paired seeds cannot give a two-sided p below 0.0625" in text
     assert "It takes 6 seeds." in text
     assert "evidence that" not in text

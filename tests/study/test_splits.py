@@ -177,17 +177,3 @@ def test_a_damaged_file_is_refused(tmp_path: Path, kind: str) -> None:
             read_table(path, COLUMNS)
         assert str(path) in caught.value.line()
         assert "\n" not in caught.value.line()
-
-
-def test_a_folder_that_datasets_saved_is_read(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    rows = {"text": ["a", "b", "a"], "label": [1, 0, 1]}
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
-    )
-    split = datasets.Dataset.from_dict(rows, features=features)
-    datasets.DatasetDict({"train": split, "validation": split.select([1])}).save_to_disk(tmp_path / "saved")
-    task = Task("saved", ("text",), "label", ("accuracy",))
-    data = read_data(task, *find_splits(tmp_path / "saved"))
-    assert data.label_names == ("0", "1")
-    assert (data.train.labels, data.dev.labels) == ((1.0, 0.0, 1.0), (0.0,))

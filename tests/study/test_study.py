@@ -205,6 +205,16 @@ def test_another_study_in_the_folder_is_refused(tiny: Tiny, finished: Path) -> N
     assert (finished / "runs.jsonl").read_bytes() == before
 
 
+def test_lambda_is_searched_as_the_paper_does_and_chosen_on_held_out_rows(tiny: Tiny, tmp_path: Path) -> None:
+    runs = done(tiny, tmp_path / "out", "--seed", "0", "--choose", "--epochs", "1")
+    assert [run["lambda"] for run in runs] == [None, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["lambda_chosen_on"] == "held_out"
+    best = max(run["held_out"]["accuracy"] for run in runs[1:])
+    (chosen,) = (c for c in results["conditions"] if c["reported"] and c["method"] == "noisytune")
+    assert chosen["lambda"] == min(r["lambda"] for r in runs[1:] if r["held_out"]["accuracy"] == best)
+
+
 def test_another_precision_in_the_folder_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (run,) = done(tiny, out, "--seed", "0", "--method", "plain", "--precision", "bfloat16")
@@ -232,6 +242,32 @@ def test_a_study_of_before_there_was_a_choice_has_the_precision_that_its_device_
         other = "float32" if had == "bfloat16" else "bfloat16"
         assert f'its precision is "{had}"' in refused(tiny, out, 5, "--seed", "0-1", "--precision", other)
         assert len(done(tiny, out, "--seed", "0-1", "--precision", had)) == 4
+
+
+def test_several_tasks_are_a_study_each_and_what_they_say_together(tiny: Tiny, tmp_path: Path) -> None:
+    for task in ("RTE", "WNLI"):
+        (tmp_path / "glue" / task).mkdir(parents=True)
+        for name, rows in (("train", SENTENCES[::2]), ("dev", SENTENCES[1::4])):
+            table = ["sentence1\tsentence2\tlabel", *(f"{text}\t{text}\t{label}" for text, label in rows)]
+            (tmp_path / "glue" / task / f"{name}.tsv").write_text("\n".join(table) + "\n")
+    out = tmp_path / "out"
+    told = [*("study", str(tiny.model), "--data", str(tmp_path / "glue"), "--seed", "0-1", "--threads", "1")]
+    arguments = [*told, "--epochs", "1", "--task", "rte,WNLI", "-o", str(out)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert [len(lines(out / task)) for task in ("rte", "wnli")] == [4, 4]
+    assert (out / "rte/report.html").exists()
+    assert "all tasks: mean paired difference from plain" in result.stdout
+    assert re.search(r"^noisytune +2 +2 ", result.stdout, re.MULTILINE), result.stdout
+    summary = json.loads((out / "tasks.json").read_text())
+    again = CliRunner().invoke(app, [*arguments, "--json", "-q"])
+    assert json.loads(again.stdout) == summary
+    assert [task["task"] for task in summary["tasks"]] == ["rte", "wnli"]
+    assert re.search(
+        r"--format html with several tasks", CliRunner().invoke(app, [*arguments, "--format", "html"]).stderr
+    )
+    inside = CliRunner().invoke(app, [*told, "--task", "rte,wnli", "-o", str(out / "rte")])
+    assert (inside.exit_code, "it is itself the study of one task" in inside.stderr) == (5, True)
 
 
 def test_a_study_that_is_interrupted_keeps_its_runs(tiny: Tiny, tmp_path: Path) -> None:
@@ -280,6 +316,9 @@ def test_columns_and_labels_that_are_wrong_are_named(tiny: Tiny, tmp_path: Path)
         (2, ("--text", "a,b,c"), "a row is one text or a pair"),
         (2, ("--probe", "rte"), "--probe rte without --data"),
         (2, ("--train-rows", "100"), "the training file has 64 rows"),
+        (2, ("--choose", "--held-out", "0"), "--choose without held-out rows"),
+        (2, ("--choose", "--lambda", "0.1"), "there is nothing to choose"),
+        (2, ("--choose", "--method", "plain,r3f"), "there is nothing to choose"),
         (2, ("--device", "tpu"), "a study runs on cpu, cuda or cuda:N"),
         (3, ("--metric", "pearson", "--label", "sentence"), "which is no number"),
         (4, ("--dev", "/nowhere/dev.tsv"), "No such file"),

@@ -32,6 +32,26 @@ def test_spans_of_time(seconds: float, shown: str) -> None:
     assert wording.duration(seconds) == shown
 
 
+def test_where_nothing_is_found_it_is_said_what_is_excluded() -> None:
+    comparison = {
+        "name": "noisytune",
+        "against": "plain",
+        "lambda": 0.15,
+        "mean": 0.001,
+        "interval": [-0.002, 0.004],
+        "excluded_beyond": [-0.003, 0.005],
+        "values": [0.001] * 8,
+        "higher": 5,
+        "p": 0.5,
+        "p_holm": 0.5,
+        "verdict": wording.NO_EVIDENCE,
+    }
+    assert wording.finding(comparison).endswith(
+        "no evidence of a difference; a mean difference below −0.30 or above +0.50 is excluded at 95 %."
+    )
+    assert wording.finding({**comparison, "excluded_beyond": None}).endswith("no evidence of a difference.")
+
+
 def test_a_small_p_is_no_equation() -> None:
     comparison = {
         "name": "r3f",

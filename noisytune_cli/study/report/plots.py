@@ -161,6 +161,32 @@ def drift(results: Results) -> Figure | None:
     return figure
 
 
+def over_tasks(summary: Results) -> Figure | None:
+    """Draw each method's paired differences from plain on every task, and its mean over them."""
+    from matplotlib.figure import Figure
+
+    methods = summary["methods"]
+    if not methods:
+        return None
+    rows = [entry for method in methods for entry in (*method["tasks"], method)]
+    figure = Figure(figsize=(_PAGE, 1.1 + _ROW * max(len(rows), 3)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color=_GREY, linewidth=0.8, zorder=0)
+    for row, entry in enumerate(rows):
+        colour, mark = (_COLOURS[0], "s") if "task" in entry else (_BLACK, "D")
+        _bar(axes, entry, row, colour, mark, seeds=True)
+    several = len(methods) > 1
+
+    def label(entry: Entry, method: Entry) -> str:
+        own = f"{method['name']}, " if several else ""
+        return _label(f"{own}{entry.get('task', 'mean over tasks')} (n = {len(entry['values'])})")
+
+    _name_rows(axes, [label(entry, method) for method in methods for entry in (*method["tasks"], method)])
+    axes.set_xlabel("paired difference from plain, score × 100")
+    figure.supxlabel(f"{_label(summary['model']['id'])}; {_INTERVALS}", fontsize=7, color="#555555")
+    return figure
+
+
 #: Every figure by its file's name, with what a study needs to have it, in the order of the report.
 PLOTS = {
     "methods": (methods, "methods beside plain: plain and another --method"),

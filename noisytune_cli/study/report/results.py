@@ -23,6 +23,7 @@ from noisytune_cli.study.report.conditions import (
     kind_of,
     name_kinds,
 )
+from noisytune_cli.study.report.wording import NO_EVIDENCE
 from noisytune_cli.study.training import metrics
 
 #: The document, and an entry of one of its lists.
@@ -32,8 +33,7 @@ Entry = Mapping[str, Any]
 #: The version of the document's layout.
 SCHEMA = 1
 
-#: What a comparison comes to; the first whenever the adjusted p-value is not small, whatever the mean.
-NO_EVIDENCE = "no evidence of a difference"
+#: What a comparison comes to where it is not NO_EVIDENCE.
 BETTER = "evidence that it is better"
 WORSE = "evidence that it is worse"
 
@@ -145,10 +145,10 @@ def _scores(condition: Condition, split: Literal["dev", "held_out"]) -> dict[str
     runs = list(condition.runs.values())
     if any(run[split] is None for run in runs):
         return None
-    return {metric: _sample([run[split][metric] for run in runs]) for metric in runs[0][split]}
+    return {metric: sample([run[split][metric] for run in runs]) for metric in runs[0][split]}
 
 
-def _sample(values: Sequence[float]) -> dict[str, Any]:
+def sample(values: Sequence[float]) -> dict[str, Any]:
     """Return mean, std, interval of the mean (a list of two, or None) and the values themselves."""
     bounds = statistics.bootstrap_interval(values)
     return {**_spread(values), "interval": None if bounds is None else list(bounds), "values": list(values)}
@@ -181,7 +181,7 @@ def _probe(runs: Sequence[Run]) -> dict[str, Any] | None:
     scores = [metric for metric in probes[0] if metric != "task"]
     return {
         "task": probes[0]["task"],
-        **{metric: _sample([probe[metric] for probe in probes]) for metric in scores},
+        **{metric: sample([probe[metric] for probe in probes]) for metric in scores},
     }
 
 
@@ -218,7 +218,7 @@ def _compare(
         for comparison, p in zip(together, adjusted, strict=True):
             comparison["p_holm"] = p
             comparison["comparisons"] = len(together)
-            comparison["verdict"] = _verdict(p, comparison["mean"])
+            comparison["verdict"] = verdict(p, comparison["mean"])
     return found
 
 
@@ -239,14 +239,22 @@ def _comparison(
         "share": one.share,
         "seeds": [list(pair) for pair in pairs],
         "left_out": len({*one.runs, *other.runs}) - len(pairs),
-        **_sample(differences),
+        **sample(differences),
+        "excluded_beyond": excluded_beyond(differences),
         "higher": sum(difference > 0 for difference in differences),
         "p": statistics.permutation_p(differences),
         "smallest_p": statistics.smallest_p(len(differences)),
     }
 
 
-def _verdict(p: float, mean: float) -> str:
+def excluded_beyond(differences: Sequence[float]) -> list[float] | None:
+    """Return the bounds of the mean difference, a list of two, or None of one pair."""
+    bounds = statistics.excluded_beyond(differences)
+    return None if bounds is None else list(bounds)
+
+
+def verdict(p: float, mean: float) -> str:
+    """Return what a difference comes to, by its adjusted p-value."""
     if p >= statistics.SIGNIFICANCE:
         return NO_EVIDENCE
     return BETTER if mean > 0 else WORSE

@@ -14,6 +14,7 @@ of them out in turn.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -54,6 +55,21 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
         random_state=np.random.default_rng(_SEED),
     ).confidence_interval
     return float(interval.low), float(interval.high)
+
+
+def excluded_beyond(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the bounds outside of which the mean of [n] values does not lie, at 95 %; None for one value.
+
+    By Student's t, which few values do not make too narrow: it is about how large an effect can still be,
+    where a bootstrap that promises too little is of no use.
+    """
+    from scipy import stats
+
+    if len(values) == 1:
+        return None
+    mean, std = moments(values)
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * (std or 0.0) / math.sqrt(len(values))
+    return mean - reach, mean + reach
 
 
 def permutation_p(differences: Sequence[float]) -> float:

@@ -20,6 +20,9 @@ METRICS = {
     "spearman": "Spearman correlation",
 }
 
+#: What a comparison comes to whenever the adjusted p-value is not small, whatever the mean.
+NO_EVIDENCE = "no evidence of a difference"
+
 _MINUS = "−"
 
 
@@ -82,12 +85,22 @@ def finding(comparison: Mapping[str, Any]) -> str:
     """Return one sentence for a comparison, which begins with its name."""
     lam = f" (λ {strength(comparison['lambda'])})" if comparison["lambda"] is not None else ""
     seeds = len(comparison["values"])
+    end = "." if comparison["verdict"] != NO_EVIDENCE else excluded(comparison)
     return (
         f"{comparison['name']}{lam} against {comparison['against']}: {difference(comparison)} over "
         f"{count(seeds, 'paired seed')}, higher in {comparison['higher']} of them, "
         f"p = {probability(comparison['p'])} ({probability(comparison['p_holm'])} adjusted): "
-        f"{comparison['verdict']}."
+        f"{comparison['verdict']}{end}"
     ).replace("= <", "<")
+
+
+def excluded(comparison: Mapping[str, Any]) -> str:
+    """Return the end of a sentence that finds no difference: how large one can still be."""
+    bounds = comparison["excluded_beyond"]
+    if bounds is None:
+        return "."
+    low, high = map(change, bounds)
+    return f"; a mean difference below {low} or above {high} is excluded at 95 %."
 
 
 def power(comparisons: Sequence[Mapping[str, Any]]) -> str | None:

@@ -6,15 +6,19 @@ A figure is a PNG for the report and an SVG for a paper.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from noisytune_cli.errors import unwritable
 from noisytune_cli.study.journal import write_durably
 from noisytune_cli.study.report import report
-from noisytune_cli.study.report.plots import PLOTS
+from noisytune_cli.study.report.plots import PLOTS, over_tasks
 from noisytune_cli.study.report.results import encode, summarise
+from noisytune_cli.study.report.tasks import render_tasks, summarise_tasks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Where the figures lie in a study's folder.
 FOLDER = "figures"
@@ -57,7 +61,20 @@ def write_outputs(
     return results
 
 
-def draw(results: Mapping[str, Any], folder: Path) -> list[str]:
+def write_tasks(folder: Path, studies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Write what several tasks say, as tasks.json, tasks.md and a figure, beside their studies; return it."""
+    summary = summarise_tasks(studies)
+    write_durably(folder / "tasks.json", encode(summary).encode())
+    drawn = draw(summary, folder / FOLDER, {"tasks": (over_tasks, "")})
+    write_durably(folder / "tasks.md", render_tasks(summary, drawn).encode())
+    return summary
+
+
+def draw(
+    results: Mapping[str, Any],
+    folder: Path,
+    plots: Mapping[str, tuple[Callable[[Mapping[str, Any]], Figure | None], str]] = PLOTS,
+) -> list[str]:
     """Write every figure that the results have data for, as PNG and SVG; return the figures' names.
 
     The same results give the same bytes with the same matplotlib: no date, no random identifiers, and the
@@ -67,7 +84,7 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[str]:
 
     drawn = []
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
-        for name, (plot, _) in PLOTS.items():
+        for name, (plot, _) in plots.items():
             figure = plot(results)
             if figure is None:
                 continue

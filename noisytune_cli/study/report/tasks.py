@@ -1,0 +1,131 @@
+"""Several tasks together: each method against plain on every task, and its mean over them (papers' table 2).
+
+A seed's difference over tasks is the mean of its differences on each of them, over the seeds that all have:
+runs of one seed share their noise across tasks, so the seed, not the run, is what may be flipped and
+resampled. That speaks about other seeds on these very tasks. About other tasks speaks the spread between the
+tasks' means: with as many seeds of each, Student's t over those means is the mixed model's interval. p-values
+are adjusted after Holm: those of single tasks among all of the table, those of means among the means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from noisytune_cli.study.report import statistics, wording
+from noisytune_cli.study.report.markdown import bullets, image, table, text
+from noisytune_cli.study.report.results import Results, excluded_beyond, sample, verdict, whole
+
+#: The version of the document's layout.
+SCHEMA = 1
+
+
+def summarise_tasks(studies: Sequence[Results]) -> dict[str, Any]:
+    """Return what the studies of several tasks say of each method together, from their results alone."""
+    compared = [whole(results, "comparisons") for results in studies]
+    names = list(dict.fromkeys(comparison["name"] for entries in compared for comparison in entries))
+    methods = [method for name in names if (method := _method(name, studies, compared)) is not None]
+    for group in (methods, [cell for method in methods for cell in method["tasks"]]):
+        for entry, p in zip(group, statistics.holm([entry["p"] for entry in group]), strict=True):
+            entry["p_holm"], entry["comparisons"] = p, len(group)
+            entry["verdict"] = verdict(p, entry["mean"])
+    return {
+        "schema": SCHEMA,
+        "model": studies[0]["study"]["model"],
+        "tasks": [_task(results) for results in studies],
+        "methods": methods,
+    }
+
+
+def _task(results: Results) -> dict[str, Any]:
+    """Return a task's name, its metric, and plain's score."""
+    primary = results["study"]["primary"]
+    plain = [entry for entry in whole(results) if entry["method"] == "plain"]
+    return {
+        "task": results["study"]["task"],
+        "metric": primary,
+        "plain": {**plain[0]["dev"][primary]} if plain else None,
+        "finished": results["finished"],
+        "planned": results["planned"],
+    }
+
+
+def _method(
+    name: str, studies: Sequence[Results], compared: Sequence[Sequence[Mapping[str, Any]]]
+) -> dict[str, Any] | None:
+    """Return a method's differences on each task and over them; None where a task or a common seed lacks."""
+    cells = []
+    for results, entries in zip(studies, compared, strict=True):
+        for entry in entries:
+            if entry["name"] == name:
+                told = ("lambda", "seeds", "mean", "std", "interval", "excluded_beyond", "values", "p")
+                cells.append({"task": results["study"]["task"], **{key: entry[key] for key in told}})
+    by_seed = [dict(zip(map(tuple, cell["seeds"]), cell["values"], strict=True)) for cell in cells]
+    common = sorted(set.intersection(*map(set, by_seed)))
+    if len(cells) < len(studies) or not common:
+        return None
+    differences = [fmean(values[seed] for values in by_seed) for seed in common]
+    means = [fmean(values[seed] for seed in common) for values in by_seed]
+    return {
+        "name": name,
+        "tasks": cells,
+        "seeds": [list(seed) for seed in common],
+        **sample(differences),
+        "excluded_beyond": excluded_beyond(differences),
+        "other_tasks": excluded_beyond(means),
+        "higher": sum(difference > 0 for difference in differences),
+        "p": statistics.permutation_p(differences),
+    }
+
+
+def render_tasks(summary: Mapping[str, Any], drawn: Iterable[str]) -> str:
+    """Return the summary in Markdown; `drawn` names the figures that lie in `figures/`."""
+    tasks = summary["tasks"]
+    names = [text(task["task"]) for task in tasks]
+    parts = [f"# {text(summary['model']['id'])} on {', '.join(names)}"]
+    if unfinished := [task for task in tasks if task["finished"] < task["planned"]]:
+        told = (f"{text(t['task'])}: {t['finished']} of {t['planned']} runs" for t in unfinished)
+        parts.append(f"**Not finished: {'; '.join(told)}.** What follows is about those.")
+    if not summary["methods"]:
+        return "\n\n".join([*parts, "No method has a seed that it and plain have on every task."]) + "\n"
+    parts.append(bullets(map(_finding, summary["methods"])))
+    plain = [wording.spread(t["plain"]) if t["plain"] else "" for t in tasks]
+    metrics = (f"{name} ({wording.METRICS[t['metric']]})" for name, t in zip(names, tasks, strict=True))
+    rows = [["plain", *plain, "", "", "", ""], *map(_row, summary["methods"])]
+    parts += [
+        table(["method", *metrics, "mean difference", "p", "p (Holm)", "other tasks"], rows),
+        "Plain: mean ± std over seeds, × 100. The others: the mean paired difference from plain on each "
+        "task with its 95 % bootstrap interval and its number of seeds, starred where p is below 0.05 when "
+        f"adjusted after Holm for all {summary['methods'][0]['tasks'][0]['comparisons']} of the table. The "
+        "mean difference is that of the seeds that all tasks have, each a mean over the tasks; its p is that "
+        "of the two-sided sign-flip test over seeds, adjusted for the methods. It is about these tasks; "
+        "`other tasks` is the 95 % interval of the mean over tasks such as these, by Student's t over the "
+        "tasks' means.",
+    ]
+    parts += [
+        image(f"figures/{name}.png", "Paired differences from plain (bars: 95 % intervals)") for name in drawn
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _finding(method: Mapping[str, Any]) -> str:
+    several = wording.count(len(method["tasks"]), "task")
+    told = {**method, "name": text(method["name"]), "against": "plain", "lambda": None}
+    return wording.finding(told).replace(" over ", f" over {several} and ", 1)
+
+
+def _row(method: Mapping[str, Any]) -> list[str]:
+    def cell(entry: Mapping[str, Any]) -> str:
+        star = "*" if entry["p_holm"] < statistics.SIGNIFICANCE else ""
+        lam = "" if entry["lambda"] is None else f", λ {wording.strength(entry['lambda'])}"
+        return f"{wording.difference(entry)}{text(star)} (n {len(entry['values'])}{lam})"
+
+    return [
+        text(method["name"]),
+        *map(cell, method["tasks"]),
+        f"{wording.difference(method)} (n {len(method['values'])})",
+        wording.probability(method["p"]),
+        wording.probability(method["p_holm"]),
+        wording.interval({"interval": method["other_tasks"]}),
+    ]

@@ -1,0 +1,98 @@
+"""Several tasks together: the mean over them, what is flipped, and what is adjusted for what."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from noisytune_cli.study.report.results import summarise
+from noisytune_cli.study.report.tasks import render_tasks, summarise_tasks
+from noisytune_cli.study.report.write import write_tasks
+
+from .records import runs, study
+
+PLAIN = [0.40, 0.42, 0.39, 0.41, 0.43, 0.40, 0.44, 0.38]
+
+#: Differences by task and seed.
+COLA = [0.02, -0.01, 0.03, 0.01, 0.02, 0.01]
+RTE = [0.01, 0.02, -0.02, 0.00, 0.01, 0.03, 0.09, 0.09]
+
+
+def results(task: str, **differences: list[float]) -> dict[str, Any]:
+    """Return the results of a study in which methods differ from plain by so much."""
+    made = runs("plain", PLAIN)
+    for method, some in differences.items():
+        made += runs(method, [plain + by for plain, by in zip(PLAIN, some, strict=False)])
+    return summarise({**study(made), "task": task}, made)
+
+
+def test_a_seed_s_difference_is_its_mean_over_tasks() -> None:
+    summary = summarise_tasks([results("cola", noisytune=COLA), results("rte", noisytune=RTE)])
+    (method,) = summary["methods"]
+    differences = [(a + b) / 2 for a, b in zip(COLA, RTE, strict=False)]  # those of six seeds
+    assert method["values"] == pytest.approx(differences)
+    assert method["mean"] == pytest.approx(fmean(differences))
+    assert method["seeds"] == [[seed] * 3 for seed in range(6)]
+    assert [len(cell["values"]) for cell in method["tasks"]] == [6, 8]
+    # Seeds are flipped, each on all tasks at once.
+    sums = [
+        abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
+        for signs in product((1, -1), repeat=6)
+    ]
+    assert method["p"] == pytest.approx(fmean(total >= abs(sum(differences)) - 1e-12 for total in sums))
+    known = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    assert method["excluded_beyond"] == pytest.approx([known.low, known.high])
+    known = stats.ttest_1samp([fmean(COLA), fmean(RTE[:6])], 0.0).confidence_interval(0.95)
+    assert method["other_tasks"] == pytest.approx([known.low, known.high])
+    assert [(task["task"], task["plain"]["mean"]) for task in summary["tasks"]] == [
+        ("cola", pytest.approx(fmean(PLAIN))),
+        ("rte", pytest.approx(fmean(PLAIN))),
+    ]
+
+
+def test_single_tasks_are_adjusted_among_all_of_the_table_and_means_among_the_means() -> None:
+    up = [0.02, 0.01, 0.03, 0.01, 0.02, 0.01, 0.04, 0.02]
+    summary = summarise_tasks(
+        [results("cola", noisytune=up, r3f=COLA), results("rte", noisytune=up, r3f=RTE[:6])]
+    )
+    noisy, r3f = summary["methods"]
+    assert [cell["p"] for cell in noisy["tasks"]] == [2 / 256] * 2
+    assert [cell["p_holm"] for cell in noisy["tasks"]] == [4 * 2 / 256] * 2
+    assert [cell["verdict"] for cell in noisy["tasks"]] == ["evidence that it is better"] * 2
+    assert [cell["verdict"] for cell in r3f["tasks"]] == ["no evidence of a difference"] * 2
+    assert noisy["p_holm"] == 2 * noisy["p"]
+
+
+def test_what_a_task_lacks_is_not_averaged() -> None:
+    summary = summarise_tasks([results("cola", noisytune=COLA, r3f=COLA), results("rte", noisytune=RTE)])
+    assert [method["name"] for method in summary["methods"]] == ["noisytune"]
+    nothing = summarise_tasks([results("cola", r3f=COLA), results("rte", noisytune=RTE)])
+    assert nothing["methods"] == []
+    assert "No method has a seed that it and plain have on every task." in render_tasks(nothing, [])
+
+
+def test_the_summary_is_written_with_its_figure(tmp_path: Path) -> None:
+    studies = [results("cola", noisytune=COLA), results("rte", noisytune=RTE)]
+    summary = write_tasks(tmp_path, studies)
+    assert json.loads((tmp_path / "tasks.json").read_text()) == summary
+    text = (tmp_path / "tasks.md").read_text()
+    assert "- noisytune against plain: +1.08 [" in text
+    assert "over 2 tasks and 6 paired seeds, higher in " in text
+    assert "evidence that it is better." in text
+    assert "| method | cola (Matthews correlation) | rte (Matthews correlation) | mean difference |" in text
+    assert "(n 6, λ 0.15) | " in text
+    assert "![Paired differences from plain" in text
+    assert (tmp_path / "figures/tasks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_study_that_is_not_finished_says_so() -> None:
+    made = [*runs("plain", PLAIN), *runs("noisytune", PLAIN)]
+    part = summarise({**study(made), "task": "rte"}, [*made[:4], *made[8:12]])
+    text = render_tasks(summarise_tasks([results("cola", noisytune=COLA), part]), [])
+    assert "**Not finished: rte: 8 of 16 runs.**" in text
