@@ -27,6 +27,7 @@ from noisytune_cli.errors import (
 )
 
 if TYPE_CHECKING:
+    from obstore import GetOptions
     from obstore.store import ObjectStore
 
 _T = TypeVar("_T")
@@ -73,6 +74,13 @@ class Object(NamedTuple):
     key: str
     size: int
     etag: str | None
+
+
+class Upload:
+    """An object on its way in parts: whether anybody waits for it still, and whether it was given up."""
+
+    def __init__(self) -> None:
+        self.left_behind, self.given_up = threading.Event(), threading.Event()
 
 
 class Store:
@@ -140,11 +148,12 @@ class Store:
         import obstore
 
         def read() -> bytes:
-            answer = obstore.get(
-                self._store, entry.key, options={"range": (start, end), "if_match": _quoted(entry.etag)}
-            )
+            options: GetOptions = {"range": (start, end)}
+            if entry.etag is not None:
+                options["if_match"] = _quoted(entry.etag)
+            answer = obstore.get(self._store, entry.key, options=options)
             told, content = _object(answer.meta), bytes(answer.bytes())
-            if told.size != entry.size or _bare(told.etag) != _bare(entry.etag):
+            if told.size != entry.size or (entry.etag and _bare(told.etag) != _bare(entry.etag)):
                 raise StoreFault("changed", "another object took its place")
             if len(content) != end - start:
                 raise StoreFault("failed", "fewer bytes were sent than asked for")
@@ -158,7 +167,7 @@ class Store:
 
         _wait(lambda: obstore.put(self._store, key, content, mode="create"))
 
-    def send(self, key: str, pieces: Iterable[bytes], size: int, left_behind: threading.Event) -> None:
+    def send(self, key: str, pieces: Iterable[bytes], size: int, upload: Upload) -> None:
         """Make an object of `size` bytes in parts, or replace one.
 
         An error of `pieces` gives it up, and what was sent is forgotten; so they end where nobody waits.
@@ -168,11 +177,15 @@ class Store:
         part = max(PIECE, -(-size // _PARTS))
 
         def put() -> None:
-            obstore.put(
-                self._store, key, pieces, use_multipart=True, chunk_size=part, max_concurrency=_AT_A_TIME
-            )
+            try:
+                obstore.put(
+                    self._store, key, pieces, use_multipart=True, chunk_size=part, max_concurrency=_AT_A_TIME
+                )
+            except BaseException:
+                upload.given_up.set()
+                raise
 
-        _wait(put, left_behind)
+        _wait(put, upload.left_behind)
 
     def delete(self, key: str, patience: float) -> None:
         """Remove an object, if there is one; `failed` where it takes longer than `patience`."""
@@ -189,9 +202,9 @@ def _bare(etag: str | None) -> str | None:
     return None if etag is None else etag.removeprefix("W/").strip('"')
 
 
-def _quoted(etag: str | None) -> str | None:
+def _quoted(etag: str) -> str:
     """Return an ETag as a header has it; Azure lists them without quotation marks."""
-    return f'"{etag}"' if etag is not None and '"' not in etag else etag
+    return etag if '"' in etag else f'"{etag}"'
 
 
 def _wait(

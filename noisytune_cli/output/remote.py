@@ -15,7 +15,6 @@ failed, says nothing yet: an answer may have been lost. The bytes that are there
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -28,7 +27,7 @@ from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.config import CONFIG
 from noisytune_cli.checkpoint.layout import index_suffix, is_weights
 from noisytune_cli.checkpoint.remote import Scratch
-from noisytune_cli.checkpoint.store import PIECE, Object, Store, StoreFault, writing
+from noisytune_cli.checkpoint.store import PIECE, Object, Store, StoreFault, Upload, writing
 from noisytune_cli.engine.threads import Progress
 from noisytune_cli.errors import NOTHING_PUBLISHED, OutputUnsafe, UsageError
 from noisytune_cli.escape import escape
@@ -74,7 +73,7 @@ def check_in_store(output: Address, *sources: Checkpoint, is_file: bool, overwri
     target = _Target(output, is_folder=not is_file)
     with writing(output, NOTHING_PUBLISHED):
         if target.store.head(target.claim) is None and (there := target.look()):
-            raise _exists(output, min(there))
+            raise _exists(output, f"{escape(min(there))} is there")
 
 
 class RemotePublication(Publication):
@@ -210,7 +209,7 @@ class _Sending:
         there = self._target.look()
         for name, entry in there.items():
             if name not in self._files or not self._is_same(entry, self._files[name]):
-                raise _exists(self._target.output, name)
+                raise _exists(self._target.output, _differs(name))
         return set(there)
 
     def _send(self, name: str, path: Path) -> None:
@@ -220,7 +219,7 @@ class _Sending:
         elif self._create(key, path.read_bytes()) != "other":
             self._report(size)
         else:
-            raise _exists(self._target.output, name)
+            raise _exists(self._target.output, _differs(name))
         self._has_sent = True
 
     def _create(self, key: str, content: bytes) -> Literal["made", "same", "other"]:
@@ -241,12 +240,12 @@ class _Sending:
     def _send_in_parts(self, key: str, path: Path, size: int) -> None:
         shown = 0
 
-        def pieces(left_behind: threading.Event) -> Iterator[bytes]:
+        def pieces(upload: Upload) -> Iterator[bytes]:
             nonlocal shown
             done = 0
             with path.open("rb") as file:
                 while piece := file.read(_CHUNK):
-                    if left_behind.is_set():
+                    if upload.left_behind.is_set():
                         raise RuntimeError("the upload was abandoned")  # which has the store forget its parts
                     yield piece
                     done += len(piece)
@@ -255,9 +254,9 @@ class _Sending:
                         shown = done
 
         for left in reversed(range(_TRIES)):
-            left_behind = threading.Event()
+            upload = Upload()
             try:
-                self._store.send(key, pieces(left_behind), size, left_behind)
+                self._store.send(key, pieces(upload), size, upload)
                 entry = self._store.head(key)
                 if entry is None or entry.size != size:
                     raise StoreFault("failed", "the store says that all was sent, and has it not")
@@ -268,6 +267,10 @@ class _Sending:
                     return
                 if not left:
                     raise
+            except BaseException:
+                # What was left behind may be complete in the end.
+                self._has_sent |= not upload.given_up.is_set()
+                raise
 
     def _look_after(self, key: str, fault: StoreFault) -> Object | None:
         """Return what is there though a request failed; raises the fault again where that would not help."""
@@ -286,10 +289,10 @@ class _Sending:
             )
 
 
-def _exists(output: Address, name: str) -> OutputUnsafe:
-    return OutputUnsafe(
-        "the output exists",
-        path=output,
-        why=f"{escape(name)} is there, and is not what this run would put there",
-        next_step="Choose another output with -o, or remove what is there",
-    )
+def _exists(output: Address, why: str) -> OutputUnsafe:
+    next_step = "Choose another output with -o, or remove what is there"
+    return OutputUnsafe("the output exists", path=output, why=why, next_step=next_step)
+
+
+def _differs(name: str) -> str:
+    return f"{escape(name)} is there, and is not what this run would put there"

@@ -86,6 +86,13 @@ def study(
 
     `tell` is called before the first of them with what so few seeds cannot show, where that is so.
     """
+    if is_address(request.model):
+        raise UsageError(
+            "cannot study a model in an object store",
+            path=request.model,
+            why="every run loads it anew",
+            next_step="Copy its folder here, and give that",
+        )
     machine.check_packages(lora=bool(request.recipe.lora_rank))
     kind = machine.check_device(request.device)
     recipe = replace(request.recipe, precision=machine.choose_precision(request.precision, request.device))
@@ -120,13 +127,6 @@ def study(
     if request.choose:
         _check_choice(request, split)
     probe = _probe(request)
-    if is_address(request.model):
-        raise UsageError(
-            "cannot study a model in an object store",
-            path=request.model,
-            why="every run loads it anew",
-            next_step="Copy its folder here, and give that",
-        )
     with open_checkpoint(request.model, revision=request.revision, follow_links=True) as source:
         _check_folder(source, request.model)
         parameters = sum(tensor.elements for tensor in source.tensors)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +31,7 @@ from noisytune_cli.errors import (
     UsageError,
 )
 from noisytune_cli.records import NoiseSpec
+from noisytune_cli.study.study import StudyRequest, study
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +41,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setenv("TMPDIR", str(folder))
     yield folder
     assert list(folder.iterdir()) == []
 
@@ -205,12 +211,15 @@ def test_what_does_not_pass_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_object_that_changes_is_refused(store: ObjectStore, there: str, tmp_path: Path) -> None:
+def test_an_object_that_changes_is_refused(store: ObjectStore, there: str) -> None:
     name = "models/a/model-00001-of-00002.safetensors"
     other = store.get(name)[:-1] + b"x"
     store.faults.append(Fault("GET", "-00001-", before=lambda: store.put(name, other)))
-    with pytest.raises(Mismatch, match=r"changed while it was read: s3://.*-00001-.*took its place"):
-        run(there, tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(
+        Mismatch, match=r"changed while it was read: s3://.*-00001-.*took its place"
+    ) as caught:
+        inspect(there)
+    assert caught.value.exit_code == 8
 
 
 def test_a_store_that_knows_no_conditions_is_held_to_the_etag(
@@ -218,7 +227,7 @@ def test_a_store_that_knows_no_conditions_is_held_to_the_etag(
 ) -> None:
     name = "models/a/config.json"
     store.faults.append(
-        Fault("GET", "config.json", before=lambda: store.put(name, b"{    }"), drops="if-match")
+        Fault("GET", "config.json", before=lambda: store.put(name, b'{"model_type": "y"}'), drops="if-match")
     )
     with pytest.raises(Mismatch, match="took its place"):
         run(there, tmp_path / "out")  # type: ignore[arg-type]
@@ -302,3 +311,26 @@ def test_a_noised_source_is_refused_there_too(store: ObjectStore, model: Path, t
     with pytest.raises(InputInvalid, match="noised before"):
         run(f"{store.url}/out", tmp_path / "again")  # type: ignore[arg-type]
     assert not store.of("GET", "safetensors$")
+
+
+def test_a_signal_leaves_nothing_of_what_was_fetched(store: ObjectStore, there: str, tmp_path: Path) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    def stall() -> None:
+        reached.set()
+        go_on.wait(20)
+
+    store.faults.append(Fault("GET", "-00001-", before=stall))
+    command = [sys.executable, "-m", "noisytune_cli", "perturb", there, "-o", str(tmp_path / "out")]
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert reached.wait(60)
+    started.send_signal(signal.SIGTERM)
+    _, told = started.communicate(timeout=30)
+    go_on.set()
+    assert (started.returncode, told) == (128 + signal.SIGTERM, "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_needs_a_folder_here_says_so(there: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="every run loads it anew"):
+        study(StudyRequest(model=there, out=str(tmp_path / "study")))
