@@ -73,7 +73,7 @@ class Bucket(Remote):
         home, found = self._home, {}
         for name in (CONFIG, ADAPTER_CONFIG, MANIFEST, self.address.name + MANIFEST_SUFFIX):
             try:
-                entry = self._store.head((home / name).key if home.key else name)
+                entry = self._store.head((home / name).key)
             except StoreFault as fault:
                 if fault.cause != "denied":  # who may not list is told so of what is absent
                     raise
