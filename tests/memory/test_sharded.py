@@ -41,7 +41,7 @@ def test_two_processes_add_the_noise_of_the_whole_to_their_parts(tmp_path: Path)
         for rank in range(2)
     ]
     try:
-        said = [worker.communicate(timeout=90)[0] for worker in workers]
+        said = [worker.communicate(timeout=240)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
