@@ -201,8 +201,8 @@ class Outcomes:
                 counts = tiles.add_noise(device, data, out, dtype, out_dtype, blocks, noise, first)
                 if noise.terms:  # what is only shrunk has no noise that rounding could lose
                     done.append(Counts(part, *counts))
-                # Noise on a NaN or an infinity is counted as clamped; not where sums are float64, since no noise
-                # makes one of those overflow.
+                # Noise on a NaN or an infinity is counted as clamped, but not where sums are float64: none is
+                # looked at there, since no noise makes one overflow.
                 if (counts[1] or dtype == out_dtype == "F64") and not self._is_measured:
                     values = tiles.gather(data, dtype, blocks)
                     if not device.moments(values, dtype).finite:

@@ -187,9 +187,6 @@ PARTS: dict[str, tuple[Part, float, bool]] = {
     "sanitizers": (_sanitizers, 1, True),
 }
 
-#: Seconds of a share in one round; a shorter run has shorter turns.
-_SHARE = 60.0
-
 
 def _run(
     command: Sequence[str], environment: dict[str, str] | None = None
@@ -212,13 +209,15 @@ def _commit() -> str:
     return f"{said or '?'}{'+' * bool(differs)}"
 
 
-def soak(seconds: float, journal: Path, seed: int, names: Sequence[str], keep: Path) -> int:
-    """Take turns until the time is over; return how many things broke."""
+def soak(
+    seconds: float, journal: Path, seed: int, names: Sequence[str], keep: Path, turn: float = 60.0
+) -> int:
+    """Take turns until the time is over, `turn` seconds for each share; return how many things broke."""
     until, broken, commit = time.monotonic() + seconds, 0, _commit()
     shares = sum(PARTS[name][1] for name in names)
     waiting = list(names)
     for round_ in itertools.count():
-        share = min(_SHARE, seconds / shares)
+        share = min(turn, seconds / shares)
         for name in tuple(waiting):
             part, weight, once = PARTS[name]
             length = min(weight * share, until - time.monotonic())
@@ -270,6 +269,7 @@ def main() -> int:
     parser.add_argument("--journal", type=Path, default=_ROOT / "docs" / "long-runs.jsonl")
     parser.add_argument("--seed", type=int, default=0, help="the first turn's; 0: any")
     parser.add_argument("--only", default=",".join(PARTS), metavar="PART,…", help="of %(default)s")
+    parser.add_argument("--turn", type=float, default=60, metavar="SECONDS", help="of the shortest turn")
     parser.add_argument("--keep", type=Path, default=_ROOT / "build" / "soak", help="corpora of fuzzers")
     options = parser.parse_args()
     sys.path[:0] = [str(_ROOT), *(str(_ROOT / "tests" / name) for name in ("", "inputs", "faults"))]
@@ -278,7 +278,9 @@ def main() -> int:
         parser.error(f"--only {','.join(unknown)}: {', '.join(PARTS)}")
     options.keep.mkdir(parents=True, exist_ok=True)
     seed = options.seed or random.SystemRandom().randrange(1, 1_000_000)
-    broken = soak(options.seconds, options.journal.absolute(), seed, names, options.keep.absolute())
+    broken = soak(
+        options.seconds, options.journal.absolute(), seed, names, options.keep.absolute(), options.turn
+    )
     print(f"{broken} broke; the journal is {options.journal}")
     return 1 if broken else 0
 
