@@ -469,7 +469,7 @@ def _show_together(summary: Mapping[str, Any], folder: Path, *, as_json: bool, q
     from noisytune_cli.cli.show import note, write_out
     from noisytune_cli.cli.table import lay_out
     from noisytune_cli.study.report import wording
-    from noisytune_cli.study.report.results import NO_EVIDENCE, encode
+    from noisytune_cli.study.report.results import encode
 
     def row(method: Mapping[str, Any]) -> dict[str, str]:
         told = [
@@ -487,7 +487,10 @@ def _show_together(summary: Mapping[str, Any], folder: Path, *, as_json: bool, q
     if as_json:
         write_out(encode(summary), spelled=False)
     else:
-        rows = [(row(method), "green" * (method["verdict"] != NO_EVIDENCE)) for method in summary["methods"]]
+        rows = [
+            (row(method), "green" * (method["verdict"] != wording.NO_EVIDENCE))
+            for method in summary["methods"]
+        ]
         dispensable = ("p", "tasks", "seeds", "p (Holm)")
         write_out(
             (
@@ -503,11 +506,12 @@ def _show_together(summary: Mapping[str, Any], folder: Path, *, as_json: bool, q
 def _table(results: Mapping[str, Any]) -> Iterator[str]:
     from noisytune_cli.cli.table import lay_out
     from noisytune_cli.study.report import wording
-    from noisytune_cli.study.report.results import NO_EVIDENCE
 
     metric = wording.METRICS[results["study"]["primary"]]
     yield f"{escape(results['study']['task'])}: {metric} × 100 on the dev rows\n"
-    rows = [(row, "green" if row["verdict"] not in ("", NO_EVIDENCE) else "") for row in _rows(results)]
+    rows = [
+        (row, "green" if row["verdict"] not in ("", wording.NO_EVIDENCE) else "") for row in _rows(results)
+    ]
     yield from lay_out(_COLUMNS, rows, left=_LEFT, dispensable=_DISPENSABLE, all_in="--json")
 
 

@@ -114,7 +114,7 @@ class Journal:
         settled = dict(study)
         if path.exists():
             known = _read_study(path)
-            _check_same(completed(known["settings"]), study["settings"], self.folder)
+            _check_same(completed(known["settings"]), completed(study["settings"]), self.folder)
             planned = {run["key"]: run for run in (*known["design"], *study["design"])}
             # Machine and versions stay those that the first runs were made with.
             settled = {**known, "design": list(planned.values())}

@@ -83,7 +83,7 @@ def test_what_is_excluded_is_student_s_interval() -> None:
     known = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
     assert (low, high) == pytest.approx((known.low, known.high))
     assert statistics.excluded_beyond([0.5]) is None
-    assert statistics.excluded_beyond([0.25] * 4) == (0.25, 0.25)
+    assert statistics.excluded_beyond([0.25] * 4) is None  # which could be chance, with an unknown spread
 
 
 def test_what_is_excluded_holds_of_few_seeds_too() -> None:

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from noisytune_cli.study.report import appendix, wording
 from noisytune_cli.study.report.markdown import bullets, image, table, text
 from noisytune_cli.study.report.plots import PLOTS
-from noisytune_cli.study.report.results import NO_EVIDENCE, Entry, Results, whole
+from noisytune_cli.study.report.results import Entry, Results, whole
+from noisytune_cli.study.report.wording import NO_EVIDENCE
 
 
 def render(results: Results, drawn: Collection[str]) -> str:

@@ -58,17 +58,17 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def excluded_beyond(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the bounds outside of which the mean of [n] values does not lie, at 95 %; None for one value.
+    """Return the bounds outside of which the mean of [n] values does not lie, at 95 %.
 
-    By Student's t, which few values do not make too narrow: it is about how large an effect can still be,
-    where a bootstrap that promises too little is of no use.
+    By Student's t, which few values do not make too narrow, as a bootstrap would: what is excluded is not to
+    be excluded too soon. None where there is one value, or all are equal: then their spread is not known.
     """
     from scipy import stats
 
-    if len(values) == 1:
-        return None
     mean, std = moments(values)
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * (std or 0.0) / math.sqrt(len(values))
+    if not std:
+        return None
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * std / math.sqrt(len(values))
     return mean - reach, mean + reach
 
 
