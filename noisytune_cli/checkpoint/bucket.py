@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from noisytune_cli.checkpoint import downloads
 from noisytune_cli.checkpoint.address import Address
 from noisytune_cli.checkpoint.config import ADAPTER_CONFIG, CONFIG
 from noisytune_cli.checkpoint.layout import is_plain_name, list_names
-from noisytune_cli.checkpoint.remote import Remote, Scratch, do_all, transfer_shown
+from noisytune_cli.checkpoint.remote import Remote, Scratch, do_all
 from noisytune_cli.checkpoint.store import PIECE, Object, Store, StoreFault, reading
 from noisytune_cli.errors import (
     HubError,
@@ -49,9 +50,8 @@ class _Part(NamedTuple):
 class Bucket(Remote):
     """What lies at an address: an object (`file`, and what may tell of it beside it), or all below it."""
 
-    def __init__(self, source: str, quiet: bool) -> None:
+    def __init__(self, source: str) -> None:
         self.address = Address(source)
-        self._quiet = quiet
         self._store = Store(self.address)
         with reading(self.address):
             found = _object_at(self._store, source)
@@ -145,7 +145,7 @@ class Bucket(Remote):
             except OSError as error:
                 raise exhausted(error) from error
         left_behind = threading.Event()
-        with transfer_shown(f"Fetching {len(new)} files", sum(map(self.size, new)), self._quiet) as show:
+        with downloads.shown.get()(sum(map(self.size, new))) as show:
 
             def fetch(part: _Part) -> None:
                 content = self.part(*part, left_behind)

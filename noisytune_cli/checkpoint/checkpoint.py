@@ -184,8 +184,8 @@ def open_checkpoint(
 
 def open_files(found: Found, names: Collection[str], *, mmap: bool = False) -> tuple[Source, ...]:
     """Fetch and open these weight files of a checkpoint alone, for who knows all else that is in it."""
-    if found.repository is not None:
-        found.repository.fetch(list(names))
+    if found.remote is not None:
+        found.remote.fetch(list(names))
     sources: list[Source] = []
     with ExitStack() as opened:
         for choice in found.choices:

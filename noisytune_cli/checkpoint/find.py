@@ -169,7 +169,7 @@ def find(
             next_step="Leave --revision out, or give a hub id",
         )
     if is_address(source):
-        return _find_in_store(source, weights, components, quiet)
+        return _find_in_store(source, weights, components)
     path = Path(os.path.expanduser(source))
     try:
         is_folder = stat.S_ISDIR(os.stat(path).st_mode)
@@ -184,10 +184,10 @@ def find(
     return _find_file(path, name, commit)
 
 
-def _find_in_store(source: str, weights: str | None, components: Sequence[str], quiet: bool) -> Found:
+def _find_in_store(source: str, weights: str | None, components: Sequence[str]) -> Found:
     from noisytune_cli.checkpoint.bucket import Bucket  # what is here should not wait for it
 
-    bucket = Bucket(source, quiet)
+    bucket = Bucket(source)
     name = bucket.address
     with bucket.named():
         if bucket.file is None:

@@ -7,7 +7,6 @@ left behind when a signal asks us to stop; and headers alone, at the beginning o
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 import threading
 import weakref
@@ -145,18 +144,6 @@ def wait_for(
         if left_behind is not None:
             left_behind.set()
             thread.join(_GRACE)
-
-
-@contextmanager
-def transfer_shown(what: str, nbytes: int, quiet: bool) -> Iterator[Callable[[int], object]]:
-    """Show a transfer on a terminal; yield what is told of the bytes that are done."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=nbytes, unit="B", unit_scale=True, desc=what) as shown:
-        yield shown.update
 
 
 class Scratch:

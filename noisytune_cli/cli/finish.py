@@ -23,7 +23,6 @@ def finish(out: JobOut, threads: Threads = None, as_json: AsJson = False, quiet:
     made = command.finish(
         out,
         threads=threads,
-        quiet=quiet,
         progress=lambda nbytes: show.progress(nbytes, "check", enabled=not quiet),
     )
     show_perturb.show_perturbed(made, as_json=as_json, quiet=quiet, seconds=time.monotonic() - started)

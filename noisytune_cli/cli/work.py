@@ -48,7 +48,6 @@ def work(
         device=device,
         threads=threads,
         mmap=mmap,
-        quiet=quiet,
         progress=lambda nbytes: show.progress(nbytes, "work", enabled=not quiet),
     )
     show.warn_all(done.warnings)

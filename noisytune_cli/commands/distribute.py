@@ -71,7 +71,7 @@ def perturb_shares(
             complete(run, do_task, first, report)
             for answer in complete(run, do_task, second, report):
                 warnings += answer["warnings"]
-    made = finish(out, threads=threads, quiet=request.quiet, progress=progress)
+    made = finish(out, threads=threads, progress=progress)
     return tuple(replace(one, warnings=tuple(dict.fromkeys((*warnings, *one.warnings)))) for one in made)
 
 

@@ -41,7 +41,6 @@ def finish(
     out: str,
     *,
     threads: int | None = None,
-    quiet: bool = False,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
 ) -> tuple[Perturbed, ...]:
     """Publish the outputs of the job of `out`, durably, and remove the job; what is published stays.
@@ -55,7 +54,7 @@ def finish(
     job = folder.job
     if left := folder.left:
         raise missing(folder, left)
-    with request_of(job, quiet=quiet).open(headers_only=True) as source:
+    with request_of(job).open(headers_only=True) as source:
         _check_source(job, source)
         prepared = _prepare(folder, source)
         receipts = [_receipts(folder, at, plan) for at, plan in enumerate(prepared.plans)]
@@ -91,11 +90,13 @@ def missing(folder: JobFolder, left: Sequence[int]) -> InputUnreadable:
 
 def _published_before(out: str) -> tuple[Perturbed, ...]:
     """Return what is at OUT where no job is: an earlier `finish` has published it, and removed the job."""
+    place = job_path(out)
     output = resolve_folder(out)
+    assert isinstance(output, Path)  # job_path has asked
     for path in (output / MANIFEST, manifest_beside(output)):
         if is_there(path):
             return (Perturbed(output, path, read_manifest(path).manifest, (), (), skipped=True),)
-    raise no_job(job_path(out))
+    raise no_job(place)
 
 
 def _check_source(job: Job, source: Checkpoint) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from noisytune_cli.checkpoint.address import is_address
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.find import comes_from_hub
 from noisytune_cli.checkpoint.layout import METADATA
@@ -23,7 +24,7 @@ from noisytune_cli.commands.write import record_source
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.manifest.job import Beside, Job, JobOutput, Share, ShareSteps, steps_bytes
 from noisytune_cli.output.destination import check_places, find_place
-from noisytune_cli.output.job_folder import JobFolder, create_job, is_planned
+from noisytune_cli.output.job_folder import JobFolder, create_job, in_store, is_planned
 from noisytune_cli.output.space import check_room
 from noisytune_cli.records import Combination
 from noisytune_cli.version import __version__
@@ -54,6 +55,8 @@ def plan_job(
     find the job by it. Raises what `perturb_each` does before it reads weights, OutputUnsafe for another job
     there, InputInvalid for weights that are no plain files.
     """
+    if is_address(request.source):
+        raise in_store(request.source)
     begins = not is_planned(out)
     replaces = overwrite or overwrite_changed
     if begins:

@@ -95,8 +95,8 @@ def verify(
     `out` is the path of the output, a folder or a file, or of its manifest; or the address of one of them in
     an object store, from where the output is fetched.
     """
-    with _located(out, quiet) as located:
-        return _verify(located, base, threads, mmap, quiet, follow_links, progress)
+    with _located(out) as located:
+        return _verify(located, base, threads, mmap, follow_links, progress)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class _Located:
 
 
 @contextmanager
-def _located(out: str, quiet: bool) -> Iterator[_Located]:
+def _located(out: str) -> Iterator[_Located]:
     if not is_address(out):
         place = place_of(out)
         recorded = _read_manifest(place)
@@ -121,7 +121,7 @@ def _located(out: str, quiet: bool) -> Iterator[_Located]:
     from noisytune_cli.checkpoint.bucket import Bucket  # what is here should not wait for it
 
     output = out[: -len(MANIFEST)] if out.endswith(f"/{MANIFEST}") else out.removesuffix(MANIFEST_SUFFIX)
-    with closing(Bucket(output, quiet)) as bucket, bucket.named():
+    with closing(Bucket(output)) as bucket, bucket.named():
         names, file = bucket.listing.files, bucket.file
         manifest = MANIFEST if file is None else file + MANIFEST_SUFFIX
         bucket.fetch([name for name in (manifest, file) if name in names])
@@ -139,7 +139,6 @@ def _verify(
     base: str | None,
     threads: int | None,
     mmap: bool,
-    quiet: bool,
     follow_links: bool,
     progress: Progress,
 ) -> Verified:

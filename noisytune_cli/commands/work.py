@@ -54,7 +54,6 @@ def work(
     device: str = "cpu",
     threads: int | None = None,
     mmap: bool = False,
-    quiet: bool = False,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
 ) -> Worked:
     """Do every n-th share of the job of `out`, from the k-th on, where `share` is (k, n).
@@ -79,23 +78,21 @@ def work(
         walk = replace(walk, progress=report)
         for one in to_sum:
             if not folder.has_sums(one):
-                add_up_share(folder, one, walk, mmap=mmap, quiet=quiet)
+                add_up_share(folder, one, walk, mmap=mmap)
                 done.add(one)
         if waits_for := folder.lacking_sums:
             return Worked(folder, len(chosen), len(done), tuple(waits_for), ())
         for one in left:
             if not folder.is_done(one):
-                warnings += do_share(folder, one, walk, mmap=mmap, quiet=quiet)
+                warnings += do_share(folder, one, walk, mmap=mmap)
                 done.add(one)
     return Worked(folder, len(chosen), len(done), (), tuple(dict.fromkeys(warnings)))
 
 
-def add_up_share(
-    folder: JobFolder, number: int, walk: Walk, *, mmap: bool = False, quiet: bool = True
-) -> None:
+def add_up_share(folder: JobFolder, number: int, walk: Walk, *, mmap: bool = False) -> None:
     """Leave what a share's values add to the std of all."""
     job, share = folder.job, folder.job.shares[number]
-    with _opened(job, share, mmap, quiet) as sources:
+    with _opened(job, share, mmap) as sources:
         steps = read_steps(folder.steps(number), job, share)
         noises = {output.noise.lam: output.noise for output in job.outputs}
         plans = plans_of(list(noises.values()), steps.steps, sources)
@@ -106,16 +103,14 @@ def add_up_share(
     folder.put([sums_bytes([ShareSums(*total) for total in totals])], folder.sums(number))
 
 
-def do_share(
-    folder: JobFolder, number: int, walk: Walk, *, mmap: bool = False, quiet: bool = True
-) -> tuple[str, ...]:
+def do_share(folder: JobFolder, number: int, walk: Walk, *, mmap: bool = False) -> tuple[str, ...]:
     """Leave a share's weight files of every output, and its receipts; return what the user should know."""
     job, share = folder.job, folder.job.shares[number]
     noises = [output.noise for output in job.outputs]
     by_strength = dict(zip(job.strengths, read_steps(folder.steps(number), job, share).steps, strict=True))
     stds = _stds(folder) if job.has_sums else {}
     with ExitStack() as opened:
-        sources = opened.enter_context(_opened(job, share, mmap, quiet))
+        sources = opened.enter_context(_opened(job, share, mmap))
         plans = plans_of(noises, [by_strength[noise.lam] for noise in noises], sources)
         files = () if job.conversion is None else lay_out(sources, plans[0], job.conversion)
         places: list[Place] = []
@@ -175,12 +170,12 @@ def _stds(folder: JobFolder) -> dict[float, float]:
 
 
 @contextmanager
-def _opened(job: Job, share: Share, mmap: bool, quiet: bool) -> Iterator[tuple[Source, ...]]:
+def _opened(job: Job, share: Share, mmap: bool) -> Iterator[tuple[Source, ...]]:
     """Open the weight files of a share, which must be as they were when the job was planned."""
     with ExitStack() as opened:
         if job.conversion is not None and job.conversion.dequantized is not None:
             # A weight's scale may lie in another file.
-            whole = opened.enter_context(request_of(job, mmap=mmap, quiet=quiet).open())
+            whole = opened.enter_context(request_of(job, mmap=mmap).open())
             sources = tuple(source for source in whole.sources if source.name in share.files)
         else:
             found = find(
@@ -188,10 +183,9 @@ def _opened(job: Job, share: Share, mmap: bool, quiet: bool) -> Iterator[tuple[S
                 weights=job.weights,
                 components=job.components,
                 revision=job.commit,
-                quiet=quiet,
                 follow_links=job.follow_links,
             )
-            if found.repository is None:
+            if found.remote is None:
                 check_times(job, found.root, share.files)
             sources = open_files(found, share.files, mmap=mmap)
             for source in sources:
@@ -200,7 +194,7 @@ def _opened(job: Job, share: Share, mmap: bool, quiet: bool) -> Iterator[tuple[S
         yield sources
 
 
-def request_of(job: Job, *, mmap: bool = False, quiet: bool = True) -> Request:
+def request_of(job: Job, *, mmap: bool = False) -> Request:
     """Return what the job's source is opened with as a whole; what was asked when it was planned, is not."""
     return Request(
         source=job.asked,
@@ -211,7 +205,6 @@ def request_of(job: Job, *, mmap: bool = False, quiet: bool = True) -> Request:
         revision=job.commit,
         mmap=mmap,
         again=True,
-        quiet=quiet,
         follow_links=job.follow_links,
         card=job.card,
     )

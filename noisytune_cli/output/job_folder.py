@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from noisytune_cli.errors import InputUnreadable, OutputUnsafe, unwritable
+from noisytune_cli.errors import InputUnreadable, OutputUnsafe, UsageError, unwritable
 from noisytune_cli.manifest.job import Job, Share, digest_of, job_pieces, read_job
 from noisytune_cli.output import staging
 from noisytune_cli.output.destination import resolve_folder
@@ -42,8 +42,13 @@ _DIGITS = 32
 
 
 def job_path(out: str) -> Path:
-    """Return where the job of an output lies that is named `out`, with its placeholders where it has any."""
+    """Return where the job of an output lies that is named `out`, with its placeholders where it has any.
+
+    Raises UsageError for an address in an object store.
+    """
     path = resolve_folder(out)
+    if not isinstance(path, Path):
+        raise in_store(path)
     plain = 0
     while plain < len(path.parts) and "{" not in path.parts[plain]:
         plain += 1
@@ -51,6 +56,16 @@ def job_path(out: str) -> Path:
     name = os.fsencode(os.path.join(*path.parts[plain:]))
     digest = hashlib.blake2b(name, digest_size=6).hexdigest()
     return Path(*path.parts[:plain]) / f"{staging.PREFIX}job-{digest}"
+
+
+def in_store(address: str) -> UsageError:
+    """Return the error for a job that would read from an object store, or write to one."""
+    return UsageError(
+        "a job is done on files",
+        path=address,
+        why="what its processes leave for one another lies in a folder that all of them see",
+        next_step="Copy to and from the object store, or use noisytune perturb, which does",
+    )
 
 
 @dataclass(frozen=True)
