@@ -41,7 +41,7 @@ NOT_RUN = {
         ("sbatch", "needs Slurm"),
         ("--engine ray", "needs a cluster"),
     ],
-    "remote.md": [("s3://models/llama", "needs a bucket; object stores have tests of their own")],
+    "remote.md": [("s3://models/llama", "needs a bucket")],
     "python.md": [("class NoiseExtension", "needs vLLM; its slices are tested with stand-ins")],
 }
 
