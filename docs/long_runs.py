@@ -69,7 +69,9 @@ def table(records: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str
         "| --- |" + " ---: |" * 4 + " --- |",
     ]
     for kind, name in names.items():
-        of_kind = [record for record in records if record["kind"] == kind]
+        of_kind = [
+            record for record in records if record["kind"] == kind and (record["count"] or record["broken"])
+        ]
         if not of_kind:
             continue
         count, broken = (sum(record[key] for record in of_kind) for key in ("count", "broken"))
