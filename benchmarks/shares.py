@@ -3,7 +3,7 @@
     python benchmarks/shares.py [--size GIB] [--shards 16] [--rounds 5] [--folder DIR] [--ray]
 
 Prints the median seconds of `noisytune perturb`, of `--engine local`, with `--ray` of `--engine ray` (its
-start is in them), and the median of the ratios of each round.
+start is in them), on the wall and of the CPU, and the medians of the ratios of each round.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
-import sys
 import tempfile
 from pathlib import Path
 
@@ -51,15 +49,16 @@ def main() -> None:
         runs = {"perturb": plain, "--engine local": [*in_shares, "--engine", "local"]}
         if given.ray:
             runs["--engine ray"] = [*in_shares, "--engine", "ray"]
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
         for _ in range(given.rounds):
             for name, command in runs.items():
-                seconds[name].append(timed(command))
+                taken[name].append(timed(command))
                 shutil.rmtree(out)
-        for name, found in seconds.items():
-            ratios = np.array(found) / np.array(seconds["perturb"])
-            ratio = statistics.median(ratios.tolist())
-            print(f"{name:16} {statistics.median(found):6.2f} s   {ratio:.2f} of perturb", file=sys.stdout)
+        for name, found in taken.items():
+            ratios = np.median(np.array(found) / np.array(taken["perturb"]), axis=0)
+            seconds, of_cpu = np.median(np.array(found), axis=0)
+            print(f"{name:16} {seconds:6.2f} s, of the CPU {of_cpu:6.2f} s;", end=" ")
+            print(f"beside perturb {ratios[0]:.2f} and {ratios[1]:.2f}")
 
 
 if __name__ == "__main__":
