@@ -72,11 +72,12 @@ class Rows(list[Any]):
 
 @pytest.fixture
 def shell(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A `noisytune` for the lines that need a shell."""
+    """A `noisytune` and a `python` for the lines that need a shell."""
     folder = tmp_path_factory.mktemp("bin")
-    program = folder / "noisytune"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m noisytune_cli "$@"\n')
-    program.chmod(0o755)
+    for name, module in (("noisytune", " -m noisytune_cli"), ("python", "")):
+        program = folder / name
+        program.write_text(f'#!/bin/sh\nexec "{sys.executable}"{module} "$@"\n')
+        program.chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=":")
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=":")
 

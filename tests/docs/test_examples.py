@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -46,6 +47,21 @@ def test_finetuning_from_a_noisy_folder(ran: Callable[[str, Path], str], tmp_pat
     assert losses[-1] < losses[0]
     assert noisytune_cli.verify(tmp_path / "made/noisy", base=tmp_path / "made/pretrained").ok
     assert (tmp_path / "made/finetuned/model.safetensors").exists()
+
+
+def test_the_opinions_are_two_hundred_and_of_two_kinds(
+    ran: Callable[[str, Path], str], tmp_path: Path
+) -> None:
+    ran("opinions.py", tmp_path / "opinions")
+    rows = []
+    for name, count in (("train", 140), ("dev", 60)):
+        with open(tmp_path / f"opinions/{name}.csv", encoding="utf-8", newline="") as file:
+            header, *some = csv.reader(file)
+        assert (header, len(some)) == (["text", "label"], count)
+        # Neither label wins by being more common.
+        assert 0.4 < sum(label == "yes" for _, label in some) / count < 0.6
+        rows += some
+    assert len({text for text, _ in rows}) == 200
 
 
 def test_a_population_climbs(ran: Callable[[str, Path], str], tmp_path: Path) -> None:

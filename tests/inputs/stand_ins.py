@@ -112,6 +112,9 @@ class StandIns:
                 "\n".join(["index\tsentence1\tsentence2\tlabel", *some]) + "\n"
             )
 
+    def examples(self, path: Path) -> None:
+        shutil.copytree(Path(__file__).parents[2] / "examples", path)
+
     def rows(self, path: Path) -> None:
         some = SENTENCES[::10] if path.name == "train.csv" else SENTENCES[1::10]
         path.write_text("\n".join(["text,label", *(f"{text},{label}" for text, label in some)]) + "\n")
@@ -129,6 +132,7 @@ MAKERS: Mapping[str, Callable[[StandIns, Path], None]] = {
     "pipeline": StandIns.pipeline,
     "noisytune.json": StandIns.manifest,
     "glue": StandIns.glue,
+    "examples": StandIns.examples,
     "train.csv": StandIns.rows,
     "dev.csv": StandIns.rows,
 }
