@@ -198,6 +198,8 @@ def _read_job(document: Document, version: str) -> Job:
     source = read_source(document.value(), "source")
     document.member("asked")
     asked = Fields(document.value(), "asked", ("source", "weights", "components", "commit", *_OPTIONS))
+    if asked.string("source").startswith("/") != (asked.commit("commit") is None):
+        raise asked.fault("source", "is neither an absolute path nor a hub id with its commit")
     document.member("conversion")
     found = document.value()
     conversion = None if found is None else read_conversion(Fields(found, "conversion", CONVERSION_KEYS))

@@ -21,13 +21,16 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from noisytune_cli.errors import InputUnreadable, OutputUnsafe, UsageError, unwritable
+from noisytune_cli.escape import escape
 from noisytune_cli.manifest.job import Job, Share, digest_of, job_pieces, read_job
 from noisytune_cli.output import staging
 from noisytune_cli.output.destination import resolve_folder
@@ -40,6 +43,9 @@ _PLAN = "plan.json"
 #: Hexadecimal digits of a plan's digest that name its folder.
 _DIGITS = 32
 
+#: What stands for a value in an output's name, and how a value may be written there.
+_PLACEHOLDER, _VALUE = re.compile(r"\{(?:lambda|noise-std|sigma|seed)\}"), r"\.?[\w+-][\w.+-]*"
+
 
 def job_path(out: str) -> Path:
     """Return where the job of an output lies that is named `out`, with its placeholders where it has any.
@@ -50,7 +56,7 @@ def job_path(out: str) -> Path:
     if not isinstance(path, Path):
         raise in_store(path)
     plain = 0
-    while plain < len(path.parts) and "{" not in path.parts[plain]:
+    while plain < len(path.parts) and not _PLACEHOLDER.search(path.parts[plain]):
         plain += 1
     plain = min(plain, len(path.parts) - 1)
     name = os.fsencode(os.path.join(*path.parts[plain:]))
@@ -179,16 +185,58 @@ def no_job(path: Path) -> InputUnreadable:
 def open_job(out: str) -> JobFolder:
     """Open the job of an output that is named `out`.
 
-    Raises InputUnreadable where there is none, InputInvalid for one that is malformed or another version's.
+    Raises InputUnreadable where there is none, InputInvalid for one that is malformed or another version's,
+    OutputUnsafe for one that may be a stranger's, or writes to what `out` does not name.
     """
-    return open_folder(job_path(out))
+    folder = open_folder(job_path(out))
+    _require_named(folder, out)
+    return folder
 
 
 def open_folder(path: Path) -> JobFolder:
-    """Open the job whose folder is at `path`, as `open_job` does."""
+    """Open the job whose folder is at `path`, as `open_job` does, of whatever outputs."""
     if not is_there(path / _PLAN):
         raise no_job(path)
+    _require_trusted(path)
     return JobFolder(path, *read_job(path / _PLAN))
+
+
+def _require_trusted(path: Path) -> None:
+    """Raise OutputUnsafe for the folder of a job that anybody may have put there.
+
+    Its plan says what is read, and its receipts what was done. Who shares a group's folder is trusted.
+    """
+    status, above = os.lstat(path), os.stat(path.parent)
+    if not stat.S_ISDIR(status.st_mode):
+        why = "it is a link or a file where the folder of a job should be"
+    elif status.st_uid != os.geteuid() and above.st_mode & stat.S_IWOTH:
+        why = "it belongs to another user, in a folder that anybody may write to"
+    else:
+        return
+    raise OutputUnsafe(
+        "the job may be a stranger's",
+        path=path,
+        why=why,
+        next_step="Choose another output with -o, in a folder that is yours",
+    )
+
+
+def _require_named(folder: JobFolder, out: str) -> None:
+    """Raise OutputUnsafe unless every output of a job is what `out` names, or lies in that folder."""
+    words = re.split(f"({_PLACEHOLDER.pattern})", os.fspath(resolve_folder(out)))
+    pattern = "".join(
+        f"(?:{_VALUE}|{re.escape(word)})" if number % 2 else re.escape(word)
+        for number, word in enumerate(words)
+    )
+    for output in folder.job.outputs:
+        path = Path(os.path.normpath(output.path))
+        if not any(re.fullmatch(pattern, os.fspath(place)) for place in (path, path.parent)):
+            raise OutputUnsafe(
+                "the job is another output's",
+                path=folder.path,
+                why=f"it writes to {escape(output.path)}, which is not what {escape(out)} names",
+                next_step="Remove the job's folder, and plan it again",
+            )
 
 
 def is_planned(out: str) -> bool:
@@ -207,6 +255,8 @@ def create_job(
     draft = path / f".plan-{os.urandom(4).hex()}"
     plan = draft.with_suffix(".json")
     try:
+        _make(path)
+        _require_trusted(path)
         try:
             _make(draft / "steps")
             made = []
@@ -218,6 +268,7 @@ def create_job(
             job = make(tuple(made))
             content = b"".join(job_pieces(job))
             folder = JobFolder(path, job, digest_of(content).removeprefix("blake3:"))
+            _require_named(folder, out)
             if not is_there(path / _PLAN):
                 _write(plan, [content])
                 _claim(draft, folder.steps(0).parents[1], rename_directory)

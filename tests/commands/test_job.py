@@ -19,6 +19,7 @@ from noisytune_cli.commands.finish import finish
 from noisytune_cli.commands.perturb import perturb_each
 from noisytune_cli.commands.plan import PlannedJob, plan_job
 from noisytune_cli.commands.request import Request
+from noisytune_cli.commands.status import status
 from noisytune_cli.commands.work import work
 from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch, OutputUnsafe
 from noisytune_cli.output.job_folder import job_path
@@ -287,3 +288,69 @@ def test_the_output_is_only_refused_when_it_is_another(source: Path, tmp_path: P
     assert (Path(out) / "mine").read_text() == "x"
     shutil.rmtree(out)
     finish(out)
+
+
+VERBS = {"plan": lambda asked, out: plan(asked, out, {}), "work": lambda _, out: work(out)}
+VERBS |= {"finish": lambda _, out: finish(out), "status": lambda _, out: status(out)}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_job_that_anybody_may_have_put_there(
+    verb: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp").chmod(0o1777)
+    out = f"{tmp_path}/tmp/job"
+    plan(request(source, {}), out, {})
+    work(out)
+    before = contents(job_path(out))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        with pytest.raises(OutputUnsafe, match="belongs to another user"):
+            VERBS[verb](request(source, {}), out)
+    assert contents(job_path(out)) == before
+    elsewhere = job_path(out).rename(tmp_path / "elsewhere")
+    job_path(out).symlink_to(elsewhere)
+    with pytest.raises(OutputUnsafe, match="it is a link"):
+        VERBS[verb](request(source, {}), out)
+    assert contents(elsewhere) == before
+
+
+def test_a_job_in_a_folder_of_a_group(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path.chmod(0o770)
+    out = f"{tmp_path}/job"
+    plan(request(source, {}), out, {})
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    work(out)
+    finish(out)
+
+
+@pytest.mark.parametrize("verb", ["work", "finish", "status"])
+@pytest.mark.parametrize("place", ["victim", "job-0 1", "job-0/../victim"])
+def test_a_plan_that_writes_elsewhere(verb: str, place: str, source: Path, tmp_path: Path) -> None:
+    out = f"{tmp_path}/job-{{seed}}"
+    folder = plan(request(source, {}), out, {"seed": "0"}).folder
+    work(out)
+    edit(folder.path / "plan.json", f'"path": "{tmp_path}/job-0"', f'"path": "{tmp_path}/{place}/x"')
+    with pytest.raises(OutputUnsafe, match=r"writes to .*, which is not what"):
+        VERBS[verb](request(source, {}), out)
+
+
+@pytest.mark.parametrize("other", ["s3://bucket/model", "base", "~/base"])
+def test_a_plan_whose_source_is_none_of_a_job(other: str, source: Path, tmp_path: Path) -> None:
+    out = f"{tmp_path}/job"
+    folder = plan(request(source, {}), out, {}).folder
+    edit(folder.path / "plan.json", f'"source": "{source}"', f'"source": "{other}"')
+    with pytest.raises(InputInvalid, match="neither an absolute path nor a hub id"):
+        work(out)
+
+
+@pytest.mark.parametrize("out", ["{1}/job", "s{seed}/job-{lambda}", "here/"])
+def test_braces_and_folders_in_the_name(out: str, source: Path, tmp_path: Path) -> None:
+    source = source if out != "here/" else save(tmp_path / "one.safetensors", SHARDS[1])
+    plan(request(source, {}), f"{tmp_path}/{out}", {"seed": "0"})
+    place = job_path(f"{tmp_path}/{out}").parent
+    assert place == tmp_path / "{1}" if out == "{1}/job" else place == tmp_path
+    work(f"{tmp_path}/{out}")
+    (made,) = finish(f"{tmp_path}/{out}")
+    assert made.output.exists()
