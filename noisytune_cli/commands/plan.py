@@ -80,7 +80,9 @@ def plan_job(
         paths = [find_place(one, source, prepared.files, recipe_only=recipe_only) for one in outs_of(wanted)]
 
         at_hub = comes_from_hub(request.source)
-        local = os.path.abspath(os.path.expanduser(request.source))
+        local = os.path.join(os.getcwd(), os.path.expanduser(request.source))
+        if ".." not in local.split("/"):  # what lies above a link is for the kernel to say
+            local = os.path.normpath(local)
 
         def make(shares: tuple[Share, ...]) -> Job:
             return Job(

@@ -354,3 +354,16 @@ def test_braces_and_folders_in_the_name(out: str, source: Path, tmp_path: Path) 
     work(f"{tmp_path}/{out}")
     (made,) = finish(f"{tmp_path}/{out}")
     assert made.output.exists()
+
+
+def test_a_source_above_a_link(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (source / "deep").mkdir()
+    (tmp_path / "link").symlink_to(source / "deep")
+    monkeypatch.chdir(tmp_path)
+    asked = Request("link/..", NoiseSpec())
+    (expected,) = single(asked, f"{tmp_path}/single", {})
+    plan(asked, f"{tmp_path}/job", {})
+    monkeypatch.chdir("/")
+    work(f"{tmp_path}/job")
+    (made,) = finish(f"{tmp_path}/job")
+    assert contents(made.output) == contents(expected)
