@@ -7,6 +7,7 @@ same command goes on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ from noisytune_cli.commands.perturb import Perturbed, Prepared, lay_out_all, pub
 from noisytune_cli.commands.replaced import require_unchanged
 from noisytune_cli.commands.work import changed_since, check_planned, check_times, plans_of, request_of
 from noisytune_cli.engine.threads import Progress
-from noisytune_cli.errors import InputInvalid, InputUnreadable, unreadable
+from noisytune_cli.errors import InputInvalid, InputUnreadable, NoisytuneError, unreadable
 from noisytune_cli.manifest.job import Job, read_steps
 from noisytune_cli.manifest.read import RecordedManifest, read_manifest
 from noisytune_cli.manifest.write import MANIFEST, manifest_beside
@@ -51,6 +52,18 @@ def finish(
     if not is_planned(out):
         return _published_before(out)
     folder = open_job(out)
+    try:
+        return _finish(folder, threads, progress)
+    except NoisytuneError:
+        if folder.is_there:
+            raise
+    # Another has just finished it.
+    found = [_published(Path(output.path)) for output in folder.job.outputs]
+    return tuple(one for one in found if one is not None)
+
+
+def _finish(folder: JobFolder, threads: int | None, progress: Progress) -> tuple[Perturbed, ...]:
+    """Do what `finish` does to a job that is there."""
     job = folder.job
     if left := folder.left:
         raise missing(folder, left)
@@ -90,13 +103,23 @@ def missing(folder: JobFolder, left: Sequence[int]) -> InputUnreadable:
 
 def _published_before(out: str) -> tuple[Perturbed, ...]:
     """Return what is at OUT where no job is: an earlier `finish` has published it, and removed the job."""
-    place = job_path(out)
     output = resolve_folder(out)
     assert isinstance(output, Path)  # job_path has asked
+    if (found := _published(output)) is None:
+        raise no_job(job_path(out))
+    return (found,)
+
+
+def _published(output: Path) -> Perturbed | None:
+    """Return what a manifest that lies in, beside or at an output says of it; None where none does."""
     for path in (output / MANIFEST, manifest_beside(output)):
         if is_there(path):
-            return (Perturbed(output, path, read_manifest(path).manifest, (), (), skipped=True),)
-    raise no_job(place)
+            return Perturbed(output, path, read_manifest(path).manifest, (), (), skipped=True)
+    if output.is_file():
+        with contextlib.suppress(InputInvalid):
+            manifest = read_manifest(output).manifest
+            return Perturbed(output, output, manifest, (), (), recipe=True, skipped=True)
+    return None
 
 
 def _check_source(job: Job, source: Checkpoint) -> None:

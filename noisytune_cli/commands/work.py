@@ -23,13 +23,13 @@ from noisytune_cli.commands.request import Request
 from noisytune_cli.commands.write import Place, complete, write_tensors
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Output, Walk
-from noisytune_cli.errors import Mismatch, unreadable
+from noisytune_cli.errors import Mismatch, NoisytuneError, unreadable
 from noisytune_cli.manifest.job import Job, Share, ShareSums, read_steps, read_sums, sums_bytes
 from noisytune_cli.manifest.write import pieces
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.noise.std import exact_std, new_exact_sums
 from noisytune_cli.output.convert import OutputFile, lay_out
-from noisytune_cli.output.job_folder import JobFolder, open_job
+from noisytune_cli.output.job_folder import JobFolder, no_job, open_job
 from noisytune_cli.records import FileRecord, Manifest, NoiseSpec, OutputRecord, Plan, Step
 
 
@@ -74,18 +74,23 @@ def work(
     left = [one for one in chosen if not folder.is_done(one)]
     total = sum(folder.job.shares[one].nbytes for one in to_sum)
     total += sum(folder.job.shares[one].nbytes for one in left) * len(folder.job.outputs)
-    with progress(total) as report:
-        walk = replace(walk, progress=report)
-        for one in to_sum:
-            if not folder.has_sums(one):
-                add_up_share(folder, one, walk, mmap=mmap)
-                done.add(one)
-        if waits_for := folder.lacking_sums:
-            return Worked(folder, len(chosen), len(done), tuple(waits_for), ())
-        for one in left:
-            if not folder.is_done(one):
-                warnings += do_share(folder, one, walk, mmap=mmap)
-                done.add(one)
+    try:
+        with progress(total) as report:
+            walk = replace(walk, progress=report)
+            for one in to_sum:
+                if not folder.has_sums(one):
+                    add_up_share(folder, one, walk, mmap=mmap)
+                    done.add(one)
+            if waits_for := folder.lacking_sums:
+                return Worked(folder, len(chosen), len(done), tuple(waits_for), ())
+            for one in left:
+                if not folder.is_done(one):
+                    warnings += do_share(folder, one, walk, mmap=mmap)
+                    done.add(one)
+    except NoisytuneError as error:
+        if folder.is_there:
+            raise
+        raise no_job(folder.path) from error  # others did the shares too, and finished it
     return Worked(folder, len(chosen), len(done), (), tuple(dict.fromkeys(warnings)))
 
 

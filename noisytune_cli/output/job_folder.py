@@ -110,6 +110,11 @@ class JobFolder:
         return all(is_there(self.receipt(share, output)) for output in range(len(self.job.outputs)))
 
     @property
+    def is_there(self) -> bool:
+        """Tell whether the job is not finished, or removed, yet."""
+        return is_there(self.path / _PLAN)
+
+    @property
     def lacking_sums(self) -> list[int]:
         """The shares whose sums are still to come."""
         return [share for share in range(len(self.job.shares)) if not self.has_sums(share)]
@@ -123,7 +128,7 @@ class JobFolder:
         """Make a file of the job from its bytes, whole and durable, in the place of an earlier one."""
         with self._writing():
             temporary = path.with_name(f".{path.name}-{os.urandom(4).hex()}")
-            _make(path.parent)
+            _make(path.parent, self._named())
             try:
                 _write(temporary, content)
                 os.replace(temporary, path)
@@ -135,7 +140,7 @@ class JobFolder:
     def move(self, made: Path, path: Path) -> None:
         """Give a file that was made in `scratch`, and is durable, its place."""
         with self._writing():
-            _make(path.parent)
+            _make(path.parent, self._named())
             os.replace(made, path)
             sync_directory(path.parent)
 
@@ -144,7 +149,7 @@ class JobFolder:
         """Make a folder for what is being written; it goes in the end, and with it what killed runs left."""
         place, share_name = self._named("scratch"), Path(f"share {share + 1}")
         with self._writing():
-            _make(place)
+            _make(place, self._named())
         staging.clear_certainly_dead(place, share_name)
         path, lock = staging.create(place, share_name)
         try:
@@ -155,9 +160,14 @@ class JobFolder:
                 os.close(lock)
 
     def remove(self) -> bool:
-        """Remove the job, the plan first; return whether nothing is left of it."""
+        """Remove the job, the plan first; return whether nothing is left of it.
+
+        What lies under the plan's digest goes in one step: the next plan must not find a part of it.
+        """
         with contextlib.suppress(OSError):
             os.unlink(self.path / _PLAN)
+        with contextlib.suppress(OSError):
+            os.rename(self._named(), self.path / f".done-{os.urandom(4).hex()}")
         shutil.rmtree(self.path, ignore_errors=True)
         return not is_there(self.path)
 
@@ -167,7 +177,7 @@ class JobFolder:
         try:
             yield
         except OSError as error:
-            if not is_there(self.path / _PLAN):
+            if not self.is_there:
                 raise no_job(self.path) from error
             raise unwritable(error, self.path) from error
 
@@ -304,10 +314,10 @@ def _claim(made: Path, place: Path, rename: Callable[[Path, Path], None]) -> boo
     return True
 
 
-def _make(folder: Path) -> None:
-    """Make a folder and those above it, durably, unless they are there."""
+def _make(folder: Path, within: Path | None = None) -> None:
+    """Make a folder and those above it, durably, unless they are there; one that it is `within` has to be."""
     missing = []
-    while not is_there(folder):
+    while folder != within and not is_there(folder):
         missing.append(folder)
         folder = folder.parent
     for one in reversed(missing):

@@ -15,6 +15,8 @@ from checkpoints import Tensor, numbers, save, save_sharded, weights
 from chunked import save_chunked
 
 from noisytune_cli.cli.parse import combine
+from noisytune_cli.commands import finish as finish_module
+from noisytune_cli.commands import work as work_module
 from noisytune_cli.commands.finish import finish
 from noisytune_cli.commands.perturb import perturb_each
 from noisytune_cli.commands.plan import PlannedJob, plan_job
@@ -367,3 +369,79 @@ def test_a_source_above_a_link(source: Path, tmp_path: Path, monkeypatch: pytest
     work(f"{tmp_path}/job")
     (made,) = finish(f"{tmp_path}/job")
     assert contents(made.output) == contents(expected)
+
+
+@pytest.mark.parametrize("step", ["write_tensors", "complete", "pieces"])
+@pytest.mark.parametrize("recipe_only", [False, True])
+def test_a_worker_that_others_overtake(
+    step: str, recipe_only: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = f"{tmp_path}/job"
+    scope = "global" if step == "complete" else "matrix"
+    plan(request(source, {"scope": scope}), out, {}, recipe_only=recipe_only)
+    theirs = getattr(work_module, step)
+
+    def overtaken(*arguments: object, **options: object) -> object:
+        monkeypatch.undo()
+        work(out)
+        finish(out)
+        return theirs(*arguments, **options)
+
+    monkeypatch.setattr(work_module, step, overtaken)
+    with pytest.raises(InputUnreadable, match="there is no job"):
+        work(out)
+    assert not job_path(out).exists()
+
+
+@pytest.mark.parametrize("step", ["_receipts", "_is_published", "_publish"])
+@pytest.mark.parametrize("recipe_only", [False, True])
+def test_a_finish_that_another_overtakes(
+    step: str, recipe_only: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = f"{tmp_path}/job-{{seed}}"
+    plan(request(source, {}), out, {"seed": "0,1"}, recipe_only=recipe_only)
+    work(out)
+    theirs = getattr(finish_module, step)
+
+    def overtaken(*arguments: object, **options: object) -> object:
+        monkeypatch.undo()
+        finish(out)
+        return theirs(*arguments, **options)
+
+    monkeypatch.setattr(finish_module, step, overtaken)
+    made = finish(out)
+    assert [(one.output.name, one.skipped) for one in made] == [("job-0", True), ("job-1", True)]
+    assert not job_path(out).exists()
+
+
+def test_a_recipe_that_is_finished_already(source: Path, tmp_path: Path) -> None:
+    out = f"{tmp_path}/job.json"
+    plan(request(source, {}), out, {}, recipe_only=True)
+    work(out)
+    (first,) = finish(out)
+    (again,) = finish(out)
+    assert again.skipped
+    assert again.manifest == first.manifest
+
+
+def test_what_a_killed_finish_left_of_a_job(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = f"{tmp_path}/job"
+    plan(request(source, {}), out, {})
+    work(out)
+
+    def killed(path: Path, **_: object) -> None:
+        # It got as far as the first file that it met.
+        next(path.rglob("steps/1.json")).unlink()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        (made,) = finish(out)
+    expected = contents(made.output)
+    shutil.rmtree(out)
+    plan(request(source, {}), out, {})
+    work(out)
+    finish(out)
+    assert contents(made.output) == expected
+    assert not job_path(out).exists()
