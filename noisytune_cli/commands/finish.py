@@ -231,8 +231,11 @@ def _manifest_path(output: Path, job: Job, source: Checkpoint) -> Path:
 
 
 def _is_published(path: Path, job: Job, plan: Plan, receipts: tuple[Receipt, ...]) -> bool:
-    """Tell whether an output's manifest is there: an earlier `finish` was stopped after it."""
-    if not is_there(path):
+    """Tell whether an output's manifest is there: an earlier `finish` was stopped after it.
+
+    What is to be replaced may be the same but for a card or what changed since: it is replaced again.
+    """
+    if job.overwrite or job.overwrite_changed or not is_there(path):
         return False
     try:
         manifest = read_manifest(path).manifest

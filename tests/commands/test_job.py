@@ -445,3 +445,16 @@ def test_what_a_killed_finish_left_of_a_job(
     finish(out)
     assert contents(made.output) == expected
     assert not job_path(out).exists()
+
+
+@pytest.mark.parametrize("card", [False, True])
+@pytest.mark.parametrize("change", [False, True])
+def test_what_is_to_be_replaced_is_replaced(change: bool, card: bool, source: Path, tmp_path: Path) -> None:
+    (expected,) = single(request(source, {}, card=card), f"{tmp_path}/single", {})
+    (out,) = single(request(source, {}), f"{tmp_path}/job", {})
+    if change:
+        change_a_byte(out)
+    plan(request(source, {}, card=card), f"{out}", {}, overwrite_changed=change, overwrite=not change)
+    work(f"{out}")
+    finish(f"{out}")
+    assert contents(out) == contents(expected)
