@@ -140,14 +140,18 @@ class Publication:
     def adopt(self, file: Path, name: str) -> None:
         """Let a whole and durable file that lies elsewhere be the weight file `name`, under both names.
 
-        It is copied where it cannot have two.
+        It is copied where it cannot have two, or has them already: a run that was stopped may have put it
+        where this one looks whether what it is to replace has changed, and a further name is a change.
         """
         place = self.place(name)
         try:
-            os.link(file, place, follow_symlinks=False)
+            if is_single := os.lstat(file).st_nlink == 1:
+                os.link(file, place, follow_symlinks=False)
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise unwritable(error, self.output) from error
+            is_single = False
+        if not is_single:
             self.copy(file, place.relative_to(self._stage or place).as_posix())
 
     def copy(self, source: Path, name: str, open_file: Opener = open_regular) -> str:

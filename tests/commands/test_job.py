@@ -24,7 +24,7 @@ from noisytune_cli.commands.request import Request
 from noisytune_cli.commands.status import status
 from noisytune_cli.commands.work import work
 from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch, OutputUnsafe
-from noisytune_cli.output.job_folder import job_path
+from noisytune_cli.output.job_folder import JobFolder, job_path
 from noisytune_cli.records import Conversion, NoiseSpec
 from noisytune_cli.version import __version__
 
@@ -458,3 +458,25 @@ def test_what_is_to_be_replaced_is_replaced(change: bool, card: bool, source: Pa
     work(f"{out}")
     finish(f"{out}")
     assert contents(out) == contents(expected)
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_finish_that_is_stopped_when_all_but_done(
+    is_file: bool, overwrite: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save(tmp_path / "one.safetensors", SHARDS[1]) if is_file else source
+    (expected,) = single(request(source, {}), f"{tmp_path}/single.safetensors", {})
+    out = f"{tmp_path}/job.safetensors"
+    if overwrite:
+        single(request(source, {"seed": 1}), out, {"seed": "1"})
+    plan(request(source, {}), out, {}, overwrite=overwrite)
+    work(out)
+    with monkeypatch.context() as patched:
+        patched.setattr(JobFolder, "remove", lambda self: None)
+        (made,) = finish(out)
+    if is_file and overwrite:
+        made.manifest_path.unlink()
+    finish(out)
+    assert contents(Path(out)) == contents(expected)
+    assert not job_path(out).exists()

@@ -63,8 +63,9 @@ def out(model: Path, tmp_path: Path) -> str:
     return out
 
 
-def plan(model: Path, out: str) -> None:
-    plan_job(Request(os.fspath(model), NoiseSpec()), out, combine(out, seed="0", default=0.15), share_bytes=1)
+def plan(model: Path, out: str, *, overwrite: bool = False) -> None:
+    wanted = combine(out, seed="0", default=0.15)
+    plan_job(Request(os.fspath(model), NoiseSpec()), out, wanted, share_bytes=1, overwrite=overwrite)
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -199,23 +200,23 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("verb", "is_there"),
-    [(plan, False), (work, False), (finish, False), (finish, True)],
-    ids=["plan", "work", "finish", "finish in an empty folder"],
+    ("verb", "there"),
+    [(plan, ""), (work, ""), (finish, ""), (finish, "an empty folder"), (finish, "an old output")],
 )
-def test_killed_at_every_step(
-    verb: Callable[..., object], is_there: bool, small: Path, tmp_path: Path
-) -> None:
+def test_killed_at_every_step(verb: Callable[..., object], there: str, small: Path, tmp_path: Path) -> None:
+    overwrite = there == "an old output"
     expected = tree(perturb(Request(os.fspath(small), NoiseSpec()), f"{tmp_path}/single").output)
     at, killed = 1, 0
     while True:
         place = tmp_path / str(at)
         place.mkdir()
         out = f"{place}/out"
-        if is_there:
+        if overwrite:
+            perturb(Request(os.fspath(small), NoiseSpec(seed=1)), out)
+        elif there:
             Path(out).mkdir()
         if verb is not plan:
-            plan(small, out)
+            plan(small, out, overwrite=overwrite)
         if verb is finish:
             work(out)
         run = partial(verb, small, out) if verb is plan else partial(verb, out)
@@ -226,7 +227,7 @@ def test_killed_at_every_step(
         killed += 1
         # As who was called to it would: the same commands again.
         if not Path(out, "noisytune.json").exists() or job_path(out).joinpath("plan.json").exists():
-            plan(small, out)
+            plan(small, out, overwrite=overwrite)
             work(out)
         finish(out)
         assert tree(Path(out)) == expected, at
