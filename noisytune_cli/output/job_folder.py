@@ -36,7 +36,7 @@ from noisytune_cli.output import staging
 from noisytune_cli.output.destination import resolve_folder
 from noisytune_cli.output.renames import rename_directory, rename_file
 from noisytune_cli.output.staging import sync_directory
-from noisytune_cli.reading import is_there
+from noisytune_cli.reading import is_there, open_regular
 
 _PLAN = "plan.json"
 
@@ -284,8 +284,8 @@ def create_job(
                 _claim(draft, folder.steps(0).parents[1], rename_directory)
                 if _claim(plan, path / _PLAN, rename_file):
                     return folder, False
-            with open(path / _PLAN, "rb") as file:
-                found = file.read()
+            with open(open_regular(path / _PLAN), "rb") as file:
+                found = file.read(len(content) + 1)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
             with contextlib.suppress(OSError):

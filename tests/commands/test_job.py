@@ -480,3 +480,15 @@ def test_a_finish_that_is_stopped_when_all_but_done(
     finish(out)
     assert contents(Path(out)) == contents(expected)
     assert not job_path(out).exists()
+
+
+def test_a_plan_that_never_ends(source: Path, tmp_path: Path) -> None:
+    out = f"{tmp_path}/job"
+    folder = plan(request(source, {}), out, {}).folder
+    os.truncate(folder.path / "plan.json", 1 << 40)
+    with pytest.raises(OutputUnsafe, match="another job"):
+        plan(request(source, {}), out, {})
+    (folder.path / "plan.json").unlink()
+    os.mkfifo(folder.path / "plan.json")
+    with pytest.raises(InputInvalid, match="it is a FIFO"):
+        plan(request(source, {}), out, {})
