@@ -245,7 +245,7 @@ def _require_named(folder: JobFolder, out: str) -> None:
                 "the job is another output's",
                 path=folder.path,
                 why=f"it writes to {escape(output.path)}, which is not what {escape(out)} names",
-                next_step="Remove the job's folder, and plan it again",
+                next_step="Remove the job's folder and plan again, with no links where OUT has placeholders",
             )
 
 
@@ -290,6 +290,8 @@ def create_job(
             shutil.rmtree(draft, ignore_errors=True)
             with contextlib.suppress(OSError):
                 os.unlink(plan)
+            with contextlib.suppress(OSError):
+                os.rmdir(path)  # unless there is a job in it
     except OSError as error:
         raise unwritable(error, path) from error
     if found != content:

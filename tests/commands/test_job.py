@@ -492,3 +492,12 @@ def test_a_plan_that_never_ends(source: Path, tmp_path: Path) -> None:
     os.mkfifo(folder.path / "plan.json")
     with pytest.raises(InputInvalid, match="it is a FIFO"):
         plan(request(source, {}), out, {})
+
+
+def test_a_placeholder_that_names_a_link(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run-0").symlink_to("elsewhere")
+    out = f"{tmp_path}/run-{{seed}}/out"
+    with pytest.raises(OutputUnsafe, match="with no links"):
+        plan(request(source, {}), out, {})
+    assert not job_path(out).exists()
