@@ -54,12 +54,15 @@ def finish(
     folder = open_job(out)
     try:
         return _finish(folder, threads, progress)
-    except NoisytuneError:
+    except NoisytuneError as error:
         if folder.is_there:
             raise
-    # Another has just finished it.
-    found = [_published(Path(output.path)) for output in folder.job.outputs]
-    return tuple(one for one in found if one is not None)
+        # Another has just finished it, or it was removed.
+        found = [_published(Path(output.path)) for output in folder.job.outputs]
+        made = tuple(one for one in found if one is not None)
+        if len(made) < len(found):
+            raise no_job(folder.path) from error
+        return made
 
 
 def _finish(folder: JobFolder, threads: int | None, progress: Progress) -> tuple[Perturbed, ...]:

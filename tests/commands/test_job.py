@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -501,3 +502,20 @@ def test_a_placeholder_that_names_a_link(source: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputUnsafe, match="with no links"):
         plan(request(source, {}), out, {})
     assert not job_path(out).exists()
+
+
+def test_a_job_that_is_removed_while_it_is_finished(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = f"{tmp_path}/job"
+    plan(request(source, {}), out, {})
+    work(out)
+    theirs = finish_module._publish
+
+    def removed(*arguments: Any) -> object:
+        shutil.rmtree(job_path(out))
+        return theirs(*arguments)
+
+    monkeypatch.setattr(finish_module, "_publish", removed)
+    with pytest.raises(InputUnreadable, match="there is no job"):
+        finish(out)
