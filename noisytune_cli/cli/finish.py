@@ -14,6 +14,8 @@ def finish(out: JobOut, threads: Threads = None, as_json: AsJson = False, quiet:
     on.
 
     Examples:
+      noisytune plan ./llama -o ./llama-noisy
+      noisytune work ./llama-noisy
       noisytune finish ./llama-noisy
     """
     from noisytune_cli.cli import show, show_perturb

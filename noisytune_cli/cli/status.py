@@ -18,6 +18,7 @@ def status(out: JobOut, as_json: AsJson = False) -> None:
     """Tell which shares of a job are done, and which are left.
 
     Examples:
+      noisytune plan ./llama -o ./llama-noisy
       noisytune status ./llama-noisy
       noisytune status ./llama-noisy --json
     """

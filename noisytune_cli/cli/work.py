@@ -32,9 +32,9 @@ def work(
     --scope global the first round leaves sums; give the command again once all are there.
 
     Examples:
+      noisytune plan ./llama -o ./llama-noisy
+      noisytune work ./llama-noisy --share 1/2
       noisytune work ./llama-noisy
-      noisytune work ./llama-noisy --share 3/64
-      noisytune work ./llama-noisy --share env
     """
     import os
 
