@@ -220,7 +220,9 @@ def test_a_model_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_the_probe_reads_the_finetuned_encoder_and_changes_nothing(tiny: Tiny) -> None:
     plain = bench(tiny).carry_out(a_run("plain"))
-    probed = bench(tiny, probe=TASK, probe_train=tiny.train, probe_dev=tiny.dev).carry_out(a_run("plain"))
+    probed = bench(tiny, probe=TASK, probe_train=(tiny.train,), probe_dev=(tiny.dev,)).carry_out(
+        a_run("plain")
+    )
     assert plain["probe"] is None
     assert probed["probe"]["task"] == "tiny"
     # The adjective alone gives the label, so a linear model finds it in the mean of the tokens.
