@@ -34,10 +34,17 @@ def test_each_verb_ends_with_examples_that_can_be_typed(verb: str) -> None:
     lines = [line for line in examples.splitlines() if line.startswith("  ")]
     assert lines
     command = get_command(app).commands[verb]  # type: ignore[attr-defined]
+    firsts = []
     for line in lines:
         program, first, *arguments = shlex.split(line)
-        assert (program, first) == ("noisytune", verb)
-        command.make_context(verb, [word for word in arguments if word != ">"][: -1 if ">" in line else None])
+        assert program == "noisytune"
+        firsts.append(first)
+        if first == verb:
+            words = [word for word in arguments if word != ">"][: -1 if ">" in line else None]
+            command.make_context(verb, words)
+    # What has to come before it may be another verb's, which tests of the pages run.
+    assert firsts[-1] == verb
+    assert set(firsts) == {verb} or verb in ("work", "finish", "status")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -7,6 +7,7 @@ Writes JSON: the exit code, how many receipts were there when the node was kille
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -49,7 +50,9 @@ def main(source: str, out: str) -> None:
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     receipts: list[Path] = []
     while run.poll() is None and not receipts:
-        receipts = list(Path(out).parent.glob(".noisytune-job-*/*/receipts/*.json"))
+        # Folders are renamed meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            receipts = list(Path(out).parent.glob(".noisytune-job-*/*/receipts/*.json"))
         time.sleep(0.005)
     os.kill(other, signal.SIGKILL)
     told, _ = run.communicate()
