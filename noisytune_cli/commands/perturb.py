@@ -134,6 +134,26 @@ def prepare(request: Request, source: Checkpoint, wanted: Sequence[Combination])
     return Prepared(request, source, plans, files, card, claims, told)
 
 
+def check_outputs(
+    prepared: Prepared,
+    outs: Sequence[str],
+    *,
+    recipe_only: bool,
+    overwrite: bool,
+    overwrite_changed: bool,
+    threads: int | None = None,
+    progress: Progress = lambda nbytes: nullcontext(lambda done: None),
+) -> list[Place]:
+    """Return where outputs go; raises unless all of them may be written there, and there is room for them."""
+    source, files = prepared.source, prepared.files
+    outputs = check_places(
+        source, files, outs, recipe_only=recipe_only, overwrite=overwrite or overwrite_changed
+    )
+    require_unchanged(outputs, insists=overwrite_changed, threads=threads, progress=progress)
+    check_room(source, files, prepared.plans[0], outputs, recipe_only=recipe_only)
+    return outputs
+
+
 def plan_perturb(
     request: Request,
     wanted: Sequence[Combination] = (),
@@ -157,12 +177,15 @@ def plan_perturb(
     with request.open(headers_only=True) as source:
         prepared = prepare(request, source, wanted)
         plans, files, card = prepared.plans, prepared.files, prepared.card
-        overwrite = overwrite or overwrite_changed
-        outputs = check_places(source, files, outs_of(wanted), recipe_only=recipe_only, overwrite=overwrite)
-        require_unchanged(outputs, insists=overwrite_changed)
+        outputs = check_outputs(
+            prepared,
+            outs_of(wanted),
+            recipe_only=recipe_only,
+            overwrite=overwrite,
+            overwrite_changed=overwrite_changed,
+        )
         if request.strict:
             refuse_doubts(together(plans), request.source)
-        check_room(source, files, plans[0], outputs, recipe_only=recipe_only)
         each = manifest_bytes(plans[0]) if recipe_only else needed_bytes(source, plans[0], files)
         return Planned(
             id=source.id,
@@ -240,16 +263,22 @@ def perturb_each(
         if not left:
             return tuple(kept[out] for out in outs)
         walk = Walk(open_device(device), threads or default_threads())
-        overwrite = overwrite or overwrite_changed
-        outputs = check_places(
-            source, files, [outs[at] for at in left], recipe_only=recipe_only, overwrite=overwrite
+        outputs = check_outputs(
+            prepared,
+            [outs[at] for at in left],
+            recipe_only=recipe_only,
+            overwrite=overwrite,
+            overwrite_changed=overwrite_changed,
+            threads=threads,
+            progress=progress,
         )
-        require_unchanged(outputs, insists=overwrite_changed, threads=threads, progress=progress)
-        check_room(source, files, plans[0], outputs, recipe_only=recipe_only)
-        is_folder = not (source.single_file or recipe_only)
         publications = [
             publication_at(
-                output, directory=is_folder, overwrite=overwrite, recipe=recipe_only, progress=progress
+                output,
+                directory=not (source.single_file or recipe_only),
+                overwrite=overwrite or overwrite_changed,
+                recipe=recipe_only,
+                progress=progress,
             )
             for output in outputs
         ]

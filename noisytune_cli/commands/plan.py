@@ -17,15 +17,14 @@ from noisytune_cli.checkpoint.address import is_address
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.find import comes_from_hub
 from noisytune_cli.checkpoint.layout import METADATA
-from noisytune_cli.commands.perturb import Prepared, outs_of, prepare
-from noisytune_cli.commands.replaced import check_before_download, require_unchanged
+from noisytune_cli.commands.perturb import Prepared, check_outputs, outs_of, prepare
+from noisytune_cli.commands.replaced import check_before_download
 from noisytune_cli.commands.request import SHARE_BYTES, Request
 from noisytune_cli.commands.write import record_source
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.manifest.job import Beside, Job, JobOutput, Share, ShareSteps, steps_bytes
-from noisytune_cli.output.destination import check_places, find_place
+from noisytune_cli.output.destination import find_place
 from noisytune_cli.output.job_folder import JobFolder, create_job, in_store, is_planned
-from noisytune_cli.output.space import check_room
 from noisytune_cli.records import Combination
 from noisytune_cli.version import __version__
 
@@ -58,7 +57,6 @@ def plan_job(
     if is_address(request.source):
         raise in_store(request.source)
     begins = not is_planned(out)
-    replaces = overwrite or overwrite_changed
     if begins:
         check_before_download(
             request.source,
@@ -71,11 +69,13 @@ def plan_job(
         _refuse_folders(source)
         prepared = prepare(request, source, wanted)
         if begins:  # else it is asked when the outputs are published
-            outputs = check_places(
-                source, prepared.files, outs_of(wanted), recipe_only=recipe_only, overwrite=replaces
+            check_outputs(
+                prepared,
+                outs_of(wanted),
+                recipe_only=recipe_only,
+                overwrite=overwrite,
+                overwrite_changed=overwrite_changed,
             )
-            require_unchanged(outputs, insists=overwrite_changed)
-            check_room(source, prepared.files, prepared.plans[0], outputs, recipe_only=recipe_only)
         prepared = prepared.settled()
         paths = [find_place(one, source, prepared.files, recipe_only=recipe_only) for one in outs_of(wanted)]
 
