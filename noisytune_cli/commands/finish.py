@@ -21,6 +21,7 @@ from noisytune_cli.commands.replaced import require_unchanged
 from noisytune_cli.commands.work import changed_since, check_planned, check_times, plans_of, request_of
 from noisytune_cli.engine.threads import Progress
 from noisytune_cli.errors import InputInvalid, InputUnreadable, NoisytuneError, unreadable
+from noisytune_cli.escape import escape
 from noisytune_cli.manifest.job import Job, read_steps
 from noisytune_cli.manifest.read import RecordedManifest, read_manifest
 from noisytune_cli.manifest.write import MANIFEST, manifest_beside
@@ -32,7 +33,7 @@ from noisytune_cli.output.publish import Publication
 from noisytune_cli.output.space import check_descriptors
 from noisytune_cli.plan.evidence.told import Told
 from noisytune_cli.reading import is_there
-from noisytune_cli.records import Plan, Receipt, Step, with_output_files
+from noisytune_cli.records import Manifest, Plan, Receipt, Step, with_output_files
 
 #: Missing shares that an error names.
 _MOST_NAMED = 20
@@ -78,8 +79,8 @@ def _finish(folder: JobFolder, threads: int | None, progress: Progress) -> tuple
         for at, plan in enumerate(prepared.plans):
             output = Path(job.outputs[at].path)
             path = _manifest_path(output, job, source)
-            if _is_published(path, job, plan, receipts[at]):
-                manifest, cleared = read_manifest(path).manifest, _clear(output)
+            if (manifest := _published_by(path, job, plan, receipts[at])) is not None:
+                cleared = _clear(output)
                 there[at] = Perturbed(output, path, manifest, cleared, (), job.recipe_only, skipped=True)
             else:
                 new[at] = output
@@ -87,8 +88,11 @@ def _finish(folder: JobFolder, threads: int | None, progress: Progress) -> tuple
         made = there
         if new:
             made |= zip(new, _publish(folder, prepared, new, receipts), strict=True)
-    folder.remove()
-    return tuple(made[at] for at in sorted(made))
+    done = [made[at] for at in sorted(made)]
+    if not folder.remove():
+        stays = f"{escape(folder.path.name)} beside the output is left over: it could not be deleted"
+        done[0] = replace(done[0], warnings=(*done[0].warnings, stays))
+    return tuple(done)
 
 
 def missing(folder: JobFolder, left: Sequence[int]) -> InputUnreadable:
@@ -233,18 +237,21 @@ def _manifest_path(output: Path, job: Job, source: Checkpoint) -> Path:
     return manifest_beside(output) if source.single_file else output / MANIFEST
 
 
-def _is_published(path: Path, job: Job, plan: Plan, receipts: tuple[Receipt, ...]) -> bool:
-    """Tell whether an output's manifest is there: an earlier `finish` was stopped after it.
+def _published_by(path: Path, job: Job, plan: Plan, receipts: tuple[Receipt, ...]) -> Manifest | None:
+    """Return an output's manifest if it is there: an earlier `finish` of the job was stopped after it.
 
     What is to be replaced may be the same but for a card or what changed since: it is replaced again.
     """
     if job.overwrite or job.overwrite_changed or not is_there(path):
-        return False
+        return None
     try:
         manifest = read_manifest(path).manifest
     except InputInvalid:
-        return False
-    return (manifest.source, manifest.noise, manifest.receipts) == (job.source, plan.noise, receipts)
+        return None
+    conversion = None if manifest.output is None else manifest.output.conversion
+    found = (manifest.source, manifest.noise, conversion, bool(manifest.rewritten), manifest.receipts)
+    made = (job.source, plan.noise, job.conversion, job.card and not job.recipe_only, receipts)
+    return manifest if found == made else None
 
 
 def _clear(output: Path) -> tuple[str, ...]:

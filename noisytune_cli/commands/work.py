@@ -7,9 +7,10 @@ all of these come first.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from noisytune_cli.checkpoint.formats import Nowhere, Source
 from noisytune_cli.commands.differences import same_kind
 from noisytune_cli.commands.perturb import warnings_of
 from noisytune_cli.commands.request import Request
-from noisytune_cli.commands.write import Place, complete, write_tensors
+from noisytune_cli.commands.write import Where, complete, write_tensors
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Output, Walk
 from noisytune_cli.errors import Mismatch, NoisytuneError, unreadable
@@ -113,12 +114,12 @@ def do_share(folder: JobFolder, number: int, walk: Walk, *, mmap: bool = False) 
     job, share = folder.job, folder.job.shares[number]
     noises = [output.noise for output in job.outputs]
     by_strength = dict(zip(job.strengths, read_steps(folder.steps(number), job, share).steps, strict=True))
-    stds = _stds(folder) if job.has_sums else {}
+    stds: Mapping[float, float] = _stds(folder) if job.has_sums else {}
     with ExitStack() as opened:
         sources = opened.enter_context(_opened(job, share, mmap))
         plans = plans_of(noises, [by_strength[noise.lam] for noise in noises], sources)
         files = () if job.conversion is None else lay_out(sources, plans[0], job.conversion)
-        places: list[Place] = []
+        places: list[Where] = []
         if not job.recipe_only:
             scratch = opened.enter_context(folder.scratch(number))
             places = [_place(scratch, f"{output + 1}-", sources, files) for output in range(len(plans))]
@@ -148,7 +149,7 @@ def do_share(folder: JobFolder, number: int, walk: Walk, *, mmap: bool = False) 
     return tuple(warning for done in receipts for warning in warnings_of(done))
 
 
-def _place(scratch: Path, prefix: str, sources: Sequence[Source], files: Sequence[OutputFile]) -> Place:
+def _place(scratch: Path, prefix: str, sources: Sequence[Source], files: Sequence[OutputFile]) -> Where:
     """Say where an output's weight files grow, without the folders that are part of their names."""
     names = [file.name for file in files] or [source.name for source in sources]
     numbers = {name: number for number, name in enumerate(names)}
@@ -161,8 +162,9 @@ def _converted(job: Job, files: Sequence[OutputFile]) -> OutputRecord | None:
     return OutputRecord(job.conversion, tuple(file.record for file in files))
 
 
-def _stds(folder: JobFolder) -> dict[float, float]:
-    """Return for each strength the std of all values, from the sums of all shares."""
+@functools.lru_cache(maxsize=1)  # every share needs them, and they are in as many files as there are shares
+def _stds(folder: JobFolder) -> Mapping[float, float]:
+    """Return for each strength the std of all values, from the sums of all shares, which stay as they are."""
     job = folder.job
     totals = {strength: (0, new_exact_sums()) for strength in job.strengths}
     for number in range(len(job.shares)):

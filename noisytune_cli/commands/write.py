@@ -18,14 +18,14 @@ from noisytune_cli.output.convert import OutputFile
 from noisytune_cli.records import FileRecord, Plan, Receipt, SourceRecord
 
 #: Says where the weight file of a name is to be made.
-Place = Callable[[str], Path]
+Where = Callable[[str], Path]
 
 
 def write_tensors(
     walk: Walk,
     plans: Sequence[Plan],
     sources: Sequence[Source],
-    places: Sequence[Place],
+    places: Sequence[Where],
     progress: Progress,
     files: Sequence[OutputFile] = (),
     recorded: Mapping[str, Receipt] | None = None,

@@ -25,6 +25,7 @@ from noisytune_cli.commands.request import Request
 from noisytune_cli.commands.status import status
 from noisytune_cli.commands.work import work
 from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch, OutputUnsafe
+from noisytune_cli.manifest.job import read_sums
 from noisytune_cli.output.job_folder import JobFolder, job_path
 from noisytune_cli.records import Conversion, NoiseSpec
 from noisytune_cli.version import __version__
@@ -394,7 +395,7 @@ def test_a_worker_that_others_overtake(
     assert not job_path(out).exists()
 
 
-@pytest.mark.parametrize("step", ["_receipts", "_is_published", "_publish"])
+@pytest.mark.parametrize("step", ["_receipts", "_published_by", "_publish"])
 @pytest.mark.parametrize("recipe_only", [False, True])
 def test_a_finish_that_another_overtakes(
     step: str, recipe_only: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -519,3 +520,38 @@ def test_a_job_that_is_removed_while_it_is_finished(
     monkeypatch.setattr(finish_module, "_publish", removed)
     with pytest.raises(InputUnreadable, match="there is no job"):
         finish(out)
+
+
+def test_the_sums_of_all_shares_are_read_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = f"{tmp_path}/job"
+    plan(request(source, {"scope": "global"}), out, {})
+    read = []
+    monkeypatch.setattr(work_module, "read_sums", lambda path, job: read.append(path) or read_sums(path, job))
+    assert work(out).waits_for == ()
+    assert sorted(read) == sorted(set(read))
+    assert len(read) == len(SHARDS)
+
+
+def test_a_job_that_cannot_be_removed_is_named(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = f"{tmp_path}/job"
+    plan(request(source, {}), out, {})
+    work(out)
+    monkeypatch.setattr(JobFolder, "remove", lambda self: False)
+    (done,) = finish(out)
+    assert f"{job_path(out).name} beside the output is left over: it could not be deleted" in done.warnings
+
+
+def test_an_output_of_the_same_noise_that_is_another_is_not_taken_for_the_jobs(
+    source: Path, tmp_path: Path
+) -> None:
+    out = f"{tmp_path}/job"
+    plan(request(source, {}), out, {})
+    work(out)
+    single(request(source, {}, card=True), out, {})
+    with pytest.raises(OutputUnsafe, match="exists"):
+        finish(out)
+    assert job_path(out).exists()
