@@ -5,7 +5,7 @@
 import time
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,7 +32,10 @@ from noisytune_cli.cli.options import (
 )
 from noisytune_cli.errors import UsageError
 from noisytune_cli.noise import distributions
-from noisytune_cli.records import Term, mixed_strength
+from noisytune_cli.records import Combination, Term, mixed_strength
+
+if TYPE_CHECKING:
+    from noisytune_cli.commands.request import Request
 
 #: The choices are the file names in `distributions/`.
 _Noise = StrEnum("_Noise", {name: name for name in distributions.names()})  # type: ignore[misc]
@@ -58,11 +61,6 @@ class _Dequantize(StrEnum):
     bf16 = "bf16"
 
 
-class _Engine(StrEnum):
-    local = "local"
-    ray = "ray"
-
-
 ShareBytes = Annotated[
     str | None,
     typer.Option(
@@ -77,8 +75,8 @@ ShareBytes = Annotated[
 class Asked:
     """What the options of `perturb` ask for, as its command and that of `plan` take it."""
 
-    request: Any
-    wanted: Any
+    request: "Request"
+    wanted: tuple[Combination, ...]
     share_bytes: int
     outputs: dict[str, bool]
 
@@ -255,8 +253,9 @@ def perturb(
         ),
     ] = False,
     engine: Annotated[
-        _Engine | None,
+        str | None,
         typer.Option(
+            metavar="local|ray",
             help="Do it in shares, here (local) or on a Ray cluster: what is stopped goes on when the same "
             "command is given again.",
             rich_help_panel=RUNNING,
@@ -332,7 +331,7 @@ def perturb(
             asked.request,
             out,
             asked.wanted,
-            engine=engine.value,
+            engine=engine,
             address=address,
             share_bytes=asked.share_bytes,
             device=device,
@@ -394,7 +393,6 @@ def ask(
     overwrite_changed: bool,
     share_bytes: str | None,
     again: bool,
-    quiet: bool,
     **_: object,
 ) -> Asked:
     """Return what options ask for; UsageError where they do not go together."""

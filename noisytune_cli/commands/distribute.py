@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from noisytune_cli.commands.engines import complete, start
+from noisytune_cli.commands.engines import complete, load
 from noisytune_cli.commands.finish import finish
 from noisytune_cli.commands.perturb import Perturbed
 from noisytune_cli.commands.plan import plan_job
@@ -39,6 +39,7 @@ def perturb_shares(
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
 ) -> tuple[Perturbed, ...]:
     """Write what `perturb_each` would, its shares done by an engine; raises what these do."""
+    start = load(engine)
     planned = plan_job(
         request,
         out,
@@ -65,7 +66,7 @@ def perturb_shares(
     warnings = list(planned.warnings)
     if first or second:
         with (
-            start(engine, address, threads) as run,
+            start(address, threads) as run,
             progress(sum(task["nbytes"] for task in (*first, *second))) as report,
         ):
             complete(run, do_task, first, report)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 from namespaces import in_namespace
 
-from noisytune_cli.commands.engines import ENGINES, Answer, Call, Report, Task, complete, start
+from noisytune_cli.commands.engines import Answer, Call, Report, Task, complete, load, names
 from noisytune_cli.errors import (
     HubError,
     InputInvalid,
@@ -67,19 +67,25 @@ def test_a_process_that_dies_is_tried_again() -> None:
 
 
 def test_the_local_engine_knows_no_address() -> None:
-    with pytest.raises(UsageError, match="--engine ray"), start("local", "127.0.0.1:1", None):
+    with pytest.raises(UsageError, match="--engine ray"), load("local")("127.0.0.1:1", None):
         raise AssertionError
+
+
+def test_an_engine_that_is_none() -> None:
+    assert names() == ("local", "ray")
+    with pytest.raises(UsageError, match="Use one of: local, ray"):
+        load("slurm")
 
 
 #: Run in a process of its own, where an engine cannot disturb the tests: it prints what it saw as JSON.
 _PROGRAM = """
 import json, os, signal
 from engine_tasks import square
-from noisytune_cli.commands.engines import complete, start
+from noisytune_cli.commands.engines import complete, load
 def stop(number, frame): pass
 signal.signal(signal.SIGTERM, stop)
 done = []
-with start({engine!r}, None, None) as run:
+with load({engine!r})(None, None) as run:
     answers = complete(run, square, [{{"of": n, "nbytes": n}} for n in range(5)], done.append)
     if {engine!r} == "ray":
         os.write(1, b"of Ray's own processes, as it were\\n")
@@ -88,7 +94,7 @@ print(json.dumps({{"answers": answers, "done": sorted(done), "kept": kept}}))
 """
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", names())
 def test_an_engine(engine: str) -> None:
     if engine == "ray":
         pytest.importorskip("ray")

@@ -14,30 +14,39 @@ lost) is answered `{"died": why}`; whether it is tried again is not the engine's
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from noisytune_cli.errors import NoisytuneError, ResourceExhausted, from_plain
+from noisytune_cli.errors import NoisytuneError, ResourceExhausted, UsageError, from_plain
 
 Task = dict[str, Any]
 Answer = dict[str, Any]
 Report = Callable[[int], None]
 Call = Callable[[Task, Report], Answer]
 Run = Callable[[Call, Sequence[Task], Report], Iterator[tuple[int, Answer]]]
+#: Of the address, None for none, and the threads that each task may use, None for the engine to say.
+Start = Callable[[str | None, int | None], AbstractContextManager[Run]]
 
-#: The engines, as a user types them.
-ENGINES = ("local", "ray")
-
-#: How often a task is tried, and the exit codes of errors that may be gone the next time: those of 2, 3, 4, 5
-#: and 8 are not.
-_TRIES, _PASSING = 3, (6, 7)
+#: The exit codes of errors that may be gone the next time, and how often a task is tried for them.
+PASSING, _TRIES = (6, 7), 3
 
 
-def start(engine: str, address: str | None, threads: int | None) -> AbstractContextManager[Run]:
-    """Start an engine, or join the one at `address`; each task may use so many threads."""
-    module = importlib.import_module(f"noisytune_cli.commands.engines.{engine}")
-    started: AbstractContextManager[Run] = module.started(address, threads)
+def names() -> tuple[str, ...]:
+    """Return the engines that there are: the modules of this package."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def load(engine: str) -> Start:
+    """Return what starts an engine, or joins the one at an address; UsageError for a name that is none."""
+    if engine not in names():
+        raise UsageError(
+            f"--engine {engine}",
+            why="there is no such engine",
+            next_step=f"Use one of: {', '.join(names())}",
+        )
+    started: Start = importlib.import_module(f"noisytune_cli.commands.engines.{engine}").started
     return started
 
 
@@ -54,7 +63,7 @@ def complete(run: Run, call: Call, tasks: Sequence[Task], report: Report) -> lis
             error = _error_of(answer)
             if error is None:
                 answers[left[place]] = answer
-            elif error.exit_code in _PASSING and attempt < _TRIES:
+            elif error.exit_code in PASSING and attempt < _TRIES:
                 again[left[place]] = error
             else:
                 raise error
