@@ -22,8 +22,9 @@ from noisytune_cli.commands.work import changed_since, check_planned, check_time
 from noisytune_cli.engine.threads import Progress
 from noisytune_cli.errors import InputInvalid, InputUnreadable, NoisytuneError, unreadable
 from noisytune_cli.escape import escape
-from noisytune_cli.manifest.job import Job, read_steps
+from noisytune_cli.manifest.job import Job
 from noisytune_cli.manifest.read import RecordedManifest, read_manifest
+from noisytune_cli.manifest.share import read_steps
 from noisytune_cli.manifest.write import MANIFEST, manifest_beside
 from noisytune_cli.output import staging
 from noisytune_cli.output.commits import all_staged

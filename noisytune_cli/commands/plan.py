@@ -22,7 +22,8 @@ from noisytune_cli.commands.replaced import check_before_download
 from noisytune_cli.commands.request import SHARE_BYTES, Request
 from noisytune_cli.commands.write import record_source
 from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.manifest.job import Beside, Job, JobOutput, Share, ShareSteps, steps_bytes
+from noisytune_cli.manifest.job import Beside, Job, JobOutput, Share
+from noisytune_cli.manifest.share import ShareSteps, steps_bytes
 from noisytune_cli.output.destination import find_place
 from noisytune_cli.output.job_folder import JobFolder, create_job, in_store, is_planned
 from noisytune_cli.records import Combination

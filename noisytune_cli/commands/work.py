@@ -25,7 +25,8 @@ from noisytune_cli.commands.write import Where, complete, write_tensors
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Output, Walk
 from noisytune_cli.errors import Mismatch, NoisytuneError, unreadable
-from noisytune_cli.manifest.job import Job, Share, ShareSums, read_steps, read_sums, sums_bytes
+from noisytune_cli.manifest.job import Job, Share
+from noisytune_cli.manifest.share import ShareSums, read_steps, read_sums, sums_bytes
 from noisytune_cli.manifest.write import pieces
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.noise.std import exact_std, new_exact_sums

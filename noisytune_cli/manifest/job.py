@@ -1,63 +1,46 @@
-"""The record of a job: a run that is divided into shares, so that many processes can do it.
+"""The plan of a job: a run that is divided into shares, so that many processes can do it.
 
 `plan.json` says what is to be done and holds everything that was decided; the steps of each share lie in a
-file of their own, whose digest the plan has, so that nobody reads more than his part. Both are deterministic,
-as manifests are, and are read as these are: believing nothing. What a share has done is recorded by ordinary
-manifests of its weight files alone.
-
-With scope global a share's exact sums (`noise/std.py`) come before its noise: they add up to one std.
+file of their own (`manifest/share.py`), whose digest the plan has, so that nobody reads more than his part.
+Both are deterministic, as manifests are, and are read as these are: believing nothing. What a share has done
+is recorded by ordinary manifests of its weight files alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from blake3 import blake3
-from numpy.typing import NDArray
 
-from noisytune_cli.manifest.consistency import REASONS, cover_exactly
-from noisytune_cli.manifest.fields import Fields, ManifestFault, check_string
+from noisytune_cli.manifest.fields import Fields, ManifestFault
 from noisytune_cli.manifest.read import (
     MAX_ENTRIES,
+    Content,
     begin,
     fetching,
     read_conversion,
+    read_left_out,
     read_noise,
     read_source,
 )
-from noisytune_cli.manifest.tensors import ACTIONS, PART_KEYS, TOLD_BY, Tensors, read_part
 from noisytune_cli.manifest.write import (
-    MAX_LINES,
     SCHEMA,
     conversion_json,
     lay_out,
     left_out_json,
     noise_json,
-    part_json,
     source_json,
 )
-from noisytune_cli.noise.std import EXACT_BINS, EXACT_SUMS, new_exact_sums
 from noisytune_cli.reading import Document
-from noisytune_cli.records import (
-    MAX_PARTS,
-    Conversion,
-    NoiseSpec,
-    SourceRecord,
-    Step,
-    Tie,
-    out_dtype_of,
-)
+from noisytune_cli.records import Conversion, NoiseSpec, SourceRecord, Tie
 from noisytune_cli.version import __version__
 
 #: The most outputs of a job, which are those of a run, and the largest number of a file's time or size.
-_MOST_OUTPUTS, _LARGEST = 1000, 2**63 - 1
-
-#: What cannot be done with a file of a job that is not as it has to be, and what to do about it.
-_WHAT, _PLAN_AGAIN = "cannot use the job", "Remove the job's folder, and plan it again"
+MOST_OUTPUTS, LARGEST = 1000, 2**63 - 1
 
 _TIE_EVIDENCE = ("alias", "storage", "equal-bytes")
 _OPTIONS = ("again", "follow_links", "card", "recipe_only", "overwrite", "overwrite_changed")
@@ -128,26 +111,6 @@ class Job:
         return self.outputs[0].noise.scope == "global"
 
 
-@dataclass(frozen=True)
-class ShareSteps:
-    """The steps of a share: for each of the job's strengths those of every tensor, in file order.
-
-    `repeated` are names of a parameter that another share, or a later name in this one, stands for already:
-    its values count once in a std of all.
-    """
-
-    steps: tuple[tuple[Step, ...], ...]
-    repeated: frozenset[str]
-
-
-@dataclass(frozen=True)
-class ShareSums:
-    """How many values a share adds to the std of all, for one strength, and their exact sums."""
-
-    elements: int
-    exact: NDArray[np.int64]
-
-
 def job_pieces(job: Job) -> Iterator[bytes]:
     """Yield the bytes of a job's plan."""
     times = zip(job.source.files, job.mtimes, strict=True)
@@ -177,12 +140,17 @@ def job_pieces(job: Job) -> Iterator[bytes]:
     )
 
 
+def fetching_of_job(path: Path) -> AbstractContextManager[Content]:
+    """Open a file of a job to be read, as `fetching` opens a manifest."""
+    return fetching(path, "cannot use the job", "Remove the job's folder, and plan it again")
+
+
 def read_job(path: Path) -> tuple[Job, str]:
     """Read the plan at `path`; return it and the digest of its bytes, in hexadecimal digits.
 
     Raises InputInvalid for one that is malformed, or another version's.
     """
-    with fetching(path, _WHAT, _PLAN_AGAIN) as content:
+    with fetching_of_job(path) as content:
         document, version = begin(content)
         if version != __version__:
             raise ManifestFault(
@@ -204,7 +172,7 @@ def _read_job(document: Document, version: str) -> Job:
     found = document.value()
     conversion = None if found is None else read_conversion(Fields(found, "conversion", CONVERSION_KEYS))
     document.member("outputs")
-    outputs = tuple(_output(entry, i) for i, entry in enumerate(document.entries(_MOST_OUTPUTS)))
+    outputs = tuple(_output(entry, i) for i, entry in enumerate(document.entries(MOST_OUTPUTS)))
     if not outputs:
         raise ManifestFault("it has no outputs")
     document.member("times")
@@ -214,7 +182,7 @@ def _read_job(document: Document, version: str) -> Job:
     document.member("others")
     others = tuple(_beside(entry, i) for i, entry in enumerate(document.entries(MAX_ENTRIES)))
     document.member("left_out")
-    left_out = tuple(_left_out(entry, i) for i, entry in enumerate(document.entries(MAX_ENTRIES)))
+    left_out = tuple(read_left_out(entry, i) for i, entry in enumerate(document.entries(MAX_ENTRIES)))
     document.member("ties")
     ties = tuple(_read_tie(entry, i) for i, entry in enumerate(document.entries(MAX_ENTRIES)))
     document.member("shares")
@@ -253,19 +221,12 @@ def _output(value: Any, index: int) -> JobOutput:
 
 def _time(value: Any, index: int) -> tuple[str, int | None]:
     fields = Fields(value, f"times[{index}]", ("name", "mtime"))
-    return fields.name("name"), fields.optional_count("mtime", _LARGEST)
+    return fields.name("name"), fields.optional_count("mtime", LARGEST)
 
 
 def _beside(value: Any, index: int) -> Beside:
     fields = Fields(value, f"others[{index}]", ("name", "size", "mtime"))
-    return Beside(
-        fields.name("name"), fields.count("size", _LARGEST), fields.optional_count("mtime", _LARGEST)
-    )
-
-
-def _left_out(value: Any, index: int) -> tuple[str, str]:
-    fields = Fields(value, f"left_out[{index}]", ("name", "why"))
-    return fields.string("name"), fields.string("why")
+    return Beside(fields.name("name"), fields.count("size", LARGEST), fields.optional_count("mtime", LARGEST))
 
 
 def _tie(tie: Tie) -> dict[str, Any]:
@@ -294,166 +255,9 @@ def _share(value: Any, index: int) -> Share:
     files = fields.strings("files")
     if not files:
         raise fields.fault("files", "is empty")
-    return Share(files, fields.count("bytes", _LARGEST), fields.digest("steps"))
-
-
-def steps_bytes(share: ShareSteps, strengths: Sequence[float]) -> bytes:
-    """Return the file of a share's steps; of each tensor it says once what it is, then what is done to it."""
-    return b"".join(
-        lay_out(
-            [
-                ("schema", SCHEMA),
-                ("tool", {"name": "noisytune", "version": __version__}),
-                ("strengths", [float(strength) for strength in strengths]),
-                ("repeated", sorted(share.repeated)),
-                ("tensors", (_steps(of_tensor) for of_tensor in zip(*share.steps, strict=True))),
-            ]
-        )
-    )
+    return Share(files, fields.count("bytes", LARGEST), fields.digest("steps"))
 
 
 def digest_of(content: bytes) -> str:
     """Return `blake3:HEX` of some bytes."""
     return f"blake3:{blake3(content).hexdigest()}"
-
-
-def _steps(steps: Sequence[Step]) -> dict[str, Any]:
-    step = steps[0]
-    tensor = step.tensor
-    return {
-        "name": tensor.name,
-        "stream": step.stream,
-        "file": tensor.file,
-        "dtype": tensor.dtype,
-        "shape": list(tensor.shape),
-        "told_by": step.told_by,
-        "doubt": any(one.doubt for one in steps),
-        "parts": [part_json(part) for part in step.parts],
-        "steps": [[one.action, one.reason, float(one.lam)] for one in steps],
-    }
-
-
-def read_steps(path: Path, job: Job, share: Share) -> ShareSteps:
-    """Read a share's steps, which must be those that the job's plan knows by their digest.
-
-    Their tensors lie at offset 0: where they are, the source's headers tell. Raises InputInvalid.
-    """
-    with fetching(path, _WHAT, _PLAN_AGAIN) as content:
-        found = _read_steps(*begin(content), job, share)
-        if f"blake3:{content.digest().hex()}" != share.steps:
-            raise ManifestFault("it is not the file that the plan knows by its digest")
-    return found
-
-
-def _read_steps(document: Document, version: str, job: Job, share: Share) -> ShareSteps:
-    document.member("strengths")
-    if list(document.entries(_MOST_OUTPUTS)) != list(job.strengths) or version != job.version:
-        raise ManifestFault("it is another job's")
-    document.member("repeated")
-    repeated = frozenset(check_string(name, "repeated") for name in document.entries(MAX_LINES))
-    document.member("tensors")
-    tensors, conversion = Tensors(share.files), job.conversion or Conversion()
-    rows = [
-        _step_row(entry, f"tensors[{i}]", tensors, conversion, len(job.strengths))
-        for i, entry in enumerate(document.entries(MAX_LINES))
-    ]
-    document.end()
-    return ShareSteps(tuple(zip(*rows, strict=True)) or ((),) * len(job.strengths), repeated)
-
-
-_STEP_KEYS = ("name", "stream", "file", "dtype", "shape", "told_by", "doubt", "parts", "steps")
-
-
-def _step_row(
-    value: Any, where: str, tensors: Tensors, conversion: Conversion, count: int
-) -> tuple[Step, ...]:
-    """Return what an entry says of a tensor: its step for each strength."""
-    fields = Fields(value, where, _STEP_KEYS)
-    tensor, elements = tensors.read(fields, where)
-    told_by = TOLD_BY.get(fields.optional_choice("told_by", tuple(TOLD_BY)) or "")
-    doubt = fields.flag("doubt")
-    parts = tuple(
-        read_part(Fields(entry, f"{where}.parts[{i}]", PART_KEYS), f"{where}.parts[{i}]", tensor, elements)
-        for i, entry in enumerate(fields.list("parts"))
-    )
-    if parts and not (2 <= len(parts) <= MAX_PARTS and cover_exactly(parts, elements)):
-        raise fields.fault("parts", "are not all of the tensor")
-    stream = fields.string("stream")
-    row = []
-    for entry in fields.list("steps"):
-        if not (isinstance(entry, list) and len(entry) == 3):
-            raise fields.fault("steps", "has what is no action, reason and strength")
-        one = Fields(
-            dict(zip(("action", "reason", "lambda"), entry, strict=True)),
-            where,
-            ("action", "reason", "lambda"),
-        )
-        found = one.optional_choice("reason", tuple(REASONS))
-        reason = None if found is None else REASONS[found]
-        action, lam = ACTIONS[one.choice("action", tuple(ACTIONS))], one.strength("lambda")
-        if (action == "perturb") != (reason is None) or (lam == 0.0) != (reason is not None):
-            raise fields.fault("steps", "has an action that its reason or strength contradicts")
-        row.append(
-            Step(
-                tensor,
-                action,
-                reason,
-                lam,
-                stream,
-                told_by=told_by,
-                out_dtype=out_dtype_of(tensor, reason, conversion),
-                parts=parts,
-                doubt=doubt and reason is None,
-            )
-        )
-    if len(row) != count:
-        raise fields.fault("steps", "are not as many as strengths")
-    return tuple(row)
-
-
-def sums_bytes(sums: Sequence[ShareSums]) -> bytes:
-    """Return the file of a share's sums, one for each of the job's strengths."""
-    entries = ({"elements": one.elements, "exact": _exact(one.exact)} for one in sums)
-    return b"".join(
-        lay_out(
-            [
-                ("schema", SCHEMA),
-                ("tool", {"name": "noisytune", "version": __version__}),
-                ("sums", entries),
-            ]
-        )
-    )
-
-
-def _exact(sums: NDArray[np.int64]) -> list[list[int]]:
-    """Return the rows of exact sums that are not all 0, each after its number."""
-    return [[int(row), *map(int, sums[row])] for row in np.flatnonzero(sums.any(axis=1))]
-
-
-def read_sums(path: Path, job: Job) -> tuple[ShareSums, ...]:
-    """Read a share's sums; raises InputInvalid."""
-    with fetching(path, _WHAT, _PLAN_AGAIN) as content:
-        document, version = begin(content)
-        if version != job.version:
-            raise ManifestFault("it is another version's")
-        document.member("sums")
-        found = tuple(_sums(entry, i) for i, entry in enumerate(document.entries(_MOST_OUTPUTS)))
-        document.end()
-        if len(found) != len(job.strengths):
-            raise ManifestFault("it has not a sum for each strength")
-    return found
-
-
-def _sums(value: Any, index: int) -> ShareSums:
-    fields = Fields(value, f"sums[{index}]", ("elements", "exact"))
-    exact = new_exact_sums()
-    seen = set()
-    for row in fields.list("exact"):
-        is_row = isinstance(row, list) and len(row) == EXACT_SUMS + 1 and all(type(n) is int for n in row)
-        if not (is_row and 0 <= row[0] < EXACT_BINS and all(-_LARGEST <= n <= _LARGEST for n in row)):
-            raise fields.fault("exact", "has a row that is none")
-        if row[0] in seen:
-            raise fields.fault("exact", "has a row twice")
-        seen.add(row[0])
-        exact[row[0]] = row[1:]
-    return ShareSums(fields.count("elements", _LARGEST), exact)

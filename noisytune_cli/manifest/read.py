@@ -230,7 +230,7 @@ def read_other_files(
     elif key != "left_out":
         raise ManifestFault(f'"{key[:40]}" stands where "left_out" is due')
     _check_names([*(file.name for file in files), *_names_of(copied, rewritten)])
-    left_out = tuple(_left_out(entry, i) for i, entry in enumerate(document.entries(MAX_ENTRIES)))
+    left_out = tuple(read_left_out(entry, i) for i, entry in enumerate(document.entries(MAX_ENTRIES)))
     return copied, rewritten, left_out
 
 
@@ -361,7 +361,8 @@ def _card(value: Any, index: int) -> tuple[str, str | None, str]:
     return name, fields.optional_choice("source", (CARD,)), fields.digest("digest")
 
 
-def _left_out(value: Any, index: int) -> tuple[str, str]:
+def read_left_out(value: Any, index: int) -> tuple[str, str]:
+    """Return the file that is not in an output, and why, as the `index`-th entry of a list says."""
     fields = Fields(value, f"left_out[{index}]", ("name", "why"))
     return fields.string("name"), fields.string("why")
 

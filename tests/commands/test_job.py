@@ -25,7 +25,7 @@ from noisytune_cli.commands.request import Request
 from noisytune_cli.commands.status import status
 from noisytune_cli.commands.work import work
 from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch, OutputUnsafe
-from noisytune_cli.manifest.job import read_sums
+from noisytune_cli.manifest.share import read_sums
 from noisytune_cli.output.job_folder import JobFolder, job_path
 from noisytune_cli.records import Conversion, NoiseSpec
 from noisytune_cli.version import __version__

@@ -17,16 +17,8 @@ from noisytune_cli.commands.plan import plan_job
 from noisytune_cli.commands.request import Request
 from noisytune_cli.commands.work import work
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.manifest.job import (
-    Job,
-    ShareSums,
-    job_pieces,
-    read_job,
-    read_steps,
-    read_sums,
-    steps_bytes,
-    sums_bytes,
-)
+from noisytune_cli.manifest.job import Job, job_pieces, read_job
+from noisytune_cli.manifest.share import ShareSums, read_steps, read_sums, steps_bytes, sums_bytes
 from noisytune_cli.output.job_folder import JobFolder
 from noisytune_cli.records import NoiseSpec
 
