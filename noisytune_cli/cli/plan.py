@@ -51,7 +51,7 @@ def plan(**given: Any) -> None:
         show.write_out(f"{shares}\n")
     if not quiet:
         what = "the same job was planned before" if planned.joined else "planned"
-        show.note(f"{what}: {shares} shares, {len(job.outputs)} outputs; next: noisytune work OUT")
+        show.note(f"{what}; outputs: {len(job.outputs)}, shares: {shares}; next: noisytune work OUT")
 
 
 _parameters = [
