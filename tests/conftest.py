@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from checkpoints import save, weights
+from checkpoints import save, save_sharded, weights
 from object_store import moto, store
 from publications import KINDS, Kind, refuse
 
@@ -60,3 +61,26 @@ def folder(tmp_path: Path) -> Iterator[Checkpoint]:
     save(tmp_path / "in/model.safetensors", {"w": weights("F32", 8)})
     with open_checkpoint(str(tmp_path / "in")) as opened:
         yield opened
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A sharded model's folder, with a first shard of some size, a config, a file and one in a folder."""
+    root = tmp_path / "model"
+    save_sharded(root, {"a.weight": weights("F32", 400, 500)}, {"b.weight": weights("BF16", 64, 48)})
+    (root / "config.json").write_text('{"model_type": "x"}')
+    (root / "tokenizer.json").write_text("{}")
+    (root / "sub").mkdir()
+    (root / "sub/notes é #1.txt").write_text("notes")
+    return root
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where temporary folders are made, of which none may be left."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    yield folder
+    assert list(folder.iterdir()) == []

@@ -6,7 +6,6 @@ import json
 import os
 import struct
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -36,16 +35,6 @@ FILES = {
     "head/model.safetensors": safetensors(c=[0.0] * COUNT),
 }
 WEIGHTS = [name for name in FILES if name.endswith(".safetensors")]
-
-
-@pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where temporary folders are made, of which none may be left."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    yield folder
-    assert list(folder.iterdir()) == []
 
 
 @pytest.fixture

@@ -6,14 +6,12 @@ import json
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from checkpoints import save, save_sharded, weights
+from checkpoints import save, weights
 from object_store import SECRET, Fault, ObjectStore, error
 from runs import run
 
@@ -33,29 +31,13 @@ from noisytune_cli.errors import (
 from noisytune_cli.records import NoiseSpec
 from noisytune_cli.study.study import StudyRequest, study
 
+pytestmark = pytest.mark.usefixtures("temporary")
+
 
 @pytest.fixture(autouse=True)
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where temporary folders are made, of which none may be left."""
+def short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests for so little at a time that the model's first shard takes three."""
     monkeypatch.setattr("noisytune_cli.checkpoint.bucket.PIECE", 300_000)
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    monkeypatch.setenv("TMPDIR", str(folder))
-    yield folder
-    assert list(folder.iterdir()) == []
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A sharded model with config, another file and one in a folder; the first shard takes three reads."""
-    root = tmp_path / "model"
-    save_sharded(root, {"a.weight": weights("F32", 400, 500)}, {"b.weight": weights("BF16", 64, 48)})
-    (root / "config.json").write_text('{"model_type": "x"}')
-    (root / "tokenizer.json").write_text("{}")
-    (root / "sub").mkdir()
-    (root / "sub/notes é #1.txt").write_text("notes")
-    return root
 
 
 @pytest.fixture

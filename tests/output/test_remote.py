@@ -5,15 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from checkpoints import save, save_sharded, weights
+from checkpoints import save, weights
 from object_store import SECRET, Fault, ObjectStore, error
 from runs import run
 from without import run_without
@@ -29,28 +27,7 @@ from noisytune_cli.records import Combination, NoiseSpec
 WEIGHTS = "model-00001-of-00002.safetensors"
 CLAIM = ".noisytune/publishing"
 
-
-@pytest.fixture(autouse=True)
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where temporary folders are made, of which none may be left."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    monkeypatch.setenv("TMPDIR", str(folder))
-    yield folder
-    assert list(folder.iterdir()) == []
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A sharded model with config, a file and one in a folder."""
-    root = tmp_path / "model"
-    save_sharded(root, {"a.weight": weights("F32", 64, 50)}, {"b.weight": weights("BF16", 64, 48)})
-    (root / "config.json").write_text('{"model_type": "x"}')
-    (root / "tokenizer.json").write_text("{}")
-    (root / "sub").mkdir()
-    (root / "sub/notes é #1.txt").write_text("notes")
-    return root
+pytestmark = pytest.mark.usefixtures("temporary")
 
 
 @pytest.fixture(scope="session")
