@@ -32,7 +32,9 @@ def read_config(path: Path, reach: Reach | None = None) -> Mapping[str, Any] | N
     return _parse(path, read_small(path, _MAX_BYTES, reach))
 
 
-def look_at_config(path: Path, reach: Reach | None = None) -> tuple[Mapping[str, Any] | None, str | None]:
+def look_at_config(
+    path: Path, reach: Reach | None = None
+) -> tuple[Mapping[str, Any] | None, InputInvalid | None]:
     """Return the config, or why it is none.
 
     Other programs call theirs so too, with comments in it, or a list: it is copied as any file, and helps
@@ -44,7 +46,7 @@ def look_at_config(path: Path, reach: Reach | None = None) -> tuple[Mapping[str,
     try:
         return _parse(path, content), None
     except InputInvalid as error:
-        return None, f"not used: {error.line()}"
+        return None, error
 
 
 def _parse(path: Path, content: bytes) -> Mapping[str, Any]:

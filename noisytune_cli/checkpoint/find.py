@@ -38,7 +38,7 @@ from noisytune_cli.checkpoint.layout import (
     manifests,
 )
 from noisytune_cli.checkpoint.weights import Choice, choose
-from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
+from noisytune_cli.errors import InputInvalid, InputUnreadable, NoisytuneError, UsageError, unreadable
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.previous import NAMESAKE, PreviousRun, of_file, of_folder
 from noisytune_cli.manifest.write import MAX_BYTES
@@ -196,10 +196,8 @@ def _find_in_store(source: str, weights: str | None, components: Sequence[str]) 
             return _find_in_folder(place, weights, components)
         _refuse_choice(source, weights, components)
         bucket.fetch([file for file in bucket.listing.files if file != bucket.file])
-        found = _find_file(bucket.root / bucket.file, name, None)
-        told = tuple(text.replace(os.fspath(bucket.root), name.parent) for text in found.warnings)
-        config_path = name.parent / CONFIG
-        return replace(found, config_path=config_path, warnings=told, remote=bucket)
+        found = _find_file(bucket.root / bucket.file, name, None, bucket)
+        return replace(found, config_path=name.parent / CONFIG)
 
 
 def _refuse_choice(source: str, weights: str | None, components: Sequence[str]) -> None:
@@ -280,7 +278,7 @@ def _find_in_folder(place: _Place, weights: str | None, components: Sequence[str
     config_name = posixpath.join("" if folders else posixpath.dirname(choices[0].name), CONFIG)
     config_names = {folder: posixpath.join(folder, CONFIG) for folder in folders if folder}
     place.fetch([name for name in (config_name, *config_names.values()) if name in listing.files])
-    config, useless = look_at_config(root / config_name, place.reach)
+    config, unread = look_at_config(root / config_name, place.reach)
     own = {folder: look_at_config(root / name, place.reach) for folder, name in config_names.items()}
 
     # A manifest is not copied, but says what was done to the weights. What is too long for one is none.
@@ -291,7 +289,8 @@ def _find_in_folder(place: _Place, weights: str | None, components: Sequence[str
     files = [file for choice in choices for file in _files_of(choice, listing)]
     earlier, namesakes = of_folder(root, left, files)
     namesakes |= set(manifests(listing)).difference(left)
-    warnings = [why for why in (useless, *(why for _, why in own.values())) if why is not None]
+    useless = [error for error in (unread, *(error for _, error in own.values())) if error is not None]
+    warnings = [_not_used(error, remote) for error in useless]
     return Found(
         id=place.id,
         revision=place.revision,
@@ -320,7 +319,14 @@ def _files_of(choice: Choice, listing: Listing | None) -> tuple[str, ...]:
     return (choice.name, *(name for name in chunks if posixpath.dirname(name) == home))
 
 
-def _find_file(path: Path, name: str, commit: str | None) -> Found:
+def _not_used(error: NoisytuneError, remote: Remote | None) -> str:
+    """Say of a config why it is not used."""
+    if remote is not None:
+        remote.rename(error)
+    return f"not used: {error.line()}"
+
+
+def _find_file(path: Path, name: str, commit: str | None, remote: Remote | None = None) -> Found:
     if index_suffix(path.name) is not None:
         raise InputInvalid(
             "cannot read the checkpoint",
@@ -342,7 +348,7 @@ def _find_file(path: Path, name: str, commit: str | None) -> Found:
     except (InputInvalid, InputUnreadable) as error:
         # What merely lies beside the file is no part of SOURCE: it can help, but not hinder.
         config = None
-        warnings.append(f"not used: {error.line()}")
+        warnings.append(_not_used(error, remote))
     return Found(
         id=name,
         revision=commit,
@@ -354,4 +360,5 @@ def _find_file(path: Path, name: str, commit: str | None) -> Found:
         config_path=os.fspath(config_path),
         warnings=tuple(warnings),
         previous_run=of_file(path),
+        remote=remote,
     )

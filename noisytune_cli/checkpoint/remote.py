@@ -69,10 +69,14 @@ class Remote(ABC):
             yield
         except BaseException as error:
             if isinstance(error, NoisytuneError):
-                for here, there in self.moved:
-                    error.move(here, there)
+                self.rename(error)
             self.close()
             raise
+
+    def rename(self, error: NoisytuneError) -> None:
+        """Have an error name a file by where it is meant to be."""
+        for here, there in self.moved:
+            error.move(here, there)
 
     def require(self, names: Iterable[str]) -> None:
         """Raise for a name that can be had neither here nor there."""

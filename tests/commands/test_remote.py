@@ -224,6 +224,19 @@ def test_what_is_wrong_in_a_file_is_told_of_its_address(
     assert caught.value.path == f"{there}/model-00002-of-00002.safetensors"
 
 
+def test_a_config_that_is_not_used_is_told_by_its_address(
+    store: ObjectStore, model: Path, tmp_path: Path
+) -> None:
+    (model / "config.json").write_text("[")
+    store.put_folder(model, "models/a")
+    there = run(f"{store.url}/models/a", tmp_path / "out")  # type: ignore[arg-type]
+    here = run(model, tmp_path / "local")
+    assert there.warnings == tuple(
+        text.replace(str(model), f"{store.url}/models/a") for text in here.warnings
+    )
+    assert here.warnings
+
+
 def test_room_is_asked_for_before_anything_is_fetched(
     store: ObjectStore, there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
