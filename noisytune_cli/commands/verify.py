@@ -125,8 +125,7 @@ def _located(out: str) -> Iterator[_Located]:
         names, file = bucket.listing.files, bucket.file
         manifest = MANIFEST if file is None else file + MANIFEST_SUFFIX
         bucket.fetch([name for name in (manifest, file) if name in names])
-        require_manifest(bucket.root / manifest)
-        place = place_of(os.fspath(bucket.root / (file or "")))
+        place = Location(bucket.root / (file or ""), file is None, bucket.root / manifest)
         recorded = _read_manifest(place)
         if file is None:
             known = _known(recorded.manifest)
