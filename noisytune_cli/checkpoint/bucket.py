@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -171,10 +170,6 @@ class Bucket(Remote):
                 tries -= 1
                 if not tries:
                     raise
-
-    @contextmanager
-    def asked(self) -> Iterator[None]:
-        yield
 
     def close(self) -> None:
         self._scratch.remove()

@@ -50,7 +50,7 @@ class Repository(Remote):
     def __init__(self, repo_id: str, revision: str | None) -> None:
         self._id, self._revision = repo_id, revision
         self._answers = Answers()
-        with self.asked():
+        with self._asked():
             self.commit = self._answers.commit = _resolve(repo_id, revision)
             self.root = _list(repo_id, self.commit)
             self._listed = _cached_list(repo_id, self.commit)
@@ -116,6 +116,10 @@ class Repository(Remote):
             raise Untrue(f"{name}: it sends another number of bytes than it says")
         return bytes(content)
 
+    def fetch_headers(self, names: Sequence[str], folder: Path) -> None:
+        with self._asked():
+            super().fetch_headers(names, folder)
+
     def fetch(self, names: Sequence[str]) -> None:
         """Bring `names` into the cache; raises HubError unless each is then what the hub lists."""
         paths = {name: self.root / name for name in names}
@@ -124,7 +128,7 @@ class Repository(Remote):
             if new:
                 sizes = {name: self.size(name) for name in new}
                 self._answers.longest = max(sizes.values())
-                with self.asked():
+                with self._asked():
                     _fetch(self._id, self.commit, sizes)
             with mapped_errors(self._id, self._revision):
                 for name in new:
@@ -138,7 +142,7 @@ class Repository(Remote):
             self._check_size(path, name)
 
     @contextmanager
-    def asked(self) -> Iterator[None]:
+    def _asked(self) -> Iterator[None]:
         with watched(self._answers), mapped_errors(self._id, self._revision), _silenced():
             yield
 

@@ -26,8 +26,8 @@ _T = TypeVar("_T")
 #: How much of a file is asked for first where its header is all that is needed: most headers are shorter.
 _HEAD = 64 << 10
 
-#: What is fetched or sent at a time.
-WORKERS = 8
+#: Files, or parts of them, that are fetched at a time.
+_WORKERS = 8
 
 #: How long the workers get to remove their partial files when nobody waits any more, in seconds.
 _GRACE = 1.0
@@ -56,11 +56,6 @@ class Remote(ABC):
     @abstractmethod
     def part(self, name: str, start: int, end: int, left_behind: threading.Event) -> bytes:
         """Return the bytes of a file from `start` to `end`, no others and no fewer."""
-
-    @abstractmethod
-    @contextmanager
-    def asked(self) -> Iterator[None]:
-        """Turn what goes wrong meanwhile into our errors."""
 
     @contextmanager
     def named(self) -> Iterator[None]:
@@ -109,15 +104,14 @@ class Remote(ABC):
             except OSError as error:
                 raise exhausted(error) from error
 
-        with self.asked():
-            do_all(fetch, names, left_behind)
+        do_all(fetch, names, left_behind)
 
 
 def do_all(work: Callable[[_T], None], items: Iterable[_T], left_behind: threading.Event) -> None:
     """Do `work` with each of `items`, several at a time; `left_behind` tells that nobody waits any more."""
 
     def do() -> None:
-        with ThreadPoolExecutor(WORKERS) as pool:
+        with ThreadPoolExecutor(_WORKERS) as pool:
             for _ in pool.map(work, items):
                 pass
 
