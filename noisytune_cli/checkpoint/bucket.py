@@ -16,7 +16,7 @@ from typing import NamedTuple
 from noisytune_cli.checkpoint import downloads
 from noisytune_cli.checkpoint.address import Address
 from noisytune_cli.checkpoint.config import ADAPTER_CONFIG, CONFIG
-from noisytune_cli.checkpoint.layout import is_plain_name, list_names
+from noisytune_cli.checkpoint.layout import folders_among, is_plain_name, list_names
 from noisytune_cli.checkpoint.remote import Remote, Scratch, do_all
 from noisytune_cli.checkpoint.store import PIECE, Object, Store, StoreFault, reading
 from noisytune_cli.errors import (
@@ -28,8 +28,8 @@ from noisytune_cli.errors import (
 )
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
 
-#: What of a checkpoint no folder here may have either.
-_MAX_OBJECTS = 100_000
+#: No checkpoint comes near; a bucket given by mistake does.
+MAX_OBJECTS = 100_000
 
 #: Below this an output lies what is of its making, and gone when it is complete.
 UNFINISHED = ".noisytune/"
@@ -82,18 +82,15 @@ class Bucket(Remote):
         return found
 
     def _below(self) -> dict[str, Object]:
-        listed = self._store.list(self.address.key, _MAX_OBJECTS)
-        if len(listed) > _MAX_OBJECTS:
+        found = self._store.below(MAX_OBJECTS)
+        if len(found) > MAX_OBJECTS:
             raise InputInvalid(
                 "cannot read the checkpoint",
                 path=self.address,
-                why=f"more than {_MAX_OBJECTS:,} objects lie below it",
+                why=f"more than {MAX_OBJECTS:,} objects lie below it",
                 next_step="Give the prefix that holds the weights alone",
             )
-        start = len(self.address.key) + 1 if self.address.key else 0
-        found = {entry.key[start:]: entry for entry in listed if entry.key[start:]}
-        folders = {name[:at] for name in found for at, letter in enumerate(name) if letter == "/"}
-        for name in folders & found.keys():  # consoles make an empty object of a folder's name
+        for name in folders_among(found):  # consoles make an empty object of a folder's name
             if found[name].size:
                 raise self._refused(name, "it is an object, and others lie below it")
             del found[name]

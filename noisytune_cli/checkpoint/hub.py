@@ -14,7 +14,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,7 +29,7 @@ from noisytune_cli.checkpoint.hub_answers import (
     watched,
 )
 from noisytune_cli.checkpoint.hub_errors import CANNOT_FETCH, mapped_errors
-from noisytune_cli.checkpoint.layout import list_names
+from noisytune_cli.checkpoint.layout import folders_among, list_names
 from noisytune_cli.checkpoint.remote import Remote, do_all
 from noisytune_cli.errors import HubError
 
@@ -261,9 +260,8 @@ def _cached_list(repo_id: str, commit: str) -> dict[str, RepoFile] | None:
         return None
     for name, file in listed.items():  # others write there too
         check_listed(name, file.size)
-        for folder in accumulate(name.split("/")[:-1], "{}/{}".format):
-            if folder in listed:
-                raise Untrue(f"it lists '{folder}' as a file and as a folder")
+    if both := folders_among(listed):
+        raise Untrue(f"it lists '{min(both)}' as a file and as a folder")
     return listed
 
 

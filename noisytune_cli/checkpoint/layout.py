@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import translate
 from functools import cache
+from itertools import accumulate
 from typing import NamedTuple
 
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
@@ -123,6 +124,12 @@ def why_folder_left_out(name: str) -> str | None:
 def is_plain_name(name: str) -> bool:
     """Tell whether `name` is a relative, printable path that cannot leave the folder it is relative to."""
     return all(part not in ("", ".", "..") for part in name.split("/")) and name.isprintable()
+
+
+def folders_among(names: Collection[str]) -> set[str]:
+    """Return those of `names` that others lie below: elsewhere one name can be both, here it cannot."""
+    above = (folder for name in names for folder in accumulate(name.split("/")[:-1], "{}/{}".format))
+    return {folder for folder in above if folder in names}
 
 
 def is_no_model(name: str) -> bool:

@@ -129,17 +129,21 @@ class Store:
                 return None
             raise
 
-    def list(self, prefix: str, limit: int) -> list[Object]:
-        """Return what lies below a prefix, and no more than one object over `limit`."""
+    def below(self, limit: int) -> dict[str, Object]:
+        """Return what lies below the address, by its name there; where that is more than `limit`, a part."""
         import obstore
 
-        def look() -> list[Object]:
-            found: list[Object] = []
+        prefix = self.address.key
+        start = len(prefix) + 1 if prefix else 0
+
+        def look() -> dict[str, Object]:
+            found: dict[str, Object] = {}
             for page in obstore.list(self._store, prefix or None):
-                found += map(_object, page)
+                entries = map(_object, page)
+                found |= {entry.key[start:]: entry for entry in entries if entry.key[start:]}
                 if len(found) > limit:
                     break
-            return found[: limit + 1]
+            return found
 
         return _wait(look)
 

@@ -22,10 +22,10 @@ from typing import Literal
 from blake3 import blake3
 
 from noisytune_cli.checkpoint.address import Address, Place
-from noisytune_cli.checkpoint.bucket import UNFINISHED
+from noisytune_cli.checkpoint.bucket import MAX_OBJECTS, UNFINISHED
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.config import CONFIG
-from noisytune_cli.checkpoint.layout import index_suffix, is_weights
+from noisytune_cli.checkpoint.layout import folders_among, index_suffix, is_weights
 from noisytune_cli.checkpoint.remote import Scratch
 from noisytune_cli.checkpoint.store import PIECE, Object, Store, StoreFault, Upload, writing
 from noisytune_cli.engine.threads import Progress
@@ -37,9 +37,6 @@ from noisytune_cli.output.publish import Publication
 
 #: How often an object is sent whose bytes did not come to be there.
 _TRIES = 3
-
-#: Objects that are looked at of what is where an output is to go.
-_MOST = 100_000
 
 #: How long a claim gets to be taken back, in seconds.
 _PATIENCE = 1.0
@@ -132,7 +129,7 @@ class _Target:
         self.claim = self.key(f"{UNFINISHED}{'' if is_folder else f'{output.name}.'}publishing")
 
     def key(self, name: str) -> str:
-        return f"{self.home.key}/{name}" if self.home.key else name
+        return (self.home / name).key
 
     def look(self) -> dict[str, Object]:
         """Return what is there, by its name in the output: all of a folder, or a file and its manifest."""
@@ -140,16 +137,15 @@ class _Target:
             names = (self.output.name, self.output.name + MANIFEST_SUFFIX)
             found = {name: self.store.head(self.key(name)) for name in names}
             return {name: entry for name, entry in found.items() if entry is not None}
-        start = len(self.key(""))
-        listed = {entry.key[start:]: entry for entry in self.store.list(self.output.key, _MOST)}
+        listed = self.store.below(MAX_OBJECTS)
         if self.output.key and (entry := self.store.head(self.output.key)) is not None:
             listed[self.output.name] = entry
-        folders = {name[:at] for name in listed for at, letter in enumerate(name) if letter == "/"}
+        folders = folders_among(listed)
         return {
             name: entry
             for name, entry in listed.items()
             # An empty object of a folder's name is what consoles make of folders.
-            if name and entry.key != self.claim and (entry.size or name not in folders)
+            if entry.key != self.claim and (entry.size or name not in folders)
         }
 
 
