@@ -7,10 +7,9 @@ checkpoint reads this one.
 
 from __future__ import annotations
 
-import os
+import shutil
 import threading
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from noisytune_cli.checkpoint import downloads
@@ -172,7 +171,10 @@ class Bucket(Remote):
         self._scratch.remove()
 
     def _require_room(self, nbytes: int) -> None:
-        free = free_bytes(self.root)
+        try:
+            free = shutil.disk_usage(self.root).free
+        except OSError as error:
+            raise exhausted(error) from error
         if nbytes > free:
             raise ResourceExhausted(
                 "not enough space to fetch to",
@@ -192,12 +194,3 @@ def is_object(source: str) -> bool:
 def _object_at(store: Store, source: str) -> Object | None:
     key = store.address.key
     return None if source.endswith("/") or not key else store.head(key)
-
-
-def free_bytes(folder: Path) -> int:
-    """Return how many bytes are free where a folder lies."""
-    try:
-        status = os.statvfs(folder)
-    except OSError as error:
-        raise exhausted(error) from error
-    return status.f_bavail * status.f_frsize

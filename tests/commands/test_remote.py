@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import save, weights
@@ -240,7 +242,7 @@ def test_a_config_that_is_not_used_is_told_by_its_address(
 def test_room_is_asked_for_before_anything_is_fetched(
     store: ObjectStore, there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("noisytune_cli.checkpoint.bucket.free_bytes", lambda folder: 700_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=700_000))
     with pytest.raises(ResourceExhausted, match=r"there and 700,000 are free\. Free space, or set TMPDIR"):
         run(there, tmp_path / "out")  # type: ignore[arg-type]
     assert not store.of("GET", "safetensors$")
