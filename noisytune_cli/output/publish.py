@@ -135,7 +135,7 @@ class Publication:
 
     def place(self, name: str) -> Path:
         """Return where to write the weight file `name`; in an output that is a file it bears that's name."""
-        return self.path(name if self._directory else self.output.name)
+        return self.path(self._weights_name(name))
 
     def adopt(self, file: Path, name: str) -> None:
         """Let a whole and durable file that lies elsewhere be the weight file `name`, under both names.
@@ -152,7 +152,10 @@ class Publication:
                 raise unwritable(error, self.output) from error
             is_single = False
         if not is_single:
-            self.copy(file, place.relative_to(self._stage or place).as_posix())
+            self.copy(file, self._weights_name(name))
+
+    def _weights_name(self, name: str) -> str:
+        return name if self._directory else self.output.name
 
     def copy(self, source: Path, name: str, open_file: Opener = open_regular) -> str:
         """Copy a regular file to `name`, flushed, and return its digest `blake3:HEX`."""
