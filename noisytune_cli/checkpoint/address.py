@@ -7,7 +7,6 @@ with a query or a user is refused, and what would be secret in it is not repeate
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from noisytune_cli.errors import UsageError
@@ -69,13 +68,10 @@ class Address(str):
     @property
     def parents(self) -> tuple[Address, ...]:
         """All that it lies in, the nearest first."""
-        return tuple(self._above())
-
-    def _above(self) -> Iterator[Address]:
-        place = self
-        while place.key:
-            place = place.parent
-            yield place
+        places = [self]
+        while places[-1].key:
+            places.append(places[-1].parent)
+        return tuple(places[1:])
 
     def __truediv__(self, name: str) -> Address:
         return super().__new__(type(self), f"{self}/{name}")  # what a listing names need not be typed

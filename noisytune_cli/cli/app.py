@@ -190,7 +190,7 @@ def _shown_warnings() -> Iterator[None]:
 
 @contextmanager
 def _shown_downloads() -> Iterator[None]:
-    """Show what comes from the hub as all progress is shown."""
+    """Show what comes from the hub or an object store as all progress is shown."""
     from noisytune_cli.checkpoint import downloads
     from noisytune_cli.cli import show
 
