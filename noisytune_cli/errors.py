@@ -56,10 +56,10 @@ class NoisytuneError(Exception):
         path: str | os.PathLike[str] | None = None,
         tensor: str | None = None,
     ) -> None:
-        self.what, self.why, self.next_step = what, why, next_step
-        self.path = None if path is None else os.fspath(path)
-        self.tensor = tensor
+        self.what, self.why, self.next_step, self.tensor = what, why, next_step, tensor
+        self.path = place = None if path is None else os.fspath(path)
         super().__init__(self.line())
+        self.path = place  # an ImportError's own __init__ clears it
 
     def __reduce__(self) -> _Again:
         # An ImportError keeps its path elsewhere.

@@ -55,6 +55,16 @@ def test_an_error_survives_pickling(kind: type[BaseException], protocol: int) ->
             assert found.line() == error.line()
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_an_error_keeps_its_place(kind: type[BaseException]) -> None:
+    error = _made(kind)
+    if isinstance(error, NoisytuneError):
+        assert error.path == "a/\x1bb"
+        assert error.line() == str(error)
+        error.move("a", "there")
+        assert 'cannot read: there/\\x1bb: tensor "w"' in error.line()
+
+
 def test_one_without_a_place_too() -> None:
     error = PackageMissing("this needs torch", why="it is not installed", next_step="Install it")
     found = pickle.loads(pickle.dumps(error))

@@ -120,7 +120,7 @@ def test_without_pyarrow_the_next_step_is_said(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(PackageMissing) as caught:
         read_table(tmp_path / "train.parquet", COLUMNS)
     assert caught.value.line() == (
-        f"cannot read {tmp_path}/train.parquet: pyarrow is not installed. "
+        f"cannot read: {tmp_path}/train.parquet: pyarrow is not installed. "
         "Install it (pip install pyarrow), or give the rows as .tsv, .csv or .jsonl."
     )
 

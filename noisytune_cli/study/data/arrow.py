@@ -18,7 +18,8 @@ def arrow_rows(path: Path, columns: Sequence[str]) -> Iterator[TableRow]:
     """Yield the wanted columns of every row; PackageMissing without pyarrow."""
     if importlib.util.find_spec("pyarrow") is None:
         raise PackageMissing(
-            f"cannot read {path}",
+            "cannot read",
+            path=path,
             why="pyarrow is not installed",
             next_step="Install it (pip install pyarrow), or give the rows as .tsv, .csv or .jsonl",
         )
