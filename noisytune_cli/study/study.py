@@ -95,7 +95,8 @@ def study(
         )
     machine.check_packages(lora=bool(request.recipe.lora_rank))
     kind = machine.check_device(request.device)
-    recipe = replace(request.recipe, precision=machine.choose_precision(request.precision, request.device))
+    precision = machine.choose_precision(request.precision, request.device)
+    request = replace(request, recipe=replace(request.recipe, precision=precision))
     from noisytune_cli.study.combination import read_settings
     from noisytune_cli.study.design import Seeds, plan_runs, split_rows
     from noisytune_cli.study.journal import Journal
@@ -149,7 +150,7 @@ def study(
     document = {
         "schema": 1,
         "tool": {"name": "noisytune", "version": __version__},
-        "settings": record(material, recipe, digests, kind),
+        "settings": record(material, request.recipe, digests, kind),
         "model": {"id": source.id, "revision": source.revision, "parameters": parameters},
         "task": task.name,
         "primary": task.metrics[0],
@@ -165,7 +166,7 @@ def study(
             foreseen = foresee(journal.study["design"])
             if foreseen is not None and (weak := wording.too_few(*foreseen)):
                 tell(weak)
-            _carry_out(request, material, recipe, lacking, split, parameters, threads, journal.add, progress)
+            _carry_out(request, material, lacking, split, parameters, threads, journal.add, progress)
         planned = [run["key"] for run in journal.study["design"]]
         finished = [journal.runs[key] for key in planned if key in journal.runs]
         return Studied(journal.folder, write_outputs(journal.folder, journal.study, finished))
@@ -199,7 +200,6 @@ def study_tasks(
 def _carry_out(
     request: StudyRequest,
     material: Material,
-    recipe: Recipe,
     runs: Sequence[Run],
     split: Split,
     parameters: int,
@@ -211,8 +211,8 @@ def _carry_out(
 
     check_memory(parameters, request.jobs)
     place = Place(request.device, request.jobs, threads)
-    with progress(sum(split.steps(run.share, recipe) for run in runs)) as report:
-        for done in carry_out(material, recipe, runs, place, report):
+    with progress(sum(split.steps(run.share, request.recipe) for run in runs)) as report:
+        for done in carry_out(material, request.recipe, runs, place, report):
             add(done)
 
 
