@@ -477,7 +477,7 @@ def _show_together(summary: Mapping[str, Any], folder: Path, *, as_json: bool, q
             str(len(method["tasks"])),
             str(len(method["values"])),
             wording.difference(method),
-            wording.interval({"interval": method["excluded_beyond"]}),
+            wording.interval(method["excluded_beyond"]),
             wording.probability(method["p"]),
             wording.probability(method["p_holm"]),
             method["verdict"],

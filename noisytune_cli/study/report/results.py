@@ -145,10 +145,10 @@ def _scores(condition: Condition, split: Literal["dev", "held_out"]) -> dict[str
     runs = list(condition.runs.values())
     if any(run[split] is None for run in runs):
         return None
-    return {metric: sample([run[split][metric] for run in runs]) for metric in runs[0][split]}
+    return {metric: _sample([run[split][metric] for run in runs]) for metric in runs[0][split]}
 
 
-def sample(values: Sequence[float]) -> dict[str, Any]:
+def _sample(values: Sequence[float]) -> dict[str, Any]:
     """Return mean, std, interval of the mean (a list of two, or None) and the values themselves."""
     bounds = statistics.bootstrap_interval(values)
     return {**_spread(values), "interval": None if bounds is None else list(bounds), "values": list(values)}
@@ -181,7 +181,7 @@ def _probe(runs: Sequence[Run]) -> dict[str, Any] | None:
     scores = [metric for metric in probes[0] if metric != "task"]
     return {
         "task": probes[0]["task"],
-        **{metric: sample([probe[metric] for probe in probes]) for metric in scores},
+        **{metric: _sample([probe[metric] for probe in probes]) for metric in scores},
     }
 
 
@@ -213,13 +213,17 @@ def _compare(
     """Return the comparisons of couples that have seeds in common, adjusted among those of one share."""
     found = [_comparison(one, other, names, metric) for one, other in couples if common_pairs((one, other))]
     for share in {comparison["share"] for comparison in found}:
-        together = [comparison for comparison in found if comparison["share"] == share]
-        adjusted = statistics.holm([comparison["p"] for comparison in together])
-        for comparison, p in zip(together, adjusted, strict=True):
-            comparison["p_holm"] = p
-            comparison["comparisons"] = len(together)
-            comparison["verdict"] = verdict(p, comparison["mean"])
+        judge([comparison for comparison in found if comparison["share"] == share])
     return found
+
+
+def judge(together: Sequence[dict[str, Any]]) -> None:
+    """Add to comparisons what each comes to, its p-value adjusted for all of them."""
+    adjusted = statistics.holm([comparison["p"] for comparison in together])
+    for comparison, p in zip(together, adjusted, strict=True):
+        comparison["p_holm"] = p
+        comparison["comparisons"] = len(together)
+        comparison["verdict"] = _verdict(p, comparison["mean"])
 
 
 def _comparison(
@@ -239,11 +243,18 @@ def _comparison(
         "share": one.share,
         "seeds": [list(pair) for pair in pairs],
         "left_out": len({*one.runs, *other.runs}) - len(pairs),
-        **sample(differences),
+        **paired(differences),
+        "smallest_p": statistics.smallest_p(len(differences)),
+    }
+
+
+def paired(differences: Sequence[float]) -> dict[str, Any]:
+    """Return what paired differences say of their mean."""
+    return {
+        **_sample(differences),
         "excluded_beyond": excluded_beyond(differences),
         "higher": sum(difference > 0 for difference in differences),
         "p": statistics.permutation_p(differences),
-        "smallest_p": statistics.smallest_p(len(differences)),
     }
 
 
@@ -253,7 +264,7 @@ def excluded_beyond(differences: Sequence[float]) -> list[float] | None:
     return None if bounds is None else list(bounds)
 
 
-def verdict(p: float, mean: float) -> str:
+def _verdict(p: float, mean: float) -> str:
     """Return what a difference comes to, by its adjusted p-value."""
     if p >= statistics.SIGNIFICANCE:
         return NO_EVIDENCE

@@ -15,7 +15,7 @@ from typing import Any
 
 from noisytune_cli.study.report import statistics, wording
 from noisytune_cli.study.report.markdown import bullets, image, table, text
-from noisytune_cli.study.report.results import Results, excluded_beyond, sample, verdict, whole
+from noisytune_cli.study.report.results import Results, excluded_beyond, judge, paired, whole
 
 #: The version of the document's layout.
 SCHEMA = 1
@@ -26,10 +26,8 @@ def summarise_tasks(studies: Sequence[Results]) -> dict[str, Any]:
     compared = [whole(results, "comparisons") for results in studies]
     names = list(dict.fromkeys(comparison["name"] for entries in compared for comparison in entries))
     methods = [method for name in names if (method := _method(name, studies, compared)) is not None]
-    for group in (methods, [cell for method in methods for cell in method["tasks"]]):
-        for entry, p in zip(group, statistics.holm([entry["p"] for entry in group]), strict=True):
-            entry["p_holm"], entry["comparisons"] = p, len(group)
-            entry["verdict"] = verdict(p, entry["mean"])
+    judge(methods)
+    judge([cell for method in methods for cell in method["tasks"]])
     return {
         "schema": SCHEMA,
         "model": studies[0]["study"]["model"],
@@ -71,11 +69,8 @@ def _method(
         "name": name,
         "tasks": cells,
         "seeds": [list(seed) for seed in common],
-        **sample(differences),
-        "excluded_beyond": excluded_beyond(differences),
+        **paired(differences),
         "other_tasks": excluded_beyond(means),
-        "higher": sum(difference > 0 for difference in differences),
-        "p": statistics.permutation_p(differences),
     }
 
 
@@ -127,5 +122,5 @@ def _row(method: Mapping[str, Any]) -> list[str]:
         f"{wording.difference(method)} (n {len(method['values'])})",
         wording.probability(method["p"]),
         wording.probability(method["p_holm"]),
-        wording.interval({"interval": method["other_tasks"]}),
+        wording.interval(method["other_tasks"]),
     ]

@@ -42,14 +42,14 @@ def change(value: float) -> str:
     return f"{round(100 * value, 2) + 0.0:+.2f}".replace("-", _MINUS)
 
 
-def interval(sample: Mapping[str, Any]) -> str:
+def interval(bounds: Sequence[float] | None) -> str:
     """Return the interval of a difference: [−0.40, +1.20], or nothing where there is one value."""
-    return "" if sample["interval"] is None else "[{}, {}]".format(*map(change, sample["interval"]))
+    return "" if bounds is None else "[{}, {}]".format(*map(change, bounds))
 
 
 def difference(comparison: Mapping[str, Any]) -> str:
     """Return a mean difference and its interval: +0.41 [−0.40, +1.20]."""
-    return f"{change(comparison['mean'])} {interval(comparison)}".rstrip()
+    return f"{change(comparison['mean'])} {interval(comparison['interval'])}".rstrip()
 
 
 def probability(p: float) -> str:
