@@ -1,29 +1,21 @@
-"""`noisytune study`: its options, which are many, and a table of the methods with the findings' limits."""
+"""`noisytune study`: its options, which are many."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 
 from noisytune_cli.cli.help import OUTPUT, RUNNING, SOURCE
 from noisytune_cli.errors import UsageError
-from noisytune_cli.escape import escape
 
 _T = TypeVar("_T")
 
 _MAX_SEED = 2**63 - 1
-
-
-#: The columns, and those that a narrow terminal does without, the first to go first.
-_COLUMNS = ("method", "λ", "seeds", "mean ± std", "difference from plain [95 %]", "p", "p (Holm)", "verdict")
-_DISPENSABLE = ("p", "seeds", "p (Holm)", "λ")
-_LEFT = {"method", "verdict"}
-
 
 #: What the NoisyTune paper searches; its 0 is plain.
 _SEARCHED = "0.05,0.1,0.15,0.2,0.25,0.3"
@@ -341,7 +333,7 @@ def study(
       noisytune study ./bert --task rte --data ./glue --method plain,noisytune,mixout -o ./study-rte
       noisytune study ./bert --task rte --data ./glue --choose -o ./study-lambda
     """
-    from noisytune_cli.cli import show
+    from noisytune_cli.cli import show, show_study
     from noisytune_cli.cli.parse import check_out, numbers, read_seeds, words
     from noisytune_cli.cli.study_page import NAME, study_page
     from noisytune_cli.study import study as command
@@ -416,142 +408,16 @@ def study(
     else:
         studied, together = command.study_tasks(request, tasks, tell=tell, progress=progress)
     for one in studied:
-        page = "".join(study_page(one.results, one.folder, _COLUMNS, _rows(one.results)))
+        page = "".join(
+            study_page(one.results, one.folder, show_study.COLUMNS, show_study.study_rows(one.results))
+        )
         write_durably(one.folder / NAME, page.encode())
         if as_html:
             show.write_out(page)
         printed = as_html or (as_json and together is not None)
-        _show(one.results, one.folder, as_json=as_json, quiet=quiet, is_printed=printed)
+        show_study.show_study(one.results, one.folder, as_json=as_json, quiet=quiet, is_printed=printed)
     if together is not None:
-        _show_together(together, Path(out), as_json=as_json, quiet=quiet)
-
-
-def _show(
-    results: Mapping[str, Any], folder: Path, *, as_json: bool, quiet: bool, is_printed: bool = False
-) -> None:
-    """Print the results, unless they are printed already.
-
-    On stderr follows, unless `quiet`, where the rest lies and what the seeds cannot show.
-    """
-    from noisytune_cli.cli.show import note, warn, write_out
-    from noisytune_cli.study.report import wording
-    from noisytune_cli.study.report.results import encode, whole
-
-    if not is_printed:
-        write_out(encode(results) if as_json else _table(results), spelled=not as_json)
-    if results["missing"]:
-        warn(f"the study is not finished: {results['finished']} of {results['planned']} runs are done")
-    if results["lambda_chosen_on"] == "dev":
-        warn(wording.choice("dev"))
-    if quiet:
-        return
-    compared = whole(results, "comparisons")
-    if compared and (weak := wording.power(compared)):
-        note(weak)
-    note(f"report, results and figures: {folder}")
-
-
-#: The columns of the table over tasks.
-_TOGETHER = (
-    "method",
-    "tasks",
-    "seeds",
-    "mean difference [95 %]",
-    "excluded beyond",
-    "p",
-    "p (Holm)",
-    "verdict",
-)
-
-
-def _show_together(summary: Mapping[str, Any], folder: Path, *, as_json: bool, quiet: bool) -> None:
-    """Print what several tasks say together."""
-    from noisytune_cli.cli.show import note, write_out
-    from noisytune_cli.cli.table import lay_out
-    from noisytune_cli.study.report import wording
-    from noisytune_cli.study.report.results import encode
-
-    def row(method: Mapping[str, Any]) -> dict[str, str]:
-        told = [
-            escape(method["name"], None),
-            str(len(method["tasks"])),
-            str(len(method["values"])),
-            wording.difference(method),
-            wording.interval(method["excluded_beyond"]),
-            wording.probability(method["p"]),
-            wording.probability(method["p_holm"]),
-            method["verdict"],
-        ]
-        return dict(zip(_TOGETHER, told, strict=True))
-
-    if as_json:
-        write_out(encode(summary), spelled=False)
-    else:
-        rows = [
-            (row(method), "green" * (method["verdict"] != wording.NO_EVIDENCE))
-            for method in summary["methods"]
-        ]
-        dispensable = ("p", "tasks", "seeds", "p (Holm)")
-        write_out(
-            (
-                "\nall tasks: mean paired difference from plain, score × 100\n",
-                *lay_out(_TOGETHER, rows, left=_LEFT, dispensable=dispensable, all_in="--json"),
-            ),
-            spelled=True,
-        )
-    if not quiet:
-        note(f"all tasks together: {folder / 'tasks.md'}")
-
-
-def _table(results: Mapping[str, Any]) -> Iterator[str]:
-    from noisytune_cli.cli.table import lay_out
-    from noisytune_cli.study.report import wording
-
-    metric = wording.METRICS[results["study"]["primary"]]
-    yield f"{escape(results['study']['task'])}: {metric} × 100 on the dev rows\n"
-    rows = [
-        (row, "green" if row["verdict"] not in ("", wording.NO_EVIDENCE) else "") for row in _rows(results)
-    ]
-    yield from lay_out(_COLUMNS, rows, left=_LEFT, dispensable=_DISPENSABLE, all_in="--json")
-
-
-def _rows(results: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """Yield a row for each method at its λ; for each share of the training rows where there are several."""
-    from noisytune_cli.study.report import wording
-    from noisytune_cli.study.report.results import whole
-
-    def row(
-        method: str, lam: float | None, seeds: str, score: str, comparison: Mapping[str, Any] | None
-    ) -> dict[str, str]:
-        told = [""] * 4
-        if comparison is not None:
-            told = [
-                wording.difference(comparison),
-                wording.probability(comparison["p"]),
-                wording.probability(comparison["p_holm"]),
-                comparison["verdict"],
-            ]
-        return dict(zip(_COLUMNS, [method, wording.strength(lam), seeds, score, *told], strict=True))
-
-    primary = results["study"]["primary"]
-    compared = {(c["name"], c["share"]): c for c in results["comparisons"]}
-    several = len({entry["share"] for entry in results["conditions"]}) > 1
-    for entry in results["conditions"]:
-        if entry["reported"]:
-            where = f", {entry['train_rows']:,} rows" if several else ""
-            yield row(
-                f"{escape(entry['name'], None)}{where}",
-                entry["lambda"],
-                str(len(entry["seeds"])),
-                wording.spread(entry["dev"][primary]),
-                compared.get((entry["name"], entry["share"])),
-            )
-    for entry in whole(results, "ensembles"):
-        name = f"ensemble of {entry['members']} plain runs"
-        yield row(name, None, "", wording.score(entry["dev"][primary]), None)
-    for comparison in whole(results, "combinations"):
-        name = f"{escape(comparison['name'], None)} against {escape(comparison['against'], None)}"
-        yield row(name, comparison["lambda"], str(len(comparison["seeds"])), "", comparison)
+        show_study.show_together(together, Path(out), as_json=as_json, quiet=quiet)
 
 
 def _once(values: Iterable[_T]) -> tuple[_T, ...]:

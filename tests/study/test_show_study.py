@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from noisytune_cli.cli import study as cli_study
-from noisytune_cli.cli import table
+from noisytune_cli.cli import show_study, table
 from noisytune_cli.study.report import results
 
 from .records import run, runs, study
@@ -20,7 +19,7 @@ def summarise(made: list[dict[str, Any]], finished: Any = None, **others: Any) -
 
 
 def show(summary: dict[str, Any], *, as_json: bool = False, quiet: bool = False) -> None:
-    cli_study._show(summary, Path("out"), as_json=as_json, quiet=quiet)
+    show_study.show_study(summary, Path("out"), as_json=as_json, quiet=quiet)
 
 
 def test_the_table_has_scores_differences_and_words(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from browser import Browser, find_browser
 
-from noisytune_cli.cli import study as cli_study
+from noisytune_cli.cli import show_study
 from noisytune_cli.cli.study_page import study_page
 from noisytune_cli.study.report import write
 
@@ -25,7 +25,7 @@ HOSTILE = "<script>alert(1)</script> [x](https://example.org) ![y](https://examp
 def page(folder: Path, made: list[dict[str, Any]], **others: Any) -> str:
     """Write a study's outputs and return its page."""
     results = write.write_outputs(folder, study(made, **others), made)
-    return "".join(study_page(results, folder, cli_study._COLUMNS, cli_study._rows(results)))
+    return "".join(study_page(results, folder, show_study.COLUMNS, show_study.study_rows(results)))
 
 
 def test_a_page_has_the_report_and_its_figures(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_html_in_a_report_is_not_passed_on(tmp_path: Path) -> None:
         "# a\n\n<b>bold</b> ![lost](figures/../../x.png)\n\n<script>x</script>\n"
     )
     results = write.summarise(study([run("plain")]), [run("plain")])
-    content = "".join(study_page(results, tmp_path, cli_study._COLUMNS, iter(())))
+    content = "".join(study_page(results, tmp_path, show_study.COLUMNS, iter(())))
     assert "&lt;b&gt;bold&lt;/b&gt; lost" in content
     assert "&lt;script&gt;x&lt;/script&gt;" in content
 
@@ -77,7 +77,7 @@ def test_html_in_a_report_is_not_passed_on(tmp_path: Path) -> None:
 def test_a_study_without_runs_has_a_page(tmp_path: Path) -> None:
     made = [run("plain"), run("noisytune")]
     results = write.write_outputs(tmp_path, study(made), [])
-    content = "".join(study_page(results, tmp_path, cli_study._COLUMNS, cli_study._rows(results)))
+    content = "".join(study_page(results, tmp_path, show_study.COLUMNS, show_study.study_rows(results)))
     assert "No run is finished." in content
 
 
