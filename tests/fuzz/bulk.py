@@ -6,9 +6,7 @@ It knows nothing of structure and looks at no coverage: the corpus has both, fro
 
 from __future__ import annotations
 
-import os
 import random
-import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -47,9 +45,7 @@ def fuzz(target: str, seconds: float, seed: int, corpus: Path) -> tuple[int, lis
     seeds = [path.read_bytes() for path in sorted(corpus.iterdir())]
     choose, broken, count = random.Random(seed), [], 0
     until = time.monotonic() + seconds
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory, prefix="noisytune-fuzz-") as folder:
-        place = Path(folder)
+    with guided.scratch() as place:
         while time.monotonic() < until and len(broken) < _MOST_KEPT:
             for _ in range(_BATCH):
                 content = changed(choose, seeds)

@@ -16,6 +16,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +40,14 @@ def failures() -> Path:
     folder = Path(os.environ.get("FUZZ_FAILURES", "fuzz-failures"))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """Give an empty folder where it costs least to write small files: in memory, if there is such a place."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory, prefix="noisytune-fuzz-") as folder:
+        yield Path(folder)
 
 
 def fuzz(target: str, seconds: float, seed: int, corpus: Path) -> tuple[int, str]:
@@ -70,10 +80,7 @@ def _inside(target: str, corpus: str, flags: list[str]) -> None:
         from fuzz.targets import TARGETS
     check, _, bounds = TARGETS[target]
     sow(target, Path(corpus))
-    # Where it costs least to write the small files that some readers want.
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory, prefix="noisytune-fuzz-") as folder:
-        place = Path(folder)
+    with scratch() as place:
         atheris.Setup(
             [sys.argv[0], *flags, corpus], lambda content: bool(holds(check, content, place, bounds)) and None
         )

@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from fuzz import properties
+from fuzz import guided, properties
 from fuzz.targets import TARGETS
 
 _SECONDS = float(os.environ.get("FUZZ_SECONDS", "0"))
-_FAILURES = Path(os.environ.get("FUZZ_FAILURES", "fuzz-failures"))
 _REPLAY = os.environ.get("FUZZ_REPLAY")
 
 #: Examples of one batch: what an ordinary run tries.
@@ -48,8 +47,7 @@ def test_any_bytes_are_refused_or_read(target: str, tmp_path: Path) -> None:
         try:
             accepted += properties.holds(check, content, tmp_path, bounds)
         except Exception as error:
-            _FAILURES.mkdir(parents=True, exist_ok=True)
-            failed = _FAILURES / f"{target}-{type(error).__name__}"
+            failed = guided.failures() / f"{target}-{type(error).__name__}"
             failed.write_bytes(content)
             error.add_note(f"the input is in {failed}")
             raise

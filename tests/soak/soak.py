@@ -23,7 +23,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -142,15 +141,15 @@ def _bulk(turn: Turn) -> Iterator[Outcome]:
 def _commands(turn: Turn) -> Iterator[Outcome]:
     """Hold random commands against the reference."""
     import commands
+    from fuzz import guided
 
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     started, broken, count = time.monotonic(), [], 0
     line = commands.Commands()
-    with tempfile.TemporaryDirectory(dir=memory, prefix="noisytune-soak-") as scratch:
+    with guided.scratch() as scratch:
         for number in itertools.count():
             if _since(started) > turn.seconds:
                 break
-            root = Path(scratch) / "case"
+            root = scratch / "case"
             commands.empty(root)
             seed = turn.seed * 1_000_000 + number
             broken += [f"seed {seed}: {breach}" for breach in commands.try_case(seed, root, line)[:1]]
