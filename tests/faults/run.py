@@ -134,7 +134,7 @@ class Worker:
         yield from (first + injected[_FIRST_FAULTS:] + lost[_LOST:] + cuts[_CUTS:])[mine::workers]
 
     def _cuts(self, warm: Warm) -> list[Task]:
-        """Return the power cuts: after each flush and rename, and as many at random moments."""
+        """Return the power cuts: after each flush and rename, and others at random moments."""
         if self._device is None:
             return []
         found = []

@@ -15,7 +15,7 @@ import shutil
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,7 @@ def make_case(seed: int) -> Case:
     if (format_ in ("file", "folder") or "--to" in options) and choose.random() < 0.3:
         spelled, out_dtype = choose.choice([*_SPELLED.items()])
         options += ["--dtype", spelled]
-    return Case(format_, tensors, _with(noise, out_dtype=out_dtype), options, mix)
-
-
-def _with(noise: Noise, **changes: Any) -> Noise:
-    return Noise(**{**noise.__dict__, **changes})
+    return Case(format_, tensors, replace(noise, out_dtype=out_dtype), options, mix)
 
 
 def _tensor(choose: random.Random, rng: np.random.Generator, *, finite: bool) -> Tensor:
@@ -294,7 +290,7 @@ def try_case(seed: int, root: Path, commands: Commands) -> list[str]:
     """Try the case of a seed in an empty folder; return what does not hold."""
     case = make_case(seed)
     names = list(case.tensors)
-    noise = _with(
+    noise = replace(
         case.noise,
         rules=tuple(rule for rule in case.noise.rules if _matching((rule[0],), names)),
         include=tuple(_matching(case.noise.include, names)),

@@ -213,10 +213,9 @@ def soak(
 ) -> int:
     """Take turns until the time is over, `turn` seconds for each share; return how many things broke."""
     until, broken, commit = time.monotonic() + seconds, 0, _commit()
-    shares = sum(PARTS[name][1] for name in names)
-    waiting = list(names)
-    for round_ in itertools.count():
-        share = min(turn, seconds / shares)
+    share = min(turn, seconds / sum(PARTS[name][1] for name in names))
+    waiting, round_ = list(names), 0
+    while waiting:
         for name in tuple(waiting):
             part, weight, once = PARTS[name]
             length = min(weight * share, until - time.monotonic())
@@ -234,8 +233,7 @@ def soak(
                 print(f"{name} is left out: {why}", flush=True)
                 if name in waiting:
                     waiting.remove(name)
-        if not waiting:
-            return broken
+        round_ += 1
     return broken
 
 
