@@ -28,6 +28,9 @@ from pickles import to_torch, torch_bytes
 from noisytune_cli.noise import distributions, stream
 from noisytune_cli.noise.distributions import to_float32
 
+#: How noisytune ends at Ctrl-C, which is meant for the long run.
+_INTERRUPTED = 130
+
 FORMATS = ("file", "folder", "zip", "legacy", "chunks")
 
 #: Names that say what they are: what is a buffer is asked elsewhere.
@@ -273,7 +276,7 @@ class Commands:
         self._command: Any = typer.main.get_command(app)
 
     def run(self, *arguments: object) -> str:
-        """Run `noisytune ARGUMENTS`; return what was wrong, nothing if it ended with 0."""
+        """Run `noisytune ARGUMENTS`; return what was wrong, nothing if it ended with 0. Ctrl-C is raised."""
         said = io.StringIO()
         code: object = 0
         with redirect_stdout(said), redirect_stderr(said):
@@ -281,8 +284,10 @@ class Commands:
                 self._command.main(args=[str(one) for one in arguments], prog_name="noisytune")
             except SystemExit as ended:
                 code = ended.code
-            except BaseException:
+            except Exception:
                 code = traceback.format_exc()
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
         return "" if code in (0, None) else f"exit {code}: {said.getvalue()}"
 
 

@@ -11,3 +11,14 @@ import pytest
 @pytest.mark.parametrize("seed", range(12))
 def test_a_random_command_does_what_the_reference_does(seed: int, tmp_path: Path) -> None:
     assert commands.try_case(seed, tmp_path, commands.Commands()) == []
+
+
+def test_who_stops_the_long_runs_stops_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that ends with the code of SIGINT has broken nothing."""
+
+    def stopped(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("noisytune_cli.commands.inspect.inspect", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        commands.Commands().run("inspect", "nothing")

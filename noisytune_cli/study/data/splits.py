@@ -7,7 +7,9 @@ are named and it is left to --train and --dev.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -74,7 +76,7 @@ def _grouped(folder: Path, depths: tuple[str, ...]) -> dict[tuple[Path, str], Fi
     found: dict[tuple[Path, str], list[Path]] = {}
     try:
         if not folder.is_dir():
-            raise NotADirectoryError(20, "Not a directory")
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         for path in sorted(path for pattern in depths for path in folder.glob(pattern)):
             hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
             if path.suffix.lower() in FORMATS and path.is_file() and not hidden and _belongs(path):

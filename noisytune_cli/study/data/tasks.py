@@ -40,7 +40,7 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskRows:
-    """TaskRows of a task: [n] tuples of one or two texts, and [n] class indices or numbers."""
+    """Rows of a task: [n] tuples of one or two texts, and [n] class indices or numbers."""
 
     texts: tuple[tuple[str, ...], ...]
     labels: tuple[float, ...]
