@@ -71,8 +71,8 @@ def begin_noise(doses: Sequence[Dose], threads: int | None = None) -> Callable[[
     """Add the noise of each dose to its part, which devices may still be at when this returns.
 
     Returns what waits for them and returns (unchanged, clamped) elements of each. From a base that lies where
-    its part does, noise goes to the part in one pass; another one, and what a fused kernel or a detour takes,
-    is copied there first.
+    its part does, noise goes to the part in one pass; another one, and that of a detour, is copied there
+    first.
     """
     counts: list[list[int]] = [[0, 0] for _ in doses]
     on_device, flat_here, detour = _split([dose.held for dose in doses])
@@ -142,25 +142,26 @@ def _queue_sums(parts: Sequence[LocalTensor], indices: Sequence[int]) -> Iterato
 
 def _queue_noise(doses: Sequence[Dose], indices: Sequence[int]) -> Iterator[Queued]:
     """Add noise to parts on their devices."""
-    fused: dict[tuple[torch.device, str], list[int]] = {}
+    fused: dict[torch.device, list[int]] = {}
     for i in indices:
-        values, distribution = doses[i].held.values, doses[i].noise.distribution
-        fits = lies_flat(values) and doses[i].noise.is_single
-        if fits and cuda.adds_exactly(values.device, values.dtype, distribution):
-            fused.setdefault((values.device, distribution), []).append(i)
+        values, noise = doses[i].held.values, doses[i].noise
+        kind = values.device, values.dtype, noise.distribution, noise.is_single
+        if lies_flat(values) and cuda.adds_exactly(*kind):
+            fused.setdefault(values.device, []).append(i)
         else:
             yield [i], _add_on_device(doses[i]).view(1, -1)
-    for (_, distribution), group in fused.items():
+    for group in fused.values():
         from noisytune_cli.noise.devices.cuda import add
         from noisytune_cli.noise.devices.cuda.launch import Row
 
-        rows = [
-            Row(d.held.values, stream, d.held.runs[0].first, amplitude)
-            for d in (_laid(doses[i]) for i in group)
-            for stream, amplitude in d.noise.terms
-        ]
-        _tell_autograd([doses[i].held.values for i in group])
-        yield group, add.add_noise(rows, distribution)
+        near = [_near(doses[i]) for i in group]
+        _tell_autograd([dose.held.values for dose in near])
+        yield (
+            group,
+            add.add_noise(
+                [Row(dose.held.values, dose.noise, dose.held.runs[0].first, dose.base) for dose in near]
+            ),
+        )
 
 
 def _add_by_detour(key: int, dose: Dose, threads: int) -> dict[int, list[int]]:

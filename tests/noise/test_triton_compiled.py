@@ -16,7 +16,8 @@ import re, sys
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from noisytune_cli.noise.devices.cuda import add as triton_noise
-from noisytune_cli.noise.devices.cuda import add_pairs as triton_pairs
+from noisytune_cli.noise.devices.cuda import mix as triton_mix
+from noisytune_cli.noise.devices.cuda.draws import DRAWS
 from noisytune_cli.noise.devices.cuda import sums as triton_sums
 from noisytune_cli.noise.devices.cuda import launch as triton_tables
 from noisytune_cli.noise.devices.cuda.launch import OPTIONS
@@ -31,14 +32,19 @@ def ptx(kernel, pointers, **constants):
 kind = {"dtype": tl.bfloat16, "bits_type": tl.uint16, "infinity": 0x7F80, "aligned": True}
 tables = {"table": "i64", "owners": "i64"}
 for name in ("uniform", "gaussian"):
-    draw, _, even = triton_noise._DRAWS[name]
-    how = {"draw": draw, "unroll": 1, "even": even, "capability": int(sys.argv[1]) // 10}
-    text = ptx(triton_noise._add_noise, {**tables, "counts": "i64"}, **how, **kind)
-    assert "add.rn.f32" in text and "mul.rn.f32" in text
-    assert not re.search(r"fma|\\\\.ftz|\\\\.approx|st\\\\.shared\\\\.v", text), name
+    _, even = triton_noise._WAYS[name]
+    how = {"draw": DRAWS[name], "unroll": 1, "even": even, "capability": int(sys.argv[1]) // 10}
+    counted = {**tables, "counts": "i64"}
+    text = ptx(triton_noise._add_noise, counted, in_place=True, **how, **kind)
+    texts = [text, ptx(triton_mix._mix, {**counted, "terms": "i64"}, draw=DRAWS[name], **kind)]
+    texts += [ptx(triton_noise._add_noise, counted, in_place=False, **how, **kind)] * even
+    for one in texts:
+        assert "add.rn.f32" in one and "mul.rn.f32" in one
+        assert not re.search(r"fma|\\\\.ftz|\\\\.approx|st\\\\.shared\\\\.v", one), name
+        assert "ld.global.v2" in one and "st.global.v2" in one
+        assert name == "uniform" or "div.rn.f64" in one
     assert ("cvt.rn.bf16x2.f32" in text) == even
     assert ("min.u16x2" in text) == (even and sys.argv[1] >= "90")
-    assert "ld.global.v2" in text and "st.global.v2" in text
     if name == "gaussian":
         assert "div.rn.f64" in text and "sqrt.rn.f64" in text
         assert "0d3FD5555555555555" in text, "1/3 is not the float64"

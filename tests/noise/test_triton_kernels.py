@@ -77,10 +77,10 @@ def noised(
     """Add noise to all of (values, dtype, offset, seed, first) at once; return bytes and counts of each."""
     held = [on_device(stored, dtype, offset) for stored, dtype, offset, _, _ in tensors]
     rows = [
-        Row(values, stream.stream_words(seed, "w"), first, amplitude)
+        Row(values, stream.Noise.of(distribution, stream.stream_words(seed, "w"), amplitude), first)
         for values, (_, _, _, seed, first) in zip(held, tensors, strict=True)
     ]
-    counts = triton_noise.add_noise(rows, distribution).tolist()
+    counts = triton_noise.add_noise(rows).tolist()
     return [(stored_bytes(values), *count) for values, count in zip(held, counts, strict=True)]
 
 
@@ -131,6 +131,35 @@ def test_many_tensors_of_all_kinds_in_one_call(distribution: str) -> None:
     got = noised(tensors, distribution, float(np.float32(0.003)))
     assert got == reference(tensors, distribution, float(np.float32(0.003)))
     assert sum(unchanged for _, unchanged, _ in got) > 0
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_noise_has_the_bits_of_the_reference(dtype: str, distribution: str) -> None:
+    """Of several terms, to shrunk values, both, neither; in place and from another tensor; in one call."""
+    large = float(np.float32(0.2 * min(oracle.LARGEST[dtype], oracle.LARGEST["F32"])))
+    cases = [
+        ([(1, 0.01), (2**64 - 1, -0.5), (7, 2.0**-140)], 1.0, SIZE + 33, 0, 2**34 - 8),
+        ([(1, large), (2, large), (3, -large)], 0.9, 2 * SIZE, 0, 5),
+        ([(9, -0.25)], float(np.float32(0.3)), 900, 1, 2**64 - 5000),
+        ([(9, 0.25)], 1.0, SIZE, 0, 8),
+        ([], 0.5, 77, 2, 3),
+        ([(4, 0.0), (5, -0.0)], 1.0, 40, 0, 0),  # a sum of zeros keeps the sign of a zero
+    ]
+    rows, expected = [], []
+    for number, (terms, kept, count, offset, first) in enumerate(cases):
+        named = tuple((stream.stream_words(seed, "w"), float(np.float32(a))) for seed, a in terms)
+        stored = oracle.any_finite(np.random.default_rng(number), count, dtype)
+        stored[:8] = stored[8:16] & 0 if stored.dtype == np.uint16 else -0.0
+        held, noise = on_device(stored, dtype, offset), stream.Noise(distribution, named, kept)
+        rows += [Row(held.clone(), noise, first), Row(torch.ones_like(held), noise, first, held)]
+        values, *counts = stream.mix(stored, dtype, noise, first)
+        expected += [(values.tobytes(), *counts)] * 2
+    counted = triton_noise.add_noise(rows).tolist()
+    got = [(stored_bytes(row.values), *count) for row, count in zip(rows, counted, strict=True)]
+    assert got == expected
+    assert expected[2][2] > 0 or dtype == "F64"
+    assert all(stored_bytes(row.base) != stored_bytes(row.values) for row in rows[1::2][:5])
 
 
 @pytest.mark.parametrize("first", [0, 2])
@@ -185,7 +214,7 @@ def test_the_size_of_tiles_does_not_show(steps: int, monkeypatch: pytest.MonkeyP
 
 def test_the_bytes_around_a_tensor_stay() -> None:
     room = torch.zeros(SIZE + 40, dtype=torch.float32, device=DEVICE)
-    triton_noise.add_noise([Row(room[7:-9], (1, 2, 3, 4), 3, 1.0)], "uniform")
+    triton_noise.add_noise([Row(room[7:-9], stream.Noise.of("uniform", (1, 2, 3, 4), 1.0), 3)])
     assert room[7:-9].abs().min() > 0
     assert not room[:7].any()
     assert not room[-9:].any()
@@ -252,15 +281,16 @@ def test_squares_that_overflow_leave_the_std_to_the_exact_sums() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_kernels_prove_themselves(dtype: str) -> None:
-    assert cuda.adds_exactly.__wrapped__(DEVICE, torch_kernels.DTYPES[dtype], "uniform")
+    assert cuda.adds_exactly.__wrapped__(DEVICE, torch_kernels.DTYPES[dtype], "uniform", True)
+    assert cuda.adds_exactly.__wrapped__(DEVICE, torch_kernels.DTYPES[dtype], "gaussian", False)
     assert cuda.sums_exactly.__wrapped__(DEVICE, torch_kernels.DTYPES[dtype])
 
 
 def test_a_kernel_that_is_wrong_or_cannot_run_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     right, right_sums = triton_noise.add_noise, triton_sums.sums
 
-    def wrong(rows: Sequence[Row], distribution: str) -> torch.Tensor:
-        counts = right(rows, distribution)
+    def wrong(rows: Sequence[Row]) -> torch.Tensor:
+        counts = right(rows)
         rows[0].values[SIZE + 1].mul_(1 + 2**-7)
         return counts
 
@@ -270,12 +300,13 @@ def test_a_kernel_that_is_wrong_or_cannot_run_is_not_used(monkeypatch: pytest.Mo
     adds, sums = cuda.adds_exactly.__wrapped__, cuda.sums_exactly.__wrapped__
     for kernel in (wrong, broken):
         monkeypatch.setattr(triton_noise, "add_noise", kernel)
-        assert not adds(DEVICE, torch.bfloat16, "uniform")
+        assert not adds(DEVICE, torch.bfloat16, "uniform", True)
+        assert not adds(DEVICE, torch.bfloat16, "uniform", False)
     for kernel in (lambda values: right_sums(values) * (1 + 1e-6), broken):
         monkeypatch.setattr(triton_sums, "sums", kernel)
         assert not sums(DEVICE, torch.bfloat16)
-    assert not adds(DEVICE, torch.bfloat16, "a distribution without a kernel")
-    assert not adds(torch.device("meta"), torch.bfloat16, "uniform")
+    assert not adds(DEVICE, torch.bfloat16, "a distribution without a kernel", True)
+    assert not adds(torch.device("meta"), torch.bfloat16, "uniform", True)
 
 
 def test_a_device_out_of_memory_is_not_taken_for_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +316,7 @@ def test_a_device_out_of_memory_is_not_taken_for_a_wrong_kernel(monkeypatch: pyt
     monkeypatch.setattr(triton_noise, "add_noise", exhausted)
     monkeypatch.setattr(triton_sums, "sums", exhausted)
     with pytest.raises(torch.OutOfMemoryError):
-        cuda.adds_exactly.__wrapped__(DEVICE, torch.float32, "uniform")
+        cuda.adds_exactly.__wrapped__(DEVICE, torch.float32, "uniform", True)
     with pytest.raises(torch.OutOfMemoryError):
         cuda.sums_exactly.__wrapped__(DEVICE, torch.float32)
 
@@ -294,11 +325,16 @@ def test_a_device_out_of_memory_is_not_taken_for_a_wrong_kernel(monkeypatch: pyt
 def test_tiles_of_a_file_go_through_the_kernels(distribution: str, monkeypatch: pytest.MonkeyPatch) -> None:
     device = cuda.Cuda(DEVICE)
     stored = oracle.weights(np.random.default_rng(1), SIZE + 77, "BF16")
-    monkeypatch.setattr(torch_kernels, "block_sums", lambda values: pytest.fail("torch operations"))
+    for operation in ("block_sums", "add_noise"):
+        monkeypatch.setattr(torch_kernels, operation, lambda *_: pytest.fail("torch operations"))
     noise = stream.Noise.of(distribution, stream.stream_words(3, "w"), 0.5)
     out = bytearray(stored.nbytes)
     counts = device.add_noise(oracle.tile(stored), memoryview(out), "BF16", noise=noise, first=8)
     assert (bytes(out), *counts) == reference([(stored, "BF16", 0, 3, 8)], distribution, 0.5)[0]
+    mixed = noise._replace(terms=noise.terms * 2, kept=0.5)
+    values, *expected = stream.mix(stored, "BF16", mixed, 8)
+    counts = device.add_noise(oracle.tile(stored), memoryview(out), "BF16", noise=mixed, first=8)
+    assert (bytes(out), list(counts)) == (values.tobytes(), expected)
     assert moments.round_std([device.moments(oracle.tile(stored), "BF16")]) is not None
 
 
@@ -328,11 +364,9 @@ def test_perturb_launches_once_for_all_and_gives_the_bits_of_the_cpu(
     launched: list[int] = []
     right = triton_noise.add_noise
     monkeypatch.setattr(in_place, "_is_exact_device", lambda name: True)
-    monkeypatch.setattr(
-        triton_noise, "add_noise", lambda rows, d: launched.append(len(rows)) or right(rows, d)
-    )
+    monkeypatch.setattr(triton_noise, "add_noise", lambda rows: launched.append(len(rows)) or right(rows))
     for dtype in (torch.float32, torch.bfloat16):  # prove them first, which adds noise too
-        assert cuda.adds_exactly(DEVICE, dtype, noise)
+        assert cuda.adds_exactly(DEVICE, dtype, noise, True)
     launched.clear()
     version = tensors["0.weight"]._version
     assert noisytune_cli.perturb_(tensors, noise=noise) == record

@@ -1,9 +1,10 @@
 """CUDA GPUs, `cuda` and `cuda:N`: fused Triton kernels where they can run, torch operations otherwise.
 
-A fused kernel has to prove itself the first time that a dtype (and distribution) asks for it, on values of
-both alignments, of whole and cut tiles, subnormal sums and sums that overflow among them: its bits must be
-those of the NumPy reference. Where Triton, its compiler or these bits are missing, and for what the kernels
-do not offer (sums rounded to another dtype), the torch operations, which prove themselves likewise, do it.
+A fused kernel has to prove itself the first time that a dtype and distribution ask for it, in place and from
+another tensor, on values of both alignments, of whole and cut tiles, subnormal sums and sums that overflow
+among them: its bits must be those of the NumPy reference. Where Triton, its compiler or these bits are
+missing, and for what the kernels do not offer (sums rounded to another dtype), the torch operations, which
+prove themselves likewise, do it.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from noisytune_cli.noise.devices import Device
 from noisytune_cli.noise.devices.cpu import Cpu
 from noisytune_cli.noise.devices.torch import NUMPY, Torch, open_torch, operations
 from noisytune_cli.noise.std import round_std
+from noisytune_cli.noise.stream import Noise
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
     from noisytune_cli.noise.std import Moments
-    from noisytune_cli.noise.stream import Noise
 
 
 class Cuda(Torch):
@@ -40,14 +41,13 @@ class Cuda(Torch):
         return operations.moments_of(sums.sums([values])[0].tolist(), values)
 
     def _add_noise(self, values: Tensor, out: Tensor, noise: Noise, first: int) -> Tensor:
-        fits = out is values and values.numel() and noise.is_single
-        if not fits or not adds_exactly(self.device, values.dtype, noise.distribution):
+        fits = out is values and values.numel()
+        if not fits or not adds_exactly(self.device, values.dtype, noise.distribution, noise.is_single):
             return super()._add_noise(values, out, noise, first)
         from noisytune_cli.noise.devices.cuda import add
         from noisytune_cli.noise.devices.cuda.launch import Row
 
-        ((stream, amplitude),) = noise.terms
-        return add.add_noise([Row(values, stream, first, amplitude)], noise.distribution)[0]
+        return add.add_noise([Row(values, noise, first)])[0]
 
 
 def open_device(name: str) -> Device:
@@ -56,8 +56,8 @@ def open_device(name: str) -> Device:
 
 
 @functools.cache
-def adds_exactly(device: torch.device, dtype: torch.dtype, distribution: str) -> bool:
-    """Say whether the fused kernel can add noise of a distribution, with the bits of the reference."""
+def adds_exactly(device: torch.device, dtype: torch.dtype, distribution: str, is_single: bool) -> bool:
+    """Say whether a fused kernel (that of one term, or the other) adds noise with the reference's bits."""
     if not _can_run(device):
         return False
     from noisytune_cli.noise.devices.cuda import add
@@ -65,20 +65,23 @@ def adds_exactly(device: torch.device, dtype: torch.dtype, distribution: str) ->
 
     if not add.offers(distribution):
         return False
-    seed, name = 2**64 - 1, "w"
+    terms = ((2**64 - 1, 0.3),) if is_single else ((2**64 - 1, 0.3), (1, -0.05))
     # Nearly half of the largest value that both the dtype and the amplitude, a float32, can hold.
     large = 0.496 * min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    label = operations.NAMES[dtype]
     try:
         for first in (2**63, 2**63 + 1):
             for scale in (1.0, large, 2.0**-12, 2.0**-126):
+                scaled = [(stream.stream_words(s, "w"), float(np.float32(a * scale))) for s, a in terms]
+                noise = Noise(distribution, tuple(scaled), 1.0 if is_single else 0.7)
                 values = _samples(dtype, scale)
-                c = stream.coefficients(distribution, seed, name, first, values.numel())
-                stored, label = _stored(values), operations.NAMES[dtype]
-                expected, *counts = stream.add_noise(stored, label, c, np.float32(0.3 * scale))
-                noised = values.to(device)
-                row = Row(noised, stream.stream_words(seed, name), first, float(np.float32(0.3 * scale)))
-                (got,) = add.add_noise([row], distribution).tolist()
-                if got != counts or _stored(noised.cpu()).tobytes() != expected.tobytes():
+                expected, *counts = stream.mix(_stored(values), label, noise, first)
+                base = values.to(device)
+                rows = [Row(torch.zeros_like(base), noise, first, base), Row(base.clone(), noise, first)]
+                rows = rows if scale >= 1.0 else rows[1:]
+                if add.add_noise(rows).tolist() != [counts] * len(rows):
+                    return False
+                if any(_stored(row.values.cpu()).tobytes() != expected.tobytes() for row in rows):
                     return False
     except torch.OutOfMemoryError:
         raise

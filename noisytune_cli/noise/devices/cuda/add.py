@@ -1,32 +1,25 @@
-"""The fused noise kernel: draw, add and round tensors on a CUDA device in place, by Triton.
+"""The fused noise kernels: draw, add and round tensors on a CUDA device, by Triton.
 
 Values are read once and written once; words and coefficients never leave the registers. The bits are the
-reference's: floating-point fusion is off, sums are rounded to BF16 on their integer bits (in `add_pairs.py`,
-by the GPU's own instruction), and Gaussian coefficients come from the very functions of
-`noise/distributions/gaussian.py`, whose float64 `+ - * / sqrt` CUDA rounds as IEEE 754 says. A distribution
-without a function in `_DRAWS` is left to torch's `operations`.
+reference's: floating-point fusion is off, and sums are rounded to BF16 on their integer bits (in
+`add_pairs.py`, by the GPU's own instruction). The kernel here is that of one term; `mix.py` has the other. A
+distribution without a function in `DRAWS` is left to torch's `operations`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from noisytune_cli.noise.devices.cuda.add_pairs import (
-    SMALLEST_AMPLITUDE,
-    STEP,
-    add_to_pairs,
-    capability,
-    centred,
-)
+from noisytune_cli.noise.devices.cuda import mix
+from noisytune_cli.noise.devices.cuda.add_pairs import SMALLEST_AMPLITUDE, add_to_pairs, capability
+from noisytune_cli.noise.devices.cuda.draws import DRAWS, in_order
 from noisytune_cli.noise.devices.cuda.launch import (
     AMPLITUDE,
     COUNTER,
@@ -38,6 +31,7 @@ from noisytune_cli.noise.devices.cuda.launch import (
     SID,
     SKIP,
     SLOT,
+    SOURCE,
     STEPS,
     TILE,
     Row,
@@ -49,68 +43,21 @@ from noisytune_cli.noise.devices.cuda.launch import (
     word,
 )
 from noisytune_cli.noise.devices.cuda.philox import words
-from noisytune_cli.noise.distributions import gaussian
 
-_SQRT_HALF, _RADIANS = tl.constexpr(int(gaussian._SQRT_HALF)), tl.constexpr(gaussian._RADIANS)
-_WORD_STEP = tl.constexpr(2.0**-32)
-
-
-def _shared(function: Callable[..., Any]) -> Any:
-    """Return a function of plain operators, with its module's constants, as one that kernels can call."""
-    constants = {k: tl.constexpr(v) for k, v in function.__globals__.items() if isinstance(v, float)}
-    # Beside its constants a kernel has to see triton's language, and the module that it is from.
-    visible = {"tl": tl, "Any": tl.constexpr(None), "__name__": function.__module__, **constants}
-    return triton.jit(types.FunctionType(function.__code__, visible, function.__name__))
-
-
-_minus_two_ln, _turned = _shared(gaussian.minus_two_ln), _shared(gaussian.turned)
-
-
-@triton.jit
-def _uniform(w0, w1, w2, w3):
-    """Return the coefficients of a counter's four words, as `uniform.coefficients`."""
-    return centred(w0) * STEP, centred(w1) * STEP, centred(w2) * STEP, centred(w3) * STEP
-
-
-@triton.jit
-def _pair(word, turn_word):
-    u = (word.to(tl.float64) + 0.5) * _WORD_STEP
-    bits = u.to(tl.int64, bitcast=True)
-    k = (bits - _SQRT_HALF) >> 52
-    m = (bits - (k << 52)).to(tl.float64, bitcast=True)
-    length = tl.sqrt(_minus_two_ln(k.to(tl.float64), m))
-    turn = turn_word.to(tl.int64)
-    q = (turn + (1 << 29)) >> 30
-    x = ((turn - (q << 30)).to(tl.float64) + 0.5) * _RADIANS
-    odd = (q & 1).to(tl.float64)
-    cos, sin = _turned(x, odd, (1 - ((q + 1) & 2)).to(tl.float64), (1 - (q & 2)).to(tl.float64))
-    return (length * cos).to(tl.float32), (length * sin).to(tl.float32)
-
-
-@triton.jit
-def _gaussian(w0, w1, w2, w3):
-    """Return the coefficients of a counter's four words, as `gaussian.coefficients`."""
-    c0, c1 = _pair(w0, w1)
-    c2, c3 = _pair(w2, w3)
-    return c0, c1, c2, c3
-
-
-#: The function of each distribution, steps of a tile to unroll, and whether `add_pairs.py` does it.
-#: For Gaussian noise float64 sets the pace: there several loads under way at once would gain nothing and take
-#: long to compile.
-_DRAWS = {"uniform": (_uniform, 2, True), "gaussian": (_gaussian, 1, False)}
+#: Steps of a tile to unroll, and whether `add_pairs.py` does it. For Gaussian noise float64 sets the pace:
+#: there several loads under way at once would gain nothing and take long to compile.
+_WAYS = {"uniform": (2, True), "gaussian": (1, False)}
 
 
 @triton.jit
 def _noise_tile(
-    values, begin, end, left, counter, k0, k1, s0, s1, amplitude,
+    source, values, begin, end, left, counter, k0, k1, s0, s1, amplitude,
     draw: tl.constexpr, unroll: tl.constexpr, whole: tl.constexpr,
     dtype: tl.constexpr, bits_type: tl.constexpr, infinity: tl.constexpr,
 ):  # fmt: skip
-    """Add noise to a tile, to all of it if it is `whole`; return (changed, clamped) elements.
+    """Write a tile + noise, all of it if it is `whole`; return (changed, clamped) elements.
 
-    Of one that is not, noise is added to elements begin … end - 1 whose counter has the bit of its step in
-    `left`.
+    Of one that is not, elements begin … end - 1 are written whose counter has the bit of its step in `left`.
     """
     counters: tl.constexpr = LANES // 4
     changed, clamped = tl.zeros([LANES], tl.uint32), tl.zeros([LANES], tl.uint32)
@@ -125,10 +72,9 @@ def _noise_tile(
         else:
             wanted = tl.broadcast_to((left >> step)[:, None], [counters, 4])
             mask = (at >= begin) & (at < end) & ((tl.reshape(wanted, [LANES]) & 1) != 0)
-        before = tl.load(values + at, mask)
+        before = tl.load(source + at, mask)
         here = counter + (tl.arange(0, counters) + step * counters)
-        c0, c1, c2, c3 = draw(*words(here.to(tl.uint32), (here >> 32).to(tl.uint32), k0, k1, s0, s1))
-        c = tl.interleave(tl.interleave(c0, c2), tl.interleave(c1, c3))
+        c = in_order(*draw(*words(here.to(tl.uint32), (here >> 32).to(tl.uint32), k0, k1, s0, s1)))
         x = upcast(before, dtype)
         bits = round_bits(x + c.to(x.dtype) * amplitude.to(x.dtype), dtype)
         # Counted in arithmetic: as comparisons these would need more predicates than there are.
@@ -148,9 +94,10 @@ def _noise_tile(
 def _add_noise(
     table, owners, counts,
     draw: tl.constexpr, unroll: tl.constexpr, even: tl.constexpr, capability: tl.constexpr,
+    in_place: tl.constexpr,
     dtype: tl.constexpr, bits_type: tl.constexpr, infinity: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
-    """Add noise to this program's tile, and its (unchanged, clamped) to the tensor's."""
+    """Write this program's tile + noise, and add its (unchanged, clamped) to the tensor's."""
     tensor = tl.load(owners + tl.program_id(0))
     start = (tl.program_id(0) - column(table, tensor, FIRST_TILE)) * TILE
     begin = tl.maximum(column(table, tensor, SKIP) - start, 0).to(tl.int32)
@@ -160,28 +107,30 @@ def _add_noise(
     s0, s1 = word(table, tensor, SID, 0), word(table, tensor, SID, 1)
     amplitude = column(table, tensor, AMPLITUDE).to(tl.float64, bitcast=True)
     # Four elements are a counter's: in wider accesses noise would have to change its place among threads.
-    values = values_of(table, tensor, bits_type, bits_type.primitive_bitwidth // 2 if aligned else 1) + start
+    alignment: tl.constexpr = bits_type.primitive_bitwidth // 2 if aligned else 1
+    values = values_of(table, tensor, bits_type, alignment) + start
+    source = values if in_place else values_of(table, tensor, bits_type, alignment, SOURCE) + start
     whole = (begin == 0) & (end == TILE)
     left = tl.full([LANES // 4], 0xFFFFFFFF, tl.uint32)
     if even and aligned and bits_type.primitive_bitwidth == 16:
         changed, clamped = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
         c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
         if whole & (amplitude >= SMALLEST_AMPLITUDE) & (c0 <= 2**32 - TILE // 4):
-            changed, left = add_to_pairs(values, c0, c1, k0, k1, s0, s1, amplitude, dtype, capability)
+            changed, left = add_to_pairs(source, values, c0, c1, k0, k1, s0, s1, amplitude, dtype, capability)
         if tl.max(left) > 0:
             more, clamped = _noise_tile(
-                values, begin, end, left, counter, k0, k1, s0, s1, amplitude,
+                source, values, begin, end, left, counter, k0, k1, s0, s1, amplitude,
                 draw, 1, False, dtype, bits_type, infinity,
             )  # fmt: skip
             changed += more
     elif whole:  # what is not masked is loaded and stored in wide accesses
         changed, clamped = _noise_tile(
-            values, begin, end, left, counter, k0, k1, s0, s1, amplitude,
+            source, values, begin, end, left, counter, k0, k1, s0, s1, amplitude,
             draw, unroll, True, dtype, bits_type, infinity,
         )  # fmt: skip
     else:
         changed, clamped = _noise_tile(
-            values, begin, end, left, counter, k0, k1, s0, s1, amplitude,
+            source, values, begin, end, left, counter, k0, k1, s0, s1, amplitude,
             draw, 1, False, dtype, bits_type, infinity,
         )  # fmt: skip
     unchanged, count = end - begin - changed, counts + 2 * column(table, tensor, SLOT)
@@ -190,19 +139,23 @@ def _add_noise(
 
 
 def offers(distribution: str) -> bool:
-    """Say whether the kernel can draw from a distribution."""
-    return distribution in _DRAWS
+    """Say whether the kernels can draw from a distribution."""
+    return distribution in DRAWS
 
 
-def add_noise(rows: Sequence[Row], distribution: str) -> Tensor:
-    """Add noise in place to tensors of one device, each contiguous, finite and not empty, without grad.
+def add_noise(rows: Sequence[Row]) -> Tensor:
+    """Write values + noise to tensors of one device, each contiguous, finite and not empty, without grad.
 
     Returns [rows, 2] int64 (unchanged, clamped) elements on the device; nothing waits for it.
     """
     device = rows[0].values.device
     counts = torch.zeros((len(rows), 2), dtype=torch.int64, device=device)
-    draw, unroll, even = _DRAWS[distribution]
-    how = {"draw": draw, "unroll": unroll, "even": even, "capability": capability(device), **OPTIONS}
     for launch in launches(rows):
-        _add_noise[(launch.tiles,)](launch.table, launch.owners, counts, **launch.kind, **how)
+        if not launch.kind.is_single:
+            mix.mix(launch, counts)
+            continue
+        unroll, even = _WAYS[launch.kind.distribution]
+        how = {"draw": DRAWS[launch.kind.distribution], "unroll": unroll, "even": even}
+        how |= {"capability": capability(device), "in_place": launch.kind.in_place}
+        _add_noise[(launch.tiles,)](launch.table, launch.owners, counts, **how, **launch.constants, **OPTIONS)
     return counts

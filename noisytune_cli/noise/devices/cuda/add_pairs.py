@@ -87,26 +87,27 @@ def _noised(pairs, even, odd, scale, dtype: tl.constexpr, capability: tl.constex
 
 @triton.jit
 def add_to_pairs(
-    values, c0, c1, k0, k1, s0, s1, amplitude, dtype: tl.constexpr, capability: tl.constexpr
+    source, values, c0, c1, k0, k1, s0, s1, amplitude, dtype: tl.constexpr, capability: tl.constexpr
 ):  # fmt: skip
-    """Add noise to a whole tile, save to counters whose values may overflow; return (changed, left).
+    """Write a whole tile + noise, save counters whose values may overflow; return (changed, left).
 
     c0 and c1 are the words of the tile's first counter, and no counter's c1 may differ. The amplitude must be
     SMALLEST_AMPLITUDE or more. `changed` elements got other bits; `left` has, for each counter of a step, the
-    bits of the steps whose four values are as they were.
+    bits of the steps whose four values were not written.
     """
     counters: tl.constexpr = LANES // 4
     # A counter's four values are two pairs, eight bytes, a row of its thread.
     at = tl.arange(0, counters)[:, None] * 2 + tl.arange(0, 2)[None, :]
     pairs = values.to(tl.pointer_type(tl.uint32)) + at
+    before = source.to(tl.pointer_type(tl.uint32)) + at
     scale = amplitude.to(tl.float32) * STEP
     changed, left = tl.zeros([counters], tl.uint32), tl.zeros([counters], tl.uint32)
-    steps, following = tl.full([], STEPS, tl.int32), tl.load(pairs)
+    steps, following = tl.full([], STEPS, tl.int32), tl.load(before)
     for step in tl.range(STEPS, loop_unroll_factor=_UNROLL):
         place = pairs + step * (LANES // 2)
         x0, x1 = tl.split(following)
         # Under way while this step is worked on; the last step reads the first again, for nothing.
-        following = tl.load(pairs + (step + 1) % steps * (LANES // 2))
+        following = tl.load(before + (step + 1) % steps * (LANES // 2))
         ordinal = tl.arange(0, counters) + step * counters
         w0, w1, w2, w3 = words(c0 + ordinal.to(tl.uint32), c1, k0, k1, s0, s1)
         y0, size0 = _noised(x0, w0, w1, scale, dtype, capability)

@@ -153,8 +153,10 @@ def sums(values: Sequence[Tensor]) -> Tensor:
     found = torch.empty((len(values), SUMS), dtype=torch.float64, device=device)
     for launch in launches([Row(v) for v in values]):
         partials = torch.empty((launch.tiles, _PARTIALS.value), dtype=torch.float64, device=device)
-        dtype, bits = launch.kind["dtype"], launch.kind["bits_type"]
+        dtype, bits = launch.constants["dtype"], launch.constants["bits_type"]
         _find_pivot[(launch.tensors,)](launch.table, found, dtype=dtype, bits_type=bits, **OPTIONS)
-        _sum_tiles[(launch.tiles,)](launch.table, launch.owners, found, partials, **launch.kind, **OPTIONS)
+        _sum_tiles[(launch.tiles,)](
+            launch.table, launch.owners, found, partials, **launch.constants, **OPTIONS
+        )
         _add_up[(launch.tensors,)](launch.table, partials, found, wide=dtype == tl.float64, **OPTIONS)
     return found
