@@ -5,8 +5,8 @@ python benchmarks/demo.py ORIGINAL NOISY
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # both are folders on this disk
 
@@ -40,4 +40,8 @@ def main(original: str, noisy: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("original")
+    parser.add_argument("noisy")
+    options = parser.parse_args()
+    main(options.original, options.noisy)
