@@ -8,12 +8,7 @@ is spelt as an escape, and the text is cut to a length that fits an error line.
 from __future__ import annotations
 
 import codecs
-import unicodedata
 from collections.abc import Sequence
-
-#: Unicode categories that are never shown as they are: controls, formats (bidi overrides among them),
-#: surrogates, private use, unassigned, and line and paragraph separators.
-_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 #: The handler, for `errors=`, of what an encoding lacks: our own symbols are spelt, the rest is escaped.
 SPELLED = "noisytune.spelled"
@@ -44,14 +39,18 @@ def escape(text: str, limit: int | None = 200) -> str:
     """Return `text` with unprintable characters escaped, cut after `limit` characters (None: not cut)."""
     cut = limit is not None and len(text) > limit
     shown = text[:limit] if cut else text
-    out = "".join(_escape_character(c) for c in shown)
+    # Most text is as it is shown, which costs a hundredth to see.
+    plain = shown.isprintable() and "\\" not in shown
+    out = shown if plain else "".join(map(_escape_character, shown))
     return f"{out}… ({len(text)} characters)" if cut else out
 
 
 def _escape_character(c: str) -> str:
     if c == "\\":
         return "\\\\"
-    if c == " " or (c.isprintable() and unicodedata.category(c) not in _HIDDEN):
+    # Not printable are controls, formats (bidi overrides among them), surrogates, private use, what is
+    # unassigned, and all separators but the space.
+    if c.isprintable():
         return c
     code = ord(c)
     if code < 0x100:
