@@ -167,7 +167,8 @@ def _converted(job: Job, files: Sequence[OutputFile]) -> OutputRecord | None:
 def _stds(folder: JobFolder) -> Mapping[float, float]:
     """Return for each strength the std of all values, from the sums of all shares, which stay as they are."""
     job = folder.job
-    totals = {strength: (0, new_exact_sums()) for strength in job.strengths}
+    # Integers of Python: those of many shares, or what a stranger's say, may not fit into 64 bits.
+    totals = {strength: (0, new_exact_sums().astype(object)) for strength in job.strengths}
     for number in range(len(job.shares)):
         for strength, sums in zip(job.strengths, read_sums(folder.sums(number), job), strict=True):
             count, exact = totals[strength]

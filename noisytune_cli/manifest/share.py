@@ -20,7 +20,7 @@ from noisytune_cli.manifest.job import LARGEST, MOST_OUTPUTS, Job, Share, fetchi
 from noisytune_cli.manifest.read import begin
 from noisytune_cli.manifest.tensors import ACTIONS, PART_KEYS, TOLD_BY, Tensors, read_part
 from noisytune_cli.manifest.write import MAX_LINES, SCHEMA, lay_out, part_json
-from noisytune_cli.noise.std import EXACT_BINS, EXACT_SUMS, new_exact_sums
+from noisytune_cli.noise.std import EXACT_BINS, EXACT_SUMS, are_of_values, new_exact_sums
 from noisytune_cli.reading import Document
 from noisytune_cli.records import MAX_PARTS, Conversion, Step, out_dtype_of
 from noisytune_cli.version import __version__
@@ -200,4 +200,7 @@ def _sums(value: Any, index: int) -> ShareSums:
             raise fields.fault("exact", "has a row twice")
         seen.add(row[0])
         exact[row[0]] = row[1:]
-    return ShareSums(fields.count("elements", LARGEST), exact)
+    elements = fields.count("elements", LARGEST)
+    if not are_of_values(exact, elements):
+        raise fields.fault("exact", "has sums that no values have")
+    return ShareSums(elements, exact)

@@ -240,6 +240,12 @@ def exactly_equal(sums: NDArray[np.int64], count: int) -> bool:
     return count * squares == total * total
 
 
+def are_of_values(sums: NDArray[np.int64], count: int) -> bool:
+    """Say whether `count` values can have exact sums at all: Σx is bounded by Σx²."""
+    total, squares = _totals(sums)
+    return count * squares >= total * total
+
+
 def _totals(sums: NDArray[np.int64]) -> tuple[int, int]:
     """Return Σx in units of 2^-1075 and Σx² in units of 2^-2150."""
     total = squares = 0

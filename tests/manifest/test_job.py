@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from checkpoints import numbers, save_sharded, weights
 from noisytune_cli.cli.parse import combine
 from noisytune_cli.commands.plan import plan_job
 from noisytune_cli.commands.request import Request
-from noisytune_cli.commands.work import work
+from noisytune_cli.commands.work import _stds, work
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.manifest.job import Job, job_pieces, read_job
 from noisytune_cli.manifest.share import ShareSums, read_steps, read_sums, steps_bytes, sums_bytes
+from noisytune_cli.noise.std import nearest_sqrt, new_exact_sums
 from noisytune_cli.output.job_folder import JobFolder
 from noisytune_cli.records import NoiseSpec
 
@@ -67,10 +69,31 @@ def test_what_is_written_is_what_is_read(folder: JobFolder) -> None:
     sums = read_sums(folder.sums(0), job)
     assert sums_bytes(sums) == folder.sums(0).read_bytes()
     exact = np.zeros_like(sums[0].exact)
-    exact[3] = [-(2**62), 1, -1, 0, 2**63 - 1, 5, 6, 7]
+    exact[3] = [-5, 1, 2**63 - 1, 0, -(2**62), 5, 6, 7]
     again = folder.path / "again.json"
     again.write_bytes(sums_bytes([ShareSums(9, exact)] * 2))
     assert [(one.elements, one.exact.tolist()) for one in read_sums(again, job)] == [(9, exact.tolist())] * 2
+
+
+def test_sums_that_no_values_have_are_refused(folder: JobFolder, tmp_path: Path) -> None:
+    exact = new_exact_sums()
+    exact[1075, 0] = 1  # as if there were values, and no squares of them
+    path = tmp_path / "sums.json"
+    path.write_bytes(sums_bytes([ShareSums(2, exact)] * 2))
+    with pytest.raises(InputInvalid, match="has sums that no values have"):
+        read_sums(path, folder.job)
+
+
+def test_sums_of_shares_are_added_exactly(folder: JobFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = new_exact_sums()
+    exact[1000, 2] = 2**63 - 1  # of squares: twice that does not fit into 64 bits
+    sums = (ShareSums(8, exact),) * 2
+    monkeypatch.setattr("noisytune_cli.commands.work.read_sums", lambda path, job: sums)
+    _stds.cache_clear()
+    squares = 2 * (2**63 - 1) << 81 + 2 * 1000
+    expected = nearest_sqrt(Fraction(squares) / Fraction(2) ** (2 * 1075), 16 - 1)
+    assert _stds(folder) == dict.fromkeys(folder.job.strengths, expected)
+    _stds.cache_clear()
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
