@@ -25,6 +25,12 @@ RELIABILITY = {
     "random command": "random commands, against the reference",
     "kernel test under sanitizers": "kernels' tests under sanitizers",
 }
+_JOB = {
+    "plan": "plan of a job",
+    "steps": "steps of a share",
+    "sums": "sums of a share",
+    "receipt": "receipt of a share",
+}
 _READERS = {
     "header": "safetensors header",
     "index": "index",
@@ -35,6 +41,7 @@ _READERS = {
     "manifest": "manifest",
     "parts": "manifest with parts",
     "moves": "what a killed run moved",
+    **_JOB,
 }
 _QUICK = {
     "header": "safetensors header",
@@ -47,6 +54,7 @@ _QUICK = {
     "manifest": "manifest",
     "mix": "file of a mixture",
     "patterns": "pattern and names",
+    **_JOB,
 }
 SECURITY = {
     **{f"fuzz {key}": f"{name}, opened and read to its end" for key, name in _READERS.items()},

@@ -7,12 +7,16 @@ It knows nothing of structure and looks at no coverage: the corpus has both, fro
 from __future__ import annotations
 
 import random
+import signal
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import FrameType
 
 from fuzz import guided
-from fuzz.properties import holds
+from fuzz.properties import CPU_SECONDS, GROWTH_BYTES, Property, bounded, holds, peak
 from fuzz.targets import TARGETS
 
 #: What is put among other bytes.
@@ -33,13 +37,20 @@ _TOKENS = (
     *(b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"q\0", b"h\0", b"\x80\x02"),
 )
 
-#: How many inputs between two looks at the clock, and how many that break a property are kept.
+#: How many inputs are measured together, and how many that break a property are kept.
 _BATCH, _MOST_KEPT = 500, 5
+
+#: Seconds of CPU time between two looks at which input is being tried.
+_TICK = 0.25
+
+
+class TooSlow(Exception):
+    """An input seems to take longer than it may."""
 
 
 def fuzz(target: str, seconds: float, seed: int, corpus: Path) -> tuple[int, list[str]]:
     """Try inputs for so long; return how many, and what was said of those that broke the property."""
-    check, _, bounds = TARGETS[target]
+    check = TARGETS[target].check
     corpus.mkdir(parents=True, exist_ok=True)
     guided.sow(target, corpus)
     seeds = [path.read_bytes() for path in sorted(corpus.iterdir())]
@@ -47,18 +58,69 @@ def fuzz(target: str, seconds: float, seed: int, corpus: Path) -> tuple[int, lis
     until = time.monotonic() + seconds
     with guided.scratch() as place:
         while time.monotonic() < until and len(broken) < _MOST_KEPT:
-            for _ in range(_BATCH):
-                content = changed(choose, seeds)
-                count += 1
-                try:
-                    holds(check, content, place, bounds)
-                except Exception:
-                    if len(broken) == _MOST_KEPT:
-                        continue
-                    kept = guided.failures() / f"{target}-bulk-{seed}-{count}"
+            batch = [changed(choose, seeds) for _ in range(_BATCH)]
+            for number, content, why in _of_batch(check, batch, place):
+                if len(broken) < _MOST_KEPT:
+                    kept = guided.failures() / f"{target}-bulk-{seed}-{count + number}"
                     kept.write_bytes(content)
-                    broken.append(f"{kept}: {traceback.format_exc(limit=-3)}")
+                    broken.append(f"{kept}: {why}")
+            count += len(batch)
     return count, broken
+
+
+def _of_batch(check: Property, batch: list[bytes], place: Path) -> Iterator[tuple[int, bytes, str]]:
+    """Yield the inputs of a batch that break the property: their numbers, they, and why.
+
+    Time and memory are measured for all together, which costs less than any input; where together they take
+    more than one may, each is tried again and measured alone.
+    """
+    before = peak(reset=True)
+    failed: dict[int, str] = {}
+    with _Watch() as watch:
+        for number, content in enumerate(batch):
+            watch.number = number
+            try:
+                holds(check, content, place, nullcontext)
+            except TooSlow:
+                failed[number] = ""
+            except Exception:
+                failed[number] = traceback.format_exc(limit=-3)
+    grown = peak() - before >= GROWTH_BYTES
+    for number, content in enumerate(batch):
+        if not grown and number not in failed:
+            continue
+        why = failed.get(number, "")
+        try:
+            holds(check, content, place, bounded)
+        except Exception:
+            why = traceback.format_exc(limit=-3)
+        if why:
+            yield number, content, why
+
+
+class _Watch:
+    """Ends an input that takes its CPU time, at a cost to none: a timer looks which one is being tried."""
+
+    def __init__(self) -> None:
+        self.number = self._seen = -1
+        self._since = 0.0
+
+    def __enter__(self) -> _Watch:
+        self._previous = signal.signal(signal.SIGPROF, self._look)
+        signal.setitimer(signal.ITIMER_PROF, _TICK, _TICK)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, self._previous)
+
+    def _look(self, signum: int, frame: FrameType | None) -> None:
+        now = time.process_time()
+        if self.number != self._seen:
+            self._seen, self._since = self.number, now
+        elif now - self._since > CPU_SECONDS - 2 * _TICK:
+            self._since = now
+            raise TooSlow
 
 
 def changed(choose: random.Random, seeds: list[bytes]) -> bytes:

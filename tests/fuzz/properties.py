@@ -52,7 +52,7 @@ Bounds = Callable[[], AbstractContextManager[None]]
 @contextmanager
 def bounded() -> Iterator[None]:
     """Hold what runs inside to its CPU time and memory."""
-    before = _peak(reset=True)
+    before = peak(reset=True)
     previous = signal.signal(signal.SIGPROF, too_slow)
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     try:
@@ -60,7 +60,7 @@ def bounded() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, previous)
-    grown = _peak() - before
+    grown = peak() - before
     assert grown < GROWTH_BYTES, f"it took {grown:,} bytes"
 
 
@@ -233,7 +233,7 @@ def too_slow(signum: int, frame: FrameType | None) -> NoReturn:
     raise AssertionError(f"it took more than {CPU_SECONDS} s of CPU time")
 
 
-def _peak(*, reset: bool = False) -> int:
+def peak(*, reset: bool = False) -> int:
     """Return the most bytes that were resident so far, counted from now if `reset`; 0 where none counts."""
     if not _STATUS.exists():
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from malformed_indexes import INTACT
 from malformed_manifests import parted, written
 from pickles import Writer, archive, legacy, one
 
-from fuzz import mutations, properties, quick
+from fuzz import jobs, mutations, properties, quick
 from noisytune_cli.plan.patterns import KINDS
 
 _TENSORS = json.loads(HEADER) | {
@@ -105,6 +106,12 @@ def _metadata() -> st.SearchStrategy[bytes]:
     return mutations.pickles(properties.chunked_files()[".metadata"])
 
 
+def _of_job(name: str) -> Callable[[], st.SearchStrategy[bytes]]:
+    return lambda: mutations.json_texts(json.loads(jobs.made().files[name]))
+
+
+_JOBS = (("plan", jobs.plan), ("steps", jobs.steps), ("sums", jobs.sums), ("receipt", jobs.receipt))
+
 #: Readers of files, from opening to the last byte.
 WHOLE = {
     "header": Target(properties.header, headers),
@@ -118,6 +125,7 @@ WHOLE = {
     "manifest": Target(properties.manifest, _manifests),
     "parts": Target(properties.manifest, lambda: mutations.json_texts(json.loads(parted()))),
     "moves": Target(properties.moves, lambda: mutations.json_texts(_MOVES)),
+    **{name: Target(check, _of_job(name)) for name, check in _JOBS},
 }
 
 #: The same readers, and those of small texts, without opening anything.
@@ -134,6 +142,7 @@ QUICK = {
         ("manifest", quick.manifest, _manifests),
         ("mix", quick.mix, mixes),
         ("patterns", quick.patterns, patterns),
+        *((name, functools.partial(check, place=quick.given), _of_job(name)) for name, check in _JOBS),
     )
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fuzz import bulk
+from fuzz import bulk, properties
 from fuzz.targets import TARGETS
 
 
@@ -33,3 +33,24 @@ def test_what_breaks_a_property_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     kept = [path.read_bytes() for path in (tmp_path / "failures").iterdir()]
     assert kept
     assert all(len(content) < 4 for content in kept)
+
+
+@pytest.mark.parametrize("costs", ["time", "memory"])
+def test_what_costs_too_much_is_found_among_many(
+    costs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (bulk, properties):
+        monkeypatch.setattr(module, "CPU_SECONDS", 0.2)
+    monkeypatch.setattr(bulk, "_TICK", 0.02)
+    batch = [b"cheap"] * 100
+    batch[41] = b"dear"
+
+    def check(content: bytes, folder: Path) -> None:
+        while costs == "time" and content == b"dear":
+            pass
+        if content == b"dear":
+            assert len(bytes([1]) * 2 * properties.GROWTH_BYTES)
+
+    found = [*bulk._of_batch(check, batch, tmp_path)]
+    assert [(number, content) for number, content, _ in found] == [(41, b"dear")]
+    assert ("CPU time" if costs == "time" else "bytes") in found[0][2]

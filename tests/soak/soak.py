@@ -127,13 +127,25 @@ def _guided(turn: Turn) -> Iterator[Outcome]:
 
 def _bulk(turn: Turn) -> Iterator[Outcome]:
     """Fuzz the quick readers with as many inputs as can be."""
-    from fuzz import bulk
     from fuzz.targets import QUICK
 
-    for target in QUICK:
+    return _by_number([*QUICK], turn)
+
+
+def _files(turn: Turn) -> Iterator[Outcome]:
+    """Fuzz the readers of files with as many inputs as can be."""
+    from fuzz.targets import WHOLE
+
+    return _by_number([*WHOLE], turn)
+
+
+def _by_number(targets: Sequence[str], turn: Turn) -> Iterator[Outcome]:
+    from fuzz import bulk
+
+    for target in targets:
         started = time.monotonic()
         corpus = turn.keep / "corpus" / target
-        count, broken = bulk.fuzz(target, turn.seconds / len(QUICK), turn.seed, corpus)
+        count, broken = bulk.fuzz(target, turn.seconds / len(targets), turn.seed, corpus)
         said = "\n".join(broken)
         yield Outcome(f"fuzz {target}", count, len(broken), _since(started), said)
 
@@ -177,6 +189,7 @@ def _since(started: float) -> float:
 #: What takes turns: its name, its share of the time, and whether one turn is enough.
 PARTS: dict[str, tuple[Part, float, bool]] = {
     "bulk": (_bulk, 3, False),
+    "files": (_files, 3, False),
     "guided": (_guided, 3, False),
     "fuzz": (_fuzz, 2, False),
     "commands": (_commands, 2, False),
