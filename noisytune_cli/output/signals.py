@@ -2,13 +2,15 @@
 
 SIGINT, SIGTERM and SIGHUP raise `Stopped` in the main thread, so that the ordinary clean-up runs. Where an
 interruption would tear something in two (publishing, cleaning up), the signal is remembered and raised after.
-Who asks twice means the same: a further signal within two seconds does not disturb the clean-up.
+Python drops what is raised while an object goes (a finalizer, the end of a weak reference): that is raised
+again. Who asks twice means the same: a further signal within two seconds does not disturb the clean-up.
 """
 
 from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +20,8 @@ from noisytune_cli.errors import Stopped
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-#: Seconds for the clean-up after a signal.
-_PATIENCE = 2.0
+#: Seconds for the clean-up after a signal, and until one that was dropped is raised again.
+_PATIENCE, _SOON = 2.0, 0.001
 
 _deferring = 0
 _pending: int | None = None
@@ -32,6 +34,7 @@ def install() -> None:
     """Make the signals raise `Stopped`; one that the parent ignores (nohup) stays ignored."""
     global _patience
     _patience = _PATIENCE
+    sys.unraisablehook = _dropped
     for signum in _SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, _stop)
@@ -39,7 +42,7 @@ def install() -> None:
 
 def ignore() -> None:
     """Ignore the signals from here on: the work is done, and what is left is to end."""
-    for signum in _SIGNALS:
+    for signum in (*_SIGNALS, signal.SIGALRM):
         signal.signal(signum, signal.SIG_IGN)
 
 
@@ -69,6 +72,19 @@ def _stop(signum: int, frame: FrameType | None) -> None:
         _pending = signum
     else:
         _raise(signum)
+
+
+def _dropped(unraisable: sys.UnraisableHookArgs) -> None:
+    """Have a signal that Python drops come again, once the code is left that it was raised in."""
+    global _raised_at
+    stopped = unraisable.exc_value
+    if not isinstance(stopped, Stopped):
+        sys.__unraisablehook__(unraisable)
+        return
+    _raised_at = -math.inf
+    signum = stopped.signum
+    signal.signal(signal.SIGALRM, lambda _, frame: _stop(signum, frame))
+    signal.setitimer(signal.ITIMER_REAL, _SOON)
 
 
 def _raise(signum: int) -> None:

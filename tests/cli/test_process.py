@@ -170,6 +170,36 @@ def test_a_signal_while_a_class_is_made_is_a_signal_all_the_same() -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (143, "", "")
 
 
+_STOPPED_WHILE_AN_OBJECT_GOES = """
+import os, signal, sys, time, weakref
+from noisytune_cli.cli import app
+class Object: pass
+def stop(reference):
+    os.kill(os.getpid(), signal.{signum})
+    for _ in range(10): pass
+def run():
+    thing = Object()
+    kept = {reference}
+    del thing
+    time.sleep(50)
+app.run = run
+from noisytune_cli.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("reference", ["weakref.ref(thing, stop)", "weakref.finalize(thing, stop, None)"])
+@pytest.mark.parametrize(("signum", "code", "said"), [("SIGTERM", 143, ""), ("SIGINT", 130, "interrupted")])
+def test_a_signal_while_an_object_goes_is_a_signal_all_the_same(
+    reference: str, signum: str, code: int, said: str
+) -> None:
+    program = _STOPPED_WHILE_AN_OBJECT_GOES.format(signum=signum, reference=reference)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=40
+    )
+    assert (ended.returncode, ended.stderr) == (code, f"noisytune: stopped: {said}\n" if said else "")
+
+
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Any]:
     files = {
