@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from dataclasses import replace
@@ -54,3 +55,13 @@ def test_the_stage_is_taken_away(scenario: Scenario, expected: Expected, warm: W
             assert found == [], f"{way} at {call}"
             hits += hit
     assert hits
+
+
+def test_what_an_earlier_run_printed_is_gone(warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is killed before its first instruction has printed nothing."""
+    ended = warm.run(["inspect", "nothing"])
+    assert len(ended.stderr.splitlines()) == 1
+    monkeypatch.setattr(warm, "say", lambda line: None)
+    monkeypatch.setattr(warm, "hear", lambda: str(os.getpid()))
+    os.close(warm.hold(["--version"])._pidfd)
+    assert warm.stderr.read_text() == ""

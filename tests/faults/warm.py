@@ -102,6 +102,9 @@ class Warm:
             "short": short,
             "shortened": str(self.shortened),
         }
+        # Here, and not by the run alone: one that is killed before its first instruction has printed nothing.
+        for printed in (self.stdout, self.stderr):
+            printed.write_bytes(b"")
         self.say(json.dumps(request))
         return Run(self, int(self.hear()))
 
