@@ -8,10 +8,11 @@ run was killed, or where removing it was what failed; the next run removes and n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scenarios import LEFT_OVER, Expected, Scenario, Tree, left_overs, tree
+from scenarios import JOB, LEFT_OVER, Expected, Scenario, Tree, has_plan, left_overs, tree
 from strace import Call
 from warm import Ended, Warm
 
@@ -27,6 +28,9 @@ _LOOKING = {"openat", "newfstatat", "fstat", "getdents64", "lseek", "close", "fl
 _RENAMING = {"rename", "renameat", "renameat2", "link", "linkat"}
 
 _KILLED = -9
+
+#: What a share of a job leaves, or is about to.
+_OF_A_SHARE = re.compile(f"{JOB}[0-9a-f]+/[0-9a-f]{{32}}")
 
 #: The end of the name that an old output bears while it is replaced where names cannot be exchanged.
 ASIDE = "-replaced"
@@ -81,9 +85,10 @@ def breaches_after_rerun(scenario: Scenario, expected: Expected, warm: Warm) -> 
     there = state == files(expected.after) or (scenario.outputs > 1 and bool(state))
     # One that lies in what is replaced goes with it, unnamed.
     within = left_overs(scenario.place / scenario.out) if there else []
-    # Not quietly: what it clears away it names.
+    # Not quietly: what it clears away it names. A job goes on by the very same command.
     told = [word for word in scenario.argv if word != "-q"]
-    ended = warm.run([*told, *(["--overwrite"] if there else [])])
+    goes_on = has_plan(scenario.place) or scenario.verb == ("finish",)
+    ended = warm.run([*told, *(["--overwrite"] if there and not goes_on else [])])
     found = []
     if ended.code != 0:
         found.append(f"the rerun ends with {ended.code}: {ended.stderr.strip()}")
@@ -91,6 +96,8 @@ def breaches_after_rerun(scenario: Scenario, expected: Expected, warm: Warm) -> 
         found.append("the rerun's output is not whole")
     if left_overs(scenario.place):
         found.append(f"the rerun leaves {left_overs(scenario.place)}")
+    if has_plan(scenario.place):
+        found.append("the rerun leaves its job")
     found += [
         f"the rerun does not name {name}" for name in left if name not in ended.stderr and name not in within
     ]
@@ -182,6 +189,8 @@ def allowed_codes(fault: Fault, injected: Sequence[Call]) -> set[int]:
             return {0, *_FAILED}  # opendir is not repeated
         repeated = {"openat", "write", "pwrite64", "fallocate", "fsync", "flock", "read", "preadv2"}
         return {0} if fault.call in repeated and fault.kind == "EINTR" else {0, *_FAILED}
+    if any(_OF_A_SHARE.search(call.text) for call in injected):
+        return {0, *_FAILED}  # a share that fails is done again
     durable = {"fsync", "fdatasync", "write", "pwrite64"}
     if any((call.name in durable and LEFT_OVER in call.text) or _closes_output(call) for call in injected):
         return {6}
@@ -189,7 +198,7 @@ def allowed_codes(fault: Fault, injected: Sequence[Call]) -> set[int]:
 
 
 def _closes_output(call: Call) -> bool:
-    path = call.text.partition(">")[0]
+    path = call.text.partition(">")[0].replace(JOB, "")  # whose files are flushed before they are closed
     return call.name == "close" and LEFT_OVER in path and path.endswith((".safetensors", ".json"))
 
 
@@ -211,6 +220,8 @@ def _may_leave(fault: Fault, ended: Ended) -> bool:
 
 def _of_left_overs(scenario: Scenario, fault: Fault, ended: Ended) -> list[str]:
     left = [name for name in left_overs(scenario.place) if not name.endswith(ASIDE)]
+    if ended.code == 0 and has_plan(scenario.place) and not _may_leave(fault, ended):
+        return ["exit 0, and the job is still there"]
     if len(left) > scenario.outputs:
         return [f"{len(left)} left-overs: {left[:4]}"]
     return [f"it leaves {left[0]}"] if left and not _may_leave(fault, ended) else []

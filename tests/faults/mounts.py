@@ -6,6 +6,7 @@ loop devices, a container without the right to mount.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import shutil
@@ -69,6 +70,15 @@ class Device:
 
     def mount(self) -> None:
         _run("mount", "-o", "loop", str(self._image), str(self._at))
+
+    def flush(self) -> None:
+        """Have on the device whatever was written, and of no other file system: those may be busy."""
+        fd = os.open(self._at, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            if ctypes.CDLL(None, use_errno=True).syncfs(fd):
+                raise OSError(ctypes.get_errno(), "syncfs")
+        finally:
+            os.close(fd)
 
     def cut_power(self) -> None:
         """Lose whatever has not reached the device, the journal included; the file system is dead then."""

@@ -7,7 +7,6 @@ before, or what a kill may leave; and the next run repairs it.
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from dataclasses import replace
@@ -36,7 +35,7 @@ def moments(scenario: Scenario, calls: tuple[Call, ...]) -> list[tuple[str, int]
 
 def cut_after_the_end(disk: Scenario, expected: Expected, warm: Warm, device: Device) -> list[str]:
     """Cut the power once a run has ended; return what does not hold."""
-    _prepare(disk)
+    _prepare(disk, device)
     ended = warm.run(disk.argv)
     device.cut_power()
     _mount_again(device)
@@ -52,7 +51,7 @@ def cut_at(
     disk: Scenario, expected: Expected, warm: Warm, log: Path, device: Device, moment: tuple[str, int]
 ) -> list[str]:
     """Cut the power while a run is stopped at a call; return what does not hold, the next run included."""
-    _prepare(disk)
+    _prepare(disk, device)
     name, number = moment
     run = warm.hold(disk.argv)
     tracer = strace.attach(run, log, [f"trace={','.join(CALLS)}", f"inject={name}:signal=STOP:when={number}"])
@@ -71,7 +70,7 @@ def cut_after(
     disk: Scenario, expected: Expected, warm: Warm, device: Device, delay: float
 ) -> tuple[bool, list[str]]:
     """Cut the power at a moment of a run; return whether it still ran, and what does not hold."""
-    _prepare(disk)
+    _prepare(disk, device)
     run = warm.hold(disk.argv)
     run.release()
     time.sleep(delay)
@@ -82,10 +81,10 @@ def cut_after(
     return hit, _found(disk, expected, warm, ended.code)
 
 
-def _prepare(disk: Scenario) -> None:
+def _prepare(disk: Scenario, device: Device) -> None:
     """Make the place as it is before a run, and have that on the device."""
     disk.reset()
-    os.sync()
+    device.flush()
 
 
 def _mount_again(device: Device) -> None:

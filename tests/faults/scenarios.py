@@ -15,10 +15,16 @@ import stat
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from warm import Warm
 
+from noisytune_cli.cli.parse import combine
+from noisytune_cli.commands.perturb import perturb
+from noisytune_cli.commands.plan import plan_job
+from noisytune_cli.commands.request import Request
+from noisytune_cli.commands.work import work
 from noisytune_cli.manifest.write import encode
 from noisytune_cli.records import FileRecord, Manifest, NoiseSpec, SourceRecord
 
@@ -27,10 +33,16 @@ Tree = Mapping[str, tuple[object, ...]]
 
 LEFT_OVER = ".noisytune-"
 
+#: The folder of a job. Whatever ends `plan`, `work` or `finish` leaves it, and the same command goes on.
+JOB = f"{LEFT_OVER}job-"
+
 _SHARDS = {
     "model-00001-of-00002.safetensors": {"a.weight": ("F32", 64), "b.weight": ("BF16", 96)},
     "model-00002-of-00002.safetensors": {"c.weight": ("F16", 32), "d.count": ("I64", 2)},
 }
+#: A job that one command plans, works off and finishes: a share for each weight file, and sums before noise.
+_SHARES = ("--engine", "local", "--share-bytes", "1", "--scope", "global")
+
 _BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8}
 
 
@@ -58,7 +70,8 @@ class Scenario:
         """The command line."""
         out = str(self.place / self.out)
         verb = self.verb or ("perturb", str(self.source))
-        return [*verb, "-o", out, "-q", "--threads", str(self.threads), *self.options]
+        named = [out] if verb == ("finish",) else ["-o", out]
+        return [*verb, *named, "-q", "--threads", str(self.threads), *self.options]
 
     def reset(self) -> None:
         """Make the place as it is before a run."""
@@ -106,8 +119,6 @@ def further_scenarios(sandbox: Path) -> tuple[Scenario, ...]:
     import torch
     from chunked import save_chunked
 
-    from noisytune_cli.commands.perturb import Request, perturb
-
     source = sandbox / "source"
     folder, file = source / "model", source / "single.safetensors"
     pickled, chunks = source / "pickled.bin", source / "chunks"
@@ -129,6 +140,12 @@ def further_scenarios(sandbox: Path) -> tuple[Scenario, ...]:
         scenario("chunks", chunks, "out"),
         scenario("absolute", folder, "out", "--sigma", "0.01", "--shrink", "0.5"),
         scenario("recipe", folder, "out.json", "--recipe-only"),
+        scenario("job", folder, "out", *_SHARES),
+        replace(scenario("replacing-job", folder, "out", *_SHARES, "--overwrite"), prepare=_old_folder),
+        replace(
+            scenario("finish", folder, "out", verb=("finish",)),
+            prepare=partial(_planned, source=folder, templates=sandbox / "templates"),
+        ),
         replace(scenario("many", folder, "out-{seed}", "--seed", "0-2"), outputs=3),
         replace(scenario("many-files", file, "out-{seed}.safetensors", "--seed", "0,1"), outputs=2),
     )
@@ -168,12 +185,17 @@ def tree(root: Path, *, mtime: bool = False) -> Tree:
 
 
 def left_overs(root: Path) -> list[str]:
-    """Return the names of the staging directories anywhere below `root`."""
+    """Return the names of the staging directories anywhere below `root`, but for a job's own."""
     found = []
     for _, folders, files in os.walk(root):
         found += [name for name in (*folders, *files) if name.startswith(LEFT_OVER)]
         folders[:] = [name for name in folders if not name.startswith(LEFT_OVER)]
-    return sorted(found)
+    return sorted(name for name in found if not name.startswith(JOB))
+
+
+def has_plan(place: Path) -> bool:
+    """Tell whether a job is there that is not finished."""
+    return any(place.glob(f"{JOB}*/plan.json"))
 
 
 def weights(tensors: Mapping[str, tuple[str, int]]) -> bytes:
@@ -225,3 +247,15 @@ def _old_file(place: Path) -> None:
     # Without its manifest, as a kill can leave it, only weights are replaced.
     (place / "out.safetensors").write_bytes(weights({"old": ("F32", 30)}))
     (place / "out.safetensors.noisytune.json").write_text('{"schema": 1, "tool": {"name": "noisytune"}}')
+
+
+def _planned(place: Path, source: Path, templates: Path) -> None:
+    """Put a job there whose shares are all done; it is made once for each place, which its plan names."""
+    template = templates / f"{place.parent.name} {place.name}"
+    if not template.exists():
+        out = str(place / "out")
+        plan_job(Request(str(source), NoiseSpec()), out, combine(out, seed="0", default=0.15), share_bytes=1)
+        work(out, threads=1)
+        template.parent.mkdir(exist_ok=True)
+        shutil.move(place, template)
+    shutil.copytree(template, place, dirs_exist_ok=True)
