@@ -70,9 +70,9 @@ def noised(x: float, c: float, a: float, dtype: str, out_dtype: str | None = Non
 
 def std32(values: Iterable[float]) -> float:
     """Return the float32 nearest to the exact unbiased standard deviation."""
-    exact = [Fraction(v) for v in values]
-    unit = max(v.denominator for v in exact)
-    whole = [v.numerator * (unit // v.denominator) for v in exact]
+    exact = [v.as_integer_ratio() for v in values]
+    unit = max(denominator for _, denominator in exact)
+    whole = [numerator * (unit // denominator) for numerator, denominator in exact]
     n, total = len(whole), sum(whole)
     squares = sum(v * v for v in whole)
     # std = sqrt(numerator / denominator) / unit

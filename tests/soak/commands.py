@@ -3,6 +3,7 @@
 A case is a checkpoint (a format, dtypes, shapes, values of all kinds) and a `noisytune perturb` with random
 options. What every tensor of its output has to be is worked out here, from exact standard deviations and the
 stream's reference; then `verify` has to agree, with the base too, and `replay` has to make the same bytes.
+So has, for every fourth, the same run done as a job.
 """
 
 from __future__ import annotations
@@ -65,13 +66,18 @@ class Noise:
 
 @dataclass
 class Case:
-    """A checkpoint in `format`, the options of a run, and what they mean."""
+    """A checkpoint in `format`, the options of a run, and what they mean.
+
+    `running` are those of how it is done; `share` is how large shares are where it is done as a job, too.
+    """
 
     format: str
     tensors: dict[str, Tensor]
     noise: Noise
     options: list[str] = field(default_factory=list)
+    running: list[str] = field(default_factory=list)
     mix: str | None = None
+    share: str | None = None
 
 
 def make_case(seed: int) -> Case:
@@ -83,16 +89,17 @@ def make_case(seed: int) -> Case:
     for name in choose.sample(_NAMES, choose.randint(1, 8)):
         tensors[name] = _tensor(choose, rng, finite=scope == "global")
     noise, options, mix = _noise(choose, scope)
-    options += ["--threads", choose.choice("124")]
+    running = ["--threads", choose.choice("124")]
     if choose.random() < 0.2:
-        options.append("--mmap")
+        running.append("--mmap")
     out_dtype = None
     if format_ in ("zip", "legacy") and choose.random() < 0.3:
         options += ["--to", "safetensors"]
     if (format_ in ("file", "folder") or "--to" in options) and choose.random() < 0.3:
         spelled, out_dtype = choose.choice([*_SPELLED.items()])
         options += ["--dtype", spelled]
-    return Case(format_, tensors, replace(noise, out_dtype=out_dtype), options, mix)
+    share = choose.choice(("1", "200", "1G")) if format_ != "chunks" and choose.random() < 0.25 else None
+    return Case(format_, tensors, replace(noise, out_dtype=out_dtype), options, running, mix, share)
 
 
 def _tensor(choose: random.Random, rng: np.random.Generator, *, finite: bool) -> Tensor:
@@ -302,7 +309,7 @@ def try_case(seed: int, root: Path, commands: Commands) -> list[str]:
         exclude=tuple(_matching(case.noise.exclude, names)),
     )
     source = lay(case, root)
-    out = root / ("out.safetensors" if "--to" in case.options else f"out{source.suffix}")
+    out = root / "once" / ("out.safetensors" if "--to" in case.options else f"out{source.suffix}")
     options = list(case.options)
     if case.mix is not None:
         (root / "mix.jsonl").write_text(case.mix)
@@ -311,8 +318,8 @@ def try_case(seed: int, root: Path, commands: Commands) -> list[str]:
     options += [word for pattern, value in noise.rules for word in (rule, f"{pattern}={value!r}")]
     options += [word for pattern in noise.include for word in ("--include", pattern)]
     options += [word for pattern in noise.exclude for word in ("--exclude", pattern)]
-    what = f"{case.format}: {' '.join(options)}"
-    wrong = commands.run("perturb", source, "-o", out, *options, "-q")
+    what = f"{case.format}: {' '.join([*options, *case.running])}"
+    wrong = commands.run("perturb", source, "-o", out, *options, *case.running, "-q")
     try:
         expected = reference(case.tensors, noise)
     except TooLarge:
@@ -322,7 +329,7 @@ def try_case(seed: int, root: Path, commands: Commands) -> list[str]:
     found = read(case, out)
     if expected.keys() != found.keys():
         return [f"{what}: it has {sorted(found)}"]
-    again = out.with_name(f"again{out.suffix}")
+    again = root / "again" / out.name
     recipe = Path(f"{out}.noisytune.json") if out.is_file() else out / "noisytune.json"
     checks = (
         ("verify", out, "-q"),
@@ -333,6 +340,16 @@ def try_case(seed: int, root: Path, commands: Commands) -> list[str]:
     breaches += [f"{argv[0]}: {wrong}" for argv in checks if (wrong := commands.run(*argv))]
     if not breaches and _files(out) != _files(again):
         breaches.append("replay makes another output")
+    if not breaches and case.share is not None:
+        in_shares = root / "in shares" / out.name
+        steps = (
+            ("plan", source, "-o", in_shares, *options, "--share-bytes", case.share, "-q"),
+            ("work", in_shares, *case.running, "-q"),
+            ("finish", in_shares, "-q"),
+        )
+        breaches += [f"{argv[0]}: {wrong}" for argv in steps if (wrong := commands.run(*argv))]
+        if not breaches and _files(out.parent) != _files(in_shares.parent):
+            breaches.append("a job makes another output")
     return [f"{what}: {breach}" for breach in breaches]
 
 
