@@ -34,17 +34,6 @@ class Stop:
         return ", ".join(f"{signum.name} after {delay * 1e3:.1f} ms" for delay, signum in self.signals)
 
 
-def duration(scenario: Scenario, warm: Warm) -> float:
-    """Return how many seconds an undisturbed run takes."""
-    times = []
-    for _ in range(3):
-        scenario.reset()
-        started = time.monotonic()
-        warm.run(scenario.argv)
-        times.append(time.monotonic() - started)
-    return min(times)
-
-
 def random_stop(choose: random.Random, seconds: float) -> Stop:
     """Choose a signal that asks, at any moment of a run; every third time a second one follows at once."""
     stops = [(choose.uniform(0, seconds), choose.choice(ASKING))]

@@ -90,13 +90,12 @@ class Worker:
                 except mounts.Unavailable as why:
                     print(f"no power is cut: {why}", file=sys.stderr)
             expected = [learn(scenario, warm) for scenario in self._scenarios]
-            seconds = [kills.duration(scenario, warm) for scenario in self._scenarios]
             for task in self._tasks(warm):
                 if time.monotonic() > until:
                     return
                 if task.key not in done:
                     scenario = self._scenarios[task.scenario]
-                    outcome = self._try(task, scenario, expected[task.scenario], seconds[task.scenario], warm)
+                    outcome = self._try(task, scenario, expected[task.scenario], warm)
                     file.write(json.dumps({"key": task.key, "kind": task.kind, **outcome}) + "\n")
 
     def _tasks(self, warm: Warm) -> Iterator[Task]:
@@ -154,9 +153,8 @@ class Worker:
     def _log(self) -> Path:
         return self._sandbox / "strace.log"
 
-    def _try(
-        self, task: Task, scenario: Scenario, expected: Expected, seconds: float, warm: Warm
-    ) -> dict[str, object]:
+    def _try(self, task: Task, scenario: Scenario, expected: Expected, warm: Warm) -> dict[str, object]:
+        seconds = expected.seconds
         choose = random.Random(f"{self._seed} {task.key}")
         what = scenario.name
         if task.fault is not None:

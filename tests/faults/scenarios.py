@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import struct
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -82,11 +83,12 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Expected:
-    """The states of a scenario: the source for ever, the place before and after."""
+    """The states of a scenario: the source for ever, the place before and after; and how long a run takes."""
 
     source: Tree
     before: Tree
     after: Tree
+    seconds: float
 
 
 def scenarios(sandbox: Path) -> tuple[Scenario, ...]:
@@ -156,10 +158,12 @@ def learn(scenario: Scenario, warm: Warm) -> Expected:
     scenario.reset()
     before = tree(scenario.place)
     source = tree(scenario.source.parent, mtime=True)
-    seen = []
+    seen, times = [], []
     for _ in range(2):
         scenario.reset()
+        started = time.monotonic()
         ended = warm.run(scenario.argv)
+        times.append(time.monotonic() - started)
         if ended.code != 0:
             raise RuntimeError(f"{scenario.name}: undisturbed, it ends with {ended.code}: {ended.stderr}")
         seen.append(tree(scenario.place))
@@ -167,7 +171,7 @@ def learn(scenario: Scenario, warm: Warm) -> Expected:
         raise RuntimeError(f"{scenario.name}: two undisturbed runs do not agree")
     if left_overs(scenario.place):
         raise RuntimeError(f"{scenario.name}: an undisturbed run leaves {left_overs(scenario.place)}")
-    return Expected(source, before, seen[0])
+    return Expected(source, before, seen[0], min(times))
 
 
 def tree(root: Path, *, mtime: bool = False) -> Tree:

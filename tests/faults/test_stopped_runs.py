@@ -19,21 +19,21 @@ pytestmark = pytest.mark.alone
 
 
 def test_killed_at_random_moments(scenario: Scenario, expected: Expected, warm: Warm) -> None:
-    seconds, choose = kills.duration(scenario, warm), random.Random(0)
+    choose = random.Random(0)
     for _ in range(6):
-        delay = choose.uniform(0, seconds)
+        delay = choose.uniform(0, expected.seconds)
         assert kills.kill(scenario, expected, warm, delay)[1] == [], f"killed after {delay} s"
 
 
 def test_asked_to_stop_at_random_moments(scenario: Scenario, expected: Expected, warm: Warm) -> None:
-    seconds, choose = kills.duration(scenario, warm), random.Random(0)
+    choose = random.Random(0)
     for _ in range(10):
-        stop = kills.random_stop(choose, seconds)
+        stop = kills.random_stop(choose, expected.seconds)
         assert kills.ask(scenario, expected, warm, stop)[1] == [], str(stop)
 
 
 def test_a_second_signal_in_the_clean_up(scenario: Scenario, expected: Expected, warm: Warm) -> None:
-    half = kills.duration(scenario, warm) / 2
+    half = expected.seconds / 2
     for pause in (0, 0.0005, 0.001, 0.002):
         stop = kills.Stop(((half, signal.SIGINT), (pause, signal.SIGINT)))
         assert kills.ask(scenario, expected, warm, stop)[1] == [], str(stop)
