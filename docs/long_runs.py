@@ -22,6 +22,7 @@ RELIABILITY = {
     "signal": "random SIGINT, SIGTERM, SIGHUP (every third twice)",
     "short transfer": "runs of short transfers",
     "power cut": "power cuts",
+    "store fault": "runs into an object store that fails at random",
     "random command": "random commands, against the reference",
     "kernel test under sanitizers": "kernels' tests under sanitizers",
 }

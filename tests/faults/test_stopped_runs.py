@@ -65,3 +65,10 @@ def test_what_an_earlier_run_printed_is_gone(warm: Warm, monkeypatch: pytest.Mon
     monkeypatch.setattr(warm, "hear", lambda: str(os.getpid()))
     os.close(warm.hold(["--version"])._pidfd)
     assert warm.stderr.read_text() == ""
+
+
+def test_a_run_that_does_not_end_hangs_whatever_others_have(warm: Warm) -> None:
+    run = warm.hold(["--version"])
+    run.send(signal.SIGSTOP)
+    run.release()
+    assert run.wait(0.3).hung

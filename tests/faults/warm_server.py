@@ -105,7 +105,7 @@ def _run_child(request: dict[str, Any], gate: int) -> NoReturn:
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except OSError:
+    except (OSError, ValueError):  # the latter where Python's own signal came while stdout was changed
         code = 120  # as the interpreter ends when it cannot flush
     if request["short"] is not None:
         with open(request["shortened"], "w") as file:

@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 from base64 import b64encode
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
@@ -131,9 +132,16 @@ def _ask(url: str, method: str, content: bytes | None = None) -> bytes:
 
 @pytest.fixture(scope="session")
 def moto() -> Iterator[str]:
-    """The address of moto's server, which takes seconds to start."""
+    """The address of moto's server."""
     pytest.importorskip("obstore", reason="object stores need obstore")
     pytest.importorskip("moto", reason="the object store of the tests is moto's")
+    with started() as address:
+        yield address
+
+
+@contextmanager
+def started() -> Iterator[str]:
+    """Start moto's server, which takes seconds, and give its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -160,21 +168,31 @@ _buckets = count()
 @pytest.fixture
 def store(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
     """An empty bucket, which the environment leads to through the proxy."""
+    with proxied(moto) as (made, environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield made
+
+
+@contextmanager
+def proxied(moto: str) -> Iterator[tuple[ObjectStore, dict[str, str]]]:
+    """Make an empty bucket and a proxy before it; give it and the environment that leads to it."""
     made = ObjectStore(moto, f"bucket-{next(_buckets)}")
     _ask(f"{moto}/{made.bucket}", "PUT")
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(made))
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
-        "AWS_ALLOW_HTTP": "true",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    yield made
+    yield (
+        made,
+        {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_REGION": "us-east-1",
+        },
+    )
     server.shutdown()
     server.server_close()
     thread.join()

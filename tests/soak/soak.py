@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import itertools
 import json
 import os
@@ -177,6 +178,24 @@ def _commands(turn: Turn) -> Iterator[Outcome]:
     yield Outcome("random command", count, len(broken), _since(started), "\n".join(broken))
 
 
+def _stores(turn: Turn) -> Iterator[Outcome]:
+    """Send outputs to an object store that fails at random."""
+    if missing := [name for name in ("obstore", "moto") if importlib.util.find_spec(name) is None]:
+        raise Unavailable(f"{' and '.join(missing)} are not installed")
+    import commands
+    import stores
+    from fuzz import guided
+
+    started, broken, hits, count = time.monotonic(), [], 0, 0
+    with guided.scratch() as scratch, stores.stores(scratch, commands.Commands()) as tried:
+        while _since(started) < turn.seconds:
+            seed = turn.seed * 1_000_000 + count
+            hit, found = tried.try_case(seed)
+            broken += [f"seed {seed}: {breach}" for breach in found[:1]]
+            hits, count = hits + hit, count + 1
+    yield Outcome("store fault", count, len(broken), _since(started), "\n".join(broken), hits)
+
+
 def _sanitizers(turn: Turn) -> Iterator[Outcome]:
     """Run the kernels' tests with every access to memory and every operation watched."""
     if shutil.which("gcc") is None:
@@ -204,6 +223,7 @@ PARTS: dict[str, tuple[Part, float, bool]] = {
     "kills": (_faults("kill", "signal", "short transfer"), 2, False),
     "faults": (_faults("fault", "lost stage"), 2, False),
     "power": (_faults("power cut"), 1, False),
+    "stores": (_stores, 1, False),
     "sanitizers": (_sanitizers, 1, True),
 }
 

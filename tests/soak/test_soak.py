@@ -88,6 +88,7 @@ def test_every_kind_has_a_name_in_a_page(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {f"fuzz {target}" for target in TARGETS} == long_runs.SECURITY.keys()
     assert long_runs.RELIABILITY.keys() == {
         *faults_run.KINDS,
+        "store fault",
         "random command",
         "kernel test under sanitizers",
     }
