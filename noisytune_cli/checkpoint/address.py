@@ -65,6 +65,10 @@ class Address(str):
         """What it lies in; a bucket lies in itself."""
         return super().__new__(type(self), self.rpartition("/")[0]) if self.key else self
 
+    def above(self, levels: int) -> Address:
+        """Return what it lies in, so many levels up."""
+        return self if not levels else self.parent.above(levels - 1)
+
     @property
     def parents(self) -> tuple[Address, ...]:
         """All that it lies in, the nearest first."""

@@ -122,6 +122,9 @@ class Bucket(Remote):
     def size(self, name: str) -> int:
         return self._objects[name].size
 
+    def etag(self, name: str) -> str | None:
+        return self._objects[name].etag if name in self._objects else None
+
     def lacks(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if not (self.root / name).exists()]
 

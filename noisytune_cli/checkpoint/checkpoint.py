@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import posixpath
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from noisytune_cli.checkpoint.composition import (
     Component,
@@ -40,6 +42,9 @@ from noisytune_cli.manifest.previous import NAMESAKE, PreviousRun
 from noisytune_cli.reading import Reach, changed, fingerprint, open_regular
 from noisytune_cli.records import Declared, TensorSpec
 
+if TYPE_CHECKING:
+    from noisytune_cli.checkpoint.remote import Remote
+
 #: Why a file that is copied is refused in the end.
 _ANOTHER = "its size or its times are others, or another file took its place"
 
@@ -53,7 +58,8 @@ class Checkpoint:
     with its reason. File names are relative to `root`, with `/`. `previous_run` is what a manifest that lies
     with the weights says of them; `configs` are those of components in folders, by folder; `reach` bounds
     where links may lead, and `seen` has what `others` were when all was opened. `scratch` is released when it
-    is closed; `moved` are folders of this run's that its files lie in, and what errors name instead.
+    is closed; `moved` are folders of this run's that its files lie in, and what errors name instead. `remote`
+    is where it lies, where that is not here.
     """
 
     id: str
@@ -72,6 +78,7 @@ class Checkpoint:
     seen: Mapping[str, os.stat_result] = field(default_factory=dict)
     scratch: ExitStack = field(default_factory=ExitStack, compare=False, repr=False)
     moved: tuple[tuple[Path, str], ...] = ()
+    remote: Remote | None = field(default=None, compare=False, repr=False)
 
     @property
     def path(self) -> Path:
@@ -198,17 +205,20 @@ def open_files(found: Found, names: Collection[str], *, mmap: bool = False) -> t
     return tuple(sorted(sources, key=lambda source: source.name))
 
 
-def open_found(found: Found, *, mmap: bool = False, headers_only: bool = False) -> Checkpoint:
+def open_found(
+    found: Found, *, mmap: bool = False, headers_only: bool = False, few_values: bool = False
+) -> Checkpoint:
     """Fetch what is missing of a checkpoint, and open it.
 
     With `headers_only` no value may be read: of a hub's weights that are not here, headers are fetched into a
     folder that goes when the checkpoint is closed. In memory and errors it lies where it would lie whole.
+    So it is with `few_values`, but these are fetched when they are read.
     """
     if found.remote is None:
         return _open(found, mmap)
     with found.remote.named():
-        if headers_only:
-            return _open_headers(found)
+        if headers_only or few_values:
+            return _open_headers(found, few_values)
         found.fetch()
         return _open(found, mmap)
 
@@ -277,23 +287,33 @@ def _checkpoint(
         seen=seen or {},
         scratch=scratch,
         moved=() if found.remote is None else found.remote.moved,
+        remote=found.remote,
     )
 
 
-def _open_headers(found: Found) -> Checkpoint:
+def _open_headers(found: Found, few_values: bool) -> Checkpoint:
     from tempfile import TemporaryDirectory
 
+    remote = found.remote
+    assert remote is not None
     with ExitStack() as scratch:
         folder = Path(scratch.enter_context(TemporaryDirectory(prefix="noisytune-")))
         moved = (folder, os.fspath(found.root))
         try:
-            opened = _open(found.outlined(folder), mmap=False)
+            outlined = found.outlined(folder)
+            if few_values:
+
+                def part(name: str, start: int, end: int) -> bytes:
+                    return remote.part(name, start, end, threading.Event())
+
+                outlined = replace(outlined, part=part)
+            opened = _open(outlined, mmap=False)
         except NoisytuneError as error:
             error.move(*moved)
             raise
-        assert found.remote is not None
-        scratch.callback(found.remote.close)
-        return replace(opened, root=found.root, scratch=scratch.pop_all(), moved=(moved, *found.remote.moved))
+        scratch.callback(remote.close)
+        moves = (moved, *remote.moved)
+        return replace(opened, root=found.root, scratch=scratch.pop_all(), moved=moves, remote=remote)
 
 
 def _open_source(found: Found, file: str, name: str, mmap: bool) -> Source:
@@ -302,6 +322,8 @@ def _open_source(found: Found, file: str, name: str, mmap: bool) -> Source:
     if file in found.headers_alone:
         assert isinstance(source, SafetensorsSource)
         source.has_header_alone = True
+        if found.part is not None:
+            source.fetch = partial(found.part, file)
     return source
 
 

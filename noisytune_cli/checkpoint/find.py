@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -57,7 +57,7 @@ class Found:
     `remote` where it is local. `config` is the model's own, at `config_path` for an error to name;
     `previous_run` is what a manifest that lies with the weights says of them, and `namesakes` only look like
     one. `configs` are those of components in folders, by folder. `reach` bounds where links may lead. Of the
-    files in `headers_alone` there is nothing but a header.
+    files in `headers_alone` there is nothing but a header; `part` fetches what follows, where that may be.
     """
 
     id: str
@@ -75,6 +75,7 @@ class Found:
     reach: Reach | None = None
     remote: Remote | None = field(default=None, compare=False)
     headers_alone: frozenset[str] = frozenset()
+    part: Callable[[str, int, int], bytes] | None = field(default=None, compare=False)
 
     @property
     def files(self) -> tuple[str, ...]:

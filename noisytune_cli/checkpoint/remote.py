@@ -57,6 +57,10 @@ class Remote(ABC):
     def part(self, name: str, start: int, end: int, left_behind: threading.Event) -> bytes:
         """Return the bytes of a file from `start` to `end`, no others and no fewer."""
 
+    def etag(self, name: str) -> str | None:
+        """Return what tells this content of a file from another, where that is said of single files."""
+        return None
+
     @contextmanager
     def named(self) -> Iterator[None]:
         """Have errors name a file by where it is meant to be, and leave nothing behind where one comes."""

@@ -129,11 +129,11 @@ class Store:
                 return None
             raise
 
-    def below(self, limit: int) -> dict[str, Object]:
-        """Return what lies below the address, by its name there; where that is more than `limit`, a part."""
+    def below(self, limit: int, key: str | None = None) -> dict[str, Object]:
+        """Return what lies below the address, or a key, by its name there; of more than `limit` a part."""
         import obstore
 
-        prefix = self.address.key
+        prefix = self.address.key if key is None else key
         start = len(prefix) + 1 if prefix else 0
 
         def look() -> dict[str, Object]:
@@ -191,11 +191,11 @@ class Store:
 
         _wait(put, upload.left_behind)
 
-    def delete(self, key: str, patience: float) -> None:
-        """Remove an object, if there is one; `failed` where it takes longer than `patience`."""
+    def delete(self, keys: str | list[str], patience: float) -> None:
+        """Remove objects, where there are any; `failed` where it takes longer than `patience`."""
         import obstore
 
-        _wait(lambda: obstore.delete(self._store, key), patience=patience)
+        _wait(lambda: obstore.delete(self._store, keys), patience=patience)
 
 
 def _object(meta: Any) -> Object:

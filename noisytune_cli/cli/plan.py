@@ -14,11 +14,11 @@ _OF_RUNNING = ("device", "threads", "mmap", "dry_run", "skip_existing", "engine"
 
 
 def plan(**given: Any) -> None:
-    """Write what perturb would do down as a job, in a hidden folder beside OUT, and print how many shares.
+    """Write what perturb would do down as a job, and print how many shares it has.
 
     A share is one weight file, or small ones together. Do them with noisytune work, in any order, by any
-    number of processes and machines that see the same folders; noisytune finish then publishes what a single
-    run would have written, byte for byte.
+    number of processes and machines that see SOURCE and OUT; noisytune finish then publishes what a single
+    run would have written, byte for byte. The job is a hidden folder beside OUT, in an object store below it.
 
     Examples:
       noisytune plan ./llama -o ./llama-noisy

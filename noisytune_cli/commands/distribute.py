@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from noisytune_cli.checkpoint.address import Address, is_address
 from noisytune_cli.commands.engines import complete, load
 from noisytune_cli.commands.finish import finish
 from noisytune_cli.commands.perturb import Perturbed
@@ -80,7 +81,8 @@ def do_task(task: dict[str, Any], report: Any) -> dict[str, Any]:
     """Do one share, wherever this is called: plain data in and out, with what failed as data too."""
     warnings: tuple[str, ...] = ()
     try:
-        folder = open_folder(Path(task["job"]))
+        place = task["job"]
+        folder = open_folder(Address(place) if is_address(place) else Path(place))
         walk = Walk(open_device(task["device"]), task.get("threads") or default_threads(), progress=report)
         share = task["share"]
         if task["sums"] and not folder.has_sums(share):

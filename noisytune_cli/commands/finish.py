@@ -8,32 +8,44 @@ same command goes on.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
+from noisytune_cli.checkpoint.address import Place
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.commands.differences import same_kind
 from noisytune_cli.commands.perturb import Perturbed, Prepared, lay_out_all, publish_receipts, read_claims
 from noisytune_cli.commands.replaced import require_unchanged
-from noisytune_cli.commands.work import changed_since, check_planned, check_times, plans_of, request_of
+from noisytune_cli.commands.work import (
+    ANOTHER,
+    changed_since,
+    check_planned,
+    check_stamps,
+    plans_of,
+    request_of,
+    stamp_of,
+)
 from noisytune_cli.engine.threads import Progress
-from noisytune_cli.errors import InputInvalid, InputUnreadable, NoisytuneError, unreadable
+from noisytune_cli.errors import InputInvalid, InputUnreadable, NoisytuneError
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.job import Job
 from noisytune_cli.manifest.read import RecordedManifest, read_manifest
 from noisytune_cli.manifest.share import read_steps
-from noisytune_cli.manifest.write import MANIFEST, manifest_beside
-from noisytune_cli.output import staging
-from noisytune_cli.output.commits import all_staged
+from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
+from noisytune_cli.output.commits import all_staged, publication_at
 from noisytune_cli.output.destination import check_distinct, check_output, check_recipe, resolve_folder
-from noisytune_cli.output.job_folder import JobFolder, is_planned, job_path, no_job, open_job
-from noisytune_cli.output.publish import Publication
+from noisytune_cli.output.job_folder import (
+    JobFolder,
+    is_planned,
+    job_path,
+    open_finished,
+    open_job,
+    storage_at,
+)
+from noisytune_cli.output.jobs import JobStorage, no_job
 from noisytune_cli.output.space import check_descriptors
 from noisytune_cli.plan.evidence.told import Told
-from noisytune_cli.reading import is_there
 from noisytune_cli.records import Manifest, Plan, Receipt, Step, with_output_files
 
 #: Missing shares that an error names.
@@ -60,11 +72,7 @@ def finish(
         if folder.is_there:
             raise
         # Another has just finished it, or it was removed.
-        found = [_published(Path(output.path)) for output in folder.job.outputs]
-        made = tuple(one for one in found if one is not None)
-        if len(made) < len(found):
-            raise no_job(folder.path) from error
-        return made
+        return _published_all(folder, error)
 
 
 def _finish(folder: JobFolder, threads: int | None, progress: Progress) -> tuple[Perturbed, ...]:
@@ -76,19 +84,19 @@ def _finish(folder: JobFolder, threads: int | None, progress: Progress) -> tuple
         _check_source(job, source)
         prepared = _prepare(folder, source)
         receipts = [_receipts(folder, at, plan) for at, plan in enumerate(prepared.plans)]
-        there, new = dict[int, Perturbed](), dict[int, Path]()
+        there, new = dict[int, Perturbed](), dict[int, Place]()
         for at, plan in enumerate(prepared.plans):
-            output = Path(job.outputs[at].path)
-            path = _manifest_path(output, job, source)
-            if (manifest := _published_by(path, job, plan, receipts[at])) is not None:
-                cleared = _clear(output)
+            output = folder.output(at)
+            path = _manifest_path(output, job)
+            if (manifest := _published_by(folder, path, plan, receipts[at])) is not None:
+                cleared = folder.storage.clear(output, folder.claim)
                 there[at] = Perturbed(output, path, manifest, cleared, (), job.recipe_only, skipped=True)
             else:
                 new[at] = output
         _check_places(list(new.values()), job, source, threads, progress)
         made = there
         if new:
-            made |= zip(new, _publish(folder, prepared, new, receipts), strict=True)
+            made |= zip(new, _publish(folder, prepared, new, receipts, progress), strict=True)
     done = [made[at] for at in sorted(made)]
     if not folder.remove():
         stays = f"{escape(folder.path.name)} beside the output is left over: it could not be deleted"
@@ -111,21 +119,34 @@ def missing(folder: JobFolder, left: Sequence[int]) -> InputUnreadable:
 
 def _published_before(out: str) -> tuple[Perturbed, ...]:
     """Return what is at OUT where no job is: an earlier `finish` has published it, and removed the job."""
-    output = resolve_folder(out)
-    assert isinstance(output, Path)  # job_path has asked
-    if (found := _published(output)) is None:
-        raise no_job(job_path(out))
+    if (finished := open_finished(out)) is not None:
+        made = _published_all(finished)
+        finished.remove()
+        return made
+    place = job_path(out)
+    if (found := _published(storage_at(place), resolve_folder(out))) is None:
+        raise no_job(place)
     return (found,)
 
 
-def _published(output: Path) -> Perturbed | None:
+def _published_all(folder: JobFolder, error: NoisytuneError | None = None) -> tuple[Perturbed, ...]:
+    """Return all outputs of a job, which another has finished; where one is not there, it was removed."""
+    found = [_published(folder.storage, folder.output(at)) for at in range(len(folder.job.outputs))]
+    made = tuple(one for one in found if one is not None)
+    if len(made) < len(found):
+        raise no_job(folder.path) from error
+    return made
+
+
+def _published(storage: JobStorage, output: Place) -> Perturbed | None:
     """Return what a manifest that lies in, beside or at an output says of it; None where none does."""
-    for path in (output / MANIFEST, manifest_beside(output)):
-        if is_there(path):
-            return Perturbed(output, path, read_manifest(path).manifest, (), (), skipped=True)
-    if output.is_file():
-        with contextlib.suppress(InputInvalid):
-            manifest = read_manifest(output).manifest
+    for path in (output / MANIFEST, _beside(output)):
+        with storage.reading_output(path) as file:
+            if file is not None:
+                return Perturbed(output, path, read_manifest(file).manifest, (), (), skipped=True)
+    with storage.reading_output(output) as file, contextlib.suppress(InputInvalid):
+        if file is not None and file.is_file():
+            manifest = read_manifest(file).manifest
             return Perturbed(output, output, manifest, (), (), recipe=True, skipped=True)
     return None
 
@@ -133,16 +154,15 @@ def _published(output: Path) -> Perturbed | None:
 def _check_source(job: Job, source: Checkpoint) -> None:
     """Raise Mismatch if the source is not as it was when the job was planned, by names, sizes and times."""
     names = [file.name for file in job.source.files]
-    if job.commit is None:
-        check_times(job, source.root, names)
+    check_stamps(job, source.root, names, source.remote)
     check_planned(job, source.sources, names)
-    planned = {one.name: (one.size, one.mtime) for one in job.others}
+    planned = {one.name: (one.size, one.stamp) for one in job.others}
     for name in sorted(planned.keys() ^ set(source.others)):
         raise changed_since(source.root / name, "it was not there then, or is not there now")
-    for name, (size, mtime) in planned.items():
-        status = source.seen[name]
-        if status.st_size != size or (mtime is not None and status.st_mtime_ns != mtime):
-            raise changed_since(source.root / name, "its size or its time is another")
+    for name, (size, stamp) in planned.items():
+        path = source.root / name
+        if (source.seen[name].st_size, stamp_of(source, name, path)) != (size, stamp):
+            raise changed_since(path, ANOTHER)
     if source.left_out != job.left_out:
         raise changed_since(source.root, "what is left out of the output is other than then")
 
@@ -153,7 +173,8 @@ def _prepare(folder: JobFolder, source: Checkpoint) -> Prepared:
     noises = [output.noise for output in job.outputs]
     steps: dict[float, list[Step]] = {strength: [] for strength in job.strengths}
     for number, share in enumerate(job.shares):
-        of_share = read_steps(folder.steps(number), job, share).steps
+        with folder.storage.reading(folder.steps(number)) as path:
+            of_share = read_steps(path, job, share).steps
         for strength, found in zip(job.strengths, of_share, strict=True):
             steps[strength] += found
     plans = tuple(plans_of(noises, [steps[noise.lam] for noise in noises], source.sources))
@@ -170,18 +191,20 @@ def _receipts(folder: JobFolder, output: int, plan: Plan) -> tuple[Receipt, ...]
     sizes = {file.name: file for file in job.source.files}
     receipts: list[Receipt] = []
     for number, share in enumerate(job.shares):
-        recorded = read_manifest(folder.receipt(number, output))
-        manifest = recorded.manifest
-        files = tuple(sizes[name] for name in share.files)
-        expected = (job.version, replace(job.source, files=files), job.outputs[output].noise, job.conversion)
-        conversion = None if manifest.output is None else manifest.output.conversion
-        found = (manifest.tool_version, manifest.source, manifest.noise, conversion)
-        beside = (*manifest.copied, *manifest.rewritten, *manifest.left_out)
-        steps = plan.steps[len(receipts) : len(receipts) + len(manifest.receipts)]
-        if found != expected or beside or not all(map(_fits, manifest.receipts, steps)):
-            raise _no_receipt(recorded, "it is not of this share of this job")
-        receipts += manifest.receipts
-        _check_files(folder, output, recorded)
+        with folder.storage.reading(folder.receipt(number, output)) as path:
+            recorded = read_manifest(path)
+            manifest = recorded.manifest
+            files = tuple(sizes[name] for name in share.files)
+            source = replace(job.source, files=files)
+            expected = (job.version, source, job.outputs[output].noise, job.conversion)
+            conversion = None if manifest.output is None else manifest.output.conversion
+            found = (manifest.tool_version, manifest.source, manifest.noise, conversion)
+            beside = (*manifest.copied, *manifest.rewritten, *manifest.left_out)
+            steps = plan.steps[len(receipts) : len(receipts) + len(manifest.receipts)]
+            if found != expected or beside or not all(map(_fits, manifest.receipts, steps)):
+                raise _no_receipt(recorded, "it is not of this share of this job")
+            receipts += manifest.receipts
+            _check_files(folder, output, recorded)
     if len(receipts) != len(plan.steps):
         raise InputInvalid(
             "cannot use the job",
@@ -212,14 +235,7 @@ def _check_files(folder: JobFolder, output: int, recorded: RecordedManifest) -> 
     if folder.job.recipe_only:
         return
     for file in with_output_files(recorded.manifest).source.files:
-        path = folder.file(output, file.name)
-        try:
-            size = os.stat(path, follow_symlinks=False).st_size
-        except FileNotFoundError:
-            size = -1
-        except OSError as error:
-            raise unreadable(error, path) from error
-        if size != file.size:
+        if folder.kept(output, file.name) != file.size:
             raise _no_receipt(recorded, f"{file.name}, which it is of, is not there, or not whole")
 
 
@@ -232,37 +248,41 @@ def _no_receipt(recorded: RecordedManifest, why: str) -> InputInvalid:
     )
 
 
-def _manifest_path(output: Path, job: Job, source: Checkpoint) -> Path:
+def _manifest_path(output: Place, job: Job) -> Place:
     if job.recipe_only:
         return output
-    return manifest_beside(output) if source.single_file else output / MANIFEST
+    return _beside(output) if job.is_file else output / MANIFEST
 
 
-def _published_by(path: Path, job: Job, plan: Plan, receipts: tuple[Receipt, ...]) -> Manifest | None:
+def _beside(output: Place) -> Place:
+    return output.parent / (output.name + MANIFEST_SUFFIX)
+
+
+def _published_by(
+    folder: JobFolder, path: Place, plan: Plan, receipts: tuple[Receipt, ...]
+) -> Manifest | None:
     """Return an output's manifest if it is there: an earlier `finish` of the job was stopped after it.
 
     What is to be replaced may be the same but for a card or what changed since: it is replaced again.
     """
-    if job.overwrite or job.overwrite_changed or not is_there(path):
+    job = folder.job
+    if job.overwrite or job.overwrite_changed:
         return None
-    try:
-        manifest = read_manifest(path).manifest
-    except InputInvalid:
-        return None
+    with folder.storage.reading_output(path) as file:
+        if file is None:
+            return None
+        try:
+            manifest = read_manifest(file).manifest
+        except InputInvalid:
+            return None
     conversion = None if manifest.output is None else manifest.output.conversion
     found = (manifest.source, manifest.noise, conversion, bool(manifest.rewritten), manifest.receipts)
     made = (job.source, plan.noise, job.conversion, job.card and not job.recipe_only, receipts)
     return manifest if found == made else None
 
 
-def _clear(output: Path) -> tuple[str, ...]:
-    """Remove what an earlier `finish` that was killed left of the stage of an output that is complete."""
-    places = [output.parent, *([output] if output.is_dir() else [])]
-    return tuple(name for place in places for name in staging.clear_dead(place, output))
-
-
 def _check_places(
-    outputs: Sequence[Path], job: Job, source: Checkpoint, threads: int | None, progress: Progress
+    outputs: Sequence[Place], job: Job, source: Checkpoint, threads: int | None, progress: Progress
 ) -> None:
     """Raise what stands against outputs that are to be published now, as `perturb` does."""
     replaces = job.overwrite or job.overwrite_changed
@@ -276,24 +296,27 @@ def _check_places(
 def _publish(
     folder: JobFolder,
     prepared: Prepared,
-    outputs: Mapping[int, Path],
+    outputs: Mapping[int, Place],
     receipts: Sequence[tuple[Receipt, ...]],
+    progress: Progress,
 ) -> list[Perturbed]:
     """Publish some of the job's outputs, by their numbers."""
     job, source = folder.job, prepared.source
     names = [file.name for file in prepared.files] or [file.name for file in source.sources]
     publications = [
-        Publication(
+        publication_at(
             output,
-            directory=not (source.single_file or job.recipe_only),
+            directory=not (job.is_file or job.recipe_only),
             overwrite=job.overwrite or job.overwrite_changed,
             recipe=job.recipe_only,
+            progress=progress,
+            job_claim=folder.claim,
         )
         for output in outputs.values()
     ]
     with all_staged(publications):
         for at, publication in zip(outputs, publications, strict=True):
             for name in [] if job.recipe_only else names:
-                publication.adopt(folder.file(at, name), name)
+                folder.adopt(publication, at, name)
         chosen = replace(prepared, plans=tuple(prepared.plans[at] for at in outputs))
         return publish_receipts(chosen, [receipts[at] for at in outputs], publications)

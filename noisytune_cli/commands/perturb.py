@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from noisytune_cli.checkpoint.address import Place
+from noisytune_cli.checkpoint.address import Address, Place
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.commands.replaced import check_before_download, find_made, require_unchanged
 from noisytune_cli.commands.request import Request
@@ -143,14 +143,19 @@ def check_outputs(
     overwrite_changed: bool,
     threads: int | None = None,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
+    in_shares: bool = False,
 ) -> list[Place]:
-    """Return where outputs go; raises unless all of them may be written there, and there is room for them."""
+    """Return where outputs go; raises unless all of them may be written there, and there is room for them.
+
+    What is written `in_shares` is not all staged here before it is sent to an object store.
+    """
     source, files = prepared.source, prepared.files
     outputs = check_places(
         source, files, outs, recipe_only=recipe_only, overwrite=overwrite or overwrite_changed
     )
     require_unchanged(outputs, insists=overwrite_changed, threads=threads, progress=progress)
-    check_room(source, files, prepared.plans[0], outputs, recipe_only=recipe_only)
+    if not (in_shares and any(isinstance(output, Address) for output in outputs)):
+        check_room(source, files, prepared.plans[0], outputs, recipe_only=recipe_only)
     return outputs
 
 

@@ -20,12 +20,13 @@ from noisytune_cli.checkpoint.layout import METADATA
 from noisytune_cli.commands.perturb import Prepared, check_outputs, outs_of, prepare
 from noisytune_cli.commands.replaced import check_before_download
 from noisytune_cli.commands.request import SHARE_BYTES, Request
+from noisytune_cli.commands.work import stamp_of
 from noisytune_cli.commands.write import record_source
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.manifest.job import Beside, Job, JobOutput, Share
 from noisytune_cli.manifest.share import ShareSteps, steps_bytes
 from noisytune_cli.output.destination import find_place
-from noisytune_cli.output.job_folder import JobFolder, create_job, in_store, is_planned
+from noisytune_cli.output.job_folder import JobFolder, create_job, is_planned, open_finished
 from noisytune_cli.records import Combination
 from noisytune_cli.version import __version__
 
@@ -55,10 +56,10 @@ def plan_job(
     find the job by it. Raises what `perturb_each` does before it reads weights, OutputUnsafe for another job
     there, InputInvalid for weights that are no plain files.
     """
-    if is_address(request.source):
-        raise in_store(request.source)
     begins = not is_planned(out)
     if begins:
+        if (finished := open_finished(out)) is not None:
+            finished.remove()
         check_before_download(
             request.source,
             outs_of(wanted),
@@ -66,7 +67,8 @@ def plan_job(
             overwrite=overwrite,
             overwrite_changed=overwrite_changed,
         )
-    with request.open() as source:
+    # What decides is a few values of each tensor: no worker needs the weights here.
+    with request.open(few_values=is_address(request.source)) as source:
         _refuse_folders(source)
         prepared = prepare(request, source, wanted)
         if begins:  # else it is asked when the outputs are published
@@ -76,20 +78,19 @@ def plan_job(
                 recipe_only=recipe_only,
                 overwrite=overwrite,
                 overwrite_changed=overwrite_changed,
+                in_shares=True,
             )
         prepared = prepared.settled()
         paths = [find_place(one, source, prepared.files, recipe_only=recipe_only) for one in outs_of(wanted)]
 
         at_hub = comes_from_hub(request.source)
-        local = os.path.join(os.getcwd(), os.path.expanduser(request.source))
-        if ".." not in local.split("/"):  # what lies above a link is for the kernel to say
-            local = os.path.normpath(local)
 
         def make(shares: tuple[Share, ...]) -> Job:
             return Job(
                 version=__version__,
                 source=record_source(source),
-                asked=request.source if at_hub else _spelled(local),
+                asked=request.source if source.remote is not None else _spelled(_absolute(request.source)),
+                is_file=source.single_file,
                 weights=request.weights,
                 components=request.components,
                 commit=source.revision if at_hub else None,
@@ -104,9 +105,9 @@ def plan_job(
                     JobOutput(_spelled(path), replace(plan.noise, splits=()))
                     for path, plan in zip(paths, prepared.plans, strict=True)
                 ),
-                mtimes=tuple(None if at_hub else file.path.stat().st_mtime_ns for file in source.sources),
+                stamps=tuple(stamp_of(source, file.name, file.path) for file in source.sources),
                 others=tuple(
-                    Beside(name, source.seen[name].st_size, None if at_hub else source.seen[name].st_mtime_ns)
+                    Beside(name, source.seen[name].st_size, stamp_of(source, name, source.root / name))
                     for name in source.others
                 ),
                 left_out=source.left_out,
@@ -116,6 +117,12 @@ def plan_job(
 
         folder, joined = create_job(out, _shares(prepared, share_bytes), make)
         return PlannedJob(folder, joined, prepared.warnings)
+
+
+def _absolute(source: str) -> str:
+    """Return the absolute path of a source, with links above `..` left for the kernel to follow."""
+    path = os.path.join(os.getcwd(), os.path.expanduser(source))
+    return path if ".." in path.split("/") else os.path.normpath(path)
 
 
 def _refuse_folders(source: Checkpoint) -> None:

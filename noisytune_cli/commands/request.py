@@ -33,8 +33,8 @@ class Request:
     follow_links: bool = False
     card: bool = False
 
-    def open(self, *, headers_only: bool = False) -> Checkpoint:
-        """Open the source; with `headers_only` no weights of a hub's are fetched.
+    def open(self, *, headers_only: bool = False, few_values: bool = False) -> Checkpoint:
+        """Open the source; with `headers_only` no weights of a hub's are fetched (see `open_found`).
 
         Raises InputInvalid for one that is quantised, or was noised before and not asked for `again`.
         """
@@ -48,7 +48,9 @@ class Request:
         with ExitStack() as opened:
             opened.callback(found.close)
             self._check_found(found)
-            source = opened.enter_context(open_found(found, mmap=self.mmap, headers_only=headers_only))
+            source = opened.enter_context(
+                open_found(found, mmap=self.mmap, headers_only=headers_only, few_values=few_values)
+            )
             if self.conversion is not None and any(isinstance(file, Component) for file in source.sources):
                 raise UsageError(
                     "--dtype, --to and --dequantize are for one model",

@@ -15,9 +15,11 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from noisytune_cli.checkpoint.checkpoint import open_files
+from noisytune_cli.checkpoint.address import is_address
+from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_files
 from noisytune_cli.checkpoint.find import find
 from noisytune_cli.checkpoint.formats import Nowhere, Source
+from noisytune_cli.checkpoint.remote import Remote
 from noisytune_cli.commands.differences import same_kind
 from noisytune_cli.commands.perturb import warnings_of
 from noisytune_cli.commands.request import Request
@@ -25,13 +27,14 @@ from noisytune_cli.commands.write import Where, complete, write_tensors
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Output, Walk
 from noisytune_cli.errors import Mismatch, NoisytuneError, unreadable
-from noisytune_cli.manifest.job import Job, Share
+from noisytune_cli.manifest.job import Job, Share, Stamp
 from noisytune_cli.manifest.share import ShareSums, read_steps, read_sums, sums_bytes
 from noisytune_cli.manifest.write import pieces
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.noise.std import exact_std, new_exact_sums
 from noisytune_cli.output.convert import OutputFile, lay_out
-from noisytune_cli.output.job_folder import JobFolder, no_job, open_job
+from noisytune_cli.output.job_folder import JobFolder, open_job
+from noisytune_cli.output.jobs import no_job
 from noisytune_cli.records import FileRecord, Manifest, NoiseSpec, OutputRecord, Plan, Step
 
 
@@ -100,21 +103,23 @@ def add_up_share(folder: JobFolder, number: int, walk: Walk, *, mmap: bool = Fal
     """Leave what a share's values add to the std of all."""
     job, share = folder.job, folder.job.shares[number]
     with _opened(job, share, mmap) as sources:
-        steps = read_steps(folder.steps(number), job, share)
+        with folder.storage.reading(folder.steps(number)) as path:
+            steps = read_steps(path, job, share)
         noises = {output.noise.lam: output.noise for output in job.outputs}
         plans = plans_of(list(noises.values()), steps.steps, sources)
         sinks = {file.name: Nowhere() for file in sources}
         outputs = [Output(plan, sinks) for plan in plans]
         totals = walk.add_up(outputs, {file.name: file for file in sources}, steps.repeated)
         complete(sources, [])
-    folder.put([sums_bytes([ShareSums(*total) for total in totals])], folder.sums(number))
+    folder.storage.put([sums_bytes([ShareSums(*total) for total in totals])], folder.sums(number))
 
 
 def do_share(folder: JobFolder, number: int, walk: Walk, *, mmap: bool = False) -> tuple[str, ...]:
     """Leave a share's weight files of every output, and its receipts; return what the user should know."""
     job, share = folder.job, folder.job.shares[number]
     noises = [output.noise for output in job.outputs]
-    by_strength = dict(zip(job.strengths, read_steps(folder.steps(number), job, share).steps, strict=True))
+    with folder.storage.reading(folder.steps(number)) as path:
+        by_strength = dict(zip(job.strengths, read_steps(path, job, share).steps, strict=True))
     stds: Mapping[float, float] = _stds(folder) if job.has_sums else {}
     with ExitStack() as opened:
         sources = opened.enter_context(_opened(job, share, mmap))
@@ -122,7 +127,7 @@ def do_share(folder: JobFolder, number: int, walk: Walk, *, mmap: bool = False) 
         files = () if job.conversion is None else lay_out(sources, plans[0], job.conversion)
         places: list[Where] = []
         if not job.recipe_only:
-            scratch = opened.enter_context(folder.scratch(number))
+            scratch = opened.enter_context(folder.storage.growing(folder.own, number))
             places = [_place(scratch, f"{output + 1}-", sources, files) for output in range(len(plans))]
         receipts = write_tensors(
             walk,
@@ -135,7 +140,7 @@ def do_share(folder: JobFolder, number: int, walk: Walk, *, mmap: bool = False) 
         )
         for output, place in enumerate(places):
             for name in [file.name for file in files] or share.files:
-                folder.move(place(name), folder.file(output, name))
+                folder.keep(place(name), output, name)
     records = tuple(FileRecord(file.name, file.size, file.header_digest) for file in sources)
     for output, (noise, done) in enumerate(zip(noises, receipts, strict=True)):
         manifest = Manifest(
@@ -146,7 +151,7 @@ def do_share(folder: JobFolder, number: int, walk: Walk, *, mmap: bool = False) 
             receipts=done,
             output=_converted(job, files),
         )
-        folder.put(pieces(manifest), folder.receipt(number, output))
+        folder.storage.put(pieces(manifest), folder.receipt(number, output))
     return tuple(warning for done in receipts for warning in warnings_of(done))
 
 
@@ -170,7 +175,9 @@ def _stds(folder: JobFolder) -> Mapping[float, float]:
     # Integers of Python: those of many shares, or what a stranger's say, may not fit into 64 bits.
     totals = {strength: (0, new_exact_sums().astype(object)) for strength in job.strengths}
     for number in range(len(job.shares)):
-        for strength, sums in zip(job.strengths, read_sums(folder.sums(number), job), strict=True):
+        with folder.storage.reading(folder.sums(number)) as path:
+            of_share = read_sums(path, job)
+        for strength, sums in zip(job.strengths, of_share, strict=True):
             count, exact = totals[strength]
             totals[strength] = count + sums.elements, exact + sums.exact
     return {
@@ -183,8 +190,10 @@ def _opened(job: Job, share: Share, mmap: bool) -> Iterator[tuple[Source, ...]]:
     """Open the weight files of a share, which must be as they were when the job was planned."""
     with ExitStack() as opened:
         if job.conversion is not None and job.conversion.dequantized is not None:
-            # A weight's scale may lie in another file.
-            whole = opened.enter_context(request_of(job, mmap=mmap).open())
+            # A weight's scale may lie in another file, so all are opened; a store's are read by range.
+            asked = request_of(job, mmap=mmap)
+            whole = opened.enter_context(asked.open(few_values=is_address(job.asked)))
+            check_stamps(job, whole.root, share.files, whole.remote)
             sources = tuple(source for source in whole.sources if source.name in share.files)
         else:
             found = find(
@@ -194,8 +203,10 @@ def _opened(job: Job, share: Share, mmap: bool) -> Iterator[tuple[Source, ...]]:
                 revision=job.commit,
                 follow_links=job.follow_links,
             )
-            if found.remote is None:
-                check_times(job, found.root, share.files)
+            if found.remote is not None:
+                opened.callback(found.close)
+                opened.enter_context(found.remote.named())
+            check_stamps(job, found.root, share.files, found.remote)
             sources = open_files(found, share.files, mmap=mmap)
             for source in sources:
                 opened.callback(source.close)
@@ -219,17 +230,31 @@ def request_of(job: Job, *, mmap: bool = False) -> Request:
     )
 
 
-def check_times(job: Job, root: Path, names: Collection[str]) -> None:
-    """Raise Mismatch if a weight file's size or time are not those of when the job was planned."""
-    for file, mtime in zip(job.source.files, job.mtimes, strict=True):
-        if file.name in names:
-            path = root / file.name
-            try:
+def stamp_of(source: Checkpoint, name: str, path: Path) -> Stamp:
+    """Return what tells a file of an open checkpoint from another of its size."""
+    return os.stat(path).st_mtime_ns if source.remote is None else source.remote.etag(name)
+
+
+def check_stamps(job: Job, root: Path, names: Collection[str], remote: Remote | None) -> None:
+    """Raise Mismatch if a weight file is not, as far as can be told unread, what it was when planned."""
+    if job.commit is not None:
+        return
+    for file, stamp in zip(job.source.files, job.stamps, strict=True):
+        if file.name not in names:
+            continue
+        path = root / file.name
+        try:
+            if remote is None:
                 status = os.stat(path)
-            except OSError as error:
-                raise unreadable(error, path) from error
-            if (status.st_size, status.st_mtime_ns) != (file.size, mtime):
-                raise changed_since(path, "its size or its time is another")
+                found: tuple[int, Stamp] = status.st_size, status.st_mtime_ns
+            else:
+                found = remote.size(file.name), remote.etag(file.name)
+        except OSError as error:
+            raise unreadable(error, path) from error
+        except KeyError:
+            raise changed_since(path, "it is no longer there") from None
+        if found != (file.size, stamp):
+            raise changed_since(path, ANOTHER)
 
 
 def check_planned(job: Job, sources: Sequence[Source], names: Collection[str]) -> None:
@@ -241,6 +266,10 @@ def check_planned(job: Job, sources: Sequence[Source], names: Collection[str]) -
             raise changed_since(source.path, "its size or its header is another")
     for name in planned:
         raise changed_since(Path(job.asked) / name, "it is no longer one of the weights")
+
+
+#: How a file shows that it changed.
+ANOTHER = "its size, or its time or ETag, is another"
 
 
 def changed_since(path: Path, why: str) -> Mismatch:

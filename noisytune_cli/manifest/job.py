@@ -8,6 +8,7 @@ is recorded by ordinary manifests of its weight files alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -45,14 +46,20 @@ MOST_OUTPUTS, LARGEST = 1000, 2**63 - 1
 _TIE_EVIDENCE = ("alias", "storage", "equal-bytes")
 _OPTIONS = ("again", "follow_links", "card", "recipe_only", "overwrite", "overwrite_changed")
 
+_ADDRESS = re.compile(r"(?:s3|gs|az)://")
+
+#: What tells a file from another of its size: its time in ns where it lies here, its ETag in an object store,
+#: where it has one. A hub's has none, for its commit says it all.
+Stamp = int | str | None
+
 
 @dataclass(frozen=True)
 class Beside:
-    """A file to be copied, as it was when the job was planned; `mtime` in ns, None for a hub's file."""
+    """A file to be copied, as it was when the job was planned."""
 
     name: str
     size: int
-    mtime: int | None
+    stamp: Stamp
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class Share:
 
 @dataclass(frozen=True)
 class JobOutput:
-    """An output of a job: its absolute path and its noise."""
+    """An output of a job: its absolute path, or its address, and its noise."""
 
     path: str
     noise: NoiseSpec
@@ -76,13 +83,14 @@ class JobOutput:
 class Job:
     """What is to be done, and all that was decided when it was planned.
 
-    `asked` is the source as the workers open it, an absolute path or a hub id, with `weights`, `components`
-    and `commit` (a hub's). `mtimes` are those of `source.files`, in ns, None for a hub's.
+    `asked` is the source as the workers open it, an absolute path, an address or a hub id, with `weights`,
+    `components` and `commit` (a hub's); it is one file where `is_file`. `stamps` are those of `source.files`.
     """
 
     version: str
     source: SourceRecord
     asked: str
+    is_file: bool
     weights: str | None
     components: tuple[str, ...]
     commit: str | None
@@ -94,7 +102,7 @@ class Job:
     overwrite_changed: bool
     conversion: Conversion | None
     outputs: tuple[JobOutput, ...]
-    mtimes: tuple[int | None, ...]
+    stamps: tuple[Stamp, ...]
     others: tuple[Beside, ...]
     left_out: tuple[tuple[str, str], ...]
     ties: tuple[Tie, ...]
@@ -113,7 +121,7 @@ class Job:
 
 def job_pieces(job: Job) -> Iterator[bytes]:
     """Yield the bytes of a job's plan."""
-    times = zip(job.source.files, job.mtimes, strict=True)
+    stamps = zip(job.source.files, job.stamps, strict=True)
     return lay_out(
         [
             ("schema", SCHEMA),
@@ -123,6 +131,7 @@ def job_pieces(job: Job) -> Iterator[bytes]:
                 "asked",
                 {
                     "source": job.asked,
+                    "is_file": job.is_file,
                     "weights": job.weights,
                     "components": list(job.components),
                     "commit": job.commit,
@@ -131,8 +140,8 @@ def job_pieces(job: Job) -> Iterator[bytes]:
             ),
             ("conversion", None if job.conversion is None else conversion_json(job.conversion)),
             ("outputs", [{"path": one.path, "noise": noise_json(one.noise)} for one in job.outputs]),
-            ("times", [{"name": file.name, "mtime": mtime} for file, mtime in times]),
-            ("others", [{"name": o.name, "size": o.size, "mtime": o.mtime} for o in job.others]),
+            ("stamps", [{"name": file.name, "stamp": stamp} for file, stamp in stamps]),
+            ("others", [{"name": o.name, "size": o.size, "stamp": o.stamp} for o in job.others]),
             ("left_out", left_out_json(job.left_out)),
             ("ties", [_tie(tie) for tie in job.ties]),
             ("shares", [{"files": list(s.files), "bytes": s.nbytes, "steps": s.steps} for s in job.shares]),
@@ -165,9 +174,12 @@ def _read_job(document: Document, version: str) -> Job:
     document.member("source")
     source = read_source(document.value(), "source")
     document.member("asked")
-    asked = Fields(document.value(), "asked", ("source", "weights", "components", "commit", *_OPTIONS))
-    if asked.string("source").startswith("/") != (asked.commit("commit") is None):
-        raise asked.fault("source", "is neither an absolute path nor a hub id with its commit")
+    asked = Fields(document.value(), "asked", _ASKED)
+    where = asked.string("source")
+    is_address = _ADDRESS.match(where) is not None
+    if (is_address or where.startswith("/")) != (asked.commit("commit") is None):
+        raise asked.fault("source", "is no absolute path, no address, and no hub id with its commit")
+    stamped = str if is_address else int if where.startswith("/") else None
     document.member("conversion")
     found = document.value()
     conversion = None if found is None else read_conversion(Fields(found, "conversion", CONVERSION_KEYS))
@@ -175,12 +187,12 @@ def _read_job(document: Document, version: str) -> Job:
     outputs = tuple(_output(entry, i) for i, entry in enumerate(document.entries(MOST_OUTPUTS)))
     if not outputs:
         raise ManifestFault("it has no outputs")
-    document.member("times")
-    times = [_time(entry, i) for i, entry in enumerate(document.entries(MAX_ENTRIES))]
-    if [name for name, _ in times] != [file.name for file in source.files]:
-        raise ManifestFault("times are not those of source.files")
+    document.member("stamps")
+    stamps = [_file_stamp(entry, i, stamped) for i, entry in enumerate(document.entries(MAX_ENTRIES))]
+    if [name for name, _ in stamps] != [file.name for file in source.files]:
+        raise ManifestFault("stamps are not those of source.files")
     document.member("others")
-    others = tuple(_beside(entry, i) for i, entry in enumerate(document.entries(MAX_ENTRIES)))
+    others = tuple(_beside(entry, i, stamped) for i, entry in enumerate(document.entries(MAX_ENTRIES)))
     document.member("left_out")
     left_out = tuple(read_left_out(entry, i) for i, entry in enumerate(document.entries(MAX_ENTRIES)))
     document.member("ties")
@@ -193,14 +205,15 @@ def _read_job(document: Document, version: str) -> Job:
     return Job(
         version=version,
         source=source,
-        asked=asked.string("source"),
+        asked=where,
+        is_file=asked.flag("is_file"),
         weights=asked.optional_string("weights"),
         components=asked.strings("components"),
         commit=asked.commit("commit"),
         **{option: asked.flag(option) for option in _OPTIONS},
         conversion=conversion,
         outputs=outputs,
-        mtimes=tuple(mtime for _, mtime in times),
+        stamps=tuple(stamp for _, stamp in stamps),
         others=others,
         left_out=left_out,
         ties=ties,
@@ -210,23 +223,36 @@ def _read_job(document: Document, version: str) -> Job:
 
 CONVERSION_KEYS = ("dtype", "format", "dequantized")
 
+_ASKED = ("source", "is_file", "weights", "components", "commit", *_OPTIONS)
+
 
 def _output(value: Any, index: int) -> JobOutput:
     fields = Fields(value, f"outputs[{index}]", ("path", "noise"))
     path = fields.string("path")
-    if not path.startswith("/") or "\0" in path:
-        raise fields.fault("path", "is no absolute path")
+    if not (path.startswith("/") or _ADDRESS.match(path)) or "\0" in path:
+        raise fields.fault("path", "is neither an absolute path nor an address")
     return JobOutput(path, read_noise(value["noise"], f"outputs[{index}].noise"))
 
 
-def _time(value: Any, index: int) -> tuple[str, int | None]:
-    fields = Fields(value, f"times[{index}]", ("name", "mtime"))
-    return fields.name("name"), fields.optional_count("mtime", LARGEST)
+def _file_stamp(value: Any, index: int, kind: type[int | str] | None) -> tuple[str, Stamp]:
+    fields = Fields(value, f"stamps[{index}]", ("name", "stamp"))
+    return fields.name("name"), _stamp(fields, kind)
 
 
-def _beside(value: Any, index: int) -> Beside:
-    fields = Fields(value, f"others[{index}]", ("name", "size", "mtime"))
-    return Beside(fields.name("name"), fields.count("size", LARGEST), fields.optional_count("mtime", LARGEST))
+def _beside(value: Any, index: int, kind: type[int | str] | None) -> Beside:
+    fields = Fields(value, f"others[{index}]", ("name", "size", "stamp"))
+    return Beside(fields.name("name"), fields.count("size", LARGEST), _stamp(fields, kind))
+
+
+def _stamp(fields: Fields, kind: type[int | str] | None) -> Stamp:
+    """Return what a file of a source of this kind has as its stamp."""
+    if kind is int:
+        return fields.count("stamp", LARGEST)
+    if kind is str:
+        return fields.optional_string("stamp")
+    if not fields.equals("stamp", None):
+        raise fields.fault("stamp", "is given for a file of the hub's")
+    return None
 
 
 def _tie(tie: Tie) -> dict[str, Any]:

@@ -20,16 +20,24 @@ _ROOM = 160
 
 
 def publication_at(
-    output: Place, *, directory: bool, overwrite: bool, recipe: bool = False, progress: Progress
+    output: Place,
+    *,
+    directory: bool,
+    overwrite: bool,
+    recipe: bool = False,
+    progress: Progress,
+    job_claim: bytes | None = None,
 ) -> Publication:
     """Return the publication of an output that goes here, or into an object store.
 
-    `progress` shows what is sent there.
+    `progress` shows what is sent there; `job_claim` is what a job has claimed the place with.
     """
     if isinstance(output, Address):
         from noisytune_cli.output.remote import RemotePublication  # most outputs are here
 
-        return RemotePublication(output, directory=directory, recipe=recipe, progress=progress)
+        return RemotePublication(
+            output, directory=directory, recipe=recipe, progress=progress, job_claim=job_claim
+        )
     return Publication(output, directory=directory, overwrite=overwrite, recipe=recipe)
 
 

@@ -1,195 +1,173 @@
 """The folder of a job: what processes that do its shares leave for one another, until the output is whole.
 
-It is a hidden sibling of the output, found from the output's name alone.
+It is found from the output's name alone: a hidden sibling of an output that is here, and below one in an
+object store (`output/jobs` says how either is written).
 
     plan.json          what is to be done; made once and for all, or found to be the same
     DIGEST/            all that belongs to the plan of this digest, and to no other
         steps/N.json       what is to be done to the tensors of share N
         sums/N.json        with scope global: what its values add to the std of all
         scratch/           what is being written
-        files/K/NAME       a whole weight file of output K
+        files/K/NAME       a whole weight file of output K; in an object store it is in the output already
         receipts/N-K.json  what share N is in output K, written after its files are durable
 
-Every file appears whole and durable, by a rename; the same share done twice gives the same bytes, so whose
-rename is the last makes no difference. Nothing here is part of an output: finishing gives the weight files a
-second name there, and removes the folder.
+The same share done twice gives the same bytes, so whose are the last makes no difference. Nothing here is
+part of an output.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import os
 import re
-import shutil
-import stat
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from noisytune_cli.errors import InputUnreadable, OutputUnsafe, UsageError, unwritable
+from noisytune_cli.checkpoint.address import Address, Place, is_address
+from noisytune_cli.errors import OutputUnsafe, UsageError
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.job import Job, Share, digest_of, job_pieces, read_job
 from noisytune_cli.output import staging
 from noisytune_cli.output.destination import resolve_folder
-from noisytune_cli.output.renames import rename_directory, rename_file
-from noisytune_cli.output.staging import sync_directory
-from noisytune_cli.reading import is_there, open_regular
-
-_PLAN = "plan.json"
+from noisytune_cli.output.jobs import FINISHED, PLAN, JobStorage, claim_of, no_job, write_durably
+from noisytune_cli.output.jobs.folder import FolderStorage
+from noisytune_cli.output.publish import Publication
 
 #: Hexadecimal digits of a plan's digest that name its folder.
 _DIGITS = 32
+
+#: In an object store, the folder below an output for what is of its making (`checkpoint/bucket.py`).
+_BELOW = ".noisytune"
 
 #: What stands for a value in an output's name, and how a value may be written there.
 _PLACEHOLDER, _VALUE = re.compile(r"\{(?:lambda|noise-std|sigma|seed)\}"), r"\.?[\w+-][\w.+-]*"
 
 
-def job_path(out: str) -> Path:
+def job_path(out: str) -> Place:
     """Return where the job of an output lies that is named `out`, with its placeholders where it has any.
 
-    Raises UsageError for an address in an object store.
+    Raises UsageError for a bucket's name with a placeholder.
     """
     path = resolve_folder(out)
-    if not isinstance(path, Path):
-        raise in_store(path)
+    parts = path.parts if isinstance(path, Path) else tuple(path.split("/"))
     plain = 0
-    while plain < len(path.parts) and not _PLACEHOLDER.search(path.parts[plain]):
+    while plain < len(parts) and not _PLACEHOLDER.search(parts[plain]):
         plain += 1
-    plain = min(plain, len(path.parts) - 1)
-    name = os.fsencode(os.path.join(*path.parts[plain:]))
-    digest = hashlib.blake2b(name, digest_size=6).hexdigest()
-    return Path(*path.parts[:plain]) / f"{staging.PREFIX}job-{digest}"
+    if isinstance(path, Address):
+        if plain == len(parts):
+            return path / _BELOW
+        if plain < len(path.store.split("/")):
+            raise UsageError(
+                "a job has one bucket",
+                path=path,
+                why="a placeholder in its name would make it several",
+                next_step="Put the placeholder into the key",
+            )
+        return path.above(len(parts) - plain) / _BELOW / f"job-{_name_of(parts[plain:])}"
+    plain = min(plain, len(parts) - 1)
+    return Path(*parts[:plain]) / f"{staging.PREFIX}job-{_name_of(parts[plain:])}"
 
 
-def in_store(address: str) -> UsageError:
-    """Return the error for a job that would read from an object store, or write to one."""
-    return UsageError(
-        "a job is done on files",
-        path=address,
-        why="what its processes leave for one another lies in a folder that all of them see",
-        next_step="Copy to and from the object store, or use noisytune perturb, which does",
-    )
+def _name_of(parts: tuple[str, ...]) -> str:
+    return hashlib.blake2b(os.fsencode(os.path.join(*parts)), digest_size=6).hexdigest()
 
 
 @dataclass(frozen=True)
 class JobFolder:
     """The folder of a job that is planned; shares and outputs are numbered from 1 in its names."""
 
-    path: Path
     job: Job
     digest: str
+    storage: JobStorage = field(compare=False)
 
-    def _named(self, *names: str) -> Path:
-        return self.path.joinpath(self.digest[:_DIGITS], *names)
+    @property
+    def path(self) -> Place:
+        """Where it is."""
+        return self.storage.path
 
-    def steps(self, share: int) -> Path:
-        """Return where the steps of a share are."""
-        return self._named("steps", f"{share + 1}.json")
+    @property
+    def own(self) -> str:
+        """The name of what belongs to its plan."""
+        return self.digest[:_DIGITS]
 
-    def sums(self, share: int) -> Path:
-        """Return where the sums of a share are to be."""
-        return self._named("sums", f"{share + 1}.json")
+    @property
+    def claim(self) -> bytes:
+        """What its outputs are claimed with in an object store."""
+        return claim_of(self.own)
 
-    def receipt(self, share: int, output: int) -> Path:
-        """Return where the manifest of a share in an output is to be."""
-        return self._named("receipts", f"{share + 1}-{output + 1}.json")
+    def steps(self, share: int) -> str:
+        """Return the name of the steps of a share."""
+        return f"{self.own}/steps/{share + 1}.json"
 
-    def file(self, output: int, name: str) -> Path:
-        """Return where a weight file of an output is to be."""
-        return self._named("files", str(output + 1), name)
+    def sums(self, share: int) -> str:
+        """Return the name of what is to be the sums of a share."""
+        return f"{self.own}/sums/{share + 1}.json"
+
+    def receipt(self, share: int, output: int) -> str:
+        """Return the name of what is to be the manifest of a share in an output."""
+        return f"{self.own}/receipts/{share + 1}-{output + 1}.json"
+
+    def output(self, output: int) -> Place:
+        """Return where an output goes."""
+        path = self.job.outputs[output].path
+        return Address(path) if is_address(path) else Path(path)
+
+    def keep(self, made: Path, output: int, name: str) -> None:
+        """Take a weight file of an output that is whole and durable in the scratch folder of a share."""
+        self.storage.keep(made, *self._weights(output, name))
+
+    def kept(self, output: int, name: str) -> int | None:
+        """Return how long a weight file of an output is, None where there is none yet."""
+        return self.storage.kept(*self._weights(output, name))
+
+    def adopt(self, publication: Publication, output: int, name: str) -> None:
+        """Let a weight file of an output be its publication's."""
+        self.storage.adopt(publication, name, *self._weights(output, name))
+
+    def _weights(self, output: int, name: str) -> tuple[str, Place]:
+        """Return what a weight file of an output is called in the job, and where it is to be in the end."""
+        place = self.output(output)
+        return f"{self.own}/files/{output + 1}/{name}", place if self.job.is_file else place / name
 
     def has_sums(self, share: int) -> bool:
         """Tell whether the sums of a share are there, or none are needed."""
-        return not self.job.has_sums or is_there(self.sums(share))
+        return not self.job.has_sums or self.storage.size(self.sums(share)) is not None
 
     def is_done(self, share: int) -> bool:
         """Tell whether all receipts of a share are there."""
-        return all(is_there(self.receipt(share, output)) for output in range(len(self.job.outputs)))
+        outputs = range(len(self.job.outputs))
+        return all(self.storage.size(self.receipt(share, output)) is not None for output in outputs)
 
     @property
     def is_there(self) -> bool:
         """Tell whether the job is not finished, or removed, yet."""
-        return is_there(self.path / _PLAN)
+        return self.storage.size(PLAN) is not None
 
     @property
     def lacking_sums(self) -> list[int]:
         """The shares whose sums are still to come."""
-        return [share for share in range(len(self.job.shares)) if not self.has_sums(share)]
+        there = self.storage.names(f"{self.own}/sums") if self.job.has_sums else frozenset()
+        return [
+            share
+            for share in range(len(self.job.shares))
+            if self.job.has_sums and f"{share + 1}.json" not in there
+        ]
 
     @property
     def left(self) -> list[int]:
         """The shares that are still to be done."""
-        return [share for share in range(len(self.job.shares)) if not self.is_done(share)]
-
-    def put(self, content: Iterable[bytes], path: Path) -> None:
-        """Make a file of the job from its bytes, whole and durable, in the place of an earlier one."""
-        with self._writing():
-            temporary = path.with_name(f".{path.name}-{os.urandom(4).hex()}")
-            _make(path.parent, self._named())
-            try:
-                _write(temporary, content)
-                os.replace(temporary, path)
-            finally:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
-            sync_directory(path.parent)
-
-    def move(self, made: Path, path: Path) -> None:
-        """Give a file that was made in `scratch`, and is durable, its place."""
-        with self._writing():
-            _make(path.parent, self._named())
-            os.replace(made, path)
-            sync_directory(path.parent)
-
-    @contextmanager
-    def scratch(self, share: int) -> Iterator[Path]:
-        """Make a folder for what is being written; it goes in the end, and with it what killed runs left."""
-        place, share_name = self._named("scratch"), Path(f"share {share + 1}")
-        with self._writing():
-            _make(place, self._named())
-        staging.clear_certainly_dead(place, share_name)
-        path, lock = staging.create(place, share_name)
-        try:
-            yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                os.close(lock)
+        there = self.storage.names(f"{self.own}/receipts")
+        outputs = range(1, len(self.job.outputs) + 1)
+        return [
+            share
+            for share in range(len(self.job.shares))
+            if not all(f"{share + 1}-{output}.json" in there for output in outputs)
+        ]
 
     def remove(self) -> bool:
-        """Remove the job, the plan first; return whether nothing is left of it.
-
-        What lies under the plan's digest goes in one step: the next plan must not find a part of it.
-        """
-        with contextlib.suppress(OSError):
-            os.unlink(self.path / _PLAN)
-        with contextlib.suppress(OSError):
-            os.rename(self._named(), self.path / f".done-{os.urandom(4).hex()}")
-        shutil.rmtree(self.path, ignore_errors=True)
-        return not is_there(self.path)
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Turn what fails into the error that the user sees: a job that is gone is finished."""
-        try:
-            yield
-        except OSError as error:
-            if not self.is_there:
-                raise no_job(self.path) from error
-            raise unwritable(error, self.path) from error
-
-
-def no_job(path: Path) -> InputUnreadable:
-    """Return the error for a job that is not there."""
-    return InputUnreadable(
-        "there is no job",
-        path=path,
-        why="it was finished, was removed, or was never planned",
-        next_step="Name OUT as noisytune plan was given it, or plan the job first",
-    )
+        """Remove the job, the plan first; return whether nothing is left of it."""
+        return self.storage.remove(self.own, job_pieces(self.job))
 
 
 def open_job(out: str) -> JobFolder:
@@ -203,32 +181,28 @@ def open_job(out: str) -> JobFolder:
     return folder
 
 
-def open_folder(path: Path) -> JobFolder:
+def open_folder(path: Place) -> JobFolder:
     """Open the job whose folder is at `path`, as `open_job` does, of whatever outputs."""
-    if not is_there(path / _PLAN):
+    storage = storage_at(path)
+    if storage.size(PLAN) is None:
         raise no_job(path)
-    _require_trusted(path)
-    return JobFolder(path, *read_job(path / _PLAN))
+    return _open(storage, PLAN)
 
 
-def _require_trusted(path: Path) -> None:
-    """Raise OutputUnsafe for the folder of a job that anybody may have put there.
+def open_finished(out: str) -> JobFolder | None:
+    """Open the job of an output that was finished but for its removal, if there is one."""
+    storage = storage_at(job_path(out))
+    if storage.size(FINISHED) is None or storage.size(PLAN) is not None:
+        return None
+    folder = _open(storage, FINISHED)
+    _require_named(folder, out)
+    return folder
 
-    Its plan says what is read, and its receipts what was done. Who shares a group's folder is trusted.
-    """
-    status, above = os.lstat(path), os.stat(path.parent)
-    if not stat.S_ISDIR(status.st_mode):
-        why = "it is a link or a file where the folder of a job should be"
-    elif status.st_uid != os.geteuid() and above.st_mode & stat.S_IWOTH:
-        why = "it belongs to another user, in a folder that anybody may write to"
-    else:
-        return
-    raise OutputUnsafe(
-        "the job may be a stranger's",
-        path=path,
-        why=why,
-        next_step="Choose another output with -o, in a folder that is yours",
-    )
+
+def _open(storage: JobStorage, name: str) -> JobFolder:
+    storage.require_trusted()
+    with storage.reading(name) as path:
+        return JobFolder(*read_job(path), storage)
 
 
 def _require_named(folder: JobFolder, out: str) -> None:
@@ -239,19 +213,29 @@ def _require_named(folder: JobFolder, out: str) -> None:
         for number, word in enumerate(words)
     )
     for output in folder.job.outputs:
-        path = Path(os.path.normpath(output.path))
+        text = output.path
+        path = Address(text) if is_address(text) else Path(os.path.normpath(text))
         if not any(re.fullmatch(pattern, os.fspath(place)) for place in (path, path.parent)):
             raise OutputUnsafe(
                 "the job is another output's",
                 path=folder.path,
-                why=f"it writes to {escape(output.path)}, which is not what {escape(out)} names",
+                why=f"it writes to {escape(text)}, which is not what {escape(out)} names",
                 next_step="Remove the job's folder and plan again, with no links where OUT has placeholders",
             )
 
 
+def storage_at(path: Place) -> JobStorage:
+    """Return the storage of the job that lies, or will lie, at a place."""
+    if isinstance(path, Address):
+        from noisytune_cli.output.jobs.bucket import BucketStorage  # most jobs are here
+
+        return BucketStorage(path)
+    return FolderStorage(path)
+
+
 def is_planned(out: str) -> bool:
     """Tell whether there is a job for an output of this name."""
-    return is_there(job_path(out) / _PLAN)
+    return storage_at(job_path(out)).size(PLAN) is not None
 
 
 def create_job(
@@ -261,77 +245,22 @@ def create_job(
 
     Of each share the files, their bytes and its steps are given. Raises OutputUnsafe for another job there.
     """
-    path = job_path(out)
-    draft = path / f".plan-{os.urandom(4).hex()}"
-    plan = draft.with_suffix(".json")
-    try:
-        _make(path)
-        _require_trusted(path)
-        try:
-            _make(draft / "steps")
-            made = []
-            for number, (files, nbytes, steps) in enumerate(shares, 1):
-                _write(draft / "steps" / f"{number}.json", [steps])
-                made.append(Share(files, nbytes, digest_of(steps)))
-            sync_directory(draft / "steps")
-            sync_directory(draft)
-            job = make(tuple(made))
-            content = b"".join(job_pieces(job))
-            folder = JobFolder(path, job, digest_of(content).removeprefix("blake3:"))
-            _require_named(folder, out)
-            if not is_there(path / _PLAN):
-                _write(plan, [content])
-                _claim(draft, folder.steps(0).parents[1], rename_directory)
-                if _claim(plan, path / _PLAN, rename_file):
-                    return folder, False
-            with open(open_regular(path / _PLAN), "rb") as file:
-                found = file.read(len(content) + 1)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                os.unlink(plan)
-            with contextlib.suppress(OSError):
-                os.rmdir(path)  # unless there is a job in it
-    except OSError as error:
-        raise unwritable(error, path) from error
-    if found != content:
+    storage = storage_at(job_path(out))
+    with storage.drafting() as draft:
+        made = []
+        for number, (files, nbytes, steps) in enumerate(shares, 1):
+            write_durably(draft / f"{number}.json", [steps])
+            made.append(Share(files, nbytes, digest_of(steps)))
+        job = make(tuple(made))
+        plan = b"".join(job_pieces(job))
+        folder = JobFolder(job, digest_of(plan).removeprefix("blake3:"), storage)
+        _require_named(folder, out)
+        there = storage.create(draft, folder.own, plan, job)
+    if there == "other":
         raise OutputUnsafe(
             "another job is there",
-            path=path,
+            path=folder.path,
             why="its plan is not this one: the source, the options or the version differ",
             next_step="Finish that one, or remove its folder, then plan again",
         )
-    return folder, True
-
-
-def _claim(made: Path, place: Path, rename: Callable[[Path, Path], None]) -> bool:
-    """Give what was made its place, durably; return False where something has it already."""
-    try:
-        rename(made, place)
-    except OSError as error:
-        if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
-            raise
-        return False
-    sync_directory(place.parent)
-    return True
-
-
-def _make(folder: Path, within: Path | None = None) -> None:
-    """Make a folder and those above it, durably, unless they are there; one that it is `within` has to be."""
-    missing = []
-    while folder != within and not is_there(folder):
-        missing.append(folder)
-        folder = folder.parent
-    for one in reversed(missing):
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(one, 0o777)
-        sync_directory(one.parent)
-
-
-def _write(path: Path, content: Iterable[bytes]) -> None:
-    """Write a new file, and flush it."""
-    with open(path, "xb") as file:
-        for piece in content:
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
+    return folder, there == "same"

@@ -8,16 +8,15 @@ The claim is an object below `.noisytune/` that only one content can have: the d
 accounts for every byte of the output. Who comes with another one is refused, so that two runs never mix; who
 comes with the same one goes on where a run was stopped. What is there already must be what would be sent.
 
-Small objects and the manifest are created and never replaced. That an object is there, or that a request
-failed, says nothing yet: an answer may have been lost. The bytes that are there decide.
+The weights of a job are there already, sent by its shares (`output/jobs`). Its claim is the plan's digest,
+and lies there since it was planned.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
 
 from blake3 import blake3
 
@@ -27,24 +26,19 @@ from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.config import CONFIG
 from noisytune_cli.checkpoint.layout import folders_among, index_suffix, is_weights
 from noisytune_cli.checkpoint.remote import Scratch
-from noisytune_cli.checkpoint.store import PIECE, Object, Store, StoreFault, Upload, writing
+from noisytune_cli.checkpoint.store import Object, Store, StoreFault, writing
 from noisytune_cli.engine.threads import Progress
 from noisytune_cli.errors import NOTHING_PUBLISHED, OutputUnsafe, UsageError
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.output import signals
 from noisytune_cli.output.publish import Publication
-
-#: How often an object is sent whose bytes did not come to be there.
-_TRIES = 3
+from noisytune_cli.output.sending import Sender
 
 #: How long a claim gets to be taken back, in seconds.
 _PATIENCE = 1.0
 
-#: What is read of a file at a time.
-_CHUNK = 1 << 20
-
-_KEPT = "what was sent is kept, and the same command completes it"
+KEPT = "what was sent is kept, and the same command completes it"
 
 
 def check_in_store(output: Address, *sources: Checkpoint, is_file: bool, overwrite: bool) -> None:
@@ -67,18 +61,27 @@ def check_in_store(output: Address, *sources: Checkpoint, is_file: bool, overwri
                 why="it is the input, or lies in the input",
                 next_step="Choose another output with -o",
             )
-    target = _Target(output, is_folder=not is_file)
+    target = Target(output, is_folder=not is_file)
     with writing(output, NOTHING_PUBLISHED):
         if target.store.head(target.claim) is None and (there := target.look()):
-            raise _exists(output, f"{escape(min(there))} is there")
+            raise exists(output, f"{escape(min(there))} is there")
 
 
 class RemotePublication(Publication):
     """An output on its way into an object store; what `Publication` puts in place is sent there."""
 
-    def __init__(self, address: Address, *, directory: bool, recipe: bool, progress: Progress) -> None:
-        """Prepare for an output that `check_in_store` has passed."""
-        self._address, self._progress = address, progress
+    def __init__(
+        self,
+        address: Address,
+        *,
+        directory: bool,
+        recipe: bool,
+        progress: Progress,
+        job_claim: bytes | None = None,
+    ) -> None:
+        """Prepare for an output that `check_in_store` has passed; `job_claim` is that of a job's output."""
+        self._address, self._progress, self._job_claim = address, progress, job_claim
+        self._there: dict[str, int] = {}
         self._scratch = Scratch()
         place = self._scratch.path / address.name
         super().__init__(place, directory=directory, overwrite=False, recipe=recipe)
@@ -86,6 +89,10 @@ class RemotePublication(Publication):
     @property
     def shown(self) -> Place:
         return self._address
+
+    def take(self, name: str, size: int) -> None:
+        """Let the weight file `name` be what the job's shares have sent to its place, of this size."""
+        self._there[self._weights_name(name)] = size
 
     def _discard(self) -> None:
         super()._discard()
@@ -95,14 +102,15 @@ class RemotePublication(Publication):
         """Send what was sealed, the manifest last; return its address."""
         assert self._stage is not None
         self._require_whole()
-        target = _Target(self._address, is_folder=self._directory)
+        is_job = self._job_claim is not None
+        target = Target(self._address, is_folder=self._directory, of_job=is_job)
         files = {name: self._stage / name for name in sorted(self._written, key=self._rank)}
         with self._progress(sum(path.stat().st_size for path in files.values())) as report:
-            sending = _Sending(target, files, files[self._manifest_name].read_bytes(), report)
-            sending.send_all()
+            claim = self._job_claim or claim_of_manifest(files[self._manifest_name].read_bytes())
+            _Sending(target, files, self._there, claim, report).send_all()
         self.published = True
         signals.leave(f"{self._address} is complete")
-        if not sending.release():
+        if not target.release():
             self._left.append(target.claim.rpartition("/")[2])
         with signals.deferred():
             self._discard()
@@ -119,11 +127,14 @@ class RemotePublication(Publication):
         return (0 if is_weights(name) or not self._directory else 1), name
 
 
-class _Target:
-    """A place in a store: what the names of an output's files are relative to, and where its claim is."""
+class Target:
+    """A place in a store: what the names of an output's files are relative to, and where its claim is.
 
-    def __init__(self, output: Address, *, is_folder: bool) -> None:
-        self.output, self.is_folder = output, is_folder
+    Where it is `of_job`, what lies beside the claim is the job's, and is not looked at.
+    """
+
+    def __init__(self, output: Address, *, is_folder: bool, of_job: bool = False) -> None:
+        self.output, self.is_folder, self._of_job = output, is_folder, of_job
         self.store = Store(output)
         self.home = output if is_folder else output.parent
         self.claim = self.key(f"{UNFINISHED}{'' if is_folder else f'{output.name}.'}publishing")
@@ -145,21 +156,41 @@ class _Target:
             name: entry
             for name, entry in listed.items()
             # An empty object of a folder's name is what consoles make of folders.
-            if entry.key != self.claim and (entry.size or name not in folders)
+            if entry.key != self.claim
+            and (entry.size or name not in folders)
+            and not (self._of_job and name.startswith(UNFINISHED))
         }
+
+    def release(self) -> bool:
+        """Take the claim back, and tell whether that was possible."""
+        try:
+            self.store.delete(self.claim, _PATIENCE)
+        except StoreFault:
+            return False
+        return True
 
 
 class _Sending:
     """The files of one output, in their order, on their way to a target."""
 
     def __init__(
-        self, target: _Target, files: dict[str, Path], manifest: bytes, report: Callable[[int], None]
+        self,
+        target: Target,
+        files: Mapping[str, Path],
+        sizes: Mapping[str, int],
+        claim: bytes,
+        report: Callable[[int], None],
     ) -> None:
-        self._target, self._store, self._files, self._report = target, target.store, files, report
-        digest = f"blake3:{blake3(manifest).hexdigest()}"
-        self._claimed = json.dumps({"manifest": digest}).encode() + b"\n"
+        """Prepare to send `files`; those that there are `sizes` of were sent before."""
+        self._target, self._files, self._sizes, self._claim, self._report = (
+            target,
+            files,
+            sizes,
+            claim,
+            report,
+        )
+        self._sender = Sender(target.store, report)
         self._is_own = False
-        self._has_sent = False
 
     def send_all(self) -> None:
         """Send what is not there yet; what is there must be the same."""
@@ -168,127 +199,64 @@ class _Sending:
             with writing(output, NOTHING_PUBLISHED):
                 self._take()
                 there = self._compare()
-            with writing(output, _KEPT):
+            with writing(output, KEPT):
                 for name, path in self._files.items():
                     if name in there:
                         self._report(path.stat().st_size)
-                    else:
-                        self._send(name, path)
+                    elif not self._sender.send(
+                        self._target.key(name), path, in_parts=not name.endswith((MANIFEST, MANIFEST_SUFFIX))
+                    ):
+                        raise exists(output, differs(name))
         except BaseException:
-            if self._is_own and not self._has_sent:
-                self.release()
+            if self._is_own and not self._sender.has_sent:
+                self._target.release()
             raise
-
-    def release(self) -> bool:
-        """Take the claim back, and tell whether that was possible."""
-        try:
-            self._store.delete(self._target.claim, _PATIENCE)
-        except StoreFault:
-            return False
-        return True
 
     def _take(self) -> None:
         """Claim the place, or join who has claimed it for the same output."""
         signals.leave(f"{self._target.output} is not complete: the same command completes it")
-        claimed = self._create(self._target.claim, self._claimed)
+        claimed = self._sender.create(self._target.claim, self._claim)
         self._is_own = claimed == "made"
         if claimed == "other":
-            raise OutputUnsafe(
-                "the output is claimed",
-                path=self._target.output,
-                why="a run with another result is writing there, or was stopped while it did",
-                next_step=f"Choose another output with -o, or remove all below it, {UNFINISHED} last",
-            )
+            raise claimed_by_another(self._target.output)
 
     def _compare(self) -> set[str]:
         """Return which files are there; OutputUnsafe where anything else is, or another content."""
         there = self._target.look()
         for name, entry in there.items():
-            if name not in self._files or not self._is_same(entry, self._files[name]):
-                raise _exists(self._target.output, _differs(name))
+            if name in self._sizes:
+                is_same = entry.size == self._sizes[name]
+            else:
+                is_same = name in self._files and self._sender.is_same(entry, self._files[name])
+            if not is_same:
+                raise exists(self._target.output, differs(name))
+        for name in self._sizes.keys() - there.keys():
+            raise exists(self._target.output, f"{escape(name)} was there, and is there no more")
         return set(there)
 
-    def _send(self, name: str, path: Path) -> None:
-        key, size = self._target.key(name), path.stat().st_size
-        if size > PIECE and not name.endswith((MANIFEST, MANIFEST_SUFFIX)):
-            self._send_in_parts(key, path, size)
-        elif self._create(key, path.read_bytes()) != "other":
-            self._report(size)
-        else:
-            raise _exists(self._target.output, _differs(name))
-        self._has_sent = True
 
-    def _create(self, key: str, content: bytes) -> Literal["made", "same", "other"]:
-        """Make an object, unless there is one; say whether its content is the same."""
-        for left in reversed(range(_TRIES)):
-            try:
-                self._store.create(key, content)
-                return "made"
-            except StoreFault as fault:
-                entry = self._look_after(key, fault)
-                if entry is not None:
-                    is_same = self._store.read(entry, 0, entry.size) == content
-                    return "same" if is_same else "other"
-                if not left:
-                    raise
-        raise AssertionError("unreachable")
-
-    def _send_in_parts(self, key: str, path: Path, size: int) -> None:
-        shown = 0
-
-        def pieces(upload: Upload) -> Iterator[bytes]:
-            nonlocal shown
-            done = 0
-            with path.open("rb") as file:
-                while piece := file.read(_CHUNK):
-                    if upload.left_behind.is_set():
-                        raise RuntimeError("the upload was abandoned")  # which has the store forget its parts
-                    yield piece
-                    done += len(piece)
-                    if done > shown:  # a part of it may be sent again
-                        self._report(done - shown)
-                        shown = done
-
-        for left in reversed(range(_TRIES)):
-            upload = Upload()
-            try:
-                self._store.send(key, pieces(upload), size, upload)
-                entry = self._store.head(key)
-                if entry is None or entry.size != size:
-                    raise StoreFault("failed", "the store says that all was sent, and has it not")
-                return
-            except StoreFault as fault:
-                entry = self._look_after(key, fault)
-                if entry is not None and self._is_same(entry, path):
-                    return
-                if not left:
-                    raise
-            except BaseException:
-                # What was left behind may be complete in the end.
-                self._has_sent |= not upload.given_up.is_set()
-                raise
-
-    def _look_after(self, key: str, fault: StoreFault) -> Object | None:
-        """Return what is there though a request failed; raises the fault again where that would not help."""
-        if fault.cause in ("denied", "full"):
-            raise fault
-        return self._store.head(key)
-
-    def _is_same(self, entry: Object, path: Path) -> bool:
-        """Tell whether an object has the bytes of a file."""
-        if entry.size != path.stat().st_size:
-            return False
-        with path.open("rb") as file:
-            return all(
-                self._store.read(entry, at, min(at + PIECE, entry.size)) == file.read(PIECE)
-                for at in range(0, entry.size, PIECE)
-            )
+def claim_of_manifest(manifest: bytes) -> bytes:
+    """Return the claim of a run that makes an output of this manifest."""
+    digest = f"blake3:{blake3(manifest).hexdigest()}"
+    return json.dumps({"manifest": digest}).encode() + b"\n"
 
 
-def _exists(output: Address, why: str) -> OutputUnsafe:
+def claimed_by_another(output: Address) -> OutputUnsafe:
+    """Return the error for an output that another run has claimed."""
+    return OutputUnsafe(
+        "the output is claimed",
+        path=output,
+        why="a run with another result is writing there, or was stopped while it did",
+        next_step=f"Choose another output with -o, or remove all below it, {UNFINISHED} last",
+    )
+
+
+def exists(output: Address, why: str) -> OutputUnsafe:
+    """Return the error for what is there, and may not be replaced."""
     next_step = "Choose another output with -o, or remove what is there"
     return OutputUnsafe("the output exists", path=output, why=why, next_step=next_step)
 
 
-def _differs(name: str) -> str:
+def differs(name: str) -> str:
+    """Say of a file that is there that it is another."""
     return f"{escape(name)} is there, and is not what this run would put there"

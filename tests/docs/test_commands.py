@@ -38,6 +38,7 @@ NOT_RUN = {
     "publishing.md": [("hf upload", "publishes on the hub")],
     "scale.md": [
         ("rm -r .noisytune-job", "removes a job, which the reader may have none of"),
+        ("s3://models/llama", "needs a bucket"),
         ("sbatch", "needs Slurm"),
         ("--engine ray", "needs a cluster"),
     ],

@@ -25,13 +25,20 @@ from noisytune_cli.commands.perturb import perturb
 from noisytune_cli.commands.plan import plan_job
 from noisytune_cli.commands.request import Request
 from noisytune_cli.commands.work import work
-from noisytune_cli.output.job_folder import job_path
+from noisytune_cli.output import job_folder
 from noisytune_cli.records import NoiseSpec
 
 #: Seconds that a process may take, on a machine that does other things.
 _PATIENCE = 120.0
 
 _SHARES = 4
+
+
+def job_path(out: str) -> Path:
+    """Return the folder of a job that is here."""
+    place = job_folder.job_path(out)
+    assert isinstance(place, Path)
+    return place
 
 
 def tree(root: Path) -> dict[str, bytes]:

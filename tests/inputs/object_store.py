@@ -107,6 +107,10 @@ class ObjectStore:
     def get(self, key: str) -> bytes:
         return _ask(f"{self.direct}/{self.bucket}/{quote(key)}", "GET")
 
+    def delete(self, key: str) -> None:
+        """Remove an object past the proxy."""
+        _ask(f"{self.direct}/{self.bucket}/{quote(key)}", "DELETE")
+
     def keys(self, below: str = "") -> set[str]:
         """The keys below a prefix, without it."""
         listed = _ask(f"{self.direct}/{self.bucket}?list-type=2&prefix={quote(below)}", "GET").decode()

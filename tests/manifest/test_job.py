@@ -45,6 +45,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> JobFolder:
     return planned
 
 
+def here(folder: JobFolder, name: str) -> Path:
+    assert isinstance(folder.path, Path)
+    return folder.path / name
+
+
 def read_plan(folder: JobFolder, path: Path) -> Job:
     return read_job(path)[0]
 
@@ -52,10 +57,10 @@ def read_plan(folder: JobFolder, path: Path) -> Job:
 READERS: dict[str, tuple[Callable[[JobFolder], Path], Callable[[JobFolder, Path], Any]]] = {
     "plan": (lambda folder: folder.path / "plan.json", read_plan),
     "steps": (
-        lambda folder: folder.steps(0),
+        lambda folder: here(folder, folder.steps(0)),
         lambda folder, path: read_steps(path, folder.job, folder.job.shares[0]),
     ),
-    "sums": (lambda folder: folder.sums(0), lambda folder, path: read_sums(path, folder.job)),
+    "sums": (lambda folder: here(folder, folder.sums(0)), lambda folder, path: read_sums(path, folder.job)),
 }
 
 
@@ -64,10 +69,10 @@ def test_what_is_written_is_what_is_read(folder: JobFolder) -> None:
     assert job == folder.job
     assert b"".join(job_pieces(job)) == (folder.path / "plan.json").read_bytes()
     for number, share in enumerate(job.shares):
-        found = read_steps(folder.steps(number), job, share)
-        assert steps_bytes(found, job.strengths) == folder.steps(number).read_bytes()
-    sums = read_sums(folder.sums(0), job)
-    assert sums_bytes(sums) == folder.sums(0).read_bytes()
+        found = read_steps(here(folder, folder.steps(number)), job, share)
+        assert steps_bytes(found, job.strengths) == here(folder, folder.steps(number)).read_bytes()
+    sums = read_sums(here(folder, folder.sums(0)), job)
+    assert sums_bytes(sums) == here(folder, folder.sums(0)).read_bytes()
     exact = np.zeros_like(sums[0].exact)
     exact[3] = [-5, 1, 2**63 - 1, 0, -(2**62), 5, 6, 7]
     again = folder.path / "again.json"

@@ -43,7 +43,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, byt
 @pytest.fixture
 def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of the least size that S3 allows."""
-    for room in ("checkpoint.store", "output.remote"):
+    for room in ("checkpoint.store", "output.sending"):
         monkeypatch.setattr(f"noisytune_cli.{room}.PIECE", 5 << 20)
 
 

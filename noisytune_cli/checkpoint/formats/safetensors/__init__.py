@@ -9,7 +9,7 @@ pickle, `output/convert.py` makes the header.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from blake3 import blake3
@@ -56,8 +56,10 @@ class SafetensorsSource(InputFile):
         self.tensors = parsed.tensors
         self.metadata: Mapping[str, str] = parsed.metadata
         self.header_digest = f"blake3:{blake3(self.header).hexdigest()}"
-        #: Whether the header is all that there is of the file (`checkpoint/hub.py`): no value can be read.
+        #: Whether the header is all that is here of the file (`checkpoint/remote.py`): a value is asked for
+        #: by `fetch`, which is given where its bytes begin and end, or cannot be read.
         self.has_header_alone = False
+        self.fetch: Callable[[int, int], bytes] | None = None
         self.warnings: tuple[str, ...] = () if self.tensors else (f"{name} holds no tensors",)
         self.ties: tuple[tuple[str, ...], ...] = ()
         if mmap:
@@ -69,7 +71,10 @@ class SafetensorsSource(InputFile):
         Raises Mismatch if the file ends before, InputUnreadable if the read fails.
         """
         if self.has_header_alone:
-            raise AssertionError("a value was asked for where there is a header alone")
+            if self.fetch is None:
+                raise AssertionError("a value was asked for where there is a header alone")
+            buffer[:] = self.fetch(tensor.offset + start, tensor.offset + start + len(buffer))
+            return buffer
         return self.read_at(tensor.offset + start, buffer)
 
     def check_sums(self) -> None:

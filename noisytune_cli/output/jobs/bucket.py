@@ -1,0 +1,239 @@
+"""A job in an object store, below the output's address; its shares send weights straight to their keys there.
+
+A copy from a scratch key would cost the store's room twice and, beyond 5 GiB, requests that not every store
+has; and until there is a manifest no reader takes the output for complete (`output/remote.py`). So that
+nobody else writes to the same keys, planning claims every output before anything is sent.
+
+A bucket has no rename, so what is removed goes object by object: first the plan is kept under another name,
+by which who was killed goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from noisytune_cli.checkpoint.address import Address, Place
+from noisytune_cli.checkpoint.remote import Scratch, do_all
+from noisytune_cli.checkpoint.store import PIECE, Object, Store, StoreFault, reading, writing
+from noisytune_cli.errors import InputInvalid, InputUnreadable, NoisytuneError, exhausted
+from noisytune_cli.manifest.job import Job
+from noisytune_cli.manifest.write import MAX_BYTES
+from noisytune_cli.output.jobs import FINISHED, PLAN, JobStorage, claim_of, no_job
+from noisytune_cli.output.publish import Publication
+from noisytune_cli.output.remote import RemotePublication, Target, claimed_by_another, differs, exists
+from noisytune_cli.output.sending import Sender
+
+#: How long objects get to be removed, in seconds.
+_PATIENCE = 60.0
+
+#: More files than a job can have in a folder.
+_MOST = 100_000_000
+
+_KEPT = "the shares that are done are kept, and the same command goes on"
+
+
+class BucketStorage(JobStorage):
+    """What lies below an address."""
+
+    def __init__(self, path: Address) -> None:
+        self.path: Address = path
+        self._store = Store(path)
+
+    def require_trusted(self) -> None:
+        """Do nothing: who may write to the bucket is trusted with all in it."""
+
+    def size(self, name: str) -> int | None:
+        return self._size(self.path / name)
+
+    def names(self, folder: str) -> frozenset[str]:
+        place = self.path / folder
+        with reading(place):
+            return frozenset(self._store.below(_MOST, place.key))
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[Path]:
+        place = self.path / name
+        entry = self._head(place)
+        if entry is None:
+            raise InputUnreadable(
+                "cannot use the job",
+                path=place,
+                why="it is not there",
+                next_step="Remove what lies below it, and plan it again",
+            )
+        if entry.size > MAX_BYTES:
+            raise InputInvalid(
+                "cannot use the job",
+                path=place,
+                why=f"it has {entry.size:,} bytes; {MAX_BYTES:,} is the limit",
+                next_step="Remove what lies below it, and plan it again",
+            )
+        with self._fetched(place, entry) as path:
+            yield path
+
+    @contextmanager
+    def reading_output(self, file: Place) -> Iterator[Path | None]:
+        assert isinstance(file, Address)
+        entry = self._head(file)
+        if entry is None or entry.size > MAX_BYTES:
+            yield None
+            return
+        with self._fetched(file, entry) as path:
+            yield path
+
+    def put(self, content: Iterable[bytes], name: str) -> None:
+        place = self.path / name
+        with writing(place, _KEPT):
+            made = self._sender().create(place.key, b"".join(content))
+            if self.size(PLAN) is None:  # it was finished meanwhile
+                self._delete([place.key])
+                raise no_job(self.path)
+        if made == "other":
+            raise InputInvalid(
+                "cannot use the job",
+                path=place,
+                why="it is there, and is not what this share comes to",
+                next_step="Remove it, and do its share again with noisytune work",
+            )
+
+    @contextmanager
+    def growing(self, own: str, share: int) -> Iterator[Path]:
+        scratch = Scratch()
+        try:
+            yield scratch.path
+        finally:
+            scratch.remove()
+
+    def keep(self, made: Path, name: str, final: Place) -> None:
+        assert isinstance(final, Address)
+        if self.size(PLAN) is None:
+            raise no_job(self.path)
+        sender = self._sender()
+        with writing(final, _KEPT):
+            # Another worker may have been here, and an earlier one that was stopped.
+            entry = self._store.head(final.key)
+            is_same = sender.send(final.key, made) if entry is None else sender.is_same(entry, made)
+        if not is_same:
+            raise exists(final.parent, differs(final.name))
+        with contextlib.suppress(OSError):
+            made.unlink()  # the others of the share need the room
+
+    def kept(self, name: str, final: Place) -> int | None:
+        assert isinstance(final, Address)
+        return self._size(final)
+
+    def adopt(self, publication: Publication, as_name: str, name: str, final: Place) -> None:
+        assert isinstance(publication, RemotePublication)
+        size = self.kept(name, final)
+        publication.take(as_name, 0 if size is None else size)
+
+    @contextmanager
+    def drafting(self) -> Iterator[Path]:
+        scratch = Scratch()
+        try:
+            yield scratch.path
+        except OSError as error:
+            raise exhausted(error) from error
+        finally:
+            scratch.remove()
+
+    def create(self, draft: Path, own: str, plan: bytes, job: Job) -> Literal["made", "same", "other"]:
+        sender, left_behind = self._sender(), threading.Event()
+        claim, claimed = claim_of(own), list[Target]()
+
+        def send(path: Path) -> None:
+            key = (self.path / own / "steps" / path.name).key
+            if sender.create(key, path.read_bytes()) == "other":
+                raise exists(self.path, differs(path.name))
+
+        with writing(self.path, "the same command goes on"):
+            if self.size(PLAN) is None:
+                try:
+                    for target in _targets(job):
+                        took = sender.create(target.claim, claim)
+                        if took == "other":
+                            raise claimed_by_another(target.output)
+                        if took == "made":
+                            claimed.append(target)
+                        if there := target.look():
+                            raise exists(target.output, differs(min(there)))
+                except BaseException:
+                    for target in claimed:
+                        target.release()
+                    raise
+                do_all(send, sorted(draft.iterdir()), left_behind)
+            made = sender.create((self.path / PLAN).key, plan)
+        if made == "other":
+            for target in claimed:
+                target.release()
+        return made
+
+    def clear(self, output: Place, claim: bytes) -> tuple[str, ...]:
+        assert isinstance(output, Address)
+        left = []
+        for is_folder in (True, False):
+            target = Target(output, is_folder=is_folder, of_job=True)
+            with reading(output):
+                entry = self._store.head(target.claim)
+                if entry is None or self._store.read(entry, 0, entry.size) != claim:
+                    continue
+            if target.release():
+                left.append(target.claim.rpartition("/")[2])
+        return tuple(left)
+
+    def remove(self, own: str, plan: Iterable[bytes]) -> bool:
+        try:
+            if self.size(PLAN) is not None:
+                self._sender().create((self.path / FINISHED).key, b"".join(plan))
+                self._delete([(self.path / PLAN).key])
+            left = self._store.below(_MOST, self.path.key)
+            self._delete([entry.key for name, entry in left.items() if name != FINISHED])
+            self._delete([(self.path / FINISHED).key])
+        except (StoreFault, NoisytuneError):
+            return False
+        return True
+
+    def _sender(self) -> Sender:
+        return Sender(self._store, lambda done: None)
+
+    def _delete(self, keys: list[str]) -> None:
+        if keys:
+            self._store.delete(keys, _PATIENCE)
+
+    def _size(self, file: Address) -> int | None:
+        entry = self._head(file)
+        return None if entry is None else entry.size
+
+    def _head(self, file: Address) -> Object | None:
+        with reading(file):
+            return self._store.head(file.key)
+
+    @contextmanager
+    def _fetched(self, place: Address, entry: Object) -> Iterator[Path]:
+        """Have an object be here; errors name it by its address."""
+        scratch = Scratch()
+        path = scratch.path / "fetched.json"
+        try:
+            try:
+                with reading(place), path.open("xb") as file:
+                    for at in range(0, entry.size, PIECE):
+                        file.write(self._store.read(entry, at, min(at + PIECE, entry.size)))
+            except OSError as error:
+                raise exhausted(error) from error
+            yield path
+        except NoisytuneError as error:
+            error.move(path, place)
+            raise
+        finally:
+            scratch.remove()
+
+
+def _targets(job: Job) -> list[Target]:
+    """Return the places of a job's outputs."""
+    is_folder = not (job.is_file or job.recipe_only)
+    return [Target(Address(one.path), is_folder=is_folder, of_job=True) for one in job.outputs]

@@ -1,0 +1,197 @@
+"""A job in a folder, which all processes see; finishing gives its weight files a second name in the output.
+
+Files appear by a rename; whose is the last makes no difference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from noisytune_cli.checkpoint.address import Place
+from noisytune_cli.errors import OutputUnsafe, unreadable, unwritable
+from noisytune_cli.manifest.job import Job
+from noisytune_cli.output import staging
+from noisytune_cli.output.jobs import PLAN, JobStorage, no_job, write_durably
+from noisytune_cli.output.publish import Publication
+from noisytune_cli.output.renames import rename_directory, rename_file
+from noisytune_cli.output.staging import sync_directory
+from noisytune_cli.reading import is_there, open_regular
+
+
+class FolderStorage(JobStorage):
+    """A folder beside the output."""
+
+    def __init__(self, path: Path) -> None:
+        self.path: Path = path
+
+    def require_trusted(self) -> None:
+        # Its plan says what is read, and its receipts what was done. Who shares a group's folder is trusted.
+        status, above = os.lstat(self.path), os.stat(self.path.parent)
+        if not stat.S_ISDIR(status.st_mode):
+            why = "it is a link or a file where the folder of a job should be"
+        elif status.st_uid != os.geteuid() and above.st_mode & stat.S_IWOTH:
+            why = "it belongs to another user, in a folder that anybody may write to"
+        else:
+            return
+        raise OutputUnsafe(
+            "the job may be a stranger's",
+            path=self.path,
+            why=why,
+            next_step="Choose another output with -o, in a folder that is yours",
+        )
+
+    def size(self, name: str) -> int | None:
+        try:
+            return os.stat(self.path / name, follow_symlinks=False).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise unreadable(error, self.path / name) from error
+
+    def names(self, folder: str) -> frozenset[str]:
+        try:
+            return frozenset(os.listdir(self.path / folder))
+        except FileNotFoundError:
+            return frozenset()
+        except OSError as error:
+            raise unreadable(error, self.path / folder) from error
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[Path]:
+        yield self.path / name
+
+    @contextmanager
+    def reading_output(self, file: Place) -> Iterator[Path | None]:
+        yield file if isinstance(file, Path) and is_there(file) else None
+
+    def put(self, content: Iterable[bytes], name: str) -> None:
+        path = self.path / name
+        with self._writing():
+            temporary = path.with_name(f".{path.name}-{os.urandom(4).hex()}")
+            _make(path.parent, self._within(name))
+            try:
+                write_durably(temporary, content)
+                os.replace(temporary, path)
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+            sync_directory(path.parent)
+
+    @contextmanager
+    def growing(self, own: str, share: int) -> Iterator[Path]:
+        place, share_name = self.path / own / "scratch", Path(f"share {share + 1}")
+        with self._writing():
+            _make(place, self.path / own)
+        staging.clear_certainly_dead(place, share_name)  # what killed workers left
+        path, lock = staging.create(place, share_name)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                os.close(lock)
+
+    def keep(self, made: Path, name: str, final: Place) -> None:
+        path = self.path / name
+        with self._writing():
+            _make(path.parent, self._within(name))
+            os.replace(made, path)
+            sync_directory(path.parent)
+
+    def kept(self, name: str, final: Place) -> int | None:
+        return self.size(name)
+
+    def adopt(self, publication: Publication, as_name: str, name: str, final: Place) -> None:
+        publication.adopt(self.path / name, as_name)
+
+    @contextmanager
+    def drafting(self) -> Iterator[Path]:
+        draft = self.path / f".plan-{os.urandom(4).hex()}"
+        try:
+            _make(self.path)
+            self.require_trusted()
+            try:
+                _make(draft / "steps")
+                yield draft / "steps"
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    os.rmdir(self.path)  # unless there is a job in it
+        except OSError as error:
+            raise unwritable(error, self.path) from error
+
+    def create(self, draft: Path, own: str, plan: bytes, job: Job) -> Literal["made", "same", "other"]:
+        sync_directory(draft)
+        sync_directory(draft.parent)
+        made = draft.parent / PLAN
+        if not is_there(self.path / PLAN):
+            _claim(draft.parent, self.path / own, rename_directory)
+            made = self.path / f"{draft.parent.name}.json"
+            try:
+                write_durably(made, [plan])
+                if _claim(made, self.path / PLAN, rename_file):
+                    return "made"
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(made)
+        with open(open_regular(self.path / PLAN), "rb") as file:
+            return "same" if file.read(len(plan) + 1) == plan else "other"
+
+    def clear(self, output: Place, claim: bytes) -> tuple[str, ...]:
+        assert isinstance(output, Path)
+        places = [output.parent, *([output] if output.is_dir() else [])]
+        return tuple(name for place in places for name in staging.clear_dead(place, output))
+
+    def remove(self, own: str, plan: Iterable[bytes]) -> bool:
+        # What lies under the plan's digest goes in one step: the next plan must not find a part of it.
+        with contextlib.suppress(OSError):
+            os.unlink(self.path / PLAN)
+        with contextlib.suppress(OSError):
+            os.rename(self.path / own, self.path / f".done-{os.urandom(4).hex()}")
+        shutil.rmtree(self.path, ignore_errors=True)
+        return not is_there(self.path)
+
+    def _within(self, name: str) -> Path:
+        return self.path / name.partition("/")[0]
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what fails into the error that the user sees: a job that is gone is finished."""
+        try:
+            yield
+        except OSError as error:
+            if not is_there(self.path / PLAN):
+                raise no_job(self.path) from error
+            raise unwritable(error, self.path) from error
+
+
+def _claim(made: Path, place: Path, rename: Callable[[Path, Path], None]) -> bool:
+    """Give what was made its place, durably; return False where something has it already."""
+    try:
+        rename(made, place)
+    except OSError as error:
+        if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
+            raise
+        return False
+    sync_directory(place.parent)
+    return True
+
+
+def _make(folder: Path, within: Path | None = None) -> None:
+    """Make a folder and those above it, durably, unless they are there; one that it is `within` has to be."""
+    missing = []
+    while folder != within and not is_there(folder):
+        missing.append(folder)
+        folder = folder.parent
+    for one in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(one, 0o777)
+        sync_directory(one.parent)
