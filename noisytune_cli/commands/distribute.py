@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from noisytune_cli.checkpoint.address import Address, is_address
-from noisytune_cli.commands.engines import complete, load
+from noisytune_cli.commands.engines import Answer, Later, Report, Task, complete, load
 from noisytune_cli.commands.finish import finish
 from noisytune_cli.commands.perturb import Perturbed
 from noisytune_cli.commands.plan import plan_job
 from noisytune_cli.commands.request import SHARE_BYTES, Request
-from noisytune_cli.commands.work import add_up_share, do_share
+from noisytune_cli.commands.work import add_up_share, begin_share
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
 from noisytune_cli.errors import NoisytuneError, exhausted, to_plain
@@ -77,20 +77,36 @@ def perturb_shares(
     return tuple(replace(one, warnings=tuple(dict.fromkeys((*warnings, *one.warnings)))) for one in made)
 
 
-def do_task(task: dict[str, Any], report: Any) -> dict[str, Any]:
+def do_task(task: Task, report: Report) -> Answer | Later:
     """Do one share, wherever this is called: plain data in and out, with what failed as data too."""
-    warnings: tuple[str, ...] = ()
     try:
-        place = task["job"]
-        folder = open_folder(Address(place) if is_address(place) else Path(place))
-        walk = Walk(open_device(task["device"]), task.get("threads") or default_threads(), progress=report)
-        share = task["share"]
-        if task["sums"] and not folder.has_sums(share):
-            add_up_share(folder, share, walk, mmap=task["mmap"])
-        elif not task["sums"] and not folder.is_done(share):
-            warnings = do_share(folder, share, walk, mmap=task["mmap"])
-    except NoisytuneError as error:
-        return {"error": to_plain(error)}
-    except (MemoryError, OSError) as error:
-        return {"error": to_plain(exhausted(error))}
-    return {"error": None, "warnings": list(warnings)}
+        leave = _begin(task, report)
+    except _EXPECTED as error:
+        return _failed(error)
+
+    def rest() -> Answer:
+        try:
+            return {"error": None, "warnings": list(leave())}
+        except _EXPECTED as error:
+            return _failed(error)
+
+    return rest
+
+
+_EXPECTED = (NoisytuneError, MemoryError, OSError)
+
+
+def _failed(error: NoisytuneError | MemoryError | OSError) -> Answer:
+    return {"error": to_plain(error if isinstance(error, NoisytuneError) else exhausted(error))}
+
+
+def _begin(task: Task, report: Report) -> Callable[[], tuple[str, ...]]:
+    """Begin a share unless it is done; return what does the rest, and returns what is to be told."""
+    place, share = task["job"], task["share"]
+    folder = open_folder(Address(place) if is_address(place) else Path(place))
+    walk = Walk(open_device(task["device"]), task.get("threads") or default_threads(), progress=report)
+    if not task["sums"] and not folder.is_done(share):
+        return begin_share(folder, share, walk, mmap=task["mmap"])
+    if task["sums"] and not folder.has_sums(share):
+        add_up_share(folder, share, walk, mmap=task["mmap"])
+    return tuple

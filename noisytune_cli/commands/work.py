@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,8 @@ from noisytune_cli.checkpoint.remote import Remote
 from noisytune_cli.commands.differences import same_kind
 from noisytune_cli.commands.perturb import warnings_of
 from noisytune_cli.commands.request import Request
-from noisytune_cli.commands.write import Where, complete, write_tensors
+from noisytune_cli.commands.write import Where, complete, fill
+from noisytune_cli.engine.behind import some_behind
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Output, Walk
 from noisytune_cli.errors import Mismatch, NoisytuneError, unreadable
@@ -88,10 +89,15 @@ def work(
                     done.add(one)
             if waits_for := folder.lacking_sums:
                 return Worked(folder, len(chosen), len(done), tuple(waits_for), ())
-            for one in left:
-                if not folder.is_done(one):
-                    warnings += do_share(folder, one, walk, mmap=mmap)
-                    done.add(one)
+
+            def begun() -> Iterator[Callable[[], tuple[str, ...]]]:
+                for one in left:
+                    if not folder.is_done(one):
+                        yield begin_share(folder, one, walk, mmap=mmap)
+                        done.add(one)
+
+            for told in some_behind(begun()):
+                warnings += told
     except NoisytuneError as error:
         if folder.is_there:
             raise
@@ -114,8 +120,14 @@ def add_up_share(folder: JobFolder, number: int, walk: Walk, *, mmap: bool = Fal
     folder.storage.put([sums_bytes([ShareSums(*total) for total in totals])], folder.sums(number))
 
 
-def do_share(folder: JobFolder, number: int, walk: Walk, *, mmap: bool = False) -> tuple[str, ...]:
-    """Leave a share's weight files of every output, and its receipts; return what the user should know."""
+def begin_share(
+    folder: JobFolder, number: int, walk: Walk, *, mmap: bool = False
+) -> Callable[[], tuple[str, ...]]:
+    """Fill a share's weight files of every output; return what leaves them in the job, and its receipts.
+
+    That mostly waits for the device or the store, so it may be called while the next share is begun. It
+    returns what the user should know.
+    """
     job, share = folder.job, folder.job.shares[number]
     noises = [output.noise for output in job.outputs]
     with folder.storage.reading(folder.steps(number)) as path:
@@ -129,7 +141,8 @@ def do_share(folder: JobFolder, number: int, walk: Walk, *, mmap: bool = False) 
         if not job.recipe_only:
             scratch = opened.enter_context(folder.storage.growing(folder.own, number))
             places = [_place(scratch, f"{output + 1}-", sources, files) for output in range(len(plans))]
-        receipts = write_tensors(
+        receipts, sinks = fill(
+            opened,
             walk,
             plans,
             sources,
@@ -138,21 +151,31 @@ def do_share(folder: JobFolder, number: int, walk: Walk, *, mmap: bool = False) 
             files,
             stds=[stds[noise.lam] for noise in noises] if stds else (),
         )
-        for output, place in enumerate(places):
-            for name in [file.name for file in files] or share.files:
-                folder.keep(place(name), output, name)
-    records = tuple(FileRecord(file.name, file.size, file.header_digest) for file in sources)
-    for output, (noise, done) in enumerate(zip(noises, receipts, strict=True)):
-        manifest = Manifest(
-            tool_name="noisytune",
-            tool_version=job.version,
-            source=replace(job.source, files=records),
-            noise=noise,
-            receipts=done,
-            output=_converted(job, files),
-        )
-        folder.storage.put(pieces(manifest), folder.receipt(number, output))
-    return tuple(warning for done in receipts for warning in warnings_of(done))
+        filled = opened.pop_all()
+
+    def leave() -> tuple[str, ...]:
+        with filled:
+            complete(sources, sinks)
+            for output, place in enumerate(places):
+                for name in [file.name for file in files] or share.files:
+                    folder.keep(place(name), output, name)
+        records = tuple(FileRecord(file.name, file.size, file.header_digest) for file in sources)
+        for output, (noise, done) in enumerate(zip(noises, receipts, strict=True)):
+            manifest = Manifest(
+                tool_name="noisytune",
+                tool_version=job.version,
+                source=replace(job.source, files=records),
+                noise=noise,
+                receipts=done,
+                output=_converted(job, files),
+            )
+            folder.storage.put(pieces(manifest), folder.receipt(number, output))
+        return tuple(warning for done in receipts for warning in warnings_of(done))
+
+    if folder.storage.beside:
+        return leave
+    told = leave()
+    return lambda: told
 
 
 def _place(scratch: Path, prefix: str, sources: Sequence[Source], files: Sequence[OutputFile]) -> Where:

@@ -38,22 +38,41 @@ def write_tensors(
     receipts by tensor name, whose std and amplitude hold; `stds` are those of each output in scope global,
     where they are known.
     """
+    with ExitStack() as opened:
+        receipts, sinks = fill(opened, walk, plans, sources, places, progress, files, recorded, stds)
+        complete(sources, sinks)
+    return receipts
+
+
+def fill(
+    opened: ExitStack,
+    walk: Walk,
+    plans: Sequence[Plan],
+    sources: Sequence[Source],
+    places: Sequence[Where],
+    progress: Progress,
+    files: Sequence[OutputFile] = (),
+    recorded: Mapping[str, Receipt] | None = None,
+    stds: Sequence[float] = (),
+) -> tuple[tuple[tuple[Receipt, ...], ...], list[Sink]]:
+    """Do as `write_tensors` but for the flush: return the receipts, and what `complete` is to flush.
+
+    What is not complete when `opened` is closed is given up.
+    """
     models: Sequence[Source | OutputFile] = files or sources
     targets = {name: slot for file in files for name, slot in file.slots.items()}
-    with ExitStack() as opened:
-        variants = []
-        for index, plan in enumerate(plans):
-            sinks: dict[str, Sink] = {}
-            for file, made in zip(sources, models, strict=True):
-                sinks[file.name] = made.create_sink(places[index](made.name)) if places else Nowhere()
-                opened.callback(sinks[file.name].abort)
-            std = stds[index] if stds else None
-            variants.append(Output(plan, sinks, targets, recorded=recorded or {}, std=std))
-        with progress(work_bytes(variants)) as report:
-            by_name = {file.name: file for file in sources}
-            receipts = replace(walk, progress=report).carry_out(variants, by_name)
-        complete(sources, [sink for variant in variants for sink in variant.sinks.values()])
-    return receipts
+    variants = []
+    for index, plan in enumerate(plans):
+        sinks: dict[str, Sink] = {}
+        for file, made in zip(sources, models, strict=True):
+            sinks[file.name] = made.create_sink(places[index](made.name)) if places else Nowhere()
+            opened.callback(sinks[file.name].abort)
+        std = stds[index] if stds else None
+        variants.append(Output(plan, sinks, targets, recorded=recorded or {}, std=std))
+    with progress(work_bytes(variants)) as report:
+        by_name = {file.name: file for file in sources}
+        receipts = replace(walk, progress=report).carry_out(variants, by_name)
+    return receipts, [sink for variant in variants for sink in variant.sinks.values()]
 
 
 def complete(sources: Iterable[Source], sinks: Iterable[Sink]) -> None:

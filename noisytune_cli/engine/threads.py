@@ -177,7 +177,7 @@ class Pool:
         started = []
         try:
             for worker in workers:
-                _start(worker)
+                start(worker)
                 started.append(worker)
             # Not join: waiting for a condition can be interrupted, and a signal must get through at once.
             with self._change:
@@ -299,7 +299,8 @@ class Pool:
             self._change.notify_all()
 
 
-def _start(worker: threading.Thread) -> None:
+def start(worker: threading.Thread) -> None:
+    """Start a thread; ResourceExhausted where the system has no room for another."""
     try:
         worker.start()
     except RuntimeError as error:  # all that Python says of a limit on processes or memory

@@ -30,7 +30,7 @@ from noisytune_cli.escape import escape
 from noisytune_cli.manifest.job import Job, Share, digest_of, job_pieces, read_job
 from noisytune_cli.output import staging
 from noisytune_cli.output.destination import resolve_folder
-from noisytune_cli.output.jobs import FINISHED, PLAN, JobStorage, claim_of, no_job, write_durably
+from noisytune_cli.output.jobs import FINISHED, PLAN, JobStorage, claim_of, no_job
 from noisytune_cli.output.jobs.folder import FolderStorage
 from noisytune_cli.output.publish import Publication
 
@@ -249,7 +249,7 @@ def create_job(
     with storage.drafting() as draft:
         made = []
         for number, (files, nbytes, steps) in enumerate(shares, 1):
-            write_durably(draft / f"{number}.json", [steps])
+            (draft / f"{number}.json").write_bytes(steps)
             made.append(Share(files, nbytes, digest_of(steps)))
         job = make(tuple(made))
         plan = b"".join(job_pieces(job))

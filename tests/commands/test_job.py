@@ -381,7 +381,7 @@ def test_a_source_above_a_link(source: Path, tmp_path: Path, monkeypatch: pytest
     assert contents(made.output) == contents(expected)
 
 
-@pytest.mark.parametrize("step", ["write_tensors", "complete", "pieces"])
+@pytest.mark.parametrize("step", ["fill", "complete", "pieces"])
 @pytest.mark.parametrize("recipe_only", [False, True])
 def test_a_worker_that_others_overtake(
     step: str, recipe_only: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import pytest
 from namespaces import in_namespace
 
-from noisytune_cli.commands.engines import Answer, Call, Report, Task, complete, load, names
+from noisytune_cli.commands.engines import Answer, Call, Later, Report, Task, complete, load, names
 from noisytune_cli.errors import (
     HubError,
     InputInvalid,
@@ -69,6 +71,44 @@ def test_a_process_that_dies_is_tried_again() -> None:
 def test_the_local_engine_knows_no_address() -> None:
     with pytest.raises(UsageError, match="--engine ray"), load("local")("127.0.0.1:1", None):
         raise AssertionError
+
+
+def test_what_waits_does_so_beside_the_next_task() -> None:
+    begun: list[threading.Event] = [threading.Event() for _ in range(3)]
+
+    def call(task: Task, report: Report) -> Answer | Later:
+        number = task["share"]
+        begun[number].set()
+
+        def rest() -> Answer:
+            # All but the last wait for the next task to be begun.
+            assert number == 2 or begun[number + 1].wait(60)
+            return {"error": None, "number": number}
+
+        return rest
+
+    with load("local")(None, None) as run:
+        answers = complete(run, call, [{"share": number} for number in range(3)], lambda n: None)
+    assert [answer["number"] for answer in answers] == [0, 1, 2]
+
+
+def test_what_is_begun_ends_before_the_error_of_another_is_told() -> None:
+    ended = []
+
+    def call(task: Task, report: Report) -> Answer | Later:
+        if task["share"] == 1:
+            return error_of(Mismatch)
+
+        def rest() -> Answer:
+            time.sleep(0.05)
+            ended.append(task["share"])
+            return {"error": None}
+
+        return rest
+
+    with load("local")(None, None) as run, pytest.raises(Mismatch):
+        complete(run, call, [{"share": number} for number in range(3)], lambda n: None)
+    assert ended == [0, 2]
 
 
 def test_an_engine_that_is_none() -> None:

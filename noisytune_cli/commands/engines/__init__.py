@@ -8,7 +8,8 @@ A `Run` takes a function, tasks for it and a progress to report to, and yields (
 the order in which they end. Tasks and answers are plain data (`dict` of text and numbers), the function is
 one of a module that is there on every machine. What ends without an answer (a process was killed, a machine
 lost) is answered `{"died": why}`; whether it is tried again is not the engine's to say. A task says by
-`nbytes` how much it reports.
+`nbytes` how much it reports. The function may answer with another, which does the rest and has the answer:
+that mostly waits, for a device or a store, so the next task may be begun before it is called.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from noisytune_cli.errors import NoisytuneError, ResourceExhausted, UsageError, 
 Task = dict[str, Any]
 Answer = dict[str, Any]
 Report = Callable[[int], None]
-Call = Callable[[Task, Report], Answer]
+Later = Callable[[], Answer]
+Call = Callable[[Task, Report], Answer | Later]
 Run = Callable[[Call, Sequence[Task], Report], Iterator[tuple[int, Answer]]]
 #: Of the address, None for none, and the threads that each task may use, None for the engine to say.
 Start = Callable[[str | None, int | None], AbstractContextManager[Run]]

@@ -88,7 +88,8 @@ def _run(
 
 
 def _quietly(call: Call, task: Task) -> Answer:
-    return call(task, lambda done: None)
+    answer = call(task, lambda done: None)
+    return answer() if callable(answer) else answer
 
 
 @contextmanager

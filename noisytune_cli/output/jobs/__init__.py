@@ -7,7 +7,6 @@ belongs to the plan of one digest; names are relative to the job, with `/`.
 from __future__ import annotations
 
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -30,6 +29,8 @@ class JobStorage(ABC):
     """
 
     path: Place
+    #: Whether what a share leaves may be kept and put by another thread: what cannot be given up is not.
+    beside: bool
 
     @abstractmethod
     def require_trusted(self) -> None:
@@ -76,7 +77,7 @@ class JobStorage(ABC):
 
     @abstractmethod
     def drafting(self) -> AbstractContextManager[Path]:
-        """Make a folder for the steps of a job that is being planned; it goes in the end."""
+        """Make a folder here for the steps of a job that is being planned; it goes in the end."""
 
     @abstractmethod
     def create(self, draft: Path, own: str, plan: bytes, job: Job) -> Literal["made", "same", "other"]:
@@ -104,12 +105,3 @@ def no_job(path: Place) -> InputUnreadable:
         why="it was finished, was removed, or was never planned",
         next_step="Name OUT as noisytune plan was given it, or plan the job first",
     )
-
-
-def write_durably(path: Path, content: Iterable[bytes]) -> None:
-    """Write a new file, and flush it."""
-    with open(path, "xb") as file:
-        for piece in content:
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())

@@ -40,6 +40,8 @@ _KEPT = "the shares that are done are kept, and the same command goes on"
 class BucketStorage(JobStorage):
     """What lies below an address."""
 
+    beside = False  # a signal has to get through to what is being sent
+
     def __init__(self, path: Address) -> None:
         self.path: Address = path
         self._store = Store(path)

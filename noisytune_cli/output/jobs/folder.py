@@ -19,7 +19,7 @@ from noisytune_cli.checkpoint.address import Place
 from noisytune_cli.errors import OutputUnsafe, unreadable, unwritable
 from noisytune_cli.manifest.job import Job
 from noisytune_cli.output import staging
-from noisytune_cli.output.jobs import PLAN, JobStorage, no_job, write_durably
+from noisytune_cli.output.jobs import PLAN, JobStorage, no_job
 from noisytune_cli.output.publish import Publication
 from noisytune_cli.output.renames import rename_directory, rename_file
 from noisytune_cli.output.staging import sync_directory
@@ -28,6 +28,8 @@ from noisytune_cli.reading import is_there, open_regular
 
 class FolderStorage(JobStorage):
     """A folder beside the output."""
+
+    beside = True
 
     def __init__(self, path: Path) -> None:
         self.path: Path = path
@@ -78,7 +80,7 @@ class FolderStorage(JobStorage):
             temporary = path.with_name(f".{path.name}-{os.urandom(4).hex()}")
             _make(path.parent, self._within(name))
             try:
-                write_durably(temporary, content)
+                _write(temporary, content)
                 os.replace(temporary, path)
             finally:
                 with contextlib.suppress(OSError):
@@ -129,6 +131,8 @@ class FolderStorage(JobStorage):
             raise unwritable(error, self.path) from error
 
     def create(self, draft: Path, own: str, plan: bytes, job: Job) -> Literal["made", "same", "other"]:
+        for steps in draft.iterdir():  # the first brings most of the others along
+            _flush(steps)
         sync_directory(draft)
         sync_directory(draft.parent)
         made = draft.parent / PLAN
@@ -136,7 +140,7 @@ class FolderStorage(JobStorage):
             _claim(draft.parent, self.path / own, rename_directory)
             made = self.path / f"{draft.parent.name}.json"
             try:
-                write_durably(made, [plan])
+                _write(made, [plan])
                 if _claim(made, self.path / PLAN, rename_file):
                     return "made"
             finally:
@@ -195,3 +199,17 @@ def _make(folder: Path, within: Path | None = None) -> None:
         with contextlib.suppress(FileExistsError):
             os.mkdir(one, 0o777)
         sync_directory(one.parent)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _write(path: Path, content: Iterable[bytes]) -> None:
+    """Write a new file, and flush it."""
+    with open(path, "xb") as file:
+        for piece in content:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
