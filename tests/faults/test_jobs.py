@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -152,6 +153,25 @@ def test_an_array_with_a_lost_task(out: str, expected: dict[str, bytes]) -> None
     assert end(start("work", out, "--share", "env", **slurm(2)))[0] == 0
     assert end(start("finish", out))[0] == 0
     assert tree(Path(out)) == expected
+
+
+def test_a_real_slurm_that_loses_a_task_and_its_node(
+    model: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    if not all(Path(f"/usr/sbin/{daemon}").exists() for daemon in ("slurmctld", "slurmd", "munged")):
+        pytest.skip("Slurm is not here (Debian: slurm-wlm, munge)")
+    if os.geteuid():
+        pytest.skip("slurmd needs root")
+    (tmp_path / "slurm").mkdir()
+    script = Path(__file__).parents[1] / "inputs" / "slurm_cluster.py"
+    places = (os.fspath(tmp_path / "slurm"), os.fspath(model), f"{tmp_path}/job")
+    done = json.loads(in_namespace([sys.executable, str(script), *places]))
+    code, told = done["first"]
+    # The fourth task was lost for good; of the others Slurm says what begins again, and when.
+    assert code == 4
+    assert re.search(r"of 4 are not done: (\d, )*4\.", told)
+    assert set(done["began"]) <= {1, 2, 3}
+    assert tree(tmp_path / "job") == expected
 
 
 def test_four_workers_on_all_shares_at_once(out: str, expected: dict[str, bytes]) -> None:
