@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from noisytune_cli.checkpoint.formats import Sink, Source
+from noisytune_cli.checkpoint.formats._direct import Room
 from noisytune_cli.checkpoint.index import ShardIndex
 from noisytune_cli.checkpoint.layout import Listing, is_no_model, is_plain_name, is_weights
 from noisytune_cli.checkpoint.weights import Choice, choose, choose_weights
@@ -220,9 +221,9 @@ class Component:
         """Return the `len(buffer)` bytes from byte `start` of `tensor`."""
         return self._inner.read(_own(tensor, self._prefix), start, buffer)
 
-    def create_sink(self, path: Path, mode: int = 0o666) -> Sink:
+    def create_sink(self, path: Path, mode: int = 0o666, room: Room | None = None) -> Sink:
         """Create the file at `path`, which must not exist, with this file's header and empty slots."""
-        return _ComponentSink(self._inner.create_sink(path, mode), self._prefix)
+        return _ComponentSink(self._inner.create_sink(path, mode, room), self._prefix)
 
     def check_unchanged(self) -> None:
         """Raise Mismatch if the file is not what it was at open."""

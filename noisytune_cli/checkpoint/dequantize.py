@@ -23,6 +23,7 @@ import numpy as np
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.formats import Sink, Source
+from noisytune_cli.checkpoint.formats._direct import Room
 from noisytune_cli.checkpoint.quantized import refuse_quantized, refuse_quantized_config
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, UsageError
@@ -157,7 +158,7 @@ class Dequantized:
         self._device.convert(values.view(np.uint8).data, buffer, "F32", "BF16")
         return buffer
 
-    def create_sink(self, path: Path, mode: int = 0o666) -> Sink:
+    def create_sink(self, path: Path, mode: int = 0o666, room: Room | None = None) -> Sink:
         """Have none: the output's file is another (`output/convert.py`)."""
         raise NotImplementedError
 

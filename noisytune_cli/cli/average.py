@@ -11,6 +11,7 @@ from noisytune_cli.cli.help import OUTPUT, SOURCE
 from noisytune_cli.cli.options import (
     AsJson,
     Card,
+    Direct,
     FollowLinks,
     Mmap,
     Overwrite,
@@ -69,6 +70,7 @@ def average(
     ] = False,
     card: Card = False,
     threads: Threads = None,
+    direct: Direct = None,
     mmap: Mmap = False,
     follow_links: FollowLinks = False,
     overwrite: Overwrite = False,
@@ -100,6 +102,7 @@ def average(
         overwrite=overwrite,
         overwrite_changed=overwrite_changed,
         threads=threads,
+        direct=direct,
         mmap=mmap,
         follow_links=follow_links,
         progress=lambda nbytes: show.progress(nbytes, "average", enabled=not quiet),

@@ -145,6 +145,16 @@ Threads = Annotated[
         rich_help_panel=RUNNING,
     ),
 ]
+Direct = Annotated[
+    bool | None,
+    typer.Option(
+        "--direct/--no-direct",
+        help="Write past the page cache, where the output then is not. [default: if it would take half of "
+        "the free memory]",
+        show_default=False,
+        rich_help_panel=RUNNING,
+    ),
+]
 Mmap = Annotated[
     bool,
     typer.Option(

@@ -16,6 +16,7 @@ from noisytune_cli.cli.options import (
     Card,
     Components,
     Device,
+    Direct,
     FollowLinks,
     Granularity,
     GranularityOption,
@@ -225,6 +226,7 @@ def perturb(
     ] = None,
     device: Device = "cpu",
     threads: Threads = None,
+    direct: Direct = None,
     mmap: Mmap = False,
     follow_links: FollowLinks = False,
     weights: Weights = None,
@@ -336,6 +338,7 @@ def perturb(
             share_bytes=asked.share_bytes,
             device=device,
             threads=threads,
+            direct=direct,
             progress=progress,
             **asked.outputs,
         )
@@ -352,6 +355,7 @@ def perturb(
             skip_existing=skip_existing,
             device=device,
             threads=threads,
+            direct=direct,
             progress=progress,
             **asked.outputs,
         )

@@ -10,7 +10,7 @@ from noisytune_cli.cli.perturb import ask, perturb
 from noisytune_cli.errors import UsageError
 
 #: Options of `perturb` that say how to run, which those who do the shares are told.
-_OF_RUNNING = ("device", "threads", "mmap", "dry_run", "skip_existing", "engine", "address")
+_OF_RUNNING = ("device", "threads", "direct", "mmap", "dry_run", "skip_existing", "engine", "address")
 
 
 def plan(**given: Any) -> None:

@@ -11,6 +11,7 @@ from noisytune_cli.cli.help import OUTPUT, SOURCE
 from noisytune_cli.cli.options import (
     AsJson,
     Device,
+    Direct,
     FollowLinks,
     Mmap,
     Overwrite,
@@ -53,6 +54,7 @@ def replay(
     ] = None,
     device: Device = "cpu",
     threads: Threads = None,
+    direct: Direct = None,
     mmap: Mmap = False,
     follow_links: FollowLinks = False,
     overwrite: Overwrite = False,
@@ -81,6 +83,7 @@ def replay(
         overwrite_changed=overwrite_changed,
         device=device,
         threads=threads,
+        direct=direct,
         mmap=mmap,
         follow_links=follow_links,
         progress=lambda nbytes: show.progress(nbytes, "replay", enabled=not quiet),

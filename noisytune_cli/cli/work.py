@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from noisytune_cli.cli.help import RUNNING
-from noisytune_cli.cli.options import Device, JobOut, Mmap, Quiet, Threads
+from noisytune_cli.cli.options import Device, Direct, JobOut, Mmap, Quiet, Threads
 
 
 def work(
@@ -23,6 +23,7 @@ def work(
     ] = None,
     device: Device = "cpu",
     threads: Threads = None,
+    direct: Direct = None,
     mmap: Mmap = False,
     quiet: Quiet = False,
 ) -> None:
@@ -47,6 +48,7 @@ def work(
         read_share(share, os.environ),
         device=device,
         threads=threads,
+        direct=direct,
         mmap=mmap,
         progress=lambda nbytes: show.progress(nbytes, "work", enabled=not quiet),
     )

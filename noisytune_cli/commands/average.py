@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from noisytune_cli.checkpoint.address import Place
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_found
 from noisytune_cli.checkpoint.find import find
+from noisytune_cli.checkpoint.formats._direct import room_for
 from noisytune_cli.checkpoint.formats._file import common_mode
 from noisytune_cli.checkpoint.quantized import refuse_quantized_config, refuse_quantized_models
 from noisytune_cli.commands.card import claims_of, read_card, write_card
@@ -63,6 +64,7 @@ def average(
     overwrite: bool = False,
     overwrite_changed: bool = False,
     threads: int | None = None,
+    direct: bool | None = None,
     mmap: bool = False,
     follow_links: bool = False,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
@@ -106,7 +108,7 @@ def average(
         publication = opened.enter_context(
             publication_at(output, directory=not first.single_file, overwrite=overwrite, progress=progress)
         )
-        done = _carry_out(members, weights, publication, threads or default_threads(), progress)
+        done = _carry_out(members, weights, publication, threads or default_threads(), direct, progress)
         manifest = AverageManifest(
             members=tuple(
                 (weight, record_source(member)) for weight, member in zip(weights, members, strict=True)
@@ -201,16 +203,19 @@ def _carry_out(
     weights: Sequence[float],
     publication: Publication,
     threads: int,
+    direct: bool | None,
     progress: Progress,
 ) -> list[mean.Done]:
     """Fill every weight file and flush it; the sources must be as they were throughout."""
     first = members[0]
+    room = room_for(direct, sum(file.size for file in first.sources), 1, threads)
     with ExitStack() as opened:
+        opened.enter_context(room or nullcontext())
         sinks = {}
         mode = common_mode(file.mode for member in members for file in member.sources)
         for file in first.sources:
             name = publication.output.name if first.single_file else file.name
-            sinks[file.name] = file.create_sink(publication.path(name), mode)
+            sinks[file.name] = file.create_sink(publication.path(name), mode, room)
             opened.callback(sinks[file.name].abort)
         weighted = [
             mean.AverageMember(

@@ -37,6 +37,7 @@ def perturb_shares(
     overwrite_changed: bool = False,
     device: str = "cpu",
     threads: int | None = None,
+    direct: bool | None = None,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
 ) -> tuple[Perturbed, ...]:
     """Write what `perturb_each` would, its shares done by an engine; raises what these do."""
@@ -53,7 +54,7 @@ def perturb_shares(
     folder = planned.folder
     job = folder.job
     to_sum, left = folder.lacking_sums, folder.left
-    common = {"job": os.fspath(folder.path), "device": device, "mmap": request.mmap}
+    common = {"job": os.fspath(folder.path), "device": device, "mmap": request.mmap, "direct": direct}
     if threads is not None:
         common["threads"] = threads
 
@@ -104,7 +105,8 @@ def _begin(task: Task, report: Report) -> Callable[[], tuple[str, ...]]:
     """Begin a share unless it is done; return what does the rest, and returns what is to be told."""
     place, share = task["job"], task["share"]
     folder = open_folder(Address(place) if is_address(place) else Path(place))
-    walk = Walk(open_device(task["device"]), task.get("threads") or default_threads(), progress=report)
+    device, threads = open_device(task["device"]), task.get("threads") or default_threads()
+    walk = Walk(device, threads, progress=report, direct=task["direct"])
     if not task["sums"] and not folder.is_done(share):
         return begin_share(folder, share, walk, mmap=task["mmap"])
     if task["sums"] and not folder.has_sums(share):

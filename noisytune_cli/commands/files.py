@@ -65,6 +65,7 @@ def perturb(
     skip_existing: bool = False,
     device: str = "cpu",
     threads: int | None = None,
+    direct: bool | None = None,
 ) -> Perturbed:
     """Write a noisy copy of `source` and its manifest to `out`, durably, or change nothing.
 
@@ -119,6 +120,7 @@ def perturb(
         skip_existing=skip_existing,
         device=device,
         threads=thread_count(threads),
+        direct=direct,
     )
     _warn(done.warnings)
     return done
@@ -207,6 +209,7 @@ def replay(
     follow_links: bool = False,
     device: str = "cpu",
     threads: int | None = None,
+    direct: bool | None = None,
 ) -> Replayed:
     """Write to `out` exactly what a manifest records, from `base` or the hub's commit that it names.
 
@@ -220,6 +223,7 @@ def replay(
         overwrite_changed=overwrite_changed,
         device=device,
         threads=thread_count(threads),
+        direct=direct,
         mmap=mmap,
         follow_links=follow_links,
     )

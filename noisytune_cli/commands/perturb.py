@@ -214,6 +214,7 @@ def perturb(
     skip_existing: bool = False,
     device: str = "cpu",
     threads: int | None = None,
+    direct: bool | None = None,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
 ) -> Perturbed:
     """Write the noisy checkpoint and its manifest to `out`, durably, or change nothing."""
@@ -226,6 +227,7 @@ def perturb(
         skip_existing=skip_existing,
         device=device,
         threads=threads,
+        direct=direct,
         progress=progress,
     )
     return done
@@ -241,6 +243,7 @@ def perturb_each(
     skip_existing: bool = False,
     device: str = "cpu",
     threads: int | None = None,
+    direct: bool | None = None,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
 ) -> tuple[Perturbed, ...]:
     """Write what `perturb` would for each λ and seed of `wanted`, from one pass over the source.
@@ -267,7 +270,7 @@ def perturb_each(
         left = [at for at, out in enumerate(outs) if out not in kept]
         if not left:
             return tuple(kept[out] for out in outs)
-        walk = Walk(open_device(device), threads or default_threads())
+        walk = Walk(open_device(device), threads or default_threads(), direct=direct)
         outputs = check_outputs(
             prepared,
             [outs[at] for at in left],

@@ -62,6 +62,7 @@ def replay(
     overwrite_changed: bool = False,
     device: str = "cpu",
     threads: int | None = None,
+    direct: bool | None = None,
     mmap: bool = False,
     follow_links: bool = False,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
@@ -82,7 +83,7 @@ def replay(
     with open_base(recorded, base, mmap=mmap, follow_links=follow_links) as source:
         files, found = match_files(manifest, source)
         _refuse([*found, *_missing_copies(manifest, source)], recorded, source)
-        walk = Walk(open_device(device), threads or default_threads())
+        walk = Walk(open_device(device), threads or default_threads(), direct=direct)
         plan = Plan(manifest.noise, recorded_steps(manifest.receipts, files))
         rewritten = () if manifest.output is None else _rewrite(manifest.output, plan, source, recorded)
         output = resolve_rewritten(out, source, rewritten)

@@ -59,6 +59,7 @@ def work(
     *,
     device: str = "cpu",
     threads: int | None = None,
+    direct: bool | None = None,
     mmap: bool = False,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
 ) -> Worked:
@@ -73,7 +74,7 @@ def work(
         # Who does all of them beside others should not do the same ones at the same time.
         start = random.randrange(len(chosen))
         chosen = chosen[start:] + chosen[:start]
-    walk = Walk(open_device(device), threads or default_threads())
+    walk = Walk(open_device(device), threads or default_threads(), direct=direct)
     done = set[int]()
     warnings: list[str] = []
     to_sum = [one for one in chosen if not folder.has_sums(one)]

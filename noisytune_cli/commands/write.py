@@ -6,12 +6,13 @@ Publishing is not decided here: what is filled is flushed, and is as the source 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.formats import Nowhere, Sink, Source
+from noisytune_cli.checkpoint.formats._direct import room_for
 from noisytune_cli.engine.threads import Progress
 from noisytune_cli.engine.walk import Output, Walk, work_bytes
 from noisytune_cli.output.convert import OutputFile
@@ -61,11 +62,14 @@ def fill(
     """
     models: Sequence[Source | OutputFile] = files or sources
     targets = {name: slot for file in files for name, slot in file.slots.items()}
+    nbytes = sum(model.size for model in models) * len(places)
+    room = room_for(walk.direct, nbytes, len(places) or 1, walk.threads)
+    opened.enter_context(room or nullcontext())
     variants = []
     for index, plan in enumerate(plans):
         sinks: dict[str, Sink] = {}
         for file, made in zip(sources, models, strict=True):
-            sinks[file.name] = made.create_sink(places[index](made.name)) if places else Nowhere()
+            sinks[file.name] = made.create_sink(places[index](made.name), room=room) if places else Nowhere()
             opened.callback(sinks[file.name].abort)
         std = stds[index] if stds else None
         variants.append(Output(plan, sinks, targets, recorded=recorded or {}, std=std))

@@ -75,7 +75,8 @@ class Output:
 class Walk:
     """How to carry out plans; none of it changes a byte of the result.
 
-    `tile_bytes` is a multiple of 32. `progress` is called, from any thread, with the bytes just finished;
+    `tile_bytes` is a multiple of 32. `direct` says whether outputs are written past the page cache (None: if
+    they are large). `progress` is called, from any thread, with the bytes just finished;
     over a run they add up to `work_bytes`.
     """
 
@@ -83,6 +84,7 @@ class Walk:
     threads: int = 1
     tile_bytes: int = TILE_BYTES
     progress: Callable[[int], None] = _no_progress
+    direct: bool | None = None
 
     def carry_out(
         self, outputs: Sequence[Output], sources: Mapping[str, Source]

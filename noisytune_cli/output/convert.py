@@ -21,6 +21,7 @@ from blake3 import blake3
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.formats import Sink, Source
+from noisytune_cli.checkpoint.formats._direct import Room
 from noisytune_cli.checkpoint.formats.safetensors import SafetensorsSource, create_file
 from noisytune_cli.checkpoint.formats.safetensors.header import MAX_ENTRIES, MAX_HEADER, PREFIX
 from noisytune_cli.checkpoint.layout import METADATA, PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
@@ -65,9 +66,9 @@ class OutputFile:
         """The file as a manifest records it."""
         return FileRecord(self.name, self.size, f"blake3:{blake3(self.header).hexdigest()}")
 
-    def create_sink(self, path: Path) -> Sink:
+    def create_sink(self, path: Path, *, room: Room | None = None) -> Sink:
         """Create the file at `path`, which must not exist, with its header and empty slots."""
-        return create_file(path, self.header, self.size, self.mode)
+        return create_file(path, self.header, self.size, self.mode, room)
 
 
 def lay_out(sources: Sequence[Source], plan: Plan, conversion: Conversion) -> tuple[OutputFile, ...]:

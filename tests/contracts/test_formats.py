@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,7 @@ from pickles import saved, to_torch, torch_bytes
 
 from noisytune_cli.checkpoint import formats
 from noisytune_cli.checkpoint.checkpoint import open_checkpoint
+from noisytune_cli.checkpoint.formats._direct import Room
 from noisytune_cli.commands.perturb import Perturbed, Request, perturb
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
@@ -181,17 +183,21 @@ def test_every_tensor_is_found_and_read(module: ModuleType, path: Path, mmap: bo
     source.close()
 
 
-def test_a_twin_filled_in_any_order_is_the_same_file(module: ModuleType, path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("room", [None, 8 << 20, 1024], ids=["buffered", "direct", "little room"])
+def test_a_twin_filled_in_any_order_is_the_same_file(
+    module: ModuleType, path: Path, tmp_path: Path, room: int | None
+) -> None:
     source = module.open_source(path, path.name, False)
     (tmp_path / "twin").mkdir()
-    sink = source.create_sink(tmp_path / "twin" / path.name)
-    for spec in reversed(source.tensors):
-        data = TENSORS[spec.name].data
-        middle = spec.elements // 2 * (len(data) // max(1, spec.elements))
-        sink.write(spec, middle, memoryview(data)[middle:])
-        sink.write(spec, 0, data[:middle])
-    sink.finish()
-    sink.abort()
+    with nullcontext() if room is None else Room(512, room) as chunks:
+        sink = source.create_sink(tmp_path / "twin" / path.name, room=chunks)
+        for spec in reversed(source.tensors):
+            data = TENSORS[spec.name].data
+            middle = spec.elements // 2 * (len(data) // max(1, spec.elements))
+            sink.write(spec, middle, memoryview(data)[middle:])
+            sink.write(spec, 0, data[:middle])
+        sink.finish()
+        sink.abort()
     source.close()
     assert contents(tmp_path / "twin") == contents(path.parent)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from pathlib import Path
 
@@ -48,3 +49,37 @@ def test_start_writeback_leaves_the_bytes_alone(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(system, "_sync_file_range", None)
         system.start_writeback(file.fileno(), 0, 0)
     assert (tmp_path / "f").read_bytes() == b"abc"
+
+
+MEMINFO = "MemTotal: 64000000 kB\nMemAvailable: 1000000 kB\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({"/proc/self/cgroup": "0::/\n"}, 1024000000),
+        ({"/proc/self/cgroup": "0::/a/b\n", "/sys/fs/cgroup/a/b/memory.max": "max\n"}, 1024000000),
+        ({"/proc/self/cgroup": "0::/a/b\n", "/sys/fs/cgroup/a/memory.max": "3000000\n"}, 3000000),
+        # A container of version 1, whose own group is all it sees of them.
+        (
+            {
+                "/proc/self/cgroup": "5:cpu,cpuacct:/docker/x\n4:memory:/docker/x\n",
+                "/sys/fs/cgroup/memory/memory.limit_in_bytes": "314572800\n",
+            },
+            314572800,
+        ),
+        ({"/proc/self/cgroup": "0::/\n", "/proc/meminfo": "MemTotal: 1 kB\n"}, None),
+        ({}, None),
+    ],
+)
+def test_free_memory_is_what_is_available_and_allowed(
+    monkeypatch: pytest.MonkeyPatch, files: dict[str, str], free: int | None
+) -> None:
+    def opened(path: object, **_: object) -> io.StringIO:
+        found = {"/proc/meminfo": MEMINFO, **files}.get(str(path))
+        if found is None:
+            raise FileNotFoundError(path)
+        return io.StringIO(found)
+
+    monkeypatch.setattr(system, "open", opened, raising=False)
+    assert system.free_memory() == free

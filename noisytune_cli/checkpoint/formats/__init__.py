@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from noisytune_cli.checkpoint.formats._direct import Room
 from noisytune_cli.checkpoint.formats._signatures import HEAD
 from noisytune_cli.checkpoint.layout import METADATA
 from noisytune_cli.errors import unreadable
@@ -62,10 +63,11 @@ class Source(Protocol):
         InputUnreadable if the read fails.
         """
 
-    def create_sink(self, path: Path, mode: int = 0o666) -> Sink:
+    def create_sink(self, path: Path, mode: int = 0o666, room: Room | None = None) -> Sink:
         """Create the file at `path`, which must not exist, with this file's header and empty slots.
 
-        Nobody may read it who may not read this file, nor one of `mode`.
+        Nobody may read it who may not read this file, nor one of `mode`. With a `room` it is written
+        past the page cache.
         """
 
     def check_unchanged(self) -> None:

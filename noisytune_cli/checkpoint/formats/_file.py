@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from noisytune_cli.checkpoint.formats import _system as system
+from noisytune_cli.checkpoint.formats._direct import DirectFile, Room
 from noisytune_cli.errors import Mismatch, NoisytuneError, ResourceExhausted, unreadable, unwritable
 from noisytune_cli.reading import Reach, changed, fingerprint, open_regular
 from noisytune_cli.records import Declared
@@ -119,39 +120,53 @@ class InputFile:
 class WritableFile:
     """One weight file being written: what every `formats.Sink` has in common."""
 
-    def __init__(self, fd: int, path: Path, size: int) -> None:
-        """Take over `fd` and reserve `size` bytes; where this raises, the caller closes it."""
+    def __init__(self, fd: int, path: Path, size: int, room: Room | None = None) -> None:
+        """Take over `fd` and reserve `size` bytes; where this raises, the caller closes it.
+
+        With a `room` it is written directly, as far as the file system can.
+        """
         self.path = path
         self._fd = fd
         self._since_writeback = 0
         self._lock = threading.Lock()
         self._reserve(size)
+        self._direct: DirectFile | None = None
+        if room is not None:
+            self._direct = DirectFile(fd, size, room, self._write_buffered)
 
     def write_at(self, offset: int, buffer: bytes | bytearray | memoryview) -> None:
         """Write `buffer` at byte `offset` of the file, whole or not at all (an error otherwise)."""
-        view = memoryview(buffer)
-        done = 0
+        write = self._write_buffered if self._direct is None else self._direct.write_at
         try:
-            while done < len(view):
-                wrote = os.pwrite(self._fd, view[done:], offset + done)
-                if wrote == 0:
-                    raise OSError(errno.EIO, os.strerror(errno.EIO))
-                done += wrote
+            write(offset, memoryview(buffer))
         except OSError as error:
             raise unwritable(error, self.path) from error
+
+    def _write_buffered(self, offset: int, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            wrote = os.pwrite(self._fd, view[done:], offset + done)
+            if wrote == 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            done += wrote
         self._count_towards_writeback(done)
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes that were written at `offset`."""
+        """Return `length` bytes that were written at `offset`; no thread may be writing."""
         try:
+            if self._direct is not None:
+                self._direct.flush()
             return os.pread(self._fd, length, offset)
         except OSError as error:
             raise unwritable(error, self.path) from error
 
     def finish(self) -> None:
         """Flush to the device (fsync) and close; an error here means that nothing may be published."""
-        fd, self._fd = self._fd, -1
         try:
+            if self._direct is not None:
+                self._direct.flush()
+                self._close_direct()
+            fd, self._fd = self._fd, -1
             try:
                 # Once: a failed fsync forgets the lost pages, and a second one would succeed.
                 os.fsync(fd)
@@ -163,10 +178,17 @@ class WritableFile:
     def abort(self) -> None:
         """Close without a promise (twice is fine, and after `finish`)."""
         fd, self._fd = self._fd, -1
+        # What the file holds no longer matters, nor whether it got there.
+        with contextlib.suppress(OSError):
+            self._close_direct()
         if fd >= 0:
-            # What the file holds no longer matters, nor whether it got there.
             with contextlib.suppress(OSError):
                 os.close(fd)
+
+    def _close_direct(self) -> None:
+        direct, self._direct = self._direct, None
+        if direct is not None:
+            direct.close()
 
     def _reserve(self, size: int) -> None:
         try:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from contextlib import suppress
+from pathlib import PurePosixPath
 from typing import Any
 
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
@@ -40,6 +42,27 @@ def reserve(fd: int, length: int) -> None:
         code = ctypes.get_errno()
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
+
+
+def free_memory() -> int | None:
+    """Return the bytes that are available, no more than cgroups allow; None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":") for line in file)
+        free = int(fields["MemAvailable"].split()[0]) << 10
+        with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+            groups = [line.rstrip("\n").split(":", 2) for line in file]
+    except (OSError, KeyError, ValueError):
+        return None
+    for _, controllers, path in groups:
+        # Of cgroups of version 2 and 1. A container may see its own group as the root.
+        for place, name in (("", "memory.max"), ("memory", "memory.limit_in_bytes")):
+            if place in controllers.split(","):
+                own = PurePosixPath("/sys/fs/cgroup", place, path.lstrip("/"))
+                for group in (own, *own.parents):
+                    with suppress(OSError, ValueError), open(group / name, encoding="ascii") as file:
+                        free = min(free, int(file.read()))
+    return free
 
 
 def _bind(name: str, *argument_types: type[ctypes._SimpleCData[Any]]) -> ctypes._NamedFuncPointer | None:

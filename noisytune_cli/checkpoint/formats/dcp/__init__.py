@@ -19,6 +19,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from noisytune_cli.checkpoint.formats._direct import Room
 from noisytune_cli.checkpoint.formats._file import (
     InputFile,
     WritableFile,
@@ -117,14 +118,16 @@ class DcpSource:
         move_run(_byte_shape(tensor), rectangles, start, np.frombuffer(buffer, np.uint8), _read_piece)
         return buffer
 
-    def create_sink(self, path: Path, mode: int = 0o666) -> DcpSink:
+    def create_sink(self, path: Path, mode: int = 0o666, room: Room | None = None) -> DcpSink:
         """Create all files beside `path`, which becomes `.metadata`; none of them may exist."""
-        return DcpSink(self, path, mode)
+        return DcpSink(self, path, mode, room)
 
-    def piece_sinks(self, folder: Path, mode: int) -> Iterator[tuple[ChunkFile, StoredSink]]:
+    def piece_sinks(
+        self, folder: Path, mode: int, room: Room | None
+    ) -> Iterator[tuple[ChunkFile, StoredSink]]:
         """Create each chunk file in `folder`, with empty slots."""
         for part in self._parts:
-            yield part, part.create_sink(folder / posixpath.basename(part.name), mode)
+            yield part, part.create_sink(folder / posixpath.basename(part.name), mode, room)
 
     def metadata_sink(self, path: Path, mode: int) -> WritableFile:
         """Create `.metadata` at `path`."""
@@ -162,13 +165,13 @@ class DcpSource:
 class DcpSink:
     """One directory being written (see `formats.Sink`)."""
 
-    def __init__(self, source: DcpSource, path: Path, mode: int) -> None:
+    def __init__(self, source: DcpSource, path: Path, mode: int, room: Room | None) -> None:
         """Create the files; where this raises, those that were made are closed."""
         self._source = source
         self._sinks: dict[ChunkFile, StoredSink] = {}
         self._metadata: WritableFile | None = None
         try:
-            for part, sink in source.piece_sinks(path.parent, mode):
+            for part, sink in source.piece_sinks(path.parent, mode, room):
                 self._sinks[part] = sink
             self._metadata = source.metadata_sink(path, mode)
         except BaseException:

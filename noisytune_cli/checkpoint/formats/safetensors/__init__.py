@@ -14,6 +14,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from noisytune_cli.checkpoint.formats._direct import Room
 from noisytune_cli.checkpoint.formats._file import InputFile, WritableFile, create_output, open_input
 from noisytune_cli.checkpoint.formats._signatures import HEAD
 from noisytune_cli.checkpoint.formats._signatures import recognise as recognise_other
@@ -80,9 +81,9 @@ class SafetensorsSource(InputFile):
     def check_sums(self) -> None:
         """Do nothing: the format keeps no checksums."""
 
-    def create_sink(self, path: Path, mode: int = 0o666) -> SafetensorsSink:
+    def create_sink(self, path: Path, mode: int = 0o666, room: Room | None = None) -> SafetensorsSink:
         """Create the file at `path`, which must not exist, with this file's header and empty slots."""
-        return create_file(path, self.header, self.size, self.mode & mode)
+        return create_file(path, self.header, self.size, self.mode & mode, room)
 
     def _read_header(self) -> bytearray:
         if self.size == 0:
@@ -117,9 +118,9 @@ class SafetensorsSource(InputFile):
 class SafetensorsSink(WritableFile):
     """One safetensors file being written (see `formats.Sink`): a header, and its slots."""
 
-    def __init__(self, fd: int, path: Path, header: bytes | bytearray, size: int) -> None:
+    def __init__(self, fd: int, path: Path, header: bytes | bytearray, size: int, room: Room | None) -> None:
         """Take over `fd`; where this raises, an OSError included, the caller closes it."""
-        super().__init__(fd, path, size)
+        super().__init__(fd, path, size, room)
         self.write_at(0, header)
 
     def write(self, tensor: TensorSpec, start: int, buffer: bytes | memoryview) -> None:
@@ -141,6 +142,8 @@ def open_source(path: Path, name: str, mmap: bool, reach: Reach | None = None) -
     return open_input(path, lambda fd: SafetensorsSource(fd, path, name, mmap), reach)
 
 
-def create_file(path: Path, header: bytes | bytearray, size: int, mode: int) -> SafetensorsSink:
+def create_file(
+    path: Path, header: bytes | bytearray, size: int, mode: int, room: Room | None = None
+) -> SafetensorsSink:
     """Create the file at `path`, which must not exist: `size` bytes that begin with the whole `header`."""
-    return create_output(path, lambda fd: SafetensorsSink(fd, path, header, size), mode)
+    return create_output(path, lambda fd: SafetensorsSink(fd, path, header, size, room), mode)

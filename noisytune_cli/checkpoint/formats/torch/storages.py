@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from blake3 import blake3
 
+from noisytune_cli.checkpoint.formats._direct import Room
 from noisytune_cli.checkpoint.formats._file import InputFile, WritableFile, create_output
 from noisytune_cli.checkpoint.formats.torch.archive import Archive, wrong_checksum
 from noisytune_cli.checkpoint.formats.torch.crc32 import RangeSums
@@ -135,9 +136,9 @@ class StoredSource(InputFile, ABC):
                 place += len(data)
             place = end
 
-    def create_sink(self, path: Path, mode: int = 0o666) -> StoredSink:
+    def create_sink(self, path: Path, mode: int = 0o666, room: Room | None = None) -> StoredSink:
         """Create the file at `path`, which must not exist, as a copy of this file with empty slots."""
-        return create_output(path, lambda fd: StoredSink(fd, path, self), self.mode & mode)
+        return create_output(path, lambda fd: StoredSink(fd, path, self, room), self.mode & mode)
 
     def check_sums(self) -> None:
         """Raise InputInvalid if a record of which something was read does not fit its CRC-32."""
@@ -187,9 +188,9 @@ class StoredSource(InputFile, ABC):
 class StoredSink(WritableFile):
     """One file with storages being written (see `formats.Sink`): the source's copy, and its slots."""
 
-    def __init__(self, fd: int, path: Path, source: StoredSource) -> None:
+    def __init__(self, fd: int, path: Path, source: StoredSource, room: Room | None) -> None:
         """Take over `fd`; where this raises, an OSError included, the caller closes it."""
-        super().__init__(fd, path, source.size)
+        super().__init__(fd, path, source.size, room)
         self._source = source
         self._sums = RangeSums(self.read_at)
         self._held: dict[str, tuple[Held | None, int]] = {}
