@@ -109,8 +109,9 @@ faults: $(TESTING)
 prove: $(TESTING)
 	$(BIN)/python tests/faults/prove.py
 
+# All rows, or those of BENCH_FLAGS="--size 1 --dtype F32 --only warm cold".
 bench: $(TESTING) $(MODEL)/model.safetensors
-	$(BIN)/python benchmarks/bench.py --minilm $(MODEL)/model.safetensors
+	$(BIN)/python benchmarks/bench.py --minilm $(MODEL)/model.safetensors $(BENCH_FLAGS)
 
 # A job of a terabyte in 400 shards, planned on files that are holes.
 rehearse: $(INSTALLED)

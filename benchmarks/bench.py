@@ -1,6 +1,7 @@
 """The speed of noisytune beside what bounds it: every aim a row, its contenders in turn, medians and ratios.
 
-    python benchmarks/bench.py [--minilm FILE] [--size GIB ...] [--rounds N] [--only WORD] [--folder DIR]
+    python benchmarks/bench.py [--minilm FILE] [--size GIB ...] [--dtype F32|BF16 ...] [--rounds N]
+                               [--only WORD ...] [--folder DIR]
 
     durable copy    `cp SOURCE OUT && sync OUT`, from a source in the page cache (warm) or not (cold)
     digest          BLAKE3 of the file in threads, as b3sum does it: reading at its cheapest
@@ -30,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +252,15 @@ def file_rows(folder: Path, source: Path, label: str, *, large: bool) -> Iterato
         f"{label}, warm", ours, "durable copy", once, "0.9" if large else "1.0", lambda: make_warm(source)
     )
     yield Row(f"{label}, cold", ours, "durable copy", once, "1.0", lambda: make_cold(source))
+    for state, prepare in (("warm", make_warm), ("cold", make_cold)):
+        direct, buffered = ((*ours[0], f"--{way}direct") for way in ("", "no-"))
+        yield Row(
+            f"{label}, --direct, {state}",
+            ([*direct],),
+            "--no-direct",
+            ([*buffered],),
+            prepare=partial(prepare, source),
+        )
 
 
 def other_rows(folder: Path, source: Path, label: str) -> Iterator[Row]:
@@ -282,6 +293,14 @@ def other_rows(folder: Path, source: Path, label: str) -> Iterator[Row]:
             yield Row(
                 f"{label}, cold in 300 MB", inside[0], "the same", inside[1], "1.0", lambda: make_cold(source)
             )
+            buffered = ([*inside[0][0], "--no-direct"],)
+            yield Row(
+                f"{label}, --direct, cold in 300 MB",
+                inside[0],
+                "--no-direct",
+                buffered,
+                prepare=lambda: make_cold(source),
+            )
     except OSError as error:
         print(f"| {label}, in {LITTLE >> 20} MiB | not measured: {error} | | | | | | |", flush=True)
     loop = (python(LOOP, source, out),)
@@ -304,7 +323,7 @@ def rows(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     """Yield every row in its turn, with its files made."""
     yield from start_rows(folder, options.minilm)
     for size in options.size:
-        for dtype in BYTES:
+        for dtype in options.dtype:
             source, label = folder / f"{dtype}.safetensors", f"{size:g} GiB {dtype}"
             build(source, dtype, layout(dtype, int(size * 2**30)))
             yield from file_rows(folder, source, label, large=size >= 4)
@@ -339,7 +358,8 @@ def main() -> None:
     parser.add_argument("--minilm", type=Path, help="a real model.safetensors")
     parser.add_argument("--size", type=float, nargs="+", default=[1.0, 4.0], help="GiB of the built files")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--dtype", nargs="+", default=[*BYTES], choices=[*BYTES])
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows whose name holds one")
     parser.add_argument("--folder", type=Path, help="where to work: a disk, not a tmpfs")
     options = parser.parse_args()
     print(
@@ -350,7 +370,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder or Path.cwd(), prefix="bench-") as name:
         folder = Path(name)
         for row in rows(options, folder):
-            if options.only in row.what:
+            if not options.only or any(word in row.what for word in options.only):
                 row.measure(options.rounds, folder)
         if not options.only:
             report_memory(options, folder)

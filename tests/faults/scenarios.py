@@ -126,6 +126,8 @@ def further_scenarios(sandbox: Path) -> tuple[Scenario, ...]:
     pickled, chunks = source / "pickled.bin", source / "chunks"
     torch.save({"w": torch.arange(1.0, 301.0), "v": torch.arange(1.0, 41.0).double()}, pickled)
     save_chunked(chunks, {("w",): torch.arange(1.0, 301.0).view(30, 10)})
+    large = source / "large.safetensors"
+    large.write_bytes(weights({"u": ("F32", 100_003), "w": ("F32", 1_100_000), "v": ("BF16", 5)}))
     recipe = source / "recipe.json"
     perturb(Request(str(folder), NoiseSpec(seed=3)), str(recipe), recipe_only=True)
 
@@ -148,6 +150,8 @@ def further_scenarios(sandbox: Path) -> tuple[Scenario, ...]:
             scenario("finish", folder, "out", verb=("finish",)),
             prepare=partial(_planned, source=folder, templates=sandbox / "templates"),
         ),
+        # Of two whole chunks, which threads of their own write, and the rest of a third.
+        scenario("direct", large, "out.safetensors", "--direct"),
         replace(scenario("many", folder, "out-{seed}", "--seed", "0-2"), outputs=3),
         replace(scenario("many-files", file, "out-{seed}.safetensors", "--seed", "0,1"), outputs=2),
     )
