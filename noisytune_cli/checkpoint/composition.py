@@ -244,6 +244,10 @@ class _ComponentSink:
     def __init__(self, inner: Sink, prefix: str) -> None:
         self._inner, self._prefix = inner, prefix
 
+    def space(self, tensor: TensorSpec, start: int, nbytes: int) -> memoryview | None:
+        """Return memory to make in what is written next from byte `start` of `tensor`, None for none."""
+        return self._inner.space(_own(tensor, self._prefix), start, nbytes)
+
     def write(self, tensor: TensorSpec, start: int, buffer: bytes | memoryview) -> None:
         """Write `buffer` from byte `start` of `tensor`."""
         self._inner.write(_own(tensor, self._prefix), start, buffer)

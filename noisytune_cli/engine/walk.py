@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
@@ -219,7 +220,7 @@ class TensorWalk:
         self.spreads: Sequence[Sequence[Spread | None]] = [()] * len(outputs)
         self._walk, self._outputs, self._index, self._source = walk, outputs, index, source
         self._size = _unit(self.tensor)
-        self._tiles = self._divide(max(self._size, *(_out_unit(step) for step in steps)))
+        self._tiles = self._divide(outputs[0].target(steps[0]).offset, [_out_unit(step) for step in steps])
         self.matrices = Matrices(walk.device, self.tensor, steps[0].matrices)
         self._buffer: memoryview | None = None
         self._source_hash = blake3()
@@ -318,19 +319,27 @@ class TensorWalk:
                 one.write(first, data)
             else:
                 out, counts, overflowed = one.make(self._walk, worker, data, first)
-                one.write(first, out)
                 with work.in_turn(index, lane):
                     one.hash.update(out)
                     one.outcomes.count(counts)
                     one.overflowed += overflowed
+                one.write(first, out)
             if not again:
                 self._walk.progress(len(data))
 
-    def _divide(self, unit: int) -> list[tuple[int, int]]:
-        """Return (first element, elements) of each tile; `unit` is the most bytes of an element, anywhere."""
+    def _divide(self, offset: int, units: Sequence[int]) -> list[tuple[int, int]]:
+        """Return (first element, elements) of each tile; `units` are the bytes of an element in each output.
+
+        Of several, the first is shorter where all others then begin at multiples of their size in the first
+        output's file, in which the tensor lies at `offset`: as they are written best.
+        """
         count = self.tensor.nbytes // self._size
-        most = self._walk.tile_bytes // unit
-        return [(first, min(most, count - first)) for first in range(0, count, most)]
+        most = self._walk.tile_bytes // max(self._size, *units)
+        before, rest = divmod(-offset % (most * units[0]), units[0])
+        if rest or before == 0 or count <= most:
+            before = min(most, count)
+        firsts = [0, *range(before, count, most)] if count else []
+        return [(first, min(count, after) - first) for first, after in pairwise([*firsts, count])]
 
     def _buffer_tile(self, index: int) -> memoryview:
         assert self._buffer is not None
@@ -379,7 +388,10 @@ class _Written:
     ) -> tuple[memoryview, list[Counts], int]:
         """Return the elements from `first` as the output has them, their counts, and how many overflowed."""
         dtype, out_dtype = self._step.tensor.dtype, self._step.out_dtype
-        out = worker.out[: len(data) // _unit(self._step.tensor) * self._unit]
+        nbytes = len(data) // _unit(self._step.tensor) * self._unit
+        out = self._sink.space(self._target, first * self._unit, nbytes)
+        if out is None:
+            out = worker.out[:nbytes]
         overflowed = 0
         if out_dtype is not None and (not self.outcomes.changes or _narrows(dtype, out_dtype)):
             overflowed = walk.device.convert(data, out, dtype, out_dtype)

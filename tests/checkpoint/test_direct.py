@@ -376,3 +376,60 @@ def test_what_is_small_or_unknown_is_not(monkeypatch: pytest.MonkeyPatch, free: 
     monkeypatch.setattr(_direct, "free_memory", lambda: free)
     assert room_for(None, (64 << 20) - 1, 1, 2) is None
     assert (room_for(None, 1 << 40, 1, 2) is None) == (free is None)
+
+
+def test_what_is_made_in_its_place_is_not_copied(
+    tmp_path: Path, direct_writes: list[tuple[int, int]]
+) -> None:
+    content = random.Random(0).randbytes(2 * BLOCK)
+    with Room(BLOCK) as room:
+        file = create(tmp_path / "out", 2 * BLOCK, room)
+        for start in (0, BLOCK // 2, BLOCK, 3 * BLOCK // 2):
+            space = file.space_at(start, BLOCK // 2)
+            assert space is not None
+            assert file.space_at(start + 1, 8) is None, "it is being made"
+            space[:] = content[start : start + BLOCK // 2]
+            assert len(direct_writes) <= start // BLOCK, "it is not whole before it is written"
+            file.write_at(start, space)
+        file.finish()
+    assert (tmp_path / "out").read_bytes() == content
+    assert sorted(direct_writes) == [(0, BLOCK), (BLOCK, BLOCK)]
+
+
+def test_there_is_no_space_for_what_is_there_lies_in_two_chunks_or_in_none(tmp_path: Path) -> None:
+    with Room(BLOCK) as room:
+        file = create(tmp_path / "out", 3 * BLOCK + 5, room)
+        file.write_at(10, b"ab")
+        assert file.space_at(8, 3) is None
+        assert file.space_at(BLOCK - 1, 2) is None
+        assert file.space_at(3 * BLOCK, 5) is None
+        assert file.space_at(12, 3) is not None
+        file.abort()
+    with Room(BLOCK, 0) as room:
+        file = create(tmp_path / "no memory", 3 * BLOCK, room)
+        assert file.space_at(0, 8) is None
+        file.abort()
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        ("_write_directly", OSError(errno.EIO, "Input/output error")),
+        ("_write_directly", MemoryError()),
+        # A network's file system may tell only then.
+        ("_close_direct", OSError(errno.EIO, "Input/output error")),
+    ],
+)
+def test_what_fails_in_a_thread_of_its_own_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: Exception
+) -> None:
+    def fails(*_: object) -> int:
+        raise error
+
+    with monkeypatch.context() as patched, Room(BLOCK) as room:
+        file = create(tmp_path / "out", BLOCK, room)
+        patched.setattr(_direct.DirectFile, call, fails)
+        file.write_at(0, bytes(BLOCK))
+        with pytest.raises((ResourceExhausted, MemoryError)):
+            file.finish()
+    file.abort()

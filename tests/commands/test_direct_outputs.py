@@ -30,10 +30,10 @@ TENSORS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_direct, "_MOST", 4096)
-    monkeypatch.setattr(_direct, "_LEAST", 4096)
+@pytest.fixture(autouse=True, params=[4096, 16384])
+def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_direct, "_MOST", request.param)
+    monkeypatch.setattr(_direct, "_LEAST", request.param)
 
 
 @pytest.fixture

@@ -50,6 +50,9 @@ class Kept:
     def __init__(self) -> None:
         self.written: dict[tuple[str, int], bytes] = {}
 
+    def space(self, tensor: TensorSpec, start: int, nbytes: int) -> memoryview | None:
+        return None
+
     def write(self, tensor: TensorSpec, start: int, buffer: bytes | memoryview) -> None:
         assert (tensor.name, start) not in self.written
         self.written[tensor.name, start] = bytes(buffer)

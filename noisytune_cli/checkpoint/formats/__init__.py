@@ -83,6 +83,12 @@ class Source(Protocol):
 class Sink(Protocol):
     """One weight file being written; slots may be filled in any order, by several threads."""
 
+    def space(self, tensor: TensorSpec, start: int, nbytes: int) -> memoryview | None:
+        """Return memory to make in what `write` gets next from byte `start`, so that it need not be copied.
+
+        None where there is none. After `write` it is no longer the caller's.
+        """
+
     def write(self, tensor: TensorSpec, start: int, buffer: bytes | memoryview) -> None:
         """Write `buffer` from byte `start` of `tensor`, whole or not at all (an error otherwise)."""
 
@@ -95,6 +101,9 @@ class Sink(Protocol):
 
 class Nowhere:
     """A sink for what only has to be computed."""
+
+    def space(self, tensor: TensorSpec, start: int, nbytes: int) -> memoryview | None:
+        """Have none."""
 
     def write(self, tensor: TensorSpec, start: int, buffer: bytes | memoryview) -> None:
         """Keep nothing."""

@@ -48,9 +48,19 @@ class _Chunk:
 
     def __init__(self, file: DirectFile, index: int, memory: memoryview) -> None:
         self.file, self.index, self.memory = file, index, memory
+        self.address = _address(memory)
         #: Which bytes are there, as (start, end) in order; and how many threads are copying some.
         self.runs: list[tuple[int, int]] = []
         self.users = 0
+        #: Where a thread makes what it will bring.
+        self.lent: set[tuple[int, int]] = set()
+
+    def lend(self, start: int, end: int) -> bool:
+        """Note that a thread makes bytes here, unless another does or has: ties have one place."""
+        is_free = all(end <= first or last <= start for first, last in (*self.runs, *self.lent))
+        if is_free:
+            self.lent.add((start, end))
+        return is_free
 
     def cover(self, start: int, end: int) -> None:
         """Note that bytes are there."""
@@ -148,9 +158,20 @@ class DirectFile:
         self._closed = bytearray(size // room.chunk_bytes)
         self._left = len(self._closed)
         self._leaving: set[int] = set()
-        self._error: OSError | None = None
+        self._error: BaseException | None = None
         #: For direct writes; open from the first to the last of them, since files may be many.
         self._direct: int | None = None
+
+    def space_at(self, offset: int, nbytes: int) -> memoryview | None:
+        """Return memory to make in what `write_at` gets next for this place; None where there is none."""
+        index, at = divmod(offset, self._room.chunk_bytes)
+        if at + nbytes > self._room.chunk_bytes or (chunk := self._claim(index)) is None:
+            return None
+        with self._room.change:
+            if chunk.lend(at, at + nbytes):
+                return chunk.memory[at : at + nbytes]
+            chunk.users -= 1
+        return None
 
     def write_at(self, offset: int, view: memoryview) -> None:
         """Take what is to lie at `offset`; OSError where it, or what came before, cannot be written."""
@@ -201,13 +222,15 @@ class DirectFile:
             for first, last in chunk.runs:
                 if left := chunk.memory[max(first, done) : last]:
                     self._buffered(start + max(first, done), left)
-        except OSError as error:
+        except BaseException as error:
             self._error = self._error or error
-        finally:
-            with self._room.change:
-                self._arrive(chunk)
+        with self._room.change:
+            self._arrive(chunk)
+            try:
                 if not (self._left or self._leaving):
                     self._close_direct()
+            except OSError as error:
+                self._error = self._error or error
 
     def _claim(self, index: int) -> _Chunk | None:
         """Return the chunk of an index, to be given back by `_put`; None where bytes go through the cache."""
@@ -236,12 +259,17 @@ class DirectFile:
 
     def _put(self, chunk: _Chunk, at: int, piece: memoryview) -> None:
         is_sent = True
+        # What was made where `space_at` said, holds the chunk a second time.
+        is_there = _address(piece) == chunk.address + at
         try:
-            # NumPy lets other threads run meanwhile.
-            np.asarray(chunk.memory)[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
+            if not is_there:
+                # NumPy lets other threads run meanwhile.
+                np.asarray(chunk.memory)[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
         finally:
             with self._room.change:
-                chunk.users -= 1
+                chunk.users -= 1 + is_there
+                if is_there:
+                    chunk.lent.remove((at, at + len(piece)))
                 chunk.cover(at, at + len(piece))
                 if chunk.is_whole:
                     self._leave(chunk)
@@ -250,8 +278,10 @@ class DirectFile:
             self.write_chunk(chunk)
 
     def _check(self) -> None:
-        if self._error is not None:
+        if isinstance(self._error, OSError):
             raise OSError(self._error.errno, self._error.strerror)
+        if self._error is not None:
+            raise self._error
 
     def _leave(self, chunk: _Chunk) -> None:
         """Let nothing more be added to a chunk: it is about to be written."""
@@ -310,12 +340,16 @@ def room_for(direct: bool | None, nbytes: int, files: int, threads: int) -> Room
     return Room(max(_LEAST, min(_MOST, 1 << max(share, 1).bit_length() - 1)))
 
 
+def _address(memory: memoryview) -> int:
+    return int(np.frombuffer(memory, np.uint8).ctypes.data)
+
+
 def _aligned(nbytes: int, count: int) -> list[memoryview]:
     """Return memory in `count` pieces, of huge pages as far as there are any; nothing is touched yet."""
     whole = mmap.mmap(-1, count * nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
     with suppress(AttributeError, OSError):
         whole.madvise(mmap.MADV_HUGEPAGE)
-    first = -np.frombuffer(whole, np.uint8).ctypes.data % _HUGE
+    first = -_address(memoryview(whole)) % _HUGE
     return [memoryview(whole)[at : at + nbytes] for at in range(first, first + count * nbytes, nbytes)][::-1]
 
 

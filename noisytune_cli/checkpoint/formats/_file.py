@@ -134,6 +134,16 @@ class WritableFile:
         if room is not None:
             self._direct = DirectFile(fd, size, room, self._write_buffered)
 
+    def space_at(self, offset: int, nbytes: int) -> memoryview | None:
+        """Return memory to make in what is written next at `offset`, which is then not copied; None for none.
+
+        After `write_at` it is no longer the caller's.
+        """
+        try:
+            return None if self._direct is None else self._direct.space_at(offset, nbytes)
+        except OSError as error:
+            raise unwritable(error, self.path) from error
+
     def write_at(self, offset: int, buffer: bytes | bytearray | memoryview) -> None:
         """Write `buffer` at byte `offset` of the file, whole or not at all (an error otherwise)."""
         write = self._write_buffered if self._direct is None else self._direct.write_at

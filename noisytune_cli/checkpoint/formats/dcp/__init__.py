@@ -178,6 +178,9 @@ class DcpSink:
             self.abort()
             raise
 
+    def space(self, tensor: TensorSpec, start: int, nbytes: int) -> memoryview | None:
+        """Have none: a tensor lies in several places."""
+
     def write(self, tensor: TensorSpec, start: int, buffer: bytes | memoryview) -> None:
         """Write `buffer` from byte `start` of `tensor`, whole or not at all (an error otherwise)."""
         run = np.frombuffer(buffer, np.uint8)

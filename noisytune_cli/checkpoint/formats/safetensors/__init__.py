@@ -123,6 +123,10 @@ class SafetensorsSink(WritableFile):
         super().__init__(fd, path, size, room)
         self.write_at(0, header)
 
+    def space(self, tensor: TensorSpec, start: int, nbytes: int) -> memoryview | None:
+        """Return memory to make in what is written next from byte `start` of `tensor`, None for none."""
+        return self.space_at(tensor.offset + start, nbytes)
+
     def write(self, tensor: TensorSpec, start: int, buffer: bytes | memoryview) -> None:
         """Write `buffer` from byte `start` of `tensor`, whole or not at all (an error otherwise)."""
         self.write_at(tensor.offset + start, buffer)

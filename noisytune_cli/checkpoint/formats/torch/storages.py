@@ -198,12 +198,17 @@ class StoredSink(WritableFile):
         for offset, data in source.rest():
             self.write_at(offset, data)
 
+    def space(self, tensor: TensorSpec, start: int, nbytes: int) -> memoryview | None:
+        """Return memory to make in what is written next from byte `start` of `tensor`, None for none."""
+        in_order = self._source.runs[tensor.name].in_order
+        return self.space_at(tensor.offset + start, nbytes) if in_order else None
+
     def write(self, tensor: TensorSpec, start: int, buffer: bytes | memoryview) -> None:
         """Write `buffer` from byte `start` of `tensor`, whole or not at all (an error otherwise)."""
         runs = self._source.runs[tensor.name]
         if runs.in_order:
+            self._sums.add(tensor.offset + start, buffer)  # first: it may be ours no longer
             self.write_at(tensor.offset + start, buffer)
-            self._sums.add(tensor.offset + start, buffer)
         elif whole := self._gather(tensor, runs, start, buffer):
             for offset, piece in whole.pieces():
                 self.write_at(offset, piece)
