@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 from namespaces import in_namespace
@@ -132,6 +133,30 @@ with load({engine!r})(None, None) as run:
 kept = signal.getsignal(signal.SIGTERM) is stop
 print(json.dumps({{"answers": answers, "done": sorted(done), "kept": kept}}))
 """
+
+
+#: A task that does not end before half of it was reported.
+_HALVES = """
+import json, pathlib, sys
+from engine_tasks import halves
+from noisytune_cli.commands.engines import complete, load
+seen = pathlib.Path(sys.argv[1])
+done = []
+def report(nbytes):
+    done.append(nbytes)
+    seen.touch()
+with load({engine!r})(None, None) as run:
+    complete(run, halves, [{{"seen": str(seen), "nbytes": 10}}], report)
+print(json.dumps(done))
+"""
+
+
+@pytest.mark.parametrize("engine", names())
+def test_how_far_a_share_is(engine: str, tmp_path: Path) -> None:
+    if engine == "ray":
+        pytest.importorskip("ray")
+    done = in_namespace([sys.executable, "-c", _HALVES.format(engine=engine), str(tmp_path / "seen")])
+    assert json.loads(done) == [5, 5]
 
 
 @pytest.mark.parametrize("engine", names())

@@ -1,8 +1,9 @@
 """Two nodes of Ray on this machine, of which one is killed while noisytune perturbs: run in a namespace.
 
-    python ray_cluster.py SOURCE OUT
+    python ray_cluster.py SOURCE OUT [none]
 
-Writes JSON: the exit code, how many receipts were there when the node was killed, what stdout had.
+With `none` no node is killed. Writes JSON: the exit code, the seconds, how many receipts were there when the
+node was killed, what stdout had.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def raylets() -> dict[int, bool]:
     return found
 
 
-def main(source: str, out: str) -> None:
+def main(source: str, out: str, killed: str = "one") -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     common = ("--node-ip-address=127.0.0.1", "--num-cpus=1", "--object-store-memory=80000000")
     ray("start", "--head", "--port=6399", "--include-dashboard=false", *common)
@@ -47,6 +48,7 @@ def main(source: str, out: str) -> None:
     (other,) = set(raylets()) - head
     command = [sys.executable, "-P", "-m", "noisytune_cli", "perturb", source, "-o", out, "--json"]
     command += ["--engine", "ray", "--address", ADDRESS, "--share-bytes", "1"]
+    started = time.monotonic()
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     receipts: list[Path] = []
     while run.poll() is None and not receipts:
@@ -54,9 +56,12 @@ def main(source: str, out: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             receipts = list(Path(out).parent.glob(".noisytune-job-*/*/receipts/*.json"))
         time.sleep(0.005)
-    os.kill(other, signal.SIGKILL)
+    if killed == "one":
+        os.kill(other, signal.SIGKILL)
     told, _ = run.communicate()
-    print(json.dumps({"code": run.returncode, "receipts": len(receipts), "stdout": told}))
+    seconds = time.monotonic() - started
+    done = {"code": run.returncode, "seconds": seconds, "receipts": len(receipts), "stdout": told}
+    print(json.dumps(done))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The engine of a Ray cluster, or of one that is started on this machine for as long as it takes.
 
+How far a share is, its task tells an actor on this node, which is asked now and then.
+
 Ray is kept from what is not its own: standard output, which its processes write to, is led to standard error
 while it is connected; the handlers of signals that it replaces are put back; it sends no statistics.
 """
@@ -10,6 +12,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +23,9 @@ from noisytune_cli.errors import HubError, PackageMissing
 from noisytune_cli.version import __version__
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+#: Seconds between two looks at how far the shares are, and between two words of a task on that.
+_LOOK = 0.5
 
 #: CPUs that a share takes unless told: a cluster has as many shares at work as CPUs.
 _CPUS = 1
@@ -65,10 +72,29 @@ def _run(
     ray: Any, call: Call, tasks: Sequence[Task], report: Report, cpus: int
 ) -> Iterator[tuple[int, Answer]]:
     # A task that is lost is tried again by who asked for it, as is one that failed.
-    remote = ray.remote(max_retries=0, num_cpus=cpus, scheduling_strategy="SPREAD")(_quietly)
-    waiting = {remote.remote(call, {"threads": cpus, **task}): number for number, task in enumerate(tasks)}
+    remote = ray.remote(max_retries=0, num_cpus=cpus, scheduling_strategy="SPREAD")(_do)
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=True
+    )
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
+    waiting = {
+        remote.remote(call, {"threads": cpus, **task}, number, board): number
+        for number, task in enumerate(tasks)
+    }
+    shown = [0] * len(tasks)
+
+    def show(number: int, nbytes: int) -> None:
+        report(nbytes - shown[number])
+        shown[number] = nbytes
+
     while waiting:
-        (done, *_), _ = ray.wait(list(waiting), num_returns=1)
+        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=_LOOK)
+        if not ready:
+            for number, nbytes in _look(ray, board).items():
+                if number in waiting.values() and nbytes > shown[number]:
+                    show(number, min(nbytes, tasks[number]["nbytes"]))
+            continue
+        done = ready[0]
         number = waiting.pop(done)
         try:
             answer = ray.get(done)
@@ -82,13 +108,46 @@ def _run(
             ) from error
         except ray.exceptions.RayError as error:
             answer = {"died": str(error).partition("\n")[0] or type(error).__name__}
-        if not answer.get("error") and "died" not in answer:
-            report(tasks[number]["nbytes"])
+        show(number, 0 if answer.get("error") or "died" in answer else tasks[number]["nbytes"])
         yield number, answer
 
 
-def _quietly(call: Call, task: Task) -> Answer:
-    answer = call(task, lambda done: None)
+def _look(ray: Any, board: Any) -> dict[int, int]:
+    """Return how far tasks are; nothing where that cannot be told now."""
+    try:
+        found: dict[int, int] = ray.get(board.read.remote(), timeout=_LOOK)
+    except ray.exceptions.RayError:
+        return {}
+    return found
+
+
+class _Board:
+    """How many bytes of each task are done."""
+
+    def __init__(self) -> None:
+        self._done: dict[int, int] = {}
+
+    def write(self, number: int, nbytes: int) -> None:
+        self._done[number] = nbytes
+
+    def read(self) -> dict[int, int]:
+        return self._done
+
+
+def _do(call: Call, task: Task, number: int, board: Any) -> Answer:
+    """Do a task where Ray has put it, and say now and then how far it is."""
+    lock = threading.Lock()
+    done, told = 0, 0.0
+
+    def report(nbytes: int) -> None:
+        nonlocal done, told
+        with lock:
+            done += nbytes
+            if time.monotonic() >= told + _LOOK:
+                told = time.monotonic()
+                board.write.remote(number, done)
+
+    answer = call(task, report)
     return answer() if callable(answer) else answer
 
 
