@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import posixpath
-import threading
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -294,6 +293,8 @@ def _checkpoint(
 def _open_headers(found: Found, few_values: bool) -> Checkpoint:
     from tempfile import TemporaryDirectory
 
+    from noisytune_cli.checkpoint.remote import in_blocks
+
     remote = found.remote
     assert remote is not None
     with ExitStack() as scratch:
@@ -302,11 +303,7 @@ def _open_headers(found: Found, few_values: bool) -> Checkpoint:
         try:
             outlined = found.outlined(folder)
             if few_values:
-
-                def part(name: str, start: int, end: int) -> bytes:
-                    return remote.part(name, start, end, threading.Event())
-
-                outlined = replace(outlined, part=part)
+                outlined = replace(outlined, part=in_blocks(remote))
             opened = _open(outlined, mmap=False)
         except NoisytuneError as error:
             error.move(*moved)

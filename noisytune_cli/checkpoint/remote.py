@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +26,9 @@ _T = TypeVar("_T")
 
 #: How much of a file is asked for first where its header is all that is needed: most headers are shorter.
 _HEAD = 64 << 10
+
+#: What is asked for together where a few bytes are asked for, and how many such blocks are kept.
+_BLOCK, _KEPT = 16 << 10, 1024
 
 #: Files, or parts of them, that are fetched at a time.
 _WORKERS = 8
@@ -109,6 +113,27 @@ class Remote(ABC):
                 raise exhausted(error) from error
 
         do_all(fetch, names, left_behind)
+
+
+def in_blocks(remote: Remote) -> Callable[[str, int, int], bytes]:
+    """Return what fetches bytes of a file, where these are few together with those around them.
+
+    A few values here and there, and scales that are asked for row by row, are one request.
+    """
+
+    @lru_cache(_KEPT)
+    def block(name: str, number: int) -> bytes:
+        start = number * _BLOCK
+        return remote.part(name, start, min(start + _BLOCK, remote.size(name)), threading.Event())
+
+    def part(name: str, start: int, end: int) -> bytes:
+        if end - start > _BLOCK:
+            return remote.part(name, start, end, threading.Event())
+        first = start // _BLOCK
+        found = b"".join(block(name, number) for number in range(first, -(-end // _BLOCK)))
+        return found[start - first * _BLOCK : end - first * _BLOCK]
+
+    return part
 
 
 def do_all(work: Callable[[_T], None], items: Iterable[_T], left_behind: threading.Event) -> None:

@@ -31,7 +31,8 @@ from noisytune_cli.errors import (
     UsageError,
 )
 from noisytune_cli.output.job_folder import job_path
-from noisytune_cli.records import NoiseSpec
+from noisytune_cli.records import Conversion, NoiseSpec
+from tests.checkpoint.test_dequantize import base
 
 pytestmark = pytest.mark.usefixtures("temporary")
 
@@ -149,7 +150,19 @@ def test_what_is_planned_reads_a_few_values(store: ObjectStore, there: str, tmp_
     store.asked.clear()
     plan(f"{store.url}/big.safetensors", f"{tmp_path}/out.safetensors")
     ranges = [one.headers["range"].removeprefix("bytes=") for one in store.of("GET", "big")]
-    assert sum(int(end) + 1 - int(start) for start, end in (one.split("-") for one in ranges)) < 100_000
+    assert sum(int(end) + 1 - int(start) for start, end in (one.split("-") for one in ranges)) < 200_000
+
+
+def test_scales_that_lie_in_another_file(store: ObjectStore, tmp_path: Path) -> None:
+    fp8 = base(tmp_path)
+    store.put_folder(fp8, "fp8")
+    asked = Request(f"{store.url}/fp8", NoiseSpec(), Conversion(dequantized="BF16"))
+    perturb_each(asked, combine(f"{tmp_path}/single", seed="0", default=0.15))
+    out = f"{store.url}/jobs"
+    plan_job(asked, out, combine(out, seed="0", default=0.15), share_bytes=1)
+    work(out)
+    finish(out)
+    assert sent(store) == contents(tmp_path / "single")
 
 
 @dataclass
