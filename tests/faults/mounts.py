@@ -12,12 +12,16 @@ import os
 import shutil
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN, linux/fs.h of ext4 and XFS
 _WITHOUT_LOG_FLUSH = 2
+
+#: Seconds in which another mount namespace, such as a test's, ends.
+_PATIENCE = 60.0
 
 
 class Unavailable(Exception):
@@ -69,7 +73,20 @@ class Device:
         _run("mkfs.ext4", "-q", "-F", str(image))
 
     def mount(self) -> None:
-        _run("mount", "-o", "loop", str(self._image), str(self._at))
+        """Mount it, and not what a namespace that was made meanwhile keeps from before the power was cut."""
+        until = time.monotonic() + _PATIENCE
+        while True:
+            _run("mount", "-o", "loop", str(self._image), str(self._at))
+            try:
+                (self._at / "probe").mkdir()
+                (self._at / "probe").rmdir()
+            except OSError as error:
+                self.unmount()
+                if time.monotonic() > until:
+                    raise Unavailable(f"{self._image} is mounted elsewhere too") from error
+                time.sleep(0.2)
+            else:
+                return
 
     def flush(self) -> None:
         """Have on the device whatever was written, and of no other file system: those may be busy."""

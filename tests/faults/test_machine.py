@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,6 +204,18 @@ def test_a_power_cut_leaves_the_old_state_or_the_new(
             for moment in moments:
                 assert power.cut_at(disk, expected, warm, log, device, moment) == [], f"cut after {moment}"
     except mounts.Unavailable as why:
+        pytest.skip(str(why))
+
+
+def test_a_disk_comes_back_whoever_keeps_a_namespace(tmp_path: Path) -> None:
+    try:
+        with mounts.device(tmp_path) as device, subprocess.Popen(["unshare", "-m", "sleep", "2"]):
+            time.sleep(0.5)
+            device.cut_power()
+            device.unmount()
+            device.mount()
+            (tmp_path / "disk" / "file").write_bytes(b"alive")
+    except (mounts.Unavailable, FileNotFoundError) as why:
         pytest.skip(str(why))
 
 
