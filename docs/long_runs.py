@@ -24,6 +24,7 @@ RELIABILITY = {
     "power cut": "power cuts",
     "store fault": "runs into an object store that fails at random",
     "random command": "random commands, against the reference",
+    "lost turn": "turns in which the harness itself failed",
     "kernel test under sanitizers": "kernels' tests under sanitizers",
 }
 _JOB = {

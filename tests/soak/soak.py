@@ -88,7 +88,7 @@ def _faults(*kinds: str) -> Part:
         text = journal.read_text() if journal.exists() else ""
         tried = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
         if done.returncode and not any(one["breaches"] for one in tried):
-            yield Outcome(kinds[0], 0, 1, seconds, done.stdout + done.stderr)
+            yield Outcome("lost turn", 1, 1, seconds, done.stdout + done.stderr)
         if "power cut" in kinds and not tried and "no power is cut" in done.stderr:
             raise Unavailable(done.stderr.strip())
         for kind in kinds:

@@ -89,6 +89,7 @@ def test_every_kind_has_a_name_in_a_page(monkeypatch: pytest.MonkeyPatch) -> Non
     assert long_runs.RELIABILITY.keys() == {
         *faults_run.KINDS,
         "store fault",
+        "lost turn",
         "random command",
         "kernel test under sanitizers",
     }
