@@ -72,3 +72,10 @@ def test_a_run_that_does_not_end_hangs_whatever_others_have(warm: Warm) -> None:
     run.send(signal.SIGSTOP)
     run.release()
     assert run.wait(0.3).hung
+
+
+def test_a_run_that_ended_before_it_is_waited_for_has_ended(warm: Warm) -> None:
+    run = warm.hold(["--version"])
+    run.release()
+    assert warm.has_answer(60)
+    assert (run.wait(0.3).code, run._starved()) == (0, 0.0)

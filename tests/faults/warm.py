@@ -79,10 +79,10 @@ class Run:
 
     def _starved(self) -> float:
         """Return how many seconds its threads were ready to run, and did not."""
-        waited = 0
-        for thread in Path(f"/proc/{self.pid}/task").glob("*/schedstat"):
-            with contextlib.suppress(OSError):  # one that has just ended
-                waited += int(thread.read_text().split()[1])
+        waited, threads = 0, Path(f"/proc/{self.pid}/task")
+        with contextlib.suppress(OSError):  # it, or one of them, has just ended
+            for thread in threads.iterdir():
+                waited += int((thread / "schedstat").read_text().split()[1])
         return waited * 1e-9
 
 
