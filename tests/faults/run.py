@@ -67,10 +67,13 @@ class Task:
 class Worker:
     """Carries out its share of the tasks until the time is over."""
 
-    def __init__(self, sandbox: Path, seed: int, share: tuple[int, int], kinds: Collection[str]) -> None:
-        """Prepare share `share[0]` of `share[1]` of these kinds."""
+    def __init__(
+        self, sandbox: Path, seed: int, share: tuple[int, int], kinds: Collection[str], some: int
+    ) -> None:
+        """Prepare share `share[0]` of `share[1]` of these kinds, in so many scenarios."""
         self._sandbox, self._seed, self._share, self._kinds = sandbox, seed, share, kinds
-        self._scenarios = (*scenarios(sandbox), *further_scenarios(sandbox))
+        every = (*scenarios(sandbox), *further_scenarios(sandbox))
+        self._scenarios = tuple(random.Random(seed).sample(every, min(some, len(every))))
         #: A disk whose power can be cut, where this machine has one.
         self._device: mounts.Device | None = None
 
@@ -196,12 +199,13 @@ def _run_worker(
     seed: int,
     share: tuple[int, int],
     kinds: Collection[str],
+    some: int,
     until: float,
     journal: Path,
     done: set[str],
 ) -> None:
     with tempfile.TemporaryDirectory(dir=place, prefix="faults-") as sandbox:
-        Worker(Path(sandbox), seed, share, kinds).work(until, journal, done)
+        Worker(Path(sandbox), seed, share, kinds, some).work(until, journal, done)
 
 
 def main() -> int:
@@ -215,6 +219,9 @@ def main() -> int:
     parser.add_argument("--journal", type=Path, metavar="FILE", help="outcomes; an existing one is resumed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default=",".join(KINDS), metavar="KIND,…", help="of %(default)s")
+    parser.add_argument(
+        "--some", type=int, default=100, metavar="N", help="of the scenarios; the seed chooses"
+    )
     options = parser.parse_args()
     kinds = frozenset(options.kinds.split(","))
     if kinds - {*KINDS}:
@@ -229,7 +236,10 @@ def main() -> int:
     workers = [
         multiprocessing.Process(
             target=_run_worker,
-            args=(options.place, options.seed, (n, options.workers), kinds, until, journal, done),
+            args=(
+                *(options.place, options.seed, (n, options.workers), kinds, options.some),
+                *(until, journal, done),
+            ),
         )
         for n in range(options.workers)
     ]

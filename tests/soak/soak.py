@@ -62,6 +62,9 @@ class Turn:
 #: What one reader gets of a turn, at the least, where a process has to be started for it.
 _GUIDED_SECONDS = 60
 
+#: How many ways of writing are disturbed in one turn: each is looked at undisturbed first.
+_SCENARIOS = 5
+
 #: What takes a turn, and yields its outcomes.
 Part = Callable[[Turn], Iterator[Outcome]]
 
@@ -81,7 +84,7 @@ def _faults(*kinds: str) -> Part:
         journal = turn.keep / f"faults-{turn.seed}-{kinds[0].replace(' ', '-')}.jsonl"
         command = [sys.executable, str(_ROOT / "tests/faults/run.py"), "--budget", str(turn.seconds)]
         command += ["--workers", "1", "--seed", str(turn.seed), "--kinds", ",".join(kinds)]
-        command += ["--place", _place(turn)]
+        command += ["--place", _place(turn), "--some", str(_SCENARIOS)]
         started = time.monotonic()
         done = _run([*command, "--journal", str(journal)])
         seconds = _since(started)
