@@ -396,6 +396,25 @@ def test_what_is_made_in_its_place_is_not_copied(
     assert sorted(direct_writes) == [(0, BLOCK), (BLOCK, BLOCK)]
 
 
+def test_nothing_leaves_while_a_thread_makes_a_part_of_it(
+    tmp_path: Path, direct_writes: list[tuple[int, int]]
+) -> None:
+    # Ties have one place, so what another thread brings may be all of it.
+    content = random.Random(0).randbytes(BLOCK)
+    with Room(BLOCK) as room:
+        file = create(tmp_path / "out", BLOCK, room)
+        space = file.space_at(7, 100)
+        assert space is not None
+        file.write_at(0, content)
+        assert not room.leaving
+        assert not direct_writes
+        space[:] = content[7:107]
+        file.write_at(7, space)
+        file.finish()
+    assert (tmp_path / "out").read_bytes() == content
+    assert direct_writes == [(0, BLOCK)]
+
+
 def test_there_is_no_space_for_what_is_there_lies_in_two_chunks_or_in_none(tmp_path: Path) -> None:
     with Room(BLOCK) as room:
         file = create(tmp_path / "out", 3 * BLOCK + 5, room)
