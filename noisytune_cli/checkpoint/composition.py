@@ -12,10 +12,9 @@ import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from noisytune_cli.checkpoint.formats import Sink, Source
-from noisytune_cli.checkpoint.formats._direct import Room
 from noisytune_cli.checkpoint.index import ShardIndex
 from noisytune_cli.checkpoint.layout import Listing, is_no_model, is_plain_name, is_weights
 from noisytune_cli.checkpoint.weights import Choice, choose, choose_weights
@@ -23,6 +22,9 @@ from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.escape import list_some
 from noisytune_cli.reading import Reach, read_json
 from noisytune_cli.records import TensorSpec
+
+if TYPE_CHECKING:
+    from noisytune_cli.checkpoint.formats._direct import Room
 
 #: What lists the components of a sentence-transformers model, and of a pipeline of diffusers.
 _MODULES, _PIPELINE = "modules.json", "model_index.json"

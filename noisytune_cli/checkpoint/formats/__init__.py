@@ -14,14 +14,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from noisytune_cli.checkpoint.formats._direct import Room
 from noisytune_cli.checkpoint.formats._signatures import HEAD
 from noisytune_cli.checkpoint.layout import METADATA
 from noisytune_cli.errors import unreadable
 from noisytune_cli.reading import Reach, open_regular
 from noisytune_cli.records import Declared, TensorSpec
+
+if TYPE_CHECKING:
+    from noisytune_cli.checkpoint.formats._direct import Room
 
 
 class Source(Protocol):
