@@ -118,12 +118,12 @@ class Store:
                 raise StoreFault("denied", why) from None
         return self._opened
 
-    def head(self, key: str) -> Object | None:
-        """Return the object at a key, None where there is none."""
+    def head(self, key: str, patience: float | None = None) -> Object | None:
+        """Return the object at a key, None where there is none; `failed` where it takes longer."""
         import obstore
 
         try:
-            return _object(_wait(lambda: obstore.head(self._store, key)))
+            return _object(_wait(lambda: obstore.head(self._store, key), patience=patience))
         except StoreFault as fault:
             if fault.cause == "absent":
                 return None

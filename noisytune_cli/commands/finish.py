@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
-from noisytune_cli.checkpoint.address import Place
+from noisytune_cli.checkpoint.address import Address, Place
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.commands.differences import same_kind
 from noisytune_cli.commands.perturb import Perturbed, Prepared, lay_out_all, publish_receipts, read_claims
@@ -284,9 +284,12 @@ def _published_by(
 def _check_places(
     outputs: Sequence[Place], job: Job, source: Checkpoint, threads: int | None, progress: Progress
 ) -> None:
-    """Raise what stands against outputs that are to be published now, as `perturb` does."""
+    """Raise what stands against outputs that are to be published now, as `perturb` does.
+
+    In an object store the job's claim does, which whoever finishes it at the same time may have taken back.
+    """
     replaces = job.overwrite or job.overwrite_changed
-    for output in outputs:
+    for output in (one for one in outputs if not isinstance(one, Address)):
         (check_recipe if job.recipe_only else check_output)(output, source, overwrite=replaces)
     check_distinct(outputs)
     require_unchanged(outputs, insists=job.overwrite_changed, threads=threads, progress=progress)

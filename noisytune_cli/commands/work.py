@@ -27,7 +27,7 @@ from noisytune_cli.commands.write import Where, complete, fill
 from noisytune_cli.engine.behind import some_behind
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Output, Walk
-from noisytune_cli.errors import Mismatch, NoisytuneError, unreadable
+from noisytune_cli.errors import Mismatch, NoisytuneError, OutputUnsafe, unreadable
 from noisytune_cli.manifest.job import Job, Share, Stamp
 from noisytune_cli.manifest.share import ShareSums, read_steps, read_sums, sums_bytes
 from noisytune_cli.manifest.write import pieces
@@ -77,8 +77,9 @@ def work(
     walk = Walk(open_device(device), threads or default_threads(), direct=direct)
     done = set[int]()
     warnings: list[str] = []
-    to_sum = [one for one in chosen if not folder.has_sums(one)]
-    left = [one for one in chosen if not folder.is_done(one)]
+    lacking, undone = set(folder.lacking_sums), set(folder.left)
+    to_sum = [one for one in chosen if one in lacking]
+    left = [one for one in chosen if one in undone]
     total = sum(folder.job.shares[one].nbytes for one in to_sum)
     total += sum(folder.job.shares[one].nbytes for one in left) * len(folder.job.outputs)
     try:
@@ -100,7 +101,7 @@ def work(
             for told in some_behind(begun()):
                 warnings += told
     except NoisytuneError as error:
-        if folder.is_there:
+        if folder.is_there or isinstance(error, OutputUnsafe):
             raise
         raise no_job(folder.path) from error  # others did the shares too, and finished it
     return Worked(folder, len(chosen), len(done), (), tuple(dict.fromkeys(warnings)))

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from noisytune_cli.checkpoint.address import Address, Place, is_address
-from noisytune_cli.errors import OutputUnsafe, UsageError
+from noisytune_cli.errors import NoisytuneError, OutputUnsafe, UsageError
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.job import Job, Share, digest_of, job_pieces, read_job
 from noisytune_cli.output import staging
@@ -141,8 +141,11 @@ class JobFolder:
 
     @property
     def is_there(self) -> bool:
-        """Tell whether the job is not finished, or removed, yet."""
-        return self.storage.size(PLAN) is not None
+        """Tell whether the job is not finished, or removed, yet; True where that cannot be told."""
+        try:
+            return self.storage.stands(self.own)
+        except NoisytuneError:
+            return True
 
     @property
     def lacking_sums(self) -> list[int]:

@@ -203,9 +203,9 @@ class _Sending:
                 for name, path in self._files.items():
                     if name in there:
                         self._report(path.stat().st_size)
-                    elif not self._sender.send(
-                        self._target.key(name), path, in_parts=not name.endswith((MANIFEST, MANIFEST_SUFFIX))
-                    ):
+                        continue
+                    in_parts = not name.endswith((MANIFEST, MANIFEST_SUFFIX))
+                    if self._sender.send(self._target.key(name), path, in_parts=in_parts) == "other":
                         raise exists(output, differs(name))
         except BaseException:
             if self._is_own and not self._sender.has_sent:

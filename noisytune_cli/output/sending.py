@@ -45,20 +45,27 @@ class Sender:
                     raise
         raise AssertionError("unreachable")
 
-    def send(self, key: str, path: Path, *, in_parts: bool = True) -> bool:
-        """Make an object of a file, which is not there yet; return False where another content came to be.
+    def send(
+        self,
+        key: str,
+        path: Path,
+        *,
+        in_parts: bool = True,
+        before_end: Callable[[], None] = lambda: None,
+    ) -> Literal["made", "same", "other"]:
+        """Make an object of a file, which is not there yet; say whether what came to be there is the same.
 
-        A large one is sent `in_parts`, and then takes the place of what may have come.
+        A large one is sent `in_parts`, and then takes the place of what may have come. It may take hours, so
+        `before_end` is called when all is read, and what it raises gives the upload up.
         """
         size = path.stat().st_size
+        made: Literal["made", "same", "other"] = "made"
         if in_parts and size > PIECE:
-            self._send_in_parts(key, path, size)
-        elif self.create(key, path.read_bytes()) != "other":
+            self._send_in_parts(key, path, size, before_end)
+        elif (made := self.create(key, path.read_bytes())) != "other":
             self._report(size)
-        else:
-            return False
-        self.has_sent = True
-        return True
+        self.has_sent |= made != "other"
+        return made
 
     def is_same(self, entry: Object, path: Path) -> bool:
         """Tell whether an object has the bytes of a file."""
@@ -70,7 +77,7 @@ class Sender:
                 for at in range(0, entry.size, PIECE)
             )
 
-    def _send_in_parts(self, key: str, path: Path, size: int) -> None:
+    def _send_in_parts(self, key: str, path: Path, size: int, before_end: Callable[[], None]) -> None:
         shown = 0
 
         def pieces(upload: Upload) -> Iterator[bytes]:
@@ -85,6 +92,7 @@ class Sender:
                     if done > shown:  # a part of it may be sent again
                         self._report(done - shown)
                         shown = done
+            before_end()
 
         for left in reversed(range(_TRIES)):
             upload = Upload()

@@ -28,6 +28,7 @@ from noisytune_cli.errors import (
     Mismatch,
     NoisytuneError,
     OutputUnsafe,
+    ResourceExhausted,
     UsageError,
 )
 from noisytune_cli.output.job_folder import job_path
@@ -163,6 +164,17 @@ def test_scales_that_lie_in_another_file(store: ObjectStore, tmp_path: Path) -> 
     work(out)
     finish(out)
     assert sent(store) == contents(tmp_path / "single")
+
+
+@dataclass
+class Lasting(Fault):
+    """It happens to the first request that fits, and to all that follow."""
+
+    has_begun: bool = False
+
+    def takes(self, asked: Asked) -> bool:
+        self.has_begun |= super().takes(asked)
+        return self.has_begun
 
 
 @dataclass
@@ -395,6 +407,98 @@ def test_a_worker_that_others_overtake_leaves_nothing(store: ObjectStore, here: 
         assert store.keys("jobs/run/") == NAMES
         for name in NAMES:
             store.delete(f"jobs/run/{name}")
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A model whose second shard is sent in three parts of 5 MiB."""
+    root = tmp_path / "large"
+    save_sharded(root, {"a.weight": weights("F32", 8, 8)}, {"b.weight": weights("F32", 1100, 2400)})
+    (root / "config.json").write_text("{}")
+    return root
+
+
+@pytest.mark.parametrize("asks", ["uploads", "uploadId="])
+def test_a_worker_of_a_job_that_was_given_up(
+    asks: str, store: ObjectStore, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for room in ("checkpoint.store", "output.sending"):
+        monkeypatch.setattr(f"noisytune_cli.{room}.PIECE", 5 << 20)
+    out = f"{store.url}/jobs/run"
+    plan(large, out)
+
+    def do_another() -> None:
+        for key in store.keys("jobs/"):
+            store.delete(f"jobs/{key}")
+        plan(large, out, {"seed": "1"}, seed=1)
+        work_and_finish(out)
+
+    store.faults = [Fault("POST", rf"-00002-.*\?{asks}", before=do_another)]
+    with pytest.raises(NoisytuneError) as failed:
+        work(out, (2, 2))
+    assert store.faults[0].times == 0
+    assert store.uploads() == []
+    expected = single(large, f"{tmp_path}/single/run", {"seed": "1"}, seed=1)
+    if asks == "uploads":
+        assert isinstance(failed.value, InputUnreadable)
+        assert sent(store) == expected
+    else:  # all is there but for the answer: that it is too late is all that can be said
+        assert isinstance(failed.value, OutputUnsafe)
+        assert "came too late: s3://" in failed.value.line()
+        assert "model-00002-of-00002.safetensors" in failed.value.line()
+
+
+def test_a_job_spares_what_is_anothers_beside_it(store: ObjectStore, tmp_path: Path) -> None:
+    save(tmp_path / "one.safetensors", SHARDS[1])
+    out = f"{store.url}/jobs/"
+    plan(tmp_path / "one.safetensors", out)
+    work(out)
+    # A run to the same folder, and a job of what lies in it.
+    others = {".noisytune/two.safetensors.publishing", ".noisytune/job-1/plan.json"}
+    for name in others:
+        store.put(f"jobs/{name}", b"another's")
+    finish(out)
+    assert store.keys("jobs/") == {"one.safetensors", "one.safetensors.noisytune.json", *others}
+
+
+def test_who_plans_the_same_at_once_joins(store: ObjectStore, here: Path, tmp_path: Path) -> None:
+    out = f"{store.url}/jobs/run"
+
+    def be_quicker() -> None:
+        plan(here, out)
+        work(out, (1, 3))
+
+    # The claim is there, and what lies beside it is listed next.
+    overtaken = Fault("GET", "list-type=2", before=be_quicker, times=0)
+    store.faults = [Fault("PUT", "publishing", before=lambda: setattr(overtaken, "times", 1)), overtaken]
+    assert plan(here, out).joined
+    assert overtaken.times == 0
+    with pytest.raises(OutputUnsafe, match="the output is claimed"):
+        perturb_each(Request(str(here), NoiseSpec(seed=1)), combine(out, seed="1", default=0.15))
+    work_and_finish(out)
+    assert sent(store) == single(here, f"{tmp_path}/single/run")
+
+
+def test_finish_needs_no_claim(store: ObjectStore, here: Path, tmp_path: Path) -> None:
+    out = f"{store.url}/jobs/run"
+    plan(here, out)
+    work(out)
+    store.delete("jobs/run/.noisytune/publishing")  # another finish has come so far
+    finish(out)
+    assert sent(store) == single(here, f"{tmp_path}/single/run")
+
+
+@pytest.mark.parametrize(("path", "step"), [("receipts/", work), ("/config.json", finish)])
+def test_what_failed_is_told_where_no_more_can_be_asked(
+    path: str, step: Callable[[str], object], store: ObjectStore, here: Path
+) -> None:
+    out = f"{store.url}/jobs/run"
+    plan(here, out)
+    if step is finish:
+        work(out)
+    store.faults = [Lasting("PUT", path, status=403, body=error("ExpiredToken"))]
+    with pytest.raises(ResourceExhausted, match="ExpiredToken"):
+        step(out)
 
 
 def test_one_place_has_one_job(store: ObjectStore, here: Path, tmp_path: Path) -> None:

@@ -96,3 +96,22 @@ def test_a_job_that_is_gone_takes_nothing(job: JobFolder, out: str) -> None:
     assert not job.is_there
     with pytest.raises(InputUnreadable, match="there is no job"):
         open_job(out)
+
+
+def test_another_job_in_its_place_stays_as_it_is(job: JobFolder, out: str, tmp_path: Path) -> None:
+    with job.storage.growing(job.own, 0) as scratch:
+        (scratch / "0").write_bytes(b"weights")
+        job.storage.clear(job.output(0), job.claim)
+        assert job.remove()
+        other = plan(out, tmp_path, seed=1)
+        assert (job.is_there, other.is_there) == (False, True)
+        with pytest.raises(InputUnreadable, match="there is no job"):
+            job.storage.put([b"late"], job.receipt(0, 0))
+        with pytest.raises(InputUnreadable, match="there is no job"):
+            job.keep(scratch / "0", 0, "model.safetensors")
+    assert job.remove()  # by a finish that was slow
+    assert job.storage.names(f"{job.own}/receipts") == frozenset()
+    assert open_job(out) == other
+    assert other.is_there
+    assert other.storage.names(f"{other.own}/steps") == {"1.json"}
+    assert other.kept(0, "model.safetensors") is None

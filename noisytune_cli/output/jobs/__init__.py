@@ -25,7 +25,8 @@ PLAN, FINISHED = "plan.json", "finished.json"
 class JobStorage(ABC):
     """A job's files: each appears whole and durable, and may be written again with the same bytes.
 
-    What is written where the plan is gone by then raises `no_job`, and is not left there.
+    What is written where its plan is gone by then, or another's is there, raises `no_job`, and is not left
+    there.
     """
 
     path: Place
@@ -35,6 +36,10 @@ class JobStorage(ABC):
     @abstractmethod
     def require_trusted(self) -> None:
         """Raise OutputUnsafe for a job that anybody may have put there."""
+
+    @abstractmethod
+    def stands(self, own: str) -> bool:
+        """Tell whether the plan that was opened, or made, is there still, and no other in its place."""
 
     @abstractmethod
     def size(self, name: str) -> int | None:
@@ -89,7 +94,15 @@ class JobStorage(ABC):
 
     @abstractmethod
     def remove(self, own: str, plan: Iterable[bytes]) -> bool:
-        """Remove the job, so that its plan is gone first; return whether nothing is left of it."""
+        """Remove the job, so that its plan is gone first; return whether nothing is left of it.
+
+        Another one that has come to be in its place by then stays.
+        """
+
+
+def own_of(name: str) -> str:
+    """Return which plan's a file of a job is."""
+    return name.partition("/")[0]
 
 
 def claim_of(own: str) -> bytes:

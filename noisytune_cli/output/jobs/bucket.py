@@ -20,10 +20,10 @@ from typing import Literal
 from noisytune_cli.checkpoint.address import Address, Place
 from noisytune_cli.checkpoint.remote import Scratch, do_all
 from noisytune_cli.checkpoint.store import PIECE, Object, Store, StoreFault, reading, writing
-from noisytune_cli.errors import InputInvalid, InputUnreadable, NoisytuneError, exhausted
+from noisytune_cli.errors import InputInvalid, InputUnreadable, NoisytuneError, OutputUnsafe, exhausted
 from noisytune_cli.manifest.job import Job
 from noisytune_cli.manifest.write import MAX_BYTES
-from noisytune_cli.output.jobs import FINISHED, PLAN, JobStorage, claim_of, no_job
+from noisytune_cli.output.jobs import FINISHED, PLAN, JobStorage, claim_of, no_job, own_of
 from noisytune_cli.output.publish import Publication
 from noisytune_cli.output.remote import RemotePublication, Target, claimed_by_another, differs, exists
 from noisytune_cli.output.sending import Sender
@@ -45,9 +45,14 @@ class BucketStorage(JobStorage):
     def __init__(self, path: Address) -> None:
         self.path: Address = path
         self._store = Store(path)
+        self._plan: Object | None = None  # the one that was opened, or made
 
     def require_trusted(self) -> None:
         """Do nothing: who may write to the bucket is trusted with all in it."""
+
+    def stands(self, own: str) -> bool:
+        # Its ETag tells it from a later plan's, which the same place may have been given to.
+        return self._plan is not None and self._head(self.path / PLAN) == self._plan
 
     def size(self, name: str) -> int | None:
         return self._size(self.path / name)
@@ -75,6 +80,8 @@ class BucketStorage(JobStorage):
                 why=f"it has {entry.size:,} bytes; {MAX_BYTES:,} is the limit",
                 next_step="Remove what lies below it, and plan it again",
             )
+        if name == PLAN:
+            self._plan = entry
         with self._fetched(place, entry) as path:
             yield path
 
@@ -92,7 +99,7 @@ class BucketStorage(JobStorage):
         place = self.path / name
         with writing(place, _KEPT):
             made = self._sender().create(place.key, b"".join(content))
-            if self.size(PLAN) is None:  # it was finished meanwhile
+            if not self.stands(own_of(name)):  # it was finished meanwhile
                 self._delete([place.key])
                 raise no_job(self.path)
         if made == "other":
@@ -113,15 +120,31 @@ class BucketStorage(JobStorage):
 
     def keep(self, made: Path, name: str, final: Place) -> None:
         assert isinstance(final, Address)
-        if self.size(PLAN) is None:
-            raise no_job(self.path)
+        own = own_of(name)
+
+        def require_plan() -> None:
+            if not self.stands(own):
+                raise no_job(self.path)
+
+        require_plan()
         sender = self._sender()
         with writing(final, _KEPT):
             # Another worker may have been here, and an earlier one that was stopped.
             entry = self._store.head(final.key)
-            is_same = sender.send(final.key, made) if entry is None else sender.is_same(entry, made)
-        if not is_same:
+            if entry is None:
+                came = sender.send(final.key, made, before_end=require_plan)
+            else:
+                came = "same" if sender.is_same(entry, made) else "other"
+        if came == "other":
+            require_plan()
             raise exists(final.parent, differs(final.name))
+        if came == "made" and not self.stands(own):
+            raise OutputUnsafe(
+                "a weight file came too late",
+                path=final,
+                why="its job was finished or removed just before all of it was there",
+                next_step="Run noisytune verify on what is there now",
+            )
         with contextlib.suppress(OSError):
             made.unlink()  # the others of the share need the room
 
@@ -162,14 +185,18 @@ class BucketStorage(JobStorage):
                             raise claimed_by_another(target.output)
                         if took == "made":
                             claimed.append(target)
-                        if there := target.look():
+                        # Who plans the same may have been quicker, and workers then too.
+                        if (there := target.look()) and self.size(PLAN) is None:
                             raise exists(target.output, differs(min(there)))
                 except BaseException:
-                    for target in claimed:
-                        target.release()
+                    with contextlib.suppress(StoreFault):
+                        if self._store.head((self.path / PLAN).key, patience=1.0) is None:
+                            for target in claimed:
+                                target.release()
                     raise
                 do_all(send, sorted(draft.iterdir()), left_behind)
             made = sender.create((self.path / PLAN).key, plan)
+            self._plan = self._store.head((self.path / PLAN).key)
         if made == "other":
             for target in claimed:
                 target.release()
@@ -189,13 +216,20 @@ class BucketStorage(JobStorage):
         return tuple(left)
 
     def remove(self, own: str, plan: Iterable[bytes]) -> bool:
+        plan_key, finished_key = (self.path / PLAN).key, (self.path / FINISHED).key
         try:
-            if self.size(PLAN) is not None:
-                self._sender().create((self.path / FINISHED).key, b"".join(plan))
-                self._delete([(self.path / PLAN).key])
-            left = self._store.below(_MOST, self.path.key)
-            self._delete([entry.key for name, entry in left.items() if name != FINISHED])
-            self._delete([(self.path / FINISHED).key])
+            if self._store.head(plan_key) is not None:
+                made = self._sender().create(finished_key, b"".join(plan))
+                there = self._store.head(plan_key)
+                if there is not None and there != self._plan:  # another has removed it, and a third planned
+                    if made == "made":
+                        self._delete([finished_key])
+                    return True
+                self._delete([plan_key])
+            # Beside it there may be another job, and claims of files in the same folder.
+            left = self._store.below(_MOST, (self.path / own).key)
+            self._delete([entry.key for entry in left.values()])
+            self._delete([finished_key])
         except (StoreFault, NoisytuneError):
             return False
         return True

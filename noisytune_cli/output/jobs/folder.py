@@ -19,7 +19,7 @@ from noisytune_cli.checkpoint.address import Place
 from noisytune_cli.errors import OutputUnsafe, unreadable, unwritable
 from noisytune_cli.manifest.job import Job
 from noisytune_cli.output import staging
-from noisytune_cli.output.jobs import PLAN, JobStorage, no_job
+from noisytune_cli.output.jobs import PLAN, JobStorage, no_job, own_of
 from noisytune_cli.output.publish import Publication
 from noisytune_cli.output.renames import rename_directory, rename_file
 from noisytune_cli.output.staging import sync_directory
@@ -50,6 +50,9 @@ class FolderStorage(JobStorage):
             next_step="Choose another output with -o, in a folder that is yours",
         )
 
+    def stands(self, own: str) -> bool:
+        return is_there(self.path / PLAN) and is_there(self.path / own)
+
     def size(self, name: str) -> int | None:
         try:
             return os.stat(self.path / name, follow_symlinks=False).st_size
@@ -76,9 +79,9 @@ class FolderStorage(JobStorage):
 
     def put(self, content: Iterable[bytes], name: str) -> None:
         path = self.path / name
-        with self._writing():
+        with self._writing(own_of(name)):
             temporary = path.with_name(f".{path.name}-{os.urandom(4).hex()}")
-            _make(path.parent, self._within(name))
+            _make(path.parent, self.path / own_of(name))
             try:
                 _write(temporary, content)
                 os.replace(temporary, path)
@@ -90,7 +93,7 @@ class FolderStorage(JobStorage):
     @contextmanager
     def growing(self, own: str, share: int) -> Iterator[Path]:
         place, share_name = self.path / own / "scratch", Path(f"share {share + 1}")
-        with self._writing():
+        with self._writing(own):
             _make(place, self.path / own)
         staging.clear_certainly_dead(place, share_name)  # what killed workers left
         path, lock = staging.create(place, share_name)
@@ -103,8 +106,8 @@ class FolderStorage(JobStorage):
 
     def keep(self, made: Path, name: str, final: Place) -> None:
         path = self.path / name
-        with self._writing():
-            _make(path.parent, self._within(name))
+        with self._writing(own_of(name)):
+            _make(path.parent, self.path / own_of(name))
             os.replace(made, path)
             sync_directory(path.parent)
 
@@ -155,6 +158,8 @@ class FolderStorage(JobStorage):
         return tuple(name for place in places for name in staging.clear_dead(place, output))
 
     def remove(self, own: str, plan: Iterable[bytes]) -> bool:
+        if is_there(self.path / PLAN) and not self.stands(own):  # another has removed it, and a third planned
+            return True
         # What lies under the plan's digest goes in one step: the next plan must not find a part of it.
         with contextlib.suppress(OSError):
             os.unlink(self.path / PLAN)
@@ -163,16 +168,13 @@ class FolderStorage(JobStorage):
         shutil.rmtree(self.path, ignore_errors=True)
         return not is_there(self.path)
 
-    def _within(self, name: str) -> Path:
-        return self.path / name.partition("/")[0]
-
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self, own: str) -> Iterator[None]:
         """Turn what fails into the error that the user sees: a job that is gone is finished."""
         try:
             yield
         except OSError as error:
-            if not is_there(self.path / PLAN):
+            if not self.stands(own):
                 raise no_job(self.path) from error
             raise unwritable(error, self.path) from error
 
