@@ -55,6 +55,8 @@ class Bucket(Remote):
             found = _object_at(self._store, source)
             self.file = None if found is None else self.address.name
             objects = self._below() if found is None else {self.address.name: found, **self._beside()}
+            if found is not None and f"{self.file}{MANIFEST_SUFFIX}" not in objects:
+                self._refuse_claimed()
         self._objects = objects
         self.listing = list_names(objects)
         self._scratch = Scratch()
@@ -68,17 +70,22 @@ class Bucket(Remote):
 
     def _beside(self) -> dict[str, Object]:
         """Return what lies beside an object and may tell of it."""
-        home, found = self._home, {}
-        for name in (CONFIG, ADAPTER_CONFIG, MANIFEST, self.address.name + MANIFEST_SUFFIX):
-            try:
-                entry = self._store.head((home / name).key)
-            except StoreFault as fault:
-                if fault.cause != "denied":  # who may not list is told so of what is absent
-                    raise
-                entry = None
-            if entry is not None:
-                found[name] = entry
-        return found
+        names = (CONFIG, ADAPTER_CONFIG, MANIFEST, self.address.name + MANIFEST_SUFFIX)
+        there = {name: self._look_beside(name) for name in names}
+        return {name: entry for name, entry in there.items() if entry is not None}
+
+    def _look_beside(self, name: str) -> Object | None:
+        try:
+            return self._store.head((self._home / name).key)
+        except StoreFault as fault:
+            if fault.cause != "denied":  # who may not list is told so of what is absent
+                raise
+            return None
+
+    def _refuse_claimed(self) -> None:
+        """Raise InputInvalid for an object whose manifest is still to come: it may have noise already."""
+        if self._look_beside(claim_name(self.file)) is not None:
+            raise self._unfinished()
 
     def _below(self) -> dict[str, Object]:
         found = self._store.below(MAX_OBJECTS)
@@ -105,13 +112,16 @@ class Bucket(Remote):
                 raise self._refused(name, "no file can have such a name")
         making = [name for name in found if name.startswith(UNFINISHED)]
         if making and MANIFEST not in found:
-            raise InputInvalid(
-                "cannot read the checkpoint",
-                path=self.address,
-                why="a run of noisytune is writing it, or was stopped while it did",
-                next_step="Wait for that run, or give its command again to complete it",
-            )
+            raise self._unfinished()
         return {name: entry for name, entry in found.items() if name not in making}
+
+    def _unfinished(self) -> InputInvalid:
+        return InputInvalid(
+            "cannot read the checkpoint",
+            path=self.address,
+            why="a run of noisytune is writing it, or was stopped while it did",
+            next_step="Wait for that run, or give its command again to complete it",
+        )
 
     def _refused(self, name: str, why: str) -> InputInvalid:
         next_step = "Rename or remove the object, or give another prefix"
@@ -185,6 +195,11 @@ class Bucket(Remote):
                 why=f"{self.address} needs {nbytes:,} bytes there and {free:,} are free",
                 next_step="Free space, or set TMPDIR to a folder that has it, then run again",
             )
+
+
+def claim_name(file: str | None) -> str:
+    """Return the name of an output's claim: below a folder, or beside a `file`."""
+    return f"{UNFINISHED}{'' if file is None else f'{file}.'}publishing"
 
 
 def is_object(source: str) -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from noisytune_cli.checkpoint.address import Address, Place
-from noisytune_cli.checkpoint.bucket import MAX_OBJECTS, UNFINISHED
+from noisytune_cli.checkpoint.bucket import MAX_OBJECTS, UNFINISHED, claim_name
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.config import CONFIG
 from noisytune_cli.checkpoint.layout import folders_among, index_suffix, is_weights
@@ -137,7 +137,7 @@ class Target:
         self.output, self.is_folder, self._of_job = output, is_folder, of_job
         self.store = Store(output)
         self.home = output if is_folder else output.parent
-        self.claim = self.key(f"{UNFINISHED}{'' if is_folder else f'{output.name}.'}publishing")
+        self.claim = self.key(claim_name(None if is_folder else output.name))
 
     def key(self, name: str) -> str:
         return (self.home / name).key

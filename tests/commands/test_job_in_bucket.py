@@ -501,6 +501,19 @@ def test_what_failed_is_told_where_no_more_can_be_asked(
         step(out)
 
 
+def test_a_file_without_its_manifest_is_no_source(store: ObjectStore, tmp_path: Path) -> None:
+    save(tmp_path / "one.safetensors", SHARDS[1])
+    out = f"{store.url}/jobs/x.safetensors"
+    plan(tmp_path / "one.safetensors", out)
+    work(out)
+    assert "x.safetensors" in store.keys("jobs/")
+    with pytest.raises(InputInvalid, match="is writing it"):
+        perturb_each(Request(out, NoiseSpec()), combine(f"{tmp_path}/y", seed="0", default=0.15))
+    finish(out)
+    with pytest.raises(InputInvalid, match="noise"):
+        perturb_each(Request(out, NoiseSpec()), combine(f"{tmp_path}/y", seed="0", default=0.15))
+
+
 def test_one_place_has_one_job(store: ObjectStore, here: Path, tmp_path: Path) -> None:
     out = f"{store.url}/jobs/run"
     plan(here, out)
