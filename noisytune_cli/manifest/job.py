@@ -46,7 +46,8 @@ MOST_OUTPUTS, LARGEST = 1000, 2**63 - 1
 _TIE_EVIDENCE = ("alias", "storage", "equal-bytes")
 _OPTIONS = ("again", "follow_links", "card", "recipe_only", "overwrite", "overwrite_changed")
 
-_ADDRESS = re.compile(r"(?:s3|gs|az)://")
+#: What `checkpoint/address.py` takes for an address.
+_ADDRESS = re.compile(r"(?:s3|gs|az)://[^/?@]+(?:/(?!\.{1,2}(?:/|$))[^/?]+)*/*")
 
 #: What tells a file from another of its size: its time in ns where it lies here, its ETag in an object store,
 #: where it has one. A hub's has none, for its commit says it all.
@@ -176,7 +177,7 @@ def _read_job(document: Document, version: str) -> Job:
     document.member("asked")
     asked = Fields(document.value(), "asked", _ASKED)
     where = asked.string("source")
-    is_address = _ADDRESS.match(where) is not None
+    is_address = _is_address(where)
     if (is_address or where.startswith("/")) != (asked.commit("commit") is None):
         raise asked.fault("source", "is no absolute path, no address, and no hub id with its commit")
     stamped = str if is_address else int if where.startswith("/") else None
@@ -226,10 +227,14 @@ CONVERSION_KEYS = ("dtype", "format", "dequantized")
 _ASKED = ("source", "is_file", "weights", "components", "commit", *_OPTIONS)
 
 
+def _is_address(text: str) -> bool:
+    return text.isprintable() and _ADDRESS.fullmatch(text) is not None
+
+
 def _output(value: Any, index: int) -> JobOutput:
     fields = Fields(value, f"outputs[{index}]", ("path", "noise"))
     path = fields.string("path")
-    if not (path.startswith("/") or _ADDRESS.match(path)) or "\0" in path:
+    if not (path.startswith("/") or _is_address(path)) or "\0" in path:
         raise fields.fault("path", "is neither an absolute path nor an address")
     return JobOutput(path, read_noise(value["noise"], f"outputs[{index}].noise"))
 

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from checkpoints import numbers, save_sharded, weights
 
+from noisytune_cli.checkpoint.address import Address
 from noisytune_cli.cli.parse import combine
 from noisytune_cli.commands.plan import plan_job
 from noisytune_cli.commands.request import Request
 from noisytune_cli.commands.work import _stds, work
-from noisytune_cli.errors import InputInvalid
+from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.manifest.job import Job, job_pieces, read_job
 from noisytune_cli.manifest.share import ShareSums, read_steps, read_sums, steps_bytes, sums_bytes
 from noisytune_cli.noise.std import nearest_sqrt, new_exact_sums
@@ -154,3 +155,27 @@ def is_refused(read: Callable[[JobFolder, Path], Any], folder: JobFolder, path: 
         refusal = error
     assert refusal is None or (refusal.path, refusal.what) == (str(path), "cannot use the job")
     return refusal is not None
+
+
+def test_an_output_is_a_path_or_an_address(folder: JobFolder, tmp_path: Path) -> None:
+    document = json.loads((folder.path / "plan.json").read_text())
+    changed = tmp_path / "changed.json"
+    good = ["s3://b", "gs://b/a key/é%20#+&.x", "az://b/..x/y.."]
+    bad = [
+        "s3://",
+        "s3:///x",
+        "s3://b/../x",
+        "s3://b/x/.",
+        "s3://b//x",
+        "s3://b/x?y",
+        "s3://u:p@b/x",
+        "s3://b/\t",
+    ]
+    for path in (*good, *bad):
+        changed.write_text(json.dumps(with_leaf(document, ("outputs", 0, "path"), path)))
+        assert is_refused(read_plan, folder, changed) == (path in bad), path
+    for path in good:
+        assert Address(path) == path
+    for path in bad:
+        with pytest.raises(UsageError):
+            Address(path)
