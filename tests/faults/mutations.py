@@ -11,6 +11,7 @@ _INJECTED = "tests/faults/test_injected_faults.py"
 _ORDER = (f"{_INJECTED}::test_everything_is_flushed_in_order",)
 _FAULTS = (f"{_INJECTED}::test_promises_hold_after_a_fault",)
 _MACHINE = "tests/faults/test_machine.py"
+_DIRECT = ("tests/checkpoint/test_direct.py",)
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,30 @@ MUTATIONS = (
     Mutation(
         "the rest of a short write is forgotten",
         "checkpoint/formats/_file.py",
-        "                done += wrote\n",
-        "                done = len(view)\n",
+        "            done += wrote\n",
+        "            done = len(view)\n",
         ("tests/checkpoint/test_safetensors.py",),
+    ),
+    Mutation(
+        "a chunk is written both ways at once",
+        "checkpoint/formats/_direct.py",
+        "                room.change.wait_for(lambda: index not in self._leaving)\n",
+        "",
+        _DIRECT,
+    ),
+    Mutation(
+        "a chunk leaves while a thread makes a part of it",
+        "checkpoint/formats/_direct.py",
+        "return self.users == 0 and self.runs",
+        "return self.runs",
+        _DIRECT,
+    ),
+    Mutation(
+        "what a thread of its own could not write is not told",
+        "checkpoint/formats/_direct.py",
+        "            self.write_chunk(chunk)\n        self._check()\n",
+        "            self.write_chunk(chunk)\n",
+        _DIRECT,
     ),
     Mutation(
         "names are printed as they are",
