@@ -91,7 +91,7 @@ def _faults(*kinds: str) -> Part:
         text = journal.read_text() if journal.exists() else ""
         tried = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
         if done.returncode and not any(one["breaches"] for one in tried):
-            yield Outcome("lost turn", 1, 1, seconds, done.stdout + done.stderr)
+            yield Outcome("lost turn", 1, 0, seconds, done.stdout + done.stderr)
         if "power cut" in kinds and not tried and "no power is cut" in done.stderr:
             raise Unavailable(done.stderr.strip())
         for kind in kinds:
@@ -299,7 +299,7 @@ def _write(journal: Path, outcome: Outcome, commit: str, seed: int, part: str) -
         record["hit"] = outcome.hit
     with journal.open("a") as file:
         file.write(json.dumps(record) + "\n")
-    if outcome.broken:
+    if outcome.said:
         print(f"{outcome.kind}, seed {seed}: {outcome.broken} broke:\n{outcome.said}", flush=True)
 
 
