@@ -305,7 +305,7 @@ def _publish(
 ) -> list[Perturbed]:
     """Publish some of the job's outputs, by their numbers."""
     job, source = folder.job, prepared.source
-    names = [file.name for file in prepared.files] or [file.name for file in source.sources]
+    files = [(file.name, file.size) for file in prepared.files or source.sources]
     publications = [
         publication_at(
             output,
@@ -319,7 +319,7 @@ def _publish(
     ]
     with all_staged(publications):
         for at, publication in zip(outputs, publications, strict=True):
-            for name in [] if job.recipe_only else names:
-                folder.adopt(publication, at, name)
+            for name, size in [] if job.recipe_only else files:
+                folder.adopt(publication, at, name, size)
         chosen = replace(prepared, plans=tuple(prepared.plans[at] for at in outputs))
         return publish_receipts(chosen, [receipts[at] for at in outputs], publications)

@@ -121,9 +121,10 @@ class JobFolder:
         """Return how long a weight file of an output is, None where there is none yet."""
         return self.storage.kept(*self._weights(output, name))
 
-    def adopt(self, publication: Publication, output: int, name: str) -> None:
-        """Let a weight file of an output be its publication's."""
-        self.storage.adopt(publication, name, *self._weights(output, name))
+    def adopt(self, publication: Publication, output: int, name: str, size: int) -> None:
+        """Let a weight file of an output, which has to be of this size, be its publication's."""
+        in_job, _ = self._weights(output, name)
+        self.storage.adopt(publication, name, in_job, size)
 
     def _weights(self, output: int, name: str) -> tuple[str, Place]:
         """Return what a weight file of an output is called in the job, and where it is to be in the end."""

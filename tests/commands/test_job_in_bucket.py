@@ -544,6 +544,31 @@ def test_what_is_no_place_for_a_job(store: ObjectStore, here: Path, there: str) 
         work(f"{store.url}/jobs/run")
 
 
+def test_weights_that_change_while_they_are_published(store: ObjectStore, here: Path) -> None:
+    out = f"{store.url}/jobs/run"
+    plan(here, out)
+    work(out)
+    key = "jobs/run/model-00003-of-00003.safetensors"
+
+    def truncate() -> None:
+        store.put(key, store.get(key)[:-1])
+
+    # The receipts were read by then.
+    store.faults = [Fault("HEAD", "run/noisytune.json$", before=truncate)]
+    with pytest.raises(OutputUnsafe, match="model-00003-of-00003"):
+        finish(out)
+    assert "run/noisytune.json" not in sent(store)
+
+
+def test_what_is_done_is_told_by_one_listing(store: ObjectStore, here: Path) -> None:
+    out = f"{store.url}/jobs/run-{{seed}}"
+    plan(here, out, {"seed": "0-3"})
+    work(out)
+    store.asked.clear()
+    assert work(out).done == 0
+    assert len(store.asked) < 3 * 4  # fewer than there are receipts
+
+
 def test_finish_names_the_missing_shares(store: ObjectStore, here: Path) -> None:
     out = f"{store.url}/jobs/run"
     plan(here, out)

@@ -77,8 +77,8 @@ class JobStorage(ABC):
         """Return how long a weight file is that was kept, None where there is none."""
 
     @abstractmethod
-    def adopt(self, publication: Publication, as_name: str, name: str, final: Place) -> None:
-        """Let a weight file that was kept be that of a publication."""
+    def adopt(self, publication: Publication, as_name: str, name: str, size: int) -> None:
+        """Let a weight file that was kept, and has to be of this size, be that of a publication."""
 
     @abstractmethod
     def drafting(self) -> AbstractContextManager[Path]:

@@ -152,10 +152,9 @@ class BucketStorage(JobStorage):
         assert isinstance(final, Address)
         return self._size(final)
 
-    def adopt(self, publication: Publication, as_name: str, name: str, final: Place) -> None:
+    def adopt(self, publication: Publication, as_name: str, name: str, size: int) -> None:
         assert isinstance(publication, RemotePublication)
-        size = self.kept(name, final)
-        publication.take(as_name, 0 if size is None else size)
+        publication.take(as_name, size)
 
     @contextmanager
     def drafting(self) -> Iterator[Path]:

@@ -114,7 +114,7 @@ class FolderStorage(JobStorage):
     def kept(self, name: str, final: Place) -> int | None:
         return self.size(name)
 
-    def adopt(self, publication: Publication, as_name: str, name: str, final: Place) -> None:
+    def adopt(self, publication: Publication, as_name: str, name: str, size: int) -> None:
         publication.adopt(self.path / name, as_name)
 
     @contextmanager
