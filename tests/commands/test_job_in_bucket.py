@@ -479,6 +479,15 @@ def test_who_plans_the_same_at_once_joins(store: ObjectStore, here: Path, tmp_pa
     assert sent(store) == single(here, f"{tmp_path}/single/run")
 
 
+def test_who_is_refused_takes_his_claims_back(store: ObjectStore, here: Path) -> None:
+    out = f"{store.url}/jobs/run-{{seed}}"
+    store.faults = [Fault("PUT", "run-0/.*publishing", before=lambda: plan(here, out, {"seed": "1-2"}))]
+    with pytest.raises(OutputUnsafe, match=r"the output is claimed: .*/run-1"):
+        plan(here, out, {"seed": "0-1"})
+    claims = {key for key in store.keys("jobs/") if key.endswith("publishing")}
+    assert claims == {f"run-{seed}/.noisytune/publishing" for seed in (1, 2)}
+
+
 def test_finish_needs_no_claim(store: ObjectStore, here: Path, tmp_path: Path) -> None:
     out = f"{store.url}/jobs/run"
     plan(here, out)

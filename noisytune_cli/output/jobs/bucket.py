@@ -31,6 +31,9 @@ from noisytune_cli.output.sending import Sender
 #: How long objects get to be removed, in seconds.
 _PATIENCE = 60.0
 
+#: How long the store may take to answer one who is about to stop, in seconds.
+_A_MOMENT = 1.0
+
 #: More files than a job can have in a folder.
 _MOST = 100_000_000
 
@@ -175,6 +178,10 @@ class BucketStorage(JobStorage):
             if sender.create(key, path.read_bytes()) == "other":
                 raise exists(self.path, differs(path.name))
 
+        def has_begun(patience: float | None = None) -> bool:
+            """Tell whether the same plan is further along by another process, whose claims these are too."""
+            return self._store.head((self.path / own / "steps/1.json").key, patience) is not None
+
         with writing(self.path, "the same command goes on"):
             if self.size(PLAN) is None:
                 try:
@@ -185,11 +192,11 @@ class BucketStorage(JobStorage):
                         if took == "made":
                             claimed.append(target)
                         # Who plans the same may have been quicker, and workers then too.
-                        if (there := target.look()) and self.size(PLAN) is None:
+                        if (there := target.look()) and not has_begun():
                             raise exists(target.output, differs(min(there)))
                 except BaseException:
                     with contextlib.suppress(StoreFault):
-                        if self._store.head((self.path / PLAN).key, patience=1.0) is None:
+                        if not has_begun(_A_MOMENT):
                             for target in claimed:
                                 target.release()
                     raise
