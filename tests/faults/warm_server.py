@@ -63,11 +63,16 @@ def _run_here(argv: list[str]) -> None:
 
 def _answer(request: dict[str, Any]) -> None:
     gate, opener = os.pipe()
+    ready, arrived = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(opener)
-        _run_child(request, gate)
+        os.close(ready)
+        _run_child(request, gate, arrived)
     os.close(gate)
+    os.close(arrived)
+    os.read(ready, 1)  # a signal while it is forked would be Python's, and said where nobody looks
+    os.close(ready)
     _say(str(pid))
     sys.stdin.readline()
     with contextlib.suppress(BrokenPipeError):  # killed while it waited
@@ -77,7 +82,7 @@ def _answer(request: dict[str, Any]) -> None:
     _say(str(status))
 
 
-def _run_child(request: dict[str, Any], gate: int) -> NoReturn:
+def _run_child(request: dict[str, Any], gate: int, arrived: int) -> NoReturn:
     """Take on the request's streams, wait at the gate, and be noisytune."""
     for fd, path, flags in (
         (0, os.devnull, os.O_RDONLY),
@@ -90,6 +95,7 @@ def _run_child(request: dict[str, Any], gate: int) -> NoReturn:
             os.close(opened)
     sys.argv = ["noisytune", *request["argv"]]
     count = (lambda: 0) if request["short"] is None else shorten_transfers(request["short"])
+    os.close(arrived)
     # readv, because reads are counted: this one may begin before the tracer looks, or after.
     if not os.readv(gate, [bytearray(1)]):
         os._exit(0)  # the server ended: nobody waits for this run any more
