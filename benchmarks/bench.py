@@ -276,8 +276,14 @@ def other_rows(folder: Path, source: Path, label: str) -> Iterator[Row]:
     yield Row(f"{label}, verify", (noisytune("verify", noisy),), "digest", digest, "1.1")
     based = (noisytune("verify", noisy, "--base", source),)
     yield Row(f"{label}, verify --base", based, "digest", digest, "1.2")
-    both = (noisytune("compare", source, noisy),)
-    yield Row(f"{label}, compare", both, "cat of both", (["cat", str(source), str(noisy)],), "1.0")
+    both, cats = (noisytune("compare", source, noisy),), (["cat", str(source), str(noisy)],)
+    yield Row(f"{label}, compare", both, "cat of both", cats, "1.0")
+
+    def make_both_cold() -> None:
+        make_cold(source)
+        make_cold(noisy)
+
+    yield Row(f"{label}, compare, cold", both, "cat of both", cats, "1.0", make_both_cold)
     listed = (noisytune("inspect", source, "-o", folder / "out.csv"),)
     yield Row(f"{label}, inspect", listed, "digest", digest, "1.1")
     absolute = (noisytune("perturb", source, "--sigma", "0.001", "-o", out),)
