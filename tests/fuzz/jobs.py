@@ -27,6 +27,7 @@ from noisytune_cli.manifest.job import Job, digest_of, job_pieces, read_job
 from noisytune_cli.manifest.share import ShareSteps, read_steps, read_sums, steps_bytes, sums_bytes
 from noisytune_cli.manifest.write import encode
 from noisytune_cli.output.job_folder import JobFolder, _require_named
+from noisytune_cli.output.jobs.folder import FolderStorage
 from noisytune_cli.records import Manifest, NoiseSpec, Plan
 
 #: Where the job's model and outputs are said to lie.
@@ -69,10 +70,14 @@ def made() -> Made:
         with request_of(folder.job).open(headers_only=True) as source:
             plan = _prepare(folder, source).plans[0]
         named = "plan", "steps", "sums", "receipt"
-        paths = folder.path / "plan.json", folder.steps(0), folder.sums(0), folder.receipt(0, 0)
-        files = {name: path.read_bytes() for name, path in zip(named, paths, strict=True)}
+        places = "plan.json", folder.steps(0), folder.sums(0), folder.receipt(0, 0)
+        files = {name: Path(folder.path, at).read_bytes() for name, at in zip(named, places, strict=True)}
         files["plan"] = files["plan"].replace(os.fsencode(scratch), os.fsencode(_ROOT))
         return Made(folder.job, plan, files)
+
+
+def _folder(folder: Path, job: Job, digest: str = "0" * 64) -> JobFolder:
+    return JobFolder(job, digest, FolderStorage(folder))
 
 
 def plan(content: bytes, folder: Path, place: Place = written) -> None:
@@ -82,7 +87,7 @@ def plan(content: bytes, folder: Path, place: Place = written) -> None:
         job, digest = read_job(path)
     assert digest == blake3(content).hexdigest()
     try:
-        _require_named(JobFolder(path, job, digest), f"{_ROOT}/out-{{lambda}}")
+        _require_named(_folder(folder, job, digest), f"{_ROOT}/out-{{lambda}}")
     except OutputUnsafe as error:
         raise InputInvalid("another's", why=error.line(), next_step="None") from error
     assert all(os.path.normpath(output.path).startswith(f"{_ROOT}/out-") for output in job.outputs)
@@ -105,12 +110,13 @@ def steps(content: bytes, folder: Path, place: Place = written) -> None:
 
 def sums(content: bytes, folder: Path, place: Place = written) -> None:
     """The sums of a share: they are written again as they mean, and add up to a std."""
-    job = JobFolder(folder, made().job, "0" * 64)
+    job = _folder(folder, made().job)
+    path = folder / job.sums(0)
 
     def read(content: bytes) -> tuple[bytes, Mapping[float, float]]:
         _stds.cache_clear()
-        with place(job.sums(0), content):
-            return sums_bytes(read_sums(job.sums(0), job.job)), _stds(job)
+        with place(path, content):
+            return sums_bytes(read_sums(path, job.job)), _stds(job)
 
     again, stds = read(content)
     assert all(std >= 0 for std in stds.values())
@@ -120,11 +126,12 @@ def sums(content: bytes, folder: Path, place: Place = written) -> None:
 def receipt(content: bytes, folder: Path, place: Place = written) -> None:
     """The receipt of a share: of just the tensors and steps of the plan, and written again as it means."""
     intact = made()
-    job = JobFolder(folder, intact.job, "0" * 64)
-    with place(job.receipt(0, 0), content):
+    job = _folder(folder, intact.job)
+    path = folder / job.receipt(0, 0)
+    with place(path, content):
         found = _receipts(job, 0, intact.plan)
     planned = [(step.tensor.name, step.tensor.dtype, step.tensor.shape) for step in intact.plan.steps]
     assert [(r.step.tensor.name, r.step.tensor.dtype, r.step.tensor.shape) for r in found] == planned
     made_of = Manifest("noisytune", intact.job.version, intact.job.source, intact.job.outputs[0].noise, found)
-    with place(job.receipt(0, 0), encode(made_of)):
+    with place(path, encode(made_of)):
         assert _receipts(job, 0, intact.plan) == found
