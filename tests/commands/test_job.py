@@ -133,6 +133,22 @@ def test_a_file_and_a_conversion_and_a_card(source: Path, tmp_path: Path) -> Non
             Path(f"{path}.noisytune.json").unlink(missing_ok=True)
 
 
+def test_what_is_shrunk_alone_may_have_one_element_or_an_infinity(tmp_path: Path) -> None:
+    """A step without noise whose values decide what comes of it."""
+    tensors = {
+        "a.w": weights("F32", 8, 4),
+        "b.one": numbers("F32", 2.0),
+        "b.inf": numbers("F32", math.inf, 1.0),
+    }
+    source = save(tmp_path / "in.safetensors", tensors)
+    asked = request(source, {"kept": 0.5, "rules": (("b.*", 0.0),)})
+    (expected,) = single(asked, f"{tmp_path}/single.safetensors", {})
+    out = f"{tmp_path}/job.safetensors"
+    plan(asked, out, {})
+    work_and_finish(out)
+    assert contents(Path(out)) == contents(expected)
+
+
 def test_a_recipe(source: Path, tmp_path: Path) -> None:
     (expected,) = single(request(source, {}), f"{tmp_path}/single.json", {}, recipe_only=True)
     out = f"{tmp_path}/job.json"
