@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.commands.replaced import check_before_download, find_made, require_unchanged
 from noisytune_cli.commands.request import Request
 from noisytune_cli.commands.result import Result
-from noisytune_cli.commands.write import record_source, write_tensors
+from noisytune_cli.commands.write import complete, fill, record_source
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
 from noisytune_cli.escape import enumerate_some
@@ -336,7 +336,9 @@ def _make(
         prepared = prepared.settled()
         places = [publication.place for publication in filled]
         sources = prepared.source.sources
-        receipts = write_tensors(walk, prepared.plans, sources, places, progress, prepared.files)
+        with ExitStack() as filling:
+            receipts, sinks = fill(filling, walk, prepared.plans, sources, places, progress, prepared.files)
+            complete(sources, sinks)
         return publish_receipts(prepared, receipts, publications)
 
 

@@ -8,7 +8,7 @@ before a weight is read; one whose bytes differ, or an output that did, before a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from noisytune_cli.commands.card import OTHER_CARD, read_card, write_card
 from noisytune_cli.commands.differences import Difference, compare_receipts, recorded_steps
 from noisytune_cli.commands.replaced import check_before_download, require_unchanged
 from noisytune_cli.commands.result import Result
-from noisytune_cli.commands.write import write_tensors
+from noisytune_cli.commands.write import complete, fill
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
 from noisytune_cli.manifest.locate import manifest_of
@@ -109,7 +109,10 @@ def replay(
                 found += _write_anew(manifest.output, source, rewritten, publication)
             _refuse(found, recorded, source)
             places = [publication.place]
-            (done,) = write_tensors(walk, [plan], source.sources, places, progress, rewritten, receipts)
+            sources = source.sources
+            with ExitStack() as filling:
+                (done,), sinks = fill(filling, walk, [plan], sources, places, progress, rewritten, receipts)
+                complete(sources, sinks)
             _refuse(compare_receipts(receipts, done), recorded, source)
             path = publication.publish(recorded.pieces())
             return Replayed(output, path, manifest, publication.cleared, publication.warnings)

@@ -22,29 +22,6 @@ from noisytune_cli.records import FileRecord, Plan, Receipt, SourceRecord
 Where = Callable[[str], Path]
 
 
-def write_tensors(
-    walk: Walk,
-    plans: Sequence[Plan],
-    sources: Sequence[Source],
-    places: Sequence[Where],
-    progress: Progress,
-    files: Sequence[OutputFile] = (),
-    recorded: Mapping[str, Receipt] | None = None,
-    stds: Sequence[float] = (),
-) -> tuple[tuple[Receipt, ...], ...]:
-    """Fill every weight file of every plan's output and flush it; its sources must be as at the beginning.
-
-    `places` say where each output's files are made; without any the plans are carried out for their receipts
-    alone. `files` are those of each output where they are not like the source's; `recorded` are earlier
-    receipts by tensor name, whose std and amplitude hold; `stds` are those of each output in scope global,
-    where they are known.
-    """
-    with ExitStack() as opened:
-        receipts, sinks = fill(opened, walk, plans, sources, places, progress, files, recorded, stds)
-        complete(sources, sinks)
-    return receipts
-
-
 def fill(
     opened: ExitStack,
     walk: Walk,
@@ -56,9 +33,12 @@ def fill(
     recorded: Mapping[str, Receipt] | None = None,
     stds: Sequence[float] = (),
 ) -> tuple[tuple[tuple[Receipt, ...], ...], list[Sink]]:
-    """Do as `write_tensors` but for the flush: return the receipts, and what `complete` is to flush.
+    """Fill every weight file of every plan's output; return the receipts, and what `complete` is to flush.
 
-    What is not complete when `opened` is closed is given up.
+    `places` say where each output's files are made; without any the plans are carried out for their receipts
+    alone. `files` are those of each output where they are not like the source's; `recorded` are earlier
+    receipts by tensor name, whose std and amplitude hold; `stds` are those of each output in scope global,
+    where they are known. What is not complete when `opened` is closed is given up.
     """
     models: Sequence[Source | OutputFile] = files or sources
     targets = {name: slot for file in files for name, slot in file.slots.items()}

@@ -117,8 +117,8 @@ def test_a_recipe_that_changes_meanwhile_is_not_completed(
         recipe.write_text("{}")
         return real(*arguments, **options)
 
-    real = command.write_tensors
-    monkeypatch.setattr(command, "write_tensors", fill)
+    real = command.fill
+    monkeypatch.setattr(command, "fill", fill)
     with pytest.raises(OutputUnsafe, match="exists"):
         replay(str(recipe), str(out), base=str(base))
     assert sorted(path.name for path in tmp_path.iterdir()) == [base.name, recipe.name]

@@ -22,14 +22,10 @@ from noisytune_cli.noise.devices.cuda.add_pairs import SMALLEST_AMPLITUDE, add_t
 from noisytune_cli.noise.devices.cuda.draws import DRAWS, in_order
 from noisytune_cli.noise.devices.cuda.launch import (
     AMPLITUDE,
-    COUNTER,
-    END,
-    FIRST_TILE,
     KEY,
     LANES,
     OPTIONS,
     SID,
-    SKIP,
     SLOT,
     SOURCE,
     STEPS,
@@ -38,6 +34,7 @@ from noisytune_cli.noise.devices.cuda.launch import (
     column,
     launches,
     round_bits,
+    tile_of,
     upcast,
     values_of,
     word,
@@ -98,11 +95,7 @@ def _add_noise(
     dtype: tl.constexpr, bits_type: tl.constexpr, infinity: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
     """Write this program's tile + noise, and add its (unchanged, clamped) to the tensor's."""
-    tensor = tl.load(owners + tl.program_id(0))
-    start = (tl.program_id(0) - column(table, tensor, FIRST_TILE)) * TILE
-    begin = tl.maximum(column(table, tensor, SKIP) - start, 0).to(tl.int32)
-    end = tl.minimum(column(table, tensor, END) - start, TILE).to(tl.int32)
-    counter = (column(table, tensor, COUNTER) + start // 4).to(tl.uint64, bitcast=True)
+    tensor, start, begin, end, counter = tile_of(table, owners)
     k0, k1 = word(table, tensor, KEY, 0), word(table, tensor, KEY, 1)
     s0, s1 = word(table, tensor, SID, 0), word(table, tensor, SID, 1)
     amplitude = column(table, tensor, AMPLITUDE).to(tl.float64, bitcast=True)

@@ -181,6 +181,20 @@ def _to_device(table: NDArray[np.uint64], device: torch.device) -> Tensor:
 
 
 @triton.jit
+def tile_of(table, owners):
+    """Return this program's tensor; where its tile starts, begins and ends in it; and its first counter.
+
+    Elements `begin` to `end` - 1 of the TILE from `start` on are the tensor's.
+    """
+    tensor = tl.load(owners + tl.program_id(0))
+    start = (tl.program_id(0) - column(table, tensor, FIRST_TILE)) * TILE
+    begin = tl.maximum(column(table, tensor, SKIP) - start, 0).to(tl.int32)
+    end = tl.minimum(column(table, tensor, END) - start, TILE).to(tl.int32)
+    counter = (column(table, tensor, COUNTER) + start // 4).to(tl.uint64, bitcast=True)
+    return tensor, start, begin, end, counter
+
+
+@triton.jit
 def column(table, row, index: tl.constexpr, columns: tl.constexpr = _COLUMNS):
     """Return a number of a tensor's row, or with TERM_COLUMNS of a term's."""
     return tl.load(table + row * columns + index)

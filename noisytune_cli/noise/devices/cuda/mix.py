@@ -15,17 +15,13 @@ from torch import Tensor
 from noisytune_cli.noise.devices.cuda.draws import DRAWS, in_order
 from noisytune_cli.noise.devices.cuda.launch import (
     AMPLITUDE,
-    COUNTER,
-    END,
     END_TERM,
     FIRST_TERM,
-    FIRST_TILE,
     KEPT,
     KEY,
     LANES,
     OPTIONS,
     SID,
-    SKIP,
     SLOT,
     SOURCE,
     TERM_COLUMNS,
@@ -33,6 +29,7 @@ from noisytune_cli.noise.devices.cuda.launch import (
     Launch,
     column,
     round_bits,
+    tile_of,
     upcast,
     values_of,
     word,
@@ -88,11 +85,7 @@ def _mix(
     aligned: tl.constexpr,
 ):  # fmt: skip
     """Write this program's tile of kept · x + noise, and add its (unchanged, clamped) to the tensor's."""
-    tensor = tl.load(owners + tl.program_id(0))
-    start = (tl.program_id(0) - column(table, tensor, FIRST_TILE)) * TILE
-    begin = tl.maximum(column(table, tensor, SKIP) - start, 0).to(tl.int32)
-    end = tl.minimum(column(table, tensor, END) - start, TILE).to(tl.int32)
-    counter = (column(table, tensor, COUNTER) + start // 4).to(tl.uint64, bitcast=True)
+    tensor, start, begin, end, counter = tile_of(table, owners)
     first, last = column(table, tensor, FIRST_TERM), column(table, tensor, END_TERM)
     kept = column(table, tensor, KEPT).to(tl.float64, bitcast=True)
     alignment: tl.constexpr = bits_type.primitive_bitwidth // 2 if aligned else 1
