@@ -11,6 +11,9 @@ from pathlib import Path
 
 from noisytune_cli.errors import UsageError
 
+#: The folder in an output, or beside it, for what is of its making, and gone when it is complete.
+UNFINISHED = ".noisytune"
+
 _ADDRESS = re.compile(r"(?P<scheme>s3|gs|az)://(?P<bucket>[^/]*)(?P<key>.*)", re.DOTALL)
 
 

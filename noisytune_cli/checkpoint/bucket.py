@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from noisytune_cli.checkpoint import downloads
-from noisytune_cli.checkpoint.address import Address
+from noisytune_cli.checkpoint.address import UNFINISHED, Address
 from noisytune_cli.checkpoint.config import ADAPTER_CONFIG, CONFIG
 from noisytune_cli.checkpoint.layout import folders_among, is_plain_name, list_names
 from noisytune_cli.checkpoint.remote import Remote, Scratch, do_all
@@ -29,9 +29,6 @@ from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
 
 #: No checkpoint comes near; a bucket given by mistake does.
 MAX_OBJECTS = 100_000
-
-#: Below this an output lies what is of its making, and gone when it is complete.
-UNFINISHED = ".noisytune/"
 
 #: How often a part is asked for that came short, or did not come.
 _TRIES = 3
@@ -110,7 +107,7 @@ class Bucket(Remote):
         for name in found:
             if not is_plain_name(name) or any(len(part.encode()) > 255 for part in name.split("/")):
                 raise self._refused(name, "no file can have such a name")
-        making = [name for name in found if name.startswith(UNFINISHED)]
+        making = [name for name in found if name.startswith(f"{UNFINISHED}/")]
         if making and MANIFEST not in found:
             raise self._unfinished()
         return {name: entry for name, entry in found.items() if name not in making}
@@ -199,7 +196,7 @@ class Bucket(Remote):
 
 def claim_name(file: str | None) -> str:
     """Return the name of an output's claim: below a folder, or beside a `file`."""
-    return f"{UNFINISHED}{'' if file is None else f'{file}.'}publishing"
+    return f"{UNFINISHED}/{'' if file is None else f'{file}.'}publishing"
 
 
 def is_object(source: str) -> bool:

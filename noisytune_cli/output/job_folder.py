@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from noisytune_cli.checkpoint.address import Address, Place, is_address
+from noisytune_cli.checkpoint.address import UNFINISHED, Address, Place, is_address
 from noisytune_cli.errors import NoisytuneError, OutputUnsafe, UsageError
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.job import Job, Share, digest_of, job_pieces, read_job
@@ -36,9 +36,6 @@ from noisytune_cli.output.publish import Publication
 
 #: Hexadecimal digits of a plan's digest that name its folder.
 _DIGITS = 32
-
-#: In an object store, the folder below an output for what is of its making (`checkpoint/bucket.py`).
-_BELOW = ".noisytune"
 
 #: What stands for a value in an output's name, and how a value may be written there.
 _PLACEHOLDER, _VALUE = re.compile(r"\{(?:lambda|noise-std|sigma|seed)\}"), r"\.?[\w+-][\w.+-]*"
@@ -56,7 +53,7 @@ def job_path(out: str) -> Place:
         plain += 1
     if isinstance(path, Address):
         if plain == len(parts):
-            return path / _BELOW
+            return path / UNFINISHED
         if plain < len(path.store.split("/")):
             raise UsageError(
                 "a job has one bucket",
@@ -64,7 +61,7 @@ def job_path(out: str) -> Place:
                 why="a placeholder in its name would make it several",
                 next_step="Put the placeholder into the key",
             )
-        return path.above(len(parts) - plain) / _BELOW / f"job-{_name_of(parts[plain:])}"
+        return path.above(len(parts) - plain) / UNFINISHED / f"job-{_name_of(parts[plain:])}"
     plain = min(plain, len(parts) - 1)
     return Path(*parts[:plain]) / f"{staging.PREFIX}job-{_name_of(parts[plain:])}"
 
@@ -151,12 +148,10 @@ class JobFolder:
     @property
     def lacking_sums(self) -> list[int]:
         """The shares whose sums are still to come."""
-        there = self.storage.names(f"{self.own}/sums") if self.job.has_sums else frozenset()
-        return [
-            share
-            for share in range(len(self.job.shares))
-            if self.job.has_sums and f"{share + 1}.json" not in there
-        ]
+        if not self.job.has_sums:
+            return []
+        there = self.storage.names(f"{self.own}/sums")
+        return [share for share in range(len(self.job.shares)) if f"{share + 1}.json" not in there]
 
     @property
     def left(self) -> list[int]:

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from noisytune_cli.checkpoint.address import Address, Place
-from noisytune_cli.checkpoint.bucket import MAX_OBJECTS, UNFINISHED, claim_name
+from noisytune_cli.checkpoint.address import UNFINISHED, Address, Place
+from noisytune_cli.checkpoint.bucket import MAX_OBJECTS, claim_name
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.config import CONFIG
 from noisytune_cli.checkpoint.layout import folders_among, index_suffix, is_weights
@@ -158,7 +158,7 @@ class Target:
             # An empty object of a folder's name is what consoles make of folders.
             if entry.key != self.claim
             and (entry.size or name not in folders)
-            and not (self._of_job and name.startswith(UNFINISHED))
+            and not (self._of_job and name.startswith(f"{UNFINISHED}/"))
         }
 
     def release(self) -> bool:
@@ -247,7 +247,7 @@ def claimed_by_another(output: Address) -> OutputUnsafe:
         "the output is claimed",
         path=output,
         why="a run with another result is writing there, or was stopped while it did",
-        next_step=f"Choose another output with -o, or remove all below it, {UNFINISHED} last",
+        next_step=f"Choose another output with -o, or remove all below it, {UNFINISHED}/ last",
     )
 
 
