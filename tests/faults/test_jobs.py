@@ -279,3 +279,14 @@ def test_a_node_of_ray_is_killed(model: Path, tmp_path: Path, expected: dict[str
     assert 0 < found["receipts"] < _SHARES
     assert json.loads(found["stdout"])["output"] == out
     assert tree(Path(out)) == expected
+
+
+def test_shares_on_ray_of_a_model_in_a_store(model: Path, expected: dict[str, bytes]) -> None:
+    for package in ("ray", "obstore", "moto"):
+        pytest.importorskip(package)
+    program = Path(__file__).parent.parent / "inputs" / "ray_on_store.py"
+    found = json.loads(in_namespace([sys.executable, os.fspath(program), os.fspath(model)]))
+    assert found["codes"] == [0, 0]
+    assert found["same"]
+    assert set(found["names"]) == expected.keys()
+    assert json.loads(found["stdout"])["output"].endswith("/job")

@@ -187,19 +187,21 @@ def proxied(moto: str) -> Iterator[tuple[ObjectStore, dict[str, str]]]:
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
-    yield (
-        made,
-        {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
-            "AWS_ALLOW_HTTP": "true",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_REGION": "us-east-1",
-        },
-    )
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    try:
+        yield (
+            made,
+            {
+                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+                "AWS_ALLOW_HTTP": "true",
+                "AWS_ACCESS_KEY_ID": "key",
+                "AWS_SECRET_ACCESS_KEY": SECRET,
+                "AWS_REGION": "us-east-1",
+            },
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 class _Proxy(ThreadingHTTPServer):
