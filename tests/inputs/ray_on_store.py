@@ -21,16 +21,7 @@ def main(source: str) -> None:
     with started() as moto, proxied(moto) as (store, environment):
         store.put_folder(Path(source), "base")
         os.environ |= {**environment, "RAY_USAGE_STATS_ENABLED": "0"}
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "noisytune_cli",
-            "perturb",
-            f"{store.url}/base",
-            "--json",
-            "-o",
-        ]
+        command = [sys.executable, "-P", "-m", "noisytune_cli", "perturb", f"{store.url}/base", "--json"]
         runs = [
             subprocess.run([*command, *options], stdout=subprocess.PIPE, text=True, check=False)
             for options in (
