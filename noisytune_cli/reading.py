@@ -70,6 +70,7 @@ _SPACES = " \t\n\r"
 _SPACE = re.compile(r"[ \t\n\r]*+")
 _OPEN = re.compile(r"\{[ \t\n\r]*+(\}[ \t\n\r]*+)?")
 _COLON = re.compile(r"[ \t\n\r]*+:[ \t\n\r]*+")
+_BRACE = re.compile(r'\{[^"{}]*+(?:"(?:[^"\\]++|\\.)*+"[^"{}]*+)*+([{}])', re.DOTALL)
 _NEXT_LINE = ",\n  "
 _NEXT = re.compile(r"[ \t\n\r]*+([,}])[ \t\n\r]*+")
 
@@ -340,10 +341,25 @@ class Document:
         return found
 
     def flat(self, what: str) -> dict[str, Any]:
-        """Return the object that begins here, of integers, and ends at the first closing brace."""
+        """Return the object that begins here, of integers and strings, no object in it."""
         if not self._text.startswith("{", self._at):
             raise JsonFault(f"{what} is not an object")
         end = self._text.find("}", self._at) + 1
+        try:
+            return self._flat_until(end, what)
+        except json.JSONDecodeError as error:
+            # A string may hold a closing brace too: to ask first costs more than to decode what has none.
+            brace = _BRACE.match(self._text, self._at)
+            if brace is not None and brace[1] == "{":
+                raise JsonFault(f"{what} has an object in it") from error
+            if brace is None or brace.end() == end:
+                self._fail(error.msg, self._at)
+        try:
+            return self._flat_until(brace.end(), what)
+        except json.JSONDecodeError as error:
+            self._fail(error.msg, self._at)
+
+    def _flat_until(self, end: int, what: str) -> dict[str, Any]:
         if end == 0:
             raise JsonFault(f"{self._name} ends within {what}")
         if end - self._at > self._limits.flat:
@@ -353,8 +369,6 @@ class Document:
             raise JsonFault(f"{self._name} has more than {self._limits.flat_values:,} numbers by {what}")
         try:
             value, length = _strict_integers.raw_decode(self._text[self._at : end])
-        except json.JSONDecodeError as error:
-            self._fail(error.msg, self._at)
         except RecursionError as error:
             raise JsonFault("it is nested too deep") from error
         self._at += length

@@ -197,7 +197,7 @@ SCHEMA = (
     Case("shape of 5,000 digits", one("[" + "9" * 5000 + "]"), ("5,000 digits",), "a"),
     Case("one offset", one(offsets="[0]"), ("two integers",), "a"),
     Case("three offsets", one(offsets="[0,16,16]"), ("two integers",), "a"),
-    Case("offsets as an object", one(offsets='{"begin":0,"end":16}'), ("not valid JSON",), "a"),
+    Case("offsets as an object", one(offsets='{"begin":0,"end":16}'), ("an object in it",), "a"),
     Case("offsets are floats", one(offsets="[0.0,16.0]"), ("not an integer",), "a"),
     Case("offset false", one(offsets="[false,16]"), ("two integers",), "a"),
 )
@@ -238,6 +238,9 @@ STRICTER = (
     Case("a leading space", headed(" " + HEADER), ("brace",), lax=True),
     Case("a leading line break", headed("\n" + HEADER), ("brace",), lax=True),
     Case("a positional entry", headed('{"a":["F32",[4],[0,16]]}'), ("not an object",), "a", lax=True),
+    Case("an object in an entry", one(extra=',"note":{"bits":4}'), ("an object in it",), "a", lax=True),
+    Case("a fraction in an entry", one(extra=',"note":4.5'), ("4.5", "not an integer"), "a", lax=True),
+    Case("-0 in an entry", one(extra=',"note":-0'), ("-0",), "a", lax=True),
     Case("1.5 million empty tensors", lambda: crowd(1_500_000), ("header has", "limit"), lax=None),
 )
 
@@ -260,6 +263,7 @@ ODD = (
     Case("F4", one("[32]", dtype='"F4"')),
     Case("F6", one("[4]", "[0,3]", '"F6_E2M3"', bytes(3))),
     Case("a field the format does not have", one(extra=',"note":[1,"x",null]')),
+    Case("braces in fields the format does not have", one(extra=',"{":"}","}{":["\\\\","\\"}"]')),
     Case("no tensors", headed("{}", b"")),
     Case("metadata alone", headed('{"__metadata__":{"format":"pt"}}', b"")),
     Case("metadata null, as MLX writes", headed('{"__metadata__":null,' + HEADER[1:])),
