@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import shutil
@@ -567,6 +568,32 @@ def test_a_job_that_cannot_be_removed_is_named(
     monkeypatch.setattr(JobFolder, "remove", lambda self: False)
     (done,) = finish(out)
     assert f"{job_path(out).name} beside the output is left over: it could not be deleted" in done.warnings
+
+
+@pytest.mark.parametrize("name", [".", "plan.json"])
+def test_a_published_output_counts_though_the_job_cannot_be_looked_at(
+    name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, publishes, lstat = f"{tmp_path}/job", finish_module._publish, os.lstat
+    plan(request(source, {}), out, {})
+    work(out)
+    unseen = job_path(out) / name
+
+    def publish(*arguments: Any) -> Any:
+        def fails(path: Any, **options: Any) -> os.stat_result:
+            if path == unseen:
+                raise OSError(errno.EIO, "Input/output error")
+            return lstat(path, **options)
+
+        made = publishes(*arguments)
+        monkeypatch.setattr(os, "lstat", fails)
+        return made
+
+    monkeypatch.setattr(finish_module, "_publish", publish)
+    (done,) = finish(out)
+    monkeypatch.undo()
+    assert f"{job_path(out).name} beside the output is left over: it could not be deleted" in done.warnings
+    assert (Path(out) / "noisytune.json").is_file()
 
 
 def test_an_output_of_the_same_noise_that_is_another_is_not_taken_for_the_jobs(

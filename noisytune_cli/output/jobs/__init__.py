@@ -94,9 +94,10 @@ class JobStorage(ABC):
 
     @abstractmethod
     def remove(self, own: str, plan: Iterable[bytes]) -> bool:
-        """Remove the job, so that its plan is gone first; return whether nothing is left of it.
+        """Remove the job, so that its plan is gone first; return whether nothing is known to be left of it.
 
-        Another one that has come to be in its place by then stays.
+        It comes after the output is published, so it raises nothing. Another one that has come to be in its
+        place by then stays.
         """
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from noisytune_cli.checkpoint.address import Place
-from noisytune_cli.errors import OutputUnsafe, unreadable, unwritable
+from noisytune_cli.errors import NoisytuneError, OutputUnsafe, unreadable, unwritable
 from noisytune_cli.manifest.job import Job
 from noisytune_cli.output import staging
 from noisytune_cli.output.jobs import PLAN, JobStorage, no_job, own_of
@@ -158,15 +158,18 @@ class FolderStorage(JobStorage):
         return tuple(name for place in places for name in staging.clear_dead(place, output))
 
     def remove(self, own: str, plan: Iterable[bytes]) -> bool:
-        if is_there(self.path / PLAN) and not self.stands(own):  # another has removed it, and a third planned
-            return True
-        # What lies under the plan's digest goes in one step: the next plan must not find a part of it.
-        with contextlib.suppress(OSError):
-            os.unlink(self.path / PLAN)
-        with contextlib.suppress(OSError):
-            os.rename(self.path / own, self.path / f".done-{os.urandom(4).hex()}")
-        shutil.rmtree(self.path, ignore_errors=True)
-        return not is_there(self.path)
+        try:
+            if is_there(self.path / PLAN) and not self.stands(own):  # another removed it, and a third planned
+                return True
+            # What lies under the plan's digest goes in one step: the next plan must not find a part of it.
+            with contextlib.suppress(OSError):
+                os.unlink(self.path / PLAN)
+            with contextlib.suppress(OSError):
+                os.rename(self.path / own, self.path / f".done-{os.urandom(4).hex()}")
+            shutil.rmtree(self.path, ignore_errors=True)
+            return not is_there(self.path)
+        except NoisytuneError:  # it cannot be seen what is there
+            return False
 
     @contextmanager
     def _writing(self, own: str) -> Iterator[None]:
