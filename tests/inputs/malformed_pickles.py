@@ -57,6 +57,11 @@ def _directory(content: bytes) -> int:
     return content.index(b"PK\x01\x02")
 
 
+def _last(content: bytes) -> int:
+    """Return where the last record's header in the central directory lies."""
+    return content.rindex(b"PK\x01\x02")
+
+
 _GOOD = archive(one())
 _TWICE = archive(one(), {"0": bytes(16), "1": bytes(16)}).replace(b"m/data/1", b"m/data/0")
 _OLD = legacy(one(legacy=True))
@@ -77,6 +82,13 @@ CONTAINER = (
         "CRC wrong in the directory",
         _patched(_GOOD, _directory(_GOOD) + 16, b"\1\2\3\4"),
         "two headers",
+        lax=True,
+    ),
+    row(
+        "a record that is a folder",
+        _patched(_GOOD, _last(_GOOD) + 38, b"\x10"),
+        "m/data/0",
+        "folder",
         lax=True,
     ),
     row("pickle's bytes changed", _GOOD.replace(b"cpu", b"cpv", 1), "CRC-32", "set_crc32_options", lax=None),

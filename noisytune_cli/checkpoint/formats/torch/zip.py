@@ -28,6 +28,9 @@ _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 
 _ENCRYPTED, _DESCRIPTOR_FOLLOWS = 1, 8
+_FOLDER = (
+    0x10  # of its external attributes, as MS-DOS has them: torch.load takes whatever is in memory for it
+)
 _CENTRAL_CRC, _LOCAL_CRC = 16, 14  # where in its header a CRC-32 stands
 
 #: Sizes of a data descriptor (with a signature or without, sizes of 4 or 8 bytes), and where the CRC stands.
@@ -146,6 +149,8 @@ def _read_directory(directory: bytes, offset: int, count: int) -> list[_Entry]:
         if method or packed != size:
             record = _decode(name)
             raise ZipFault(f"its record {record} is compressed, which torch.save never does", record)
+        if fields[15] & _FOLDER:
+            raise ZipFault(f"its record {_decode(name)} is marked as a folder")
         entries.append(_Entry(header, name, size, crc, offset + at + _CENTRAL_CRC))
         at = extra_at + extra_length + comment
     if at != len(directory):
