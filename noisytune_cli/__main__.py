@@ -9,6 +9,7 @@ model takes little longer than Python takes to start, so what would slow that is
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import io
 import os
@@ -25,7 +26,9 @@ def _hold_standard_descriptors() -> None:
     for fd, mode in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_RDONLY)):
         try:
             os.fstat(fd)
-        except OSError:
+        except OSError as error:
+            if error.errno != errno.EBADF:  # it is open, and what is said through it is not lost
+                continue
             opened = os.open(os.devnull, mode)
             if opened != fd:  # the lower ones are taken, so this cannot be
                 os.dup2(opened, fd)

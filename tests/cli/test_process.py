@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -11,13 +12,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from checkpoints import safetensors_bytes, save, weights
 from hub_server import Repository, serve
 from runs import run
 
+from noisytune_cli import __main__ as program
 from noisytune_cli.commands.verify import verify
 
 
@@ -54,6 +56,18 @@ def test_closed_descriptors(source: Path, tmp_path: Path) -> None:
     assert result.returncode == 0
     run(source, tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_descriptor_that_cannot_be_looked_at_is_taken_for_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(fd: int) -> NoReturn:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    opened: list[str] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fstat", fails)
+        patched.setattr(os, "open", lambda path, flags: opened.append(path) or 0)
+        program._hold_standard_descriptors()
+    assert opened == []
 
 
 def test_output_that_is_lost_is_an_error(source: Path) -> None:
