@@ -75,7 +75,7 @@ def lose(
     if tree(scenario.source.parent, mtime=True) != expected.source:
         found.append("the source changed")
     state = {name: what for name, what in files(tree(scenario.place)).items() if Path(name).name != _FOREIGN}
-    taken = scenario.name.startswith("replaced") and not state
+    taken = bool(files(expected.before)) and not state
     sound = state == files(expected.after) if ended.code == 0 else is_sound(scenario, expected, state)
     if not (sound or (taken and ended.code)):
         found.append(f"exit {ended.code}, and left {sorted(state)}")
