@@ -570,29 +570,30 @@ def test_a_job_that_cannot_be_removed_is_named(
     assert f"{job_path(out).name} beside the output is left over: it could not be deleted" in done.warnings
 
 
-@pytest.mark.parametrize("name", [".", "plan.json"])
+@pytest.mark.parametrize("call", ["lstat", "rmtree"])
 def test_a_published_output_counts_though_the_job_cannot_be_looked_at(
-    name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, publishes, lstat = f"{tmp_path}/job", finish_module._publish, os.lstat
+    out, publishes = f"{tmp_path}/job", finish_module._publish
     plan(request(source, {}), out, {})
     work(out)
-    unseen = job_path(out) / name
+    module: Any = os if call == "lstat" else shutil
+    works, job = getattr(module, call), job_path(out)
+
+    def fails(path: Any, *arguments: Any, **options: Any) -> Any:
+        if Path(path) in (job, job / "plan.json"):
+            raise OSError(errno.EIO, "Input/output error")
+        return works(path, *arguments, **options)
 
     def publish(*arguments: Any) -> Any:
-        def fails(path: Any, **options: Any) -> os.stat_result:
-            if path == unseen:
-                raise OSError(errno.EIO, "Input/output error")
-            return lstat(path, **options)
-
         made = publishes(*arguments)
-        monkeypatch.setattr(os, "lstat", fails)
+        monkeypatch.setattr(module, call, fails)
         return made
 
     monkeypatch.setattr(finish_module, "_publish", publish)
     (done,) = finish(out)
     monkeypatch.undo()
-    assert f"{job_path(out).name} beside the output is left over: it could not be deleted" in done.warnings
+    assert f"{job.name} beside the output is left over: it could not be deleted" in done.warnings
     assert (Path(out) / "noisytune.json").is_file()
 
 

@@ -168,7 +168,7 @@ class FolderStorage(JobStorage):
                 os.rename(self.path / own, self.path / f".done-{os.urandom(4).hex()}")
             shutil.rmtree(self.path, ignore_errors=True)
             return not is_there(self.path)
-        except NoisytuneError:  # it cannot be seen what is there
+        except (NoisytuneError, OSError):  # it cannot be seen what is there
             return False
 
     @contextmanager
