@@ -11,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 import io
 import json
+import math
 import random
 import shutil
 import traceback
@@ -45,18 +46,26 @@ _PATTERNS = ("*.bias", "layers.0.*", "*q_proj*", "*layernorm.weight", "layers.[1
 _SPELLED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
+#: What the amplitudes of a mixture have to stay below, so that float32 holds whatever they come to.
+_MOST = 2.0**125
+
+
 class TooLarge(Exception):
     """A value, noise or none, has no place in the dtype that is asked for: the run has to say so."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What is asked for, as the reference needs it: terms are (seed, strength with its coefficient)."""
+    """What is asked for, as the reference needs it: terms are (seed, strength with its coefficient).
+
+    Those of a mixture may be one.
+    """
 
     distribution: str
     absolute: bool
     scope: str
     terms: tuple[tuple[int, float], ...]
+    mixed: bool = False
     kept: float = 1.0
     rules: tuple[tuple[str, float], ...] = ()
     include: tuple[str, ...] = ()
@@ -163,7 +172,11 @@ def _noise(choose: random.Random, scope: str) -> tuple[Noise, list[str], str | N
     if choose.random() < 0.3:
         exclude = tuple(choose.sample(_PATTERNS, choose.randint(1, 2)))
     where = "absolute" if absolute else scope
-    return Noise(distribution, absolute, where, terms, kept, rules, include, exclude), options, mix
+    return (
+        Noise(distribution, absolute, where, terms, mix is not None, kept, rules, include, exclude),
+        options,
+        mix,
+    )
 
 
 def _matching(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -234,6 +247,8 @@ def _amplitudes(
         std = whole if noise.scope == "global" else std32(tensor)
         found = [float(law.amplitude(value, std)) for _, value in terms]
     overall = abs(float(to_float32(law.overall_amplitude(found))))
+    if noise.mixed and math.fsum(map(abs, found)) >= _MOST:
+        return None
     return found if 0.0 < overall < float("inf") else None
 
 

@@ -7,8 +7,11 @@ from pathlib import Path
 import commands
 import pytest
 
+#: One whose mixture could overflow on the way, though what it comes to could not.
+OVERFLOWING = 230001000234
 
-@pytest.mark.parametrize("seed", range(12))
+
+@pytest.mark.parametrize("seed", [*range(12), OVERFLOWING])
 def test_a_random_command_does_what_the_reference_does(seed: int, tmp_path: Path) -> None:
     assert commands.try_case(seed, tmp_path, commands.Commands()) == []
 
