@@ -12,12 +12,13 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
+from noisytune_cli.checkpoint.background import begin
 from noisytune_cli.checkpoint.formats.safetensors.header import header_end
 from noisytune_cli.checkpoint.layout import Listing
 from noisytune_cli.errors import NoisytuneError, exhausted
@@ -155,22 +156,13 @@ def wait_for(
     A pool would be waited for even then, and so would a call that does not return. TimeoutError where
     `patience`, in seconds, is over.
     """
-    outcome: Future[_T] = Future()
-
-    def do() -> None:
-        try:
-            outcome.set_result(work())
-        except BaseException as error:  # handed to the thread that waits, whatever it is
-            outcome.set_exception(error)
-
-    thread = threading.Thread(target=do, daemon=True)
-    thread.start()
+    outcome = begin(work)
     try:
         return outcome.result(patience)
     finally:
         if left_behind is not None:
             left_behind.set()
-            thread.join(_GRACE)
+            wait([outcome], _GRACE)
 
 
 class Scratch:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
-from noisytune_cli.engine.threads import start
+from noisytune_cli.checkpoint.background import begin
 
 _T = TypeVar("_T")
 
@@ -29,7 +28,7 @@ def some_behind(lasts: Iterable[Callable[[], _T]]) -> Iterator[_T]:
     grace: float | None = _GRACE
     try:
         for last in lasts:
-            behind.append(_called(last))
+            behind.append(begin(last))
             if len(behind) > _BEHIND:
                 yield behind[0].result()
                 behind.popleft()
@@ -41,17 +40,3 @@ def some_behind(lasts: Iterable[Callable[[], _T]]) -> Iterator[_T]:
         raise
     finally:
         wait(behind, grace)
-
-
-def _called(last: Callable[[], _T]) -> Future[_T]:
-    """Have a thread call `last`."""
-    outcome: Future[_T] = Future()
-
-    def call() -> None:
-        try:
-            outcome.set_result(last())
-        except BaseException as error:  # handed to the thread that waits, whatever it is
-            outcome.set_exception(error)
-
-    start(threading.Thread(target=call, daemon=True))
-    return outcome

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from noisytune_cli.errors import ResourceExhausted, UsageError
+from noisytune_cli.checkpoint.background import start
+from noisytune_cli.errors import UsageError
 
 #: A cache line, which any element's size divides.
 _ALIGNMENT = 64
@@ -297,15 +298,3 @@ class Pool:
             if self._error is None:
                 self._error = error
             self._change.notify_all()
-
-
-def start(worker: threading.Thread) -> None:
-    """Start a thread; ResourceExhausted where the system has no room for another."""
-    try:
-        worker.start()
-    except RuntimeError as error:  # all that Python says of a limit on processes or memory
-        raise ResourceExhausted(
-            "cannot start a thread",
-            why="the system has no room for another",
-            next_step="Use fewer --threads, or raise the limit (ulimit -u, ulimit -v)",
-        ) from error

@@ -7,6 +7,7 @@ import os
 import resource
 import stat
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import pytest
 from blake3 import blake3
 from malformed import DATA, HEADER, frame
 
+from noisytune_cli.checkpoint.formats import Sink
 from noisytune_cli.checkpoint.formats import _file as file_module
 from noisytune_cli.checkpoint.formats import _system as system
 from noisytune_cli.checkpoint.formats.safetensors import SafetensorsSource, open_source
-from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch, ResourceExhausted
+from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch, NoisytuneError, ResourceExhausted
 
 
 def opened(path: Path, content: bytes, mmap: bool = False) -> SafetensorsSource:
@@ -273,3 +275,111 @@ def test_write_back_starts_early_whoever_writes(
         writer.join()
     sink.abort()
     assert started == [(0, 0)] * 20
+
+
+class Flushes:
+    """What stands in for fsync: who called it, in which order it ends, and whether it fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.by: list[str] = []
+        self.open: list[bool] = []
+        self.goes_on = threading.Event()
+        self.goes_on.set()
+        self.fails = False
+        monkeypatch.setattr(file_module, "_WRITEBACK_BYTES", 16)
+        monkeypatch.setattr(file_module.os, "fsync", self._flush)
+
+    def _flush(self, fd: int) -> None:
+        self.by.append("main" if threading.current_thread() is threading.main_thread() else "other")
+        assert self.goes_on.wait(60)
+        self.open.append(os.path.exists(f"/proc/self/fd/{fd}"))
+        if self.fails:
+            self.fails = False  # as a second fsync succeeds, whose pages were lost before
+            raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.fixture
+def sink(source: SafetensorsSource, tmp_path: Path) -> Sink:
+    """A file whose header is written, and nothing else."""
+    return source.create_sink(tmp_path / "out")
+
+
+@pytest.fixture
+def flushes(sink: Sink, monkeypatch: pytest.MonkeyPatch) -> Flushes:
+    return Flushes(monkeypatch)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.001)
+
+
+def test_a_file_is_flushed_while_it_is_written(
+    source: SafetensorsSource, sink: Sink, tmp_path: Path, flushes: Flushes
+) -> None:
+    (tensor,) = source.tensors
+    flushes.goes_on.clear()
+    sink.write(tensor, 0, bytes(16))
+    until(lambda: flushes.by == ["other"])
+    sink.write(tensor, 0, bytes(range(16)))  # one at a time
+    assert flushes.by == ["other"]
+    flushes.goes_on.set()
+    sink.finish()
+    assert flushes.by == ["other", "main"]
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "in.safetensors").read_bytes()
+
+
+def test_a_flush_that_failed_meanwhile_fails_the_file(
+    source: SafetensorsSource, sink: Sink, flushes: Flushes
+) -> None:
+    (tensor,) = source.tensors
+    flushes.fails = True
+    sink.write(tensor, 0, bytes(16))
+    until(lambda: flushes.open == [True])
+    with pytest.raises(NoisytuneError, match="Input/output error"):
+        sink.finish()
+    sink.abort()
+    assert flushes.by == ["other"]
+
+
+def test_what_is_written_after_a_flush_that_failed_fails_too(
+    source: SafetensorsSource, sink: Sink, flushes: Flushes
+) -> None:
+    (tensor,) = source.tensors
+    flushes.fails = True
+    sink.write(tensor, 0, bytes(16))
+    with pytest.raises(NoisytuneError, match="Input/output error"):
+        until(lambda: sink.write(tensor, 0, bytes(16)) is not None)
+    with pytest.raises(NoisytuneError, match="Input/output error"):
+        sink.finish()
+    sink.abort()
+    assert set(flushes.by) == {"other"}
+
+
+def test_a_file_that_is_given_up_is_closed_once_its_flush_has_ended(
+    source: SafetensorsSource, sink: Sink, flushes: Flushes
+) -> None:
+    (tensor,) = source.tensors
+    before = len(os.listdir("/proc/self/fd"))
+    flushes.goes_on.clear()
+    sink.write(tensor, 0, bytes(16))
+    until(lambda: flushes.by == ["other"])
+    sink.abort()
+    flushes.goes_on.set()
+    until(lambda: len(os.listdir("/proc/self/fd")) == before)
+    assert flushes.open == [True]
+
+
+def test_a_file_is_whole_where_there_is_no_thread_to_flush_it(
+    source: SafetensorsSource, sink: Sink, tmp_path: Path, flushes: Flushes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    sink.write(source.tensors[0], 0, bytes(range(16)))
+    sink.finish()
+    assert flushes.by == ["main"]
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "in.safetensors").read_bytes()

@@ -13,16 +13,20 @@ import mmap as mapping
 import os
 import threading
 from collections.abc import Callable, Iterable
-from functools import reduce
+from functools import partial, reduce
 from operator import and_
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from noisytune_cli.checkpoint.background import begin
 from noisytune_cli.checkpoint.formats import _system as system
 from noisytune_cli.checkpoint.formats._direct import DirectFile, Room
 from noisytune_cli.errors import Mismatch, NoisytuneError, ResourceExhausted, unreadable, unwritable
 from noisytune_cli.reading import Reach, changed, fingerprint, open_regular
 from noisytune_cli.records import Declared
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 _WRITEBACK_BYTES = 64 << 20
 
@@ -129,6 +133,8 @@ class WritableFile:
         self._fd = fd
         self._since_writeback = 0
         self._lock = threading.Lock()
+        #: The last flush that was begun before all is written.
+        self._flushed: Future[None] | None = None
         self._reserve(size)
         self._direct: DirectFile | None = None
         if room is not None:
@@ -176,6 +182,8 @@ class WritableFile:
             if self._direct is not None:
                 self._direct.flush()
                 self._close_direct()
+            if self._flushed is not None:
+                self._flushed.result()
             fd, self._fd = self._fd, -1
             try:
                 # Once: a failed fsync forgets the lost pages, and a second one would succeed.
@@ -191,9 +199,10 @@ class WritableFile:
         # What the file holds no longer matters, nor whether it got there.
         with contextlib.suppress(OSError):
             self._close_direct()
-        if fd >= 0:
-            with contextlib.suppress(OSError):
-                os.close(fd)
+        if fd >= 0 and self._flushed is not None:
+            self._flushed.add_done_callback(lambda _: _close(fd))
+        elif fd >= 0:
+            _close(fd)
 
     def _close_direct(self) -> None:
         direct, self._direct = self._direct, None
@@ -229,6 +238,21 @@ class WritableFile:
                 self._since_writeback = 0
         if due:
             system.start_writeback(self._fd, 0, 0)
+            self._flush_behind()
+
+    def _flush_behind(self) -> None:
+        """Flush beside the writing, unless one is at it: a device with a cache takes its time from there."""
+        with self._lock, contextlib.suppress(ResourceExhausted):  # of threads
+            if self._flushed is not None and self._flushed.done():
+                self._flushed.result()  # the pages of one that failed are lost, whatever comes after
+                self._flushed = None
+            if self._flushed is None:
+                self._flushed = begin(partial(os.fsync, self._fd))
+
+
+def _close(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        os.close(fd)
 
 
 def common_mode(modes: Iterable[int]) -> int:
