@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from noisytune_cli.checkpoint.formats import _direct
+from noisytune_cli.checkpoint.formats import _direct, _file
 from noisytune_cli.checkpoint.formats._direct import Room, room_for
 from noisytune_cli.checkpoint.formats._file import WritableFile, create_output
 from noisytune_cli.errors import ResourceExhausted
@@ -135,6 +135,25 @@ def test_whole_chunks_are_written_directly_and_once(
     pieces = cut(size, range(100, size, 1000))
     assert write(tmp_path / "out", size, Room(BLOCK), [pieces], 2) == b"".join(c for _, c in pieces)
     assert sorted(direct_writes) == [(block * BLOCK, BLOCK) for block in range(8)]
+
+
+def test_what_is_written_directly_is_flushed_meanwhile(
+    tmp_path: Path, direct_writes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed, flush = threading.Event(), os.fsync
+
+    def fsync(fd: int) -> None:
+        flush(fd)
+        flushed.set()
+
+    monkeypatch.setattr(_file, "_WRITEBACK_BYTES", 2 * BLOCK)
+    monkeypatch.setattr(os, "fsync", fsync)
+    with Room(BLOCK) as room:
+        file = create(tmp_path / "out", 3 * BLOCK, room)
+        file.write_at(0, bytes(2 * BLOCK))
+        assert flushed.wait(20)
+        file.abort()
+    assert sorted(direct_writes) == [(0, BLOCK), (BLOCK, BLOCK)]
 
 
 def test_what_is_not_whole_goes_through_the_page_cache(

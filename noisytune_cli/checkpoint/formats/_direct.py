@@ -148,11 +148,16 @@ class Room:
 class DirectFile:
     """One file being written, whole chunks of it directly; for any number of threads."""
 
-    def __init__(self, fd: int, size: int, room: Room, buffered: Buffered) -> None:
-        """Take a descriptor of a file of `size` bytes, and what writes to it through the page cache."""
+    def __init__(
+        self, fd: int, size: int, room: Room, buffered: Buffered, wrote: Callable[[int], None]
+    ) -> None:
+        """Take a descriptor of a file of `size` bytes, and what writes to it through the page cache.
+
+        `wrote` is told how many bytes went past it.
+        """
         self._fd = fd
         self._room = room
-        self._buffered = buffered
+        self._buffered, self._wrote = buffered, wrote
         #: For each whole chunk of the file, whether what comes for it goes through the page cache, and how
         #: many there are of which that is not so.
         self._closed = bytearray(size // room.chunk_bytes)
@@ -219,6 +224,7 @@ class DirectFile:
         start = chunk.index * len(chunk.memory)
         try:
             done = self._write_directly(start, chunk.memory) if chunk.is_whole else 0
+            self._wrote(done)
             for first, last in chunk.runs:
                 if left := chunk.memory[max(first, done) : last]:
                     self._buffered(start + max(first, done), left)

@@ -138,7 +138,7 @@ class WritableFile:
         self._reserve(size)
         self._direct: DirectFile | None = None
         if room is not None:
-            self._direct = DirectFile(fd, size, room, self._write_buffered)
+            self._direct = DirectFile(fd, size, room, self._write_buffered, self._wrote)
 
     def space_at(self, offset: int, nbytes: int) -> memoryview | None:
         """Return memory to make in what is written next at `offset`, which is then not copied; None for none.
@@ -165,7 +165,7 @@ class WritableFile:
             if wrote == 0:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             done += wrote
-        self._count_towards_writeback(done)
+        self._wrote(done)
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Return `length` bytes that were written at `offset`; no thread may be writing."""
@@ -229,7 +229,7 @@ class WritableFile:
             next_step="Free space or choose another place with -o, then run again",
         )
 
-    def _count_towards_writeback(self, nbytes: int) -> None:
+    def _wrote(self, nbytes: int) -> None:
         """Keep the device busy while the CPU is: otherwise all the writing waits for the final fsync."""
         with self._lock:
             self._since_writeback += nbytes
