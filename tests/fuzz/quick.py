@@ -199,5 +199,5 @@ def mix(content: bytes, folder: Path) -> None:
     lines = [json.loads(line) for line in content.split(b"\n") if line.strip()]
     strength = "sigma" if absolute else "lambda"
     assert [(term.seed, term.strength, term.coefficient) for term in terms] == [
-        (int(line["seed"]), line[strength], line.get("coefficient", 1.0)) for line in lines
+        (int(line["seed"]), float(line[strength]), float(line.get("coefficient", 1.0))) for line in lines
     ]
