@@ -146,7 +146,7 @@ def test_what_is_written_directly_is_flushed_meanwhile(
         flush(fd)
         flushed.set()
 
-    monkeypatch.setattr(_file, "_WRITEBACK_BYTES", 2 * BLOCK)
+    monkeypatch.setattr(_file, "_FLUSH_BYTES", 2 * BLOCK)
     monkeypatch.setattr(os, "fsync", fsync)
     with Room(BLOCK) as room:
         file = create(tmp_path / "out", 3 * BLOCK, room)

@@ -256,27 +256,6 @@ def test_a_file_size_limit_is_a_lack_of_a_resource(source: SafetensorsSource, tm
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_write_back_starts_early_whoever_writes(
-    source: SafetensorsSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        system, "start_writeback", lambda fd, offset, length: started.append((offset, length))
-    )
-    monkeypatch.setattr(file_module, "_WRITEBACK_BYTES", 1000)
-    sink = source.create_sink(tmp_path / "out")
-    writers = [
-        threading.Thread(target=lambda: [sink.write(source.tensors[0], 4, bytes(100)) for _ in range(50)])
-        for _ in range(4)
-    ]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-    sink.abort()
-    assert started == [(0, 0)] * 20
-
-
 class Flushes:
     """What stands in for fsync: who called it, in which order it ends, and whether it fails."""
 
@@ -286,7 +265,7 @@ class Flushes:
         self.goes_on = threading.Event()
         self.goes_on.set()
         self.fails = False
-        monkeypatch.setattr(file_module, "_WRITEBACK_BYTES", 16)
+        monkeypatch.setattr(file_module, "_FLUSH_BYTES", 16)
         monkeypatch.setattr(file_module.os, "fsync", self._flush)
 
     def _flush(self, fd: int) -> None:

@@ -19,7 +19,7 @@ from warm import Ended, Run, Warm
 
 #: What a run may do to files, on either side. Only those that occur are found by counting.
 CALLS = (
-    *("openat", "mkdir", "write", "pwrite64", "fallocate", "sync_file_range", "fsync", "fdatasync"),
+    *("openat", "mkdir", "write", "pwrite64", "fallocate", "fsync", "fdatasync"),
     *("rename", "renameat", "renameat2", "link", "linkat", "unlink", "unlinkat", "rmdir", "close", "flock"),
     *("fchmod", "fchmodat", "chmod", "ftruncate", "getdents64", "newfstatat", "fstat", "statfs", "fstatfs"),
     *("preadv", "preadv2", "pread64", "read", "lseek", "copy_file_range"),

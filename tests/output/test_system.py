@@ -41,16 +41,6 @@ def test_reserve_where_libc_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
         system.reserve(0, 1)
 
 
-def test_start_writeback_leaves_the_bytes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with (tmp_path / "f").open("wb") as file:
-        file.write(b"abc")
-        file.flush()
-        system.start_writeback(file.fileno(), 0, 0)
-        monkeypatch.setattr(system, "_sync_file_range", None)
-        system.start_writeback(file.fileno(), 0, 0)
-    assert (tmp_path / "f").read_bytes() == b"abc"
-
-
 MEMINFO = "MemTotal: 64000000 kB\nMemAvailable: 1000000 kB\n"
 
 

@@ -2,7 +2,7 @@
 
 Formats say where bytes lie; this says how they get there. Reads are plain positioned reads unless mapping is
 asked for: a file that is truncated under a mapping kills the process, a read only comes back short. Writes
-reserve the whole size first, are started on their way to the device early, and count only once flushed.
+reserve the whole size first, are flushed on the way, and count only once all of the file is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from noisytune_cli.records import Declared
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-_WRITEBACK_BYTES = 64 << 20
+_FLUSH_BYTES = 64 << 20
 
 _Opened = TypeVar("_Opened")
 
@@ -131,7 +131,7 @@ class WritableFile:
         """
         self.path = path
         self._fd = fd
-        self._since_writeback = 0
+        self._since_flush = 0
         self._lock = threading.Lock()
         #: The last flush that was begun before all is written.
         self._flushed: Future[None] | None = None
@@ -230,23 +230,16 @@ class WritableFile:
         )
 
     def _wrote(self, nbytes: int) -> None:
-        """Keep the device busy while the CPU is: otherwise all the writing waits for the final fsync."""
+        """Flush beside the writing, once at a time: else a device begins to write for good only at the end."""
         with self._lock:
-            self._since_writeback += nbytes
-            due = self._since_writeback >= _WRITEBACK_BYTES
-            if due:
-                self._since_writeback = 0
-        if due:
-            system.start_writeback(self._fd, 0, 0)
-            self._flush_behind()
-
-    def _flush_behind(self) -> None:
-        """Flush beside the writing, unless one is at it: a device with a cache takes its time from there."""
-        with self._lock, contextlib.suppress(ResourceExhausted):  # of threads
-            if self._flushed is not None and self._flushed.done():
+            self._since_flush += nbytes
+            if self._since_flush < _FLUSH_BYTES or (self._flushed is not None and not self._flushed.done()):
+                return
+            self._since_flush = 0
+            if self._flushed is not None:
                 self._flushed.result()  # the pages of one that failed are lost, whatever comes after
                 self._flushed = None
-            if self._flushed is None:
+            with contextlib.suppress(ResourceExhausted):  # of threads: the last flush does it all
                 self._flushed = begin(partial(os.fsync, self._fd))
 
 

@@ -14,20 +14,10 @@ from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
 
-_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux/fs.h
 _AT_FDCWD = -100  # linux/fcntl.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def start_writeback(fd: int, offset: int, length: int) -> None:
-    """Ask the kernel to start writing these dirty bytes out (length 0: to the end); a hint, without promise.
-
-    A failure is not reported here: what could not be written, the final fsync tells.
-    """
-    if _sync_file_range is not None:
-        _sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
 
 
 def reserve(fd: int, length: int) -> None:
@@ -91,6 +81,5 @@ def _rename(source: str, target: str, flags: int) -> None:
         raise OSError(code, os.strerror(code), source, None, target)
 
 
-_sync_file_range = _bind("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 _fallocate = _bind("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _renameat2 = _bind("renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
