@@ -230,7 +230,7 @@ class WritableFile:
         )
 
     def _wrote(self, nbytes: int) -> None:
-        """Flush beside the writing, once at a time: else a device begins to write for good only at the end."""
+        """Flush beside the writing, once at a time: else a device begins to write for good at the end."""
         with self._lock:
             self._since_flush += nbytes
             if self._since_flush < _FLUSH_BYTES or (self._flushed is not None and not self._flushed.done()):
