@@ -19,7 +19,7 @@ def begin(call: Callable[[], _T]) -> Future[_T]:
 
     The thread does not keep the process from ending. Raises ResourceExhausted where there is none to be had.
     """
-    from concurrent.futures import Future  # which imports logging: half of what a plain run takes to start
+    from concurrent.futures import Future  # which imports logging, and a small model needs neither
 
     outcome: Future[_T] = Future()
 

@@ -28,9 +28,8 @@ _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 
 _ENCRYPTED, _DESCRIPTOR_FOLLOWS = 1, 8
-_FOLDER = (
-    0x10  # of its external attributes, as MS-DOS has them: torch.load takes whatever is in memory for it
-)
+#: Of a record's external attributes, as MS-DOS has them: torch.load gives what is in memory for such a one.
+_FOLDER = 0x10
 _CENTRAL_CRC, _LOCAL_CRC = 16, 14  # where in its header a CRC-32 stands
 
 #: Sizes of a data descriptor (with a signature or without, sizes of 4 or 8 bytes), and where the CRC stands.
