@@ -104,6 +104,13 @@ MUTATIONS = (
         (f"{_INJECTED}::test_a_failed_flush_is_never_published",),
     ),
     Mutation(
+        "a flush that failed beside the writing is forgotten",
+        "checkpoint/formats/_file.py",
+        "                self._flushed.result()\n            fd, self._fd",
+        "                pass\n            fd, self._fd",
+        ("tests/checkpoint/test_safetensors.py::test_a_flush_that_failed_meanwhile_fails_the_file",),
+    ),
+    Mutation(
         "moves are not announced",
         "output/staging.py",
         '"names": names, "moved": moved}, file)',
@@ -191,7 +198,7 @@ MUTATIONS = (
     Mutation(
         "names are printed as they are",
         "escape.py",
-        '"".join(_escape_character(c) for c in shown)',
+        '"".join(map(_escape_character, shown))',
         "shown",
         (f"{_MACHINE}::test_names_from_files_are_printed_escaped",),
     ),
