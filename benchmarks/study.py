@@ -1,6 +1,8 @@
 """Carry out the published studies, one folder each; what is finished is not done again.
 
-python benchmarks/study.py MODEL GLUE OUT [--only NAME]… [--dry-run] [-- OPTIONS of `noisytune study`]
+python benchmarks/study.py MINILM MPNET GLUE OUT [--only NAME]… [--dry-run] [-- OPTIONS of `noisytune study`]
+
+MINILM and MPNET are the folders of all-MiniLM-L6-v2 and all-mpnet-base-v2, GLUE that of the released tasks.
 """
 
 from __future__ import annotations
@@ -10,61 +12,83 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-#: 1,000 labels: the low-resource setting in which the papers report their largest gains. The rate is the one
-#: of two (1e-4, 3e-4) with the better held-out score on CoLA of a plain run with a seed that no study has.
-LOW = (
-    *("--train-rows", "1000", "--epochs", "5", "--batch-size", "32", "--learning-rate", "1e-4"),
-    *("--group-by-length", "--threads", "1"),
-)
+#: 1,000 labels: the low-resource setting in which the papers report their largest gains.
+_LOW = ("--train-rows", "1000", "--batch-size", "32", "--group-by-length", "--threads", "1")
 
-#: Plain and noisytune over many seeds, round by round, as far as time allows: tasks in which plain learns
-#: something and whose runs are short. A study goes seed by seed, so wherever time ends both methods have the
-#: same seeds.
-_ROUNDS = (("cola,sst2", 5), ("cola,sst2", 10), ("stsb", 10), ("cola,sst2", 20), ("cola,sst2,stsb", 20))
-
-#: Each study's options, in the order in which they are carried out.
-STUDIES: dict[str, tuple[str, ...]] = {
-    **{
-        f"{tasks}-{seeds}-seeds": (
-            *("--task", tasks, *LOW, "--method", "plain,noisytune", "--lambda", "0.15"),
-            *("--seed", f"0-{seeds - 1}"),
-        )
-        for tasks, seeds in _ROUNDS
-    },
-    "cola": ("--task", "cola", *LOW, "--method", "plain,noisytune,r3f,mixout", "--seed", "0-4"),
-    "sst2": ("--task", "sst2", *LOW, "--method", "plain,noisytune", "--seed", "0-4"),
-    # In CoLA's folder: the runs at λ 0.15 and the plain ones are there already.
-    "cola-lambda": (
-        *("--task", "cola", *LOW, "--method", "plain,noisytune,r3f,mixout"),
-        *("--lambda", "0.05,0.1,0.15,0.2", "--seed", "0-4"),
-    ),
+#: What tells the models' training apart. Rates are those with the better held-out score on CoLA of a plain
+#: run with a seed that no study has: MiniLM's of 1e-4 and 3e-4, MPNet's of 2e-5 and 5e-5.
+TRAINING = {
+    "minilm": (*_LOW, "--epochs", "5", "--learning-rate", "1e-4"),
+    "mpnet": (*_LOW, "--epochs", "3", "--learning-rate", "5e-5"),
 }
 
-#: Studies that continue in another's folder.
-FOLDERS = {
-    # Of several tasks each has a folder of its own there.
-    **{f"{t}-{seeds}-seeds": "pairs" if "," in t else f"pairs/{t}" for t, seeds in _ROUNDS},
-    "cola-lambda": "cola",
+PAIR = ("--method", "plain,noisytune", "--lambda", "0.15")
+ALL = ("--method", "plain,noisytune,r3f,r4f,mixout,recadam,neftune,swa,weightnoise", "--lambda", "0.15")
+
+
+class Study(NamedTuple):
+    """One call of `noisytune study`."""
+
+    tasks: str
+    options: tuple[str, ...]
+    seeds: int
+    #: Studies of one folder are one study that grows: what is finished in it is not done again.
+    folder: str
+    model: str = "minilm"
+
+    def command(self, model: Path, glue: Path, out: Path) -> list[str]:
+        """Return the call, with the checkpoint's folder, GLUE's, and the one of all studies."""
+        return [
+            *(sys.executable, "-m", "noisytune_cli", "study", str(model), "--data", str(glue)),
+            *("--task", self.tasks, *TRAINING[self.model], *self.options, "--seed", f"0-{self.seeds - 1}"),
+            *("-o", str(out / self.folder)),
+        ]
+
+
+def _rounds(tasks: str, *seeds: int) -> dict[str, Study]:
+    # Of several tasks each has a folder of its own in the study's.
+    folder = "pairs" if "," in tasks else f"pairs/{tasks}"
+    return {f"{tasks}-{count}-seeds": Study(tasks, PAIR, count, folder) for count in seeds}
+
+
+#: In the order in which they are carried out: what plain and noisytune do on tasks in which plain learns
+#: something, then the other methods, then more seeds. A study goes seed by seed, so wherever time ends all
+#: methods have the same seeds.
+STUDIES: dict[str, Study] = {
+    **_rounds("cola,sst2", 5),
+    "cola-methods-5-seeds": Study("cola", ALL, 5, "pairs/cola"),
+    **_rounds("stsb", 5),
+    "mpnet-cola-5-seeds": Study("cola", PAIR, 5, "mpnet-cola", "mpnet"),
+    **_rounds("cola,sst2", 10),
+    "cola-kinds-5-seeds": Study(
+        "cola", (*PAIR, "--noise", "uniform,gaussian", "--scope", "matrix,global"), 5, "pairs/cola"
+    ),
+    **_rounds("mrpc", 5),
+    "cola-methods-10-seeds": Study("cola", ALL, 10, "pairs/cola"),
+    **_rounds("stsb", 10),
+    "cola-lambda": Study("cola", (*PAIR[:2], "--lambda", "0.05,0.1,0.15,0.2"), 5, "pairs/cola"),
+    **_rounds("cola,sst2", 20),
+    **_rounds("cola,sst2,stsb,mrpc", 20),
 }
 
 
 def main() -> int:
     """Run the studies; return the first exit code that is not 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="the checkpoint's folder")
-    parser.add_argument("glue", help="the folder of the GLUE tasks")
+    parser.add_argument("minilm", type=Path, help="the folder of all-MiniLM-L6-v2")
+    parser.add_argument("mpnet", type=Path, help="the folder of all-mpnet-base-v2")
+    parser.add_argument("glue", type=Path, help="the folder of the GLUE tasks")
     parser.add_argument("out", type=Path, help="where each study gets a folder")
     parser.add_argument("--only", action="append", choices=STUDIES, help="carry out this study only")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     given = sys.argv[1:]
     end = given.index("--") if "--" in given else len(given)
     arguments, options = parser.parse_args(given[:end]), given[end + 1 :]
-    for name in arguments.only or STUDIES:
-        command = [
-            *(sys.executable, "-m", "noisytune_cli", "study", arguments.model, "--data", arguments.glue),
-            *(*STUDIES[name], *options, "-o", str(arguments.out / FOLDERS.get(name, name))),
-        ]
+    for study in (STUDIES[name] for name in arguments.only or STUDIES):
+        model = getattr(arguments, study.model)
+        command = [*study.command(model, arguments.glue, arguments.out), *options]
         print(f"$ {shlex.join(command)}", flush=True)
         if not arguments.dry_run and (code := subprocess.run(command, check=False).returncode):
             return code
