@@ -45,8 +45,7 @@ def show_study(
         warn(wording.choice("dev"))
     if quiet:
         return
-    compared = whole(results, "comparisons")
-    if compared and (weak := wording.power(compared)):
+    if weak := wording.power(whole(results, "comparisons")):
         note(weak)
     note(f"report, results and figures: {folder}")
 

@@ -6,6 +6,7 @@ at the weights, and the others follow by name. What one method wraps last is unw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ from noisytune_cli.study.methods import Batch, Member, Method, Training, Value, 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
+
+#: noisytune's options that are the study's own: they make the grid of its runs.
+FLAGS = {f"noisytune.{name}": f"--{name}" for name in ("lambda", "noise", "scope")}
 
 _WORDS = {"true": True, "false": False}
 _KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}
@@ -104,6 +108,12 @@ def read_settings(texts: Iterable[str]) -> dict[str, Value]:
             )
         method = load(name)
         check_key(method, key)
+        if full in FLAGS:
+            raise UsageError(
+                f"--set {text}",
+                why="the study's runs are made of it, so it has an option of its own",
+                next_step=f"Use {FLAGS[full]} {value}",
+            )
         settings[full] = _typed(full, value, method.defaults[key])
     return settings
 
@@ -113,7 +123,7 @@ def _typed(full: str, text: str, default: Value) -> Value:
     kind = type(default)
     try:
         value: Value = _WORDS[text.lower()] if kind is bool else kind(text)
-        if value != value:
+        if isinstance(value, float) and not math.isfinite(value):
             raise ValueError
     except (KeyError, ValueError):
         raise UsageError(

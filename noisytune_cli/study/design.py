@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from noisytune_cli.errors import UsageError
-from noisytune_cli.study.combination import combine
+from noisytune_cli.study.combination import FLAGS, combine
 from noisytune_cli.study.methods import Value
 from noisytune_cli.study.settings import Recipe
 
@@ -97,7 +97,7 @@ def _run(method: str, options: Mapping[str, Value], share: float, seed: int, see
     """Return a run with its key."""
     lam = options.get("noisytune.lambda")
     noise, scope = (options.get(f"noisytune.{name}") for name in ("noise", "scope"))
-    own = {k: v for k, v in options.items() if k not in _FIELDS}
+    own = {k: v for k, v in options.items() if k not in FLAGS}
     told = {
         "method": method,
         "lam": None if lam is None else float(lam),
@@ -112,10 +112,6 @@ def _run(method: str, options: Mapping[str, Value], share: float, seed: int, see
     }
     digest = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=8).hexdigest()
     return Run(key=f"{method}-{seed}-{digest}", **told)  # type: ignore[arg-type]
-
-
-#: The options that are fields of a run's record.
-_FIELDS = ("noisytune.lambda", "noisytune.noise", "noisytune.scope")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 from noisytune_cli.errors import InputInvalid, OutputUnsafe, unreadable, unwritable
 from noisytune_cli.output.staging import sync_directory
-from noisytune_cli.study.settings import completed
+from noisytune_cli.study.settings import LATER, completed
 
 STUDY = "study.json"
 RUNS = "runs.jsonl"
@@ -114,7 +114,9 @@ class Journal:
         settled = dict(study)
         if path.exists():
             known = _read_study(path)
-            _check_same(completed(known["settings"]), completed(study["settings"]), self.folder)
+            begun, asked = completed(known["settings"]), completed(study["settings"])
+            later = {name for name in LATER if name not in begun}
+            _check_same(begun, {k: v for k, v in asked.items() if k not in later}, self.folder)
             planned = {run["key"]: run for run in (*known["design"], *study["design"])}
             # Machine and versions stay those that the first runs were made with.
             settled = {**known, "design": list(planned.values())}

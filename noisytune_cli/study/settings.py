@@ -51,11 +51,18 @@ class Material:
     probe_rows: int = 1000
 
 
-def record(material: Material, recipe: Recipe, digests: dict[str, str], device: str) -> dict[str, Any]:
+#: What earlier versions did not look at: a study that one of them began goes on without.
+LATER = ("config", "probe_data")
+
+
+def record(
+    material: Material, recipe: Recipe, digests: Mapping[str, str | None], device: str
+) -> dict[str, Any]:
     """Return the settings that change a study's numbers, without paths of this machine."""
     task = material.task
     return {
         "model": digests["model"],
+        "config": digests["config"],
         "task": task.name,
         "text": list(task.text),
         "label": task.label,
@@ -67,6 +74,7 @@ def record(material: Material, recipe: Recipe, digests: dict[str, str], device: 
         "data_seed": material.data_seed,
         "probe": None if material.probe is None else material.probe.name,
         "probe_rows": material.probe_rows if material.probe is not None else None,
+        "probe_data": digests["probe_data"],
         "device": device,
         **asdict(recipe),
     }

@@ -25,6 +25,7 @@ from noisytune_cli.study.settings import Material, Recipe, record
 from noisytune_cli.version import __version__
 
 if TYPE_CHECKING:
+    from noisytune_cli.study.data.splits import Files
     from noisytune_cli.study.design import Run, Split
 
 #: Reports progress: entered with the steps in all, gives what is called with the steps just done.
@@ -127,14 +128,16 @@ def study(
     )
     if request.choose:
         _check_choice(request, split)
-    probe = _probe(request)
+    probe, probe_files = _probe(request)
     with open_checkpoint(request.model, revision=request.revision, follow_links=True) as source:
         _check_folder(source, request.model)
         parameters = sum(tensor.elements for tensor in source.tensors)
         digests = {
             "model": _digest(source.root / file.name for file in source.sources),
+            "config": _digest(_read_by_transformers(source)),
             "train": _digest(train),
             "dev": _digest(dev),
+            "probe_data": _digest(probe_files) if probe_files else None,
         }
     material = Material(
         model=source.root,
@@ -209,20 +212,20 @@ def _carry_out(
 ) -> None:
     from noisytune_cli.study.workers import Place, carry_out, check_memory
 
-    check_memory(parameters, request.jobs)
+    check_memory(parameters, min(request.jobs, len(runs)))
     place = Place(request.device, request.jobs, threads)
     with progress(sum(split.steps(run.share, request.recipe) for run in runs)) as report:
         for done in carry_out(material, request.recipe, runs, place, report):
             add(done)
 
 
-def _probe(request: StudyRequest) -> dict[str, Any]:
-    """Return the probe's part of the material: a GLUE task, whose rows are read to see that they can be."""
+def _probe(request: StudyRequest) -> tuple[dict[str, Any], Files]:
+    """Return the probe's part of the material, a GLUE task, and its files, which can be read."""
     if request.probe is None:
-        return {}
+        return {}, ()
     task, train, dev = choose_glue("--probe", request.probe, request.data)
     read_data(task, train, dev)
-    return {"probe": task, "probe_train": train, "probe_dev": dev}
+    return {"probe": task, "probe_train": train, "probe_dev": dev}, (*train, *dev)
 
 
 def _check_choice(request: StudyRequest, split: Split) -> None:
@@ -249,6 +252,20 @@ def _check_folder(source: Checkpoint, model: str) -> None:
             why="a study needs the model's config and tokenizer too",
             next_step="Give the folder that it lies in",
         )
+
+
+#: How the names of what transformers reads beside the weights end: config and tokenizer.
+_READ = (".json", ".txt", ".model", ".tiktoken", ".bpe", ".vocab")
+
+
+def _read_by_transformers(source: Checkpoint) -> list[Path]:
+    """Return the files of a checkpoint that make the network and the tokens what they are."""
+    weights = {file.name for file in source.sources}
+    return [
+        source.root / name
+        for name in sorted(source.others)
+        if "/" not in name and name.endswith(_READ) and name not in weights
+    ]
 
 
 def _digest(paths: Iterable[Path]) -> str:

@@ -63,7 +63,7 @@ def carry_out(
 
 def check_memory(parameters: int, jobs: int) -> None:
     """Refuse more processes than fit into what memory is free; ResourceExhausted, with what would fit."""
-    if jobs == 1:
+    if jobs <= 1:
         return
     needed = _COPIES * 4 * parameters + _PROCESS_BYTES
     free = _free_memory()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 from noisytune_cli.study.training.drift import measure_drift, snapshot
 
@@ -43,6 +44,17 @@ def test_each_kind_is_measured_over_all_its_parameters() -> None:
         "attention": {"norm_change": 0.0, "change_norm": pytest.approx(1.0)},
         "mlp": {"norm_change": 0.0, "change_norm": 0.0},
     }
+
+
+def test_a_parametrization_that_is_gone_at_the_end_hides_nothing() -> None:
+    model = Small()
+    bare = snapshot(model)
+    parametrizations.spectral_norm(model.classifier)
+    start = snapshot(model)
+    assert start.keys() == bare.keys()
+    assert torch.equal(start["classifier.weight"], bare["classifier.weight"])
+    parametrize.remove_parametrizations(model.classifier, "weight")
+    assert measure_drift(start, model)["head"]["change_norm"] > 0
 
 
 def test_a_snapshot_does_not_follow_the_model_and_zeros_are_left_out() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from noisytune_cli.study.report import plots, results
@@ -25,8 +26,8 @@ def raised(method: str, by: list[float], **others: Any) -> list[dict[str, Any]]:
 def test_five_seeds_are_no_evidence_and_the_report_says_why() -> None:
     text = report([*runs("plain", PLAIN), *raised("noisytune", [0.01, 0.02, 0.03, 0.02, 0.01])])
     assert "noisytune (λ 0.15) against plain: +1.80 [" in text
-    assert "higher in 5 of them, p = 0.0625 (0.0625 adjusted): no evidence of a difference; a " in text
-    assert "a mean difference below +0.76 or above +2.84 is excluded at 95 %." in text
+    assert "higher in 5 of them, p = 0.0625 (0.0625 adjusted): no evidence of a difference; if " in text
+    assert "a mean difference below +0.76 or above +2.84 is excluded at 95 %, and 0 with it." in text
     assert "5 paired seeds cannot give a two-sided p below 0.0625" in text
     assert "It takes 6 seeds." in text
     assert "evidence that" not in text
@@ -48,6 +49,18 @@ def test_the_number_of_comparisons_is_told() -> None:
     assert "which 2 comparisons adjust to 0.125" in text
     assert "It takes 7 seeds." in text
     assert "- 2 other comparisons: no evidence of a difference." in text
+
+
+def test_what_few_seeds_cannot_show_is_said_of_comparisons_adjusted_together() -> None:
+    plain = [*PLAIN, 0.4]
+    by = {"mixout": 0.01, "noisytune": 0.02, "noisytune+mixout": 0.05}
+    made = [runs(method, [a + more for a in plain]) for method, more in by.items()]
+    text = report([*runs("plain", plain), *itertools.chain(*made)])
+    assert "noisytune+mixout (λ 0.15) against mixout: +4.00 [" in text
+    assert "p = 0.0312 (0.0312 adjusted): evidence that it is better." in text
+    # Three comparisons with plain take seven seeds; the one of noise added to mixout has shown something.
+    assert "Comparisons with plain: 6 paired seeds cannot give" in text
+    assert "Comparisons of noise" not in text
 
 
 def test_the_table_has_mean_and_std() -> None:

@@ -205,6 +205,27 @@ def test_another_study_in_the_folder_is_refused(tiny: Tiny, finished: Path) -> N
     assert (finished / "runs.jsonl").read_bytes() == before
 
 
+def test_another_network_or_tokenizer_in_the_folder_is_refused(
+    tiny: Tiny, finished: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny.model, tmp_path / "model")
+    arguments = [str(model) if argument == str(tiny.model) else argument for argument in tiny.arguments]
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (model / "README.md").write_text("what nobody trains with")
+    assert CliRunner().invoke(app, [*arguments, "-o", str(out), "--seed", "0-1"]).exit_code == 0
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    result = CliRunner().invoke(app, [*arguments, "-o", str(out), "--seed", "0-1"])
+    assert result.exit_code == 5
+    assert "its config is" in result.stderr
+    # A study that was begun before anyone looked at it goes on.
+    recorded = json.loads((out / "study.json").read_text())
+    del recorded["settings"]["config"]
+    (out / "study.json").write_text(json.dumps(recorded))
+    assert CliRunner().invoke(app, [*arguments, "-o", str(out), "--seed", "0-1"]).exit_code == 0
+
+
 def test_lambda_is_searched_as_the_paper_does_and_chosen_on_held_out_rows(tiny: Tiny, tmp_path: Path) -> None:
     runs = done(tiny, tmp_path / "out", "--seed", "0", "--choose", "--epochs", "1")
     assert [run["lambda"] for run in runs] == [None, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3]

@@ -68,6 +68,12 @@ def test_a_jsonl_file_holds_objects(tmp_path: Path) -> None:
         ("a.jsonl", "[1]\n", "line 1: it is not a JSON object"),
         ("a.jsonl", '{"text": "a"}\n', 'line 1: there is no column "label"; the columns are text'),
         ("a.jsonl", '{"text": ["a"], "label": 1}\n', 'line 1: column "text" is neither text nor a number'),
+        ("a.jsonl", '{"text": "a", "label": NaN}\n', 'line 1: column "label" is neither text nor a number'),
+        (
+            "a.jsonl",
+            '{"text": "a \\ud83d", "label": 1}\n',
+            'line 1: column "text" has half of a surrogate',
+        ),
         ("a.txt", "x", "the file's name ends in .txt"),
     ],
 )

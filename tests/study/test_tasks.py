@@ -31,6 +31,8 @@ def test_label_names_are_in_order_and_make_the_class_indices(tmp_path: Path) -> 
 
 def test_numbers_as_labels_are_ordered_by_value(tmp_path: Path) -> None:
     assert read(tmp_path, CLASSES, "10 9 -1", "9").label_names == ("-1", "9", "10")
+    # With a label that has no place among numbers all are names, whatever order a set has.
+    assert read(tmp_path, CLASSES, "2 nan 10 inf", "2").label_names == ("10", "2", "inf", "nan")
 
 
 def test_regression_reads_numbers(tmp_path: Path) -> None:

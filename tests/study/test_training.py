@@ -10,15 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, GPT2Config, GPT2Model
+from tokenizers import processors
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2Model,
+    XLNetConfig,
+    XLNetModel,
+)
 
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.study import methods
-from noisytune_cli.study.data.encoding import Encoded
-from noisytune_cli.study.data.tasks import Task
+from noisytune_cli.study.data.encoding import Encoded, encode
+from noisytune_cli.study.data.tasks import Task, TaskRows
 from noisytune_cli.study.design import Run, Seeds, plan_runs
 from noisytune_cli.study.settings import Material, Recipe
-from noisytune_cli.study.training.pretrained import Pretrained
+from noisytune_cli.study.training.pretrained import Lora, Pretrained, _without_adapters
 from noisytune_cli.study.training.training import Bench
 
 from .conftest import Tiny
@@ -186,6 +195,85 @@ def test_a_decoder_without_a_padding_token_is_trained_too(tiny: Tiny, tmp_path: 
     assert place.train.padding["input_ids"] == place.pretrained.tokenizer.eos_token_id
     for method in ("plain", "noisytune", "r3f"):
         assert math.isfinite(place.carry_out(a_run(method))["loss"])
+
+
+def alone_and_padded(pretrained: Pretrained) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a row's logits by itself, and beside a longer one."""
+    texts = (("the film was good",), ("the film was very very very dull",))
+    rows = TaskRows(texts, (0.0, 1.0))
+    encoded = encode(pretrained.tokenizer, rows, max_length=32, regression=False)
+    model = pretrained.start(0, torch.device("cpu")).model.eval()
+    batches = (encoded.batch(places, torch.device("cpu")) for places in ([0], [0, 1]))
+    with torch.inference_mode():
+        alone, padded = (model(**{k: v for k, v in b.items() if k != "labels"}).logits[0] for b in batches)
+    return alone, padded
+
+
+def test_what_a_row_is_padded_with_is_no_token_of_it(tmp_path: Path) -> None:
+    folder = save_model(tmp_path)
+    (folder / "model.safetensors").unlink()
+    # Its config names another token than the tokenizer pads with.
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2, pad_token_id=9)
+    GPT2Model(config).save_pretrained(folder)
+    alone, padded = alone_and_padded(Pretrained(folder, 2))
+    torch.testing.assert_close(padded, alone)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_that_takes_the_last_position_finds_a_token_there(tmp_path: Path) -> None:
+    folder = save_model(tmp_path)
+    config = XLNetConfig(vocab_size=64, d_model=16, n_layer=2, n_head=2, d_inner=32, initializer_range=0.5)
+    (folder / "model.safetensors").unlink()
+    XLNetModel(config).save_pretrained(folder)
+    alone, padded = alone_and_padded(Pretrained(folder, 2))
+    torch.testing.assert_close(padded, alone, rtol=1e-3, atol=1e-5)
+
+
+def test_a_row_without_tokens_is_trained_on(tiny: Tiny, tmp_path: Path) -> None:
+    folder = save_model(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = encode(tokenizer, TaskRows((("",), ("good",)), (0.0, 1.0)), max_length=8, regression=False)
+    assert found.inputs["attention_mask"][0] == [1, 1]  # [CLS] [SEP]
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    bare = encode(tokenizer, TaskRows((("",), ("",)), (0.0, 1.0)), max_length=8, regression=False)
+    batch = bare.batch([0, 1], torch.device("cpu"))
+    assert batch["input_ids"].tolist() == [[tokenizer.pad_token_id]] * 2
+    assert batch["attention_mask"].tolist() == [[1]] * 2
+
+
+#: Encoders whose heads have more than one layer, or other names than classifier and score.
+HEADS: dict[str, Any] = {
+    "bert": {},
+    "distilbert": {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 24},
+    "deberta-v2": {},
+    "modernbert": {"global_attn_every_n_layers": 1},
+    "bart": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24}
+    | {"decoder_ffn_dim": 24, "encoder_attention_heads": 2, "decoder_attention_heads": 2},
+    "xlnet": {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 24},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", HEADS)
+def test_under_lora_the_whole_head_is_trained(kind: str, tiny: Tiny, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny.model, tmp_path / "model")
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    special = {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
+    config = AutoConfig.for_model(kind, vocab_size=34, **special, **(HEADS[kind] or size))
+    if kind in ("deberta-v2", "modernbert"):
+        config = AutoConfig.for_model(kind, vocab_size=34, **special, **size, **HEADS[kind])
+    AutoModel.from_config(config).save_pretrained(folder)
+    pretrained = Pretrained(folder, 2, Lora(2, 4, 0.0))
+    model = pretrained.start(0, torch.device("cpu")).model
+    trained = {_without_adapters(name) for name, p in model.named_parameters() if p.requires_grad}
+    assert pretrained._fresh
+    assert trained >= pretrained._fresh
+    assert any(".lora_" in name for name in trained)
+    assert not any(".lora_" in name and name.split(".")[0] in HEADS_OF for name in trained)
+
+
+#: What heads are called.
+HEADS_OF = {"classifier", "pre_classifier", "pooler", "head", "classification_head", "logits_proj"}
 
 
 @pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "mpnet", "bert", "camembert", "ibert"])

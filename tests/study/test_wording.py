@@ -50,6 +50,11 @@ def test_where_nothing_is_found_it_is_said_what_is_excluded() -> None:
         "no evidence of a difference; a mean difference below −0.30 or above +0.50 is excluded at 95 %."
     )
     assert wording.finding({**comparison, "excluded_beyond": None}).endswith("no evidence of a difference.")
+    # Student's t finds what the test does not: both are told, and which assumes more.
+    assert wording.finding({**comparison, "excluded_beyond": [0.002, 0.005]}).endswith(
+        "no evidence of a difference; if differences are normal and this were the only comparison, "
+        "a mean difference below +0.20 or above +0.50 is excluded at 95 %, and 0 with it."
+    )
 
 
 def test_a_small_p_is_no_equation() -> None:

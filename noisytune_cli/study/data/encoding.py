@@ -1,13 +1,13 @@
 """TaskRows as a model reads them: token ids, cut to a length, padded batch by batch.
 
-A row is encoded once for the whole study. Batches are padded to their own longest row, on the right, so the
-padding costs little where rows are short; evaluation takes rows of one length together.
+A row is encoded once for the whole study. Batches are padded to their own longest row, on the tokenizer's
+side, so the padding costs little where rows are short; evaluation takes rows of one length together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoded:
-    """[n] rows: for each input of the model its [n] lists of ids, what they are padded with, and labels."""
+    """[n] rows: for each input of the model its [n] lists of ids, what they are padded with, and labels.
+
+    `left` is where: before the ids, not after them.
+    """
 
     inputs: dict[str, list[list[int]]]
     padding: dict[str, int]
     labels: tuple[float, ...]
     regression: bool
+    left: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -33,7 +37,7 @@ class Encoded:
     def take(self, places: Sequence[int]) -> Encoded:
         """Return the rows at `places`, in that order."""
         inputs = {name: [rows[i] for i in places] for name, rows in self.inputs.items()}
-        return Encoded(inputs, self.padding, tuple(self.labels[i] for i in places), self.regression)
+        return replace(self, inputs=inputs, labels=tuple(self.labels[i] for i in places))
 
     def length(self, place: int) -> int:
         """Return how many tokens a row has."""
@@ -44,8 +48,10 @@ class Encoded:
         batch = {}
         for name, rows in self.inputs.items():
             length = max(len(rows[i]) for i in places)
-            pad = self.padding[name]
-            padded = [rows[i] + [pad] * (length - len(rows[i])) for i in places]
+            padded = []
+            for i in places:
+                padding = [self.padding[name]] * (length - len(rows[i]))
+                padded.append(padding + rows[i] if self.left else rows[i] + padding)
             batch[name] = torch.tensor(padded, dtype=torch.int64)
         kind = torch.float32 if self.regression else torch.int64
         batch["labels"] = torch.tensor([self.labels[i] for i in places], dtype=kind)
@@ -63,7 +69,10 @@ class Encoded:
 def encode(
     tokenizer: PreTrainedTokenizerBase, rows: TaskRows, *, max_length: int, regression: bool
 ) -> Encoded:
-    """Return rows as token ids, the longer text cut first where a row has more than `max_length`."""
+    """Return rows as token ids, the longer text cut first where a row has more than `max_length`.
+
+    A row without any, which no model can read, gets the padding's as its text.
+    """
     first = [texts[0] for texts in rows.texts]
     second = [texts[1] for texts in rows.texts] if len(rows.texts[0]) > 1 else None
     found = tokenizer(first, second, truncation=True, max_length=max_length, padding=False)
@@ -72,5 +81,7 @@ def encode(
         "attention_mask": 0,
         "token_type_ids": tokenizer.pad_token_type_id,
     }
-    inputs = {name: list(found[name]) for name in padding if name in found}
-    return Encoded(inputs, {name: padding[name] for name in inputs}, rows.labels, regression)
+    empty = {**padding, "attention_mask": 1}
+    inputs = {name: [ids or [empty[name]] for ids in found[name]] for name in padding if name in found}
+    left = tokenizer.padding_side == "left"
+    return Encoded(inputs, {name: padding[name] for name in inputs}, rows.labels, regression, left)

@@ -44,6 +44,13 @@ def check_columns(path: Path, columns: Sequence[str], names: Sequence[str], line
 
 def as_text(path: Path, column: str, value: Any, line: int) -> str:
     """Return a value as a text file would hold it; InputInvalid for what is neither text nor a number."""
-    if not isinstance(value, str | int | float):
+    if not isinstance(value, str | int | float) or value != value:
         raise malformed(path, f'column "{column}" is neither text nor a number', "Correct the row", line)
-    return value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise malformed(
+            path, f'column "{column}" has half of a surrogate pair, no character', "Correct the row", line
+        ) from None
+    return text

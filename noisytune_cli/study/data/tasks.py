@@ -253,6 +253,9 @@ def _label_names(column: str, table: Sequence[TableRow]) -> tuple[str, ...]:
             f"Classes are 2 to {_MOST_CLASSES}; for numbers choose --metric pearson or spearman",
         )
     try:
-        return tuple(sorted(names, key=lambda name: (float(name), name)))
+        values = {name: float(name) for name in names}
     except ValueError:
         return tuple(sorted(names))
+    # NaN has no place among numbers: where it is a label, they are names.
+    numbers = all(map(math.isfinite, values.values()))
+    return tuple(sorted(names, key=lambda name: (values[name] if numbers else 0.0, name)))

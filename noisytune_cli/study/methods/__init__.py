@@ -56,6 +56,11 @@ class NewMember(Protocol):
     def __call__(self, model: nn.Module, /) -> Member: ...
 
 
+def plain_name(name: str) -> str:
+    """Return a parameter's name as it is without a parametrization such as r4f's."""
+    return name.replace(".parametrizations.", ".").removesuffix(".original")
+
+
 @dataclass(slots=True)
 class Member:
     """One model in training, with an optimizer of its own; without a scheduler its rate is constant."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from noisytune_cli.errors import UsageError
 from noisytune_cli.plan.patterns import match_names
-from noisytune_cli.study.methods import Method, Training, Value
+from noisytune_cli.study.methods import Method, Training, Value, plain_name
 
 
 class WeightNoise(Method):
@@ -61,7 +61,7 @@ def noised(training: Training, model: nn.Module) -> Iterator[Tensor]:
 
     The head is what was freshly initialised; where nothing was, what `@head` names.
     """
-    trained = {_plain(name): p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     head = training.fresh or match_names(["@head"], list(trained))[0]
     yield from (p for name, p in trained.items() if training.peft or name in head)
 
@@ -74,11 +74,6 @@ def check_noised(method: str, training: Training) -> None:
             why="the model has no fresh parameters and none that are named as a head",
             next_step="Leave the method out, or use --lora, where all that is trained gets noise",
         )
-
-
-def _plain(name: str) -> str:
-    """Return a parameter's name as it is without a parametrization such as r4f's."""
-    return name.replace(".parametrizations.", ".").removesuffix(".original")
 
 
 METHOD = WeightNoise

@@ -56,7 +56,8 @@ def _missing(results: Results) -> list[str]:
 
 def _findings(results: Results) -> list[str]:
     """Return what the report comes to: the findings on noise, all evidence, and how little few seeds show."""
-    compared = [*whole(results, "comparisons"), *whole(results, "combinations")]
+    families = [whole(results, "comparisons"), whole(results, "combinations")]
+    compared = [comparison for family in families for comparison in family]
     if not compared:
         return []
     told = [c for c in compared if c["lambda"] is not None or c["verdict"] != NO_EVIDENCE]
@@ -69,8 +70,9 @@ def _findings(results: Results) -> list[str]:
         f"Differences are of the {metric} × 100 on the dev rows, means over paired seeds with their 95 % "
         f"interval. {wording.choice(results['lambda_chosen_on'])}"
     ]
-    if weak := wording.power(compared):
-        notes.append(f"**{weak}**")
+    for family, of in zip(families, ("with plain", "of noise added to other methods"), strict=True):
+        if weak := wording.power(family):
+            notes.append(f"**Comparisons {of}: {weak}**")
     return [bullets(lines), *notes]
 
 

@@ -74,7 +74,7 @@ def summarise(study: Mapping[str, Any], runs: Iterable[Run]) -> dict[str, Any]:
 
 
 def foresee(design: Iterable[Run]) -> tuple[int, int] | None:
-    """Return the fewest seeds and the number of the comparisons with plain that planned runs will make.
+    """Return the most seeds and the number of the comparisons with plain that planned runs will make.
 
     They are those of the largest share of the training rows; None where there are none. λ is not chosen
     yet, so a kind has the seeds of the λ that has most.
@@ -86,7 +86,7 @@ def foresee(design: Iterable[Run]) -> tuple[int, int] | None:
     for condition in conditions:
         if plain is not None and condition is not plain and (common := common_pairs((condition, plain))):
             pairs[condition.kind] = max(len(common), pairs.get(condition.kind, 0))
-    return (min(pairs.values()), len(pairs)) if pairs else None
+    return (max(pairs.values()), len(pairs)) if pairs else None
 
 
 def encode(results: Results) -> str:
@@ -280,7 +280,7 @@ def _ensemble(plain: Condition, study: Mapping[str, Any]) -> dict[str, Any]:
 
     def score(members: Sequence[Sequence[float]], wanted: Sequence[str]) -> dict[str, float]:
         voted = statistics.vote(members, regression=study["regression"])
-        return metrics.score(wanted, voted, study["dev_labels"])
+        return metrics.score(wanted, voted, study["dev_labels"], len(study["label_names"]))
 
     total = {m: sum(run[m] for run in runs) for m in ("member_steps", "forwards", "seconds")}
     return {

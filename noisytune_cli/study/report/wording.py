@@ -95,18 +95,25 @@ def finding(comparison: Mapping[str, Any]) -> str:
 
 
 def excluded(comparison: Mapping[str, Any]) -> str:
-    """Return the end of a sentence that finds no difference: how large one can still be."""
+    """Return the end of a sentence that finds no difference: how large one can still be.
+
+    Student's t may leave out 0 where the test above, adjusted and without its assumption, finds nothing.
+    """
     bounds = comparison["excluded_beyond"]
     if bounds is None:
         return "."
     low, high = map(change, bounds)
-    return f"; a mean difference below {low} or above {high} is excluded at 95 %."
+    beyond = f"a mean difference below {low} or above {high} is excluded at 95 %"
+    if bounds[0] <= 0 <= bounds[1]:
+        return f"; {beyond}."
+    return f"; if differences are normal and this were the only comparison, {beyond}, and 0 with it."
 
 
 def power(comparisons: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return what so few seeds cannot show in these comparisons, None where each could be evidence."""
-    number = max(comparison["comparisons"] for comparison in comparisons)
-    return too_few(min(len(comparison["values"]) for comparison in comparisons), number)
+    """Return what so few seeds cannot show in comparisons adjusted together, None where any could show it."""
+    if not comparisons:
+        return None
+    return too_few(max(len(one["values"]) for one in comparisons), comparisons[0]["comparisons"])
 
 
 def too_few(seeds: int, number: int) -> str | None:

@@ -15,14 +15,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from noisytune_cli.plan.groups import KINDS, kinds_of
+from noisytune_cli.study.methods import plain_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of a model's parameters by name."""
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    """Return copies of a model's parameters by name, as it is without a parametrization."""
+    return {plain_name(name): parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def measure_drift(start: Mapping[str, Tensor], model: nn.Module) -> dict[str, dict[str, float]]:

@@ -15,15 +15,19 @@ CLASSIFICATION = ("accuracy", "f1", "macro_f1", "matthews")
 REGRESSION = ("pearson", "spearman")
 
 
-def score(names: Sequence[str], predictions: Sequence[float], labels: Sequence[float]) -> dict[str, float]:
-    """Return each named metric of [n] predictions against [n] labels (class indices, or numbers)."""
-    return {name: _score(name, predictions, labels) for name in names}
+def score(
+    names: Sequence[str], predictions: Sequence[float], labels: Sequence[float], classes: int
+) -> dict[str, float]:
+    """Return each named metric of [n] predictions against [n] labels: indices of `classes`, or numbers."""
+    return {name: _score(name, predictions, labels, classes) for name in names}
 
 
-def _score(name: str, predictions: Sequence[float], labels: Sequence[float]) -> float:
+def _score(name: str, predictions: Sequence[float], labels: Sequence[float], classes: int) -> float:
     from scipy import stats
     from sklearn import metrics
 
+    # Of the classes that the rows have, so that runs on the same rows are scored alike whatever they predict.
+    macro = {"average": "macro", "labels": sorted(set(labels)), "zero_division": 0.0}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of an undefined score, which is 0 here
         match name:
@@ -31,10 +35,10 @@ def _score(name: str, predictions: Sequence[float], labels: Sequence[float]) -> 
                 value = metrics.accuracy_score(labels, predictions)
             case "f1":
                 # Of the second class where there are two (GLUE's positive one), else the mean of all.
-                average = "binary" if max(*labels, *predictions) <= 1 else "macro"
-                value = metrics.f1_score(labels, predictions, average=average, zero_division=0.0)
+                how = {"average": "binary", "zero_division": 0.0} if classes == 2 else macro
+                value = metrics.f1_score(labels, predictions, **how)
             case "macro_f1":
-                value = metrics.f1_score(labels, predictions, average="macro", zero_division=0.0)
+                value = metrics.f1_score(labels, predictions, **macro)
             case "matthews":
                 value = metrics.matthews_corrcoef(labels, predictions)
             case "pearson":

@@ -8,6 +8,7 @@ so are the adapters where LoRA is asked for.
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,8 +84,10 @@ class Pretrained:
                 why="the tokenizer has neither a padding nor an end-of-text token",
                 next_step="Give its tokenizer_config.json a pad_token",
             )
-        if self._model.config.pad_token_id is None:
-            self._model.config.pad_token_id = self.tokenizer.pad_token_id
+        # A decoder's head looks for the last token that is not this one.
+        self._model.config.pad_token_id = self.tokenizer.pad_token_id
+        with _explained(folder):
+            self.tokenizer.padding_side = self._padding_side()
         self._values = {name: p.detach() for name, p in self._model.named_parameters()}
 
     @property
@@ -100,6 +103,30 @@ class Pretrained:
                 positions = min(positions, len(module.weight) - padding - 1)
         return int(min(positions, self.tokenizer.model_max_length))
 
+    def _padding_side(self) -> str:
+        """Return where rows are padded: on the right, unless only on the left it changes no row's logits.
+
+        So it is for a head that takes the last position whatever the mask says (XLNet). Of models that mix
+        all positions (FNet) either side changes them.
+        """
+        row = self.tokenizer("a", padding=False)["input_ids"] or [self.tokenizer.pad_token_id]
+        padding = [self.tokenizer.pad_token_id] * 3
+        device = next(self._model.parameters()).device
+
+        def logits(before: list[int], after: list[int]) -> Tensor:
+            ids = torch.tensor([before + row + after], device=device)
+            mask = torch.tensor([[0] * len(before) + [1] * len(row) + [0] * len(after)], device=device)
+            found: Tensor = self._model(input_ids=ids, attention_mask=mask).logits
+            return found
+
+        with torch.inference_mode():
+            alone = logits([], [])
+
+            def same(padded: Tensor) -> bool:
+                return torch.allclose(alone, padded, rtol=1e-3, atol=1e-5, equal_nan=True)
+
+            return "left" if not same(logits([], padding)) and same(logits(padding, [])) else "right"
+
     def start(self, init_seed: int, device: torch.device) -> Start:
         """Return a copy on the device, with a head (and adapters) drawn from `init_seed`."""
         model = copy.deepcopy(self._model)
@@ -107,7 +134,7 @@ class Pretrained:
         self._draw_fresh(model)
         names = {name: name for name in self._values}
         if self.lora is not None:
-            model = _with_adapters(model, self.lora)
+            model = _with_adapters(model, self.lora, self._head(model))
             names = {name: _without_adapters(name) for name, _ in model.named_parameters()}
         model.to(device)
         anchor = {
@@ -116,6 +143,14 @@ class Pretrained:
             if own in self._values and own not in self._fresh
         }
         return Start(model, anchor, frozenset(name for name, own in names.items() if own in self._fresh))
+
+    def _head(self, model: PreTrainedModel) -> list[str]:
+        """Return the modules that are the task's: those beside the encoder, and what is fresh within it."""
+        parts = dict(model.named_children())
+        encoder = parts.pop(model.base_model_prefix, None)
+        beside = [name for name, part in parts.items() if encoder is not None and [*part.parameters()]]
+        fresh = {name.rpartition(".")[0] for name in self._fresh}
+        return beside + sorted(name for name in fresh if name.partition(".")[0] not in beside)
 
     def _draw_fresh(self, model: Any) -> None:
         """Initialise what the checkpoint lacked, module by module in the model's order."""
@@ -129,8 +164,8 @@ class Pretrained:
                     own[name].copy_(self._values[name])
 
 
-def _with_adapters(model: PreTrainedModel, lora: Lora) -> Any:
-    """Return the model with LoRA adapters, which train with the head."""
+def _with_adapters(model: PreTrainedModel, lora: Lora, head: list[str]) -> Any:
+    """Return the model with LoRA adapters, which train with the head's modules."""
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
@@ -141,12 +176,14 @@ def _with_adapters(model: PreTrainedModel, lora: Lora) -> Any:
         lora_dropout=lora.dropout,
         # Where peft knows no layers of its own choice for an architecture: all but the head.
         target_modules=None if model.config.model_type in KNOWN else "all-linear",
+        exclude_modules=rf"({'|'.join(map(re.escape, head))})(\..*)?" if head else None,
+        modules_to_save=head or None,
     )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return get_peft_model(model, config)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UsageError(
             "--lora", why=f"peft refuses this model: {error}", next_step="Finetune it in full"
         ) from error

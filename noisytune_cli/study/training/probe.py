@@ -17,22 +17,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from noisytune_cli.study.data.encoding import Encoded
-    from noisytune_cli.study.data.tasks import Task
+    from noisytune_cli.study.data.tasks import Data
 
 
 def run_probe(
-    model: PreTrainedModel, task: Task, train: Encoded, dev: Encoded, batch_size: int
+    model: PreTrainedModel, data: Data, train: Encoded, dev: Encoded, batch_size: int
 ) -> dict[str, Any]:
     """Return the task's name and the scores, on its dev rows, of a linear model on frozen features."""
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    task = data.task
     learner = Ridge() if task.regression else LogisticRegression(max_iter=1000, random_state=0)
     pipeline = make_pipeline(StandardScaler(), learner)
     pipeline.fit(features(model, train, batch_size), train.labels)
     predictions = pipeline.predict(features(model, dev, batch_size)).tolist()
-    return {"task": task.name, **score(task.metrics, predictions, dev.labels)}
+    return {"task": task.name, **score(task.metrics, predictions, dev.labels, data.outputs)}
 
 
 def features(model: PreTrainedModel, rows: Encoded, batch_size: int) -> NDArray[np.float32]:

@@ -136,7 +136,7 @@ class Bench:
             for part, encoded in (("dev", self.dev), ("held_out", self.held_out))
             if encoded is not None
         }
-        names = self.data.task.metrics
+        names, classes = self.data.task.metrics, self.data.outputs
         held_out = self.held_out
         return {
             "schema": 1,
@@ -148,8 +148,10 @@ class Bench:
             "epochs": recipe.epochs,
             "steps": training.steps,
             "anchor": recipe.anchor,
-            "dev": score(names, predictions["dev"], self.dev.labels),
-            "held_out": None if held_out is None else score(names, predictions["held_out"], held_out.labels),
+            "dev": score(names, predictions["dev"], self.dev.labels, classes),
+            "held_out": None
+            if held_out is None
+            else score(names, predictions["held_out"], held_out.labels, classes),
             "primary": names[0],
             "predictions": predictions["dev"],
             "drift": None if training.peft else measure_drift(before, models[0]),
@@ -235,7 +237,7 @@ class Bench:
 
     def _run_probe(self, model: Any, rows: _ProbeRows) -> dict[str, Any]:
         size = self.recipe.batch_size * _EVALUATION
-        return run_probe(model, rows.data.task, rows.train, rows.dev, size)
+        return run_probe(model, rows.data, rows.train, rows.dev, size)
 
 
 class _Forward:

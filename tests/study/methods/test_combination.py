@@ -30,12 +30,12 @@ def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
 
 def test_options_are_read_as_the_type_of_their_default() -> None:
     settings = read_settings(
-        ["noisytune.lambda=1", "noisytune.fresh=true", "noisytune.exclude=*.bias,@norm", "noisytune.lambda=2"]
+        ["r3f.lambda=1", "noisytune.fresh=true", "noisytune.exclude=*.bias,@norm", "r3f.lambda=2"]
     )
-    assert settings == {"noisytune.lambda": 2.0, "noisytune.fresh": True, "noisytune.exclude": "*.bias,@norm"}
-    assert type(settings["noisytune.lambda"]) is float
+    assert settings == {"r3f.lambda": 2.0, "noisytune.fresh": True, "noisytune.exclude": "*.bias,@norm"}
+    assert type(settings["r3f.lambda"]) is float
     combination = combine("noisytune", {**settings, "other.key": 3})
-    assert combination.options["noisytune.lambda"] == 2.0
+    assert combination.options["noisytune.fresh"] is True
     assert combination.options["noisytune.noise"] == "uniform"
     assert "other.key" not in combination.options
 
@@ -45,10 +45,17 @@ def test_options_are_read_as_the_type_of_their_default() -> None:
     [
         ("noisytune.lamda=1", "noisytune has no such option. Its options are: noisytune.lambda,"),
         ("plain.p=1", "plain has no such option. Leave it out"),
-        ("noisytune.lambda=big", "it must be a number. The default is noisytune.lambda=0.15"),
-        ("noisytune.lambda=nan", "it must be a number"),
+        ("neftune.alpha=big", "it must be a number. The default is neftune.alpha=5"),
+        ("neftune.alpha=nan", "it must be a number"),
+        ("neftune.alpha=1e999", "it must be a number"),
+        (
+            "noisytune.lambda=0.3",
+            "the study's runs are made of it, so it has an option of its own",
+        ),
+        ("noisytune.noise=gaussian", "Use --noise gaussian"),
+        ("noisytune.scope=global", "Use --scope global"),
         ("noisytune.fresh=2", "it must be true or false"),
-        ("noisytune.lambda", "is written METHOD.KEY=VALUE"),
+        ("noisytune.fresh", "is written METHOD.KEY=VALUE"),
         ("lambda=0.1", "is written METHOD.KEY=VALUE"),
         ("nothing.lambda=0.1", "no such method: nothing"),
     ],
