@@ -186,7 +186,7 @@ def from_plain(data: Mapping[str, str | None]) -> NoisytuneError:
 def unreadable(error: OSError, path: str | os.PathLike[str]) -> NoisytuneError:
     """Map an OSError met while opening or reading an input to the error the user sees."""
     if isinstance(error, FileNotFoundError):
-        next_step = "Check the spelling; a hub id looks like NAME or OWNER/NAME"
+        next_step = "Check the spelling"
     elif isinstance(error, PermissionError):
         next_step = "Make it readable for this user, or copy it somewhere that is"
     else:

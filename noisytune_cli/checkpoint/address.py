@@ -88,6 +88,15 @@ class Address(str):
 Place = Path | Address
 
 
+#: How a text begins that is meant as an address; a folder here of such a name is ./NAME.
+_SCHEME = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def has_scheme(text: str) -> bool:
+    """Tell whether a text begins as addresses do, of whatever kind (S3://, https://, s3:/, file:///)."""
+    return _SCHEME.match(text) is not None
+
+
 def is_address(text: str) -> bool:
     """Tell whether a text is an address in an object store; such a one is no path and no hub id."""
     return text.startswith(("s3://", "gs://", "az://"))

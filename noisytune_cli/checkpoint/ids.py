@@ -11,6 +11,7 @@ import os
 import re
 from pathlib import Path
 
+from noisytune_cli.checkpoint.address import has_scheme
 from noisytune_cli.checkpoint.layout import index_suffix, is_plain_name, is_weights
 from noisytune_cli.errors import InputUnreadable
 
@@ -61,7 +62,9 @@ def no_source(source: str) -> InputUnreadable:
     """Return the error for a SOURCE that is nothing noisytune can take."""
     next_step = "Check the spelling; a hub id looks like NAME or OWNER/NAME"
     meant = _meant(source.replace("\\", "/"))
-    if meant is not None:
+    if has_scheme(source) and not re.match(_WHERE, source):
+        next_step = "Addresses begin with s3://, gs:// or az://; a file here needs none of it"
+    elif meant is not None:
         next_step = f"If it is on the hub, give {meant}; else check the spelling"
     return InputUnreadable(
         "no such file",

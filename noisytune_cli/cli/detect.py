@@ -121,10 +121,10 @@ def detect(
         follow_links=follow_links,
         progress=lambda nbytes: show.progress(nbytes, "detect", enabled=not quiet),
     )
-    _show(result, as_json=as_json)
+    _show(result, as_json=as_json, knows_names=base is not None or manifest is not None)
 
 
-def _show(result: Detection, *, as_json: bool) -> None:
+def _show(result: Detection, *, as_json: bool, knows_names: bool) -> None:
     """Print the answer; raises Mismatch where it is no for every seed."""
     from noisytune_cli.cli.show import warn_all, write_out
     from noisytune_cli.errors import Mismatch
@@ -141,8 +141,9 @@ def _show(result: Detection, *, as_json: bool) -> None:
             "the noise is not there",
             path=result.suspect,
             why=f"the largest z of {result.tests:,} noises tried is {best.z:.1f} (seed {best.seed})",
-            next_step="Try other seeds, or give --manifest or --base, which know the names; "
-            "permuted neurons hide it",
+            next_step="Try other seeds"
+            + ", or give --manifest or --base, which know the names" * (not knows_names)
+            + "; permuted neurons hide it",
         )
 
 

@@ -150,6 +150,12 @@ def inspect(
             why="it shows one",
             next_step="Run once for each, or set two side by side with noisytune compare",
         )
+    if headers_only and percentiles is not None:
+        raise UsageError(
+            "--percentiles and --headers-only",
+            why="percentiles are of weights, and none are read",
+            next_step="Leave one of them out",
+        )
     if out is not None:
         check_new(out)
     if plot is not None:

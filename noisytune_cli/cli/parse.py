@@ -46,8 +46,9 @@ PRESETS: Mapping[str, Preset] = {
 
 def check_out(out: str) -> None:
     """Raise UsageError for an `--out` that names nothing, or standard output."""
-    if out == "":
-        raise UsageError("--out is empty", why="it names no file or folder", next_step="Give -o OUT, or -o .")
+    from noisytune_cli.output.destination import check_name
+
+    check_name(out)
     if out == "-":
         raise UsageError(
             "--out -",
@@ -315,7 +316,7 @@ def _alike(out: str, strengths: Sequence[_Strength], seeds: Sequence[int]) -> Us
         )
     return UsageError(
         f"--out {out}",
-        why=f"it names all of {count:,} outputs alike: {' and '.join(missing)} is missing",
+        why=f"several of the {count:,} outputs would bear one name: {' and '.join(missing)} is missing",
         next_step=f"Write for example -o 'out-{''.join(missing)}'",
     )
 
@@ -335,16 +336,21 @@ def _rule(text: str, option: str) -> tuple[str, float]:
         ) from None
 
 
+class _BeyondFloat(ValueError):
+    """A number that float64 would make 0 or infinite."""
+
+
 def decimal(text: str) -> float:
     """Return the number that is written, 0 without a sign.
 
-    ValueError for what only Python takes for one (`1_0`, `０.１`), and for what float64 would make 0.
+    ValueError for what only Python takes for one (`1_0`, `０.１`), and for what float64 makes 0 or infinite.
     """
     if "_" in text or not text.isascii():
         raise ValueError
     value = float(text)
-    if value == 0.0 and re.search("[1-9]", text.lower().partition("e")[0]):
-        raise ValueError  # it is not 0, and float64 has no number so near to it
+    digits = text.lower().partition("e")[0]
+    if (value == 0.0 or math.isinf(value)) and re.search("[1-9]", digits):
+        raise _BeyondFloat
     return value + 0.0  # which takes the sign from a zero
 
 
@@ -354,10 +360,11 @@ def items(option: str, text: str, convert: Callable[[str], _T], kind: str) -> tu
     for part in spelled(option, text):
         try:
             found.append(convert(part))
-        except ValueError:
+        except ValueError as error:
+            why = "beyond what float64 holds" if isinstance(error, _BeyondFloat) else f"not {kind}"
             raise UsageError(
                 f"{option} {text}",
-                why=f'"{part}" is not {kind}',
+                why=f'"{part}" is {why}',
                 next_step=f"Write {kind}, or several with commas between them",
             ) from None
     return tuple(found)

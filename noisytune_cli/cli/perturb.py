@@ -292,8 +292,8 @@ def perturb(
     @bias, @attention, @mlp. Repeat an option to give several.
 
     Of lists (--lambda 0.05,0.1 --seed 0-4) each combination is an output, from one pass over SOURCE;
-    {lambda}, {seed}, {noise-std} and {sigma} in OUT stand for the values as they are written. More on lists,
-    strengths below 0, SIZES and recipes: docs/concepts.md.
+    {lambda}, {noise-std} and {sigma} in OUT stand for the values as they are written, {seed} for the seed
+    without leading zeros. More on lists, strengths below 0, SIZES and recipes: docs/concepts.md.
 
     Examples:
       noisytune perturb bert-base-uncased --lambda 0.15 -o ./bert-noisy
@@ -308,6 +308,7 @@ def perturb(
 
     started = time.monotonic()
     asked = ask(**given)
+    _check_running(engine, address, share_bytes, device, skip_existing=skip_existing)
     if dry_run:
         planned = command.plan_perturb(asked.request, asked.wanted, **asked.outputs)
         show_perturb.show_planned(planned, as_json=as_json)
@@ -323,12 +324,6 @@ def perturb(
     if engine is not None:
         from noisytune_cli.commands.distribute import perturb_shares
 
-        if skip_existing:
-            raise UsageError(
-                "--engine and --skip-existing",
-                why="the shares that are done are passed over in any case",
-                next_step="Leave one of them out",
-            )
         results = perturb_shares(
             asked.request,
             out,
@@ -343,12 +338,6 @@ def perturb(
             **asked.outputs,
         )
     else:
-        if address is not None or share_bytes is not None:
-            raise UsageError(
-                "--share-bytes" if address is None else "--address",
-                why="it is for a run in shares",
-                next_step="Add --engine local or --engine ray",
-            )
         results = command.perturb_each(
             asked.request,
             asked.wanted,
@@ -360,6 +349,31 @@ def perturb(
             **asked.outputs,
         )
     show_perturb.show_perturbed(results, as_json=as_json, quiet=quiet, seconds=time.monotonic() - started)
+
+
+def _check_running(
+    engine: str | None, address: str | None, share_bytes: str | None, device: str, *, skip_existing: bool
+) -> None:
+    """Refuse what cannot be run so, in a dry run too; no device is opened."""
+    from noisytune_cli.noise.devices import module_of
+
+    module_of(device)
+    if engine is not None:
+        from noisytune_cli.commands import engines
+
+        engines.check(engine)
+        if skip_existing:
+            raise UsageError(
+                "--engine and --skip-existing",
+                why="the shares that are done are passed over in any case",
+                next_step="Leave one of them out",
+            )
+    elif address is not None or share_bytes is not None:
+        raise UsageError(
+            "--share-bytes" if address is None else "--address",
+            why="it is for a run in shares",
+            next_step="Add --engine local or --engine ray",
+        )
 
 
 def ask(
@@ -435,7 +449,9 @@ def ask(
     if terms and is_absolute and scope is not None:
         raise UsageError("--scope and --mix", why="σ is scaled with no std", next_step="Leave --scope out")
     default = mixed_strength(terms) if terms else chosen.lam
-    wanted = combine(out, lam=lam, noise_std=noise_std, sigma=sigma, seed=seed or "0", default=default)
+    wanted = combine(
+        out, lam=lam, noise_std=noise_std, sigma=sigma, seed="0" if seed is None else seed, default=default
+    )
     spec = make_noise(
         lam=wanted[0].lam,
         distribution=noise.value if noise is not None else "gaussian" if is_absolute else "uniform",

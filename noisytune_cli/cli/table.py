@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
@@ -36,7 +37,9 @@ def lay_out(
 
     on_terminal = is_terminal(sys.stdout)
     out = io.StringIO()
-    console = Console(file=out, force_terminal=on_terminal or None)
+    # COLUMNS=0 says that nobody knows the width; rich would print nothing at all.
+    unknown = os.environ.get("COLUMNS", "1").strip("0") == ""
+    console = Console(file=out, force_terminal=on_terminal or None, width=80 if unknown else None)
     widths = dict.fromkeys(columns, 0)
     for row, _ in rows:
         for key in columns:

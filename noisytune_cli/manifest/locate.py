@@ -10,7 +10,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from noisytune_cli.errors import InputInvalid, InputUnreadable, unreadable
+from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
 from noisytune_cli.manifest.average import read_any_manifest
 from noisytune_cli.manifest.previous import of_file
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX, manifest_beside
@@ -35,7 +35,7 @@ def place_of(path: str) -> Location:
 
     Raises InputUnreadable where there is none, InputInvalid for a manifest that belongs to no output.
     """
-    found = Path(os.path.expanduser(path))
+    found = _named(path)
     if _is_folder(found):
         return Location(found, True, found / MANIFEST)
     beside = manifest_beside(found)
@@ -64,7 +64,7 @@ def place_of(path: str) -> Location:
 
 def manifest_of(path: str) -> Path:
     """Return the path of the manifest that a user names by its path or its output's."""
-    found = Path(os.path.expanduser(path))
+    found = _named(path)
     if _is_folder(found):
         return require_manifest(found / MANIFEST)
     if is_there(manifest_beside(found)) or found.suffix != ".json":
@@ -82,6 +82,15 @@ def require_manifest(path: Path) -> Path:
             next_step="Perturb or replay again, or name what has a manifest",
         )
     return path
+
+
+def _named(path: str) -> Path:
+    """Return the path of what a user names; UsageError for nothing, which would be the current directory."""
+    if not path:
+        raise UsageError(
+            "no output is named", why="its name is empty", next_step="Give one; . is this folder"
+        )
+    return Path(os.path.expanduser(path))
 
 
 def _require_own(file: Path) -> Path:

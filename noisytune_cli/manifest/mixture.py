@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from noisytune_cli.errors import InputInvalid
+from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.reading import parse_json, read_small
 from noisytune_cli.records import MAX_TERMS, Term
 
@@ -21,6 +21,10 @@ def read_mix(path: str) -> tuple[tuple[Term, ...], bool]:
 
     Raises InputInvalid, which names the line, for what is none.
     """
+    if not path:
+        raise UsageError(
+            "no mixture is named", why="its name is empty", next_step="Give a file of JSON lines"
+        )
     terms: list[Term] = []
     kinds: set[str] = set()
     lines = read_small(Path(path), _MAX_MIX_BYTES).split(b"\n")

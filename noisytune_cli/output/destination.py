@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from noisytune_cli.checkpoint.address import Address, Place, is_address
+from noisytune_cli.checkpoint.address import Address, Place, has_scheme, is_address
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.formats.safetensors import SafetensorsSource
 from noisytune_cli.checkpoint.ids import cache_folder
@@ -116,8 +116,26 @@ def resolve_output(out: str, source: Checkpoint, name_in_folder: str | None = No
     return path
 
 
+def check_name(out: str) -> None:
+    """Raise UsageError for a name that is empty, or the address of a store that there is none of."""
+    if not out:
+        raise UsageError(
+            "the output's name is empty",
+            why="it names no file or folder",
+            next_step="Give one; . is this folder",
+        )
+    if has_scheme(out) and not is_address(out):
+        raise UsageError(
+            "cannot write there",
+            path=out,
+            why="addresses begin with s3://, gs:// or az://",
+            next_step="Write it so, or put ./ before the name of a folder here",
+        )
+
+
 def resolve_folder(out: str) -> Place:
     """Return the absolute path of an output whose name is `out`, whatever it ends in; or its address."""
+    check_name(out)
     if is_address(out):
         return Address(out)
     expanded = os.path.expanduser(out)

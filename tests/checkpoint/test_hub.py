@@ -385,7 +385,6 @@ def test_what_is_no_repo_id_never_reaches_the_hub(hub: Hub, text: str) -> None:
         ("owner/name/", "owner/name"),
         ("models--owner--name", "owner/name"),
         ("owner\\name", "owner/name"),
-        ("https://example.org/", None),
         ("a b/c", None),
     ],
 )

@@ -279,7 +279,7 @@ def test_inspect_lists_by_name_as_people_count(tmp_path: Path) -> None:
     document = json.loads(invoke("inspect", path, "--json", "--limit", "3").stdout)
     assert [row["name"] for row in document["tensors"]] == [f"layer.{i}.weight" for i in (0, 1, 2)]
     assert document["totals"]["tensors"] == 4
-    both = json.loads(invoke("inspect", path, path, "--json", "--percentiles", "50", "--headers-only").stdout)
+    both = json.loads(invoke("inspect", path, path, "--json", "--headers-only").stdout)
     assert [one["id"] for one in both] == ["a.safetensors"] * 2
     assert "--percentiles" in usage("inspect", path, "--percentiles", "101")
     assert "--format html" in usage("inspect", path, path, "--format", "html")
@@ -356,7 +356,17 @@ def test_names_are_printed_escaped(tmp_path: Path) -> None:
         (["perturb", "{}", "-o", "x", "--lambda", "1", "--noise-std", "1"], "--noise-std"),
         (["perturb", "{}", "-o", "x", "--seed", "-1"], "--seed"),
         (["perturb", "{}", "-o", "x", "--seed", str(2**64)], "--seed"),
+        (["perturb", "{}", "-o", "x", "--seed", ""], "is neither a seed"),
         (["perturb", "{}", "-o", "x", "--seed", "0-1"], "{seed} is missing"),
+        (["perturb", "{}", "-o", "x", "--lambda", "1e400"], "beyond what float64 holds"),
+        (["perturb", "{}", "-o", "x", "--mix", ""], "no mixture is named"),
+        (["perturb", "{}", "--dry-run", "--device", "abacus"], "abacus"),
+        (["perturb", "{}", "--dry-run", "--device", ""], "names none"),
+        (["perturb", "{}", "--dry-run", "--engine", "steam"], "no such engine"),
+        (["perturb", "{}", "--dry-run", "--address", "h:1"], "--engine local"),
+        (["perturb", "{}", "--dry-run", "--share-bytes", "1K"], "--engine local"),
+        (["perturb", "{}", "--dry-run", "--engine", "local", "--skip-existing"], "--skip-existing"),
+        (["inspect", "{}", "--headers-only", "--percentiles", "50"], "--percentiles"),
         (["perturb", "{}", "--dry-run", "--lambda", "1,1"], "twice"),
         (["perturb", "{}", "-o", "x", "--noise", "pink"], "gaussian"),
         (["perturb", "{}", "-o", "x", "--scope", "layer"], "global"),
@@ -384,6 +394,39 @@ def test_usage_errors(
     assert os.listdir(source.parent) == [source.name]
 
 
+@pytest.mark.parametrize(
+    "out", ["S3://b/x", "s3:/b/x", "hf://me/x", "https://h/x", "file:///x", "file:/x", "S3://b/x.safetensors"]
+)
+def test_an_address_of_another_kind_is_no_folder_here(
+    out: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["perturb", source, "-o", out], ["plan", source, "-o", out], ["work", out]):
+        assert "addresses begin with s3://, gs:// or az://" in usage(*arguments)
+    assert os.listdir() == [source.name]
+    assert invoke("perturb", source, "-o", f"./{out}/").exit_code == 0  # as one asks for it
+
+
+def test_nothing_is_not_the_current_directory(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert invoke("perturb", source, "-o", tmp_path / "here/w.safetensors").exit_code == 0
+    (tmp_path / "here/w.safetensors").rename(tmp_path / "here/model.safetensors")
+    (tmp_path / "here/w.safetensors.noisytune.json").rename(tmp_path / "here/noisytune.json")
+    monkeypatch.chdir(tmp_path / "here")
+    for verb in ("verify", "work", "finish", "status"):
+        assert "is this folder" in usage(verb, "")
+    assert "is this folder" in usage("replay", "", "--base", source, "-o", tmp_path / "again")
+
+
+@pytest.mark.parametrize("columns", ["0", "", "1", "abc"])
+def test_a_table_has_its_lines_whatever_the_width_is_said_to_be(
+    columns: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert NAME in invoke("inspect", source).stdout
+
+
 def test_input_errors(tmp_path: Path) -> None:
     out = tmp_path / "out"
     (tmp_path / "empty.safetensors").touch()
@@ -398,6 +441,10 @@ def test_input_errors(tmp_path: Path) -> None:
     assert "nothing to perturb" in error(3, "perturb", integers, "-o", out)
     assert "No such file" in error(4, "perturb", tmp_path / "nowhere.safetensors", "-o", out)
     assert "hub id" in error(4, "perturb", "not a hub id", "-o", out)
+    assert "Addresses begin with s3://" in error(4, "perturb", "S3://b/x", "-o", out)
+    # What takes no hub id advises none.
+    for arguments in (["verify", "my-org/my-model"], ["perturb", integers, "--mix", "no", "-o", out]):
+        assert error(4, *arguments).endswith("No such file or directory. Check the spelling.\n")
     assert not out.exists()
 
 

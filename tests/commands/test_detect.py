@@ -248,6 +248,13 @@ def test_the_command_says_it_in_a_line_a_seed(suspect: Path) -> None:
     assert result.stderr == ""
 
 
+def test_what_is_given_is_not_advised(suspect: Path) -> None:
+    said = CliRunner().invoke(app, ["detect", str(suspect), "--seed", "99"]).stderr
+    assert "Try other seeds, or give --manifest or --base" in said
+    said = CliRunner().invoke(app, ["detect", str(suspect), "--seed", "99", "--base", str(suspect)]).stderr
+    assert "--manifest" not in said
+
+
 def test_no_is_exit_code_8_after_the_answer(suspect: Path) -> None:
     result = invoke("detect", suspect, "--seed", "8", "--json")
     assert result.exit_code == 8

@@ -40,14 +40,19 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
-def load(engine: str) -> Start:
-    """Return what starts an engine, or joins the one at an address; UsageError for a name that is none."""
+def check(engine: str) -> None:
+    """Raise UsageError for a name that no engine has."""
     if engine not in names():
         raise UsageError(
             f"--engine {engine}",
             why="there is no such engine",
             next_step=f"Use one of: {', '.join(names())}",
         )
+
+
+def load(engine: str) -> Start:
+    """Return what starts an engine, or joins the one at an address; UsageError for a name that is none."""
+    check(engine)
     started: Start = importlib.import_module(f"noisytune_cli.commands.engines.{engine}").started
     return started
 

@@ -96,11 +96,16 @@ def open_device(name: str) -> Device:
 
     Raises UsageError where there is no such name, or no such hardware here.
     """
-    kind = name.partition(":")[0]
+    return load(module_of(name)).open_device(name)
+
+
+def module_of(name: str) -> str:
+    """Return the module of the device a user names; UsageError where there is none."""
+    kind, colon, number = name.partition(":")
     module = kind if kind in names() else _SHARED.get(kind)
-    if module is None:
+    if module is None or (colon and not number.isdecimal()):
         raise unknown_device(name)
-    return load(module).open_device(name)
+    return module
 
 
 def unknown_device(name: str) -> UsageError:
