@@ -29,6 +29,7 @@ from noisytune_cli.memory.plan import (
     plan_parameters,
     recorded_parameters,
 )
+from noisytune_cli.memory.quantized import refuse_quantized_model
 from noisytune_cli.memory.spreads import Spreads
 from noisytune_cli.memory.tensors import Names, live_tensors_of
 from noisytune_cli.plan.arguments import (
@@ -127,10 +128,10 @@ def perturb_(
     # Not where it may be for nothing: a manifest has the amplitudes, and patterns may choose a few tensors.
     ahead = SumsAhead(value for _, value in tensors if manifest is None and not spec.include)
     live_tensors = live_tensors_of(tensors, names)
+    config = config_of(model, config) if manifest is None else None
+    refuse_quantized_model(model, live_tensors, config=config, source=source.id)
     if manifest is None:
-        parameters = plan_parameters(
-            live_tensors, spec, is_module=is_module, config=config_of(model, config), source=source.id
-        )
+        parameters = plan_parameters(live_tensors, spec, is_module=is_module, config=config, source=source.id)
     else:
         recorded = _read(manifest, spec)
         spec, source = recorded.noise, recorded.source

@@ -7,7 +7,6 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from noisytune_cli.checkpoint.quantized import refuse_quantized
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, Mismatch
 from noisytune_cli.memory.sharded import LocalTensor
@@ -86,7 +85,6 @@ def plan_parameters(
 ) -> list[Parameter]:
     """Plan the noise; a module knows its buffers and ties itself, `source` is what to call it in errors."""
     specs = [spec for live in live_tensors for spec in live.specs()]
-    refuse_quantized(specs, config=config, path=source)
     live_of = {name: live for live in live_tensors for name in live.names}
     ties = [r.names for r in live_tensors if len(r.names) > 1]
     told = Told({}, {}) if is_module else tell(specs, config=config, decider="names")

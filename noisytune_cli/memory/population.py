@@ -20,6 +20,7 @@ from noisytune_cli.memory.batches import begin, receipts_of
 from noisytune_cli.memory.overlaps import has_memory, place
 from noisytune_cli.memory.perturb import config_of, named_tensors, taking_noise
 from noisytune_cli.memory.plan import OPTIONS_THAT_EXCLUDE, Parameter, leave_out, plan_parameters
+from noisytune_cli.memory.quantized import refuse_quantized_model
 from noisytune_cli.memory.sharded import LocalTensor, held_part
 from noisytune_cli.memory.spreads import Spreads
 from noisytune_cli.memory.tensors import LiveTensor, Names, live_tensors_of
@@ -80,6 +81,9 @@ class Population:
             "source": type(model).__name__,
         }
         self._live_tensors = live_tensors_of(tensors, names)
+        refuse_quantized_model(
+            model, self._live_tensors, config=self._about["config"], source=self._about["source"]
+        )
         changing = {id(p.live) for p in self._plan(chosen) if p.outcome()[0] != "copy"}
         with in_place.enough_memory():
             self._live_tensors = [_kept(r, host=host) if id(r) in changing else r for r in self._live_tensors]

@@ -75,11 +75,14 @@ class LiveTensor:
     is_kept: bool = False
 
     def specs(self) -> Iterator[TensorSpec]:
-        """Yield the parameter as a header would describe it, once for each name."""
-        dtype = _SPELLED.get(self.tensor.dtype, str(self.tensor.dtype).removeprefix("torch.").upper())
-        nbytes = self.tensor.numel() * self.tensor.element_size()
-        for name in self.names:
-            yield TensorSpec(name, dtype, tuple(self.tensor.shape), "", 0, nbytes)
+        """Return the parameter as a header would describe it, once for each name."""
+        return (spec_of(name, self.tensor) for name in self.names)
+
+
+def spec_of(name: str, tensor: Tensor) -> TensorSpec:
+    """Return a tensor as a header would describe it."""
+    dtype = _SPELLED.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.").upper())
+    return TensorSpec(name, dtype, tuple(tensor.shape), "", 0, tensor.numel() * tensor.element_size())
 
 
 def live_tensors_of(tensors: Iterable[tuple[str, object]], names: Names = None) -> list[LiveTensor]:
