@@ -110,7 +110,7 @@ def _find_computed(
     """Return what the values tell of the tensors that are whole here (see `settle.find_computed`)."""
 
     def values_of(tensor: TensorSpec) -> Values:
-        rows = live_of[tensor.name].held.values.detach()
+        rows = live_of[tensor.name].held.values.detach().view(tensor.shape or (1,))
 
         def read(first: int, count: int) -> NDArray[Any]:
             # By rows, as what is not contiguous would be copied whole.

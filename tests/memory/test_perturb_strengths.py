@@ -154,3 +154,17 @@ def test_a_seed_of_an_earlier_mixture_is_refused() -> None:
     with pytest.raises(UsageError, match="the noise of seed 4"):
         noisytune_cli.perturb_(model, sigma=0.1, seed=4)
     noisytune_cli.perturb_(model, sigma=0.1, seed=5)
+
+
+@pytest.mark.parametrize("options", [{"sigma": 0.1}, {"scope": "global"}], ids=["sigma", "global"])
+@pytest.mark.parametrize("names", [("n.mean", "n.std"), ("n.min_val", "n.max_val")])
+def test_statistics_of_one_value_without_a_dimension_are_told_by_it(
+    names: tuple[str, str], options: dict[str, Any]
+) -> None:
+    state = {names[0]: torch.tensor(0.1), names[1]: torch.tensor(0.5), "fc.weight": torch.randn(4, 4)}
+    before = torch.stack([state[name] for name in names])
+    record = noisytune_cli.perturb_(state, **options)
+    assert [r.reason for r in record.receipts] == ["buffer", "buffer", None]
+    assert torch.equal(torch.stack([state[name] for name in names]), before)
+    noisytune_cli.Population(state).set(**options)
+    assert torch.equal(torch.stack([state[name] for name in names]), before)
