@@ -18,7 +18,9 @@ _BASE_LAYER, _ORIGINAL = "base_layer", "original_module"
 def base_names(model: nn.Module) -> dict[str, str] | None:
     """Return by its name in the model what each parameter of the base is called; None without adapters."""
     wrappers = {
-        prefix: inner for prefix, module in model.named_modules() if (inner := _inner(module)) is not None
+        prefix: inner
+        for prefix, module in model.named_modules(remove_duplicate=False)  # a block may be in several places
+        if (inner := _inner(module)) is not None
     }
     root = next((prefix for prefix, module in model.named_modules() if _is_peft_model(module)), None)
     if not wrappers and root is None:
@@ -44,7 +46,10 @@ def _inner(module: nn.Module) -> str | None:
     """Return what an adapter's layer calls the layer that it adapts; None where it is none."""
     if getattr(module, "adapter_layer_names", None) and _BASE_LAYER in module._modules:
         return _BASE_LAYER
-    return _ORIGINAL if _ORIGINAL in module._modules else None
+    if _ORIGINAL not in module._modules or module._modules[_ORIGINAL] is not None:
+        return _ORIGINAL if _ORIGINAL in module._modules else None
+    # A wrapper that trains some rows of a table leaves this to an adapter's layer in it.
+    return next((name for name, held in module.named_children() if _inner(held) is not None), None)
 
 
 def _is_peft_model(module: nn.Module) -> bool:
