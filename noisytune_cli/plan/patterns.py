@@ -112,11 +112,16 @@ class Pattern(NamedTuple):
     @property
     def is_kind(self) -> bool:
         """Whether this is a kind, to which no buffer belongs."""
-        return self.text.startswith("@")
+        return is_kind(self.text)
 
     def matches(self, name: str) -> bool:
         """Tell whether the whole `name` matches."""
         return bool(self.regex.fullmatch(name)) and not any(other.fullmatch(name) for other in self.but)
+
+
+def is_kind(text: str) -> bool:
+    """Tell whether a pattern is a kind."""
+    return text.startswith("@")
 
 
 def compile_pattern(text: str) -> Pattern:
@@ -124,7 +129,7 @@ def compile_pattern(text: str) -> Pattern:
     if text in _KIND_SOURCES:
         source, but = _KIND_SOURCES[text]
         return Pattern(text, _compile(source), tuple(_compile(other) for other in but))
-    if text.startswith("@") or not text:
+    if is_kind(text) or not text:
         near = difflib.get_close_matches(text, KINDS, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]}? " if near else ""
         if "," in text:
@@ -147,7 +152,7 @@ def match_names(
     """Return for each pattern the names it matches, where kinds leave `buffers` out."""
     found: dict[str, frozenset[str]] = {}
     shapes: dict[str, list[str]] = {}
-    if any(text.startswith("@") for text in texts):
+    if any(map(is_kind, texts)):
         # Kinds look past numbers, so one name of each `layers.*.mlp.up_proj.weight` decides for all layers.
         for name in names:
             if name not in buffers:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.plan.evidence.told import Told, tell
-from noisytune_cli.plan.patterns import check_matched, match_names
+from noisytune_cli.plan.patterns import check_matched, is_kind, match_names
 from noisytune_cli.plan.split import Division, check_splits, divide
 from noisytune_cli.plan.ties import find_ties
 from noisytune_cli.records import (
@@ -75,21 +75,29 @@ def check_noise(noise: NoiseSpec) -> None:
 
 
 class _Wish(NamedTuple):
-    """What is known of a parameter beside its tensor: all its names count. `rule` is a λ rule's index."""
+    """What is known of a parameter beside its tensor: all its names count. `rule` is a λ rule's index.
+
+    `named` says that a pattern which is no kind includes it: then it is a parameter, whatever else tells.
+    """
 
     stream: str
     excluded: bool
     included: bool
+    named: bool
     rule: int | None
     is_buffer: bool
     division: Division
 
 
 class _Filters(NamedTuple):
-    """Names the patterns exclude and include (None: all), and for each name the index of its λ rule."""
+    """Names the patterns exclude and include (None: all), and for each name the index of its λ rule.
+
+    `named` are those included by more than a kind.
+    """
 
     excluded: frozenset[str]
     included: frozenset[str] | None
+    named: frozenset[str]
     rule_of: Mapping[str, int]
 
     def wish(
@@ -101,6 +109,7 @@ class _Filters(NamedTuple):
             stream,
             excluded=not self.excluded.isdisjoint(names),
             included=self.included is not None and not self.included.isdisjoint(names),
+            named=not self.named.isdisjoint(names),
             rule=max([self.rule_of[name] for name in names if name in self.rule_of], default=None),
             is_buffer=any(name in buffers for name in names),
             division=next((d for d in found if d.parts), found[0] if found else _UNDIVIDED),
@@ -114,10 +123,13 @@ def _patterns(noise: NoiseSpec) -> list[str]:
 def _filters(noise: NoiseSpec, matched: Sequence[frozenset[str]]) -> _Filters:
     """Sort what each of `_patterns` matches by what it is for."""
     excludes, includes = len(noise.exclude), len(noise.include)
+    including = matched[excludes : excludes + includes]
+    by_name = [found for text, found in zip(noise.include, including, strict=True) if not is_kind(text)]
     rules = matched[excludes + includes :][: len(noise.rules)]
     return _Filters(
         excluded=frozenset().union(*matched[:excludes]),
-        included=frozenset().union(*matched[excludes : excludes + includes]) if includes else None,
+        included=frozenset().union(*including) if includes else None,
+        named=frozenset().union(*by_name),
         rule_of={name: rule for rule, found in enumerate(rules) for name in found},
     )
 
@@ -165,8 +177,7 @@ def make_plan(
             tensors, noise.splits, matched[len(matched) - len(noise.splits) :], config, configs
         )
     wishes = _wishes(certain, filters, told.buffers, divisions)
-    # What the user includes is a parameter, whatever its values.
-    open_to_values = set() if noise.include else told.open_to_values(tensors)
+    open_to_values = told.open_to_values(tensors) - filters.named
     steps = []
     for tensor in tensors:
         name = tensor.name
@@ -211,7 +222,14 @@ def confirm_ties(plan: Plan, confirmed: Collection[Tie]) -> Plan:
 
 def _is_doubt(step: Step, wish: _Wish, in_doubt: bool) -> bool:
     """Say whether a tensor in doubt stays so: what the user names is none."""
-    return in_doubt and step.reason is None and not wish.included
+    return in_doubt and step.reason is None and not wish.named
+
+
+def names_included(noise: NoiseSpec, tensors: Sequence[TensorSpec]) -> frozenset[str]:
+    """Return the names that the user includes by more than a kind: parameters, whatever their values."""
+    included = [text for text in noise.include if not is_kind(text)]
+    names = [tensor.name for tensor in tensors]
+    return frozenset().union(*match_with_paths(included, names, paths_of(tensors)))
 
 
 def paths_of(tensors: Iterable[TensorSpec]) -> dict[str, str]:
@@ -279,7 +297,7 @@ def _reason_to_copy(
     if elements == 0:
         return "empty"
     left_out: Reason | None = None
-    if wish.is_buffer and (wish.excluded or not wish.included):
+    if wish.is_buffer and (wish.excluded or not wish.named):
         left_out = "buffer"
     elif wish.excluded or (filters.included is not None and not wish.included):
         left_out = "excluded"

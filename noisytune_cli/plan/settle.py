@@ -21,7 +21,7 @@ from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.plan.evidence import computed
 from noisytune_cli.plan.evidence.structure import split_name
 from noisytune_cli.plan.evidence.told import Told, ask_model, with_values
-from noisytune_cli.plan.plan import confirm_ties
+from noisytune_cli.plan.plan import confirm_ties, names_included
 from noisytune_cli.plan.ties import split_tie
 from noisytune_cli.records import Plan, TensorSpec, Tie
 
@@ -70,12 +70,13 @@ def find_computed(
 ) -> tuple[dict[str, str], set[str]]:
     """Return the names whose values were computed, each with what shows it, and those left no doubt of.
 
-    What the user includes is a parameter, whatever its values.
+    What the user includes is a parameter, whatever its values, but a kind holds no buffer.
     """
+    included = names_included(plan.noise, [step.tensor for step in plan.steps])
     open_steps = {
         step.tensor.name: step
-        for step in ([] if plan.noise.include else plan.steps)
-        if step.action != "copy" and not told.tells(step.tensor.name)
+        for step in plan.steps
+        if step.action != "copy" and step.tensor.name not in included and not told.tells(step.tensor.name)
     }
     found: dict[str, str] = {}
     for name, step in open_steps.items():

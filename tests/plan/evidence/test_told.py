@@ -46,10 +46,13 @@ def told(done: Perturbed) -> Told:
     return {t["name"]: (t.get("reason"), t.get("told_by")) for t in document["tensors"]}
 
 
-def noised(tmp_path: Path, tensors: Mapping[str, NDArray[Any]], **options: Any) -> Perturbed:
+def noised(
+    tmp_path: Path, tensors: Mapping[str, NDArray[Any]], noise: NoiseSpec | None = None, **options: Any
+) -> Perturbed:
     stored = {name: Tensor("F32", np.asarray(values, np.float32)) for name, values in tensors.items()}
     source = save(tmp_path / "m.safetensors", stored)
-    return perturb(Request(str(source), NoiseSpec(), **options), str(tmp_path / "o.safetensors"))
+    out = tmp_path / "o.safetensors"
+    return perturb(Request(str(source), noise or NoiseSpec(), **options), str(out), overwrite=True)
 
 
 def pickled(tmp_path: Path, content: Any) -> Perturbed:
@@ -588,3 +591,41 @@ def test_a_moving_average_beside_its_variance_is_statistics(tmp_path: Path) -> N
         **dict.fromkeys(names, BY_STRUCTURE),
         "norm.avg_pool": NOISE,
     }
+
+
+def test_a_kind_holds_no_buffer_that_values_tell(tmp_path: Path) -> None:
+    found = {
+        "pos_embed": sinusoids(64, 16),
+        "wte.weight": drawn(16, 8),
+        "obs_norm.mean": drawn(9),
+        "obs_norm.std": abs(drawn(9, seed=1)),
+        "ln.scale": drawn(9, seed=2),
+        "rope.freqs": _FREQUENCIES,
+        "fc.weight": drawn(4, 4),
+    }
+    include = ("@embeddings", "@norm", "rope.*")
+    done = noised(tmp_path, found, noise=NoiseSpec(include=include))
+    expected = {
+        "pos_embed": BY_VALUES,
+        "wte.weight": NOISE,
+        "obs_norm.mean": BY_VALUES,
+        "obs_norm.std": BY_VALUES,
+        "ln.scale": NOISE,
+        "rope.freqs": NOISE,  # named, and no kind
+        "fc.weight": ("excluded", None),
+    }
+    assert told(done) == expected
+    torch = pytest.importorskip("torch")
+    state = {name: torch.tensor(np.float32(values)) for name, values in found.items()}
+    noisytune_cli.perturb_(state, include=include)
+    on_disk = pytest.importorskip("safetensors.numpy").load_file(tmp_path / "o.safetensors")
+    assert [name for name in state if not np.array_equal(state[name].numpy(), on_disk[name])] == []
+    dry = noisytune("perturb", tmp_path / "m.safetensors", "--dry-run", "--include", "@embeddings").stdout
+    assert "pos_embed  F32 64x16  perturb λ=0.15; unless constant or non-finite or computed" in dry
+
+
+def test_a_kind_leaves_a_doubt(tmp_path: Path) -> None:
+    found = {"norm.mean": drawn(9), "norm.weight": drawn(9, seed=1)}
+    done = noised(tmp_path, found, noise=NoiseSpec(include=("@norm",)))
+    assert "norm.mean: perturbed, though" in done.warnings[0]
+    assert noised(tmp_path, found, noise=NoiseSpec(include=("@norm", "norm.mean"))).warnings == ()
