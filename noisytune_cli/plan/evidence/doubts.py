@@ -22,11 +22,12 @@ from noisytune_cli.records import Plan, Step, TensorSpec
 #: What a name's own last word says that it is.
 _LAST = re.compile(
     r"queues?|cent(er|re|roid)s?|means?|stds?|stddev|vars?|variances?|ema|avg|average|stats|statistics|counts?"
-    r"|counter|buffers?|shadow|masks?"
+    r"|counter|buffers?|shadow|masks?|anchors"
 )
 _FIRST = re.compile(r"running|moving|ema|buffer")
 _WHOLE = re.compile(
     r"(pos|class|cls|ce|empty|label)_weights?|(class|cls|label)_(freqs?|frequenc(y|ies)|priors?)|(memory|feature|key)_?bank"
+    r"|anchor_grids?"
 )
 _LEARNED = frozenset(("log", "raw", "logit"))
 
@@ -38,8 +39,10 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 def is_doubtful(tensor: TensorSpec, names: set[str]) -> bool:
     """Say whether a tensor's name is one that buffers have; `names` are all tensors'."""
-    last = split_name(tensor.shown)[1]
-    words = last.lower().strip("_").split("_")
+    module, last = split_name(tensor.shown)
+    if last.isdecimal():  # one of a list, which is called what its tensors are
+        last = split_name(module[:-1])[1]
+    words = re.findall(r"[^_-]+", last.lower()) or [""]
     if not _LEARNED.isdisjoint(words):
         return False
     found = _LAST.fullmatch(words[-1]) or _FIRST.fullmatch(words[0]) or _WHOLE.fullmatch(last.lower())

@@ -24,6 +24,7 @@ _SPREADS = ("var", "variance", "std", "stddev", "stdev", "invstd", "vars", "vari
 _MEANS = ("mean", "means", "average", "avg")
 _MEAN, _SPREAD = frozenset(_MEANS), frozenset(_SPREADS)
 _COSINE, _SINE = frozenset(("cos",)), frozenset(("sin",))
+_SCALE, _ZEROS = frozenset(("scale", "scales")), ("zero_point", "zero_points")
 _LEAST = (frozenset(("min",)), ("max",)), (frozenset(("low",)), ("high",))
 
 #: What says of a mean that it was accumulated; Paddle says it by an underscore before the name.
@@ -43,7 +44,7 @@ _LONGEST = 100
 #: Words of a method's name that are told apart.
 _MOST_WORDS = 4
 
-_WORD = re.compile(r"[^_]+")
+_WORD = re.compile(r"[^_-]+")
 
 
 class OrderedPair(NamedTuple):
@@ -128,6 +129,9 @@ def _beside(
     for replaced in _replaced(last, _COSINE, ("sin",)) or _replaced(last, _SINE, ("cos",)):
         if twin(replaced):
             yield "buffer", "a table of cosines and sines"
+    for zero in _replaced(last, _SCALE, _ZEROS):
+        if twin(zero) and siblings[zero].dtype not in FLOAT_DTYPES:  # what is learned has one of floats
+            yield "buffer", "a scale of quantisation"
     if any(_accumulated(last) and twin(other) for other in _partners(last)):
         yield "buffer", "running statistics"
     schedule = siblings.get("betas")

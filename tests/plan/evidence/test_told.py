@@ -629,3 +629,46 @@ def test_a_kind_leaves_a_doubt(tmp_path: Path) -> None:
     done = noised(tmp_path, found, noise=NoiseSpec(include=("@norm",)))
     assert "norm.mean: perturbed, though" in done.warnings[0]
     assert noised(tmp_path, found, noise=NoiseSpec(include=("@norm", "norm.mean"))).warnings == ()
+
+
+def test_words_may_be_joined_by_hyphens(tmp_path: Path) -> None:
+    statistics = "vae.per_channel_statistics."
+    found = {
+        f"{statistics}mean-of-means": drawn(16),
+        f"{statistics}std-of-means": abs(drawn(16, seed=1)),
+        f"{statistics}mean-of-stds": abs(drawn(16, seed=2)),
+        "a.weight": drawn(4, 4),
+    }
+    done = noised(tmp_path, found)
+    assert list(told(done).values()) == [BY_VALUES, BY_VALUES, (None, "names"), NOISE]
+    assert f"{statistics}mean-of-stds: perturbed, though" in done.warnings[0]
+
+
+def test_a_scale_beside_whole_zero_points_is_no_weight(tmp_path: Path) -> None:
+    found = {
+        "conv.weight": Tensor("F32", drawn(9, 4)),
+        "conv.weight_fake_quant.scale": Tensor("F32", abs(drawn(9, seed=1))),
+        "conv.weight_fake_quant.zero_point": Tensor("I32", np.zeros(9, np.int32)),
+        "learned.scale": Tensor("F32", abs(drawn(9, seed=2))),
+        "learned.zero_point": Tensor("F32", drawn(9, seed=3)),
+        "other.scale": Tensor("F32", abs(drawn(9, seed=4))),
+        "other.zero_point": Tensor("I64", np.zeros(1, np.int64)),
+    }
+    source = save(tmp_path / "m.safetensors", found)
+    expected = {
+        "conv.weight": NOISE,
+        "conv.weight_fake_quant.scale": BY_STRUCTURE,
+        "conv.weight_fake_quant.zero_point": ("not-float", None),
+        "learned.scale": NOISE,
+        "learned.zero_point": NOISE,
+        "other.scale": NOISE,
+        "other.zero_point": ("not-float", None),
+    }
+    assert told(perturb(Request(str(source), NoiseSpec()), str(tmp_path / "o.safetensors"))) == expected
+
+
+@pytest.mark.parametrize("name", ["model.24.anchors", "model.105.anchor_grid", "generator.cell_anchors.0"])
+def test_anchors_are_doubts(name: str, tmp_path: Path) -> None:
+    done = noised(tmp_path, {name: drawn(3, 3, 2), "head.weight": drawn(3, 9), "blocks.0": drawn(3, 3)})
+    assert f"{name}: perturbed, though" in done.warnings[0]
+    assert "blocks" not in done.warnings[0]
