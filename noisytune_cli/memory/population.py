@@ -17,7 +17,7 @@ from noisytune_cli.engine.threads import thread_count
 from noisytune_cli.errors import InputInvalid, NoisytuneError
 from noisytune_cli.memory import in_place, subnormals
 from noisytune_cli.memory.batches import begin, receipts_of
-from noisytune_cli.memory.overlaps import has_memory, place
+from noisytune_cli.memory.overlaps import find_overlap, has_memory, place
 from noisytune_cli.memory.perturb import config_of, named_tensors, taking_noise
 from noisytune_cli.memory.plan import OPTIONS_THAT_EXCLUDE, Parameter, leave_out, plan_parameters
 from noisytune_cli.memory.quantized import refuse_quantized_model
@@ -173,6 +173,11 @@ class Population:
                 targets[name] = _target(kept, tensors)
             except NoisytuneError as problem:
                 problems.append(problem)
+        # Of what became one parameter meanwhile the first keeps its place, as of a tie.
+        names = list(reversed(targets))
+        while (at := find_overlap([targets[name].values for name in names])) is not None:
+            del targets[name := names.pop(at)]
+            problems.append(_cannot_write(name, "it shares memory with another parameter now, and did not"))
         return targets, problems
 
 
@@ -242,10 +247,14 @@ def _target(kept: LiveTensor, tensors: Mapping[str, Any]) -> LocalTensor:
         elif any(place(other.values) != place(values) for other in held[1:]):
             why = f"{', '.join(kept.own[1:])} was one parameter with it, and is no more"
     if why is not None:
-        raise InputInvalid(
-            "cannot write to the model",
-            tensor=kept.own[0],
-            why=why,
-            next_step="Call restore() before the model is changed so, and make a new Population afterwards",
-        )
+        raise _cannot_write(kept.own[0], why)
     return held[0]
+
+
+def _cannot_write(name: str, why: str) -> InputInvalid:
+    return InputInvalid(
+        "cannot write to the model",
+        tensor=name,
+        why=why,
+        next_step="Call restore() before the model is changed so, and make a new Population afterwards",
+    )

@@ -266,6 +266,21 @@ def test_a_model_with_other_parameters_is_refused_and_the_rest_restored(
     assert bits(here["turned"].weight) == before["turned.weight"]
 
 
+def test_parameters_that_were_tied_meanwhile_are_refused_and_the_first_restored() -> None:
+    here = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in "abc"})
+    before = state(here)
+    population = noisytune_cli.Population(here)
+    population.set(sigma=0.1)
+    here["b"].weight = here["a"].weight
+    noisy = state(here)
+    with pytest.raises(InputInvalid, match=r"b\.weight.*shares memory"):
+        population.set(sigma=0.2)
+    assert state(here) == noisy
+    with pytest.raises(InputInvalid, match=r"b\.weight.*shares memory"):
+        population.restore()
+    assert state(here) == before | {"b.weight": before["a.weight"]}
+
+
 def test_autograd_sees_the_changes() -> None:
     here = model()
     population = noisytune_cli.Population(here)
