@@ -80,6 +80,7 @@ class Publication:
         self._made_parents: list[Path] = []
         self._stage: Path | None = None
         self._lock: int | None = None
+        self._old_lock: int | None = None
         self._written: set[str] = set()
         self._left: list[str] = []
         self._seen = self._look(output)
@@ -299,15 +300,32 @@ class Publication:
     def _publish_directory(self, stage: Path) -> None:
         with undoing() as undo:
             if self._seen is not None and os.path.lexists(self.output):
-                # What was there before then bears the staging directory's name, and goes with it.
+                # What was there before then bears the staging directory's name, and goes with it: by its
+                # lock another run knows that this one lives.
+                self._old_lock = staging.hold(self.output, self.output, replaced=True)
                 swap(stage, self.output)
-                undo.append(partial(swap, stage, self.output))
+                undo.append(partial(self._swap_back, stage))
                 self._require_seen(stage, self._seen)
             else:
                 rename_directory(stage, self.output)
                 undo.append(partial(os.rename, self.output, stage))
             self._require_arrived()
             sync_directory(self.output.parent)
+
+    def _swap_back(self, stage: Path) -> None:
+        """Exchange the outputs again; where the old one was lost meanwhile, say what is there."""
+        try:
+            swap(stage, self.output)
+        except OSError as error:
+            assert self._lock is not None
+            is_there = staging.is_at(self.output, self._lock)
+            raise ResourceExhausted(
+                "cannot put the old output back",
+                path=self.output,
+                why=f"{os.strerror(error.errno or 0)} ({stage.name}, its name meanwhile); "
+                f"the new one {'is in its place' if is_there else 'was removed or replaced too'}",
+                next_step="Find out what removes it; if the output is there, see with noisytune verify",
+            ) from error
 
     def _publish_file(self, stage: Path, manifest: str) -> None:
         weights, place = self.output.name, self.output.parent
@@ -380,12 +398,9 @@ class Publication:
 
     def _empty_replaced(self, stage: Path) -> None:
         """Empty the old output, which bears the staging directory's name, unless it is another by now."""
-        folder = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            if self._seen is not None and look(stage) == self._seen and is_top(self._seen, folder):
-                _empty(folder)
-        finally:
-            os.close(folder)
+        seen, old = self._seen, self._old_lock
+        if seen is not None and old is not None and look(stage) == seen and is_top(seen, old):
+            _empty(old)
 
     def _discard(self) -> None:
         """Remove the staging directory and the parents made for it, as far as that goes.
@@ -403,10 +418,11 @@ class Publication:
             if self.published and os.path.lexists(self._stage):
                 self._left.append(self._stage.name)
             self._stage = None
-        if self._lock is not None:
-            with contextlib.suppress(OSError):  # the lock is released all the same
-                os.close(self._lock)
-            self._lock = None
+        for lock in (self._old_lock, self._lock):
+            if lock is not None:
+                with contextlib.suppress(OSError):  # the lock is released all the same
+                    os.close(lock)
+        self._old_lock = self._lock = None
         for folder in reversed(self._made_parents):
             with contextlib.suppress(OSError):
                 os.rmdir(folder)

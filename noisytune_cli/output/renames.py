@@ -95,6 +95,6 @@ def swap(first: Path, second: Path) -> None:
             undo.append(partial(os.rename, aside, second))
             os.rename(first, second)
             undo.append(partial(os.rename, second, first))
-            # Another run may have cleared it away as what a killed one left: then there is nothing to keep.
+            # Somebody may have removed it: then there is nothing to keep.
             with contextlib.suppress(FileNotFoundError):
                 os.rename(aside, first)

@@ -3,7 +3,8 @@
 It is a hidden sibling of the output (or lies in it, where the output is an existing empty directory), so
 publishing is a rename on one file system. Its name tells which output it belongs to, and it is locked
 (flock) while its run lives: a later run to the same output that can take the lock knows it for dead,
-removes it and says so; one that cannot, refuses to start.
+removes it and says so; one that cannot, refuses to start. A lock is a directory's, not a name's: an old
+output, which bears such a name until it is removed, is locked before it gets it.
 
 A lock says nothing across hosts and mounts, and a name nothing of who gave it. So the name also tells the
 host, its boot and the mount, and what is not certainly of this user, host and mount is named and left alone.
@@ -102,6 +103,28 @@ def _drop(path: Path | None, fd: int | None) -> None:
     with contextlib.suppress(OSError):
         if fd is not None:
             os.close(fd)
+
+
+def hold(path: Path, output: Path, *, replaced: bool = False) -> int:
+    """Open and lock a directory of this output; return the descriptor that holds the lock.
+
+    It is a staging directory, or the old output that is to be `replaced`. Raises OutputUnsafe where another
+    run has it.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        # By the time it is locked, another run may have put its own output in the old one's place.
+        if not _lock(fd, replaced=replaced) or (replaced and not is_at(path, fd)):
+            raise OutputUnsafe(
+                "the output is in use",
+                path=output,
+                why=f"another run is {'replacing' if replaced else 'writing'} it (in {path.name})",
+                next_step="Wait for that run to end, or choose another output with -o",
+            )
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def announce_moves(stage: Path, names: Sequence[str], *, manifest: str) -> None:
@@ -262,8 +285,12 @@ def _whose(path: Path) -> str | None:
 def _put_back(path: Path, output: Path) -> None:
     """Give an old output its name back: its replacement never got there."""
     try:
-        os.rename(path, output)
-        sync_directory(output.parent)
+        fd = hold(path, output)
+        try:
+            os.rename(path, output)
+            sync_directory(output.parent)
+        finally:
+            os.close(fd)
     except OSError as error:
         raise unwritable(error, output) from error
 
@@ -274,19 +301,12 @@ def _remove_dead(path: Path, output: Path, *, keep: bool) -> bool:
         if not stat.S_ISDIR(os.lstat(path).st_mode):  # an old file, set aside
             os.unlink(path)
             return True
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = hold(path, output)
     except FileNotFoundError:
         return True
     except OSError as error:
         raise unwritable(error, path) from error
     try:
-        if not _lock(fd):
-            raise OutputUnsafe(
-                "the output is in use",
-                path=output,
-                why=f"another run is writing it (in {path.name})",
-                next_step="Wait for that run to end, or choose another output with -o",
-            )
         for name in _moved(path):
             moved = path.parent / name
             if moved.is_dir() and not moved.is_symlink():
@@ -392,7 +412,7 @@ def _is_same(path: Path, status: os.stat_result) -> bool:
         return False
 
 
-def _lock(fd: int) -> bool:
+def _lock(fd: int, *, replaced: bool = False) -> bool:
     """Take the lock of a directory; False where its owner lives, OSError where nobody can tell."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -402,8 +422,8 @@ def _lock(fd: int) -> bool:
         if error.errno not in _NO_LOCKS:
             raise
         # A file system without locks: our own directory is safe by its random name, and another's is
-        # taken for alive, which loses nothing.
-        return not os.listdir(fd)
+        # taken for alive, which loses nothing. So is the old output where this run moves it.
+        return replaced or not os.listdir(fd)
     return True
 
 

@@ -154,6 +154,13 @@ MUTATIONS = (
         ("tests/output/test_staging.py", f"{_MACHINE}::test_eight_writers_of_one_output"),
     ),
     Mutation(
+        "an old output is not locked",
+        "output/publish.py",
+        "                self._old_lock = staging.hold(self.output, self.output, replaced=True)\n",
+        "                self._old_lock = os.open(self.output, os.O_RDONLY)\n",
+        ("tests/output/test_publish_stage.py::test_a_second_run_takes_no_old_output_for_a_killed_runs",),
+    ),
+    Mutation(
         "signals are not waited out while cleaning up",
         "output/signals.py",
         "    _deferring += 1\n",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -229,6 +231,88 @@ def test_what_takes_the_stages_name_at_the_last_moment_is_kept(
     with Publication(tmp_path / "out", directory=True, overwrite=False) as publication:
         publication.write("weights", b"new")
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["precious"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("name", ["folder replaced", "file replaced", "recipe replaced"])
+def test_a_second_run_takes_no_old_output_for_a_killed_runs(
+    name: str, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = KINDS[name]
+    root = tmp_path / "root"
+    kind.prepare(root)
+    refused: list[str] = []
+
+    def and_then_another(real: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: object, **keywords: object) -> None:
+            real(*arguments, **keywords)
+            with pytest.raises(OutputUnsafe) as caught, kind.publication(root):
+                pytest.fail("entered twice")
+            refused.append(str(caught.value))
+
+        return call
+
+    monkeypatch.setattr(system, "exchange", and_then_another(system.exchange) if exchange else refuse)
+    monkeypatch.setattr(os, "rename", and_then_another(os.rename))
+    monkeypatch.setattr(os, "unlink", and_then_another(os.unlink))
+    kind.publish(root)
+    assert files(root) == kind.after
+    assert refused
+    assert all("in use" in line for line in refused)
+
+
+def test_an_old_output_that_another_program_has_locked_is_in_use(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    write(output, {"model": b"old"})
+    with Publication(output, directory=True, overwrite=True) as p:
+        other = os.open(output, os.O_RDONLY)
+        fcntl.flock(other, fcntl.LOCK_SH)
+        with pytest.raises(OutputUnsafe, match="in use"):
+            p.publish(b"manifest")
+    os.close(other)
+    assert files(tmp_path) == {"out/model": b"old"}
+
+
+def test_where_nothing_can_be_locked_a_folder_is_replaced_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(fd: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    kind = KINDS["folder replaced"]
+    kind.prepare(tmp_path / "root")
+    kind.publish(tmp_path / "root")
+    assert files(tmp_path / "root") == kind.after
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("exchange", [True, False])
+def test_an_old_output_that_is_lost_meanwhile_is_said(
+    exchange: bool, replaced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    write(output, {"model": b"old"})
+    if not exchange:
+        monkeypatch.setattr(system, "exchange", refuse)
+    swap = publish_module.swap
+
+    def swap_and_lose(stage: Path, output: Path) -> None:
+        monkeypatch.setattr(publish_module, "swap", swap)
+        swap(stage, output)
+        shutil.rmtree(stage)
+        if replaced:
+            output.rename(tmp_path / "elsewhere")
+            write(output, {"model": b"another's"})
+
+    monkeypatch.setattr(publish_module, "swap", swap_and_lose)
+    with Publication(output, directory=True, overwrite=True) as p:
+        p.write("model", b"new")
+        with pytest.raises(ResourceExhausted, match="cannot put the old output back") as caught:
+            p.publish(b"manifest")
+    assert "nothing was published" not in str(caught.value)
+    assert ("the new one is in its place" in str(caught.value)) is not replaced
+    assert (output / "model").read_bytes() == (b"another's" if replaced else b"new")
 
 
 CHANGES: dict[str, tuple[str, Callable[[Path], object]]] = {
