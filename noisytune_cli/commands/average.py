@@ -102,11 +102,17 @@ def average(
         check_names(first)
         output = resolve_rewritten(out, first)
         check_output(output, *members, overwrite=overwrite)
-        require_unchanged([output], insists=overwrite_changed, threads=threads, progress=progress)
+        seen = require_unchanged([output], insists=overwrite_changed, threads=threads, progress=progress)
         files = len(first.weight_files) + len(first.others) + 1
         check_space([output], copied_bytes(first) + recorded, files)
         publication = opened.enter_context(
-            publication_at(output, directory=not first.single_file, overwrite=overwrite, progress=progress)
+            publication_at(
+                output,
+                directory=not first.single_file,
+                overwrite=overwrite,
+                seen=seen[output],
+                progress=progress,
+            )
         )
         done = _carry_out(members, weights, publication, threads or default_threads(), direct, progress)
         manifest = AverageManifest(

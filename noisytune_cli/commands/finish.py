@@ -44,6 +44,7 @@ from noisytune_cli.output.job_folder import (
     storage_at,
 )
 from noisytune_cli.output.jobs import JobStorage, no_job
+from noisytune_cli.output.overwrite import Seen
 from noisytune_cli.output.space import check_descriptors
 from noisytune_cli.plan.evidence.told import Told
 from noisytune_cli.records import Manifest, Plan, Receipt, Step, with_output_files
@@ -93,10 +94,10 @@ def _finish(folder: JobFolder, threads: int | None, progress: Progress) -> tuple
                 there[at] = Perturbed(output, path, manifest, cleared, (), job.recipe_only, skipped=True)
             else:
                 new[at] = output
-        _check_places(list(new.values()), job, source, threads, progress)
+        seen = _check_places(list(new.values()), job, source, threads, progress)
         made = there
         if new:
-            made |= zip(new, _publish(folder, prepared, new, receipts, progress), strict=True)
+            made |= zip(new, _publish(folder, prepared, new, seen, receipts, progress), strict=True)
     done = [made[at] for at in sorted(made)]
     if not folder.remove():
         stays = f"{escape(folder.path.name)} beside the output is left over: it could not be deleted"
@@ -286,23 +287,26 @@ def _published_by(
 
 def _check_places(
     outputs: Sequence[Place], job: Job, source: Checkpoint, threads: int | None, progress: Progress
-) -> None:
+) -> dict[Place, Seen]:
     """Raise what stands against outputs that are to be published now, as `perturb` does.
 
-    In an object store the job's claim does, which whoever finishes it at the same time may have taken back.
+    Return what is there. In an object store the job's claim does, which whoever finishes it at the same time
+    may have taken back.
     """
     replaces = job.overwrite or job.overwrite_changed
     for output in (one for one in outputs if not isinstance(one, Address)):
         (check_recipe if job.recipe_only else check_output)(output, source, overwrite=replaces)
     check_distinct(outputs)
-    require_unchanged(outputs, insists=job.overwrite_changed, threads=threads, progress=progress)
+    seen = require_unchanged(outputs, insists=job.overwrite_changed, threads=threads, progress=progress)
     check_descriptors(len(source.weight_files))
+    return seen
 
 
 def _publish(
     folder: JobFolder,
     prepared: Prepared,
     outputs: Mapping[int, Place],
+    seen: Mapping[Place, Seen],
     receipts: Sequence[tuple[Receipt, ...]],
     progress: Progress,
 ) -> list[Perturbed]:
@@ -315,6 +319,7 @@ def _publish(
             directory=not (job.is_file or job.recipe_only),
             overwrite=job.overwrite or job.overwrite_changed,
             recipe=job.recipe_only,
+            seen=seen[output],
             progress=progress,
             job_claim=folder.claim,
         )

@@ -26,6 +26,7 @@ from noisytune_cli.noise.devices import open_device
 from noisytune_cli.output.commits import all_staged, commit_all, publication_at
 from noisytune_cli.output.convert import OutputFile, lay_out
 from noisytune_cli.output.destination import check_places, find_place
+from noisytune_cli.output.overwrite import Seen
 from noisytune_cli.output.publish import Publication, copy_file, write_file
 from noisytune_cli.output.sidecars import companions, left_behind
 from noisytune_cli.output.space import check_room, free_bytes, manifest_bytes, needed_bytes
@@ -144,19 +145,20 @@ def check_outputs(
     threads: int | None = None,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
     in_shares: bool = False,
-) -> list[Place]:
-    """Return where outputs go; raises unless all of them may be written there, and there is room for them.
+) -> dict[Place, Seen]:
+    """Return where outputs go, and what there was when it was asked whether that may be replaced.
 
-    What is written `in_shares` is not all staged here before it is sent to an object store.
+    Raises unless all of them may be written there, and there is room for them. What is
+    written `in_shares` is not all staged here before it is sent to an object store.
     """
     source, files = prepared.source, prepared.files
     outputs = check_places(
         source, files, outs, recipe_only=recipe_only, overwrite=overwrite or overwrite_changed
     )
-    require_unchanged(outputs, insists=overwrite_changed, threads=threads, progress=progress)
+    seen = require_unchanged(outputs, insists=overwrite_changed, threads=threads, progress=progress)
     if not (in_shares and any(isinstance(output, Address) for output in outputs)):
         check_room(source, files, prepared.plans[0], outputs, recipe_only=recipe_only)
-    return outputs
+    return seen
 
 
 def plan_perturb(
@@ -200,7 +202,7 @@ def plan_perturb(
             left_out=(*source.left_out, *(card.left_out if card else ()), *left_behind(source, files)),
             warnings=prepared.warnings,
             nbytes=each * len(plans),
-            free=free_bytes(outputs[0]) if outputs else None,
+            free=free_bytes(next(iter(outputs))) if outputs else None,
         )
 
 
@@ -286,9 +288,10 @@ def perturb_each(
                 directory=not (source.single_file or recipe_only),
                 overwrite=overwrite or overwrite_changed,
                 recipe=recipe_only,
+                seen=seen,
                 progress=progress,
             )
-            for output in outputs
+            for output, seen in outputs.items()
         ]
         prepared = replace(prepared, plans=tuple(plans[at] for at in left))
         made = _make(prepared, publications, walk, progress)

@@ -27,6 +27,7 @@ from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch, Output
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX, manifest_beside
 from noisytune_cli.output.destination import check_places_of_download
+from noisytune_cli.output.overwrite import Seen, check_folder_replaceable, contents, look_at
 from noisytune_cli.reading import is_there
 from noisytune_cli.records import Conversion, Manifest, Plan, Receipt, with_output_files
 from noisytune_cli.version import __version__
@@ -149,21 +150,27 @@ def require_unchanged(
     insists: bool,
     threads: int | None = None,
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
-) -> None:
+) -> dict[Place, Seen]:
     """Raise OutputUnsafe if a recorded file of an output that is to be replaced is not as recorded.
 
-    They may be replaced but for that (`check_output`). Where the user `insists`, nothing is asked.
+    They may be replaced but for that (`check_output`). Where the user `insists`, nothing is asked of those.
+    Return what there was before: what comes while this reads, and after, is no part of what is replaced.
     """
-    for output in () if insists else outputs:
-        if isinstance(output, Address):  # nothing there is replaced
+    here = [output for output in outputs if not isinstance(output, Address)]  # nothing there is replaced
+    seen: dict[Place, Seen] = dict.fromkeys(outputs, (None, None)) | {one: look_at(one) for one in here}
+    for output in here:
+        if not _may_have_changed(output):
             continue
-        if _may_have_changed(output) and (what := _what_changed(output, threads, progress)):
+        if output.is_dir():  # added between that check and the look, which nothing would tell
+            check_folder_replaceable(output, contents(output))
+        if not insists and (what := _what_changed(output, threads, progress)):
             raise OutputUnsafe(
                 "the output was changed since noisytune wrote it",
                 path=output,
                 why=what,
                 next_step="Move what is to be kept elsewhere, or pass --overwrite-changed to replace it too",
             )
+    return seen
 
 
 def _may_have_changed(output: Path) -> bool:

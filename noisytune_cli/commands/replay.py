@@ -88,12 +88,16 @@ def replay(
         rewritten = () if manifest.output is None else _rewrite(manifest.output, plan, source, recorded)
         output = resolve_rewritten(out, source, rewritten)
         check_output(output, source, overwrite=overwrite, manifest=recorded.path)
-        require_unchanged([output], insists=overwrite_changed, threads=threads, progress=progress)
+        seen = require_unchanged([output], insists=overwrite_changed, threads=threads, progress=progress)
         written = len(rewritten) or len(source.weight_files)
         check_space([output], needed_bytes(source, plan, rewritten), written + len(source.others) + 1)
         check_descriptors(len(source.weight_files) + written + 1)
         with publication_at(
-            output, directory=not source.single_file, overwrite=overwrite, progress=progress
+            output,
+            directory=not source.single_file,
+            overwrite=overwrite,
+            seen=seen[output],
+            progress=progress,
         ) as publication:
             digests = {
                 name: publication.copy(source.root / name, name, source.open_beside)

@@ -13,6 +13,7 @@ from noisytune_cli.checkpoint.address import Address, Place
 from noisytune_cli.engine.threads import Progress
 from noisytune_cli.errors import NOTHING_PUBLISHED, NoisytuneError, Stopped
 from noisytune_cli.output import signals
+from noisytune_cli.output.overwrite import Seen
 from noisytune_cli.output.publish import Publication
 
 #: Characters of a list of names that an error line has room for.
@@ -25,11 +26,13 @@ def publication_at(
     directory: bool,
     overwrite: bool,
     recipe: bool = False,
+    seen: Seen | None = None,
     progress: Progress,
     job_claim: bytes | None = None,
 ) -> Publication:
     """Return the publication of an output that goes here, or into an object store.
 
+    `seen` is what was there when it was asked whether that may be replaced (`require_unchanged`).
     `progress` shows what is sent there; `job_claim` is what a job has claimed the place with.
     """
     if isinstance(output, Address):
@@ -38,7 +41,7 @@ def publication_at(
         return RemotePublication(
             output, directory=directory, recipe=recipe, progress=progress, job_claim=job_claim
         )
-    return Publication(output, directory=directory, overwrite=overwrite, recipe=recipe)
+    return Publication(output, directory=directory, overwrite=overwrite, recipe=recipe, seen=seen)
 
 
 @contextmanager

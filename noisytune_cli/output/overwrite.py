@@ -30,6 +30,9 @@ _SHOWN = 3
 #: Type, inode, and for what is no directory size and times, by the name in what was looked at.
 Look = Mapping[str, tuple[int, ...]]
 
+#: What stands at an output's place, and what has the name of its manifest where it is a file.
+Seen = tuple[Look | None, Look | None]
+
 
 def contents(folder: Path) -> set[str]:
     """Return the names in an output's folder, without what a killed run to it left."""
@@ -203,6 +206,14 @@ def _kept(
     return OutputUnsafe(
         "cannot replace what noisytune did not write", path=output, why=why, next_step=next_step
     )
+
+
+def look_at(output: Path) -> Seen:
+    """Return what stands at an output's place now: it is asked whether that may be replaced after this."""
+    try:
+        return look(output), look(output.with_name(output.name + MANIFEST_SUFFIX))
+    except OSError as error:
+        raise unwritable(error, output) from error
 
 
 def look(path: Path) -> Look | None:

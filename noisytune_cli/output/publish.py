@@ -33,7 +33,7 @@ from noisytune_cli.errors import NOTHING_PUBLISHED, OutputUnsafe, ResourceExhaus
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.output import signals, staging
-from noisytune_cli.output.overwrite import Look, is_top, look
+from noisytune_cli.output.overwrite import Look, Seen, is_top, look, look_at
 from noisytune_cli.output.renames import (
     Steps,
     rename_any,
@@ -65,10 +65,19 @@ class Publication:
     runs that were removed on the way in, `published` tells whether the output is in its place.
     """
 
-    def __init__(self, output: Path, *, directory: bool, overwrite: bool, recipe: bool = False) -> None:
+    def __init__(
+        self,
+        output: Path,
+        *,
+        directory: bool,
+        overwrite: bool,
+        recipe: bool = False,
+        seen: Seen | None = None,
+    ) -> None:
         """Prepare for an output that `output.check_output` has passed; nothing is touched yet.
 
         It is a directory, or a file with its manifest beside it; with `recipe` it is the manifest alone.
+        `seen` is what was there before it was asked whether that may be replaced, which takes its time.
         """
         self.output = output
         self.cleared: tuple[str, ...] = ()
@@ -83,8 +92,8 @@ class Publication:
         self._old_lock: int | None = None
         self._written: set[str] = set()
         self._left: list[str] = []
-        self._seen = self._look(output)
-        self._seen_manifest = None if directory or recipe else self._look(output.parent / self._manifest_name)
+        self._seen, beside = (seen or look_at(output)) if overwrite else (None, None)
+        self._seen_manifest = None if directory or recipe else beside
 
     @property
     def shown(self) -> Place:
@@ -104,7 +113,7 @@ class Publication:
                     # A run that makes the directory where there is no RENAME_NOREPLACE has its staging there.
                     self.cleared += staging.clear_dead(self.output.parent, self.output, self._left)
                 if self._seen is None and any(name.endswith(staging.ASIDE) for name in self.cleared):
-                    self._seen = self._look(self.output)  # it has its name back
+                    self._seen = look(self.output) if self._overwrite else None  # it has its name back
                 if self._in_place:
                     self._require_empty()
                 self._stage, self._lock = staging.create(place, self.output)
@@ -247,13 +256,6 @@ class Publication:
             name = escape(self.output.name)
             left.append(f"{name} has no extension, by which programs tell formats: name it like its source")
         return tuple(left)
-
-    def _look(self, path: Path) -> Look | None:
-        """Return what stands at `path` now, as far as it may be replaced."""
-        try:
-            return look(path) if self._overwrite else None
-        except OSError as error:
-            raise unwritable(error, self.output) from error
 
     def _require_seen(self, path: Path, seen: Look | None) -> None:
         """Raise OutputUnsafe if what was moved to `path` is not what was there when this run began."""

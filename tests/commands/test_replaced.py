@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import save, save_sharded, weights
@@ -14,12 +15,17 @@ from runs import run
 from typer.testing import CliRunner
 
 from noisytune_cli.cli.app import app
+from noisytune_cli.commands import plan as plan_module
 from noisytune_cli.commands import replaced
 from noisytune_cli.commands.average import average
+from noisytune_cli.commands.finish import finish
 from noisytune_cli.commands.perturb import Request, perturb, plan_perturb
+from noisytune_cli.commands.plan import plan_job
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
+from noisytune_cli.commands.work import work
 from noisytune_cli.errors import OutputUnsafe
+from noisytune_cli.output.overwrite import Seen, look_at
 from noisytune_cli.output.publish import Publication
 from noisytune_cli.records import Combination, NoiseSpec
 
@@ -89,6 +95,83 @@ def test_a_changed_output_is_replaced_only_on_demand(
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == kept
     run(source, out, overwrite_changed=True)
     assert verify(str(out)).ok
+
+
+def perturb_in_shares(source: Path, out: Path) -> None:
+    plan_job(Request(str(source), NoiseSpec()), str(out), [Combination(0.15, 0, str(out))], overwrite=True)
+    work(str(out))
+    finish(str(out))
+
+
+VERBS: dict[str, Callable[[Path, Path], object]] = {
+    "perturb": lambda source, out: run(source, out, overwrite=True),
+    "average": lambda source, out: average([str(source), str(source)], str(out), overwrite=True),
+    "replay": lambda source, out: replay(
+        str(source.parent / "noisytune.json"), str(out), base=str(source), overwrite=True
+    ),
+    "finish": perturb_in_shares,
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("name", ["README.md", "notes.txt"])
+def test_what_changes_while_an_old_output_is_verified_is_kept(
+    name: str, verb: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = run(source, tmp_path / "out").output
+    shutil.copy(out / "noisytune.json", tmp_path)
+    (out / "sub" / "vocab.txt").touch()
+    kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    what_changed = replaced._what_changed
+
+    def and_then_write(*arguments: Any) -> str | None:
+        answer = what_changed(*arguments)
+        (out / name).write_text("mine")
+        return answer
+
+    monkeypatch.setattr(replaced, "_what_changed", and_then_write)
+    monkeypatch.setattr(plan_module, "check_outputs", lambda *_, **__: None)  # asked when it is finished
+    with pytest.raises(OutputUnsafe, match="the output has changed"):
+        VERBS[verb](source, out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == kept | {
+        out / name: b"mine"
+    }
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "out.safetensors.noisytune.json"])
+def test_a_file_that_changes_while_it_is_verified_is_kept(
+    name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.safetensors"
+    run(source / WEIGHTS, out)
+    out.touch()
+    verified = replaced._what_changed
+
+    def and_then_write(*arguments: Any) -> str | None:
+        answer = verified(*arguments)
+        (tmp_path / name).write_text("mine")
+        return answer
+
+    monkeypatch.setattr(replaced, "_what_changed", and_then_write)
+    with pytest.raises(OutputUnsafe, match="the output has changed"):
+        run(source / WEIGHTS, out, overwrite=True)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("insists", [False, True])
+def test_what_comes_between_its_check_and_the_look_is_kept(
+    insists: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = run(source, tmp_path / "out").output
+
+    def write_and_look(output: Path) -> Seen:
+        (output / "notes.txt").write_text("mine")
+        return look_at(output)
+
+    monkeypatch.setattr(replaced, "look_at", write_and_look)
+    with pytest.raises(OutputUnsafe, match="go notes"):
+        run(source, out, overwrite=True, overwrite_changed=insists)
+    assert (out / "notes.txt").read_text() == "mine"
 
 
 def test_a_file_that_was_trained_on(tmp_path: Path) -> None:
