@@ -76,13 +76,6 @@ class Object(NamedTuple):
     etag: str | None
 
 
-class Upload:
-    """An object on its way in parts: whether anybody waits for it still, and whether it was given up."""
-
-    def __init__(self) -> None:
-        self.left_behind, self.given_up = threading.Event(), threading.Event()
-
-
 class Store:
     """A bucket. Raises StoreFault; a signal ends the wait for an answer."""
 
@@ -118,12 +111,12 @@ class Store:
                 raise StoreFault("denied", why) from None
         return self._opened
 
-    def head(self, key: str, patience: float | None = None) -> Object | None:
-        """Return the object at a key, None where there is none; `failed` where it takes longer."""
+    def head(self, key: str) -> Object | None:
+        """Return the object at a key, None where there is none."""
         import obstore
 
         try:
-            return _object(_wait(lambda: obstore.head(self._store, key), patience=patience))
+            return _object(_wait(lambda: obstore.head(self._store, key)))
         except StoreFault as fault:
             if fault.cause == "absent":
                 return None
@@ -171,25 +164,22 @@ class Store:
 
         _wait(lambda: obstore.put(self._store, key, content, mode="create"))
 
-    def send(self, key: str, pieces: Iterable[bytes], size: int, upload: Upload) -> None:
+    def send(self, key: str, pieces: Iterable[bytes], size: int, left_behind: threading.Event) -> None:
         """Make an object of `size` bytes in parts, or replace one.
 
-        An error of `pieces` gives it up, and what was sent is forgotten; so they end where nobody waits.
+        An error of `pieces` gives it up, and what was sent is forgotten; so they end where nobody waits:
+        `left_behind` tells.
         """
         import obstore
 
         part = max(PIECE, -(-size // _PARTS))
 
         def put() -> None:
-            try:
-                obstore.put(
-                    self._store, key, pieces, use_multipart=True, chunk_size=part, max_concurrency=_AT_A_TIME
-                )
-            except BaseException:
-                upload.given_up.set()
-                raise
+            obstore.put(
+                self._store, key, pieces, use_multipart=True, chunk_size=part, max_concurrency=_AT_A_TIME
+            )
 
-        _wait(put, upload.left_behind)
+        _wait(put, left_behind)
 
     def delete(self, keys: str | list[str], patience: float) -> None:
         """Remove objects, where there are any; `failed` where it takes longer than `patience`."""

@@ -7,6 +7,8 @@ has no manifest is not complete.
 The claim is an object below `.noisytune/` that only one content can have: the digest of the manifest, which
 accounts for every byte of the output. Who comes with another one is refused, so that two runs never mix; who
 comes with the same one goes on where a run was stopped. What is there already must be what would be sent.
+Nothing tells who else has come with the same one, so a claim stays until the manifest is there: whoever took
+it away because he failed could leave another's files, or an upload of theirs that goes on, without one.
 
 The weights of a job are there already, sent by its shares (`output/jobs`). Its claim is the plan's digest,
 and lies there since it was planned.
@@ -190,35 +192,30 @@ class _Sending:
             report,
         )
         self._sender = Sender(target.store, report)
-        self._is_own = False
 
     def send_all(self) -> None:
         """Send what is not there yet; what is there must be the same."""
         output = self._target.output
-        try:
-            with writing(output, NOTHING_PUBLISHED):
-                self._take()
-                there = self._compare()
-            with writing(output, KEPT):
-                for name, path in self._files.items():
-                    if name in there:
-                        self._report(path.stat().st_size)
-                        continue
-                    in_parts = not name.endswith((MANIFEST, MANIFEST_SUFFIX))
-                    if self._sender.send(self._target.key(name), path, in_parts=in_parts) == "other":
-                        raise exists(output, differs(name))
-        except BaseException:
-            if self._is_own and not self._sender.has_sent:
-                self._target.release()
-            raise
+        with writing(output, NOTHING_PUBLISHED):
+            self._take()
+            there = self._compare()
+        with writing(output, KEPT):
+            for name, path in self._files.items():
+                if name in there:
+                    self._report(path.stat().st_size)
+                    continue
+                in_parts = not name.endswith((MANIFEST, MANIFEST_SUFFIX))
+                if self._sender.send(self._target.key(name), path, in_parts=in_parts) == "other":
+                    raise exists(output, differs(name))
 
     def _take(self) -> None:
         """Claim the place, or join who has claimed it for the same output."""
+        if self._target.store.head(self._target.claim) is None:
+            # Who has come since the place was checked should not find a claim there, which would stay.
+            self._compare()
         signals.leave(f"{self._target.output} is not complete: the same command completes it")
-        claimed = self._sender.create(self._target.claim, self._claim)
-        self._is_own = claimed == "made"
-        if claimed == "other":
-            raise claimed_by_another(self._target.output)
+        if self._sender.create(self._target.claim, self._claim) == "other":
+            raise claimed_by_another(self._target)
 
     def _compare(self) -> set[str]:
         """Return which files are there; OutputUnsafe where anything else is, or another content."""
@@ -241,13 +238,14 @@ def claim_of_manifest(manifest: bytes) -> bytes:
     return json.dumps({"manifest": digest}).encode() + b"\n"
 
 
-def claimed_by_another(output: Address) -> OutputUnsafe:
+def claimed_by_another(target: Target) -> OutputUnsafe:
     """Return the error for an output that another run has claimed."""
     return OutputUnsafe(
         "the output is claimed",
-        path=output,
-        why="a run with another result is writing there, or was stopped while it did",
-        next_step=f"Choose another output with -o, or remove all below it, {UNFINISHED}/ last",
+        path=target.output,
+        why="a run with another result is writing there, or failed or was stopped before it was complete",
+        next_step="Choose another output with -o, or, once nothing writes there, remove what is there, "
+        f"{target.claim} last",
     )
 
 

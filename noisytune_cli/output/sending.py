@@ -6,11 +6,12 @@ request failed, says nothing yet.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from noisytune_cli.checkpoint.store import PIECE, Object, Store, StoreFault, Upload
+from noisytune_cli.checkpoint.store import PIECE, Object, Store, StoreFault
 
 #: How often an object is sent whose bytes did not come to be there.
 _TRIES = 3
@@ -20,14 +21,10 @@ _CHUNK = 1 << 20
 
 
 class Sender:
-    """Has files and bytes be in a store, and reports what arrived of files.
-
-    `has_sent` tells whether a file was sent, or may come to be there still. Raises StoreFault.
-    """
+    """Has files and bytes be in a store, and reports what arrived of files. Raises StoreFault."""
 
     def __init__(self, store: Store, report: Callable[[int], None]) -> None:
         self._store, self._report = store, report
-        self.has_sent = False
 
     def create(self, key: str, content: bytes) -> Literal["made", "same", "other"]:
         """Make an object, unless there is one; say whether its content is the same."""
@@ -64,7 +61,6 @@ class Sender:
             self._send_in_parts(key, path, size, before_end)
         elif (made := self.create(key, path.read_bytes())) != "other":
             self._report(size)
-        self.has_sent |= made != "other"
         return made
 
     def is_same(self, entry: Object, path: Path) -> bool:
@@ -80,12 +76,12 @@ class Sender:
     def _send_in_parts(self, key: str, path: Path, size: int, before_end: Callable[[], None]) -> None:
         shown = 0
 
-        def pieces(upload: Upload) -> Iterator[bytes]:
+        def pieces(left_behind: threading.Event) -> Iterator[bytes]:
             nonlocal shown
             done = 0
             with path.open("rb") as file:
                 while piece := file.read(_CHUNK):
-                    if upload.left_behind.is_set():
+                    if left_behind.is_set():
                         raise RuntimeError("the upload was abandoned")  # which has the store forget its parts
                     yield piece
                     done += len(piece)
@@ -95,9 +91,9 @@ class Sender:
             before_end()
 
         for left in reversed(range(_TRIES)):
-            upload = Upload()
+            left_behind = threading.Event()
             try:
-                self._store.send(key, pieces(upload), size, upload)
+                self._store.send(key, pieces(left_behind), size, left_behind)
                 entry = self._store.head(key)
                 if entry is None or entry.size != size:
                     raise StoreFault("failed", "the store says that all was sent, and has it not")
@@ -108,10 +104,6 @@ class Sender:
                     return
                 if not left:
                     raise
-            except BaseException:
-                # What was left behind may be complete in the end.
-                self.has_sent |= not upload.given_up.is_set()
-                raise
 
     def _look_after(self, key: str, fault: StoreFault) -> Object | None:
         """Return what is there though a request failed; raises the fault again where that would not help."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -479,13 +480,42 @@ def test_who_plans_the_same_at_once_joins(store: ObjectStore, here: Path, tmp_pa
     assert sent(store) == single(here, f"{tmp_path}/single/run")
 
 
-def test_who_is_refused_takes_his_claims_back(store: ObjectStore, here: Path) -> None:
-    out = f"{store.url}/jobs/run-{{seed}}"
-    store.faults = [Fault("PUT", "run-0/.*publishing", before=lambda: plan(here, out, {"seed": "1-2"}))]
+def claimed(store: ObjectStore) -> set[str]:
+    """Return the seeds of the runs whose places are claimed."""
+    return set(re.findall(r"run-(\d)/\.noisytune/publishing", " ".join(store.keys("jobs/"))))
+
+
+def test_who_is_refused_claims_nothing(store: ObjectStore, here: Path) -> None:
+    store.put("jobs/run-1/.noisytune/publishing", b"another's")
     with pytest.raises(OutputUnsafe, match=r"the output is claimed: .*/run-1"):
-        plan(here, out, {"seed": "0-1"})
-    claims = {key for key in store.keys("jobs/") if key.endswith("publishing")}
-    assert claims == {f"run-{seed}/.noisytune/publishing" for seed in (1, 2)}
+        plan(here, f"{store.url}/jobs/run-{{seed}}", {"seed": "0-1"})
+    assert claimed(store) == {"1"}
+
+
+def test_who_joined_a_plan_keeps_the_claims_of_who_failed(
+    store: ObjectStore, here: Path, tmp_path: Path
+) -> None:
+    out, seeds = f"{store.url}/jobs/run-{{seed}}", {"seed": "0-1"}
+    expected = single(here, f"{tmp_path}/single/run-{{seed}}", seeds)
+
+    def join() -> None:
+        with pytest.raises(NoisytuneError):
+            plan(here, out, seeds)
+
+    # Of the second one all comes there but the steps that are asked for.
+    refused = {"status": 403, "body": error("AccessDenied")}
+    store.faults = [
+        Fault("PUT", "run-1/.*publishing", before=join, **refused),  # type: ignore[arg-type]
+        Fault("PUT", "steps/1.json", **refused),  # type: ignore[arg-type]
+    ]
+    with pytest.raises(ResourceExhausted, match="the same command goes on"):
+        plan(here, out, seeds)
+    assert claimed(store) == {"0", "1"}
+    assert any("/steps/" in key for key in store.keys("jobs/"))
+    plan(here, out, seeds)
+    work(out)
+    finish(out)
+    assert sent(store) == expected
 
 
 def test_finish_needs_no_claim(store: ObjectStore, here: Path, tmp_path: Path) -> None:

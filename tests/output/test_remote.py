@@ -17,11 +17,20 @@ from runs import run
 from without import run_without
 
 from noisytune_cli.commands.average import average
+from noisytune_cli.commands.inspect import inspect
 from noisytune_cli.commands.perturb import perturb_each
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.request import Request
 from noisytune_cli.commands.verify import verify
-from noisytune_cli.errors import HubError, NoisytuneError, OutputUnsafe, ResourceExhausted, UsageError
+from noisytune_cli.errors import (
+    HubError,
+    InputInvalid,
+    NoisytuneError,
+    OutputUnsafe,
+    ResourceExhausted,
+    UsageError,
+)
+from noisytune_cli.output.remote import RemotePublication
 from noisytune_cli.records import Combination, NoiseSpec
 
 WEIGHTS = "model-00001-of-00002.safetensors"
@@ -215,10 +224,20 @@ def test_what_does_not_pass_is_completed_by_the_same_command(
     assert not store.of("PUT", WEIGHTS)
 
 
-def test_what_cannot_begin_leaves_nothing(store: ObjectStore, model: Path) -> None:
+def test_what_cannot_begin_leaves_its_claim(store: ObjectStore, model: Path, tmp_path: Path) -> None:
     store.faults.append(Fault("PUT", WEIGHTS, status=403, body=error("AccessDenied")))
     assert fails(model, f"{store.url}/out").exit_code == 6
-    assert store.keys() == set()
+    assert store.keys() == {f"out/{CLAIM}"}
+    other = fails(model, f"{store.url}/out", noise=NoiseSpec(seed=1))
+    assert (other.exit_code, other.what) == (5, "the output is claimed")
+    assert f"remove what is there, out/{CLAIM} last" in other.next_step
+    store.delete(f"out/{CLAIM}")
+    run(model, f"{store.url}/out", noise=NoiseSpec(seed=1))
+    run(model, tmp_path / "local", noise=NoiseSpec(seed=1))
+    assert sent(store) == contents(tmp_path / "local")
+
+
+def test_a_bucket_that_is_not_there_is_told(store: ObjectStore, model: Path) -> None:
     failed = fails(model, f"{store.url}-not-there/out")
     assert (failed.exit_code, "no such bucket" in failed.why) == (6, True)
 
@@ -245,9 +264,71 @@ def test_what_comes_meanwhile_is_not_replaced(store: ObjectStore, model: Path, n
     store.faults.append(Fault("PUT", when, before=lambda: store.put(f"out/{name}", b"mine")))
     failed = fails(model, f"{store.url}/out")
     assert (failed.exit_code, name in failed.why) == (5, True)
+    assert CLAIM in store.keys("out/")
     assert store.get(f"out/{name}") == b"mine"
     if name != "noisytune.json":
         assert "noisytune.json" not in store.keys("out/")
+
+
+def test_who_joined_keeps_the_claim_of_who_failed(store: ObjectStore, model: Path, tmp_path: Path) -> None:
+    refused = error("AccessDenied")
+    store.faults += [
+        Fault("PUT", WEIGHTS, status=403, body=refused, before=lambda: fails(model, f"{store.url}/out")),
+        Fault("PUT", "config.json", status=403, body=refused),
+    ]
+    assert fails(model, f"{store.url}/out").exit_code == 6
+    assert {WEIGHTS, CLAIM} < store.keys("out/")
+    with pytest.raises(InputInvalid, match="or was stopped while it did"):
+        inspect(f"{store.url}/out")
+    run(model, f"{store.url}/out")
+    run(model, tmp_path / "local")
+    assert sent(store) == contents(tmp_path / "local")
+
+
+def test_who_failed_opens_the_way_for_nobody_into_an_upload_that_goes_on(
+    store: ObjectStore, large: tuple[Path, dict[str, bytes]], in_parts: None
+) -> None:
+    source, expected = large
+    reached, go_on = threading.Event(), threading.Event()
+    others: list[NoisytuneError] = []
+    first = threading.Thread(target=lambda: others.append(fails(source, f"{store.url}/out")))
+
+    def stall() -> None:
+        reached.set()
+        go_on.wait(60)
+
+    def have_others_come() -> None:
+        go_on.set()
+        first.join()
+        others.append(fails(source, f"{store.url}/out", noise=NoiseSpec(seed=1)))
+
+    store.faults = [
+        Fault("POST", r"\?uploads", status=403, body=error("AccessDenied"), before=stall),
+        Fault("POST", "uploadId", before=have_others_come),
+    ]
+    first.start()
+    assert reached.wait(60)
+    run(source, f"{store.url}/out")
+    assert [(failed.exit_code, failed.what) for failed in others] == [
+        (6, "cannot write"),
+        (5, "the output is claimed"),
+    ]
+    assert sent(store) == expected
+
+
+def test_who_came_before_the_claim_finds_none(
+    store: ObjectStore, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = RemotePublication.commit
+
+    def late(publication: RemotePublication) -> object:
+        store.put("out/stray.txt", b"mine")
+        return commit(publication)
+
+    monkeypatch.setattr(RemotePublication, "commit", late)
+    failed = fails(model, f"{store.url}/out")
+    assert (failed.exit_code, "stray.txt" in failed.why) == (5, True)
+    assert sent(store) == {"stray.txt": b"mine"}
 
 
 def test_two_runs_of_one_command_publish_once(store: ObjectStore, model: Path, tmp_path: Path) -> None:
@@ -313,7 +394,7 @@ def test_a_signal_has_the_parts_forgotten(
             run(path.parent, f"{store.url}/out")
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert store.keys() == set()
+    assert store.keys() == {f"out/{CLAIM}"}
     assert store.uploads() == []
 
 
@@ -335,7 +416,6 @@ def test_a_signal_is_not_kept_waiting(store: ObjectStore, tmp_path: Path) -> Non
     go_on.set()
     assert started.returncode == 128 + signal.SIGTERM
     assert "is not complete: the same command completes it" in told
-    # The upload that was left behind may come to an end, so the place stays claimed.
     assert store.keys() == {f"out/{CLAIM}"}
 
 

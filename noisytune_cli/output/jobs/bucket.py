@@ -31,9 +31,6 @@ from noisytune_cli.output.sending import Sender
 #: How long objects get to be removed, in seconds.
 _PATIENCE = 60.0
 
-#: How long the store may take to answer one who is about to stop, in seconds.
-_A_MOMENT = 1.0
-
 #: More files than a job can have in a folder.
 _MOST = 100_000_000
 
@@ -171,41 +168,37 @@ class BucketStorage(JobStorage):
 
     def create(self, draft: Path, own: str, plan: bytes, job: Job) -> Literal["made", "same", "other"]:
         sender, left_behind = self._sender(), threading.Event()
-        claim, claimed = claim_of(own), list[Target]()
+        claim, targets = claim_of(own), _targets(job)
 
         def send(path: Path) -> None:
             key = (self.path / own / "steps" / path.name).key
             if sender.create(key, path.read_bytes()) == "other":
                 raise exists(self.path, differs(path.name))
 
-        def has_begun(patience: float | None = None) -> bool:
+        def has_begun() -> bool:
             """Tell whether the same plan is further along by another process, whose claims these are too."""
-            return self._store.head((self.path / own / "steps/1.json").key, patience) is not None
+            return self._store.head((self.path / own / "steps/1.json").key) is not None
+
+        def is_anothers(target: Target) -> bool:
+            entry = self._store.head(target.claim)
+            return entry is not None and (
+                entry.size != len(claim) or self._store.read(entry, 0, entry.size) != claim
+            )
 
         with writing(self.path, "the same command goes on"):
             if self.size(PLAN) is None:
-                try:
-                    for target in _targets(job):
-                        took = sender.create(target.claim, claim)
-                        if took == "other":
-                            raise claimed_by_another(target.output)
-                        if took == "made":
-                            claimed.append(target)
-                        # Who plans the same may have been quicker, and workers then too.
-                        if (there := target.look()) and not has_begun():
-                            raise exists(target.output, differs(min(there)))
-                except BaseException:
-                    with contextlib.suppress(StoreFault):
-                        if not has_begun(_A_MOMENT):
-                            for target in claimed:
-                                target.release()
-                    raise
+                # Before the first is claimed: claims stay, for who plans the same may rely on them by then.
+                if taken := next(filter(is_anothers, targets), None):
+                    raise claimed_by_another(taken)
+                for target in targets:
+                    if sender.create(target.claim, claim) == "other":
+                        raise claimed_by_another(target)
+                    # Who plans the same may have been quicker, and workers then too.
+                    if (there := target.look()) and not has_begun():
+                        raise exists(target.output, differs(min(there)))
                 do_all(send, sorted(draft.iterdir()), left_behind)
             made = sender.create((self.path / PLAN).key, plan)
             self._plan = self._store.head((self.path / PLAN).key)
-        if made == "other":
-            for target in claimed:
-                target.release()
         return made
 
     def clear(self, output: Place, claim: bytes) -> tuple[str, ...]:
