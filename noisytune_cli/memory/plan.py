@@ -122,7 +122,7 @@ def _find_computed(
 
         return read
 
-    here = tuple(step for step in plan.steps if live_of[step.tensor.name].held.mesh is None)
+    here = tuple(step for step in plan.steps if not live_of[step.tensor.name].held.shards)
     return find_computed(replace(plan, steps=here), told, values_of)
 
 

@@ -155,17 +155,17 @@ def share_moments(parts: Sequence[LocalTensor], moments: Sequence[Sequence[Momen
     return shared
 
 
-def share_finite(parts: Sequence[LocalTensor], finite: Sequence[bool]) -> list[bool]:
-    """Return for each tensor whether all its parts are finite, the same on every process.
+def share_verdicts(parts: Sequence[LocalTensor], verdicts: Sequence[bool]) -> list[bool]:
+    """Return for each tensor whether a verdict holds of all its parts, the same on every process.
 
     All processes of a mesh must call this with the same tensors.
     """
-    shared = list(finite)
+    shared = list(verdicts)
     for indices in _by_mesh(parts).values():
         part = parts[indices[0]]
-        broken = torch.tensor([not finite[i] for i in indices], dtype=torch.int64).to(part.mesh.device_type)
-        _all_reduce(broken, part.mesh, part.shards)
-        for i, count in zip(indices, broken.tolist(), strict=True):
+        no = torch.tensor([not verdicts[i] for i in indices], dtype=torch.int64).to(part.mesh.device_type)
+        _all_reduce(no, part.mesh, part.shards)
+        for i, count in zip(indices, no.tolist(), strict=True):
             shared[i] = count == 0
     return shared
 

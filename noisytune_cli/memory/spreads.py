@@ -14,7 +14,7 @@ from noisytune_cli.engine.matrix import UNMEASURED, Spread, outcome_of
 from noisytune_cli.memory import in_place, matrices
 from noisytune_cli.memory.ahead import SumsAhead
 from noisytune_cli.memory.plan import Matrix, Parameter
-from noisytune_cli.memory.sharded import LocalTensor, share_exact_sums, share_finite, share_moments
+from noisytune_cli.memory.sharded import LocalTensor, share_exact_sums, share_moments, share_verdicts
 from noisytune_cli.noise.std import Moments, exact_std, exactly_equal, std_and_equality
 from noisytune_cli.records import NoiseSpec, Part
 
@@ -114,7 +114,7 @@ class Spreads:
             elif key not in self._finite:
                 missing.append(key)
         held = [wanted[key][0].live.held for key in missing]
-        finite = share_finite(held, [all(m.finite for m in self._here[key]) for key in missing])
+        finite = share_verdicts(held, [all(m.finite for m in self._here[key]) for key in missing])
         self._finite |= zip(missing, finite, strict=True)
 
     def _measure(self, wanted: dict[_Key, tuple[Parameter, Matrix]]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.memory.overlaps import find_overlap, has_memory, place, strides
-from noisytune_cli.memory.sharded import PLAIN, LocalTensor, held_part
+from noisytune_cli.memory.sharded import PLAIN, LocalTensor, held_part, share_verdicts
 from noisytune_cli.records import TensorSpec
 
 #: How module names become the names in the checkpoint: a map, a function, or a prefix to take away.
@@ -110,9 +111,12 @@ def live_tensors_of(tensors: Iterable[tuple[str, object]], names: Names = None) 
 
 
 def first_bytes(live: LiveTensor) -> bytes:
-    """Return what tells most parameters from others: the bytes of a few values, none of a sharded one."""
+    """Return what tells most parameters from others: the bytes of a few values, none of a sharded one.
+
+    All processes that share parameters must compare the same of them, so none may see more than another.
+    """
     values = live.held.values
-    if live.held.mesh is not None or not values.numel():
+    if live.held.shards or not values.numel():
         return b""
     while values.dim() > 1:
         values = values[0]
@@ -120,11 +124,19 @@ def first_bytes(live: LiveTensor) -> bytes:
 
 
 def same_bytes(a: LiveTensor, b: LiveTensor) -> bool:
-    """Say whether two parameters of one dtype and shape are the same bytes; sharded ones are not."""
-    if a.held.mesh is not None or b.held.mesh is not None:
-        return a is b
+    """Say whether two parameters of one dtype and shape are the same bytes; those sharded unlike are not.
+
+    Sharded ones take an all-reduce.
+    """
+    if _sharding(a) != _sharding(b):
+        return False
     left, right = (r.held.values.contiguous().flatten().view(torch.uint8) for r in (a, b))
-    return torch.equal(left, right.to(left.device))
+    return share_verdicts([a.held], [torch.equal(left, right.to(left.device))])[0]
+
+
+def _sharding(live: LiveTensor) -> object:
+    tensor: Any = live.tensor
+    return (tensor.device_mesh, tensor.placements) if live.held.shards else None
 
 
 def _renaming(names: Names, own: Sequence[str]) -> Callable[[str], str]:

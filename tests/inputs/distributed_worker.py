@@ -185,6 +185,30 @@ def placements() -> None:
         assert next(r for r in record.receipts if r.step.tensor.name == "broken").reason == "non-finite"
 
 
+def state_dicts() -> None:
+    """A known pair is a tie where all its bytes are equal, in parts too; what is whole here is looked at."""
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(1)
+    names = "model.embed_tokens.weight", "lm_head.weight"
+    for differs in (False, True):
+        table = torch.randn(8, 4)
+        pair = {name: table.clone() for name in names}
+        if differs:
+            pair[names[1]][-1, -1] = 0.5  # which the second process alone can see
+        expected = {name: values.clone() for name, values in pair.items()}
+        perturb_(expected, sigma=0.1)
+        parts = {name: distribute_tensor(values, mesh, [Shard(0)]) for name, values in pair.items()}
+        _, count = reductions(lambda parts=parts: perturb_(parts, sigma=0.1))
+        assert count == 2, count
+        assert all(same_bytes(parts[name], expected[name]) for name in names)
+        assert torch.equal(whole(parts[names[0]]), whole(parts[names[1]])) is not differs
+    statistics = {"obs.mean": torch.randn(9), "obs.std": torch.rand(9) + 0.1}
+    parts = {name: distribute_tensor(values, mesh, [Replicate()]) for name, values in statistics.items()}
+    parts["w.weight"] = distribute_tensor(torch.randn(6, 4), mesh, [Shard(0)])
+    record = perturb_(parts)
+    assert [r.reason for r in record.receipts] == ["buffer", "buffer", None], record.receipts
+
+
 def strided() -> None:
     """What fully_shard makes of rows that tensor parallelism has split before: runs with gaps."""
     from torch.distributed.tensor.placement_types import _StridedShard
@@ -220,7 +244,17 @@ def partial() -> None:
 def main(rank: int, rendezvous: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     dist.all_reduce = counted(dist.all_reduce)
-    for case in (replicas, fsdp, populations, several_tiles, exact, placements, strided, partial):
+    for case in (
+        replicas,
+        fsdp,
+        populations,
+        several_tiles,
+        exact,
+        placements,
+        state_dicts,
+        strided,
+        partial,
+    ):
         case()
     dist.destroy_process_group()
 
