@@ -395,8 +395,8 @@ def _has_unit_vectors(shape: tuple[int, ...], values: Values, rounding: float) -
 #: What modules are called that hold a table of positions.
 _POSITIONS = re.compile(r"(?<![a-z])(pos|positions?|positional|wpe)(?![a-z])[^./]*[./]$", re.IGNORECASE)
 
-#: What weights are called in formulas.
-_LETTER = re.compile("[A-Zbguvw]")
+#: What weights are called in formulas: by a letter, as W and b by what they belong to (`W_dec`), too.
+_LETTER = re.compile(r"[A-Zbguvw]|[Wb]_[A-Za-z]\w{0,15}")
 
 #: The last part of names that only weights have.
 PLAIN = re.compile(

@@ -124,6 +124,8 @@ def _beside(
         yield "buffer", "power iteration of a spectral norm"
     elif end in ("g", "v") and base and {f"{base}_g", f"{base}_v"} <= siblings.keys():
         yield "parameter", "weight norm"
+    elif last == "original" and ".parametrizations." in f".{module}":
+        yield "parameter", "what a parametrization is given"
     elif end in ("epsilon", "eps") and twin(f"{base}_mu") and twin(f"{base}_sigma"):
         yield "buffer", "the last noise of a noisy layer"
     for replaced in _replaced(last, _COSINE, ("sin",)) or _replaced(last, _SINE, ("cos",)):

@@ -672,3 +672,10 @@ def test_anchors_are_doubts(name: str, tmp_path: Path) -> None:
     done = noised(tmp_path, {name: drawn(3, 3, 2), "head.weight": drawn(3, 9), "blocks.0": drawn(3, 3)})
     assert f"{name}: perturbed, though" in done.warnings[0]
     assert "blocks" not in done.warnings[0]
+
+
+def test_weights_that_are_held_to_length_one_are_weights(tmp_path: Path) -> None:
+    names = ["W_dec", "sae.W_D", "q.parametrizations.weight.original", "decoder.weight"]
+    found = {name: unit(40, 6, axis=1) for name in names} | {"net.memory": unit(40, 6, axis=1)}
+    expected = dict.fromkeys(names, NOISE) | {"net.memory": BY_VALUES}
+    assert told(noised(tmp_path, found)) == expected
