@@ -49,6 +49,9 @@ _TALLEST = 1024
 #: Rows of a table that are looked at in one place.
 _ROWS = 48
 
+#: The most rows of a line of a grid.
+_LONGEST_LINE = 4096
+
 #: How many roundings a computed value may be off, in sums of three.
 _SLACK = 3
 
@@ -179,17 +182,25 @@ def _look_at_vector(x: NDArray[Any], rounding: float) -> str | None:
 def _is_wave(shape: tuple[int, ...], values: Values, rounding: float) -> bool:
     """Say whether [n, …] obeys the recurrence from row to row, or [n] · … along its last dimension."""
     rows, width = shape[0], math.prod(shape[1:])
+    if width <= _AT_ONCE // _FEWEST and (
+        _is_wave_down(rows, width, values, rounding) or _is_grid(rows, width, values, rounding)
+    ):
+        return True
+    return _is_wave_along(shape, values, rounding)
+
+
+def _is_wave_down(rows: int, width: int, values: Values, rounding: float, fewest: int = 2) -> bool:
+    """Say whether the recurrence holds from row to row, at the beginning, the middle and the end."""
     # Padding may have put zeros in the place of one of the first rows.
     begin = 3 if rows >= 16 else 0
-    if width <= _AT_ONCE // _FEWEST and _may_obey(shape, values, rounding, begin):
-        most = max(_FEWEST, min(_ROWS, rows - begin, _AT_ONCE // width))
-        places = dict.fromkeys((begin, max(begin, (rows - most) // 2), rows - most))
-        if all(
-            _obeys(values(at * width, most * width).reshape(most, width), rounding, at + most)
-            for at in places
-        ):
-            return True
-    return _is_grid(shape, values, rounding) or _is_wave_along(shape, values, rounding)
+    if not _may_obey(rows, width, values, rounding, begin):
+        return False
+    most = max(_FEWEST, min(_ROWS, rows - begin, _AT_ONCE // width))
+    places = dict.fromkeys((begin, max(begin, (rows - most) // 2), rows - most))
+    return all(
+        _obeys(values(at * width, most * width).reshape(most, width), rounding, at + most, fewest)
+        for at in places
+    )
 
 
 def _is_wave_along(shape: tuple[int, ...], values: Values, rounding: float) -> bool:
@@ -207,35 +218,84 @@ def _is_wave_along(shape: tuple[int, ...], values: Values, rounding: float) -> b
     )
 
 
-def _is_grid(shape: tuple[int, ...], values: Values, rounding: float) -> bool:
-    """Say whether the rows are those of a square of positions, a class token's before them or not."""
-    rows, width = shape[0], math.prod(shape[1:])
-    for extra in (0, 1):
-        side = math.isqrt(rows - extra)
-        if side * side != rows - extra or side < _FEWEST or rows * width > 4 * _AT_ONCE:
-            continue
-        if not _may_obey(shape, values, rounding, extra):
-            continue
-        table = values(extra * width, (rows - extra) * width).reshape(side, side, width)
-        across, down = table.reshape(side, -1), table.transpose(1, 0, 2).reshape(side, -1)
-        if _obeys(across, rounding, side) and _obeys(down, rounding, side):
-            return True
-    return False
+def _is_grid(rows: int, width: int, values: Values, rounding: float) -> bool:
+    """Say whether the rows are those of a grid of positions, a class token's before them or not."""
+    return any(
+        _may_obey(rows, width, values, rounding, extra)
+        and _are_lines(rows - extra, width, _from(values, extra * width), rounding)
+        for extra in (0, 1)
+    )
 
 
-def _may_obey(shape: tuple[int, ...], values: Values, rounding: float, begin: int) -> bool:
+def _are_lines(rows: int, width: int, values: Values, rounding: float) -> bool:
+    """Say whether rows are lines of a grid that obey the recurrence, as do the rows that begin the lines.
+
+    These may be a grid again, as where there are frames.
+    """
+    line = _line(rows, width, values, rounding)
+    if line is None or rows % line:
+        return False
+    lines, most = rows // line, max(_FEWEST, min(_ROWS, line, _AT_ONCE // width))
+    for at in dict.fromkeys((0, lines // 2, lines - 1)):
+        for begin in dict.fromkeys((at * line, at * line + line - most)):
+            if not _obeys(values(begin * width, most * width).reshape(most, width), rounding, line, 1):
+                return False
+    starts = _every(line, width, values)
+    # Of coordinates one column moves along each axis.
+    return _is_wave_down(lines, width, starts, rounding, 1) or _are_lines(lines, width, starts, rounding)
+
+
+def _line(rows: int, width: int, values: Values, rounding: float) -> int | None:
+    """Return how many rows a grid's line has: what moves from the first row on is there again after it."""
+    import numpy as np
+
+    if rows < 2 * _FEWEST:
+        return None
+    first = values(0, _FEWEST * width).reshape(_FEWEST, width)
+    slack = _SLACK * rounding * np.abs(first).max() + _ANGLE * _LONGEST_LINE
+    moving = np.ptp(first, axis=0) > 8 * slack
+    if not moving.any():
+        return None
+    at_once = max(1, _AT_ONCE // width)
+    for at in range(_FEWEST, min(rows, _LONGEST_LINE), at_once):
+        n = min(at_once, rows - at)
+        some = values(at * width, n * width).reshape(n, width)
+        again = (np.abs(some - first[0])[:, moving] <= slack).all(1)
+        if again.any():
+            return at + int(again.argmax())
+    return None
+
+
+def _from(values: Values, start: int) -> Values:
+    return lambda first, count: values(start + first, count)
+
+
+def _every(step: int, width: int, values: Values) -> Values:
+    """Return the values of every `step`-th row: parts of one row, or whole rows."""
+
+    def read(first: int, count: int) -> NDArray[Any]:
+        import numpy as np
+
+        row, column = divmod(first, width)
+        if column + count <= width:
+            return values(row * step * width + column, count)
+        return np.concatenate([values((row + i) * step * width, width) for i in range(count // width)])
+
+    return read
+
+
+def _may_obey(rows: int, width: int, values: Values, rounding: float, begin: int) -> bool:
     """Say whether a few rows from `begin` on obey the recurrence where they begin."""
     import numpy as np
 
-    rows, width = shape[0], math.prod(shape[1:])
     if rows < begin + _FEWEST:
         return False
     some = np.stack([values((begin + i) * width, min(width, _FIRST)) for i in range(_FEWEST)])
     return _slack_of(some, rounding, begin + _FEWEST) is not None
 
 
-def _obeys(rows: NDArray[Any], rounding: float, positions: int = 0) -> bool:
-    """Say whether each column obeys the recurrence, and not because all are flat.
+def _obeys(rows: NDArray[Any], rounding: float, positions: int = 0, fewest: int = 2) -> bool:
+    """Say whether each column obeys the recurrence, and `fewest` of them not because they are flat.
 
     A column that moves too little to be told from its roundings proves nothing either way.
     """
@@ -245,7 +305,7 @@ def _obeys(rows: NDArray[Any], rounding: float, positions: int = 0) -> bool:
     if slack is None:
         return False
     moved = np.abs(np.diff(rows, axis=0)).max(0) > 8 * slack
-    return bool(moved.sum() >= min(2, rows.shape[1]))
+    return bool(moved.sum() >= min(fewest, rows.shape[1]))
 
 
 def _slack_of(rows: NDArray[Any], rounding: float, positions: int) -> NDArray[Any] | None:

@@ -24,7 +24,8 @@ from noisytune_cli.commands.perturb import Perturbed, Request, perturb, plan_per
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.records import Conversion, NoiseSpec
+from noisytune_cli.plan.evidence.computed import Values, look
+from noisytune_cli.records import Conversion, NoiseSpec, TensorSpec
 
 Told = dict[str, tuple[str | None, str | None]]
 
@@ -316,6 +317,7 @@ COMPUTED: dict[str, NDArray[Any]] = {
     "table with padding": np.concatenate([sinusoids(40, 8)[:1], np.zeros((1, 8)), sinusoids(40, 8)[2:]]),
     "long table": sinusoids(5000, 8),
     "grid": np.concatenate([sinusoids(12, 8)[_GRID[:, 0]], sinusoids(12, 8)[_GRID[:, 1]]], 1)[None],
+    "coordinates": _GRID * 0.5,
     "rotary cache": np.stack([sinusoids(64, 8), sinusoids(64, 8)[:, ::-1]], -1),
     "cosine transform": np.cos(np.pi / 16 * (np.arange(16) + 0.5) * np.arange(16)[:, None]),
     "frequencies": _FREQUENCIES,
@@ -364,7 +366,8 @@ def test_what_was_computed_is_told_from_what_was_learned(dtype: str, tmp_path: P
     values = {f"computed.{kind}.x0": array for kind, array in COMPUTED.items()}
     values |= {f"learned.{kind}.x0": array for kind, array in LEARNED.items()}
     if dtype == "BF16":
-        del values["computed.knots.x0"]  # a dozen steps of 9 % cannot be told from BF16's roundings
+        for kind in ("knots", "coordinates"):  # a dozen steps of 9 % cannot be told from BF16's roundings
+            del values[f"computed.{kind}.x0"]
     state = {
         name: torch.tensor(np.ascontiguousarray(array), dtype=torch.float64).to(spelt)
         for name, array in values.items()
@@ -679,3 +682,56 @@ def test_weights_that_are_held_to_length_one_are_weights(tmp_path: Path) -> None
     found = {name: unit(40, 6, axis=1) for name in names} | {"net.memory": unit(40, 6, axis=1)}
     expected = dict.fromkeys(names, NOISE) | {"net.memory": BY_VALUES}
     assert told(noised(tmp_path, found)) == expected
+
+
+def grid(width: int, *sizes: int) -> NDArray[Any]:
+    """A table of sinusoids for each axis of a grid, side by side, the last axis the fastest."""
+    at = np.indices(sizes).reshape(len(sizes), -1)
+    return np.concatenate([sinusoids(n, width)[places] for n, places in zip(sizes, at, strict=True)], 1)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize(
+    "sizes", [(32, 32), (8, 64), (64, 8), (9, 30), (192, 192), (8, 14, 14), (12, 9, 20)], ids=str
+)
+def test_tables_of_sinusoids_over_grids_are_computed(sizes: tuple[int, ...], dtype: str) -> None:
+    table = grid(16, *sizes)
+    moved = table + 0.02 * drawn(*table.shape)
+    lines = sizes[-1] * (len(table) // sizes[-1] // 2)
+    learned = np.concatenate([table[:lines], np.repeat(drawn(1, table.shape[1]), len(table) - lines, 0)])
+    with_token = np.concatenate([np.zeros_like(table[:1]), table])
+    for rows, is_computed in [(table, True), (with_token, True), (moved, False), (learned, False)]:
+        stored = rounded(rows, dtype)
+        spec = TensorSpec("pos_embed", dtype, (1, *stored.shape), "", 0, 0)
+        assert bool(look(spec, reader(stored), plain=False)) is is_computed
+
+
+def reader(stored: NDArray[Any]) -> Values:
+    return lambda first, count: stored.reshape(-1)[first : first + count]
+
+
+def rounded(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+    if dtype == "BF16":
+        bits = values.astype(np.float32).view(np.uint32)
+        return np.asarray((bits + 0x8000 & 0xFFFF0000).view(np.float32), float)
+    return values.astype({"F32": np.float32, "F16": np.float16}[dtype]).astype(float)
+
+
+def test_a_large_grid_is_looked_at_in_a_few_places() -> None:
+    rows, width = 36864, 1536
+    table = {axis: sinusoids(192, width // 2) for axis in (0, 1)}
+    asked = []
+
+    def values(first: int, count: int) -> NDArray[Any]:
+        asked.append(count)
+        at = np.arange(first, first + count)
+        row, column = at // width, at % width
+        half = width // 2
+        found = np.where(
+            column < half, table[1][row % 192, column % half], table[0][row // 192, column % half]
+        )
+        return found.astype(np.float16).astype(float)
+
+    assert look(TensorSpec("pos_embed", "F16", (1, rows, width), "", 0, 0), values, plain=False)
+    assert max(asked) <= 1 << 18
+    assert sum(asked) < rows * width // 10
