@@ -13,7 +13,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -43,7 +43,8 @@ _CHUNK = 256 << 10
 class Repository(Remote):
     """One commit of a repository: its names, and where in the cache those lie that are fetched.
 
-    A name is in the snapshot only if its content is what the hub says it is, unless the process was killed.
+    What this process fetches is in the snapshot in the end only if its content is what the hub says it is,
+    unless the process was killed. What others fetched is theirs to look at, and to take away.
     """
 
     def __init__(self, repo_id: str, revision: str | None) -> None:
@@ -121,24 +122,32 @@ class Repository(Remote):
 
     def fetch(self, names: Sequence[str]) -> None:
         """Bring `names` into the cache; raises HubError unless each is then what the hub lists."""
-        paths = {name: self.root / name for name in names}
-        new = [name for name, path in paths.items() if self._listed is not None and not path.exists()]
-        try:
+        for _ in range(2):  # another process may have fetched a name, and taken it away as it was stopped
+            new = [name for name in names if self._listed is not None and not (self.root / name).exists()]
             if new:
-                sizes = {name: self.size(name) for name in new}
-                self._answers.longest = max(sizes.values())
-                with self._asked():
-                    _fetch(self._id, self.commit, sizes)
-            with mapped_errors(self._id, self._revision):
-                for name in new:
-                    self._check_new(paths[name], name)
+                self._fetch_new(new)
+        for name in names:
+            self._check_size(self.root / name, name)
+
+    def _fetch_new(self, names: Sequence[str]) -> None:
+        sizes = {name: self.size(name) for name in names}
+        self._answers.longest = max(sizes.values())
+        unchecked = set[str]()
+
+        def check(name: str) -> None:
+            with suppress(FileNotFoundError):  # another process has just taken it away
+                self._check_new(self.root / name, name)
+            unchecked.discard(name)
+
+        try:
+            with self._asked():
+                _fetch(self._id, self.commit, sizes, unchecked.add, check)
         except BaseException:
-            # What nobody looked at must not be taken for good by the next run.
-            for name in new:
-                paths[name].unlink(missing_ok=True)
+            # What nobody looked at must not be taken for good by the next run; what another process brought
+            # may be in use by it.
+            for name in tuple(unchecked):
+                (self.root / name).unlink(missing_ok=True)
             raise
-        for name, path in paths.items():
-            self._check_size(path, name)
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
@@ -209,8 +218,16 @@ def _list(repo_id: str, commit: str) -> Path:
     return Path(snapshot_download(repo_id, revision=commit, allow_patterns=[], local_files_only=offline))
 
 
-def _fetch(repo_id: str, commit: str, sizes: Mapping[str, int]) -> None:
+def _fetch(
+    repo_id: str,
+    commit: str,
+    sizes: Mapping[str, int],
+    begun: Callable[[str], None],
+    arrived: Callable[[str], None],
+) -> None:
     """Bring files, whose sizes are given by name, into the cache.
+
+    What is sent to this process is `begun` first; what another fetches meanwhile only arrives.
 
     snapshot_download would compare each of its patterns with each name of the repository, which takes hours
     for what a stranger can list, and waits for its workers even when a signal has asked us to stop. Here they
@@ -224,9 +241,12 @@ def _fetch(repo_id: str, commit: str, sizes: Mapping[str, int]) -> None:
     came: Callable[[int], None]
 
     class Part(tqdm):
-        """What is shown of one file: its share of the whole."""
+        """What is shown of one file: its share of the whole. It is made when the file's bytes are to come."""
+
+        of: str
 
         def __init__(self, *args: Any, initial: int = 0, **options: Any) -> None:
+            begun(self.of)
             super().__init__(*args, **options | {"disable": True})  # type: ignore[no-untyped-call]
             came(initial)  # of an earlier run
 
@@ -242,7 +262,11 @@ def _fetch(repo_id: str, commit: str, sizes: Mapping[str, int]) -> None:
             """No rate beside that of the whole."""
 
     def fetch(name: str) -> None:
-        hf_hub_download(repo_id, name, revision=commit, tqdm_class=Part, local_files_only=offline)
+        class PartOfIt(Part):
+            of = name
+
+        hf_hub_download(repo_id, name, revision=commit, tqdm_class=PartOfIt, local_files_only=offline)
+        arrived(name)
 
     constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, _CHUNK)
     with downloads.shown.get()(sum(sizes.values())) as came:
@@ -278,12 +302,13 @@ def _differs(path: Path, size: int, digest: str, blob_id: str) -> bool:
 
 
 def _not_cached(path: str, why: str) -> HubError:
-    return HubError(
-        CANNOT_FETCH,
-        path=path,
-        why=f"{why}, and the hub cannot be asked",
-        next_step="Unset HF_HUB_OFFLINE, then run again",
-    )
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        why, next_step = f"{why}, and HF_HUB_OFFLINE is set", "Unset HF_HUB_OFFLINE, then run again"
+    else:
+        next_step = "Run again with the hub in reach"
+    return HubError(CANNOT_FETCH, path=path, why=why, next_step=next_step)
 
 
 @contextmanager

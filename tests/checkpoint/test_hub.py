@@ -12,11 +12,13 @@ import sys
 import threading
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from chunked import save_chunked
-from hub_server import PLAIN, Hub, Repository, fetch, safetensors
+from hub_server import PLAIN, SHARDED, Hub, Repository, fetch, safetensors
 
+from noisytune_cli.checkpoint import hub as hub_module
 from noisytune_cli.checkpoint.checkpoint import open_checkpoint
 from noisytune_cli.checkpoint.hub_errors import mapped_errors
 from noisytune_cli.checkpoint.ids import is_repo_id
@@ -230,6 +232,87 @@ def test_a_failing_download_is_never_used(hub: Hub, tmp_path: Path, fault: str, 
     stored = [file.stat().st_size for file in (tmp_path / "cache").glob("*/snapshots/*/model.safetensors")]
     assert len(PLAIN["model.safetensors"]) not in stored
     assert not list((tmp_path / "cache").rglob("*.incomplete"))
+
+
+FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+
+
+def in_snapshot(tmp_path: Path) -> set[str]:
+    return {path.name for path in (tmp_path / "cache").glob("*/snapshots/*/*.safetensors") if path.exists()}
+
+
+def test_what_was_looked_at_stays_where_another_file_fails(hub: Hub, tmp_path: Path) -> None:
+    hub.faults[SECOND] = "503"
+    fails("owner/sharded")
+    assert in_snapshot(tmp_path) == {FIRST}
+    del hub.faults[SECOND]
+    hub.requests.clear()
+    fetch("owner/sharded")
+    assert hub.fetched() == [SECOND]
+
+
+def test_what_nobody_looked_at_is_not_taken_for_good(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.sent[SECOND] = SHARDED[SECOND][:-1] + b"\xff"
+    look = hub_module.Repository._check_new
+
+    def stop(repository: hub_module.Repository, path: Path, name: str) -> None:
+        if name == SECOND:
+            raise KeyboardInterrupt
+        look(repository, path, name)
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(hub_module.Repository, "_check_new", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fetch("owner/sharded")
+    assert in_snapshot(tmp_path) == {FIRST}
+    assert "another digest" in str(fails("owner/sharded"))
+
+
+def test_what_another_process_fetched_meanwhile_is_left_to_it(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    download = huggingface_hub.hf_hub_download
+
+    def stop(repo_id: str, name: str, *, revision: str, local_files_only: bool, **ours: object) -> str:
+        path = download(repo_id, name, revision=revision)
+        if name == SECOND:
+            raise KeyboardInterrupt
+        return path
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fetch("owner/sharded")
+    assert in_snapshot(tmp_path) == {FIRST, SECOND}
+
+
+def test_what_another_process_takes_away_is_fetched_once_more(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, taken = hub_module.Repository._check_new, list[Path]()
+
+    def take_away(repository: hub_module.Repository, path: Path, name: str) -> None:
+        if name == FIRST and not taken:
+            taken.append(path)
+            path.unlink()
+        look(repository, path, name)
+
+    monkeypatch.setattr(hub_module.Repository, "_check_new", take_away)
+    fetch("owner/sharded")
+    assert len(taken) == 1
+    assert in_snapshot(tmp_path) == {FIRST, SECOND}
+
+
+def test_a_variable_that_is_not_set_need_not_be_unset(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = fetch("owner/sharded").root
+    (root / SECOND).unlink()
+    monkeypatch.setattr(hub_module, "_cached_list", lambda repo_id, commit: None)
+    for is_set in (True, False):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_set)
+        failed = fails("owner/sharded")
+        assert f"{SECOND} is not in the cache" in failed.why
+        assert ("HF_HUB_OFFLINE" in str(failed)) == is_set
 
 
 def test_a_whole_answer_to_a_range_is_not_appended(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
