@@ -11,7 +11,7 @@ from typing import Any
 
 from noisytune_cli.checkpoint.address import Address, is_address
 from noisytune_cli.commands.engines import Answer, Later, Report, Task, complete, load
-from noisytune_cli.commands.finish import finish
+from noisytune_cli.commands.finish import finish, published_all
 from noisytune_cli.commands.perturb import Perturbed
 from noisytune_cli.commands.plan import plan_job
 from noisytune_cli.commands.request import SHARE_BYTES, Request
@@ -66,15 +66,20 @@ def perturb_shares(
 
     first, second = tasks(to_sum, 1, sums=True), tasks(left, len(job.outputs), sums=False)
     warnings = list(planned.warnings)
-    if first or second:
-        with (
-            start(address, threads) as run,
-            progress(sum(task["nbytes"] for task in (*first, *second))) as report,
-        ):
-            complete(run, do_task, first, report)
-            for answer in complete(run, do_task, second, report):
-                warnings += answer["warnings"]
-    made = finish(out, threads=threads, progress=progress)
+    try:
+        if first or second:
+            with (
+                start(address, threads) as run,
+                progress(sum(task["nbytes"] for task in (*first, *second))) as report,
+            ):
+                complete(run, do_task, first, report)
+                for answer in complete(run, do_task, second, report):
+                    warnings += answer["warnings"]
+        made = finish(out, threads=threads, progress=progress)
+    except NoisytuneError as error:
+        if folder.is_there:
+            raise
+        made = published_all(folder, error)  # another, which was given the same, has done and finished it
     return tuple(replace(one, warnings=tuple(dict.fromkeys((*warnings, *one.warnings)))) for one in made)
 
 

@@ -73,7 +73,7 @@ def finish(
         if folder.is_there:
             raise
         # Another has just finished it, or it was removed.
-        return _published_all(folder, error)
+        return published_all(folder, error)
 
 
 def _finish(folder: JobFolder, threads: int | None, progress: Progress) -> tuple[Perturbed, ...]:
@@ -121,7 +121,7 @@ def missing(folder: JobFolder, left: Sequence[int]) -> InputUnreadable:
 def _published_before(out: str) -> tuple[Perturbed, ...]:
     """Return what is at OUT where no job is: an earlier `finish` has published it, and removed the job."""
     if (finished := open_finished(out)) is not None:
-        made = _published_all(finished)
+        made = published_all(finished)
         finished.remove()
         return made
     place = job_path(out)
@@ -130,13 +130,16 @@ def _published_before(out: str) -> tuple[Perturbed, ...]:
     return (found,)
 
 
-def _published_all(folder: JobFolder, error: NoisytuneError | None = None) -> tuple[Perturbed, ...]:
+def published_all(folder: JobFolder, error: NoisytuneError | None = None) -> tuple[Perturbed, ...]:
     """Return all outputs of a job, which another has finished; where one is not there, it was removed."""
-    found = [_published(folder.storage, folder.output(at)) for at in range(len(folder.job.outputs))]
-    made = tuple(one for one in found if one is not None)
-    if len(made) < len(found):
-        raise no_job(folder.path) from error
-    return made
+    job, made = folder.job, list[Perturbed]()
+    for at, output in enumerate(job.outputs):
+        one = _published(folder.storage, folder.output(at))
+        # What the job was to replace may be there still.
+        if one is None or (one.manifest.source, one.manifest.noise) != (job.source, output.noise):
+            raise no_job(folder.path) from error
+        made.append(one)
+    return tuple(made)
 
 
 def _published(storage: JobStorage, output: Place) -> Perturbed | None:

@@ -17,10 +17,12 @@ from checkpoints import Tensor, numbers, save, save_sharded, weights
 from chunked import save_chunked
 
 from noisytune_cli.cli.parse import combine
+from noisytune_cli.commands import distribute
 from noisytune_cli.commands import finish as finish_module
 from noisytune_cli.commands import work as work_module
+from noisytune_cli.commands.distribute import perturb_shares
 from noisytune_cli.commands.finish import finish
-from noisytune_cli.commands.perturb import perturb_each
+from noisytune_cli.commands.perturb import Perturbed, perturb_each
 from noisytune_cli.commands.plan import PlannedJob, plan_job
 from noisytune_cli.commands.request import Request
 from noisytune_cli.commands.status import status
@@ -29,6 +31,7 @@ from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch, Output
 from noisytune_cli.manifest.share import read_sums
 from noisytune_cli.output import job_folder
 from noisytune_cli.output.job_folder import JobFolder
+from noisytune_cli.output.jobs import folder as folder_module
 from noisytune_cli.records import Conversion, NoiseSpec
 from noisytune_cli.version import __version__
 
@@ -607,3 +610,83 @@ def test_an_output_of_the_same_noise_that_is_another_is_not_taken_for_the_jobs(
     with pytest.raises(OutputUnsafe, match="exists"):
         finish(out)
     assert job_path(out).exists()
+
+
+def in_shares(source: Path, out: str, seed: str = "0", *, overwrite: bool = False) -> tuple[Perturbed, ...]:
+    wanted = combine(out, seed=seed, default=0.15)
+    asked = Request(os.fspath(source), NoiseSpec(seed=wanted[0].seed))
+    return perturb_shares(asked, out, wanted, engine="local", share_bytes=1, overwrite=overwrite)
+
+
+def once_before(call: Callable[..., Any], other: Callable[[], object]) -> Callable[..., Any]:
+    """Return what does `other` first, the first time that it is called."""
+    calls = iter([other])
+
+    def do(*arguments: Any, **options: Any) -> Any:
+        for one in calls:
+            one()
+        return call(*arguments, **options)
+
+    return do
+
+
+SLOW: dict[str, tuple[Any, str]] = {
+    "planning": (folder_module.FolderStorage, "create"),
+    "in its first share": (distribute, "begin_share"),
+    "before it finishes": (distribute, "finish"),
+}
+
+
+@pytest.mark.parametrize("out", ["run", "run-{seed}"])
+@pytest.mark.parametrize("slow", SLOW)
+def test_who_is_overtaken_by_the_same_command_has_its_outputs(
+    slow: str, out: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, name = SLOW[slow]
+    seeds = "0" if out == "run" else "0-1"
+    others: list[Perturbed] = []
+    call = once_before(
+        getattr(place, name), lambda: others.extend(in_shares(source, f"{tmp_path}/jobs/{out}", seeds))
+    )
+    monkeypatch.setattr(place, name, call)
+    made = in_shares(source, f"{tmp_path}/jobs/{out}", seeds)
+    assert [one.output for one in made] == [one.output for one in others]
+    assert not any("left over" in warning for one in (*made, *others) for warning in one.warnings)
+    perturb_each(
+        Request(os.fspath(source), NoiseSpec()), combine(f"{tmp_path}/single/{out}", seed=seeds, default=0.15)
+    )
+    assert contents(tmp_path / "jobs") == contents(tmp_path / "single")
+    assert sorted(os.listdir(tmp_path / "jobs")) == sorted(os.listdir(tmp_path / "single"))
+
+
+def test_what_a_job_was_to_replace_is_not_what_it_makes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = f"{tmp_path}/run"
+    in_shares(source, out, "1")
+    before = contents(Path(out))
+    call = once_before(distribute.begin_share, lambda: shutil.rmtree(job_path(out)))
+    monkeypatch.setattr(distribute, "begin_share", call)
+    with pytest.raises(InputUnreadable, match="there is no job"):
+        in_shares(source, out, "0", overwrite=True)
+    assert contents(Path(out)) == before
+
+
+def test_a_job_that_is_planned_while_another_is_removed_stays(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = f"{tmp_path}/jobs/run-{{seed}}"
+    asked = Request(os.fspath(source), NoiseSpec())
+    plan_job(asked, out, combine(out, seed="0", default=0.15))
+    work(out)
+    planned: list[PlannedJob] = []
+    other = combine(out, seed="1", default=0.15)
+    remove = once_before(shutil.rmtree, lambda: planned.append(plan_job(asked, out, other)))
+    with monkeypatch.context() as removing:
+        removing.setattr(folder_module.shutil, "rmtree", remove)
+        (done,) = finish(out)
+    assert not any("left over" in warning for warning in done.warnings)
+    assert planned[0].folder.is_there
+    work(out)
+    finish(out)
+    assert sorted(os.listdir(tmp_path / "jobs")) == ["run-0", "run-1"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import save, weights
@@ -16,7 +17,7 @@ from noisytune_cli.errors import InputUnreadable, OutputUnsafe
 from noisytune_cli.manifest.job import job_pieces
 from noisytune_cli.manifest.read import read_manifest
 from noisytune_cli.output.job_folder import JobFolder, open_folder, open_job
-from noisytune_cli.output.jobs import PLAN
+from noisytune_cli.output.jobs import PLAN, JobStorage
 from noisytune_cli.records import NoiseSpec
 
 
@@ -96,6 +97,24 @@ def test_a_job_that_is_gone_takes_nothing(job: JobFolder, out: str) -> None:
     assert not job.is_there
     with pytest.raises(InputUnreadable, match="there is no job"):
         open_job(out)
+
+
+def test_a_job_that_is_just_being_planned_stays(
+    job: JobFolder, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = type(job.storage).create
+
+    def after_removal(storage: JobStorage, *draft: Any) -> Any:
+        job.storage.clear(job.output(0), job.claim)
+        assert job.remove()
+        return create(storage, *draft)
+
+    monkeypatch.setattr(type(job.storage), "create", after_removal)
+    other = plan(out, tmp_path, seed=1)
+    assert open_job(out) == other
+    assert other.storage.names(f"{other.own}/steps") == {"1.json"}
+    assert other.remove()
+    assert not other.is_there
 
 
 def test_another_job_in_its_place_stays_as_it_is(job: JobFolder, out: str, tmp_path: Path) -> None:

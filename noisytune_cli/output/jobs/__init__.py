@@ -97,7 +97,7 @@ class JobStorage(ABC):
         """Remove the job, so that its plan is gone first; return whether nothing is known to be left of it.
 
         It comes after the output is published, so it raises nothing. Another one that has come to be in its
-        place by then stays.
+        place by then stays, and so does one that is being planned.
         """
 
 

@@ -25,6 +25,9 @@ from noisytune_cli.output.renames import rename_directory, rename_file
 from noisytune_cli.output.staging import sync_directory
 from noisytune_cli.reading import is_there, open_regular
 
+#: What the drafts of plans are named after, and what begins the name of what is being removed.
+_DRAFT, _DONE = Path("plan"), ".done-"
+
 
 class FolderStorage(JobStorage):
     """A folder beside the output."""
@@ -119,38 +122,51 @@ class FolderStorage(JobStorage):
 
     @contextmanager
     def drafting(self) -> Iterator[Path]:
-        draft = self.path / f".plan-{os.urandom(4).hex()}"
         try:
-            _make(self.path)
-            self.require_trusted()
+            draft, lock = self._begin_draft()
             try:
-                _make(draft / "steps")
+                os.mkdir(draft / "steps")
                 yield draft / "steps"
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    os.close(lock)
                 with contextlib.suppress(OSError):
                     os.rmdir(self.path)  # unless there is a job in it
         except OSError as error:
             raise unwritable(error, self.path) from error
 
+    def _begin_draft(self) -> tuple[Path, int]:
+        """Make a folder that is known for alive while its lock is held; return both."""
+        while True:
+            _make(self.path)
+            self.require_trusted()
+            try:
+                return staging.create(self.path, _DRAFT)
+            except OutputUnsafe:
+                if is_there(self.path):
+                    raise  # else the job that was in it has just been removed
+
     def create(self, draft: Path, own: str, plan: bytes, job: Job) -> Literal["made", "same", "other"]:
         for steps in draft.iterdir():  # the first brings most of the others along
             _flush(steps)
         sync_directory(draft)
+        _write(draft.parent / PLAN, [plan])
         sync_directory(draft.parent)
-        made = draft.parent / PLAN
+        steps, taken = self.path / own, False
         if not is_there(self.path / PLAN):
-            _claim(draft.parent, self.path / own, rename_directory)
-            made = self.path / f"{draft.parent.name}.json"
-            try:
-                _write(made, [plan])
-                if _claim(made, self.path / PLAN, rename_file):
-                    return "made"
-            finally:
-                with contextlib.suppress(OSError):
-                    os.unlink(made)
+            taken = _claim(draft.parent, steps, rename_directory)
+            made = (steps if taken else draft.parent) / PLAN
+            if _claim(made, self.path / PLAN, rename_file):
+                if not taken:  # what lay there was of a job that was just being removed, or is there still
+                    _claim(draft.parent, steps, rename_directory)
+                return "made"
         with open(open_regular(self.path / PLAN), "rb") as file:
-            return "same" if file.read(len(plan) + 1) == plan else "other"
+            if file.read(len(plan) + 1) == plan:
+                return "same"
+        if taken:  # it goes with the draft
+            os.rename(steps, draft.parent)
+        return "other"
 
     def clear(self, output: Place, claim: bytes) -> tuple[str, ...]:
         assert isinstance(output, Path)
@@ -162,12 +178,23 @@ class FolderStorage(JobStorage):
             if is_there(self.path / PLAN) and not self.stands(own):  # another removed it, and a third planned
                 return True
             # What lies under the plan's digest goes in one step: the next plan must not find a part of it.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path / PLAN)
             with contextlib.suppress(OSError):
-                os.rename(self.path / own, self.path / f".done-{os.urandom(4).hex()}")
-            shutil.rmtree(self.path, ignore_errors=True)
-            return not is_there(self.path)
+                os.rename(self.path / own, self.path / f"{_DONE}{os.urandom(4).hex()}")
+            # What else is there may be another plan's, which is just being made.
+            for name in os.listdir(self.path):
+                if name.startswith(_DONE):
+                    shutil.rmtree(self.path / name, ignore_errors=True)
+            staging.clear_certainly_dead(self.path, _DRAFT)
+            with contextlib.suppress(OSError):
+                os.rmdir(self.path)
+            is_anothers = (PLAN, staging.prefix_for(_DRAFT))
+            return not is_there(self.path) or any(
+                name.startswith(is_anothers) for name in os.listdir(self.path)
+            )
+        except FileNotFoundError:  # another has removed it
+            return True
         except (NoisytuneError, OSError):  # it cannot be seen what is there
             return False
 
