@@ -16,6 +16,7 @@ from checkpoints import save, save_sharded, weights
 from object_store import SECRET, Asked, Fault, ObjectStore, error
 
 from noisytune_cli.cli.parse import combine
+from noisytune_cli.commands import distribute
 from noisytune_cli.commands.distribute import perturb_shares
 from noisytune_cli.commands.finish import finish
 from noisytune_cli.commands.perturb import perturb_each
@@ -33,6 +34,7 @@ from noisytune_cli.errors import (
     UsageError,
 )
 from noisytune_cli.output.job_folder import job_path
+from noisytune_cli.output.jobs.bucket import BucketStorage
 from noisytune_cli.records import Conversion, NoiseSpec
 from tests.checkpoint.test_dequantize import base
 
@@ -490,6 +492,44 @@ def test_who_is_refused_claims_nothing(store: ObjectStore, here: Path) -> None:
     with pytest.raises(OutputUnsafe, match=r"the output is claimed: .*/run-1"):
         plan(here, f"{store.url}/jobs/run-{{seed}}", {"seed": "0-1"})
     assert claimed(store) == {"1"}
+
+
+def test_who_comes_when_all_is_done_claims_nothing(
+    store: ObjectStore, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = f"{store.url}/jobs/run"
+    create = BucketStorage.create
+
+    def slowly(storage: BucketStorage, *draft: Any) -> Any:
+        monkeypatch.setattr(BucketStorage, "create", create)
+        plan(here, out)
+        work_and_finish(out)
+        return create(storage, *draft)
+
+    monkeypatch.setattr(BucketStorage, "create", slowly)
+    with pytest.raises(OutputUnsafe, match="the output exists"):
+        plan(here, out)
+    assert sent(store) == single(here, f"{tmp_path}/single/run")
+
+
+def test_who_is_overtaken_by_the_same_command_has_its_output(
+    store: ObjectStore, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, begin = f"{store.url}/jobs/run", distribute.begin_share
+
+    def in_shares() -> str:
+        wanted = combine(out, seed="0", default=0.15)
+        (made,) = perturb_shares(Request(str(here), NoiseSpec()), out, wanted, engine="local", share_bytes=1)
+        return str(made.output)
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(distribute, "begin_share", begin)
+        in_shares()
+        return begin(*arguments, **options)
+
+    monkeypatch.setattr(distribute, "begin_share", slowly)
+    assert in_shares() == out
+    assert sent(store) == single(here, f"{tmp_path}/single/run")
 
 
 def test_who_joined_a_plan_keeps_the_claims_of_who_failed(

@@ -179,23 +179,26 @@ class BucketStorage(JobStorage):
             """Tell whether the same plan is further along by another process, whose claims these are too."""
             return self._store.head((self.path / own / "steps/1.json").key) is not None
 
-        def is_anothers(target: Target) -> bool:
+        def look(target: Target) -> None:
+            # Who plans the same may have been quicker, and workers then too.
+            if (there := target.look()) and not has_begun():
+                raise exists(target.output, differs(min(there)))
+
+        def look_before(target: Target) -> None:
             entry = self._store.head(target.claim)
-            return entry is not None and (
-                entry.size != len(claim) or self._store.read(entry, 0, entry.size) != claim
-            )
+            if entry is None:
+                look(target)
+            elif entry.size != len(claim) or self._store.read(entry, 0, entry.size) != claim:
+                raise claimed_by_another(target)
 
         with writing(self.path, "the same command goes on"):
             if self.size(PLAN) is None:
-                # Before the first is claimed: claims stay, for who plans the same may rely on them by then.
-                if taken := next(filter(is_anothers, targets), None):
-                    raise claimed_by_another(taken)
+                for target in targets:  # claims stay, for who plans the same may rely on them by then
+                    look_before(target)
                 for target in targets:
                     if sender.create(target.claim, claim) == "other":
                         raise claimed_by_another(target)
-                    # Who plans the same may have been quicker, and workers then too.
-                    if (there := target.look()) and not has_begun():
-                        raise exists(target.output, differs(min(there)))
+                    look(target)
                 do_all(send, sorted(draft.iterdir()), left_behind)
             made = sender.create((self.path / PLAN).key, plan)
             self._plan = self._store.head((self.path / PLAN).key)
