@@ -166,13 +166,14 @@ def compare(
       noisytune compare a.safetensors b.safetensors --exit-code --format csv
     """
     from noisytune_cli.cli import show, show_compare
-    from noisytune_cli.cli.parse import format_of, parse_map, read_seeds
+    from noisytune_cli.cli.parse import check_report, format_of, parse_map, read_seeds
     from noisytune_cli.commands import compare as command
     from noisytune_cli.engine.threads import default_threads
     from noisytune_cli.output.reports import check_new
 
     kind = format_of(None if output_format is None else output_format.value, out, as_json=as_json)
     if out is not None:
+        check_report(out)
         check_new(out)
     if plot is not None:
         from noisytune_cli.cli import plots

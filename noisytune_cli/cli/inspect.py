@@ -137,7 +137,7 @@ def inspect(
       noisytune inspect ./bert --format csv > bert.csv
     """
     from noisytune_cli.cli import show, show_inspect
-    from noisytune_cli.cli.parse import format_of, numbers, parse_split
+    from noisytune_cli.cli.parse import check_report, format_of, numbers, parse_split
     from noisytune_cli.commands import inspect as command
     from noisytune_cli.engine.threads import default_threads
     from noisytune_cli.output.reports import check_new
@@ -157,6 +157,7 @@ def inspect(
             next_step="Leave one of them out",
         )
     if out is not None:
+        check_report(out)
         check_new(out)
     if plot is not None:
         from noisytune_cli.cli import plots

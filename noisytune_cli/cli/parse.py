@@ -57,6 +57,16 @@ def check_out(out: str) -> None:
         )
 
 
+def check_report(out: str) -> None:
+    """Raise UsageError for an `--out` of a report that names no file, or standard output."""
+    if out in ("", "-"):
+        raise UsageError(
+            "--out -" if out else "--out is empty",
+            why="a report goes to standard output without it" if out else "it names no file",
+            next_step="Leave it out, or give the name of a file (./- is one)",
+        )
+
+
 def format_of(wanted: str | None, out: str | None, *, as_json: bool = False) -> str:
     """Return the format of a report: the one that is asked for, else by the file's ending, else a table.
 

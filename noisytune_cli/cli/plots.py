@@ -6,6 +6,7 @@ import importlib.util
 import io
 from typing import TYPE_CHECKING, Any
 
+from noisytune_cli.cli.show import warn_all
 from noisytune_cli.commands.compare import Comparison
 from noisytune_cli.commands.heat_map import HeatMap
 from noisytune_cli.commands.histogram import Counted
@@ -60,7 +61,7 @@ def write(path: str, figure: Figure) -> None:
     kind = _ending(path)
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
         figure.savefig(content, format=kind, dpi=200, metadata=_METADATA[kind])
-    write_new(path, content.getvalue())
+    warn_all(*write_new(path, content.getvalue()))
 
 
 def draw_comparison(found: Comparison) -> Figure:

@@ -89,7 +89,7 @@ def show_comparison(
     if out is None:
         write_out(chunks)
     else:
-        write_new(out, chunks)
+        warn_all(*write_new(out, chunks))
 
 
 def require_same(found: Comparison) -> None:

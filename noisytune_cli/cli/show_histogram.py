@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from noisytune_cli.cli.show import write_out
+from noisytune_cli.cli.show import warn_all, write_out
 from noisytune_cli.commands.histogram import Counted
 from noisytune_cli.errors import UsageError
 from noisytune_cli.escape import escape
@@ -35,7 +35,7 @@ def show_histogram(found: Counted, format: str, *, out: str | None = None, plot:
     if out is None:
         write_out(chunks)
     else:
-        write_new(out, chunks)
+        warn_all(*write_new(out, chunks))
 
 
 def render(found: Counted, format: str) -> Iterator[str]:

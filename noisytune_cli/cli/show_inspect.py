@@ -86,7 +86,7 @@ def show_inspections(
     if out is None:
         write_out(render(inspections, format, raw=raw), spelled=format == "table")
     else:
-        write_new(out, render(inspections, format, raw=raw))
+        warn_all(*write_new(out, render(inspections, format, raw=raw)))
 
 
 def render(inspections: Sequence[Inspection], format: str, *, raw: bool = False) -> Iterator[str]:

@@ -228,3 +228,26 @@ def test_a_list_that_makes_no_sense(options: dict[str, str], words: str) -> None
 def test_names_that_tell_no_outputs_apart(out: str, options: dict[str, str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         combined(out, **options)
+
+
+@pytest.mark.parametrize(
+    ("out", "words"), [("", "--out is empty"), ("-", "goes to standard output without it")]
+)
+def test_a_report_without_a_name(
+    out: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = str(save(tmp_path / "model.safetensors", {"w": weights("F32", 30)}))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for command in (
+        ("inspect", source),
+        ("inspect", source, "--histogram", "w"),
+        ("compare", source, source),
+    ):
+        result = CliRunner().invoke(app, [*command, "-o", out])
+        assert result.exit_code == 2, command
+        assert words in result.stderr
+        refused = CliRunner().invoke(app, [*command, "-o", "missing/report.csv"])
+        assert refused.exit_code == 5, command
+        assert "missing/report.csv: the folder it is to lie in is not there" in refused.stderr
+    assert list((tmp_path / "here").iterdir()) == []
