@@ -101,9 +101,9 @@ def open_device(name: str) -> Device:
 
 def module_of(name: str) -> str:
     """Return the module of the device a user names; UsageError where there is none."""
-    kind, colon, number = name.partition(":")
+    kind = name.partition(":")[0]
     module = kind if kind in names() else _SHARED.get(kind)
-    if module is None or (colon and not number.isdecimal()):
+    if module is None:
         raise unknown_device(name)
     return module
 
