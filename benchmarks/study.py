@@ -59,9 +59,9 @@ def _rounds(tasks: str, *seeds: int) -> dict[str, Study]:
 STUDIES: dict[str, Study] = {
     **_rounds("cola,sst2", 5),
     "cola-methods-5-seeds": Study("cola", ALL, 5, "pairs/cola"),
-    **_rounds("stsb", 5),
     "mpnet-cola-5-seeds": Study("cola", PAIR, 5, "mpnet-cola", "mpnet"),
     **_rounds("cola,sst2", 10),
+    **_rounds("stsb", 5),
     "cola-kinds-5-seeds": Study(
         "cola", (*PAIR, "--noise", "uniform,gaussian", "--scope", "matrix,global"), 5, "pairs/cola"
     ),
