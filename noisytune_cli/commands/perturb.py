@@ -148,8 +148,8 @@ def check_outputs(
 ) -> dict[Place, Seen]:
     """Return where outputs go, and what there was when it was asked whether that may be replaced.
 
-    Raises unless all of them may be written there, and there is room for them. What is
-    written `in_shares` is not all staged here before it is sent to an object store.
+    Raises unless all of them may be written there, and there is room for them. What is written `in_shares` is
+    not all staged here before it is sent to an object store.
     """
     source, files = prepared.source, prepared.files
     outputs = check_places(

@@ -46,8 +46,10 @@ def _inner(module: nn.Module) -> str | None:
     """Return what an adapter's layer calls the layer that it adapts; None where it is none."""
     if getattr(module, "adapter_layer_names", None) and _BASE_LAYER in module._modules:
         return _BASE_LAYER
-    if _ORIGINAL not in module._modules or module._modules[_ORIGINAL] is not None:
-        return _ORIGINAL if _ORIGINAL in module._modules else None
+    if _ORIGINAL not in module._modules:
+        return None
+    if module._modules[_ORIGINAL] is not None:
+        return _ORIGINAL
     # A wrapper that trains some rows of a table leaves this to an adapter's layer in it.
     return next((name for name, held in module.named_children() if _inner(held) is not None), None)
 

@@ -113,7 +113,7 @@ class Publication:
                     # A run that makes the directory where there is no RENAME_NOREPLACE has its staging there.
                     self.cleared += staging.clear_dead(self.output.parent, self.output, self._left)
                 if self._seen is None and any(name.endswith(staging.ASIDE) for name in self.cleared):
-                    self._seen = look(self.output) if self._overwrite else None  # it has its name back
+                    self._seen = look_at(self.output)[0] if self._overwrite else None  # it has its name back
                 if self._in_place:
                     self._require_empty()
                 self._stage, self._lock = staging.create(place, self.output)

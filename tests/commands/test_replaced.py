@@ -113,6 +113,18 @@ VERBS: dict[str, Callable[[Path, Path], object]] = {
 }
 
 
+def write_when_verified(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write a file as soon as an old output was held against its manifest."""
+    what_changed = replaced._what_changed
+
+    def and_then_write(*arguments: Any) -> str | None:
+        answer = what_changed(*arguments)
+        path.write_text("mine")
+        return answer
+
+    monkeypatch.setattr(replaced, "_what_changed", and_then_write)
+
+
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("name", ["README.md", "notes.txt"])
 def test_what_changes_while_an_old_output_is_verified_is_kept(
@@ -122,14 +134,7 @@ def test_what_changes_while_an_old_output_is_verified_is_kept(
     shutil.copy(out / "noisytune.json", tmp_path)
     (out / "sub" / "vocab.txt").touch()
     kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    what_changed = replaced._what_changed
-
-    def and_then_write(*arguments: Any) -> str | None:
-        answer = what_changed(*arguments)
-        (out / name).write_text("mine")
-        return answer
-
-    monkeypatch.setattr(replaced, "_what_changed", and_then_write)
+    write_when_verified(out / name, monkeypatch)
     monkeypatch.setattr(plan_module, "check_outputs", lambda *_, **__: None)  # asked when it is finished
     with pytest.raises(OutputUnsafe, match="the output has changed"):
         VERBS[verb](source, out)
@@ -145,14 +150,7 @@ def test_a_file_that_changes_while_it_is_verified_is_kept(
     out = tmp_path / "out.safetensors"
     run(source / WEIGHTS, out)
     out.touch()
-    verified = replaced._what_changed
-
-    def and_then_write(*arguments: Any) -> str | None:
-        answer = verified(*arguments)
-        (tmp_path / name).write_text("mine")
-        return answer
-
-    monkeypatch.setattr(replaced, "_what_changed", and_then_write)
+    write_when_verified(tmp_path / name, monkeypatch)
     with pytest.raises(OutputUnsafe, match="the output has changed"):
         run(source / WEIGHTS, out, overwrite=True)
     assert (tmp_path / name).read_text() == "mine"
