@@ -14,14 +14,17 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-#: 1,000 labels: the low-resource setting in which the papers report their largest gains.
-_LOW = ("--train-rows", "1000", "--batch-size", "32", "--group-by-length", "--threads", "1")
+#: 1,000 labels: the low-resource setting in which the papers report their largest gains. Of the tasks that
+#: have few rows themselves, all.
+_ROWS = ("--train-rows", "1000")
+_WHOLE = {"rte", "wnli"}
+_ALIKE = ("--batch-size", "32", "--group-by-length", "--threads", "1")
 
 #: What tells the models' training apart. Rates are those with the better held-out score on CoLA of a plain
 #: run with a seed that no study has: MiniLM's of 1e-4 and 3e-4, MPNet's of 2e-5 and 5e-5.
 TRAINING = {
-    "minilm": (*_LOW, "--epochs", "5", "--learning-rate", "1e-4"),
-    "mpnet": (*_LOW, "--epochs", "3", "--learning-rate", "5e-5"),
+    "minilm": (*_ALIKE, "--epochs", "5", "--learning-rate", "1e-4"),
+    "mpnet": (*_ALIKE, "--epochs", "3", "--learning-rate", "5e-5"),
 }
 
 PAIR = ("--method", "plain,noisytune", "--lambda", "0.15")
@@ -42,7 +45,8 @@ class Study(NamedTuple):
         """Return the call, with the checkpoint's folder, GLUE's, and the one of all studies."""
         return [
             *(sys.executable, "-m", "noisytune_cli", "study", str(model), "--data", str(glue)),
-            *("--task", self.tasks, *TRAINING[self.model], *self.options, "--seed", f"0-{self.seeds - 1}"),
+            *("--task", self.tasks, *(() if self.tasks in _WHOLE else _ROWS), *TRAINING[self.model]),
+            *(*self.options, "--seed", f"0-{self.seeds - 1}"),
             *("-o", str(out / self.folder)),
         ]
 
@@ -53,24 +57,37 @@ def _rounds(tasks: str, *seeds: int) -> dict[str, Study]:
     return {f"{tasks}-{count}-seeds": Study(tasks, PAIR, count, folder) for count in seeds}
 
 
+def _cola(*options: str) -> Study:
+    # Beside the pairs, whose plain runs are theirs too.
+    return Study("cola", options, 5, "pairs/cola")
+
+
 #: In the order in which they are carried out: what plain and noisytune do on tasks in which plain learns
 #: something, then the other methods, then more seeds. A study goes seed by seed, so wherever time ends all
 #: methods have the same seeds.
 STUDIES: dict[str, Study] = {
     **_rounds("cola,sst2", 5),
-    "cola-methods-5-seeds": Study("cola", ALL, 5, "pairs/cola"),
+    "cola-methods-5-seeds": _cola(*ALL),
     "mpnet-cola-5-seeds": Study("cola", PAIR, 5, "mpnet-cola", "mpnet"),
     **_rounds("cola,sst2", 10),
     **_rounds("stsb", 5),
-    "cola-kinds-5-seeds": Study(
-        "cola", (*PAIR, "--noise", "uniform,gaussian", "--scope", "matrix,global"), 5, "pairs/cola"
+    # The NoisyTune paper's figures 2, 3 and 4, then an ensemble's equal in cost.
+    "cola-kinds-5-seeds": _cola(*PAIR, "--noise", "uniform,gaussian", "--scope", "matrix,global"),
+    "cola-combinations-5-seeds": _cola(
+        "--method", "plain,mixout,noisytune+mixout,recadam,noisytune+recadam", *PAIR[2:]
     ),
+    "cola-shares-5-seeds": _cola(*PAIR, "--share", "0.2,0.4,0.6,0.8,1"),
+    "cola-deni-5-seeds": _cola("--method", "plain,deni"),
+    **_rounds("wnli", 5),
     **_rounds("mrpc", 5),
+    **_rounds("rte", 5),
     "cola-methods-10-seeds": Study("cola", ALL, 10, "pairs/cola"),
     **_rounds("stsb", 10),
-    "cola-lambda": Study("cola", (*PAIR[:2], "--lambda", "0.05,0.1,0.15,0.2"), 5, "pairs/cola"),
+    "cola-lambda": _cola(*PAIR[:2], "--lambda", "0.05,0.1,0.15,0.2"),
     **_rounds("cola,sst2", 20),
     **_rounds("cola,sst2,stsb,mrpc", 20),
+    **_rounds("wnli", 20),
+    **_rounds("rte", 20),
 }
 
 
