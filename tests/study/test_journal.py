@@ -57,6 +57,16 @@ def test_a_torn_last_line_is_dropped_and_written_again(tmp_path: Path) -> None:
     assert (tmp_path / "runs.jsonl").read_bytes() == b'{"key": "a"}\n{"key": "b"}\n'
 
 
+def test_labels_that_were_not_passed_on_are_there_again(tmp_path: Path) -> None:
+    whole = {**study("a", "b"), "dev_labels": [0, 1], "machine": {"cpus": 2}}
+    with Journal(tmp_path, whole):
+        pass
+    (tmp_path / "study.json").write_text(json.dumps({**study("a"), "machine": {"cpus": 2}}))
+    with Journal(tmp_path, {**whole, "machine": {"cpus": 64}}) as journal:
+        assert journal.study == whole
+    assert kept(tmp_path)[0] == whole
+
+
 def test_the_design_may_grow_and_what_was_first_recorded_stays(tmp_path: Path) -> None:
     with Journal(tmp_path, {**study("a"), "machine": "first"}):
         pass

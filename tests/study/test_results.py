@@ -146,6 +146,15 @@ def test_the_ensemble_is_the_vote_of_the_plain_runs() -> None:
     assert ensemble["cost"]["relative"] == {"member_steps": 3.0, "forwards": 3.0, "seconds": 3.0}
 
 
+def test_without_labels_there_is_no_vote() -> None:
+    made = runs("plain", [0.4, 0.5])
+    about = study(made)
+    del about["dev_labels"]
+    found = results.summarise(about, made)
+    assert found["ensembles"] == []
+    assert found["conditions"] == summarise(made)["conditions"]
+
+
 def test_the_ensemble_of_numbers_is_their_mean() -> None:
     labels = [0.0, 1.0, 2.0, 5.0]
     predictions = [[0.0, 1.5, 2.0, 4.0], [0.0, 0.5, 2.0, 6.0]]

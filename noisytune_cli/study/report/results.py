@@ -42,7 +42,10 @@ _LEFT_OUT = ("schema", "design", "dev_labels")
 
 
 def summarise(study: Mapping[str, Any], runs: Iterable[Run]) -> dict[str, Any]:
-    """Return the results of a study's finished runs; `study` and `runs` are as its files hold them."""
+    """Return the results of a study's finished runs; `study` and `runs` are as its files hold them.
+
+    Without the labels of the dev rows there is no vote to be scored.
+    """
     finished = {run["key"]: run for run in runs}
     conditions = gather(finished.values())
     planned = [run for run in study["design"] if run["key"] not in finished]
@@ -69,7 +72,11 @@ def summarise(study: Mapping[str, Any], runs: Iterable[Run]) -> dict[str, Any]:
             primary,
         ),
         "combinations": _compare(_noise_added(reported), names, primary),
-        "ensembles": [_ensemble(condition, study) for condition in plain.values() if len(condition.runs) > 1],
+        "ensembles": [
+            _ensemble(condition, study)
+            for condition in plain.values()
+            if len(condition.runs) > 1 and "dev_labels" in study
+        ],
     }
 
 
