@@ -118,8 +118,8 @@ class Journal:
             later = {name for name in LATER if name not in begun}
             _check_same(begun, {k: v for k, v in asked.items() if k not in later}, self.folder)
             planned = {run["key"]: run for run in (*known["design"], *study["design"])}
-            # Machine and versions stay those that the first runs were made with. What a folder that was passed
-            # on lacks, such as the labels of rows that were not, follows from what is the same.
+            # Machine and versions stay those that the first runs were made with. What a folder lacks that was
+            # passed on without it, such as the rows' labels, follows from what is the same.
             settled = {**study, **known, "design": list(planned.values())}
             if settled == known:
                 return settled

@@ -347,6 +347,30 @@ def test_a_file_does_not_choose_the_hashes_of_its_slots() -> None:
     assert len({hash(slot) for slot in slots}) > 90
 
 
+@pytest.mark.parametrize("part", ["resampler", "upsampler", "upscaler", "optimal_transport", "up_sampler.x"])
+def test_a_part_of_the_model_is_not_taken_for_training_state(tmp_path: Path, part: str) -> None:
+    source = opened(tmp_path / "m.pt", saved({"unet": {"a": torch.zeros(2)}, part: {"w": torch.zeros(2, 2)}}))
+    assert [spec.name for spec in source.tensors] == ["a", "w"]
+    assert (source.beside, source.warnings) == ((), ())
+
+
+def test_matrices_that_are_no_weights_are_told_of(tmp_path: Path) -> None:
+    matrix, moment = torch.zeros(2, 2), torch.zeros(2, 2)
+    training = {"optimizer_states": [{"state": {0: moment}, "param_groups": []}], "optim_g": moment}
+    training |= {"optim.state.a.exp_avg": moment, "callbacks": {"best": moment}, "epoch": torch.tensor(3.0)}
+    training |= {"rng_state": [torch.zeros(9, dtype=torch.uint8)], "losses": torch.zeros(9), "lr": [1e-4]}
+    model = {"state_dict": {"a": matrix}}
+    assert opened(tmp_path / "quiet.pt", saved(model | training)).warnings == ()
+    unclear = {"heads": [{"w": matrix.clone()}], "ema": {"shadow": [matrix.clone()]}, "loose": matrix.clone()}
+    source = opened(tmp_path / "m.pt", saved(model | training | unclear | {7: {"w": matrix.clone()}}))
+    assert [spec.name for spec in source.tensors] == ["a"]
+    (warning,) = source.warnings
+    assert warning.startswith(
+        "m.pt: the matrices in heads, ema.shadow, loose, … are in no state dict of a model"
+    )
+    assert {"heads", "ema", "loose", "…", "optim_g"} <= set(source.beside)
+
+
 def test_training_state_is_known_by_a_part_of_its_key(tmp_path: Path) -> None:
     inside = (
         "my_optimizer_0",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 
 from noisytune_cli.checkpoint.config import Hyperparameters
-from noisytune_cli.checkpoint.formats.torch.state_dict import find_weights
+from noisytune_cli.checkpoint.formats.torch.globals import DType, StoredTensor
+from noisytune_cli.checkpoint.formats.torch.state_dict import read_content
 from noisytune_cli.plan.evidence.buffers import find_buffers
 from noisytune_cli.plan.evidence.told import tell
 from noisytune_cli.plan.families import known_parts
@@ -45,7 +46,9 @@ def test_a_long_name_is_looked_at_once(unit: str) -> None:
     assert stream_of(names) in names
     by_name = {tensor.name: tensor for tensor in tensors}
     assert {known_parts(tensor, by_name, Hyperparameters({})) for tensor in tensors} == {()}
-    find_weights({name: {name: tensor} for name, tensor in by_name.items()}, TensorSpec)
+    stored = StoredTensor("0", DType("F32", 4), 0, (2, 2), (2, 1))
+    kept = read_content({name: {name: stored} for name in by_name}, StoredTensor)
+    assert len(kept.weights) + len(kept.beside) == len(names)
 
 
 @pytest.mark.parametrize(

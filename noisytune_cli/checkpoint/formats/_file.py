@@ -51,6 +51,8 @@ class InputFile:
         self.beside: tuple[str, ...] = ()
         #: What it says of its tensors.
         self.declared = Declared()
+        #: What is to be said of it.
+        self.warnings: tuple[str, ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ from noisytune_cli.checkpoint.formats.dcp.metadata import Chunk, ChunkedTensor, 
 from noisytune_cli.checkpoint.formats.dcp.rectangles import Rectangle, check_tiles, move_run
 from noisytune_cli.checkpoint.formats.torch.globals import DType
 from noisytune_cli.checkpoint.formats.torch.pickle import MAX_BYTES, MAX_OPCODES
-from noisytune_cli.checkpoint.formats.torch.state_dict import declared_by, find_weights, rest_of
+from noisytune_cli.checkpoint.formats.torch.state_dict import declared_by, read_content
 from noisytune_cli.checkpoint.formats.torch.storages import StoredSink
 from noisytune_cli.checkpoint.formats.torch.values import PickleFault
 from noisytune_cli.checkpoint.layout import CHUNKS_SUFFIX
@@ -61,7 +61,8 @@ class DcpSource:
             self._content = bytearray(metadata.size)
             metadata.read_into(0, memoryview(self._content))
             saved = read_metadata(bytes(self._content), MAX_OPCODES * times)
-            found = find_weights(saved.root, ChunkedTensor)
+            content = read_content(saved.root, ChunkedTensor)
+            found = content.weights
             weights = {weight.name: weight.tensor for weight in found}
             for name, tensor in weights.items():
                 _check_chunks(name, tensor)
@@ -90,10 +91,12 @@ class DcpSource:
             for name, t in weights.items()
         )
         self.metadata: Mapping[str, str] = {}
-        self.beside = rest_of(saved.root, weights.values())
+        self.beside = content.beside
         self.declared = declared_by(saved.root, found)
         self.ties: tuple[tuple[str, ...], ...] = ()
-        self.warnings: tuple[str, ...] = () if self.tensors else (f"{self.name} names no tensors of a model",)
+        self.warnings = content.warnings(self.name)
+        if not self.tensors:
+            self.warnings += (f"{self.name} names no tensors of a model",)
         self._opened = opened.pop_all()
 
     @cached_property

@@ -61,7 +61,8 @@ class SafetensorsSource(InputFile):
         #: by `fetch`, which is given where its bytes begin and end, or cannot be read.
         self.has_header_alone = False
         self.fetch: Callable[[int, int], bytes] | None = None
-        self.warnings: tuple[str, ...] = () if self.tensors else (f"{name} holds no tensors",)
+        if not self.tensors:
+            self.warnings = (f"{name} holds no tensors",)
         self.ties: tuple[tuple[str, ...], ...] = ()
         if mmap:
             self.map()

@@ -15,7 +15,7 @@ from noisytune_cli.checkpoint.formats._signatures import recognise as recognise_
 from noisytune_cli.checkpoint.formats.torch import zip as _zip
 from noisytune_cli.checkpoint.formats.torch.archive import Archive, read_legacy, read_zip
 from noisytune_cli.checkpoint.formats.torch.globals import StoredTensor
-from noisytune_cli.checkpoint.formats.torch.state_dict import declared_by, find_weights, rest_of
+from noisytune_cli.checkpoint.formats.torch.state_dict import declared_by, read_content
 from noisytune_cli.checkpoint.formats.torch.storages import StoredSource
 from noisytune_cli.checkpoint.formats.torch.values import PickleFault
 from noisytune_cli.errors import InputInvalid
@@ -40,11 +40,12 @@ class TorchSource(StoredSource):
 
     def _find(self) -> tuple[Archive, list[tuple[str, StoredTensor]]]:
         archive = self._read_archive()
-        weights = find_weights(archive.root, StoredTensor)
-        self.beside = rest_of(archive.root, (weight.tensor for weight in weights))
-        self.declared = declared_by(archive.root, weights)
-        self.paths = {weight.name: weight.path for weight in weights if weight.path}
-        return archive, [(weight.name, weight.tensor) for weight in weights]
+        content = read_content(archive.root, StoredTensor)
+        self.beside = content.beside
+        self.warnings = content.warnings(self.name)
+        self.declared = declared_by(archive.root, content.weights)
+        self.paths = {weight.name: weight.path for weight in content.weights if weight.path}
+        return archive, [(weight.name, weight.tensor) for weight in content.weights]
 
     def _read_archive(self) -> Archive:
         head = self._bytes(0, min(self.size, HEAD))

@@ -2,7 +2,8 @@
 
 A state dict is a dictionary that holds tensors under names. It may be the whole file, or lie in it: as
 `state_dict` or `model`, in a Lightning checkpoint, beside an optimizer's state. Optimizers are known by their
-shape (`state` and `param_groups`), other training state by its name; all of it is carried over unchanged.
+shape (`state` and `param_groups`) or name, other training state by its name and by holding no matrix; all of
+it is carried over unchanged. What holds matrices and is neither is told of.
 
 A tensor is called by its key in the state dict, so that the same weights have the same names whatever is
 around them; where two state dicts have a key in common, by the whole path.
@@ -12,14 +13,30 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
+from noisytune_cli.checkpoint.formats.torch.globals import DType
 from noisytune_cli.checkpoint.formats.torch.values import NoStateDict, PickleFault
+from noisytune_cli.dtypes import FLOAT_DTYPES
+from noisytune_cli.escape import enumerate_some
 from noisytune_cli.records import Declared
 
-_Leaf = TypeVar("_Leaf")
+_Leaf = TypeVar("_Leaf", bound="Stored")
+
+
+class Stored(Protocol):
+    """A tensor as it lies in what was unpickled."""
+
+    @property
+    def dtype(self) -> DType:
+        """What its elements are."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its extents."""
+
 
 #: Deeper than any training loop nests its checkpoints.
 _MAX_DEPTH = 16
@@ -34,10 +51,13 @@ _MAX_CHARACTERS = 32 << 20
 _MODELS = re.compile(r"(model_)?state(_dict)?|(model|net|network|module|params)(_ema|_state(_dict)?)?")
 
 #: What else it keeps, by what its key holds and by the whole of it: never descended into.
-_IN_TRAINING = ("optim", "sched", "scaler", "scaling", "rng", "sampler")
+_OPTIMIZER = re.compile(r"optim(?!al|ism)")
 _TRAINING = re.compile(
     r"callbacks|loops|criterion|(train_)?(loss|losses)|train(er|ing)?_state|data_?loader.*", re.DOTALL
 )
+
+#: So are these, unless there is a matrix in them: an upsampler or a resampler is a model.
+_WITHOUT_MATRICES = ("sched", "scaler", "scaling", "rng", "sampler")
 
 #: An optimizer's state where a state dict was flattened before it was saved.
 _FLAT_TRAINING = re.compile(r"(chained_\d+\.)?optim(izer)?\.(state|param_groups)\..*", re.DOTALL)
@@ -74,11 +94,29 @@ class Weight(Generic[_Leaf]):
     tensor: _Leaf
 
 
-def find_weights(root: object, leaf: type[_Leaf]) -> list[Weight[_Leaf]]:
-    """Return every weight in what was unpickled, in its order; raises PickleFault.
+@dataclass(frozen=True)
+class Content(Generic[_Leaf]):
+    """What was unpickled: the weights in its order, and the paths, joined by dots, below which there is none.
 
-    `leaf` is what tensors are there.
+    `unclear` are those of the latter that hold matrices and are no training state.
     """
+
+    weights: list[Weight[_Leaf]]
+    beside: tuple[str, ...]
+    unclear: tuple[str, ...]
+
+    def warnings(self, name: str) -> tuple[str, ...]:
+        """Return what is to be said of a file `name` with this content."""
+        if not self.unclear:
+            return ()
+        return (
+            f"{name}: the matrices in {enumerate_some(self.unclear)} are in no state dict of a model, so "
+            "they are taken for no weights: they get no noise, and are neither averaged nor compared",
+        )
+
+
+def read_content(root: object, leaf: type[_Leaf]) -> Content[_Leaf]:
+    """Return what was unpickled, sorted; raises PickleFault. `leaf` is what tensors are there."""
     if isinstance(root, leaf):
         raise NoStateDict("it holds one tensor without a name, not a state dict", _NOT_A_STATE_DICT)
     if type(root) is not dict:
@@ -88,7 +126,8 @@ def find_weights(root: object, leaf: type[_Leaf]) -> list[Weight[_Leaf]]:
         raise NoStateDict(
             "it is an optimizer's state, not a model's", "Name the file with the model's weights"
         )
-    found = list(_Search(leaf).walk(root, (), frozenset()))
+    search = _Search(leaf)
+    found = list(search.walk(root, (), frozenset()))
     names = [item.key for item in found]
     if len(set(names)) < len(names):
         if sum(len(part) for item in found for part in (*item.path, item.key)) > _MAX_CHARACTERS:
@@ -99,9 +138,10 @@ def find_weights(root: object, leaf: type[_Leaf]) -> list[Weight[_Leaf]]:
         raise PickleFault(f"two of its tensors have the name {twice[0]}")
     for name in names:
         _check_name(name)
-    return [
+    weights = [
         Weight(name, item.path, _telling(item), item.tensor) for name, item in zip(names, found, strict=True)
     ]
+    return Content(weights, *search.rest(root, {id(item.tensor) for item in found}))
 
 
 def _telling(found: _Found[_Leaf]) -> str:
@@ -139,31 +179,6 @@ def declared_by(root: object, weights: Sequence[Weight[_Leaf]]) -> Declared:
     )
 
 
-def rest_of(root: object, weights: Iterable[object]) -> tuple[str, ...]:
-    """Return what else was unpickled: the paths, joined by dots, below which there is no weight."""
-    assert type(root) is dict  # or `find_weights` had refused it
-    ours = {id(tensor) for tensor in weights}
-
-    def look(mapping: Mapping[object, object], path: tuple[str, ...]) -> tuple[bool, list[str]]:
-        # It goes where the search for the weights went, which has an end.
-        found = False
-        rest: list[str] = []
-        for key, value in mapping.items():
-            if id(value) in ours:
-                found = True
-                continue
-            here = (*path, key[:_LONGEST_SHOWN] if type(key) is str else "…")
-            below: tuple[bool, list[str]] = False, []
-            if type(key) is str and type(value) is dict and not _is_training_state(key, value):
-                below = look(value, here)
-            found |= below[0]
-            if len(rest) < _MAX_REST:
-                rest += below[1] if below[0] else [".".join(here)]
-        return found, rest
-
-    return tuple(look(root, ())[1])
-
-
 class _Search(Generic[_Leaf]):
     """A walk through nested dictionaries that ends, however often they hold each other."""
 
@@ -171,6 +186,7 @@ class _Search(Generic[_Leaf]):
         self._leaf = leaf
         self._left = _MAX_ITEMS
         self._characters = _MAX_CHARACTERS
+        self._entered: set[int] = set()
 
     def walk(
         self, mapping: Mapping[object, object], path: tuple[str, ...], above: frozenset[int]
@@ -182,11 +198,12 @@ class _Search(Generic[_Leaf]):
         self._characters -= sum(len(key) for key in mapping if type(key) is str)
         if self._characters < 0:
             raise PickleFault("its tensors' names are too long")
+        self._entered.add(id(mapping))
         above |= {id(mapping)}
         below = {
             key: list(self.walk(value, (*path, key), above))
             for key, value in mapping.items()
-            if type(key) is str and type(value) is dict and not _is_training_state(key, value)
+            if type(key) is str and type(value) is dict and not self._is_training_state(key, value)
         }
         in_training = any(found and _MODELS.fullmatch(key) for key, found in below.items())
         for key, value in mapping.items():
@@ -197,11 +214,59 @@ class _Search(Generic[_Leaf]):
             elif key in below:
                 yield from below[key]
 
+    def rest(self, root: Mapping[object, object], ours: set[int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the paths below which there is no weight, after the walk, and which of them are unclear."""
+        unclear: list[str] = []
 
-def _is_training_state(key: str, value: Mapping[object, object]) -> bool:
-    if any(part in key for part in _IN_TRAINING):
-        return True
-    return _TRAINING.fullmatch(key) is not None or _is_optimizer(value)
+        def look(mapping: Mapping[object, object], path: tuple[str, ...]) -> tuple[bool, list[str]]:
+            # It goes where the walk went, which has an end.
+            found = False
+            rest: list[str] = []
+            for key, value in mapping.items():
+                if id(value) in ours:
+                    found = True
+                    continue
+                here = (*path, key[:_LONGEST_SHOWN] if type(key) is str else "…")
+                below: tuple[bool, list[str]] = False, []
+                if type(value) is dict and id(value) in self._entered:
+                    below = look(value, here)
+                elif not _is_of_training(key, value) and self._holds_matrix(value):
+                    unclear.append(".".join(here))
+                found |= below[0]
+                if len(rest) < _MAX_REST:
+                    rest += below[1] if below[0] else [".".join(here)]
+            return found, rest
+
+        return tuple(look(root, ())[1]), tuple(dict.fromkeys(unclear))
+
+    def _is_training_state(self, key: str, value: Mapping[object, object]) -> bool:
+        if _is_of_training(key, value):
+            return True
+        return any(part in key for part in _WITHOUT_MATRICES) and not self._holds_matrix(value)
+
+    def _holds_matrix(self, value: object) -> bool:
+        """Say whether a value is or holds, however deep, a tensor of several axes that could get noise."""
+        todo, seen = [value], {id(value)}
+        while todo and self._left > 0:
+            one = todo.pop()
+            if isinstance(one, self._leaf) and len(one.shape) > 1 and one.dtype.name in FLOAT_DTYPES:
+                return True
+            held: Collection[object] = ()
+            if isinstance(one, dict):
+                held = one.values()
+            elif isinstance(one, list | tuple):
+                held = one
+            self._left -= 1 + len(held)
+            new = {id(part): part for part in held if id(part) not in seen}
+            seen.update(new)
+            todo += new.values()
+        return False
+
+
+def _is_of_training(key: object, value: object) -> bool:
+    """Say whether a value is known for training state by its key or its shape."""
+    named = type(key) is str and (_OPTIMIZER.search(key) or _TRAINING.fullmatch(key))
+    return bool(named) or (type(value) is dict and _is_optimizer(value))
 
 
 def _is_optimizer(mapping: Mapping[object, object]) -> bool:

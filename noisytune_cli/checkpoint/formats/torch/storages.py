@@ -86,7 +86,8 @@ class StoredSource(InputFile, ABC):
             for key, stored in weights
         )
         self.ties = tuple(tuple(names) for names in slots.values() if len(names) > 1)
-        self.warnings: tuple[str, ...] = () if self.tensors else (f"{name} holds no tensors",)
+        if not self.tensors:
+            self.warnings += (f"{name} holds no tensors",)
         self._records = tuple(archive.records.values())
         self.noised_records = tuple(
             r for r in self._records if self._holds_weights(r.start, r.start + r.size)
