@@ -154,6 +154,11 @@ def within(prefix: str, metadata: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def in_component(folder: str, metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return what metadata of a component says, under the names that its tensors have in the composition."""
+    return {f"{folder}/{name}": f"{folder}/{other}" for name, other in metadata.items()}
+
+
 def judge_of(homes: Sequence[str]) -> Callable[[str], str]:
     """Return what tells which component judges a file (to copy, or a twin): its own, else the first."""
 
@@ -200,9 +205,7 @@ class Component:
             parameters=frozenset(prefix + name for name in said.parameters),
             pairs=tuple((prefix + a, prefix + b) for a, b in said.pairs),
         )
-        self.metadata: Mapping[str, str] = {
-            prefix + a: prefix + b for a, b in {**(metadata or {}), **inner.metadata}.items()
-        }
+        self.metadata: Mapping[str, str] = in_component(folder, {**(metadata or {}), **inner.metadata})
 
     @property
     def files(self) -> tuple[str, ...]:

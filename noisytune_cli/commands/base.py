@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from noisytune_cli.checkpoint.composition import ROOT
+from noisytune_cli.checkpoint.composition import COMPOSED_BY, ROOT
 from noisytune_cli.checkpoint.dequantize import dequantize
 from noisytune_cli.checkpoint.formats import Source
 from noisytune_cli.checkpoint.ids import is_repo_id
-from noisytune_cli.checkpoint.layout import index_suffix
+from noisytune_cli.checkpoint.layout import index_suffix, stem_of
 from noisytune_cli.commands.differences import Difference, compare_header, mismatch
 from noisytune_cli.errors import InputInvalid, Mismatch, UsageError
 from noisytune_cli.manifest.read import RecordedManifest
@@ -89,7 +89,12 @@ def components_of(manifest: Manifest) -> tuple[str, ...]:
 
 
 def prefixes_of(manifest: Manifest) -> dict[str, str]:
-    """Return by weight file the folder that its tensors' names begin with: "" where they are its own."""
+    """Return by weight file the folder that its tensors' names begin with: "" where they are its own.
+
+    Only beside what lists components are they; a model of Flax's may call all its tensors `params/…` itself.
+    """
+    if not set(COMPOSED_BY) & {name for name, _ in manifest.copied}:
+        return dict.fromkeys((file.name for file in manifest.source.files), "")
     names: dict[str, list[str]] = {file.name: [] for file in manifest.source.files}
     for receipt in manifest.receipts:
         if (tensor := receipt.step.tensor).file in names:  # an output's files may have other names
@@ -154,10 +159,11 @@ def _weights(recorded: RecordedManifest) -> str:
     rewritten = () if manifest.output is None else manifest.output.rewritten
     others = [*(name for name, _ in manifest.copied), *(source for _, source, _ in rewritten)]
     indexes = [name for name in others if index_suffix(name) and posixpath.dirname(name) == home]
-    if len(indexes) == 1:
-        return indexes[0]
-    if len(names) == 1 and not indexes:
-        return names[0]
+    # That of another model, or of another one of the training, may have been copied beside them.
+    stems = {stem_of(name) for name in names}
+    for own in ([name for name in indexes if stem_of(name) in stems], indexes if len(names) > 1 else names):
+        if len(own) == 1:
+            return own[0]
     raise InputInvalid(
         "cannot use the manifest",
         path=recorded.path,

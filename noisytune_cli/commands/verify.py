@@ -12,6 +12,7 @@ not match" (8).
 from __future__ import annotations
 
 import os
+import posixpath
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from typing import Any
 from blake3 import blake3
 
 from noisytune_cli.checkpoint.address import Place, is_address
-from noisytune_cli.checkpoint.composition import Component
+from noisytune_cli.checkpoint.composition import Component, in_component
 from noisytune_cli.checkpoint.folder import list_folder
 from noisytune_cli.checkpoint.formats import Nowhere, Source, open_source
 from noisytune_cli.checkpoint.index import read_index
@@ -271,10 +272,13 @@ def _redo(
 def _aliases(files: Mapping[str, Source], place: Location, manifest: Manifest) -> dict[str, str]:
     """Return what index and weight files say of names, as it was when the noise was planned."""
     said: dict[str, str] = {}
+    components = set(prefixes_of(manifest).values())
     for name in _other_files(manifest):
         if index_suffix(name):
             with suppress(InputInvalid, InputUnreadable):  # which is told of the file by its digest
-                said |= read_index(place.output, name).metadata
+                found = read_index(place.output, name).metadata
+                folder = posixpath.dirname(name)
+                said |= in_component(folder, found) if folder in components - {""} else found
     for _, file in sorted(files.items()):
         said |= file.metadata
     return said

@@ -349,3 +349,54 @@ def test_another_model_of_one_training_comes_along_and_is_counted(tmp_path: Path
         tmp_path / "in/model_1.safetensors"
     ).read_bytes()
     assert "left out" not in result.stderr
+
+
+def test_an_index_says_of_a_component_what_its_tensors_are_called(pipeline: Path, tmp_path: Path) -> None:
+    shutil.rmtree(pipeline / "text_encoder")
+    tied, other = ({name: weights("F32", 8, 9, seed=6)} for name in ("lm_head.weight", "model.w"))
+    save_sharded(pipeline / "text_encoder", tied, other)
+    (index,) = (pipeline / "text_encoder").glob("*.index.json")
+    said = json.loads(index.read_bytes())
+    said["metadata"]["model.embed_tokens.weight"] = "lm_head.weight"
+    write(index, said)
+    done = run(pipeline, tmp_path / "out", components=("text_encoder",))
+    assert "text_encoder/model.embed_tokens.weight" in {r.step.stream for r in done.manifest.receipts}
+    assert verify(str(tmp_path / "out")).mismatches == ()
+    assert verify(str(tmp_path / "out"), base=str(pipeline)).mismatches == ()
+
+
+def test_a_recipe_of_a_composition_is_replayed(sentences: Path, tmp_path: Path) -> None:
+    run(sentences, tmp_path / "out")
+    perturb(Request(str(sentences), NoiseSpec()), str(tmp_path / "recipe.json"), recipe_only=True)
+    replay(str(tmp_path / "recipe.json"), str(tmp_path / "again"), base=str(sentences))
+    assert files(tmp_path / "again") == files(tmp_path / "out")
+
+
+def test_a_model_whose_names_begin_with_its_folder_is_no_component(tmp_path: Path) -> None:
+    save(tmp_path / "in/params/model.safetensors", {"params/encoder": weights("F32", 8, 9)})
+    run(tmp_path / "in", tmp_path / "out", weights="params/model.safetensors")
+    for base in (None, str(tmp_path / "in")):
+        assert verify(str(tmp_path / "out"), base=base).mismatches == ()
+    replay(str(tmp_path / "out"), str(tmp_path / "again"), base=str(tmp_path / "in"))
+    assert files(tmp_path / "again") == files(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["refiner", "model_1"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_index_of_another_model_comes_along(tmp_path: Path, name: str, sharded: bool) -> None:
+    first, second, *others = ({part: weights("F32", 8, 9)} for part in "abcd")
+    save_sharded(tmp_path / "other", *others)
+    for path in (tmp_path / "other").iterdir():
+        target = tmp_path / "in" / path.name.replace("model", name, 1)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(path.read_bytes().replace(b'"model-', f'"{name}-'.encode()))
+    if sharded:
+        save_sharded(tmp_path / "in", first, second)
+    else:
+        save(tmp_path / "in/model.safetensors", first)
+    main = "model.safetensors.index.json" if sharded else "model.safetensors"
+    done = run(tmp_path / "in", tmp_path / "out", weights=main)
+    assert f"{name}.safetensors.index.json" in dict(done.manifest.copied)
+    assert verify(str(tmp_path / "out"), base=str(tmp_path / "in")).mismatches == ()
+    replay(str(tmp_path / "out"), str(tmp_path / "again"), base=str(tmp_path / "in"))
+    assert files(tmp_path / "again") == files(tmp_path / "out")
