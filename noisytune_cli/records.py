@@ -160,6 +160,24 @@ class NoiseSpec:
         """Whether the noise is scaled with the values' std."""
         return self.scope != "absolute"
 
+    @property
+    def symbol(self) -> str:
+        """What its strengths are called."""
+        return "λ" if self.needs_std else "σ"
+
+    @property
+    def scaling(self) -> str:
+        """What its strengths are multiples of, in words."""
+        if not self.needs_std:
+            return "of one std for all tensors"
+        whose = "one std for all tensors" if self.scope == "global" else f"each {self.granularity}'s std"
+        return f"scaled with {whose}"
+
+    @property
+    def seeds(self) -> str:
+        """Its seed, or how many a mixture has."""
+        return f"{len(self.mix)} in a mixture" if self.mix else str(self.seed)
+
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
@@ -362,9 +380,9 @@ class Manifest:
         return [
             ("tensors", str(len(self.receipts))),
             *((str(what), str(count)) for what, count in counts.most_common()),
-            ("λ", f"{noise.lam:g}"),
-            ("seed", str(noise.seed)),
-            ("noise", f"{noise.distribution}, one std for each {noise.granularity}"),
+            (noise.symbol, f"{noise.lam:g}"),
+            ("seed", noise.seeds),
+            ("noise", f"{noise.distribution} {noise.scaling}"),
         ]
 
 

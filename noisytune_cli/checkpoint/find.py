@@ -347,7 +347,8 @@ def _find_file(path: Path, name: str, commit: str | None, remote: Remote | None 
     try:
         config = read_config(config_path)
     except (InputInvalid, InputUnreadable) as error:
-        # What merely lies beside the file is no part of SOURCE: it can help, but not hinder.
+        # What merely lies beside the file is no part of SOURCE: it need not be readable. Where it is, it may
+        # be what says that the weights are quantised.
         config = None
         warnings.append(_not_used(error, remote))
     return Found(

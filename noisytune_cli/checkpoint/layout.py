@@ -70,7 +70,7 @@ _CHUNKED = "torch.distributed.checkpoint"
 _EXPORTS = (
     ("GGUF", ("*.gguf", "*.ggml", "ggml-*.bin")),
     ("ONNX", ("*.onnx", "*.onnx_data*", "*.onnx.data*")),
-    ("TensorFlow", ("*.h5", "*.h5.index.json", "*.keras", "saved_model.pb", "*.ckpt.*", "*.ckpt-*")),
+    ("TensorFlow", ("*.h5", "*.h5.index.json", "*.keras", "saved_model.pb")),
     ("TensorFlow Lite", ("*.tflite",)),
     ("Flax", ("*.msgpack", "*.msgpack.index.json")),
     ("OpenVINO", ("openvino_*.xml", "openvino_*.bin")),
@@ -140,6 +140,8 @@ def is_no_model(name: str) -> bool:
 
 def export_format(base: str) -> str | None:
     """Return the format of an export that a file's name tells, or None."""
+    if _matches(base, ("*.ckpt.*", "*.ckpt-*")) and not base.endswith(WEIGHTS_SUFFIXES):
+        return "TensorFlow"  # model.ckpt.meta, model.ckpt-1000.data-00000-of-00001
     return next((label for label, patterns in _EXPORTS if _matches(base, patterns)), None)
 
 

@@ -163,6 +163,7 @@ def inspect(
         from noisytune_cli.cli import plots
 
         plots.check(plot)
+    components = () if component is None else tuple(component.split(","))
     if histogram is not None:
         from noisytune_cli.cli import show_histogram
         from noisytune_cli.commands import histogram as counting
@@ -172,6 +173,7 @@ def inspect(
             sources[0],
             histogram,
             weights=weights,
+            components=components,
             revision=revision,
             mmap=mmap,
             follow_links=follow_links,
@@ -194,7 +196,7 @@ def inspect(
             headers_only=headers_only,
             buffers_from=buffers_from,
             weights=weights,
-            components=() if component is None else tuple(component.split(",")),
+            components=components,
             revision=revision,
             mmap=mmap,
             threads=threads or default_threads(),

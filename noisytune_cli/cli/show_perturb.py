@@ -46,7 +46,7 @@ def show_planned(planned: Planned, *, as_json: bool) -> None:
             ]
         write_out(json.dumps(document, indent=1) + "\n")
         return
-    symbol = _symbol(planned.plan.noise)
+    symbol = planned.plan.noise.symbol
     write_out((line for steps in by_tensor for line in _plan_lines(steps, symbol)), spelled=True)
     write_out((f"{escape(name)}  left out ({why})\n" for name, why in planned.left_out), spelled=True)
     if several:
@@ -122,15 +122,11 @@ def _summary(result: Perturbed) -> str:
     return f"perturbed {what}: {_size(_bytes(manifest))}"
 
 
-def _symbol(noise: NoiseSpec) -> str:
-    return "λ" if noise.needs_std else "σ"
-
-
 def _strength(noise: NoiseSpec) -> str:
     """Say how strong the noise is and of which seed."""
     seeds = f"{len(noise.mix):,} seeds" if noise.mix else f"seed {noise.seed}"
     kept = "" if noise.kept == 1.0 else f", {noise.kept:g} of the weights kept"
-    return f"{_symbol(noise)} {noise.lam:g}, {seeds}{kept}"
+    return f"{noise.symbol} {noise.lam:g}, {seeds}{kept}"
 
 
 def _clean_weights(manifest: Manifest) -> int:
@@ -171,7 +167,7 @@ def _telling(steps: Sequence[Step]) -> Step:
 def _output_lines(planned: Planned) -> Iterator[str]:
     for out, plan in zip(planned.outs, planned.plans, strict=True):
         name = "" if out is None else f"  {escape(out, None)}"
-        yield f"output {_symbol(plan.noise)}={plan.noise.lam:g} seed={plan.noise.seed}{name}\n"
+        yield f"output {plan.noise.symbol}={plan.noise.lam:g} seed={plan.noise.seed}{name}\n"
 
 
 def _plan_lines(steps: Sequence[Step], symbol: str) -> Iterator[str]:

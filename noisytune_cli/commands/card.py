@@ -28,7 +28,7 @@ from noisytune_cli.manifest.average import AverageManifest
 from noisytune_cli.manifest.write import CARD, MANIFEST, why_not_together
 from noisytune_cli.output.publish import Publication, write_file
 from noisytune_cli.reading import read_small
-from noisytune_cli.records import Manifest, NoiseSpec, SourceRecord
+from noisytune_cli.records import Manifest, SourceRecord
 
 #: The largest card, and the longest and deepest front matter without its scores: YAML is read in Python.
 _MAX_BYTES, _MAX_HEAD, _MAX_DEPTH, _MAX_ENTRIES = 16 << 20, 64 << 10, 100, 1000
@@ -87,13 +87,12 @@ class Card:
     def of_noise(self, manifest: Manifest) -> bytes:
         """Return the card of what a manifest of noise describes."""
         noise = manifest.noise
-        symbol = "λ" if noise.needs_std else "σ"
         facts = [
             ("weights", _named(manifest.source)),
-            ("noise", f"{noise.distribution}, {_unit(noise)}"),
-            (symbol, f"{noise.lam:g}"),
-            *((f"{symbol} for {pattern}", f"{strength:g}") for pattern, strength in noise.rules),
-            ("seed", f"{len(noise.mix)} in a mixture" if noise.mix else str(noise.seed)),
+            ("noise", f"{noise.distribution}, {noise.scaling}"),
+            (noise.symbol, f"{noise.lam:g}"),
+            *((f"{noise.symbol} for {pattern}", f"{strength:g}") for pattern, strength in noise.rules),
+            ("seed", noise.seeds),
             *([("weights kept", f"{noise.kept:g}")] if noise.kept != 1.0 else []),
         ]
         base = "" if _on_hub([manifest.source]) else " --base BASE"
@@ -303,14 +302,6 @@ def _on_hub(sources: Sequence[SourceRecord]) -> list[str]:
 
 def _named(source: SourceRecord) -> str:
     return source.id + (f" at commit {source.revision}" if source.revision else "")
-
-
-def _unit(noise: NoiseSpec) -> str:
-    if not noise.needs_std:
-        return "of one std for all tensors"
-    return "scaled with " + (
-        "one std for all tensors" if noise.scope == "global" else f"each {noise.granularity}'s std"
-    )
 
 
 def _block(lines: Iterable[str]) -> list[str]:

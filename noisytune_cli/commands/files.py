@@ -249,7 +249,7 @@ def compare(
 ) -> Comparison:
     """Return what lies between two checkpoints, by `tensor`, `layer` or `kind`.
 
-    The arguments are the options of `noisytune compare`; `maps` are `--map`.
+    The arguments are options of `noisytune compare`, which has more; `maps` are `--map`.
     """
     check_choice("by", by, ("tensor", "layer", "kind"))
     found = comparing.compare(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from noisytune_cli.checkpoint.checkpoint import open_checkpoint
@@ -28,13 +29,19 @@ def histogram(
     name: str,
     *,
     weights: str | None = None,
+    components: Sequence[str] = (),
     revision: str | None = None,
     mmap: bool = False,
     follow_links: bool = False,
 ) -> Counted:
     """Count the values of the tensor called `name`; UsageError where there is none, or it holds no floats."""
     with open_checkpoint(
-        source, weights=weights, revision=revision, mmap=mmap, follow_links=follow_links
+        source,
+        weights=weights,
+        components=components,
+        revision=revision,
+        mmap=mmap,
+        follow_links=follow_links,
     ) as checkpoint:
         for file in checkpoint.sources:
             for tensor in file.tensors:

@@ -35,13 +35,12 @@ def provenance_of(checkpoint: Checkpoint) -> Provenance | None:
         return Provenance((("made by", "average"), ("members", list_some(members))))
     manifest = recorded.manifest
     noise, source = manifest.noise, manifest.source
-    strength = "λ" if noise.needs_std else "σ"
     facts = [
         ("base", source.id),
         ("commit", source.revision or ""),
-        ("seed", f"{len(noise.mix):,} of a mixture" if noise.mix else str(noise.seed)),
-        (strength, f"{noise.lam:g}"),
-        (f"{strength} for", ", ".join(f"{pattern}: {lam:g}" for pattern, lam in noise.rules)),
+        ("seed", noise.seeds),
+        (noise.symbol, f"{noise.lam:g}"),
+        (f"{noise.symbol} for", ", ".join(f"{pattern}: {lam:g}" for pattern, lam in noise.rules)),
         ("weights kept", f"{noise.kept:g}" if noise.kept < 1.0 else ""),
         ("distribution", noise.distribution),
         ("scope", noise.scope),

@@ -100,11 +100,18 @@ def find_made(
         return None
     if not _is_of(manifest.receipts, plan) or not _knows(manifest, source.others):
         return None
-    if source.revision is None and _is_younger(source, path):
+    written = path.stat().st_mtime_ns
+    status = [] if source.revision is not None else _status(source)  # a commit on the hub never changes
+    if any(file.st_mtime_ns > written for file in status):
         return None
-    if not recipe_only and (not is_there(output) or _lacks(output, recorded)):
+    # Another file that was moved to its place, or copied with its times, is no younger by its mtime.
+    replaced = any(file.st_ctime_ns > written for file in status)
+    if recipe_only:
+        return None if replaced else recorded
+    if not is_there(output) or _lacks(output, recorded):
         return None
-    if not recipe_only and _may_have_changed(output) and _what_changed(output, threads, progress):
+    base = source if replaced else None
+    if (replaced or _may_have_changed(output)) and _what_changed(output, threads, progress, base):
         return None
     return recorded
 
@@ -122,17 +129,17 @@ def _is_of(receipts: Sequence[Receipt], plan: Plan) -> bool:
 
 
 def _knows(manifest: Manifest, others: Sequence[str]) -> bool:
-    """Tell whether the run that wrote a manifest saw all these files beside the weights."""
+    """Tell whether the run that wrote a manifest saw these files beside the weights, and took no others."""
     converted = () if manifest.output is None else manifest.output.rewritten
-    names = {name for name, _ in (*manifest.copied, *manifest.left_out)}
-    return names.union(name for _, name, _ in (*converted, *manifest.rewritten)).issuperset(others)
+    taken = {name for name, _ in manifest.copied}
+    taken.update(name for _, name, _ in (*converted, *manifest.rewritten) if name is not None)
+    return taken.issubset(others) and taken.union(name for name, _ in manifest.left_out).issuperset(others)
 
 
-def _is_younger(source: Checkpoint, manifest: Path) -> bool:
-    """Tell whether a file of the source was written after the manifest; a commit on the hub never is."""
-    written = manifest.stat().st_mtime_ns
+def _status(source: Checkpoint) -> list[os.stat_result]:
+    """Return the status of every file that a run would read."""
     paths = [*(file.path for file in source.sources), *(source.root / name for name in source.others)]
-    return any(path.stat().st_mtime_ns > written for path in paths)
+    return [path.stat() for path in paths]
 
 
 def _lacks(output: Path, recorded: RecordedManifest) -> bool:
@@ -140,7 +147,7 @@ def _lacks(output: Path, recorded: RecordedManifest) -> bool:
     manifest = with_output_files(recorded.manifest)
     names = [*(file.name for file in manifest.source.files), *(name for name, _ in manifest.copied)]
     rewritten = () if manifest.output is None else manifest.output.rewritten
-    names += [name for name, _, _ in rewritten]
+    names += [name for name, _, _ in (*rewritten, *manifest.rewritten)]
     return output.is_dir() and not all(is_there(output / name) for name in names)
 
 
@@ -200,17 +207,29 @@ def _files(folder: Path) -> Iterator[os.stat_result]:
             yield status
 
 
-def _what_changed(output: Path, threads: int | None, progress: Progress) -> str | None:
-    """Say what of an output is not as its manifest records it; None where all is, or nothing can be told."""
-    # Nearly every output is new, or as it was, and should not wait for these to be imported.
-    from noisytune_cli.commands.verify import verify
-    from noisytune_cli.manifest.locate import place_of
+def _what_changed(
+    output: Path, threads: int | None, progress: Progress, source: Checkpoint | None = None
+) -> str | None:
+    """Say what of an output, or of the `source` given, is not as its manifest records it.
 
+    None where all is, or nothing can be told.
+    """
+    # Nearly every output is new, or as it was, and should not wait for these to be imported.
+    from noisytune_cli.commands.verify import compare_copy, verify
+    from noisytune_cli.manifest.locate import place_of
+    from noisytune_cli.manifest.read import read_manifest
+
+    base = None
+    if source is not None:
+        base = os.fspath(source.sources[0].path if source.single_file else source.root)
     try:
         place = place_of(os.fspath(output))
-        found = verify(os.fspath(output), threads=threads, progress=progress).mismatches
-    except InputInvalid:  # no manifest that says anything: `check_output` has let that pass
-        return None
+        found = list(verify(os.fspath(output), base=base, threads=threads, progress=progress).mismatches)
+        if source is not None:
+            copied = read_manifest(place.manifest).manifest.copied
+            found += [d for name, digest in copied for d in compare_copy(source.root / name, name, digest)]
+    except InputInvalid as error:  # no manifest that says anything: `check_output` has let that pass
+        return None if source is None else error.why
     except (InputUnreadable, Mismatch) as error:
         return error.why
     changed = [one for one in found if os.path.lexists(place.path(one.file))]

@@ -178,7 +178,7 @@ def _verify(
             file.check_sums()
         found += [difference for name, file in matched.items() for difference in _compare_sums(name, file)]
     others = _other_files(manifest)
-    found += [d for name, digest in others.items() for d in _compare_copy(place.path(name), name, digest)]
+    found += [d for name, digest in others.items() for d in compare_copy(place.path(name), name, digest)]
     checked = Checked(
         tensors=len(manifest.receipts),
         files=len(produced.source.files) + len(others),
@@ -313,7 +313,7 @@ def _compare_sums(name: str, file: Source) -> list[Difference]:
     return []
 
 
-def _compare_copy(path: Path, name: str, digest: str) -> list[Difference]:
+def compare_copy(path: Path, name: str, digest: str) -> list[Difference]:
     """Compare a copied file with its digest."""
     content = blake3()
     try:

@@ -38,6 +38,8 @@ def count_values(source: Source, tensor: TensorSpec, bins: int) -> Histogram:
     if low == high:
         return Histogram((low, high), (finite,), left_out)
     edges = low * (1 - (steps := np.linspace(0.0, 1.0, bins + 1))) + high * steps
+    # Rounding may take a step back between values that are neighbours.
+    edges = np.clip(np.maximum.accumulate(edges), low, high)
     counts = np.zeros(bins, np.int64)
     for values in _finite(source, tensor):
         counts += np.histogram(values, edges)[0]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
 from noisytune_cli.manifest.average import read_any_manifest
-from noisytune_cli.manifest.previous import of_file
+from noisytune_cli.manifest.previous import begins_a_manifest, of_file
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX, manifest_beside
-from noisytune_cli.reading import is_there
+from noisytune_cli.reading import is_there, open_regular
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def manifest_of(path: str) -> Path:
     found = _named(path)
     if _is_folder(found):
         return require_manifest(found / MANIFEST)
-    if is_there(manifest_beside(found)) or found.suffix != ".json":
-        return require_manifest(_require_own(found))
-    return found
+    if not is_there(manifest_beside(found)) and (found.suffix == ".json" or _is_manifest(found)):
+        return found
+    return require_manifest(_require_own(found))
 
 
 def require_manifest(path: Path) -> Path:
@@ -104,6 +104,17 @@ def _require_own(file: Path) -> Path:
             next_step=f"Name the whole output: {file.parent}",
         )
     return beside
+
+
+def _is_manifest(file: Path) -> bool:
+    """Tell whether a file is a manifest by what it begins with: a recipe may have any name."""
+    fd = open_regular(file)
+    try:
+        return begins_a_manifest(os.read(fd, 4096))
+    except OSError as error:
+        raise unreadable(error, file) from error
+    finally:
+        os.close(fd)
 
 
 def _is_folder(path: Path) -> bool:

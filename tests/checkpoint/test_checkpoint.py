@@ -119,6 +119,23 @@ def test_a_folder_with_one_model(tmp_path: Path) -> None:
         assert opened.left_out == ()
 
 
+@pytest.mark.parametrize("name", ["sd.ckpt.safetensors", "step.ckpt-100.pt"])
+def test_weights_that_were_a_ckpt_are_not_taken_for_tensorflow(tmp_path: Path, name: str) -> None:
+    save(tmp_path / "m/model.safetensors", "a")
+    save(tmp_path / "m" / name, "b")
+    with open_checkpoint(str(tmp_path / "m"), weights=name) as opened:
+        assert names(opened) == [name]
+    for part in ("m.ckpt.meta", "m.ckpt-9.data-00000-of-00001", "m.ckpt-9"):
+        (tmp_path / "m" / part).write_bytes(b"x")
+    with open_checkpoint(str(tmp_path / "m"), weights="model.safetensors") as opened:
+        assert {n for n, why in opened.left_out if "TensorFlow" in why} == {
+            "m.ckpt.meta",
+            "m.ckpt-9.data-00000-of-00001",
+            "m.ckpt-9",
+        }
+        assert name in opened.others
+
+
 def test_what_is_left_out_is_named(tmp_path: Path) -> None:
     save(tmp_path / "model.safetensors", "a")
     save(tmp_path / "model.fp16.safetensors", "a")

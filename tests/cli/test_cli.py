@@ -254,6 +254,45 @@ def test_a_recipe_and_a_folder_are_kept_too(source: Path, tmp_path: Path) -> Non
     assert "the output exists" in error(5, *run)
 
 
+def test_what_was_made_of_other_files_is_not_kept(tmp_path: Path) -> None:
+    def put(name: str, seed: int) -> Path:
+        path = tmp_path / name / "model.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save(path, {"w": weights("F32", 8, 8, seed=seed)})
+        (path.parent / "config.json").write_text(json.dumps({"seed": seed}))
+        (path.parent / "notes.txt").write_text("x")
+        for file in path.parent.iterdir():
+            os.utime(file, (0, 0))  # older than any output, wherever it is moved to
+        return path.parent
+
+    folder, other, out = put("model", 1), put("other", 2), tmp_path / "out"
+    run = ("perturb", folder, "-o", out, "--card", "--skip-existing")
+    assert invoke(*run).exit_code == 0
+
+    def kept() -> bool:
+        result = invoke(*run)
+        assert result.exit_code in (0, 5), result.output
+        return "it is already what this would write" in result.stderr
+
+    assert kept()
+    (folder / "model.safetensors").chmod(0o600)  # changes when it was last changed, and nothing else
+    assert kept()
+    for name in ("model.safetensors", "config.json"):
+        mine = folder / name
+        mine.rename(tmp_path / "mine")
+        (other / name).rename(mine)
+        assert not kept()
+        (tmp_path / "mine").rename(mine)
+        assert kept()
+    card = (out / "README.md").read_bytes()
+    (out / "README.md").unlink()
+    assert not kept()
+    (out / "README.md").write_bytes(card)
+    assert kept()
+    (folder / "notes.txt").unlink()  # which the output has
+    assert not kept()
+
+
 def test_several_outputs_are_verified_and_all_faults_told(source: Path, tmp_path: Path) -> None:
     outs = [tmp_path / f"o{seed}" for seed in range(3)]
     assert invoke("perturb", source, "--seed", "0-2", "-o", tmp_path / "o{seed}").exit_code == 0

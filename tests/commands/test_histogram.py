@@ -47,6 +47,25 @@ def test_what_is_not_finite_is_left_out_and_a_constant_is_one_bin(tmp_path: Path
     assert sum(histogram(path, "wide").histogram.counts) == 2
 
 
+@pytest.mark.parametrize("ulps", [1, 2, 3, 4, 50])
+def test_values_that_are_neighbours_are_counted(tmp_path: Path, ulps: int) -> None:
+    low = 1.0
+    high = low + ulps * np.spacing(low)
+    path = save(tmp_path / "m.safetensors", {"w": numbers("F64", low, low, high)})
+    found = histogram(str(path), "w").histogram
+    assert (found.edges[0], found.edges[-1], sum(found.counts)) == (low, high, 3)
+    assert list(found.edges) == sorted(found.edges)
+
+
+def test_a_tensor_of_a_component_is_counted(tmp_path: Path) -> None:
+    save(tmp_path / "pipe/vae/model.safetensors", {"w": weights("F32", 9)})
+    (tmp_path / "pipe/model_index.json").write_text(json.dumps({"vae": ["diffusers", "X"]}))
+    shown = ("inspect", tmp_path / "pipe", "--component", "vae", "--histogram", "vae/w", "--json")
+    result = invoke(*shown)
+    assert result.exit_code == 0, result.output
+    assert sum(json.loads(result.stdout)["counts"]) == 9
+
+
 def test_formats_figures_and_names(tmp_path: Path) -> None:
     name = "\x1b[2J"
     path = save(tmp_path / "m.safetensors", {name: weights("F32", 500), "n": weights("F32", 2)})

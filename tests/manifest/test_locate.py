@@ -76,6 +76,16 @@ def test_a_recipe_alone_is_completed_where_it_lies(overwrite: bool, tmp_path: Pa
         replay(f"{out}.noisytune.json", str(out), base=str(base))
 
 
+def test_a_recipe_may_have_any_name(tmp_path: Path) -> None:
+    base, out = make(tmp_path, kind="file")
+    recipe = tmp_path / "rec-l0.15"
+    perturb(Request(str(base), NoiseSpec()), str(recipe), recipe_only=True)
+    replay(str(recipe), str(tmp_path / "again.safetensors"), base=str(base))
+    assert (tmp_path / "again.safetensors").stat().st_size == out.stat().st_size
+    with pytest.raises(InputUnreadable, match="no manifest"):
+        replay(str(base), str(tmp_path / "other.safetensors"), base=str(base))
+
+
 def test_a_recipe_outlives_a_replay_that_fails_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

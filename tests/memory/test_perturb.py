@@ -417,8 +417,14 @@ def test_a_record_shows_as_a_line_and_as_a_small_table() -> None:
     record = noisytune_cli.perturb_(model, seed=5)
     assert repr(record) == (
         "<Manifest of 'Sequential': tensors 82, perturbed 80, constant 2, λ 0.15, seed 5, "
-        "noise uniform, one std for each tensor>"
+        "noise uniform scaled with each tensor's std>"
     )
+    absolute = noisytune_cli.perturb_(nn.Linear(8, 8), sigma=0.01)
+    assert "σ 0.01, seed 0, noise gaussian of one std for all tensors" in repr(absolute)
+    mixed = noisytune_cli.perturb_(nn.Linear(8, 8), mix=[{"seed": s, "sigma": 0.01} for s in (3, 9)])
+    assert "seed 2 in a mixture, noise gaussian of one std" in repr(mixed)
+    shared = noisytune_cli.perturb_(nn.Linear(8, 8), scope="global")
+    assert "scaled with one std for all tensors" in repr(shared)
     html = replace(record, source=SourceRecord("<b>", None, ()))._repr_html_()
     assert html.startswith("<table><caption>&lt;b&gt;</caption><tr><th>tensors</th><td>82</td></tr>")
     assert len(html) < 500
