@@ -10,7 +10,7 @@ import pytest
 
 from noisytune_cli.checkpoint.config import Hyperparameters
 from noisytune_cli.checkpoint.formats.torch.globals import DType, StoredTensor
-from noisytune_cli.checkpoint.formats.torch.state_dict import read_content
+from noisytune_cli.checkpoint.formats.torch.state_dict import sort_content
 from noisytune_cli.plan.evidence.buffers import find_buffers
 from noisytune_cli.plan.evidence.told import tell
 from noisytune_cli.plan.families import known_parts
@@ -47,7 +47,7 @@ def test_a_long_name_is_looked_at_once(unit: str) -> None:
     by_name = {tensor.name: tensor for tensor in tensors}
     assert {known_parts(tensor, by_name, Hyperparameters({})) for tensor in tensors} == {()}
     stored = StoredTensor("0", DType("F32", 4), 0, (2, 2), (2, 1))
-    kept = read_content({name: {name: stored} for name in by_name}, StoredTensor)
+    kept = sort_content({name: {name: stored} for name in by_name}, StoredTensor)
     assert len(kept.weights) + len(kept.beside) == len(names)
 
 

@@ -28,7 +28,7 @@ from noisytune_cli.checkpoint.formats.safetensors.header import PREFIX, HeaderFa
 from noisytune_cli.checkpoint.formats.torch.archive import read_legacy, read_zip
 from noisytune_cli.checkpoint.formats.torch.globals import StoredTensor
 from noisytune_cli.checkpoint.formats.torch.pickle import MAX_OPCODES
-from noisytune_cli.checkpoint.formats.torch.state_dict import declared_by, read_content
+from noisytune_cli.checkpoint.formats.torch.state_dict import declared_by, sort_content
 from noisytune_cli.checkpoint.formats.torch.values import PickleFault
 from noisytune_cli.checkpoint.formats.torch.zip import ZipFault, read_records
 from noisytune_cli.checkpoint.index import read_index
@@ -124,7 +124,7 @@ def archive(content: bytes, folder: Path) -> None:
     read = read_zip if content.startswith(b"PK") else read_legacy
     try:
         found = read(_range(content), len(content))
-        weights = read_content(found.root, StoredTensor).weights
+        weights = sort_content(found.root, StoredTensor).weights
         declared_by(found.root, weights)
     except PickleFault as fault:
         raise _refused(fault.why) from fault

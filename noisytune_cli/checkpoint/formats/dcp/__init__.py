@@ -32,7 +32,7 @@ from noisytune_cli.checkpoint.formats.dcp.metadata import Chunk, ChunkedTensor, 
 from noisytune_cli.checkpoint.formats.dcp.rectangles import Rectangle, check_tiles, move_run
 from noisytune_cli.checkpoint.formats.torch.globals import DType
 from noisytune_cli.checkpoint.formats.torch.pickle import MAX_BYTES, MAX_OPCODES
-from noisytune_cli.checkpoint.formats.torch.state_dict import declared_by, read_content
+from noisytune_cli.checkpoint.formats.torch.state_dict import declared_by, sort_content
 from noisytune_cli.checkpoint.formats.torch.storages import StoredSink
 from noisytune_cli.checkpoint.formats.torch.values import PickleFault
 from noisytune_cli.checkpoint.layout import CHUNKS_SUFFIX
@@ -61,7 +61,7 @@ class DcpSource:
             self._content = bytearray(metadata.size)
             metadata.read_into(0, memoryview(self._content))
             saved = read_metadata(bytes(self._content), MAX_OPCODES * times)
-            content = read_content(saved.root, ChunkedTensor)
+            content = sort_content(saved.root, ChunkedTensor)
             found = content.weights
             weights = {weight.name: weight.tensor for weight in found}
             for name, tensor in weights.items():

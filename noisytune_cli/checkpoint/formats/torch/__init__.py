@@ -15,7 +15,7 @@ from noisytune_cli.checkpoint.formats._signatures import recognise as recognise_
 from noisytune_cli.checkpoint.formats.torch import zip as _zip
 from noisytune_cli.checkpoint.formats.torch.archive import Archive, read_legacy, read_zip
 from noisytune_cli.checkpoint.formats.torch.globals import StoredTensor
-from noisytune_cli.checkpoint.formats.torch.state_dict import declared_by, read_content
+from noisytune_cli.checkpoint.formats.torch.state_dict import declared_by, sort_content
 from noisytune_cli.checkpoint.formats.torch.storages import StoredSource
 from noisytune_cli.checkpoint.formats.torch.values import PickleFault
 from noisytune_cli.errors import InputInvalid
@@ -40,7 +40,7 @@ class TorchSource(StoredSource):
 
     def _find(self) -> tuple[Archive, list[tuple[str, StoredTensor]]]:
         archive = self._read_archive()
-        content = read_content(archive.root, StoredTensor)
+        content = sort_content(archive.root, StoredTensor)
         self.beside = content.beside
         self.warnings = content.warnings(self.name)
         self.declared = declared_by(archive.root, content.weights)

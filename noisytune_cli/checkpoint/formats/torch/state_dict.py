@@ -95,7 +95,7 @@ class Weight(Generic[_Leaf]):
 
 
 @dataclass(frozen=True)
-class Content(Generic[_Leaf]):
+class Unpickled(Generic[_Leaf]):
     """What was unpickled: the weights in its order, and the paths, joined by dots, below which there is none.
 
     `unclear` are those of the latter that hold matrices and are no training state.
@@ -115,7 +115,7 @@ class Content(Generic[_Leaf]):
         )
 
 
-def read_content(root: object, leaf: type[_Leaf]) -> Content[_Leaf]:
+def sort_content(root: object, leaf: type[_Leaf]) -> Unpickled[_Leaf]:
     """Return what was unpickled, sorted; raises PickleFault. `leaf` is what tensors are there."""
     if isinstance(root, leaf):
         raise NoStateDict("it holds one tensor without a name, not a state dict", _NOT_A_STATE_DICT)
@@ -141,7 +141,7 @@ def read_content(root: object, leaf: type[_Leaf]) -> Content[_Leaf]:
     weights = [
         Weight(name, item.path, _telling(item), item.tensor) for name, item in zip(names, found, strict=True)
     ]
-    return Content(weights, *search.rest(root, {id(item.tensor) for item in found}))
+    return Unpickled(weights, *search.rest(root, {id(item.tensor) for item in found}))
 
 
 def _telling(found: _Found[_Leaf]) -> str:
