@@ -160,7 +160,7 @@ def declared_by(root: object, weights: Sequence[Weight[_Leaf]]) -> Declared:
 
     What lies in a dictionary of a loss's own is its state, as DINO's centre is.
     """
-    assert type(root) is dict  # or `find_weights` had refused it
+    assert type(root) is dict  # or `sort_content` had refused it
     names = {weight.name for weight in weights}
 
     def known(value: object) -> frozenset[str]:
