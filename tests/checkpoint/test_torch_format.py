@@ -20,6 +20,7 @@ from noisytune_cli.checkpoint import formats
 from noisytune_cli.checkpoint.formats.torch import TorchSource, open_source
 from noisytune_cli.checkpoint.formats.torch import storages as _storages
 from noisytune_cli.checkpoint.formats.torch.globals import DType, StoredTensor
+from noisytune_cli.checkpoint.formats.torch.state_dict import sort_content
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid
@@ -369,6 +370,18 @@ def test_matrices_that_are_no_weights_are_told_of(tmp_path: Path) -> None:
         "m.pt: the matrices in heads, ema.shadow, loose, … are in no state dict of a model"
     )
     assert {"heads", "ema", "loose", "…", "optim_g"} <= set(source.beside)
+
+
+def test_training_state_that_leads_back_ends() -> None:
+    root: dict[object, object] = {"model": {"w": StoredTensor("0", DType("F32", 4), 0, (2, 2), (2, 1))}}
+    root["optimizer"] = root
+    root[7] = root
+    found = sort_content(root, StoredTensor)
+    assert ([w.name for w in found.weights], found.beside, found.unclear) == (
+        ["w"],
+        ("optimizer", "…"),
+        ("…",),
+    )
 
 
 def test_training_state_is_known_by_a_part_of_its_key(tmp_path: Path) -> None:

@@ -186,7 +186,8 @@ class _Search(Generic[_Leaf]):
         self._leaf = leaf
         self._left = _MAX_ITEMS
         self._characters = _MAX_CHARACTERS
-        self._entered: set[int] = set()
+        #: Which entries of which dictionaries were followed.
+        self._followed: set[tuple[int, str]] = set()
 
     def walk(
         self, mapping: Mapping[object, object], path: tuple[str, ...], above: frozenset[int]
@@ -198,13 +199,13 @@ class _Search(Generic[_Leaf]):
         self._characters -= sum(len(key) for key in mapping if type(key) is str)
         if self._characters < 0:
             raise PickleFault("its tensors' names are too long")
-        self._entered.add(id(mapping))
         above |= {id(mapping)}
         below = {
             key: list(self.walk(value, (*path, key), above))
             for key, value in mapping.items()
             if type(key) is str and type(value) is dict and not self._is_training_state(key, value)
         }
+        self._followed.update((id(mapping), key) for key in below)
         in_training = any(found and _MODELS.fullmatch(key) for key, found in below.items())
         for key, value in mapping.items():
             if type(key) is not str:
@@ -219,7 +220,7 @@ class _Search(Generic[_Leaf]):
         unclear: list[str] = []
 
         def look(mapping: Mapping[object, object], path: tuple[str, ...]) -> tuple[bool, list[str]]:
-            # It goes where the walk went, which has an end.
+            # It goes where the walk went, which has an end; another entry may lead back to above.
             found = False
             rest: list[str] = []
             for key, value in mapping.items():
@@ -228,7 +229,7 @@ class _Search(Generic[_Leaf]):
                     continue
                 here = (*path, key[:_LONGEST_SHOWN] if type(key) is str else "…")
                 below: tuple[bool, list[str]] = False, []
-                if type(value) is dict and id(value) in self._entered:
+                if type(value) is dict and (id(mapping), key) in self._followed:
                     below = look(value, here)
                 elif not _is_of_training(key, value) and self._holds_matrix(value):
                     unclear.append(".".join(here))
