@@ -38,7 +38,7 @@ def detect(
         str | None,
         typer.Option(
             metavar="N[-M][,…]",
-            help="The seeds to look for. [default: the manifest's]",
+            help="The seeds to look for. [default: those of --manifest]",
             rich_help_panel=NOISE,
         ),
     ] = None,

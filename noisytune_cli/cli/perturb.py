@@ -372,7 +372,7 @@ def _check_running(
         raise UsageError(
             "--share-bytes" if address is None else "--address",
             why="it is for a run in shares",
-            next_step="Add --engine local or --engine ray",
+            next_step="Add --engine local or --engine ray" if address is None else "Add --engine ray",
         )
 
 

@@ -4,6 +4,7 @@
 
 import inspect
 import json
+import shlex
 from typing import Any
 
 from noisytune_cli.cli.perturb import ask, perturb
@@ -51,7 +52,8 @@ def plan(**given: Any) -> None:
         show.write_out(f"{shares}\n")
     if not quiet:
         what = "the same job was planned before" if planned.joined else "planned"
-        show.note(f"{what}; outputs: {len(job.outputs)}, shares: {shares}; next: noisytune work OUT")
+        then = f"noisytune work {shlex.quote(out)}"
+        show.note(f"{what}; outputs: {len(job.outputs)}, shares: {shares}; next: {then}")
 
 
 _parameters = [

@@ -80,7 +80,9 @@ def show_perturbed(results: Sequence[Perturbed], *, as_json: bool, quiet: bool, 
         took = f" in {seconds:.1f} s" if len(results) == 1 and not result.skipped else ""
         note(f"{_summary(result)}{took}")
     if len(results) > 1:
-        note(f"{len(results)} outputs in {seconds:.1f} s")
+        kept = sum(result.skipped for result in results)
+        said = f"{len(results)} outputs" + (f", {kept} of them kept," if kept else "")
+        note(f"{said} in {seconds:.1f} s")
     if not results[0].recipe:  # one source, so they all lack the same
         note_left_out(results[0].manifest.left_out)
 

@@ -27,7 +27,7 @@ from noisytune_cli.commands.work import (
     stamp_of,
 )
 from noisytune_cli.engine.threads import Progress
-from noisytune_cli.errors import InputInvalid, InputUnreadable, NoisytuneError
+from noisytune_cli.errors import InputInvalid, InputUnreadable, NoisytuneError, OutputUnsafe
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.job import Job
 from noisytune_cli.manifest.read import RecordedManifest, read_manifest
@@ -298,7 +298,11 @@ def _check_places(
     """
     replaces = job.overwrite or job.overwrite_changed
     for output in (one for one in outputs if not isinstance(one, Address)):
-        (check_recipe if job.recipe_only else check_output)(output, source, overwrite=replaces)
+        try:
+            (check_recipe if job.recipe_only else check_output)(output, source, overwrite=replaces)
+        except OutputUnsafe as error:
+            step = "Move it away, and finish again: the shares that are done are kept"
+            raise OutputUnsafe(error.what, path=error.path, why=error.why, next_step=step) from error
     check_distinct(outputs)
     seen = require_unchanged(outputs, insists=job.overwrite_changed, threads=threads, progress=progress)
     check_descriptors(len(source.weight_files))

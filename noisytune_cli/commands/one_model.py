@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from noisytune_cli.checkpoint.adapter import adapter_config, factors_in
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
-from noisytune_cli.checkpoint.layout import stem_of
+from noisytune_cli.checkpoint.config import ADAPTER_CONFIG
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import enumerate_some, escape, list_some
@@ -21,21 +22,7 @@ from noisytune_cli.plan.evidence.told import tell_checkpoint
 from noisytune_cli.plan.plans import plan_checkpoint
 from noisytune_cli.plan.settle import look_at_values
 from noisytune_cli.plan.ties import find_ties
-from noisytune_cli.reading import read_json
 from noisytune_cli.records import NoiseSpec, TensorSpec
-
-_ADAPTER, _ADAPTER_CONFIG = "adapter_model", "adapter_config.json"
-
-#: peft's methods whose tensors add to the model, or multiply it, one by one: these have a mean.
-_WITHOUT_FACTORS = frozenset(
-    ("ADAPTION_PROMPT", "CPT", "IA3", "LN_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
-) | {"PROMPT_TUNING", "TRAINABLE_TOKENS"}
-
-#: What names of factors have in them, in peft, diffusers, LyCORIS and their kin.
-_FACTOR = re.compile(
-    r"(?:^|[._])(?:lora|loha|hada|lokr|dora|vera|adalora|randlora|glora|oft|boft|hra|fourierft)(?:[._]|$)",
-    re.IGNORECASE,
-)
 
 #: Fields of a config that say where it came from, or how to train: whatever they are, the model is the same.
 _OF_NO_ACCOUNT = re.compile(
@@ -44,7 +31,7 @@ _OF_NO_ACCOUNT = re.compile(
     r"|finetuning_task|base_model_name_or_path|inference_mode"
 )
 
-_MAX_CONFIG, _MAX_SHOWN = 16 << 20, 60
+_MAX_SHOWN = 60
 
 #: Why a buffer is one that a model estimates on data, whatever its framework calls it.
 _STATISTICS = re.compile(
@@ -93,11 +80,9 @@ def _tied_to(tensor: TensorSpec, having: Checkpoint, lacking: Mapping[str, Tenso
 
 def refuse_adapter(checkpoint: Checkpoint, path: str) -> None:
     """Raise InputInvalid if the tensors are an adapter's factors, which have no mean."""
-    factor = next((tensor.name for tensor in checkpoint.tensors if _FACTOR.search(tensor.name)), None)
-    config = _adapter_config(checkpoint)
-    kind = str(config.get("peft_type", "")) if config else ""
-    if factor is None and (not kind or kind in _WITHOUT_FACTORS):
+    if (found := factors_in(checkpoint, (tensor.name for tensor in checkpoint.tensors))) is None:
         return
+    factor, kind = found
     raise InputInvalid(
         "cannot average adapters",
         path=path,
@@ -108,26 +93,13 @@ def refuse_adapter(checkpoint: Checkpoint, path: str) -> None:
     )
 
 
-def _adapter_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-    """Return the adapter's config where the weights are an adapter's, None elsewhere."""
-    main = checkpoint.sources[0]
-    path = main.path.with_name(_ADAPTER_CONFIG)
-    if stem_of(main.name) != _ADAPTER or not path.is_file():
-        return None
-    try:
-        config = read_json(path, _MAX_CONFIG, checkpoint.reach)
-    except InputInvalid:
-        return None
-    return config if isinstance(config, dict) else None
-
-
 def check_same_config(first: Checkpoint, first_name: str, other: Checkpoint, name: str) -> None:
     """Raise InputInvalid where the configs make other models of the same tensors; it names the fields."""
     folders = first.configs.keys() & other.configs.keys()
     for ours, theirs, file in (
         (first.config, other.config, "config.json"),
         *((first.configs[at], other.configs[at], f"{at}/config.json") for at in sorted(folders)),
-        (_adapter_config(first), _adapter_config(other), _ADAPTER_CONFIG),
+        (adapter_config(first), adapter_config(other), ADAPTER_CONFIG),
     ):
         if ours is None or theirs is None:
             continue

@@ -12,6 +12,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from noisytune_cli.checkpoint.adapter import factors_in
 from noisytune_cli.checkpoint.address import Address, Place
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.commands.replaced import check_before_download, find_made, require_unchanged
@@ -20,7 +21,7 @@ from noisytune_cli.commands.result import Result
 from noisytune_cli.commands.write import complete, fill, record_source
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
-from noisytune_cli.escape import enumerate_some
+from noisytune_cli.escape import enumerate_some, escape
 from noisytune_cli.manifest.write import pieces, to_json
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.output.commits import all_staged, commit_all, publication_at
@@ -114,8 +115,9 @@ class Prepared:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the user should know before a weight is read."""
-        doubts = warning_of(together(self.plans))
-        return (*self.source.warnings, *self.claims, *doubts, *_too_strong(self.plans))
+        plan = together(self.plans)
+        doubts, adapters = warning_of(plan), _of_an_adapter(self.source, plan)
+        return (*self.source.warnings, *self.claims, *adapters, *doubts, *_too_strong(self.plans))
 
     def settled(self) -> Prepared:
         """Return it with all settled that takes reading; a buffer keeps its dtype."""
@@ -447,6 +449,19 @@ def read_claims(request: Request, source: Checkpoint) -> tuple[Card | None, tupl
     return (read_card(source), ()) if request.card else (None, tuple(claims_of(source)))
 
 
+def _of_an_adapter(source: Checkpoint, plan: Plan) -> list[str]:
+    """Warn of an adapter's factors: the noise of the method is on the weights that they are added to."""
+    noisy = (step.tensor.name for step in plan.steps if step.action == "perturb")
+    if (found := factors_in(source, noisy)) is None:
+        return []
+    factor, kind = found
+    which, name = f" ({escape(kind)})" if kind else "", escape(factor or source.sources[0].name)
+    return [
+        f"{name} is of an adapter{which}, whose factors get noise of their own: the method's is on its base, "
+        "before the adapter is made"
+    ]
+
+
 def _too_strong(plans: Sequence[Plan]) -> list[str]:
     """Warn of noise that is larger than what it is added to: most often λ was meant as a percentage."""
     noises = [plan.noise for plan in plans if plan.noise.needs_std]
@@ -468,7 +483,7 @@ def warnings_of(receipts: tuple[Receipt, ...]) -> list[str]:
     warnings = []
     if broken:
         warnings.append(
-            f"{enumerate_some(broken, 3)}: left without noise, because they hold NaN or infinite values"
+            f"{enumerate_some(broken, 3)}: left without noise, because of values that are NaN or infinite"
         )
     if sparse:
         names = enumerate_some([step.tensor.name for step in sparse], 3)

@@ -127,4 +127,11 @@ def _listed(option: str, given: Any) -> list[Any]:
 
 
 def _scores(found: Any) -> dict[str, Any]:
+    """Return the scores of one evaluation; UsageError for none, as of a function that forgot its return."""
+    if found is None:
+        raise UsageError(
+            "evaluate",
+            why="it returned None",
+            next_step="Let it return a number, or a dictionary of several",
+        )
     return dict(found) if isinstance(found, Mapping) else {"score": found}

@@ -29,6 +29,7 @@ from blake3 import blake3
 
 from noisytune_cli.checkpoint.address import Place
 from noisytune_cli.checkpoint.formats._file import output_mode
+from noisytune_cli.checkpoint.layout import WEIGHTS_SUFFIXES
 from noisytune_cli.errors import NOTHING_PUBLISHED, OutputUnsafe, ResourceExhausted, unreadable, unwritable
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
@@ -255,6 +256,8 @@ class Publication:
         if not (self._directory or self.is_recipe or self.output.suffix):
             name = escape(self.output.name)
             left.append(f"{name} has no extension, by which programs tell formats: name it like its source")
+        if self._directory and self.output.name.endswith(WEIGHTS_SUFFIXES):
+            left.append(f"{escape(self.output.name)} is a folder, as the source is, though named like a file")
         return tuple(left)
 
     def _require_seen(self, path: Path, seen: Look | None) -> None:

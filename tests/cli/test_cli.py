@@ -195,6 +195,43 @@ def test_a_dry_run_tells_the_room_and_fails_where_the_run_would(
     assert "not enough space" in error(6, "perturb", source, "--dry-run", *several)
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_noise_on_an_adapter_is_warned_of(adapter: bool, tmp_path: Path) -> None:
+    names = ["a.lora_A.weight", "a.lora_B.weight"] if adapter else ["a.weight", "b.weight"]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    save(folder / "adapter_model.safetensors", {name: weights("F32", 8, 8) for name in names})
+    if adapter:
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    for run in (("-o", tmp_path / "out"), ("--dry-run",)):
+        result = invoke("perturb", folder, *run)
+        assert result.exit_code == 0, result.output
+        assert ("a.lora_A.weight is of an adapter (LORA)" in result.stderr) == adapter
+    save(folder / "adapter_model.safetensors", {name: weights("F32", 8, 8) for name in ("w", "lora_A.w")})
+    (folder / "adapter_config.json").unlink(missing_ok=True)
+    asked = ("perturb", folder, "--dry-run")
+    assert "lora_A.w is of an adapter, whose" in invoke(*asked).stderr
+    assert "adapter" not in invoke(*asked, "--exclude", "lora_*").stderr
+
+
+def test_a_folder_that_is_named_like_a_file_is_warned_of(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    source.rename(folder / "model.safetensors")
+    result = invoke("perturb", folder, "-o", tmp_path / "x.safetensors")
+    assert (tmp_path / "x.safetensors/model.safetensors").is_file()
+    assert "warning: x.safetensors is a folder, as the source is, though named like a file" in result.stderr
+
+
+def test_a_file_that_holds_no_weights_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "m.safetensors").write_text('{"error": "not found"}')
+    assert "Give the file with the weights, or the folder" in error(
+        3, "perturb", tmp_path / "config.json", "-o", "x"
+    )
+    assert "Download the file again" in error(3, "perturb", tmp_path / "m.safetensors", "-o", "x")
+
+
 def test_an_output_that_is_there_already_is_kept(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out-{seed}.safetensors"
     first = tmp_path / "out-1.safetensors"
@@ -207,6 +244,7 @@ def test_an_output_that_is_there_already_is_kept(source: Path, tmp_path: Path) -
     assert [document["skipped"] for document in documents] == [False, True, False]
     assert [document["noise"]["seed"] for document in documents] == ["0", "1", "2"]
     assert f"kept {first}: it is already what this would write" in result.stderr
+    assert "3 outputs, 1 of them kept, in " in result.stderr
     assert (first.stat().st_ino, first.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     again = invoke(*run, "--seed", "0-2")
     assert [json.loads(line)["skipped"] for line in again.stdout.splitlines()] == [True] * 3
@@ -402,7 +440,7 @@ def test_names_are_printed_escaped(tmp_path: Path) -> None:
         (["perturb", "{}", "--dry-run", "--device", "abacus"], "abacus"),
         (["perturb", "{}", "--dry-run", "--device", ""], "names none"),
         (["perturb", "{}", "--dry-run", "--engine", "steam"], "no such engine"),
-        (["perturb", "{}", "--dry-run", "--address", "h:1"], "--engine local"),
+        (["perturb", "{}", "--dry-run", "--address", "h:1"], "--engine ray"),
         (["perturb", "{}", "--dry-run", "--share-bytes", "1K"], "--engine local"),
         (["perturb", "{}", "--dry-run", "--engine", "local", "--skip-existing"], "--skip-existing"),
         (["inspect", "{}", "--headers-only", "--percentiles", "50"], "--percentiles"),

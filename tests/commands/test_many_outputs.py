@@ -255,7 +255,7 @@ def test_says_that_what_is_not_finite_has_no_noise(dtype: str | None, tmp_path: 
     request = Request(str(file(tmp_path)), NoiseSpec(), conversion)
     done = perturb(request, str(tmp_path / "out.safetensors"))
     assert done.warnings == (
-        "transformer.ln_f.bias: left without noise, because they hold NaN or infinite values",
+        "transformer.ln_f.bias: left without noise, because of values that are NaN or infinite",
     )
 
 

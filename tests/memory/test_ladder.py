@@ -76,6 +76,13 @@ def test_what_is_no_ladder_is_refused(options: dict[str, Any]) -> None:
         noisytune_cli.ladder(model(), distance, **options)
 
 
+def test_an_evaluation_that_returns_nothing_is_told_at_once() -> None:
+    calls: list[object] = []
+    with pytest.raises(UsageError, match="returned None"):
+        noisytune_cli.ladder(model(), calls.append, sigma=[0.1])
+    assert len(calls) == 1
+
+
 def test_a_figure(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = noisytune_cli.ladder(

@@ -23,7 +23,7 @@ _TORCH = ("sys_info", "pickle", "storages", "tensors")
 #: What is taken for a text has so many characters, and so many are quoted.
 _LEAST_TEXT, _QUOTED = 4, 40
 
-_FETCH = "Download the file again and check that it is not an error or login page"
+FETCH = "Download the file again and check that it is not an error or login page"
 _PULL = "Run git lfs pull to fetch the weights"
 _XET = "Fetch the file that it points to, with git xet or from the hub"
 _CONVERT = "Convert it to safetensors first, or name the checkpoint's .safetensors file"
@@ -32,8 +32,8 @@ _UNPACK = "Unpack it with tar xf, and give the weights in it"
 
 _SIGNATURES = (
     (rb"version https://git-lfs\.github\.com/spec/", "a git-LFS pointer", _PULL),
-    (rb"(?i)\s*<(!doctype\s+html|html|head)\b", "an HTML page", _FETCH),
-    (rb"\s*<\?xml\b", "an XML document", _FETCH),
+    (rb"(?i)\s*<(!doctype\s+html|html|head)\b", "an HTML page", FETCH),
+    (rb"\s*<\?xml\b", "an XML document", FETCH),
     (rb"# xet version ", "a git-xet pointer", _XET),
     (rb"(?s)PK\x03\x04.{26}[^/\0]{1,200}\.npy", NUMPY_ARCHIVE, _CONVERT),
     (rb"PK\x03\x04", "a ZIP archive (as torch.save writes)", _CONVERT),
@@ -43,8 +43,8 @@ _SIGNATURES = (
     (rb"\x93NUMPY", "a NumPy array", _CONVERT),
     (rb"\x1f\x8b", "a gzip archive", "Unpack it with gunzip first"),
     (rb"\x28\xb5\x2f\xfd", "a Zstandard archive", "Unpack it with unzstd first"),
-    (rb"\s*\{\s*\"", "a JSON document", _FETCH),
-    (rb"\0{64}", "zeros, as a download that was cut short leaves", _FETCH),
+    (rb"\s*\{\s*\"", "a JSON document", FETCH),
+    (rb"\0{64}", "zeros, as a download that was cut short leaves", FETCH),
 )
 
 
@@ -77,4 +77,4 @@ def _text(head: bytes) -> tuple[str, str] | None:
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
     if len(line) < _LEAST_TEXT or not all(c.isprintable() or c.isspace() for c in text):
         return None
-    return f'text that begins with "{line[:_QUOTED]}"', _FETCH
+    return f'text that begins with "{line[:_QUOTED]}"', FETCH
