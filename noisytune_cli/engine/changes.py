@@ -130,12 +130,17 @@ class Change:
         if abs(together) > _ERRORS * math.sqrt(spread / n) * math.sqrt(self.squares):
             return None
         kurtosis = n * self.fourths / self.squares / self.squares
+        fitting: dict[str, float] = {}
         for distribution, (expected, variance) in _KURTOSIS.items():
-            if abs(kurtosis - expected) < _ROUNDED + _ERRORS * math.sqrt(variance / n):
-                lam = math.sqrt(12.0 * self.squares / spread)
-                error = lam * _INTERVAL * math.sqrt((expected - 1.0) / (4 * n))
-                return Likeness(distribution, lam, lam - error, lam + error, math.sqrt(self.squares / n))
-        return None
+            away, error = abs(kurtosis - expected), math.sqrt(variance / n)
+            if away < _ROUNDED + _ERRORS * error:
+                fitting[distribution] = -((away / error) ** 2) / 2 - math.log(error)  # the log-likelihood
+        if not fitting:
+            return None
+        likeliest = max(fitting, key=lambda distribution: fitting[distribution])
+        lam = math.sqrt(12.0 * self.squares / spread)
+        error = lam * _INTERVAL * math.sqrt((_KURTOSIS[likeliest][0] - 1.0) / (4 * n))
+        return Likeness(likeliest, lam, lam - error, lam + error, math.sqrt(self.squares / n))
 
     def _known(self, value: float | None) -> float | None:
         """Return a number that is one, of values of which all are finite."""

@@ -182,7 +182,7 @@ def test_a_mixture_of_sigma_is_told_so(tmp_path: Path) -> None:
     found = compare(str(source), str(tmp_path / "out.safetensors"))
     assert found.b.provenance is not None
     facts = dict(found.b.provenance.facts)
-    assert (facts["σ"], facts["seed"], facts["weights kept"]) == ("0.5", "2 of a mixture", "0.5")
+    assert (facts["σ"], facts["seed"], facts["weights kept"]) == ("0.5", "2 in a mixture", "0.5")
     assert "λ" not in facts
 
 

@@ -116,6 +116,18 @@ def test_lambda_is_in_its_interval_in_95_of_100(tmp_path: Path, distribution: st
     assert 90 <= inside <= 99
 
 
+@pytest.mark.parametrize("distribution", ["uniform", "gaussian"])
+def test_of_few_values_the_likelier_distribution_is_told(tmp_path: Path, distribution: str) -> None:
+    rng = np.random.default_rng(1)
+    wrong = 0
+    for _ in range(100):
+        base = rng.standard_normal((8, 8))
+        noise = rng.random((8, 8)) - 0.5 if distribution == "uniform" else rng.standard_normal((8, 8))
+        found = change(tmp_path, *(Tensor("F32", x.astype("<f4")) for x in (base, base + 0.1 * noise))).noise
+        wrong += found is not None and found.distribution != distribution
+    assert wrong <= 8  # some 2.5 are to be expected; of Gaussian noise it was once a quarter
+
+
 def test_other_changes_look_like_no_noise(tmp_path: Path) -> None:
     base = weights("F32", 4000, seed=6)
     drawn = np.random.default_rng(0)
