@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ os.environ["COLUMNS"] = "100"
 os.environ["NO_COLOR"] = "1"
 
 import long_runs
+import studies
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -135,11 +136,30 @@ def _kind(schema: Any, root: Any) -> str:
     return " or ".join([kinds] if isinstance(kinds, str) else kinds)
 
 
+def _long_runs(page: str, names: Mapping[str, str]) -> str:
+    records = long_runs.read([long_runs.JOURNAL])
+    return _filled(page, {long_runs.JOURNAL.name: long_runs.table(records, names)})
+
+
+def _filled(page: str, tables: Mapping[str, str]) -> str:
+    """Return a page with today's tables between the marks that name their source."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for source, table in tables.items():
+        begin, end = f"<!-- made by `make docs` from {source} -->\n", "<!-- end -->\n"
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise SystemExit(f"{page} has no place for the table of {source}")
+        text = f"{before}{begin}\n{table}\n{end}{after}"
+    return text
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "cli.md": reference,
     "json.md": json_reference,
-    "reliability.md": lambda: long_runs.shown("reliability.md", long_runs.RELIABILITY),
-    "security.md": lambda: long_runs.shown("security.md", long_runs.SECURITY),
+    "reliability.md": lambda: _long_runs("reliability.md", long_runs.RELIABILITY),
+    "security.md": lambda: _long_runs("security.md", long_runs.SECURITY),
+    "results.md": lambda: _filled("results.md", studies.tables()),
 }
 
 

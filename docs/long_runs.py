@@ -63,8 +63,6 @@ SECURITY = {
     **{f"fuzz quick-{key}": f"{name}, in memory" for key, name in _QUICK.items()},
 }
 
-_BEGIN, _END = "<!-- made by `make docs` from long-runs.jsonl -->\n", "<!-- end -->\n"
-
 
 def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """Return the lines of journals; a last one that was cut off is none."""
@@ -92,14 +90,6 @@ def table(records: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str
         when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
         rows.append(f"| {name} | {count:,} | {hit} | {broken:,} | {hours:.2f} | {when} |")
     return "\n".join(rows) + "\n"
-
-
-def shown(page: str, names: Mapping[str, str]) -> str:
-    """Return a page with its table of today's journal."""
-    text = (DOCS / page).read_text(encoding="utf-8")
-    before, _, rest = text.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    return f"{before}{_BEGIN}\n{table(read([JOURNAL]), names)}\n{_END}{after}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,206 @@
+"""Tables and figures of docs/results.md, from the journals of the published studies (docs/studies).
+
+python docs/studies.py              draw the figures; the tables are made by `make docs`
+python docs/studies.py --take OUT   take over the journals that lie in OUT, as `make study` leaves them
+
+A journal is a study's folder as `noisytune study` keeps it, without what is made from it and without the
+labels of the dev rows, which are GLUE's: whoever goes on with a copy of the folder has them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from noisytune_cli.study.report import wording
+from noisytune_cli.study.report.markdown import table
+from noisytune_cli.study.report.plots import PLOTS, over_tasks
+from noisytune_cli.study.report.results import Results, judge, summarise
+from noisytune_cli.study.report.statistics import moments
+from noisytune_cli.study.report.tasks import summarise_tasks
+from noisytune_cli.study.report.write import draw
+
+DOCS = Path(__file__).parent
+STUDIES = DOCS / "studies"
+
+#: GLUE's order, as far as it has been run.
+TASKS = ("cola", "sst2", "mrpc", "stsb", "rte", "wnli")
+NAMES = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "rte": "RTE", "wnli": "WNLI"}
+
+PAIR = ("plain", "noisytune")
+SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
+COMBINED = ("mixout", "noisytune+mixout", "recadam", "noisytune+recadam")
+
+
+def take(out: Path) -> None:
+    """Copy every journal below a folder to its place here."""
+    for found in sorted(out.rglob("study.json")):
+        if not found.with_name("runs.jsonl").stat().st_size:
+            continue
+        place = STUDIES / found.parent.relative_to(out)
+        place.mkdir(parents=True, exist_ok=True)
+        study = {key: value for key, value in json.loads(found.read_bytes()).items() if key != "dev_labels"}
+        # The package that brings MiniLM has it in a folder of this name.
+        if study["model"]["id"] == "model":
+            study["model"]["id"] = "all-MiniLM-L6-v2"
+        (place / "study.json").write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
+        shutil.copyfile(found.with_name("runs.jsonl"), place / "runs.jsonl")
+
+
+def results(
+    folder: str, *methods: str, shares: Sequence[float] = (1.0,), every_kind: bool = False
+) -> dict[str, Any]:
+    """Return a study's results as if it were of these methods and shares alone.
+
+    noisytune's λ is 0.15, and its noise uniform with a std for each matrix, or of `every_kind`.
+    """
+    study = json.loads((STUDIES / folder / "study.json").read_bytes())
+    lines = (STUDIES / folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    usual = {(None, None), ("uniform", "matrix")}
+    runs = [
+        run
+        for run in map(json.loads, lines)
+        if run["method"] in methods
+        and run["share"] in shares
+        and run["lambda"] in (None, 0.15)
+        and (every_kind or (run["noise"], run["scope"]) in usual)
+    ]
+    return summarise({**study, "design": runs}, runs)
+
+
+def pairs(model: str = "") -> list[dict[str, Any]]:
+    """Return the results of plain and noisytune on each task, of the model whose name has this in it."""
+    places = [f"{folder}{task}" for folder in ("pairs/", "mpnet-") for task in TASKS]
+    found = [results(place, *PAIR) for place in places if (STUDIES / place).is_dir()]
+    return [one for one in found if model in one["study"]["model"]["id"]]
+
+
+def tables() -> dict[str, str]:
+    """Return the page's tables by the names that its marks have."""
+    made: dict[str, Callable[[], str]] = {
+        "pairs": lambda: _compared(
+            ("model", "task", "plain", "noisytune"),
+            [((_model(one), _task(one)), one, entry) for one in pairs() for entry in one["comparisons"]],
+        ),
+        "tasks": _over_tasks,
+        "kinds": lambda: _each(results("pairs/cola", *PAIR, every_kind=True), "noise", "plain", "with it"),
+        "combinations": lambda: _combinations(results("pairs/cola", "plain", *COMBINED)),
+        "shares": lambda: _shares(results("pairs/cola", *PAIR, shares=SHARES)),
+    }
+    return {f"studies: {name}": make() + "\n" for name, make in made.items()}
+
+
+def _compared(header: Sequence[str], rows: Sequence[tuple[Sequence[str], Results, dict[str, Any]]]) -> str:
+    """Return a table of comparisons, adjusted for one another: each with its cells and both scores."""
+    judge([entry for _, _, entry in rows])
+    return table(
+        [*header, "difference [95 %]", "excluded beyond, 95 %", "higher in", "p", "p (Holm)"],
+        [
+            [
+                *cells,
+                *(_score(one, entry, side) for side in ("against", "name")),
+                wording.difference(entry),
+                wording.interval(entry["excluded_beyond"]),
+                f"{entry['higher']} of {len(entry['values'])}",
+                wording.probability(entry["p"]),
+                wording.probability(entry["p_holm"]),
+            ]
+            for cells, one, entry in rows
+        ],
+    )
+
+
+def _each(one: Results, *header: str) -> str:
+    """Return the table of a study's methods against plain."""
+    return _compared(header, [((entry["name"],), one, entry) for entry in one["comparisons"]])
+
+
+def _combinations(one: Results) -> str:
+    added = [((entry["against"],), one, entry) for entry in one["combinations"]]
+    return _compared(("method", "without noise", "with noise"), added)
+
+
+def _shares(one: Results) -> str:
+    ordered = sorted(one["comparisons"], key=lambda entry: entry["share"])
+    rows = {entry["share"]: entry["train_rows"] for entry in one["conditions"]}
+    return _compared(
+        ("training rows", "plain", "noisytune"),
+        [((str(rows[entry["share"]]),), one, entry) for entry in ordered],
+    )
+
+
+def _over_tasks() -> str:
+    """Return what the tasks of MiniLM say together: first those that have most seeds, at last all."""
+    found = pairs("MiniLM")
+    seeds = [len(one["comparisons"][0]["values"]) for one in found]
+    rows = []
+    for least in sorted(set(seeds), reverse=True):
+        chosen = [one for one, number in zip(found, seeds, strict=True) if number >= least]
+        if len(chosen) > 1:
+            (mean,) = summarise_tasks(chosen)["methods"]
+            rows.append(
+                [
+                    ", ".join(NAMES[entry["task"]] for entry in mean["tasks"]),
+                    str(len(mean["values"])),
+                    wording.difference(mean),
+                    wording.interval(mean["excluded_beyond"]),
+                    f"{mean['higher']} of {len(mean['values'])}",
+                    wording.probability(mean["p"]),
+                    wording.interval(mean["other_tasks"]),
+                ]
+            )
+    measured = [
+        "difference [95 %]",
+        "excluded beyond, 95 %",
+        "higher in",
+        "p",
+        "other tasks such as these, 95 %",
+    ]
+    return table(["mean over", "seeds", *measured], rows)
+
+
+def _model(one: Results) -> str:
+    return {"all-MiniLM-L6-v2": "MiniLM", "all-mpnet-base-v2": "MPNet"}[one["study"]["model"]["id"]]
+
+
+def _task(one: Results) -> str:
+    study = one["study"]
+    return f"{NAMES[study['task']]}, {wording.METRICS[study['primary']]}"
+
+
+def _score(one: Results, entry: dict[str, Any], side: str) -> str:
+    """Return the score of one side of a comparison, over its pairs."""
+    (found,) = (c for c in one["conditions"] if (c["name"], c["share"]) == (entry[side], entry["share"]))
+    by_seed = dict(
+        zip(map(tuple, found["seeds"]), found["dev"][one["study"]["primary"]]["values"], strict=True)
+    )
+    mean, std = moments([by_seed[tuple(seed)] for seed in entry["seeds"]])
+    return wording.spread({"mean": mean, "std": std})
+
+
+def draw_figures() -> None:
+    """Draw the page's figures anew."""
+    of_cola = {
+        "noise": ("cola-kinds", results("pairs/cola", *PAIR, every_kind=True)),
+        "combinations": ("cola-combinations", results("pairs/cola", "plain", *COMBINED)),
+        "share": ("cola-shares", results("pairs/cola", *PAIR, shares=SHARES)),
+        "drift": ("cola-drift", results("pairs/cola", *PAIR)),
+    }
+    wanted = [(name, one, PLOTS[plot][0]) for plot, (name, one) in of_cola.items()]
+    wanted.append(("tasks", summarise_tasks(pairs("MiniLM")), over_tasks))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, one, plot in wanted:
+            draw(one, Path(folder), {name: (plot, "")})
+            shutil.copyfile(Path(folder) / f"{name}.png", DOCS / "figures" / f"{name}.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--take", type=Path, metavar="OUT", help="take over the journals that lie here")
+    taken = parser.parse_args().take
+    take(taken) if taken else draw_figures()
