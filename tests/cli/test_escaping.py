@@ -88,7 +88,7 @@ def test_perturb_and_what_follows(source: Path, tmp_path: Path) -> None:
     run("perturb", source, "--dry-run", "--json")
     out = tmp_path / "out\x1b[2J\u202e[red]"
     written = run("perturb", source, "-o", out)
-    assert "hold NaN" in written.stderr
+    assert "that are NaN or infinite" in written.stderr
     assert sorted(os.listdir(tmp_path)) == sorted([source.name, out.name])
     run("verify", out)
     run("verify", out, "--json")

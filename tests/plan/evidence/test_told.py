@@ -252,7 +252,7 @@ PAIRS: dict[str, tuple[list[str], list[str]]] = {
     "spectral norm": (["c.weight_u", "c.weight_v"], ["c.weight_bar"]),
     "parametrized": (
         ["c.parametrizations.kernel.0._u", "c.parametrizations.kernel.0._v"],
-        ["c.parametrizations.kernel.original", "c.parametrizations.kernel.1.lora_A"],
+        ["c.parametrizations.kernel.original", "c.parametrizations.kernel.1.scale_A"],
     ),
     "weight norm": ([], ["c.kernel_g", "c.kernel_v"]),
     "rotary tables": (["r.basis_cos", "r.basis_sin", "s.cos", "s.sin"], ["r.basis_tan"]),

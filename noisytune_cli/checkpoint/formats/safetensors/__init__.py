@@ -31,6 +31,9 @@ from noisytune_cli.records import TensorSpec
 #: What a file's name ends in.
 SUFFIX = ".safetensors"
 
+#: What names of texts end in that lie beside weights: who gives one means them.
+_OF_TEXTS = (".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".toml", ".py")
+
 _FETCH = "The file is damaged or unfinished: fetch it again"
 _REWRITE = (
     "The file is damaged or wrongly written: fetch it again, or save it anew with the safetensors package"
@@ -113,7 +116,7 @@ class SafetensorsSource(InputFile):
     def _not_safetensors(self, why: str, head: bytes | bytearray) -> InputInvalid:
         known = recognise_other(bytes(head))
         why, next_step = (f"it is {known[0]}", known[1]) if known else (why, _FETCH)
-        if next_step == FETCH and not self.path.name.endswith(SUFFIX):
+        if next_step == FETCH and self.path.suffix in _OF_TEXTS:
             next_step = "Give the file with the weights, or the folder that they lie in"
         return InputInvalid("not a safetensors file", path=self.path, why=why, next_step=next_step)
 
