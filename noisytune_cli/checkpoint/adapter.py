@@ -28,15 +28,16 @@ _FACTOR = re.compile(
 )
 
 
-def factors_in(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[str | None, str] | None:
-    """Return the first of some of its tensors that is called a factor of an adapter, and the adapter's kind.
+def factors_among(names: Iterable[str]) -> list[str]:
+    """Return those tensors that are called factors of an adapter."""
+    return [name for name in names if _FACTOR.search(name)]
 
-    Either may be unknown (None, ""); None alone where nothing says that there are factors.
-    """
-    factor = next((name for name in names if _FACTOR.search(name)), None)
+
+def kind_of_factors(checkpoint: Checkpoint) -> str:
+    """Return the kind of adapter that the config calls weights, where that kind has factors, else ""."""
     config = adapter_config(checkpoint)
     kind = str(config.get("peft_type", "")) if config else ""
-    return None if factor is None and (not kind or kind in _WITHOUT_FACTORS) else (factor, kind)
+    return "" if kind in _WITHOUT_FACTORS else kind
 
 
 def adapter_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from noisytune_cli.checkpoint.adapter import adapter_config, factors_in
+from noisytune_cli.checkpoint.adapter import adapter_config, factors_among, kind_of_factors
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.config import ADAPTER_CONFIG
 from noisytune_cli.dtypes import FLOAT_DTYPES
@@ -80,9 +80,10 @@ def _tied_to(tensor: TensorSpec, having: Checkpoint, lacking: Mapping[str, Tenso
 
 def refuse_adapter(checkpoint: Checkpoint, path: str) -> None:
     """Raise InputInvalid if the tensors are an adapter's factors, which have no mean."""
-    if (found := factors_in(checkpoint, (tensor.name for tensor in checkpoint.tensors))) is None:
+    factor = next(iter(factors_among(tensor.name for tensor in checkpoint.tensors)), None)
+    kind = kind_of_factors(checkpoint)
+    if factor is None and not kind:
         return
-    factor, kind = found
     raise InputInvalid(
         "cannot average adapters",
         path=path,

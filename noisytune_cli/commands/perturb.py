@@ -12,7 +12,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from noisytune_cli.checkpoint.adapter import factors_in
+from noisytune_cli.checkpoint.adapter import factors_among, kind_of_factors
 from noisytune_cli.checkpoint.address import Address, Place
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.commands.replaced import check_before_download, find_made, require_unchanged
@@ -451,11 +451,12 @@ def read_claims(request: Request, source: Checkpoint) -> tuple[Card | None, tupl
 
 def _of_an_adapter(source: Checkpoint, plan: Plan) -> list[str]:
     """Warn of an adapter's factors: the noise of the method is on the weights that they are added to."""
-    noisy = (step.tensor.name for step in plan.steps if step.action == "perturb")
-    if (found := factors_in(source, noisy)) is None:
+    noisy = [step.tensor.name for step in plan.steps if step.action == "perturb"]
+    factors, kind = factors_among(noisy), kind_of_factors(source)
+    # A model may have layers of such names itself, as RWKV-7 does: of an adapter they are most of all.
+    if not noisy or not (kind or 2 * len(factors) > len(noisy)):
         return []
-    factor, kind = found
-    which, name = f" ({escape(kind)})" if kind else "", escape(factor or source.sources[0].name)
+    which, name = f" ({escape(kind)})" if kind else "", escape([*factors, *noisy][0])
     return [
         f"{name} is of an adapter{which}, whose factors get noise of their own: the method's is on its base, "
         "before the adapter is made"

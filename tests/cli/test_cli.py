@@ -207,11 +207,12 @@ def test_noise_on_an_adapter_is_warned_of(adapter: bool, tmp_path: Path) -> None
         result = invoke("perturb", folder, *run)
         assert result.exit_code == 0, result.output
         assert ("a.lora_A.weight is of an adapter (LORA)" in result.stderr) == adapter
-    save(folder / "adapter_model.safetensors", {name: weights("F32", 8, 8) for name in ("w", "lora_A.w")})
     (folder / "adapter_config.json").unlink(missing_ok=True)
     asked = ("perturb", folder, "--dry-run")
-    assert "lora_A.w is of an adapter, whose" in invoke(*asked).stderr
-    assert "adapter" not in invoke(*asked, "--exclude", "lora_*").stderr
+    for parts, warned in ((["w", "lora_A.w", "lora_B.w"], True), (["w", "v", "w_lora.lora.0.weight"], False)):
+        save(folder / "adapter_model.safetensors", {name: weights("F32", 8, 8) for name in parts})
+        assert ("lora_A.w is of an adapter, whose" in invoke(*asked).stderr) == warned
+        assert "adapter" not in invoke(*asked, "--exclude", "*lora*").stderr
 
 
 def test_a_folder_that_is_named_like_a_file_is_warned_of(source: Path, tmp_path: Path) -> None:
