@@ -71,7 +71,7 @@ STUDIES: dict[str, Study] = {
     "mpnet-cola-5-seeds": Study("cola", PAIR, 5, "mpnet-cola", "mpnet"),
     **_rounds("cola,sst2", 10),
     **_rounds("stsb", 5),
-    # The NoisyTune paper's figures 2, 3 and 4, then an ensemble's equal in cost.
+    # The NoisyTune paper's figures 2, 3 and 4; then DENI, which costs as much as some four plain runs.
     "cola-kinds-5-seeds": _cola(*PAIR, "--noise", "uniform,gaussian", "--scope", "matrix,global"),
     "cola-combinations-5-seeds": _cola(
         "--method", "plain,mixout,noisytune+mixout,recadam,noisytune+recadam", *PAIR[2:]

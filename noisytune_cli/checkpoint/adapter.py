@@ -6,15 +6,13 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from noisytune_cli.checkpoint.config import ADAPTER_CONFIG
 from noisytune_cli.checkpoint.layout import stem_of
-from noisytune_cli.errors import InputInvalid
-from noisytune_cli.reading import read_json
 
 if TYPE_CHECKING:
     from noisytune_cli.checkpoint.checkpoint import Checkpoint
 
-_ADAPTER, _MAX_BYTES = "adapter_model", 16 << 20
+#: What an adapter's weights are called, without what their name ends in.
+_ADAPTER = "adapter_model"
 
 #: peft's methods whose tensors add to the model, or multiply it, one by one: these have a mean.
 _WITHOUT_FACTORS = frozenset(
@@ -42,12 +40,4 @@ def kind_of_factors(checkpoint: Checkpoint) -> str:
 
 def adapter_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     """Return the adapter's config where the weights are an adapter's, None elsewhere."""
-    main = checkpoint.sources[0]
-    path = main.path.with_name(ADAPTER_CONFIG)
-    if stem_of(main.name) != _ADAPTER or not path.is_file():
-        return None
-    try:
-        config = read_json(path, _MAX_BYTES, checkpoint.reach)
-    except InputInvalid:
-        return None
-    return config if isinstance(config, dict) else None
+    return checkpoint.adapter if stem_of(checkpoint.sources[0].name) == _ADAPTER else None
