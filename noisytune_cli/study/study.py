@@ -103,6 +103,7 @@ def study(
     from noisytune_cli.study.journal import Journal
     from noisytune_cli.study.report.results import foresee
     from noisytune_cli.study.report.write import write_outputs
+    from noisytune_cli.study.training.metrics import constant_score
 
     task, train, dev = choose_task(
         task=request.task,
@@ -150,6 +151,7 @@ def study(
         **probe,
     )
     threads = request.threads or max(1, default_threads() // request.jobs)
+    dev_labels = [label if task.regression else int(label) for label in data.dev.labels]
     document = {
         "schema": 1,
         "tool": {"name": "noisytune", "version": __version__},
@@ -159,7 +161,8 @@ def study(
         "primary": task.metrics[0],
         "regression": task.regression,
         "label_names": list(data.label_names),
-        "dev_labels": [label if task.regression else int(label) for label in data.dev.labels],
+        "constant_score": constant_score(task.metrics[0], dev_labels, len(data.label_names)),
+        "dev_labels": dev_labels,
         "machine": machine.describe_machine(request.device, threads, request.jobs),
         "design": [run.record() for run in runs],
     }

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from noisytune_cli.study.training.metrics import score
+from noisytune_cli.study.training.metrics import constant_score, score
 
 
 def test_two_classes_by_hand() -> None:
@@ -43,3 +43,13 @@ def test_correlations_by_hand() -> None:
 @pytest.mark.parametrize("name", ["matthews", "f1", "pearson", "spearman"])
 def test_what_is_undefined_is_0(name: str) -> None:
     assert score([name], [0, 0, 0], [0, 1, 1], 2) == {name: 0.0}
+
+
+def test_one_answer_to_every_row() -> None:
+    labels = [1, 0, 1, 1, 2]
+    assert constant_score("accuracy", labels, 3) == 0.6
+    assert constant_score("f1", [1, 0, 1, 1], 2) == pytest.approx(2 * 0.75 / 1.75)
+    assert constant_score("macro_f1", [0, 1], 2) == pytest.approx((2 / 3) / 2)
+    assert constant_score("matthews", [1, 0, 1, 1], 2) == 0.0
+    assert constant_score("pearson", [0.5, 3.0, 4.5], 0) == 0.0
+    assert constant_score("spearman", [0.5], 0) == 0.0

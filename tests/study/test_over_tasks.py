@@ -24,12 +24,13 @@ COLA = [0.02, -0.01, 0.03, 0.01, 0.02, 0.01]
 RTE = [0.01, 0.02, -0.02, 0.00, 0.01, 0.03, 0.09, 0.09]
 
 
-def results(task: str, **differences: list[float]) -> dict[str, Any]:
+def results(task: str, constant_score: float | None = None, **differences: list[float]) -> dict[str, Any]:
     """Return the results of a study in which methods differ from plain by so much."""
     made = runs("plain", PLAIN)
     for method, some in differences.items():
         made += runs(method, [plain + by for plain, by in zip(PLAIN, some, strict=False)])
-    return summarise({**study(made), "task": task}, made)
+    about = {"task": task} | ({} if constant_score is None else {"constant_score": constant_score})
+    return summarise(study(made, **about), made)
 
 
 def test_a_seed_s_difference_is_its_mean_over_tasks() -> None:
@@ -96,3 +97,15 @@ def test_a_study_that_is_not_finished_says_so() -> None:
     part = summarise({**study(made), "task": "rte"}, [*made[:4], *made[8:12]])
     text = render_tasks(summarise_tasks([results("cola", noisytune=COLA), part]), [])
     assert "**Not finished: rte: 8 of 16 runs.**" in text
+
+
+def test_a_task_on_which_nothing_is_learnt_is_named() -> None:
+    learnt, not_learnt = results("cola", noisytune=COLA), results("wnli", noisytune=RTE, constant_score=0.45)
+    summary = summarise_tasks([learnt, not_learnt])
+    assert [(task["constant_score"], task["above_constant"]) for task in summary["tasks"]] == [
+        (None, None),
+        (0.45, False),
+    ]
+    text = render_tasks(summary, [])
+    assert "**wnli: plain's Matthews correlation, 40.88 ± 2.03, is not clearly above that of one" in text
+    assert "is not clearly" not in render_tasks(summarise_tasks([learnt]), [])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from noisytune_cli.study.report import results
+from noisytune_cli.study.report.report import unlearnt
 
 from .records import LABELS, run, runs, study
 
@@ -218,3 +219,33 @@ def test_results_are_the_same_bytes_and_their_floats_round_trip() -> None:
     assert json.loads(text) == json.loads(json.dumps(summarise(made)))
     assert json.loads(text)["conditions"][1]["dev"]["matthews"]["values"] == [0.1 + 0.2]
     assert json.loads(text)["schema"] == results.SCHEMA == 1
+
+
+@pytest.mark.parametrize(
+    ("scores", "above"),
+    [
+        ([0.6], True),
+        ([0.5], False),
+        ([0.5, 0.5], False),
+        ([0.7, 0.9], True),  # whose interval, of two, is wider than all scores
+        ([0.6, 0.61, 0.6, 0.62, 0.61, 0.6, 0.45], True),  # one run failed
+        ([0.6, 0.4, 0.55, 0.5], False),
+    ],
+)
+def test_where_plain_is_not_above_one_answer_to_every_row_it_is_said(
+    scores: list[float], above: bool
+) -> None:
+    made = runs("plain", scores)
+    about = {"constant_score": 0.5}
+    found = summarise(made, **about)
+    assert [entry["above_constant"] for entry in found["conditions"]] == [above]
+    assert found["study"]["constant_score"] == 0.5
+    told = unlearnt(found)
+    assert len(told) == (not above)
+    both = summarise([*made, *runs("plain", [0.5], share=0.2)], **about)
+    assert unlearnt(both)[0] == (
+        "with 200 rows plain's Matthews correlation, 50.00, is not clearly above that of one answer to every "
+        "row, 50.00: where nothing is learnt, no difference is no evidence"
+    )
+    # A study of an earlier version does not know.
+    assert summarise(made)["conditions"][0]["above_constant"] is None

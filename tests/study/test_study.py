@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def test_the_score_is_that_of_the_stored_predictions(finished: Path) -> None:
     recorded = json.loads((finished / "study.json").read_text())
     assert recorded["label_names"] == ["0", "1"]
     assert recorded["dev_labels"] == [int(label) for _, label in SENTENCES[::5]]
+    assert recorded["constant_score"] == max(Counter(recorded["dev_labels"]).values()) / len(SENTENCES[::5])
     assert len(recorded["design"]) == 4
     for run in lines(finished):
         right = [a == b for a, b in zip(run["predictions"], recorded["dev_labels"], strict=True)]

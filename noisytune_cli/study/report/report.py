@@ -73,7 +73,19 @@ def _findings(results: Results) -> list[str]:
     for family, of in zip(families, ("with plain", "of noise added to other methods"), strict=True):
         if weak := wording.power(family):
             notes.append(f"**Comparisons {of}: {weak}**")
-    return [bullets(lines), *notes]
+    return [bullets(lines), *notes, *(f"**{told}.**" for told in unlearnt(results))]
+
+
+def unlearnt(results: Results) -> list[str]:
+    """Return for each share of the rows where plain has learnt nothing what that means."""
+    study = results["study"]
+    several = len({entry["share"] for entry in results["conditions"]}) > 1
+    return [
+        (f"with {entry['train_rows']:,} rows " if several else "")
+        + wording.unlearnt(study["primary"], entry["dev"][study["primary"]], study["constant_score"])
+        for entry in sorted(results["conditions"], key=lambda entry: entry["train_rows"])
+        if entry["method"] == "plain" and entry["above_constant"] is False
+    ]
 
 
 def _methods(results: Results, figures: Mapping[str, str]) -> list[str]:

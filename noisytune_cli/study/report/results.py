@@ -62,7 +62,7 @@ def summarise(study: Mapping[str, Any], runs: Iterable[Run]) -> dict[str, Any]:
         "missing": _missing(planned, names),
         "lambda_chosen_on": _chosen_on(found),
         "conditions": [
-            _condition(c, names[c.kind], family, plain.get(c.share))
+            _condition(c, names[c.kind], family, plain.get(c.share), study)
             for family in found
             for c in family.conditions
         ],
@@ -124,9 +124,13 @@ def _chosen_on(found: Sequence[Family]) -> str:
     return next((way for way in ("dev", "held_out") if way in ways), "given")
 
 
-def _condition(condition: Condition, name: str, family: Family, plain: Condition | None) -> dict[str, Any]:
+def _condition(
+    condition: Condition, name: str, family: Family, plain: Condition | None, study: Mapping[str, Any]
+) -> dict[str, Any]:
     runs = list(condition.runs.values())
     kind = condition.kind
+    dev = _scores(condition, "dev")
+    assert dev is not None  # every run is scored on it
     return {
         "name": name,
         "method": kind.method,
@@ -139,7 +143,8 @@ def _condition(condition: Condition, name: str, family: Family, plain: Condition
         "reported": condition is family.chosen,
         "lambda_chosen_on": family.chosen_on,
         "seeds": [list(pair) for pair in condition.runs],
-        "dev": _scores(condition, "dev"),
+        "dev": dev,
+        "above_constant": _above_constant(dev[study["primary"]]["values"], study.get("constant_score")),
         "held_out": _scores(condition, "held_out"),
         "drift": _drift(runs),
         "probe": _probe(runs),
@@ -153,6 +158,18 @@ def _scores(condition: Condition, split: Literal["dev", "held_out"]) -> dict[str
     if any(run[split] is None for run in runs):
         return None
     return {metric: _sample([run[split][metric] for run in runs]) for metric in runs[0][split]}
+
+
+def _above_constant(values: Sequence[float], constant: float | None) -> bool | None:
+    """Tell whether scores are above that of one answer to every row; None where that one is not known.
+
+    They are where each of them is, or the whole 95 % interval of their mean: of two or three seeds it is so
+    wide that it alone would deny what every run shows.
+    """
+    if constant is None:
+        return None
+    bounds = statistics.excluded_beyond(values)
+    return min(values) > constant or (bounds is not None and bounds[0] > constant)
 
 
 def _sample(values: Sequence[float]) -> dict[str, Any]:

@@ -37,13 +37,15 @@ def summarise_tasks(studies: Sequence[Results]) -> dict[str, Any]:
 
 
 def _task(results: Results) -> dict[str, Any]:
-    """Return a task's name, its metric, and plain's score."""
+    """Return a task's name, its metric, plain's score and that of one answer to every row."""
     primary = results["study"]["primary"]
     plain = [entry for entry in whole(results) if entry["method"] == "plain"]
     return {
         "task": results["study"]["task"],
         "metric": primary,
         "plain": {**plain[0]["dev"][primary]} if plain else None,
+        "constant_score": results["study"].get("constant_score"),
+        "above_constant": plain[0]["above_constant"] if plain else None,
         "finished": results["finished"],
         "planned": results["planned"],
     }
@@ -85,6 +87,12 @@ def render_tasks(summary: Mapping[str, Any], drawn: Iterable[str]) -> str:
     if not summary["methods"]:
         return "\n\n".join([*parts, "No method has a seed that it and plain have on every task."]) + "\n"
     parts.append(bullets(map(_finding, summary["methods"])))
+    if unlearnt := [task for task in tasks if task["above_constant"] is False]:
+        told = (
+            f"{text(t['task'])}: {wording.unlearnt(t['metric'], t['plain'], t['constant_score'])}"
+            for t in unlearnt
+        )
+        parts.append(f"**{'. '.join(told)}.** `--task` without such tasks gives the mean over the others.")
     plain = [wording.spread(t["plain"]) if t["plain"] else "" for t in tasks]
     metrics = (f"{name} ({wording.METRICS[t['metric']]})" for name, t in zip(names, tasks, strict=True))
     rows = [["plain", *plain, "", "", "", ""], *map(_row, summary["methods"])]

@@ -131,6 +131,14 @@ def too_few(seeds: int, number: int) -> str | None:
     )
 
 
+def unlearnt(metric: str, sample: Mapping[str, Any], constant: float) -> str:
+    """Return what it means where plain's score is not above that of one answer to every row."""
+    return (
+        f"plain's {METRICS[metric]}, {spread(sample)}, is not clearly above that of one answer to every row, "
+        f"{score(constant)}: where nothing is learnt, no difference is no evidence"
+    )
+
+
 def choice(chosen_on: str) -> str:
     """Return on which rows λ was chosen, in one sentence."""
     return {
