@@ -27,7 +27,7 @@ demo: $(SHOWING) $(MODEL)/model.safetensors
 JOBS ?= 2
 test: $(TESTING) $(MODEL)/model.safetensors
 	$(BIN)/python -m pytest -m 'not alone' --numprocesses $(JOBS) --dist loadfile
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest -m alone $$(grep -rlF mark.alone --include '*.py' tests)
 
 lint: $(TESTING)
 	$(BIN)/ruff check .
