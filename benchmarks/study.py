@@ -81,9 +81,20 @@ STUDIES: dict[str, Study] = {
     **_rounds("wnli", 5),
     **_rounds("mrpc", 5),
     **_rounds("rte", 5),
+    # What finetuned encoders still know of another task (representational collapse), a setting of the folder.
+    "cola-probe-5-seeds": Study(
+        "cola", ("--method", "plain,r3f,noisytune", *PAIR[2:], "--probe", "sst2"), 5, "probe/cola"
+    ),
     "cola-methods-10-seeds": Study("cola", ALL, 10, "pairs/cola"),
     **_rounds("stsb", 10),
     "cola-lambda": _cola(*PAIR[:2], "--lambda", "0.05,0.1,0.15,0.2"),
+    **{
+        f"mpnet-{task}-10-seeds": Study(task, PAIR, 10, f"mpnet-{task}", "mpnet")
+        for task in ("cola", "mrpc", "rte")
+    },
+    "mpnet-cola-methods-5-seeds": Study(
+        "cola", ("--method", "plain,noisytune,r3f,mixout", *PAIR[2:]), 5, "mpnet-cola", "mpnet"
+    ),
     **_rounds("cola,sst2", 20),
     **_rounds("cola,sst2,stsb,mrpc", 20),
     **_rounds("wnli", 20),
