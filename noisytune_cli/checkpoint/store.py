@@ -89,7 +89,7 @@ class Store:
                 "object stores need obstore",
                 path=address,
                 why="it is not installed",
-                next_step="Install it: pip install 'noisytune[remote]'",
+                next_step="Install it: pip install '.[remote]' in a clone of noisytune",
             ) from error
 
     @property

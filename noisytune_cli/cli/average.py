@@ -29,7 +29,7 @@ def average(
         list[str],
         typer.Argument(
             metavar="SOURCE",
-            help="Two or more checkpoints of one model: files, folders or hub ids.",
+            help="Two or more checkpoints of one model: files, folders, hub ids or addresses (s3://…).",
             show_default=False,
         ),
     ],

@@ -33,7 +33,9 @@ class _By(StrEnum):
 def compare(
     a: Annotated[
         str,
-        typer.Argument(metavar="A", help="A weight file, a folder, or a hub id.", show_default=False),
+        typer.Argument(
+            metavar="A", help="A weight file, a folder, a hub id, or an address (s3://…).", show_default=False
+        ),
     ],
     b: Annotated[str, typer.Argument(metavar="B", help="The same, of what A became.", show_default=False)],
     by: Annotated[

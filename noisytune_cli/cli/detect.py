@@ -30,7 +30,7 @@ def detect(
         str,
         typer.Argument(
             metavar="SUSPECT",
-            help="The checkpoint that may have noise in it: a weight file, a folder, or a hub id.",
+            help="The checkpoint that may have noise in it: a weight file, a folder, a hub id, or an address (s3://…).",
             show_default=False,
         ),
     ],

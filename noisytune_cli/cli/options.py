@@ -122,7 +122,7 @@ Components = Annotated[
     typer.Option(
         "--component",
         metavar="NAME,…",
-        help="Of a folder of several models (a pipeline of diffusers), the folders of those that get noise, "
+        help="Of a folder of several models (a pipeline of diffusers), the folders of those that are meant, "
         "or all.",
         rich_help_panel=SOURCE,
     ),
@@ -206,7 +206,7 @@ FollowLinks = Annotated[
     bool,
     typer.Option(
         "--follow-links",
-        help="Take files that links lead to outside the folder too: what they hold comes into the output.",
+        help="Read files that links lead to outside the folder too; an output holds what they hold.",
         rich_help_panel=SOURCE,
     ),
 ]

@@ -250,7 +250,7 @@ def perturb(
         bool,
         typer.Option(
             "--skip-existing",
-            help="Leave an output as it is that is what this would write, of a source that is no younger.",
+            help="Keep OUT where it is already what this run would write, and SOURCE is not newer.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,

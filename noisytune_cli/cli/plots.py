@@ -48,7 +48,7 @@ def check(path: str) -> None:
         raise UsageError(
             "cannot draw",
             why="matplotlib is not installed",
-            next_step="Install noisytune[plots], or leave --plot out",
+            next_step="pip install '.[plots]' in a clone of noisytune, or leave --plot out",
         )
     check_new(path)
 

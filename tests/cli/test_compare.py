@@ -303,4 +303,4 @@ def test_a_plot_needs_an_ending_and_matplotlib(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     result = invoke("compare", *files(tmp_path), "--plot", tmp_path / "x.png")
     assert result.exit_code == 2
-    assert "noisytune[plots]" in " ".join(result.stderr.split())
+    assert "pip install '.[plots]' in a clone" in " ".join(result.stderr.split())

@@ -364,7 +364,7 @@ def test_a_process_that_lacks_obstore_says_how_to_get_it(model: Path, tmp_path: 
     command = ("-m", "noisytune_cli", "perturb", model, "-o", "s3://bucket/out")
     done = run_without(("obstore",), tmp_path, *command)
     assert done.returncode == 6
-    assert done.stderr.endswith("it is not installed. Install it: pip install 'noisytune[remote]'.\n")
+    assert done.stderr.endswith(" Install it: pip install '.[remote]' in a clone of noisytune.\n")
     assert done.stderr.count("\n") == 1
 
 

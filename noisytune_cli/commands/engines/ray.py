@@ -42,7 +42,7 @@ def started(address: str | None, threads: int | None) -> Iterator[Run]:
         raise PackageMissing(
             "--engine ray needs ray",
             why="it is not installed",
-            next_step="Install it: pip install 'noisytune[ray]'",
+            next_step="Install it: pip install '.[ray]' in a clone of noisytune",
         ) from error
     handlers = {signum: signal.getsignal(signum) for signum in _SIGNALS}
     with _stdout_apart():
