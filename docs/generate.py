@@ -47,8 +47,8 @@ TAIL = """
 | 8 | input changed while read, or the answer is "does not match" |
 | 130, 143, 129, 141 | stopped by SIGINT, SIGTERM, SIGHUP, a closed pipe |
 
-An error is one line on stderr: `noisytune: error: WHAT: PATH[: tensor "NAME"]: WHY. NEXT STEP`. One of usage is
-the command's usage, a hint at its help, and `Error: WHAT`.
+An error is one line on stderr: `noisytune: error: WHAT: PATH[: tensor "NAME"]: WHY. NEXT STEP`. One of usage
+is the command's usage, a hint at its help, and `Error: WHAT`.
 """
 
 

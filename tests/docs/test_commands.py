@@ -42,6 +42,7 @@ NOT_RUN = {
         ("sbatch", "needs Slurm"),
         ("--engine ray", "needs a cluster"),
     ],
+    "study.md": [("make demo", "installs packages")],
     "remote.md": [("s3://models/llama", "needs a bucket")],
     "python.md": [("class NoiseExtension", "needs vLLM; its slices are tested with stand-ins")],
 }
