@@ -22,12 +22,15 @@ from noisytune_cli.errors import UsageError
 #: A component that is a normalisation layer: LayerNorm, input_layernorm, q_norm, norm1, ln_f, bn2, conv1_BN.
 _NORM_LAYER = r"(?:(?=\w*(?i:norm)(?!al))\w*+|ln\w*+|\w*(?i:bn)\d*+)"
 
+#: What may stand before a component: other components, and the folder of a model among several (FOLDER/KEY).
+_BEFORE = r"(?:.*[./])?"
+
 #: Wrappers that stand before a model's own names.
 _WRAPPERS = r"(?:(?:module|_orig_mod|base_model|model)\.)*"
 
 #: Token, position and token-type tables; no patch projections and no class or mask tokens.
-_EMBEDDINGS = r"""
-    (?:.*\.)?
+_EMBEDDINGS = rf"""
+    {_BEFORE}
     (?: # token, position and token-type tables by their own name, whatever hangs below (adapters included)
         (?: (?:word|token|tok|position|positional|token_type|type|entity|rel)_embeddings?
           | (?=\w*embed_tokens)\w*+ | embed_positions | tokens_embed | positions_embed | wte | wpe
@@ -39,7 +42,7 @@ _EMBEDDINGS = r"""
 
 #: Everything after the last layer that makes predictions: language-model, classification and task heads.
 _HEAD = rf"""
-    (?:.*\.)?
+    {_BEFORE}
     (?: # output layers by their own name, at any depth
         (?:\w*lm_head | lm_loss | (?:pre_)?classifier | score | qa_outputs | classification_head | embed_out
           | output_projection | vocab_(?:transform|layer_norm|projector) | (?:mlm|mim|mc)_head
@@ -49,23 +52,24 @@ _HEAD = rf"""
         predictions\.(?:bias|dense|decoder|transform|LayerNorm)(?:\..*)?
     )
   | # names that mean something else deeper down: Whisper, timm, torchvision, RWKV, Llama as released
-    {_WRAPPERS} (?:proj_out|head|heads|fc|output)(?:\..*)?
+    (?:.*/)? {_WRAPPERS} (?:proj_out|head|heads|fc|output)(?:\..*)?
 """
 
-#: What a normalisation layer holds itself; a projection inside an adaptive norm is none.
+#: What a normalisation layer holds itself, one of several in a list too; a projection inside an adaptive norm
+#: is none.
 _NORM = rf"""
-    (?:.*\.)? {_NORM_LAYER} (?:\.\w++)?
+    {_BEFORE} {_NORM_LAYER} (?: \.\d++ | (?<=norms)\.\w++ )? (?:\.\w++)?
 """
 
 #: Additive vectors, whatever they belong to.
-_BIAS = r"""
-    (?:.*\.)?
+_BIAS = rf"""
+    {_BEFORE}
     (?: \w*bias | bias_[ih]h_l\d+(?:_reverse)? | LayerNorm\.beta )
 """
 
 #: Attention modules with their output projections, without their norms. A Mamba mixer is none.
-_ATTENTION = r"""
-    (?:.*\.)?
+_ATTENTION = rf"""
+    {_BEFORE}
     (?: (?=\w*(?i:attn|attention))\w*+ (?:\..*)?
       | # hybrids whose blocks are all called `mixer`: attention is told by its projections
         (?:[qkvo]_proj|qkv_proj|query_key_value|c_attn) (?:\..*)?
@@ -73,8 +77,8 @@ _ATTENTION = r"""
 """
 
 #: Feed-forward blocks and experts with their routers, without their norms.
-_MLP = r"""
-    (?:.*\.)?
+_MLP = rf"""
+    {_BEFORE}
     (?: (?=\w*(?:mlp|ffn))\w*+ | feed_?forward\w*+ | ff | intermediate | DenseReluDense | block_sparse_moe
       | moe | (?:shared_)?experts? | (?:gate|up|down|gate_up)_proj(?:_bias)?
       | layers?\.\d+\.(?:fc[12]|linear[12]) | (?:layer|blocks)\.\d+\.output\.dense

@@ -218,7 +218,7 @@ def stream_of(names: Iterable[str]) -> str:
     """
 
     def rank(name: str) -> tuple[bool, bool, bytes]:
-        is_shared = name == _SHARED or name.endswith(f".{_SHARED}")
+        is_shared = name == _SHARED or name.endswith((f".{_SHARED}", f"/{_SHARED}"))
         return not _INPUT_SIDE.matches(name), not is_shared, name.encode("utf-8", "surrogatepass")
 
     return min(names, key=rank)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,20 @@ def test_weights_that_share_a_part_are_to_be_cloned(tmp_path: Path) -> None:
     with pytest.raises(InputInvalid, match=r"share a part of one storage.*clone\(\) every tensor"):
         opened(tmp_path / "m.pt", saved(halves))
     opened(tmp_path / "n.pt", saved({name: half.clone() for name, half in halves.items()})).close()
+
+
+@pytest.mark.parametrize(
+    ("stored", "why"),
+    [(lambda c: c.conj(), "conjugate"), (lambda c: c.conj().imag, "sign to be turned")],
+    ids=["conj", "neg"],
+)
+def test_elements_that_are_not_what_is_read_are_refused(
+    stored: Callable[[torch.Tensor], torch.Tensor], why: str, tmp_path: Path
+) -> None:
+    # torch keeps a flag beside them; other formats have none.
+    torch.save({"c": stored(torch.complex(torch.ones(2, 3), torch.ones(2, 3)))}, tmp_path / "m.pt")
+    with pytest.raises(InputInvalid, match=why), open_source(tmp_path / "m.pt", "m.pt", False):
+        pass
 
 
 def test_dictionaries_that_multiply(tmp_path: Path) -> None:

@@ -57,6 +57,17 @@ MEMBERS = {
     "model.decoder.embed_positions.weight": "@embeddings",
     "proj_out.weight": "@head",
     "transformer_blocks.0.proj_out.weight": "",
+    # The models of a folder of several.
+    "text_encoder_2/shared.weight": "@embeddings",
+    "transformer/proj_out.weight": "@head",
+    "transformer/transformer_blocks.0.proj_out.weight": "",
+    "2_StaticEmbedding/embedding.weight": "@embeddings",
+    "unet/norm.weight": "@norm",
+    # Norms in a list or a dictionary, and what a norm is steered by.
+    "swin.hidden_states_norms.stage1.weight": "@norm",
+    "model.layers.0.self_attn.q_layernorm.norms.3.weight": "@norm",
+    "enc_output_norm.0.bias": "@norm @bias",
+    "transformer_blocks.0.norm1.linear.weight": "",
     "vit.embeddings.position_embeddings": "@embeddings",
     "vit.embeddings.patch_embeddings.projection.weight": "",
     "swin.encoder.layers.2.blocks.4.output.dense.weight": "@mlp",

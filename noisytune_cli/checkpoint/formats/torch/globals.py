@@ -189,9 +189,13 @@ def _tensor(
 
 
 def _check_bits(tensor: StoredTensor, metadata: object) -> StoredTensor:
-    """Refuse a tensor whose stored elements are to be negated when it is read."""
-    if metadata is not None and (type(metadata) is not dict or metadata.get("neg")):
+    """Refuse a tensor whose stored elements are to be negated or conjugated when it is read."""
+    if metadata is None:
+        return tensor
+    if type(metadata) is not dict or metadata.get("neg"):
         raise PickleFault("a tensor is stored with its sign to be turned (neg bit)", _DENSE)
+    if metadata.get("conj"):
+        raise PickleFault("a tensor is stored as the conjugate of what is to be read (conj bit)", _DENSE)
     return tensor
 
 
