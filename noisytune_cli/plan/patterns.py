@@ -204,7 +204,10 @@ def _candidates(text: str, names: Sequence[str]) -> Sequence[str]:
 def _suggest(pattern: Pattern, names: Sequence[str]) -> str:
     """Say what the user can do about a pattern that matches nothing, with near names where there are any."""
     if pattern.is_kind:
-        return "Leave it out, or list the names with: noisytune inspect SOURCE --headers-only"
+        return (
+            "Leave it out (where a preset brings it, give what else that sets), or list the names with: "
+            "noisytune inspect SOURCE --headers-only"
+        )
     blind = re.compile(pattern.regex.pattern, re.IGNORECASE)
     for name in names:
         if blind.fullmatch(name):
