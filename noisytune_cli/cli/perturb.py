@@ -361,7 +361,7 @@ def _check_running(
     if engine is not None:
         from noisytune_cli.commands import engines
 
-        engines.check(engine)
+        engines.check(engine, address)
         if skip_existing:
             raise UsageError(
                 "--engine and --skip-existing",

@@ -41,7 +41,7 @@ def perturb_shares(
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
 ) -> tuple[Perturbed, ...]:
     """Write what `perturb_each` would, its shares done by an engine; raises what these do."""
-    start = load(engine)
+    start = load(engine, address)
     planned = plan_job(
         request,
         out,

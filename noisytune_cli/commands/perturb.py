@@ -33,7 +33,7 @@ from noisytune_cli.output.sidecars import companions, left_behind
 from noisytune_cli.output.space import check_room, free_bytes, manifest_bytes, needed_bytes
 from noisytune_cli.plan.evidence.doubts import refuse_doubts, warning_of
 from noisytune_cli.plan.evidence.told import Told, tell_checkpoint
-from noisytune_cli.plan.plan import check_outcomes
+from noisytune_cli.plan.plan import check_outcomes, idle_rules
 from noisytune_cli.plan.plans import make_plans, settle_plans, together
 from noisytune_cli.records import (
     Combination,
@@ -117,7 +117,11 @@ class Prepared:
         """What the user should know before a weight is read."""
         plan = together(self.plans)
         doubts, adapters = warning_of(plan), _of_an_adapter(self.source, plan)
-        return (*self.source.warnings, *self.claims, *adapters, *doubts, *_too_strong(self.plans))
+        idle = (
+            f"{escape(text)} matches buffers alone, which get no noise (--include names what is none)"
+            for text in idle_rules(plan)
+        )
+        return (*self.source.warnings, *self.claims, *adapters, *doubts, *idle, *_too_strong(self.plans))
 
     def settled(self) -> Prepared:
         """Return it with all settled that takes reading; a buffer keeps its dtype."""

@@ -225,6 +225,20 @@ def _is_doubt(step: Step, wish: _Wish, in_doubt: bool) -> bool:
     return in_doubt and step.reason is None and not wish.named
 
 
+def idle_rules(plan: Plan) -> list[str]:
+    """Return the patterns of rules and splits that match buffers alone, so that they change nothing."""
+    patterns = [pattern for pattern, _ in (*plan.noise.rules, *plan.noise.splits)]
+    if not patterns:
+        return []
+    reasons = {step.tensor.name: step.reason for step in plan.steps}
+    matched = match_with_paths(patterns, list(reasons), paths_of(step.tensor for step in plan.steps))
+    return [
+        text
+        for text, found in zip(patterns, matched, strict=True)
+        if found and {reasons[name] for name in found} == {"buffer"}
+    ]
+
+
 def names_included(noise: NoiseSpec, tensors: Sequence[TensorSpec]) -> frozenset[str]:
     """Return the names that the user includes by more than a kind: parameters, whatever their values."""
     included = [text for text in noise.include if not is_kind(text)]

@@ -442,6 +442,7 @@ def test_names_are_printed_escaped(tmp_path: Path) -> None:
         (["perturb", "{}", "--dry-run", "--device", ""], "names none"),
         (["perturb", "{}", "--dry-run", "--engine", "steam"], "no such engine"),
         (["perturb", "{}", "--dry-run", "--address", "h:1"], "--engine ray"),
+        (["perturb", "{}", "--dry-run", "--engine", "local", "--address", "h:1"], "--engine ray"),
         (["perturb", "{}", "--dry-run", "--share-bytes", "1K"], "--engine local"),
         (["perturb", "{}", "--dry-run", "--engine", "local", "--skip-existing"], "--skip-existing"),
         (["inspect", "{}", "--headers-only", "--percentiles", "50"], "--percentiles"),

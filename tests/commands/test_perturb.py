@@ -136,6 +136,14 @@ def test_rules_filters_and_seeds(tmp_path: Path) -> None:
     assert reasons["layer.1.a"] == (None, 0.4)
 
 
+def test_a_rule_for_buffers_alone_is_warned_of(tmp_path: Path) -> None:
+    source = save(tmp_path / "gpt2.safetensors", GPT2)
+    rules = (("*.attn.bias", 0.3), ("*.attn.*", 0.2))  # the first is the mask, the second more than it
+    result = run(source, tmp_path / "out", NoiseSpec(rules=rules))
+    (told,) = (warning for warning in result.warnings if "buffers alone" in warning)
+    assert told.startswith("*.attn.bias matches buffers alone, which get no noise")
+
+
 def test_more_than_half_unchanged_is_warned_of(tmp_path: Path) -> None:
     tensors = {
         "norm.weight": weights("BF16", 500, centre=1.0, width=0.001),

@@ -40,19 +40,23 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
-def check(engine: str) -> None:
-    """Raise UsageError for a name that no engine has."""
+def check(engine: str, address: str | None = None) -> None:
+    """Raise UsageError for a name that no engine has, and for an address where nothing can be joined."""
     if engine not in names():
         raise UsageError(
             f"--engine {engine}",
             why="there is no such engine",
             next_step=f"Use one of: {', '.join(names())}",
         )
+    if address is not None and engine != "ray":
+        raise UsageError(
+            "--address", why="it is that of a cluster of Ray", next_step="Add --engine ray, or leave it out"
+        )
 
 
-def load(engine: str) -> Start:
-    """Return what starts an engine, or joins the one at an address; UsageError for a name that is none."""
-    check(engine)
+def load(engine: str, address: str | None = None) -> Start:
+    """Return what starts an engine, or joins the one at an address; UsageError as `check` has it."""
+    check(engine, address)
     started: Start = importlib.import_module(f"noisytune_cli.commands.engines.{engine}").started
     return started
 

@@ -11,16 +11,11 @@ from functools import partial
 
 from noisytune_cli.commands.engines import Answer, Call, Later, Report, Run, Task
 from noisytune_cli.engine.behind import some_behind
-from noisytune_cli.errors import UsageError
 
 
 @contextmanager
 def started(address: str | None, threads: int | None) -> Iterator[Run]:
-    """Start nothing; UsageError for an address."""
-    if address is not None:
-        raise UsageError(
-            "--address", why="it is that of a cluster of Ray", next_step="Add --engine ray, or leave it out"
-        )
+    """Start nothing."""
     yield _run
 
 
