@@ -174,11 +174,11 @@ def arrange(listing: Listing, chosen: str, weights: Collection[str]) -> Arranged
             others.append(name)
         elif (why := _why_left_out(name, home, chosen)) is not None:
             left_out.append((name, why))
-        elif posixpath.dirname(name) == home and is_weights(name) and not _is_numbered(name, chosen):
+        elif posixpath.dirname(name) == home and _may_hold_weights(name) and not _is_numbered(name, chosen):
             unsure[name] = _why_twin(name, chosen)
         else:
             others.append(name)
-    twins = frozenset(name for name in unsure if _is_named_twin(name, chosen))
+    twins = frozenset(name for name in unsure if is_weights(name) and _is_named_twin(name, chosen))
     return Arranged(tuple(sorted(others)), tuple(sorted(left_out)), unsure, twins)
 
 
@@ -200,6 +200,13 @@ def is_weights(name: str) -> bool:
     """
     base = posixpath.basename(name)
     return not base.startswith(".") and (base.endswith(WEIGHTS_SUFFIXES) or index_suffix(base) is not None)
+
+
+def _may_hold_weights(name: str) -> bool:
+    """Tell whether a file may hold weights by how its name ends, or ended before something was added."""
+    base = posixpath.basename(name)
+    added = any(f"{suffix}." in base for suffix in WEIGHTS_SUFFIXES) or base.endswith(".sft")
+    return is_weights(name) or (added and not base.startswith("."))
 
 
 def stem_of(name: str) -> str:
@@ -239,7 +246,7 @@ def _why_left_out(name: str, home: str, chosen: str) -> str | None:
 def _why_twin(name: str, chosen: str) -> str:
     """Return why other weights are left out that hold what the chosen ones hold."""
     ours, theirs = _in_safetensors(chosen), _in_safetensors(name)
-    if ours == theirs and posixpath.basename(chosen) != METADATA:
+    if not is_weights(name) or (ours == theirs and posixpath.basename(chosen) != METADATA):
         return OTHER_WEIGHTS
     return f"the weights in another format ({'safetensors' if theirs else 'PyTorch'})"
 

@@ -199,6 +199,18 @@ def test_a_pickle_named_as_the_weights_is_a_twin(tmp_path: Path) -> None:
         assert opened.left_out == (("mnist.pt", "the weights in another format (PyTorch)"),)
 
 
+def test_a_copy_under_another_ending_is_a_twin(tmp_path: Path) -> None:
+    save(tmp_path / "model.safetensors", "a", "b")
+    for copy in ("model.safetensors.bak", "flux.sft"):
+        (tmp_path / copy).write_bytes((tmp_path / "model.safetensors").read_bytes())
+    save(tmp_path / "other.safetensors.bak", "c")
+    write(tmp_path, "model.safetensors.sha256", "notes.bin.txt")
+    with open_checkpoint(str(tmp_path)) as opened:
+        assert opened.others == ("model.safetensors.sha256", "notes.bin.txt", "other.safetensors.bak")
+        why = "other weights than those chosen (--weights chooses)"
+        assert opened.left_out == (("flux.sft", why), ("model.safetensors.bak", why))
+
+
 def test_an_adapter(tmp_path: Path) -> None:
     save(tmp_path / "adapter_model.safetensors", "a")
     save(tmp_path / "extra.safetensors", "b")
