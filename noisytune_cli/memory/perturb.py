@@ -96,7 +96,7 @@ def perturb_(
     function, or a prefix to take away, such as "bert"). `frozen` and `fresh` say whether parameters without
     gradients, and those that `fresh_names` (patterns on the model's own names) call freshly initialised, are
     perturbed or left as they are. `manifest` gives the noise of an earlier run, its seed, streams and
-    amplitudes; nothing is measured. `config` is that of a state dict.
+    amplitudes; no std is measured. `config` is that of a state dict.
 
     Of a model with adapters (peft) the base gets noise, under its own names. A module's parameters that have
     noise of the same seed from an earlier call, and were not written to since, are refused without `again`.
@@ -152,6 +152,8 @@ def perturb_(
     for batch in batches(parameters, spec, ahead):
         if manifest is None:
             spreads.settle(batch, spec)
+        else:  # its amplitudes are of other values, or of these in another precision
+            spreads.leave_broken(batch)
         begun.append((batch, begin(batch, spec, count)))
     # Where this refuses, no noise was added.
     check_outcomes(spec, (p.outcome() for p in parameters), path=source.id, advice=OPTIONS_THAT_EXCLUDE)

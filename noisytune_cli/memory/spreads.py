@@ -16,7 +16,7 @@ from noisytune_cli.memory.ahead import SumsAhead
 from noisytune_cli.memory.plan import Matrix, Parameter
 from noisytune_cli.memory.sharded import LocalTensor, share_exact_sums, share_moments, share_verdicts
 from noisytune_cli.noise.std import Moments, exact_std, exactly_equal, std_and_equality
-from noisytune_cli.records import NoiseSpec, Part
+from noisytune_cli.records import NoiseSpec, Part, copied
 
 #: Bytes of divided parameters to measure at a time: on a device their matrices are copied first.
 _BATCH_BYTES = 64 << 20
@@ -55,6 +55,20 @@ class Spreads:
             spreads = {key: UNMEASURED for key in wanted if self._finite[key]}
         for key, (parameter, matrix) in wanted.items():
             matrix.outcome = outcome_of(noise, parameter.steps[0], matrix.part, spreads.get(key))
+
+    def leave_broken(self, parameters: Sequence[Parameter]) -> None:
+        """Leave matrices as they are whose outcome is known, and whose values are not all finite here."""
+        wanted = {
+            (parameter.steps[0].tensor.name, matrix.part): (parameter, matrix)
+            for parameter in parameters
+            for matrix in parameter.matrices
+            if matrix.outcome is not None and matrix.outcome.action != "copy"
+        }
+        self._measure(wanted)
+        self._share_finite(wanted)
+        for key, (_, matrix) in wanted.items():
+            if not self._finite[key]:
+                matrix.outcome = copied("non-finite")
 
     def _scaled(self, wanted: dict[_Key, tuple[Parameter, Matrix]], noise: NoiseSpec) -> dict[_Key, Spread]:
         """Return the spread to scale the noise of each finite matrix with."""

@@ -98,7 +98,7 @@ def fsdp() -> None:
         again = model(dtype)
         fully_shard(again)
         _, count = reductions(lambda again=again, record=record: perturb_(again, manifest=record))
-        assert count == 0, count
+        assert count == 1, count
         assert_same(expected, again)
 
 
@@ -183,6 +183,13 @@ def placements() -> None:
         assert all(same_bytes(again[name], values[name]) for name in kinds)
         assert all(same_bytes(parts[name], expected[name]) for name in kinds)
         assert next(r for r in record.receipts if r.step.tensor.name == "broken").reason == "non-finite"
+    # Noise that was recorded for finite values, where one process alone holds what is not.
+    record = perturb_({name: torch.randn(value.shape) for name, value in values.items()})
+    parts = {name: distribute_tensor(values[name].clone(), mesh, [kind]) for name, kind in kinds.items()}
+    repeated, count = reductions(lambda: perturb_(parts, manifest=record))
+    assert count == 1, count
+    assert [name for name in kinds if same_bytes(parts[name], values[name])] == ["broken"]
+    assert next(r for r in repeated.receipts if r.step.tensor.name == "broken").reason == "non-finite"
 
 
 def state_dicts() -> None:

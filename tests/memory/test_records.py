@@ -63,6 +63,44 @@ def test_so_does_the_record_of_a_repetition_on_less_or_more(tmp_path: Path) -> N
     assert torch.equal(some["further"], torch.arange(3))
 
 
+@pytest.mark.parametrize("shrink", [None, 0.5])
+def test_what_is_not_finite_here_stays_as_it_is(shrink: float | None, tmp_path: Path) -> None:
+    record = noisytune_cli.perturb_({n: torch.randn(6, 4) for n in "vwx"}, shrink=shrink)
+    values = torch.randn(6, 4)
+    values[0, 0] = 7e4
+    here = {"v": values.half(), "w": values.clone(), "x": values.bfloat16()}
+    here["x"][1, 1] = float("nan")
+    before = {name: bits(tensor) for name, tensor in here.items()}
+    again = noisytune_cli.perturb_(here, manifest=record)
+    assert [name for name, tensor in here.items() if bits(tensor) == before[name]] == ["v", "x"]
+    assert [(r.action, r.reason) for r in again.receipts] == [
+        ("copy", "non-finite"),
+        ("perturb", None),
+        ("copy", "non-finite"),
+    ]
+    assert encode(read_manifest(keep(again, tmp_path / "again.json")).manifest) == encode(again)
+
+
+def test_of_several_matrices_only_the_one_that_is_not_finite_does() -> None:
+    options: dict[str, Any] = {"granularity": "matrix", "splits": {"c_attn": "1:/3"}}
+    record = noisytune_cli.perturb_({"c_attn": torch.randn(4, 6)}, **options)
+    values = torch.randn(4, 6)
+    values[2, 3] = float("-inf")
+    here = {"c_attn": values.clone()}
+    (receipt,) = noisytune_cli.perturb_(here, manifest=record).receipts
+    assert [part.reason for part in receipt.parts] == [None, "non-finite", None]
+    changed = (here["c_attn"] != values).any(0)
+    assert changed.tolist() == [True, True, False, False, True, True]
+
+
+def test_where_nothing_is_finite_the_repetition_is_refused() -> None:
+    record = noisytune_cli.perturb_({"w": torch.randn(3, 3)})
+    here = {"w": torch.full((3, 3), float("inf"))}
+    with pytest.raises(InputInvalid, match=r"nothing to perturb.*1 non-finite"):
+        noisytune_cli.perturb_(here, manifest=record)
+    assert here["w"].isinf().all()
+
+
 def test_where_files_are_needed_it_is_refused_with_what_takes_it(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
