@@ -77,7 +77,7 @@ def begin_noise(doses: Sequence[Dose], threads: int | None = None) -> Callable[[
     counts: list[list[int]] = [[0, 0] for _ in doses]
     on_device, flat_here, detour = _split([dose.held for dose in doses])
     count = threads or default_threads()
-    with torch.no_grad(), enough_memory():
+    with torch.no_grad(), enough_memory(), _forgetting_casts():
         queued = send(_queue_noise(doses, on_device))
         _tell_autograd([doses[i].held.values for i in flat_here])
         added = host.add_noise({i: _near(doses[i]) for i in flat_here}, count)
@@ -200,8 +200,20 @@ def _laid(dose: Dose) -> Dose:
 def overwrite(target: Tensor, values: Tensor) -> None:
     """Give a tensor other values, [n] in row-major order, bit for bit."""
     # Autograd is a thread's own setting, and this may not be the caller's thread.
-    with torch.inference_mode(True) if target.is_inference() else torch.no_grad():
+    with torch.inference_mode(True) if target.is_inference() else torch.no_grad(), _forgetting_casts():
         target.copy_(values.view(target.shape), non_blocking=values.is_pinned())
+
+
+@contextmanager
+def _forgetting_casts() -> Iterator[None]:
+    """Have autocast cast weights anew after they were written to, or after an interrupt half-way.
+
+    Inside its block it keeps a copy of each in the lower precision, and does not look whether that is right.
+    """
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def _tell_autograd(tensors: Sequence[Tensor]) -> None:
@@ -218,7 +230,8 @@ def changing(target: Tensor) -> Iterator[Tensor]:
     values = host_values(target)
     if _is_flat_here(target):
         _tell_autograd([target])
-        yield values
+        with _forgetting_casts():
+            yield values
     else:
         yield values
         overwrite(target, values)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -289,6 +291,49 @@ def test_autograd_sees_the_changes() -> None:
         change()
         assert all(p._version > versions[n] for n, p in here.named_parameters() if n in versions)
         assert here["plain"].weight.grad_fn is None
+
+
+@pytest.mark.parametrize("grad", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("options", [{}, {"granularity": "matrix", "splits": {"0.weight": "0:/2"}}], ids=str)
+def test_autocast_sees_the_changes_inside_its_block(options: dict[str, Any], grad: Any) -> None:
+    torch.manual_seed(0)
+    here = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4))
+    here[1].weight = torch.nn.Parameter(torch.randn(6, 4).t())
+    population = noisytune_cli.Population(here)
+    changes = [
+        population.restore,
+        lambda: population.set(sigma=1.0, seed=1, **options),
+        lambda: noisytune_cli.perturb_(here, sigma=1.0, seed=2, again=True, **options),
+        population.restore,
+    ]
+
+    def scores(autocast: Any, *, apart: bool) -> list[float]:
+        """What the model says after each change, which is made with or without autocast."""
+        found = []
+        for change in changes:
+            with torch.autocast("cpu", enabled=False) if apart else contextlib.nullcontext():
+                change()
+            with autocast():
+                found.append(here(torch.ones(3, 8)).float().mean().item())
+        return found
+
+    autocast = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    with grad():
+        expected = scores(autocast, apart=False)
+        assert len(set(expected)) == 3
+        for inner in (contextlib.nullcontext, autocast):
+            for apart in (False, True):
+                with autocast():
+                    assert scores(inner, apart=apart) == expected
+
+
+def test_autocast_sees_the_change_of_a_slice() -> None:
+    fused = torch.nn.Linear(8, 6)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        before = fused(torch.ones(3, 8))
+        noisytune_cli.add_noise_(fused.weight[2:4], name="k", sigma=1.0)
+        changed = (fused(torch.ones(3, 8)) != before).any(0)
+    assert changed.tolist() == [False, False, True, True, False, False]
 
 
 def test_inference_tensors() -> None:
