@@ -261,6 +261,7 @@ def _find_seeds(
     # Imported here: few comparisons ask for it, and it takes as long as a small one.
     from noisytune_cli.commands.detect import (
         distributions_of,
+        each_once,
         find_seeds,
         perturbed_steps,
         planned_streams,
@@ -286,6 +287,7 @@ def _find_seeds(
             why="no pair of tensors has the name of one that gets noise",
             next_step="Check --manifest and the filters, or leave --seed and --manifest out",
         )
+    streams, suspects = each_once(streams, suspects)
     model_type = (first.config or {}).get("model_type")
     scores, _ = find_seeds(
         suspects,

@@ -154,6 +154,7 @@ def detect(
         streams, suspects, warnings = _arrange(
             checkpoint, original, recorded, Rules(maps) if maps else None, include, exclude
         )
+        streams, suspects = each_once(streams, suspects)
         if not suspects:
             raise InputInvalid(
                 "nothing to look at",
@@ -210,6 +211,18 @@ def find_seeds(
     tests = len(attempts)
     best = [_best([a for a in attempts if a.draw.seed == seed], tests) for seed in seeds]
     return tuple(attempt.score(tests, suspects) for attempt in best), tests
+
+
+def each_once(streams: Sequence[str], suspects: Sequence[Suspect]) -> tuple[list[str], list[Suspect]]:
+    """Return the streams, each once, and a tensor for each: that of its own name, else the first.
+
+    Tied names are one parameter: its z would count for as many as it has names, as if they were independent.
+    """
+    chosen: dict[str, Suspect] = {}
+    for stream, suspect in zip(streams, suspects, strict=True):
+        if stream not in chosen or suspect.tensor.name == stream:
+            chosen[stream] = suspect
+    return list(chosen), list(chosen.values())
 
 
 def seeds_of(seeds: Sequence[int], recorded: RecordedManifest | None) -> list[int]:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from noisytune_cli.cli.app import app
 from noisytune_cli.commands.average import average
+from noisytune_cli.commands.compare import compare
 from noisytune_cli.commands.detect import Detection, SeedScore, detect
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.noise import stream
@@ -212,10 +213,37 @@ def test_ties_have_one_stream_and_what_cannot_be_used_has_no_weight(tmp_path: Pa
         "ids": Tensor("I64", np.arange(3)),
     }
     score = only(look(save(tmp_path / "m.safetensors", tensors), 7))
-    assert {t.name: t.stream for t in score.tensors} == {
-        "lm_head.weight": "wte.weight",
-        "wte.weight": "wte.weight",
-    }
+    assert {t.name: t.stream for t in score.tensors} == {"wte.weight": "wte.weight"}
+
+
+@pytest.mark.parametrize("known", ["names", "base", "manifest"])
+def test_a_tie_counts_once(tmp_path: Path, known: str) -> None:
+    """As often as it has names, z of absent seeds would have a std of 1.4, and λ's interval be too narrow."""
+    torch = pytest.importorskip("torch")
+
+    def store(name: str, seed: int) -> str:
+        table, other = (
+            torch.from_numpy(weights("F32", rows, 16, seed=seed + rows).values.copy()) for rows in (300, 16)
+        )
+        (tmp_path / name).mkdir()
+        torch.save(
+            {"lm_head.weight": table, "model.embed_tokens.weight": table, "model.norm.weight": other},
+            tmp_path / name / "pytorch_model.bin",
+        )
+        return str(tmp_path / name)
+
+    base, suspect = store("base", 1), store("suspect", 2)
+    options: dict[str, Any] = {"base": base} if known == "base" else {}
+    if known == "manifest":
+        options["manifest"] = str(run(Path(base), tmp_path / "noisy", NoiseSpec(seed=999)).output)
+    found = detect(suspect, seeds=range(300), distribution="uniform", **options)
+    assert (found.tensors, found.elements) == (2, 316 * 16)
+    zs = np.array([score.z for score in found.seeds])
+    lams = [score.low <= 0 <= score.high for score in found.seeds]
+    assert 0.85 < zs.std() < 1.15
+    assert 0.92 < np.mean(lams) < 0.98
+    if known == "base":
+        assert compare(base, suspect, seeds=[1, 2]).seeds == look(Path(suspect), 1, 2, base=base).seeds
 
 
 def test_threads_change_nothing(tmp_path: Path) -> None:
