@@ -12,11 +12,18 @@ from typing import Any
 
 from torch import nn
 
+from noisytune_cli.errors import InputInvalid
+
 _BASE_LAYER, _ORIGINAL = "base_layer", "original_module"
 
 
 def base_names(model: nn.Module) -> dict[str, str] | None:
-    """Return by its name in the model what each parameter of the base is called; None without adapters."""
+    """Return by its name in the model what each parameter of the base is called; None without adapters.
+
+    InputInvalid where an adapter is merged: the base's values, and so the std of its noise, are not its own.
+    """
+    for prefix in merged_layers(model):
+        raise still_merged(prefix.removesuffix("."))
     wrappers = {
         prefix: inner
         for prefix, module in model.named_modules(remove_duplicate=False)  # a block may be in several places
@@ -40,6 +47,25 @@ def base_names(model: nn.Module) -> dict[str, str] | None:
             if own.startswith(base):
                 names[own] = ".".join(kept)[len(base) :]
     return names
+
+
+def merged_layers(model: nn.Module) -> tuple[str, ...]:
+    """Return what the names in layers begin with whose adapter is merged into them, with a dot."""
+    return tuple(
+        f"{prefix}.{_BASE_LAYER}.".removeprefix(".")
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if _inner(module) == _BASE_LAYER and getattr(module, "merged", False)
+    )
+
+
+def still_merged(name: str) -> InputInvalid:
+    """Return the error that says so of a layer or a parameter."""
+    return InputInvalid(
+        "cannot tell the base from its adapter",
+        tensor=name,
+        why="an adapter is merged into it",
+        next_step="Call the model's unmerge_adapter() first, and merge_adapter() afterwards",
+    )
 
 
 def _inner(module: nn.Module) -> str | None:

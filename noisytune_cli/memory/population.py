@@ -16,6 +16,7 @@ import torch
 from noisytune_cli.engine.threads import thread_count
 from noisytune_cli.errors import InputInvalid, NoisytuneError
 from noisytune_cli.memory import in_place, subnormals
+from noisytune_cli.memory.adapters import merged_layers, still_merged
 from noisytune_cli.memory.batches import begin, receipts_of
 from noisytune_cli.memory.overlaps import find_overlap, has_memory, place
 from noisytune_cli.memory.perturb import config_of, named_tensors, taking_noise
@@ -139,7 +140,8 @@ class Population:
     def restore(self) -> None:
         """Give the model its base back, bit for bit.
 
-        InputInvalid where a parameter was replaced by one of another shape or dtype; all others are restored.
+        InputInvalid where a parameter was replaced by one of another shape or dtype, or has an adapter merged
+        into it; all others are restored.
         """
         targets, problems = self._targets()
         for name, target in targets.items():
@@ -163,13 +165,18 @@ class Population:
     def _targets(self) -> tuple[dict[str, LocalTensor], list[NoisytuneError]]:
         """Return where each parameter lies now, by the first of its own names, and what is wrong with others.
 
-        A model may have been moved to another device, or got other tensors, since its base was kept.
+        A model may have been moved to another device, or got other tensors, since its base was kept. What an
+        adapter was merged into is not given the base: unmerging would take from it what it does not have.
         """
         tensors = dict(named_tensors(self._model))
+        merged = () if isinstance(self._model, Mapping) else merged_layers(self._model)
         targets: dict[str, LocalTensor] = {}
         problems: list[NoisytuneError] = []
         for name, kept in self._kept.items():
             try:
+                for own in kept.own:
+                    if own.startswith(merged):
+                        raise still_merged(own)
                 targets[name] = _target(kept, tensors)
             except NoisytuneError as problem:
                 problems.append(problem)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import noisytune_cli
+from noisytune_cli.errors import InputInvalid
 
 peft = pytest.importorskip("peft")
 
@@ -75,3 +76,46 @@ def test_the_base_gets_its_own_noise_and_what_is_added_none(config: Any) -> None
     assert len(found) == len(changed)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], values) for name, values in expected.items())
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "rows of a table"])
+def test_a_merged_adapter_is_refused_until_it_is_unmerged(kind: str) -> None:
+    model = peft.get_peft_model(Model(), copy.deepcopy(CONFIGS[kind]))
+    model.merge_adapter()
+    merged = values(model)
+    with pytest.raises(InputInvalid, match=r"base_layer.*is merged.*unmerge_adapter\(\)"):
+        noisytune_cli.perturb_(model)
+    with pytest.raises(InputInvalid, match="is merged"):
+        noisytune_cli.Population(model)
+    with pytest.raises(InputInvalid, match="is merged"), noisytune_cli.noisy(model, sigma=0.1):
+        raise AssertionError("it is noisy")
+    assert same(values(model), merged)
+    model.unmerge_adapter()
+    noisytune_cli.perturb_(model)
+
+
+def test_a_population_waits_for_what_was_merged_since() -> None:
+    model = peft.get_peft_model(Model(), copy.deepcopy(CONFIGS["LoRA"]))
+    before = values(model)
+    population = noisytune_cli.Population(model)
+    population.set(sigma=0.1)
+    model.merge_adapter()
+    merged = values(model)
+    with pytest.raises(InputInvalid, match="is merged"):
+        population.set(sigma=0.2)
+    assert same(values(model), merged)
+    with pytest.raises(InputInvalid, match="is merged"):
+        population.restore()
+    left = {name for name, found in values(model).items() if torch.equal(found, merged[name])}
+    assert {name for name in left if "lora_" not in name} == {n for n in before if "base_layer" in n}
+    model.unmerge_adapter()
+    population.restore()
+    assert same(values(model), before)
