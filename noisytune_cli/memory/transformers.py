@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ RECORD = "noisytune-training.json"
 
 _patching = threading.Lock()
 
+#: The records of the block that this thread or task is in; None outside of it, and while it loads a model.
+_records: ContextVar[list[Manifest] | None] = ContextVar("noisy_from_pretrained", default=None)
+
 
 @contextmanager
 def noisy_from_pretrained(
@@ -41,12 +45,12 @@ def noisy_from_pretrained(
 ) -> Iterator[list[Manifest]]:
     """Perturb every model that transformers loads inside the `with` block; yield the list of their records.
 
-    Takes the options of `perturb_`. Noise is named after the keys of the checkpoint, whatever the model calls
-    its parameters, so it is that of the checkpoint on disk. Parameters that the checkpoint lacked, or had in
-    another shape, count as fresh and get no noise unless `fresh="perturb"`. A model with a part that it loads
-    by itself, such as a backbone, is perturbed once, as a whole. Under FSDP's memory-saving load only the
-    process that has the weights adds the noise, which the others then receive. UsageError inside another such
-    block.
+    Models that other threads load meanwhile, and those of other asyncio tasks, get none. Takes the options of
+    `perturb_`. Noise is named after the keys of the checkpoint, whatever the model calls its parameters, so
+    it is that of the checkpoint on disk. Parameters that the checkpoint lacked, or had in another shape,
+    count as fresh and get no noise unless `fresh="perturb"`. A model with a part that it loads by itself,
+    such as a backbone, is perturbed once, as a whole. Under FSDP's memory-saving load only the process that
+    has the weights adds the noise, which the others then receive. UsageError inside another such block.
     """
     if not _patching.acquire(blocking=False):
         raise UsageError(
@@ -57,19 +61,18 @@ def noisy_from_pretrained(
     try:
         original = PreTrainedModel.__dict__["from_pretrained"]
         manifests: list[Manifest] = []
-        loading = threading.local()
         origins: Origins
 
         def from_pretrained(cls: Any, name: Any = None, *arguments: Any, **keywords: Any) -> Any:
             load = original.__get__(None, cls)
-            if getattr(loading, "inside", False):
+            if _records.get() is not manifests:
                 return load(name, *arguments, **keywords)
             wants_info = keywords.pop("output_loading_info", False)
-            loading.inside = True
+            _records.set(None)
             try:
                 loaded = load(name, *arguments, output_loading_info=True, **keywords)
             finally:
-                loading.inside = False
+                _records.set(manifests)
             # A class with a way of loading of its own may know of no such report.
             model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
             if not _comes_later(model):
@@ -80,9 +83,11 @@ def noisy_from_pretrained(
 
         with watched() as origins:
             setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))  # noqa: B010
+            _records.set(manifests)
             try:
                 yield manifests
             finally:
+                _records.set(None)
                 setattr(PreTrainedModel, "from_pretrained", original)  # noqa: B010
     finally:
         _patching.release()

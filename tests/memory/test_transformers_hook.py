@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -156,6 +158,34 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hub") / "bert-base"
     transformers.BertModel(transformers.BertConfig(**SIZE)).save_pretrained(folder)
     return folder
+
+
+def test_what_others_load_meanwhile_gets_no_noise(base: Path) -> None:
+    def load() -> Any:
+        return parameters(transformers.BertModel.from_pretrained(base))
+
+    async def block(entered: asyncio.Event, done: asyncio.Event) -> Any:
+        with noisytune_cli.noisy_from_pretrained() as records, ThreadPoolExecutor(1) as pool:
+            entered.set()
+            await done.wait()
+            return load(), await asyncio.to_thread(load), pool.submit(load).result(), len(records)
+
+    async def both() -> Any:
+        entered, done = asyncio.Event(), asyncio.Event()
+        noisy = asyncio.create_task(block(entered, done))
+        await entered.wait()
+        found = load()
+        done.set()
+        return found, *(await noisy)
+
+    clean = load()
+    other_task, own, in_its_context, thread, records = asyncio.run(both())
+    assert same(other_task, clean)
+    assert same(thread, clean)
+    assert not same(own, clean)
+    assert same(in_its_context, own)
+    assert records == 2
+    assert same(load(), clean)
 
 
 def disk_and_memory(folder: Path, load: Any, out: Path, **options: Any) -> tuple[Any, Any, Any]:
