@@ -153,12 +153,22 @@ class NoisyTuneCallback(TrainerCallback):
 
     Takes the options of `perturb_`; all parameters get noise, a fresh head too, unless `fresh_names` names
     it. The record is `manifest`, and lies in the trainer's output folder as `noisytune-training.json`.
+
+    Once is once for a model object, whatever is loaded into it later: the callback cannot tell weights that
+    were reset from those that were trained. Where they are reset, for the next fold, take a new callback.
     """
 
     def __init__(self, lam: float | None = None, seed: int | None = None, **options: Any) -> None:
         self.options = {"lam": lam, "seed": seed, **options}
         self.manifest: Manifest | None = None
         self._perturbed: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all but the models that it perturbed, which another process does not have."""
+        return {name: value for name, value in self.__dict__.items() if name != "_perturbed"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _perturbed=weakref.WeakSet())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the noise, unless the model has it; UsageError where DeepSpeed holds copies of the weights."""

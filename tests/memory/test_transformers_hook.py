@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -322,6 +323,31 @@ def test_the_callback_perturbs_a_model_once_and_writes_the_record(tmp_path: Path
     before = parameters(another)
     Training(tmp_path).begin(callback, another)
     assert not same(parameters(another), before)
+
+
+def test_a_model_that_is_reset_has_no_noise_until_a_new_callback(tmp_path: Path) -> None:
+    model = torch.nn.Linear(4, 4)
+    clean = {name: values.clone() for name, values in model.state_dict().items()}
+    callback = noisytune_cli.NoisyTuneCallback(seed=3)
+    Training(tmp_path).begin(callback, model)
+    noisy = parameters(model)
+    model.load_state_dict(clean)
+    Training(tmp_path).begin(callback, model)
+    assert same(parameters(model), clean)
+    Training(tmp_path).begin(noisytune_cli.NoisyTuneCallback(seed=3), model)
+    assert same(parameters(model), noisy)
+
+
+def test_a_callback_can_be_pickled(tmp_path: Path) -> None:
+    callback = noisytune_cli.NoisyTuneCallback(lam=0.3, seed=3)
+    model, other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    other.load_state_dict(model.state_dict())
+    Training(tmp_path).begin(callback, model)
+    copied = pickle.loads(pickle.dumps(callback))
+    assert (copied.options, copied.manifest) == (callback.options, callback.manifest)
+    for _ in range(2):
+        Training(tmp_path).begin(copied, other)
+        assert same(parameters(other), parameters(model))
 
 
 @pytest.mark.parametrize("resumed", [{"step": 5}, {"resume_from_checkpoint": "checkpoint-5"}])
