@@ -8,6 +8,7 @@ goes in batches instead, in front of all else. A refusal changes nothing.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Mapping
@@ -165,6 +166,26 @@ def perturb_(
         _noised[tensor] = _version(tensor), before | seeds
     in_order = tuple([receipt for parameter in parameters for receipt in receipts[id(parameter)]])
     return Manifest("noisytune", __version__, source, spec, in_order)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise what `perturb_` would of its options, whatever the model; UsageError for one that it has not."""
+    known = {name: each.default for name, each in inspect.signature(perturb_).parameters.items()}
+    del known["model"]
+    for name in options.keys() - known:
+        raise UsageError(
+            f"{name}=", why="perturb_ has no such option", next_step=f"Use some of: {', '.join(known)}"
+        )
+    given = {**known, **options}
+    spec = make_spec(**{name: given[name] for name in inspect.signature(make_spec).parameters})
+    for name in ("frozen", "fresh"):
+        check_choice(name, given[name], ("perturb", "copy"))
+    patterns("fresh_names", given["fresh_names"])
+    thread_count(given["threads"])
+    live_tensors_of((), given["names"])
+    config_of(None, given["config"])
+    if given["manifest"] is not None:
+        _read(given["manifest"], spec)
 
 
 def _seeds_of(tensor: Tensor) -> frozenset[int]:

@@ -95,20 +95,20 @@ def add_noise_(
 def _placed(live: LiveTensor, shape: Any, offset: Any) -> LiveTensor:
     """Return a tensor as the slice that it is of one of another shape."""
     held, own = live.held, tuple(live.tensor.shape)
+    try:
+        whole = own if shape is None else tuple(operator.index(size) for size in shape)
+        given = _indices(offset)
+    except TypeError:
+        whole, given = (), (-1,)
     if held.mesh is not None:
-        if shape is not None or offset != 0:
+        if shape is not None or given:
             raise UsageError(
                 f"shape= or offset= of {live.own[0]}",
                 why="it is a DTensor, which knows where its part belongs",
                 next_step="Leave them out, or give its local tensor",
             )
         return live
-    try:
-        whole = own if shape is None else tuple(operator.index(size) for size in shape)
-        given = offset if isinstance(offset, Sequence) else (offset,) if offset else ()
-        at = tuple(map(operator.index, given)) + (0,) * (len(whole) - len(given))
-    except TypeError:
-        whole, at = (), (-1,)
+    at = given + (0,) * (len(whole) - len(given))
     fits = len(whole) == len(own) == len(at) and all(
         first >= 0 and first + size <= all_of for first, size, all_of in zip(at, own, whole, strict=True)
     )
@@ -121,3 +121,12 @@ def _placed(live: LiveTensor, shape: Any, offset: Any) -> LiveTensor:
         )
     indices = [np.arange(first, first + size) for first, size in zip(at, own, strict=True)]
     return replace(live, held=replace(held, runs=tuple(runs_of(whole, indices))))
+
+
+def _indices(offset: Any) -> tuple[int, ...]:
+    """Return an offset along the dimensions that it names; TypeError for what is none."""
+    try:
+        first = operator.index(offset)
+    except TypeError:
+        return tuple(map(operator.index, offset))
+    return (first,) if first else ()

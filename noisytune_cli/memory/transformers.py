@@ -27,7 +27,7 @@ from noisytune_cli.escape import enumerate_some
 from noisytune_cli.manifest.write import encode
 from noisytune_cli.memory.adapters import base_names
 from noisytune_cli.memory.loading import Origins, watched
-from noisytune_cli.memory.perturb import perturb_
+from noisytune_cli.memory.perturb import check_options, perturb_
 from noisytune_cli.records import Manifest, SourceRecord
 
 #: The record of the callback's noise in the trainer's output folder. It is no checkpoint's manifest.
@@ -50,8 +50,13 @@ def noisy_from_pretrained(
     it is that of the checkpoint on disk. Parameters that the checkpoint lacked, or had in another shape,
     count as fresh and get no noise unless `fresh="perturb"`. A model with a part that it loads by itself,
     such as a backbone, is perturbed once, as a whole. Under FSDP's memory-saving load only the process that
-    has the weights adds the noise, which the others then receive. UsageError inside another such block.
+    has the weights adds the noise, which the others then receive. UsageError inside another such block, and
+    for options that make no sense, before anything is loaded.
     """
+    asked = {"lam": lam, "seed": seed, **options}
+    # Each model needs all of a list, which some iterators give once.
+    asked = {option: list(each) if isinstance(each, Iterator) else each for option, each in asked.items()}
+    check_options(asked)
     if not _patching.acquire(blocking=False):
         raise UsageError(
             "noisy_from_pretrained inside another",
@@ -77,8 +82,7 @@ def noisy_from_pretrained(
             model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
             if not _comes_later(model):
                 keys = origins.get(model, {})
-                asked = {"lam": lam, "seed": seed, **options}
-                manifests.append(_perturb_loaded(model, info, keys, name, asked))
+                manifests.append(_perturb_loaded(model, info, keys, name, {**asked}))
             return (model, info) if wants_info else model
 
         with watched() as origins:

@@ -161,6 +161,37 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"fresh_names": None}, "fresh_names=None"),
+        ({"fresh_names": 5}, "fresh_names=5"),
+        ({"lam": "strong"}, "lam='strong'"),
+        ({"frozen": "keep"}, "frozen='keep'"),
+        ({"threads": 0}, "threads=0"),
+        ({"names": 5}, "names=5"),
+        ({"config": 5}, "config=5"),
+        ({"manifest": b"x"}, "manifest=b'x'"),
+        ({"lambda_": 0.1}, "lambda_=.*no such option.*lam, seed"),
+        ({"model": None}, "model=.*no such option"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense_are_refused_before_anything_is_loaded(
+    options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words), noisytune_cli.noisy_from_pretrained(**options):
+        raise AssertionError("the block was entered")
+
+
+def test_every_model_gets_all_of_an_iterator(base: Path) -> None:
+    with noisytune_cli.noisy_from_pretrained(exclude=iter(["*.bias"])) as records:
+        for _ in range(2):
+            transformers.BertModel.from_pretrained(base)
+    assert records[0] == records[1]
+    assert {r.action for r in records[1].receipts if r.step.tensor.name.endswith(".bias")} == {"copy"}
+
+
 def test_what_others_load_meanwhile_gets_no_noise(base: Path) -> None:
     def load() -> Any:
         return parameters(transformers.BertModel.from_pretrained(base))
