@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from noisytune_cli.errors import UsageError
-from noisytune_cli.study.methods import Batch, Member, Method, Training, Value, check_key, load
+from noisytune_cli.study.methods import Batch, Member, Method, Training, Value, check_key, load, names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,6 +89,16 @@ def combine(text: str, settings: Mapping[str, Value] | None = None) -> MethodCom
             for method in classes
         ]
     )
+
+
+def draws(text: str, *, regression: bool) -> bool:
+    """Return whether runs of a method such as `noisytune+mixout` depend on the seed of noise.
+
+    A method that is no longer there, in an old journal, is taken for one that does not.
+    """
+    known = set(names())
+    found = {load(name).draws for name in text.split("+") if name in known}
+    return "always" in found or ("classification" in found and not regression)
 
 
 def read_settings(texts: Iterable[str]) -> dict[str, Value]:

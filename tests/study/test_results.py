@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from noisytune_cli.study.report import results
-from noisytune_cli.study.report.report import unlearnt
+from noisytune_cli.study.report.report import render, unlearnt
 
 from .records import LABELS, run, runs, study
 
@@ -73,6 +73,58 @@ def test_only_seeds_that_both_have_are_compared() -> None:
     assert comparison["seeds"] == [[1, 1, 1], [2, 2, 2], [3, 3, 3], [4, 4, 4]]
     assert comparison["left_out"] == 2
     assert comparison["values"] == pytest.approx(UP[1:5])
+
+
+def fixed(made: list[dict[str, Any]], init: int = 0) -> list[dict[str, Any]]:
+    """Return runs as `--init-seed` and `--order-seed` plan them, with seeds of noise of their own."""
+    return [{**record, "init_seed": init, "order_seed": init} for record in made]
+
+
+@pytest.mark.parametrize("method", ["recadam", "noisytune"])
+def test_pairs_that_share_a_run_are_one(method: str) -> None:
+    # Six times one plain run, and of recadam one, too: however they differ, that is one difference.
+    made = fixed([*runs("plain", [0.80] * 6), *runs(method, [0.80 + by for by in UP])])
+    summary = summarise(made)
+    (comparison,) = summary["comparisons"]
+    assert comparison["values"] == [pytest.approx(0.035)]
+    assert (comparison["seeds"], comparison["pairs"], comparison["left_out"]) == ([[0, 0, 0]], 6, 0)
+    assert (comparison["p"], comparison["smallest_p"], comparison["interval"]) == (1.0, 1.0, None)
+    assert comparison["verdict"] == results.NO_EVIDENCE
+    plain, other = summary["conditions"]
+    assert (plain["runs"], plain["seeds"], plain["dev"]["matthews"]["std"]) == (6, [[0, 0, 0]], None)
+    assert (other["runs"], len(other["seeds"])) == (6, 6 if method == "noisytune" else 1)
+    assert summary["ensembles"] == []
+    report = render(summary, [])
+    assert "evidence that" not in report
+    assert "It takes 6 seeds of initialisation or data order: pairs that share a run are one." in report
+    assert results.foresee(made) == (1, 1, True)
+    assert "12 of 12, 12 min 0 s in all" in report
+
+
+def test_noise_added_to_what_draws_noise_itself_shares_no_run() -> None:
+    def added(method: str, **others: Any) -> dict[str, Any]:
+        made = [*runs(method, [0.80] * 6), *runs(f"noisytune+{method}", [0.80 + by for by in UP])]
+        (comparison,) = summarise(fixed(made), **others)["combinations"]
+        assert comparison["pairs"] == 6
+        return comparison
+
+    assert len(added("mixout")["values"]) == len(added("r3f")["values"]) == 6
+    assert len(added("swa")["values"]) == 1
+    assert len(added("r3f", regression=True)["values"]) == 1  # where it has no noise
+
+
+def test_each_run_that_pairs_share_gives_a_difference() -> None:
+    made = [run("plain", 0, 0.5), run("noisytune", 0, 0.75)]
+    made += fixed([*runs("plain", [0.5, 0.5]), *runs("noisytune", [0.625, 0.5])], init=1)
+    for record in made[2:]:
+        record["key"] += " fixed"
+    (comparison,) = summarise(made)["comparisons"]
+    assert comparison["seeds"] == [[0, 0, 0], [1, 1, 0]]
+    assert comparison["values"] == [0.25, 0.0625]
+    assert comparison["pairs"] == 3
+    assert [ensemble["members"] for ensemble in summarise(made)["ensembles"]] == [2]
+    assert results.foresee(made) == (2, 1, True)
+    assert results.foresee(beside_plain(UP)) == (6, 1, False)
 
 
 def test_methods_without_a_seed_in_common_are_not_compared() -> None:

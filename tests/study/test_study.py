@@ -198,6 +198,11 @@ def test_that_the_seeds_are_too_few_is_said_before_training(
         assert ("cannot give" in said) == (weak is not None)
         assert (weak or "") in said
         assert "cannot give" not in CliRunner().invoke(app, [*aloud, *options, "--quiet"]).stderr
+    # However many seeds of noise there are: plain's run is one.
+    fixed = ["--seed", "0-7", "--init-seed", "0", "--order-seed", "0"]
+    said = CliRunner().invoke(app, [*aloud, "-o", str(tmp_path / "fixed"), *fixed]).stderr
+    assert "1 paired seed cannot give" in said
+    assert "pairs that share a run are one" in said
 
 
 def test_another_study_in_the_folder_is_refused(tiny: Tiny, finished: Path) -> None:

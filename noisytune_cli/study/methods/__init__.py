@@ -118,11 +118,13 @@ class Method:
     """The base of all methods, and what `plain` is: hooks that do nothing.
 
     `defaults` are a method's options with the constants of its paper; an option has the type of its default.
-    `one_model` says that the method works on one model and cannot follow several members.
+    `draws` says when a run depends on the seed of noise: where it does not, runs that differ in that seed
+    alone are one run. `one_model` says that the method works on one model and cannot follow several members.
     """
 
     name: ClassVar[str]
     defaults: ClassVar[Mapping[str, Value]] = {}
+    draws: ClassVar[Literal["never", "always", "classification"]] = "never"
     one_model: ClassVar[bool] = False
 
     def __init__(self, **options: Value) -> None:

@@ -33,6 +33,7 @@ class DENI(Method):
     """
 
     name = "deni"
+    draws = "always"
     defaults: ClassVar[Mapping[str, Value]] = {
         "members": 10,
         "v": 0.15,

@@ -30,6 +30,7 @@ class Mixout(Method):
     """
 
     name = "mixout"
+    draws = "always"
     defaults: ClassVar[Mapping[str, Value]] = {"p": 0.7, "mask": "neuron"}
 
     def __init__(self, **options: Value) -> None:

@@ -21,6 +21,7 @@ class NEFTune(Method):
     """`alpha` is α (5; the paper tries 5, 10 and 15), `length` says which L: padded or true."""
 
     name = "neftune"
+    draws = "always"
     defaults: ClassVar[Mapping[str, Value]] = {"alpha": 5.0, "length": "padded"}
 
     def __init__(self, **options: Value) -> None:

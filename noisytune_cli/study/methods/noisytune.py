@@ -24,6 +24,7 @@ class NoisyTune(Method):
     """
 
     name = "noisytune"
+    draws = "always"
     defaults: ClassVar[Mapping[str, Value]] = {
         "lambda": 0.15,
         "noise": "uniform",

@@ -27,6 +27,7 @@ class R3F(Method):
     """
 
     name = "r3f"
+    draws = "classification"
     defaults: ClassVar[Mapping[str, Value]] = {"lambda": 1.0, "sigma": 1e-5, "noise": "uniform"}
 
     def __init__(self, **options: Value) -> None:

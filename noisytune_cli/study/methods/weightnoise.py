@@ -26,6 +26,7 @@ class WeightNoise(Method):
     """
 
     name = "weightnoise"
+    draws = "always"
     defaults: ClassVar[Mapping[str, Value]] = {"v": 0.15, "begin": 0.3, "end": 0.9, "every": 0.02}
     one_model = True
 

@@ -84,7 +84,7 @@ def cost(results: Results) -> list[str]:
 def settings(results: Results) -> list[str]:
     """Return how the runs were made: everything that study.json says of it."""
     study = results["study"]
-    seconds = sum(entry["cost"]["seconds"] * len(entry["seeds"]) for entry in results["conditions"])
+    seconds = sum(entry["cost"]["seconds"] * entry["runs"] for entry in results["conditions"])
     rows = [
         ["runs", f"{results['finished']} of {results['planned']}, {wording.duration(seconds)} in all"],
         *(

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
+from noisytune_cli.study.combination import draws
+
 #: A finished run's record, a line of runs.jsonl.
 Run = Mapping[str, Any]
 
@@ -102,6 +104,22 @@ def families(conditions: Sequence[Condition], metric: str) -> list[Family]:
 def common_pairs(conditions: Iterable[Condition]) -> list[Pair]:
     """Return the seeds that all of the conditions have, sorted."""
     return sorted(set.intersection(*(set(condition.runs) for condition in conditions)))
+
+
+def separate_pairs(conditions: Sequence[Condition], *, regression: bool) -> list[list[Pair]]:
+    """Return the seeds that all of the conditions have, sorted, those that share a run together.
+
+    A condition whose method draws nothing from the seed of noise has one and the same run for all of them.
+    """
+    pairs = common_pairs(conditions)
+    # Methods are imported, and torch with them, only where it matters.
+    apart = len({pair[:2] for pair in pairs}) == len(pairs) or all(
+        draws(condition.kind.method, regression=regression) for condition in conditions
+    )
+    found: dict[tuple[int, ...], list[Pair]] = {}
+    for pair in pairs:
+        found.setdefault(pair if apart else pair[:2], []).append(pair)
+    return list(found.values())
 
 
 def name_kinds(kinds: Iterable[ConditionKind]) -> dict[ConditionKind, str]:

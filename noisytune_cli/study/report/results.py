@@ -16,12 +16,14 @@ from noisytune_cli.study.report.conditions import (
     Condition,
     ConditionKind,
     Family,
+    Pair,
     Run,
     common_pairs,
     families,
     gather,
     kind_of,
     name_kinds,
+    separate_pairs,
 )
 from noisytune_cli.study.report.wording import NO_EVIDENCE
 from noisytune_cli.study.training import metrics
@@ -69,31 +71,37 @@ def summarise(study: Mapping[str, Any], runs: Iterable[Run]) -> dict[str, Any]:
         "comparisons": _compare(
             [(c, plain[c.share]) for c in reported if c.share in plain and c.kind.method != "plain"],
             names,
-            primary,
+            study,
         ),
-        "combinations": _compare(_noise_added(reported), names, primary),
+        "combinations": _compare(_noise_added(reported), names, study),
         "ensembles": [
-            _ensemble(condition, study)
+            _ensemble(distinct, condition.share, study)
             for condition in plain.values()
-            if len(condition.runs) > 1 and "dev_labels" in study
+            if len(distinct := _distinct(condition, study)) > 1 and "dev_labels" in study
         ],
     }
 
 
-def foresee(design: Iterable[Run]) -> tuple[int, int] | None:
+def foresee(design: Iterable[Run]) -> tuple[int, int, bool] | None:
     """Return the most seeds and the number of the comparisons with plain that planned runs will make.
 
-    They are those of the largest share of the training rows; None where there are none. λ is not chosen
-    yet, so a kind has the seeds of the λ that has most.
+    They are those of the largest share of the training rows; None where there are none. λ is not chosen yet,
+    so a kind has the seeds of the λ that has most. Last, whether there are more pairs, of which some share a
+    run.
     """
     conditions = gather(design)
     conditions = [condition for condition in conditions if condition.share == conditions[0].share]
     plain = next((condition for condition in conditions if condition.kind.method == "plain"), None)
-    pairs: dict[ConditionKind, int] = {}
+    seeds: dict[ConditionKind, int] = {}
+    shared = False
     for condition in conditions:
-        if plain is not None and condition is not plain and (common := common_pairs((condition, plain))):
-            pairs[condition.kind] = max(len(common), pairs.get(condition.kind, 0))
-    return (max(pairs.values()), len(pairs)) if pairs else None
+        if plain is None or condition is plain:
+            continue
+        # plain has one run for all seeds of noise, whatever the task.
+        if groups := separate_pairs((condition, plain), regression=False):
+            seeds[condition.kind] = max(len(groups), seeds.get(condition.kind, 0))
+            shared = shared or any(len(group) > 1 for group in groups)
+    return (max(seeds.values()), len(seeds), shared) if seeds else None
 
 
 def encode(results: Results) -> str:
@@ -127,9 +135,11 @@ def _chosen_on(found: Sequence[Family]) -> str:
 def _condition(
     condition: Condition, name: str, family: Family, plain: Condition | None, study: Mapping[str, Any]
 ) -> dict[str, Any]:
-    runs = list(condition.runs.values())
+    every = list(condition.runs.values())
+    distinct = _distinct(condition, study)
+    runs = list(distinct.values())
     kind = condition.kind
-    dev = _scores(condition, "dev")
+    dev = _scores(runs, "dev")
     assert dev is not None  # every run is scored on it
     return {
         "name": name,
@@ -142,19 +152,25 @@ def _condition(
         "train_rows": runs[0]["train_rows"],
         "reported": condition is family.chosen,
         "lambda_chosen_on": family.chosen_on,
-        "seeds": [list(pair) for pair in condition.runs],
+        "runs": len(every),
+        "seeds": [list(pair) for pair in distinct],
         "dev": dev,
         "above_constant": _above_constant(dev[study["primary"]]["values"], study.get("constant_score")),
-        "held_out": _scores(condition, "held_out"),
+        "held_out": _scores(runs, "held_out"),
         "drift": _drift(runs),
         "probe": _probe(runs),
-        "cost": _cost(runs, list(plain.runs.values()) if plain is not None else []),
+        "cost": _cost(every, list(plain.runs.values()) if plain is not None else []),
     }
 
 
-def _scores(condition: Condition, split: Literal["dev", "held_out"]) -> dict[str, Any] | None:
+def _distinct(condition: Condition, study: Mapping[str, Any]) -> dict[Pair, Run]:
+    """Return a condition's runs by their seeds; of those that are one and the same the first."""
+    groups = separate_pairs((condition,), regression=study["regression"])
+    return {group[0]: condition.runs[group[0]] for group in groups}
+
+
+def _scores(runs: Sequence[Run], split: Literal["dev", "held_out"]) -> dict[str, Any] | None:
     """Return mean, std, interval and values of each metric; None where a run was not scored on the split."""
-    runs = list(condition.runs.values())
     if any(run[split] is None for run in runs):
         return None
     return {metric: _sample([run[split][metric] for run in runs]) for metric in runs[0][split]}
@@ -232,10 +248,12 @@ def _noise_added(reported: Sequence[Condition]) -> list[tuple[Condition, Conditi
 
 
 def _compare(
-    couples: Iterable[tuple[Condition, Condition]], names: Mapping[ConditionKind, str], metric: str
+    couples: Iterable[tuple[Condition, Condition]],
+    names: Mapping[ConditionKind, str],
+    study: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """Return the comparisons of couples that have seeds in common, adjusted among those of one share."""
-    found = [_comparison(one, other, names, metric) for one, other in couples if common_pairs((one, other))]
+    found = [_comparison(one, other, names, study) for one, other in couples if common_pairs((one, other))]
     for share in {comparison["share"] for comparison in found}:
         judge([comparison for comparison in found if comparison["share"] == share])
     return found
@@ -251,22 +269,28 @@ def judge(together: Sequence[dict[str, Any]]) -> None:
 
 
 def _comparison(
-    one: Condition, other: Condition, names: Mapping[ConditionKind, str], metric: str
+    one: Condition, other: Condition, names: Mapping[ConditionKind, str], study: Mapping[str, Any]
 ) -> dict[str, Any]:
-    pairs = common_pairs((one, other))
+    """Return what the runs of two conditions say; pairs that share a run are one, with their mean."""
+    groups = separate_pairs((one, other), regression=study["regression"])
+    pairs = sum(map(len, groups))
     differences = [
-        ours - theirs
-        for ours, theirs in zip(
-            one.scores("dev", metric, pairs), other.scores("dev", metric, pairs), strict=True
+        fmean(
+            ours - theirs
+            for ours, theirs in zip(
+                *(side.scores("dev", study["primary"], group) for side in (one, other)), strict=True
+            )
         )
+        for group in groups
     ]
     return {
         "name": names[one.kind],
         "against": names[other.kind],
         "lambda": one.lam,
         "share": one.share,
-        "seeds": [list(pair) for pair in pairs],
-        "left_out": len({*one.runs, *other.runs}) - len(pairs),
+        "seeds": [list(group[0]) for group in groups],
+        "pairs": pairs,
+        "left_out": len({*one.runs, *other.runs}) - pairs,
         **paired(differences),
         "smallest_p": statistics.smallest_p(len(differences)),
     }
@@ -295,9 +319,9 @@ def _verdict(p: float, mean: float) -> str:
     return BETTER if mean > 0 else WORSE
 
 
-def _ensemble(plain: Condition, study: Mapping[str, Any]) -> dict[str, Any]:
+def _ensemble(distinct: Mapping[Pair, Run], share: float, study: Mapping[str, Any]) -> dict[str, Any]:
     """Return the score of the plain runs' vote, and of the votes without one of them."""
-    runs = list(plain.runs.values())
+    runs = list(distinct.values())
     predictions = [run["predictions"] for run in runs]
     names = list(runs[0]["dev"])
     primary = study["primary"]
@@ -308,9 +332,9 @@ def _ensemble(plain: Condition, study: Mapping[str, Any]) -> dict[str, Any]:
 
     total = {m: sum(run[m] for run in runs) for m in ("member_steps", "forwards", "seconds")}
     return {
-        "share": plain.share,
+        "share": share,
         "members": len(runs),
-        "seeds": [list(pair) for pair in plain.runs],
+        "seeds": [list(pair) for pair in distinct],
         "dev": score(predictions, names),
         "leave_one_out": [score(rest, [primary])[primary] for rest in statistics.leave_one_out(predictions)],
         "cost": {**total, "relative": _relative(total, runs)},

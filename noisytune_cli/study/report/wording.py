@@ -85,10 +85,12 @@ def finding(comparison: Mapping[str, Any]) -> str:
     """Return one sentence for a comparison, which begins with its name."""
     lam = f" (λ {strength(comparison['lambda'])})" if comparison["lambda"] is not None else ""
     seeds = len(comparison["values"])
+    pairs = comparison.get("pairs", seeds)
+    shared = f" (of {count(pairs, 'pair')}, some of which share a run)" * (pairs > seeds)
     end = "." if comparison["verdict"] != NO_EVIDENCE else excluded(comparison)
     return (
         f"{comparison['name']}{lam} against {comparison['against']}: {difference(comparison)} over "
-        f"{count(seeds, 'paired seed')}, higher in {comparison['higher']} of them, "
+        f"{count(seeds, 'paired seed')}{shared}, higher in {comparison['higher']} of them, "
         f"p = {probability(comparison['p'])} ({probability(comparison['p_holm'])} adjusted): "
         f"{comparison['verdict']}{end}"
     ).replace("= <", "<")
@@ -113,11 +115,15 @@ def power(comparisons: Sequence[Mapping[str, Any]]) -> str | None:
     """Return what so few seeds cannot show in comparisons adjusted together, None where any could show it."""
     if not comparisons:
         return None
-    return too_few(max(len(one["values"]) for one in comparisons), comparisons[0]["comparisons"])
+    shared = any(one["pairs"] > len(one["values"]) for one in comparisons)
+    return too_few(max(len(one["values"]) for one in comparisons), comparisons[0]["comparisons"], shared)
 
 
-def too_few(seeds: int, number: int) -> str | None:
-    """Return what so many paired seeds cannot show in a number of comparisons, None where they can."""
+def too_few(seeds: int, number: int, shared: bool = False) -> str | None:
+    """Return what so many paired seeds cannot show in a number of comparisons, None where they can.
+
+    `shared` says that there are more pairs, of which some share a run.
+    """
     smallest = statistics.smallest_p(seeds)
     if number * smallest < statistics.SIGNIFICANCE:
         return None
@@ -127,7 +133,9 @@ def too_few(seeds: int, number: int) -> str | None:
     )
     return (
         f"{alone}: no difference, however large, can count as evidence at {statistics.SIGNIFICANCE:g} here. "
-        f"It takes {count(statistics.pairs_needed(number), 'seed')}."
+        f"It takes {count(statistics.pairs_needed(number), 'seed')}"
+        + " of initialisation or data order: pairs that share a run are one" * shared
+        + "."
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from noisytune_cli.errors import UsageError
 from noisytune_cli.study import methods
-from noisytune_cli.study.combination import combine, read_settings
+from noisytune_cli.study.combination import combine, draws, read_settings
 
 from .runs import batch_of, run, tiny_bert, training_of
 
@@ -125,3 +125,29 @@ def test_noisytune_combines_with_each_and_its_noise_is_there_first(name: str) ->
     assert not torch.equal(model.bert.pooler.dense.weight, noised)
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("regression", [False, True])
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_says_whether_it_draws_from_the_seed_of_noise(name: str, regression: bool) -> None:
+    def trained(noise_seed: int) -> list[Any]:
+        labels = 1 if regression else 3
+        model = tiny_bert(labels, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        training = training_of(model, noise_seed=noise_seed, regression=regression)
+        if regression:
+            training.task_loss = lambda logits, wanted: nn.functional.mse_loss(logits[:, 0], wanted.float())
+        # Noise that float32 can tell.
+        method = combine(name, {"r3f.sigma": 0.1})
+        run(method, training, [batch_of(seed=i, labels=labels) for i in range(5)])
+        return [p.detach() for p in model.parameters()]
+
+    same = all(torch.equal(one, other) for one, other in zip(trained(0), trained(1), strict=True))
+    assert draws(name, regression=regression) == (not same)
+
+
+def test_a_combination_draws_where_one_of_it_does() -> None:
+    assert not draws("recadam+swa", regression=False)
+    assert draws("noisytune+recadam", regression=False)
+    assert draws("r3f+swa", regression=False)
+    assert not draws("r3f+swa", regression=True)
+    assert not draws("recadam+a-method-of-old", regression=False)
