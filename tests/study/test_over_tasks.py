@@ -57,6 +57,24 @@ def test_a_seed_s_difference_is_its_mean_over_tasks() -> None:
     ]
 
 
+def test_tasks_that_cancel_leave_no_difference() -> None:
+    plain = [(55, 49), (57, 40), (30, 10), (50, 41), (41, 53), (33, 46)]
+    summary = summarise_tasks(
+        [
+            summarise(study(made, task=task), made)
+            for task, by in (("cola", 1), ("rte", -1))
+            for made in [
+                runs("plain", [rows[by < 0] / 60 for rows in plain])
+                + runs("noisytune", [(rows[by < 0] + by) / 60 for rows in plain])
+            ]
+        ]
+    )
+    (method,) = summary["methods"]
+    assert method["values"] == [0.0] * 6
+    assert (method["mean"], method["higher"], method["p"]) == (0.0, 0, 1.0)
+    assert method["excluded_beyond"] is None
+
+
 def test_single_tasks_are_adjusted_among_all_of_the_table_and_means_among_the_means() -> None:
     up = [0.02, 0.01, 0.03, 0.01, 0.02, 0.01, 0.04, 0.02]
     summary = summarise_tasks(

@@ -84,6 +84,10 @@ def test_what_is_excluded_is_student_s_interval() -> None:
     assert (low, high) == pytest.approx((known.low, known.high))
     assert statistics.excluded_beyond([0.5]) is None
     assert statistics.excluded_beyond([0.25] * 4) is None  # which could be chance, with an unknown spread
+    # One row of 60 each, whose differences are equal but for rounding.
+    rows = [55 / 60 - 54 / 60, 57 / 60 - 56 / 60, 50 / 60 - 49 / 60]
+    assert len(set(rows)) > 1
+    assert statistics.excluded_beyond(rows) is None
 
 
 def test_what_is_excluded_holds_of_few_seeds_too() -> None:

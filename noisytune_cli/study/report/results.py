@@ -297,7 +297,8 @@ def _comparison(
 
 
 def paired(differences: Sequence[float]) -> dict[str, Any]:
-    """Return what paired differences say of their mean."""
+    """Return what paired differences say of their mean; those that are mere rounding are none."""
+    differences = [0.0 if abs(value) < statistics.ROUNDING else value for value in differences]
     return {
         **_sample(differences),
         "excluded_beyond": excluded_beyond(differences),

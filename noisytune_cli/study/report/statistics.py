@@ -27,6 +27,9 @@ SIGNIFICANCE = 0.05
 #: The confidence of every interval.
 CONFIDENCE = 0.95
 
+#: Scores lie in [-1, 1], so a difference or a spread below this is their rounding, and none.
+ROUNDING = 1e-12
+
 #: Resamples of a bootstrap, and the most sign flips that are all enumerated (2¹⁶ of them for 16 seeds).
 RESAMPLES = 9999
 _MOST_FLIPS = 2**16
@@ -66,7 +69,7 @@ def excluded_beyond(values: Sequence[float]) -> tuple[float, float] | None:
     from scipy import stats
 
     mean, std = moments(values)
-    if not std:
+    if std is None or std < ROUNDING:
         return None
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * std / math.sqrt(len(values))
     return mean - reach, mean + reach
