@@ -55,6 +55,12 @@ def test_of_equal_lambdas_the_smaller_is_chosen() -> None:
     assert family.chosen.lam == 0.1
 
 
+def test_lambdas_whose_rows_are_as_many_are_equal_whatever_the_rounding() -> None:
+    made = [*noisy(0.05, [0.5] * 2, [40 / 60, 47 / 60]), *noisy(0.3, [0.5] * 2, [41 / 60, 46 / 60])]
+    (family,) = families(gather(made), "matthews")
+    assert family.chosen.lam == 0.05
+
+
 def test_lambda_is_chosen_over_the_seeds_that_all_have() -> None:
     # Over all of its own seeds 0.1 is better; over the one in common, 0.2.
     made = [*noisy(0.1, [0.5] * 3, [0.1, 0.9, 0.9]), *noisy(0.2, [0.5], [0.2])]

@@ -1,9 +1,9 @@
 """Runs put together: runs that differ in nothing but seeds are a condition, and λ is chosen among conditions.
 
 Conditions that differ in λ alone are a family; its λ is the one with the best mean score on the held-out
-rows, the smaller one of two that are equal, over the seeds that all of the family have. Only that member of
-the family is reported on the dev rows. Without held-out rows there is nothing else to choose on than the dev
-rows, and whoever reports has to say so.
+rows, the smallest of those that are equal but for rounding, over the seeds that all of the family have. Only
+that member of the family is reported on the dev rows. Without held-out rows there is nothing else to choose
+on than the dev rows, and whoever reports has to say so.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from noisytune_cli.study.combination import draws
+from noisytune_cli.study.report.statistics import ROUNDING
 
 #: A finished run's record, a line of runs.jsonl.
 Run = Mapping[str, Any]
@@ -160,9 +161,7 @@ def _choose(members: Sequence[Condition], metric: str) -> Family:
     held_out = all(run["held_out"] is not None for member in members for run in member.runs.values())
     split: Literal["dev", "held_out"] = "held_out" if held_out else "dev"
     pairs = common_pairs(members)
-
-    def merit(member: Condition) -> tuple[float, float]:
-        # Without a seed in common, as in a study just begun, each λ has its own.
-        return fmean(member.scores(split, metric, pairs or member.runs)), -(member.lam or 0.0)
-
-    return Family(tuple(members), max(members, key=merit), split)
+    # Without a seed in common, as in a study just begun, each λ has its own.
+    means = [fmean(member.scores(split, metric, pairs or member.runs)) for member in members]
+    best = [m for m, mean in zip(members, means, strict=True) if mean > max(means) - ROUNDING]
+    return Family(tuple(members), min(best, key=lambda member: member.lam or 0.0), split)
