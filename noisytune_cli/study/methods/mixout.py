@@ -9,10 +9,11 @@ the paper.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from noisytune_cli.errors import UsageError
@@ -76,19 +77,28 @@ class Mixout(Method):
 
         def mix(module: nn.Module, inputs: object) -> None:
             if module.training:
-                weight = weights[module] = module._parameters["weight"]
+                holder, own = _place(module)
+                weight = weights[module] = holder._parameters[own]
                 keep = torch.empty(shape, dtype=anchor.dtype, device=anchor.device)
                 keep.bernoulli_(1 - self.p, generator=training.generator_on(anchor.device))
-                module._parameters["weight"] = mixed(weight, anchor, keep, self.p)  # type: ignore[assignment,arg-type]
+                holder._parameters[own] = mixed(weight, anchor, keep, self.p)  # type: ignore[assignment,arg-type]
 
         def restore(module: nn.Module, inputs: object, output: object) -> None:
             if module in weights:
-                module._parameters["weight"] = weights.pop(module)
+                holder, own = _place(module)
+                holder._parameters[own] = weights.pop(module)
 
         self._handles += [
             module.register_forward_pre_hook(mix),
             module.register_forward_hook(restore, always_call=True),
         ]
+
+
+def _place(module: nn.Module) -> tuple[nn.Module, str]:
+    """Return where a layer's trained weight is: itself, or what bounds it (r4f), which comes after mixout."""
+    if is_parametrized(module, "weight"):
+        return cast(Any, module.parametrizations).weight, "original"
+    return module, "weight"
 
 
 def mixed(weight: Tensor, anchor: Tensor, keep: Tensor, p: float) -> Tensor:

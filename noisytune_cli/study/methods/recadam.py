@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.adam import adam
 
 from noisytune_cli.errors import UsageError
-from noisytune_cli.study.methods import Method, Training, Value
+from noisytune_cli.study.methods import Method, Training, Value, plain_name
 
 
 class Recall(Method):
@@ -56,7 +56,7 @@ class Recall(Method):
         Raises UsageError where nothing that is trained has an anchor, or where a step back to the anchor
         would overshoot it twice over, so that the weights would diverge.
         """
-        trained = {name: p for name, p in training.model.named_parameters() if p.requires_grad}
+        trained = {plain_name(name): p for name, p in training.model.named_parameters() if p.requires_grad}
         if not trained.keys() & training.anchor.keys():
             raise UsageError(
                 "recadam has nothing to recall",

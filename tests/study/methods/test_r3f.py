@@ -161,6 +161,45 @@ def test_r4f_trains_through_the_bound_head() -> None:
     assert sigma_max(model) == pytest.approx(1.0, rel=1e-2)
 
 
+def test_beside_mixout_r4f_bounds_the_mixed_head_of_a_checkpoint() -> None:
+    model = tiny_bert(**STILL)
+    anchor, own = model.classifier.weight.detach().clone(), model.classifier.weight
+    training = training_of(model, fresh=frozenset())
+    with torch.no_grad():
+        own.add_(torch.randn(own.shape, generator=torch.Generator().manual_seed(9)))
+    method = combine("mixout+r4f", {"mixout.p": 1.0, "r4f.sigma": 0.01})
+    method.prepare(training)
+    seen: list[Tensor] = []
+    handle = model.classifier.register_forward_pre_hook(lambda m, _: seen.append(m.weight.detach()))
+    for _ in range(30):
+        forward(model, batch_of())
+    handle.remove()
+    assert torch.allclose(seen[-1], anchor / torch.linalg.matrix_norm(anchor, 2), atol=1e-4)
+    assert model.classifier.parametrizations.weight.original is own
+    # And it trains: what is left is the weight itself, bounded.
+    model = tiny_bert(**STILL)
+    batches = [batch_of(seed=i) for i in range(5)]
+    run(combine("mixout+r4f"), training_of(model, fresh=frozenset()), batches)
+    assert sigma_max(model) == pytest.approx(1.0, rel=0.05)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_recadam_holds_the_head_that_r4f_bounds() -> None:
+    model = tiny_bert()
+    training = training_of(model, fresh=frozenset())
+    own, anchor = model.classifier.weight, training.anchor["classifier.weight"]
+    method = combine("recadam+r4f")
+    method.prepare(training)
+    optimizer: Any = method.make_optimizer(training)
+    held = {
+        id(p): beside
+        for group in optimizer.param_groups
+        for p, beside in zip(group["params"], group["anchors"], strict=True)
+    }
+    assert held[id(own)] is anchor
+    assert None not in held.values()
+
+
 def test_a_model_without_such_a_head_is_refused() -> None:
     model = tiny_bert()
     model.classifier.requires_grad_(False)
