@@ -11,6 +11,8 @@ import glob
 from collections.abc import Mapping
 from typing import ClassVar
 
+import torch
+
 from noisytune_cli.memory.perturb import perturb_
 from noisytune_cli.records import Manifest, Scope
 from noisytune_cli.study.methods import Method, Training, Value
@@ -56,16 +58,17 @@ class NoisyTune(Method):
             noise=self.noise,
             scope=self.scope,
             exclude=self.exclude,
-            names=_without_adapters,
             fresh_names=sorted(map(glob.escape, spared)),
         )
+        with torch.no_grad():
+            # Of a module that is trained beside adapters peft keeps the original, which is the base's and
+            # has its noise, and trains a copy.
+            for name, parameter in parameters.items():
+                own = name.replace(".modules_to_save.default.", ".original_module.")
+                if own != name:
+                    parameter.copy_(training.model.get_parameter(own))
         if training.anchor_kind == "noised":
             training.anchor = {name: parameters[name].detach().clone() for name in training.anchor}
-
-
-def _without_adapters(name: str) -> str:
-    """Return a parameter's name as it is before peft wraps the model, so that the noise is the same."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 METHOD = NoisyTune

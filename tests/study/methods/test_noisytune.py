@@ -14,6 +14,7 @@ from noisytune_cli import perturb_
 from noisytune_cli.errors import UsageError
 from noisytune_cli.study.combination import combine
 from noisytune_cli.study.methods import Value
+from noisytune_cli.study.methods.noisytune import NoisyTune
 
 from .runs import tiny_bert, training_of
 
@@ -84,14 +85,39 @@ def test_no_noise_at_lambda_zero() -> None:
     )
 
 
+def with_lora() -> Any:
+    """Return a model with adapters, beside which peft trains a copy of the head."""
+    torch.manual_seed(5)
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
+    return peft.get_peft_model(tiny_bert(), config)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("brought", [True, False])
+def test_under_lora_the_head_that_is_trained_gets_the_noise_of_a_full_run(brought: bool) -> None:
+    expected = tiny_bert()
+    record = perturb_(expected, 0.15, 0)
+    wrapped = with_lora()
+    fresh = frozenset(n for n, _ in wrapped.named_parameters() if ".classifier." in n and not brought)
+    (method,) = combine("noisytune", {"noisytune.fresh": not brought}).methods
+    training = training_of(wrapped, fresh=fresh, peft=True, anchor_kind="noised")
+    method.prepare(training)
+    for own in ("weight", "bias"):
+        name = f"base_model.model.classifier.modules_to_save.default.{own}"
+        head = wrapped.get_parameter(name)
+        assert torch.equal(head, expected.classifier.get_parameter(own))
+        assert head.requires_grad
+        assert not brought or torch.equal(training.anchor[name], head)
+    assert isinstance(method, NoisyTune)
+    assert method.manifest is not None
+    assert method.manifest.receipts == record.receipts
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_under_lora_the_frozen_weights_get_the_noise_they_get_without() -> None:
     expected = tiny_bert()
     perturb_(expected, 0.15, 0, fresh_names="classifier.*")
-    model = tiny_bert()
-    torch.manual_seed(5)
-    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
-    wrapped: Any = peft.get_peft_model(model, config)
+    wrapped = with_lora()
     adapters = {n: p.detach().clone() for n, p in wrapped.named_parameters() if "lora" in n}
     fresh = frozenset(n for n, _ in wrapped.named_parameters() if ".classifier." in n)
     combine("noisytune").prepare(training_of(wrapped, fresh=fresh, peft=True))
