@@ -46,15 +46,24 @@ def test_each_kind_is_measured_over_all_its_parameters() -> None:
     }
 
 
-def test_a_parametrization_that_is_gone_at_the_end_hides_nothing() -> None:
+def test_a_parametrization_that_is_gone_at_the_end_is_no_change() -> None:
     model = Small()
+    with torch.no_grad():
+        model.classifier.weight.mul_(9)
     bare = snapshot(model)
     parametrizations.spectral_norm(model.classifier)
+    state = {name: values.clone() for name, values in model.state_dict().items()}
     start = snapshot(model)
     assert start.keys() == bare.keys()
-    assert torch.equal(start["classifier.weight"], bare["classifier.weight"])
+    assert not torch.allclose(start["classifier.weight"], bare["classifier.weight"])
+    assert all(torch.equal(values, state[name]) for name, values in model.state_dict().items())
+    assert model.classifier.parametrizations.training
     parametrize.remove_parametrizations(model.classifier, "weight")
-    assert measure_drift(start, model)["head"]["change_norm"] > 0
+    head = measure_drift(start, model)["head"]
+    assert head == {"norm_change": pytest.approx(0, abs=1e-6), "change_norm": pytest.approx(0, abs=1e-6)}
+    with torch.no_grad():
+        model.classifier.weight.mul_(2)
+    assert measure_drift(start, model)["head"]["change_norm"] > 0.1
 
 
 def test_a_snapshot_does_not_follow_the_model_and_zeros_are_left_out() -> None:

@@ -22,8 +22,21 @@ if TYPE_CHECKING:
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of a model's parameters by name, as it is without a parametrization."""
-    return {plain_name(name): parameter.detach().clone() for name, parameter in model.named_parameters()}
+    """Return copies of a model's parameters by name, under a parametrization as it computes with them.
+
+    So they are what is left when r4f takes its norm out.
+    """
+    import torch
+
+    found = {plain_name(name): parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for prefix, module in model.named_modules():
+        for own, bound in getattr(module, "parametrizations", {}).items():
+            training = bound.training
+            bound.eval()  # in training a look at the weight would be a step of the power iteration
+            with torch.no_grad():
+                found[f"{prefix}.{own}"] = bound().clone()
+            bound.train(training)
+    return found
 
 
 def measure_drift(start: Mapping[str, Tensor], model: nn.Module) -> dict[str, dict[str, float]]:
