@@ -113,6 +113,18 @@ def test_noise_added_to_what_draws_noise_itself_shares_no_run() -> None:
     assert len(added("r3f", regression=True)["values"]) == 1  # where it has no noise
 
 
+def test_where_nothing_is_initialised_other_seeds_of_it_are_the_same_run() -> None:
+    made = [*runs("plain", [0.80] * 6), *runs("noisytune", [0.80 + by for by in UP])]
+    made = [{**record, "order_seed": 0} for record in made]
+    (comparison,) = summarise(made)["comparisons"]
+    assert len(comparison["values"]) == 6
+    (comparison,) = summarise([{**record, "fresh": False} for record in made])["comparisons"]
+    assert comparison["values"] == [pytest.approx(0.035)]
+    # With orders of their own they are apart.
+    (comparison,) = summarise([{**record, "fresh": False} for record in beside_plain(UP)])["comparisons"]
+    assert len(comparison["values"]) == 6
+
+
 def test_each_run_that_pairs_share_gives_a_difference() -> None:
     made = [run("plain", 0, 0.5), run("noisytune", 0, 0.75)]
     made += fixed([*runs("plain", [0.5, 0.5]), *runs("noisytune", [0.625, 0.5])], init=1)

@@ -107,6 +107,20 @@ def test_the_head_is_drawn_from_its_seed_alone(tiny: Tiny) -> None:
     assert 0.1 < float(heads[0].detach().std()) < 0.3  # the config's initializer_range is 0.2
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_a_run_says_whether_anything_is_drawn_from_the_seed_of_initialisation(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny.model, tmp_path / "model")
+    Pretrained(tiny.model, 2)._model.save_pretrained(folder)
+    runs = [bench(tiny, model=folder).carry_out(a_run("plain", init=init, order=0)) for init in (0, 1)]
+    assert [run["fresh"] for run in runs] == [False, False]
+    assert runs[0]["loss"] == runs[1]["loss"]
+    adapted = bench(tiny, dataclasses.replace(RECIPE, lora_rank=2), model=folder)
+    assert adapted.carry_out(a_run("plain"))["fresh"]
+    assert bench(tiny).carry_out(a_run("plain"))["fresh"]
+
+
 def test_the_order_of_rows_is_its_seed_s_and_every_epoch_has_all_of_them(tiny: Tiny) -> None:
     place = bench(tiny)
     batches = list(place._batches(place.train, order_seed=5))

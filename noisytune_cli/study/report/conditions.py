@@ -110,16 +110,20 @@ def common_pairs(conditions: Iterable[Condition]) -> list[Pair]:
 def separate_pairs(conditions: Sequence[Condition], *, regression: bool) -> list[list[Pair]]:
     """Return the seeds that all of the conditions have, sorted, those that share a run together.
 
-    A condition whose method draws nothing from the seed of noise has one and the same run for all of them.
+    A condition has one and the same run for all that differ in nothing that it draws from: whether it draws
+    from the seed of noise its method says, from that of initialisation its runs, where they are finished.
     """
     pairs = common_pairs(conditions)
+    fresh = all(run.get("fresh", True) for condition in conditions for run in condition.runs.values())
+    first, last = 0 if fresh else 1, 2
     # Methods are imported, and torch with them, only where it matters.
-    apart = len({pair[:2] for pair in pairs}) == len(pairs) or all(
+    if len({pair[first:last] for pair in pairs}) < len(pairs) and all(
         draws(condition.kind.method, regression=regression) for condition in conditions
-    )
+    ):
+        last = 3
     found: dict[tuple[int, ...], list[Pair]] = {}
     for pair in pairs:
-        found.setdefault(pair if apart else pair[:2], []).append(pair)
+        found.setdefault(pair[first:last], []).append(pair)
     return list(found.values())
 
 

@@ -148,6 +148,7 @@ class Bench:
             "epochs": recipe.epochs,
             "steps": training.steps,
             "anchor": recipe.anchor,
+            "fresh": bool(start.fresh) or training.peft,
             "dev": score(names, predictions["dev"], self.dev.labels, classes),
             "held_out": None
             if held_out is None
