@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.plan.evidence.structure import Kind, split_name
 from noisytune_cli.records import Declared, TensorSpec
 
@@ -22,6 +23,9 @@ _METRIC = (
     r"((train|val|valid|validation|test)_)?(metrics?|acc|accuracy|auc|auroc|f1|precision|recall|confmat|iou"
     r"|jaccard|dice|mse|rmse|mae|r2|psnr|ssim|fid|perplexity|bleu|rouge|wer|cer)(_?\d{1,4})?"
 )
+
+#: Metrics for certain, whatever they hold: those of a stage, and FID with the network that it looks through.
+_CERTAIN = r"(train|val|valid|validation|test)_.*|metrics|fid"
 
 #: How what a loss learns is called: logarithms of variances, temperatures.
 _LEARNED = ("log", "raw", "temperature", "params")
@@ -62,18 +66,31 @@ def _collections(tensors: Sequence[TensorSpec]) -> dict[str, tuple[Kind, str]]:
 def _losses(tensors: Sequence[TensorSpec]) -> dict[str, tuple[Kind, str]]:
     """Return the buffers of losses and metrics: class weights, centres and counts, which are vectors.
 
-    A network inside a loss (a discriminator) has matrices, and vectors with a bias beside them.
+    A network inside a loss (a discriminator) has matrices, and vectors with a bias beside them; so has a
+    block that is merely called like a metric (`r2`, `mae`).
     """
     names = {tensor.name for tensor in tensors}
     kinds: dict[str, tuple[Kind, str]] = {}
+    metrics: dict[str, list[TensorSpec]] = {}
     for tensor in tensors:
         module, last = split_name(tensor.name)
         parts = module.split(".")
-        if any(re.fullmatch(_METRIC, part) for part in parts):
-            kinds[tensor.name] = "buffer", "a metric's state"
+        at = next((i for i, part in enumerate(parts) if re.fullmatch(_METRIC, part)), None)
+        if at is not None:
+            metrics.setdefault(".".join(parts[: at + 1]), []).append(tensor)
         elif is_class_weights(tensor, names) and not last.startswith(_LEARNED):
             kinds[tensor.name] = "buffer", "a loss's class weights or state"
+    for metric, states in metrics.items():
+        if re.fullmatch(_CERTAIN, metric.rpartition(".")[2]) or not any(map(_is_layer, states)):
+            kinds |= dict.fromkeys((state.name for state in states), ("buffer", "a metric's state"))
     return kinds
+
+
+def _is_layer(tensor: TensorSpec) -> bool:
+    """Say whether a tensor is one of a layer's: a matrix (not a confusion matrix), or a bias."""
+    last = split_name(tensor.name)[1]
+    has_shape = len(tensor.shape) > 1 and re.fullmatch(_METRIC, last) is None
+    return tensor.dtype in FLOAT_DTYPES and (has_shape or (last == "bias" and tensor.elements > 1))
 
 
 def is_class_weights(tensor: TensorSpec, names: set[str]) -> bool:

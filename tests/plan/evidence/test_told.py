@@ -171,6 +171,28 @@ def test_lightning_has_losses_and_metrics_in_the_model(tmp_path: Path) -> None:
     assert done.warnings == ()
 
 
+def test_a_block_that_is_called_like_a_metric_is_a_block(tmp_path: Path) -> None:
+    layers = {
+        "net.f1.weight": (8, 4),
+        "net.f1.bias": (8,),
+        "net.r2.conv.weight": (4, 4, 3, 3),
+        "net.r2.norm.weight": (4,),
+        "mae.encoder.0.weight": (4, 4),
+        "mae.mask_token_scale": (4,),
+        "iou.weight": (4,),
+        "iou.bias": (4,),
+    }
+    states = {
+        "dice.confmat": (4, 4),
+        "auroc.thresholds": (9,),
+        "fid.inception.conv.weight": (4, 4),
+        "metrics.f1.head.weight": (4, 4),
+        "test_psnr.net.weight": (4, 4),
+    }
+    done = pickled(tmp_path, {"state_dict": tensors(**layers, **states), "pytorch-lightning_version": "2.5"})
+    assert told(done) == dict.fromkeys(layers, NOISE) | dict.fromkeys(states, BY_CHECKPOINT)
+
+
 def test_a_loss_beside_the_models_is_shown_and_judged_by_its_path(tmp_path: Path) -> None:
     content = {
         "student": tensors(**{"module.a.weight": (4, 4)}),
