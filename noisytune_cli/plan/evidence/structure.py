@@ -84,7 +84,7 @@ def look(tensors: Sequence[TensorSpec]) -> Siblings:
     kinds: dict[str, tuple[Kind, str]] = {}
     unsure: list[OrderedPair] = []
     for module, siblings in modules.items():
-        if siblings.keys() <= _LAYERS and "mean" not in module:
+        if siblings.keys() <= _LAYERS:
             continue  # a layer, as nearly all are
         queues, codebooks = tuple(_queues(siblings)), _codebooks(siblings)
         for last, tensor in siblings.items():
@@ -198,12 +198,17 @@ def _pairs(
             for other in _replaced(last, names, by):
                 if (found := siblings.get(other)) is not None and _alike(tensor, found):
                     yield (tensor.name, found.name), names is not _MEAN
-    # Haiku: batch_norm/~/mean_ema/average beside batch_norm/~/var_ema/average.
+    # Haiku: batch_norm/~/mean_ema/average beside batch_norm/~/var_ema/average. A head's matrix has another
+    # shape than its bias.
+    if len({tensor.shape for tensor in siblings.values() if tensor.dtype in FLOAT_DTYPES}) > 1:
+        return
     above, own = split_name(module[:-1])
     for other in _replaced(own, _MEAN, _SPREADS):
         for last, found in modules.get(f"{above}{other}{module[-1:]}", {}).items():
             mean = siblings.get(last)
-            if mean is not None and mean.dtype in FLOAT_DTYPES and _alike(mean, found):
+            if mean is None or last in _LAYERS or mean.dtype not in FLOAT_DTYPES:
+                continue
+            if _alike(mean, found):
                 yield (mean.name, found.name), False
 
 

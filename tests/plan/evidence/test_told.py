@@ -441,6 +441,18 @@ def test_a_mean_and_its_spread_are_statistics(
     assert found["a.weight"] == NOISE
 
 
+@pytest.mark.parametrize(("matrix", "bias"), [("weight", "bias"), ("w", "b"), ("kernel", "bias")])
+def test_the_heads_of_a_mean_and_a_std_are_layers(matrix: str, bias: str, tmp_path: Path) -> None:
+    found = {
+        f"encoder.fc_mean.{matrix}": drawn(9, 4),
+        f"encoder.fc_mean.{bias}": drawn(9, seed=1),
+        f"encoder.fc_std.{matrix}": abs(drawn(9, 4, seed=2)),
+        f"encoder.fc_std.{bias}": abs(drawn(9, seed=3)),
+    }
+    done = noised(tmp_path, found)
+    assert told(done) == dict.fromkeys(found, NOISE)
+
+
 # Names: a doubt, a warning, and --strict.
 
 DOUBTS = ["bank.memory_bank", "head.class_weights", "loss_fn.weight", "normalizer.mean", "layers.3.ema"]
