@@ -125,6 +125,43 @@ def test_deepspeed_lists_buffers_parameters_and_ties(tmp_path: Path) -> None:
     assert done.warnings == ()
 
 
+def frozen(**fragments: Any) -> dict[str, Any]:
+    """What DeepSpeed saves of a model in which lin is frozen."""
+    return {
+        "module": tensors(**{"lin.weight": (4, 4), "top.weight": (4, 4), "my_table": (4, 9)}),
+        "buffer_names": ["my_table"],
+        "param_shapes": [collections.OrderedDict({"top.weight": (4, 4)})],
+        "frozen_param_shapes": {"lin.weight": (4, 4)},
+        "frozen_param_fragments": {"lin.weight": tensors(x=(4, 4))["x"], **fragments},
+    }
+
+
+@pytest.mark.parametrize("beside", [{}, {"other_model": {"top.weight": (3, 3)}}])
+def test_deepspeeds_copy_of_a_frozen_weight_gets_its_noise(beside: dict[str, Any], tmp_path: Path) -> None:
+    content = frozen() | {name: tensors(**shapes) for name, shapes in beside.items()}
+    done = pickled(tmp_path, content)
+    at = "module." if beside else ""
+    expected = {f"{at}lin.weight": NOISE, f"{at}top.weight": NOISE, f"{at}my_table": BY_CHECKPOINT}
+    expected |= {"frozen_param_fragments.lin.weight": NOISE}
+    assert {name: what for name, what in told(done).items() if "other" not in name} == expected
+    torch = pytest.importorskip("torch")
+    noisy = torch.load(tmp_path / "o.pt", weights_only=True)
+    copy = noisy["frozen_param_fragments"]["lin.weight"]
+    assert torch.equal(copy, noisy["module"]["lin.weight"])
+    assert not torch.equal(copy, content["module"]["lin.weight"])
+    # The names, and with them the noise, are those of the same weights alone.
+    if not beside:
+        (tmp_path / "alone").mkdir()
+        pickled(tmp_path / "alone", content["module"])
+        alone = torch.load(tmp_path / "alone/o.pt", weights_only=True)
+        assert torch.equal(alone["lin.weight"], copy)
+
+
+def test_deepspeeds_shards_of_frozen_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputInvalid, match=r"a shard of DeepSpeed's ZeRO-3.*zero_to_fp32\.py"):
+        pickled(tmp_path, frozen(**tensors(**{"lin.weight": (8,)})))
+
+
 @pytest.mark.parametrize("wrong", ["gate.usage", 7, None, [["gate.usage"], 3, {}], {"x": 1}])
 def test_lists_of_another_kind_say_nothing(wrong: Any, tmp_path: Path) -> None:
     content = {"module": tensors(**{"gate.usage": (9,)}), "param_shapes": wrong, "shared_params": wrong}

@@ -6,7 +6,8 @@ shape (`state` and `param_groups`) or name, other training state by its name and
 it is carried over unchanged. What holds matrices and is neither is told of.
 
 A tensor is called by its key in the state dict, so that the same weights have the same names whatever is
-around them; where two state dicts have a key in common, by the whole path.
+around them; where two state dicts have a key in common, by the whole path. The copies that DeepSpeed keeps of
+frozen weights are always called by theirs, so that the weights keep their names.
 """
 
 from __future__ import annotations
@@ -62,6 +63,9 @@ _WITHOUT_MATRICES = ("sched", "scaler", "scaling", "rng", "sampler")
 #: An optimizer's state where a state dict was flattened before it was saved.
 _FLAT_TRAINING = re.compile(r"(chained_\d+\.)?optim(izer)?\.(state|param_groups)\..*", re.DOTALL)
 
+#: Where DeepSpeed keeps a second copy of the weights that are frozen.
+_FROZEN = "frozen_param_fragments"
+
 #: Of what lies beside the weights, how much is named.
 _MAX_REST, _LONGEST_SHOWN = 1000, 60
 
@@ -86,10 +90,14 @@ class _Found(Generic[_Leaf]):
 
 @dataclass(frozen=True)
 class Weight(Generic[_Leaf]):
-    """A weight: its name, the dictionaries that it is in, and its path where these say more than the name."""
+    """A weight: its name, the dictionaries that it is in, and its path where these say more than the name.
+
+    `key` is what the innermost of them calls it.
+    """
 
     name: str
     containers: tuple[str, ...]
+    key: str
     path: str
     tensor: _Leaf
 
@@ -128,7 +136,8 @@ def sort_content(root: object, leaf: type[_Leaf]) -> Unpickled[_Leaf]:
         )
     search = _Search(leaf)
     found = list(search.walk(root, (), frozenset()))
-    names = [item.key for item in found]
+    _refuse_shards(found)
+    names = [item.full_name if item.path == (_FROZEN,) else item.key for item in found]
     if len(set(names)) < len(names):
         if sum(len(part) for item in found for part in (*item.path, item.key)) > _MAX_CHARACTERS:
             raise PickleFault("its tensors' names are too long")
@@ -139,9 +148,22 @@ def sort_content(root: object, leaf: type[_Leaf]) -> Unpickled[_Leaf]:
     for name in names:
         _check_name(name)
     weights = [
-        Weight(name, item.path, _telling(item), item.tensor) for name, item in zip(names, found, strict=True)
+        Weight(name, item.path, item.key, _telling(item), item.tensor)
+        for name, item in zip(names, found, strict=True)
     ]
     return Unpickled(weights, *search.rest(root, {id(item.tensor) for item in found}))
+
+
+def _refuse_shards(found: Sequence[_Found[_Leaf]]) -> None:
+    """Raise PickleFault where DeepSpeed's copies of frozen weights are shards (ZeRO-3): no whole weights."""
+    whole = {item.key: item.tensor for item in found if item.path == ("module",)}
+    for item in found:
+        one = whole.get(item.key, item.tensor) if item.path == (_FROZEN,) else item.tensor
+        if (one.shape, one.dtype.name) != (item.tensor.shape, item.tensor.dtype.name):
+            raise PickleFault(
+                f"{item.full_name} is not the whole {item.key}, but a shard of DeepSpeed's ZeRO-3",
+                "Make whole weights of the shards with zero_to_fp32.py, which DeepSpeed puts beside them",
+            )
 
 
 def _telling(found: _Found[_Leaf]) -> str:
@@ -158,23 +180,26 @@ def is_loss(name: str) -> bool:
 def declared_by(root: object, weights: Sequence[Weight[_Leaf]]) -> Declared:
     """Return what a training checkpoint says of its weights: DeepSpeed's lists, and who wrote it.
 
+    DeepSpeed's names are those inside `module`; its copy of a frozen weight is one with that weight.
     What lies in a dictionary of a loss's own is its state, as DINO's centre is.
     """
     assert type(root) is dict  # or `sort_content` had refused it
-    names = {weight.name for weight in weights}
+    names = {weight.name: weight.name for weight in weights}
+    names |= {weight.key: weight.name for weight in weights if weight.containers == ("module",)}
 
     def known(value: object) -> frozenset[str]:
         items: Iterable[object] = value if isinstance(value, list | tuple | dict) else ()
-        return frozenset(item for item in items if type(item) is str and item in names)
+        return frozenset(names[item] for item in items if type(item) is str and item in names)
 
     shapes, shared = root.get("param_shapes"), root.get("shared_params")
     groups = [*(shapes if type(shapes) is list else [shapes]), root.get("frozen_param_shapes")]
-    pairs = shared.items() if type(shared) is dict else shared if type(shared) is list else ()
+    pairs = [*(shared.items() if type(shared) is dict else shared if type(shared) is list else ())]
+    pairs += [(w.key, w.name) for w in weights if w.containers == (_FROZEN,)]
     return Declared(
         buffers=known(root.get("buffer_names"))
         | {weight.name for weight in weights if any(map(is_loss, weight.containers))},
         parameters=frozenset().union(*map(known, groups)),
-        pairs=tuple((a, b) for pair in pairs if len(known(pair)) == 2 for a, b in [pair]),
+        pairs=tuple((names[a], names[b]) for pair in pairs if len(known(pair)) == 2 for a, b in [pair]),
         lightning="pytorch-lightning_version" in root,
     )
 
