@@ -109,7 +109,10 @@ class Checkpoint:
         return Declared(
             buffers=frozenset().union(*(one.buffers for one in said)),
             parameters=frozenset().union(*(one.parameters for one in said)),
-            pairs=tuple(pair for one in said for pair in one.pairs),
+            pairs=(
+                *(pair for one in said for pair in one.pairs),
+                *((names[0], name) for names in self.stored_as_one for name in names[1:]),
+            ),
             lightning=any(one.lightning for one in said),
         )
 

@@ -7,8 +7,9 @@ a weight as its average (EMA) is no weight itself: the optimizer never moves it.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.plan.evidence.structure import Kind, split_name
@@ -33,6 +34,12 @@ _LEARNED = ("log", "raw", "temperature", "params")
 #: Modules above a weight and its copy that may differ: wrappers.
 _WRAPPERS = 3
 
+#: Modules that a set of copies is held against.
+_MOST_MODELS = 64
+
+#: By a name without dots, below some modules, and a shape: the modules.
+_Weights = dict[tuple[str, tuple[int, ...]], dict[tuple[str, ...], None]]
+
 
 def look(tensors: Sequence[TensorSpec], declared: Declared) -> dict[str, tuple[Kind, str]]:
     """Return the kind of each tensor that the checkpoint itself tells, and why."""
@@ -40,7 +47,7 @@ def look(tensors: Sequence[TensorSpec], declared: Declared) -> dict[str, tuple[K
     kinds |= dict.fromkeys(declared.parameters, ("parameter", "listed as a parameter"))
     kinds |= dict.fromkeys(declared.buffers, ("buffer", "listed as a buffer, or a loss's state"))
     kinds |= _collections(tensors)
-    kinds |= _averages(tensors)
+    kinds |= _averages(tensors, {b: a for pair in declared.pairs for a, b in (pair, pair[::-1])})
     if declared.lightning:
         kinds |= _losses(tensors)
     names = {tensor.name for tensor in tensors}
@@ -105,30 +112,76 @@ def is_class_weights(tensor: TensorSpec, names: set[str]) -> bool:
     return is_vector and not has_layer and any(map(is_loss, module.split(".")))
 
 
-def _averages(tensors: Sequence[TensorSpec]) -> dict[str, tuple[Kind, str]]:
-    """Return the EMA copies: under a module or in a container called so, with a weight that they follow.
+def _averages(tensors: Sequence[TensorSpec], same: Mapping[str, str]) -> dict[str, tuple[Kind, str]]:
+    """Return the EMA copies: what is in a container called so that as a whole follows the model.
 
-    Some have their weight's name without its dots (LitEma), some under one wrapper more or less.
+    Some have their weight's name without its dots (LitEma), some are under other wrappers than the model.
+    `same` are other names for one tensor.
     """
-    if not any("ema" in tensor.shown for tensor in tensors):
-        return {}
-    copies: list[tuple[TensorSpec, list[str]]] = []
-    weights: dict[str, set[tuple[int, ...]]] = {}
+    copies: dict[tuple[str, ...], list[TensorSpec]] = {}
+    inside = set()
     for tensor in tensors:
-        parts = tensor.shown.split(".")
-        at = next((i for i, part in enumerate(parts[: _WRAPPERS + 1]) if "ema" in part.split("_")), None)
-        if at is not None and at + 1 < len(parts):
-            copies.append((tensor, parts[at + 1 :]))
-        elif at is None:
-            for tail in _tails(parts[:-1]):
-                weights.setdefault(tail + parts[-1], set()).add(tensor.shape)
-    return {
-        tensor.name: ("buffer", "an EMA copy of a weight")
-        for tensor, parts in copies
-        if any(tensor.shape in weights.get(tail, ()) for tail in _tails(parts))
-    }
+        if "ema" in tensor.shown and (container := _container(tuple(tensor.shown.split(".")))):
+            copies.setdefault(container, []).append(tensor)
+            inside.add(tensor.name)
+    if not copies:
+        return {}
+    weights: _Weights = {}
+    for tensor in tensors:
+        if tensor.name in inside:
+            continue
+        parts = tuple(tensor.shown.split("."))
+        for i in range(min(_WRAPPERS + 1, len(parts) - 2) + 1):
+            weights.setdefault(("".join(parts[i:]), tensor.shape), {})[parts[:i]] = None
+    kinds: dict[str, tuple[Kind, str]] = {}
+    for container, found in copies.items():
+        # A container may hold the weights themselves beside the copies (ema_pytorch's `online_model`).
+        own = [tensor for tensor in found if same.get(tensor.name, tensor.name) in inside]
+        if _follow(own, container, weights):
+            kinds |= dict.fromkeys((tensor.name for tensor in own), ("buffer", "an EMA copy of a weight"))
+    return kinds
 
 
-def _tails(parts: Sequence[str]) -> list[str]:
-    """Return a name without dots, and without the modules that may be wrappers."""
-    return ["".join(parts[i:]) for i in range(min(_WRAPPERS, len(parts) - 1) + 1)]
+def _container(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the modules down to the one called EMA; none below a numbered layer, where it is one's part."""
+    for i, part in enumerate(parts[: _WRAPPERS + 1]):
+        if part.isdecimal():
+            break
+        if "ema" in part.split("_"):
+            end = i + 1
+            while end < len(parts) and "ema" in parts[end].split("_"):
+                end += 1
+            return parts[:end] if end < len(parts) else ()
+    return ()
+
+
+def _follow(copies: Sequence[TensorSpec], container: tuple[str, ...], weights: _Weights) -> bool:
+    """Say whether all of a container's tensors are alike to those of one module, each under its name there.
+
+    Of a container at the top that may be any module, as it is the model, whatever it is called; of one
+    further down it is the module that the container lies in, or one beside it that is called like a model.
+    """
+    from noisytune_cli.checkpoint.formats.torch.state_dict import is_model  # few files have such containers
+
+    begin = next(i for i, part in enumerate(container) if "ema" in part.split("_"))
+    above, own = container[:begin], "_".join(word for word in container[-1].split("_") if word != "ema")
+
+    def may_be_model(module: tuple[str, ...]) -> bool:
+        below = module[begin:]
+        return not above or (module[:begin] == above and (below == (own,) or all(map(is_model, below))))
+
+    rests = [
+        (tuple(tensor.shown.split("."))[len(container) :], tensor.shape)
+        for tensor in copies
+        if tensor.dtype in FLOAT_DTYPES and tensor.elements > 1
+    ]
+    longest, shape = max(rests, key=lambda rest: sum(map(len, rest[0])), default=((), ()))
+    for i in range(min(_WRAPPERS, max(0, len(longest) - 2)) + 1):
+        modules = itertools.islice(weights.get(("".join(longest[i:]), shape), ()), _MOST_MODELS)
+        for module in filter(may_be_model, modules):
+            if all(
+                rest[:i] == longest[:i] and module in weights.get(("".join(rest[i:]), shape), ())
+                for rest, shape in rests
+            ):
+                return True
+    return False

@@ -267,6 +267,40 @@ def test_an_average_of_a_weight_is_no_weight(
     assert told(noised(tmp_path, found)) == expected
 
 
+@pytest.mark.parametrize(
+    ("copies", "weights"),
+    [
+        # MEGA, YOLO: a layer called so that is like another one here and there, or everywhere.
+        ([], ["layers.0.ema.proj.weight", "layers.0.ema.omega", "layers.0.attn.proj.weight"]),
+        ([], ["model.4.ema.conv1x1.weight", "model.3.conv1x1.weight"]),
+        ([], ["layers.0.ema_attn.proj.weight", "layers.0.attn.proj.weight"]),
+        ([], ["encoder.ema.proj.weight", "encoder.attn.proj.weight"]),
+        ([], ["ema.proj.weight", "ema.omega", "attn.proj.weight"]),
+        (["ema.l.0.ema.p.weight", "ema.l.0.q.weight"], ["l.0.ema.p.weight", "l.0.q.weight"]),
+        (["net.ema.module.a.0.weight"], ["net.model.a.0.weight", "net.head.a.0.weight"]),
+        (["module.unet_ema.a.0.weight"], ["module.unet.a.0.weight"]),
+        (["ema.ema_model.a.0.weight", "ema.online_model.a.0.weight"], ["unet.a.0.weight"]),
+    ],
+)
+def test_a_layer_that_is_called_ema_is_no_average(
+    copies: list[str], weights: list[str], tmp_path: Path
+) -> None:
+    found = {name: drawn(4, 4, seed=i) for i, name in enumerate([*copies, *weights])}
+    expected = dict.fromkeys(copies, BY_CHECKPOINT) | dict.fromkeys(weights, NOISE)
+    assert told(noised(tmp_path, found)) == expected
+
+
+def test_a_weight_that_lies_among_its_averages_too_is_a_weight(tmp_path: Path) -> None:
+    weight = tensors(x=(4, 4))["x"]
+    copy = tensors(**{"ema_model.a.0.weight": (4, 4)})
+    content = {"model": {"a.0.weight": weight}, "ema": {"online_model.a.0.weight": weight, **copy}}
+    assert told(pickled(tmp_path, content)) == {
+        "a.0.weight": NOISE,
+        "online_model.a.0.weight": NOISE,
+        "ema_model.a.0.weight": BY_CHECKPOINT,
+    }
+
+
 def test_averages_that_are_all_there_is_are_the_weights(tmp_path: Path) -> None:
     found = {"ema.a.0.weight": drawn(4, 4), "ema_gate.damping": drawn(9, seed=1)}
     assert set(told(noised(tmp_path, found)).values()) == {NOISE}

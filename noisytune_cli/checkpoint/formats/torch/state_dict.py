@@ -168,8 +168,13 @@ def _refuse_shards(found: Sequence[_Found[_Leaf]]) -> None:
 
 def _telling(found: _Found[_Leaf]) -> str:
     """Return the path of a weight without the containers that merely say that a model is in them."""
-    said = [part for part in found.path if "ema" in part or not _MODELS.fullmatch(part)]
+    said = [part for part in found.path if "ema" in part or not is_model(part)]
     return ".".join((*said, found.key))[:_LONGEST_PATH] if said else ""
+
+
+def is_model(name: str) -> bool:
+    """Say whether a dictionary or module is called what says no more than that a model is in it."""
+    return _MODELS.fullmatch(name) is not None
 
 
 def is_loss(name: str) -> bool:
@@ -231,7 +236,7 @@ class _Search(Generic[_Leaf]):
             if type(key) is str and type(value) is dict and not self._is_training_state(key, value)
         }
         self._followed.update((id(mapping), key) for key in below)
-        in_training = any(found and _MODELS.fullmatch(key) for key, found in below.items())
+        in_training = any(found and is_model(key) for key, found in below.items())
         for key, value in mapping.items():
             if type(key) is not str:
                 continue
