@@ -192,7 +192,7 @@ def _plan_lines(steps: Sequence[Step], symbol: str) -> Iterator[str]:
     if step.reason is None and step.parts:
         what += f"; {len(step.parts)} matrices"
     dtype = tensor.dtype if step.out_dtype is None else f"{tensor.dtype} -> {step.out_dtype}"
-    if step.doubt and step.reason is None:
+    if step.doubt:
         what += "; in doubt by its name"
     yield f"{escape(tensor.shown)}  {dtype} {shape}  {what}\n"
     for part in step.parts if step.reason is None else ():

@@ -221,8 +221,8 @@ def confirm_ties(plan: Plan, confirmed: Collection[Tie]) -> Plan:
 
 
 def _is_doubt(step: Step, wish: _Wish, in_doubt: bool) -> bool:
-    """Say whether a tensor in doubt stays so: what the user names is none."""
-    return in_doubt and step.reason is None and not wish.named
+    """Say whether a tensor in doubt stays so: what the user names, and what stays as it is, is none."""
+    return in_doubt and step.action != "copy" and not wish.named
 
 
 def idle_rules(plan: Plan) -> list[str]:

@@ -92,10 +92,11 @@ def find_computed(
             if computed.is_above(values_of(high), low, high.elements):
                 why = "a mean and its spread" if low is None else "the least and the most of something"
                 found |= dict.fromkeys(pair.names, f"{why}, nowhere out of order")
-    # What is constant is copied, whatever it is.
+    # What is constant is copied, whatever it is, unless it is to be shrunk.
     doubts = [open_steps[name].tensor for name in told.doubts if name in open_steps and name not in found]
     flat = [t for t in doubts if computed.is_constant(values_of(t), t.elements)]
-    return found, {tensor.name for tensor in flat} if plan.noise.scope == "matrix" else set()
+    stays = plan.noise.scope == "matrix" and plan.noise.kept == 1.0
+    return found, {tensor.name for tensor in flat} if stays else set()
 
 
 def _is_tie_likely(plan: Plan, sources: Mapping[str, Source]) -> bool:

@@ -135,6 +135,10 @@ class BufferRule(NamedTuple):
 
 
 _CODEBOOK = ("embed_avg", "embed_sum", "embedding_sum", "cluster_size", "cluster_usage")
+_LOW_RANK = (
+    *("lora_down.weight", "lora.down.weight", "lora_A.weight"),
+    *("hada_w1_a", "lokr_w1", "lokr_w1_a", "oft_blocks"),
+)
 _vector = _dimensions(1)
 
 RULES: tuple[BufferRule, ...] = (
@@ -207,6 +211,9 @@ RULES: tuple[BufferRule, ...] = (
     BufferRule("betas", _twin("alphas_cumprod"), "noise schedule (latent diffusion)"),
     BufferRule("*alphas_cumprod*", _all(_vector, _twin("betas")), "noise schedule (latent diffusion)"),
     BufferRule("posterior_*", _all(_vector, _twin("betas")), "noise schedule (latent diffusion)"),
+    BufferRule("scale_factor", _all(_one, _beside("betas", "model_ema.decay")), "scale (latent diffusion)"),
+    BufferRule("decay", _all(_one, _beside("num_updates")), "EMA decay (latent diffusion)"),
+    BufferRule("alpha", _all(_one, _beside(*_LOW_RANK)), "scale of low-rank factors (kohya, LyCORIS)"),
 )
 
 

@@ -152,8 +152,10 @@ def tell(
         models=(("", config),) if decider == "auto" and config and library_of(config) else (),
     )
     names = {tensor.name for tensor in tensors}
-    could = [t for t in tensors if _could_take_noise(t) and t.name not in told.by]
-    told = replace(told, doubts=frozenset(t.name for t in could if is_doubtful(t, names)))
+    could = [t for t in tensors if t.dtype in FLOAT_DTYPES and t.elements and t.name not in told.by]
+    doubts = frozenset(t.name for t in could if is_doubtful(t, names))
+    told = replace(told, doubts=doubts)
+    could = [t for t in could if t.elements > 1 or t.name in doubts]
     if decider == "model":
         answer = _ask(tensors, config or {})
         if isinstance(answer, str):
@@ -229,10 +231,6 @@ def _with_answer(told: Told, answer: Answer, prefix: str) -> Told:
         pairs=told.pairs + ties,
         models=(),
     )
-
-
-def _could_take_noise(tensor: TensorSpec) -> bool:
-    return tensor.dtype in FLOAT_DTYPES and tensor.elements > 1
 
 
 def _asks(tensors: Iterable[TensorSpec], names: Collection[str]) -> Iterator[bool]:

@@ -549,6 +549,37 @@ def test_names_alone_are_perturbed_and_warned_of_once(tmp_path: Path) -> None:
         noisytune_cli.perturb_(state)
 
 
+#: What changes a tensor of one element, too.
+CHANGING = [NoiseSpec(scope="absolute", lam=0.1), NoiseSpec(scope="global"), NoiseSpec(kept=0.5)]
+
+
+@pytest.mark.parametrize("noise", CHANGING, ids=str)
+def test_a_value_that_is_no_parameter_by_what_is_beside_it_stays(noise: NoiseSpec, tmp_path: Path) -> None:
+    names = ["te_fc1.alpha", "unet.q.alpha", "model_ema.decay", "scale_factor"]
+    others = ["logit_scale", "gate.alpha", "b.decay", "net.scale_factor"]
+    factors = ["te_fc1.lora_down.weight", "te_fc1.lora_up.weight", "unet.q.hada_w1_a"]
+    found = {name: Tensor("F32", drawn(1)[0]) for name in [*names, *others]}
+    found |= {name: Tensor("F32", drawn(4, 4, seed=i)) for i, name in enumerate(factors)}
+    found["model_ema.num_updates"] = Tensor("I32", np.array(3, np.int32))
+    source = save(tmp_path / "m.safetensors", found)
+    done = perturb(Request(str(source), noise, strict=True), str(tmp_path / "o.safetensors"))
+    assert {name for name, what in told(done).items() if what == BY_STRUCTURE} == set(names)
+    changed = {r.step.tensor.name for r in done.manifest.receipts if r.action != "copy"}
+    assert changed == {*others, *factors}
+
+
+@pytest.mark.parametrize("noise", CHANGING, ids=str)
+def test_one_value_with_a_buffers_name_is_a_doubt_where_it_would_change(
+    noise: NoiseSpec, tmp_path: Path
+) -> None:
+    found = {"reward_norm.mean": drawn(1)[0], "ema": drawn(1), "a.weight": drawn(4, 4)}
+    (warning,) = noised(tmp_path, found, noise=noise).warnings
+    assert "reward_norm.mean, ema: perturbed, though" in warning
+    with pytest.raises(InputInvalid, match=r"--exclude reward_norm\.mean"):
+        noised(tmp_path, found, noise=noise, strict=True)
+    assert noised(tmp_path, found, strict=True).warnings == ()
+
+
 @pytest.mark.parametrize(
     "name",
     ["mean.weight", "queue.weight", "center.bias", "block.scale", "pi.log_std", "emb.position_embedding"],
