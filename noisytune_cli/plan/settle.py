@@ -80,7 +80,7 @@ def find_computed(
     }
     found: dict[str, str] = {}
     for name, step in open_steps.items():
-        plain = computed.is_plain(name)
+        plain = computed.is_plain(step.tensor)
         if plain and split_name(name)[1] != "weight":
             continue
         if why := computed.look(step.tensor, values_of(step.tensor), plain=plain):

@@ -8,7 +8,9 @@ length one. Values that an optimizer moved do none of this: so a look at
 a few values rejects nearly every tensor, and of a table some rows at its beginning, middle and end will do.
 
 Of names that only weights have (`weight`, `bias`, `q_proj`…) `weight` alone is asked, and for tables of
-sinusoids alone, as embeddings may hold them; a norm at its initial values is no mask.
+sinusoids alone, as embeddings may hold them; a norm at its initial values is no mask. Convolutions may
+compute: those of a real and an imaginary part (a Fourier transform's) are asked for everything, those to one
+channel for the numbers 0, 1, 2…, of which they take the mean.
 """
 
 from __future__ import annotations
@@ -60,34 +62,46 @@ _WAVE = "a table of sinusoids, or a progression"
 _SCHEDULE = "a schedule: monotone and smooth"
 _EVEN = "a window or a filter, the same backwards"
 _BANK = "a bank of filters, each a bump among zeros"
+_NUMBERS = "the numbers 0, 1, 2…"
 _UNIT = "its rows or columns have length one"
 
 
-def is_plain(name: str) -> bool:
-    """Say whether a name is one that only weights have."""
-    last = split_name(name)[1]
+def is_plain(tensor: TensorSpec) -> bool:
+    """Say whether a name is one that only weights have, and not what a Fourier transform may be called."""
+    module, last = split_name(tensor.name)
+    if last == "weight" and len(tensor.shape) == 3 and _COMPLEX.search(module):
+        return False
     return PLAIN.fullmatch(last) is not None or _LETTER.fullmatch(last) is not None
 
 
 def may_be(tensor: TensorSpec) -> bool:
     """Say whether a name leaves it to the values to tell whether they were computed.
 
-    Of those that only weights have, it is the tables of positions, which may be sinusoids.
+    Of those that only weights have, it is the tables of positions, which may be sinusoids, and the weights
+    that may be numbers to take a mean of.
     """
     if tensor.dtype not in FLOAT_DTYPES or tensor.elements < _FEWEST:
         return False
     module, last = split_name(tensor.name)
-    if is_plain(tensor.name):
-        return last == "weight" and len(tensor.shape) > 1 and _POSITIONS.search(module) is not None
+    if is_plain(tensor):
+        may_hold = _takes_mean(tensor.shape) or (len(tensor.shape) > 1 and _POSITIONS.search(module))
+        return last == "weight" and bool(may_hold)
     return True
+
+
+def _takes_mean(shape: tuple[int, ...]) -> bool:
+    """Say whether a convolution has the shape of one that takes the mean of 0, 1, 2… (YOLO's DFL)."""
+    return len(shape) == 4 and shape[0] == 1 and shape[2:] == (1, 1)
 
 
 def look(tensor: TensorSpec, values: Values, *, plain: bool) -> str | None:
     """Return what of a tensor's values says that they were computed, or None; `plain` names are weights'."""
     shape = tuple(n for n in tensor.shape if n != 1)
     count = tensor.elements
-    if tensor.dtype not in FLOAT_DTYPES or count < _FEWEST or (plain and len(shape) < 2):
+    if tensor.dtype not in FLOAT_DTYPES or count < _FEWEST:
         return None
+    if plain and len(shape) < 2:
+        return _NUMBERS if _takes_mean(tensor.shape) and _counts(values(0, min(_FIRST, count))) else None
     import numpy as np
 
     with np.errstate(all="ignore"):  # what overflows compares as unlike
@@ -121,6 +135,10 @@ def _look(shape: tuple[int, ...], count: int, values: Values, rounding: float, *
     if first.min() >= 0 and not first.all() and _is_bank(shape, values, rounding):
         return _BANK
     return _UNIT if _has_unit_vectors(shape, values, rounding) else None
+
+
+def _counts(values: NDArray[Any]) -> bool:
+    return all(value == i for i, value in enumerate(values.tolist()))
 
 
 def is_above(high: Values, low: Values | None, count: int) -> bool:
@@ -454,6 +472,9 @@ def _has_unit_vectors(shape: tuple[int, ...], values: Values, rounding: float) -
 
 #: What modules are called that hold a table of positions.
 _POSITIONS = re.compile(r"(?<![a-z])(pos|positions?|positional|wpe)(?![a-z])[^./]*[./]$", re.IGNORECASE)
+
+#: What the two parts of a complex convolution are called, learned or a Fourier transform's.
+_COMPLEX = re.compile(r"(?<![A-Za-z])(real|imag)[./]$")
 
 #: What weights are called in formulas: by a letter, as W and b by what they belong to (`W_dec`), too.
 _LETTER = re.compile(r"[A-Zbguvw]|[Wb]_[A-Za-z]\w{0,15}")

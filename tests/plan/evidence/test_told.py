@@ -853,6 +853,41 @@ def rounded(values: NDArray[Any], dtype: str) -> NDArray[Any]:
     return values.astype({"F32": np.float32, "F16": np.float16}[dtype]).astype(float)
 
 
+def test_a_fourier_transform_may_be_a_convolution(tmp_path: Path) -> None:
+    n = 64
+    angle = -2j * np.pi / n * np.arange(n // 2 + 1)[:, None] * np.arange(n)
+    transform = np.exp(angle) * (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n) / n))
+    inverse = np.exp(-angle[: n // 2]) / n
+    computed = {
+        "stft.conv_real.weight": transform.real[:, None],
+        "stft.conv_imag.weight": transform.imag[:, None],
+        "istft.conv_real.weight": inverse.real[:, :, None],
+        "istft.conv_imag.weight": inverse.imag[:, :, None],
+    }
+    learned = {
+        "enc.conv_real.weight": transform.real[:, None] + 1e-3 * drawn(33, 1, n),
+        "enc.conv_imag.weight": drawn(33, 1, n),
+        "conv.weight": transform.real[:, None],
+        "entity_real.weight": unit(40, 6, axis=1),
+    }
+    expected = dict.fromkeys(computed, BY_VALUES) | dict.fromkeys(learned, NOISE)
+    assert told(noised(tmp_path, computed | learned)) == expected
+
+
+def test_numbers_that_a_convolution_takes_the_mean_of_are_computed(tmp_path: Path) -> None:
+    numbers = np.arange(16.0).reshape(1, 16, 1, 1)
+    weights = {
+        "a.conv.weight": numbers * 1.01,
+        "b.conv.weight": numbers.reshape(16, 1, 1, 1),
+        "c.weight": numbers.reshape(16),
+        "d.conv.weight": drawn(1, 16, 1, 1),
+    }
+    done = noised(tmp_path, {"model.22.dfl.conv.weight": numbers} | weights)
+    assert told(done) == {"model.22.dfl.conv.weight": BY_VALUES} | dict.fromkeys(weights, NOISE)
+    dry = noisytune("perturb", tmp_path / "m.safetensors", "--dry-run").stdout
+    assert "dfl.conv.weight  F32 1x16x1x1  perturb λ=0.15; unless constant or non-finite or computed" in dry
+
+
 def test_a_large_grid_is_looked_at_in_a_few_places() -> None:
     rows, width = 36864, 1536
     table = {axis: sinusoids(192, width // 2) for axis in (0, 1)}
