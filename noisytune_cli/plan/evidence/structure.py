@@ -129,7 +129,8 @@ def _beside(
     elif end in ("epsilon", "eps") and twin(f"{base}_mu") and twin(f"{base}_sigma"):
         yield "buffer", "the last noise of a noisy layer"
     for replaced in _replaced(last, _COSINE, ("sin",)) or _replaced(last, _SINE, ("cos",)):
-        if twin(replaced):
+        # Of a name that goes on (`cos_amplitudes`) the values have to tell.
+        if last.endswith(("cos", "sin")) and twin(replaced):
             yield "buffer", "a table of cosines and sines"
     for zero in _replaced(last, _SCALE, _ZEROS):
         if twin(zero) and siblings[zero].dtype not in FLOAT_DTYPES:  # what is learned has one of floats
@@ -220,17 +221,20 @@ def _shared_projections(modules: Mapping[str, Mapping[str, TensorSpec]]) -> Iter
     """Yield `P_A` and `P_B` that stand once above layers that have other tensors of P's, such as `P_lambda`.
 
     Layers that share two projections learn what scales them (VeRA, RandLoRA); were these learned, each
-    layer would have its own.
+    layer would have its own. Layers that have `W_q` and `W_k` have their own: there a letter is a matrix.
     """
-    homes: dict[str, dict[str, None]] = {}
+    homes: dict[str, dict[str, list[str]]] = {}
     for module, siblings in modules.items():
         for last in siblings.keys() - _LAYERS:
             for word in list(re.finditer("_", last))[:_MOST_WORDS]:
-                homes.setdefault(last[: word.start()], {})[module] = None
+                of_method = homes.setdefault(last[: word.start()], {})
+                of_method.setdefault(module, []).append(last[word.end() :])
     for method, of_method in homes.items():
-        tops = [module for module in of_method if f"{method}_A" in modules[module]] if method else []
-        if len(tops) != 1 or f"{method}_B" not in modules[tops[0]]:
+        tops = [module for module, ends in of_method.items() if "A" in ends] if method else []
+        if len(tops) != 1 or "B" not in of_method[tops[0]]:
             continue
-        if any(module != tops[0] and module.startswith(tops[0]) for module in of_method):
+        (top,) = tops
+        below = [ends for module, ends in of_method.items() if module != top and module.startswith(top)]
+        if below and all(len(end) > 1 for ends in below for end in ends):
             for end in ("A", "B"):
-                yield modules[tops[0]][f"{method}_{end}"].name, "a projection that all layers share"
+                yield modules[top][f"{method}_{end}"].name, "a projection that all layers share"

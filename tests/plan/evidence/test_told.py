@@ -335,6 +335,21 @@ def test_layers_that_share_two_projections_do_not_learn_them(tmp_path: Path) -> 
     assert told(noised(tmp_path, found)) == shared | dict.fromkeys(own, NOISE)
 
 
+@pytest.mark.parametrize("method", ["W", "attn"])
+def test_projections_beside_layers_with_their_own_are_learned(method: str, tmp_path: Path) -> None:
+    names = [f"{method}_A", f"{method}_B", f"blocks.0.{method}_q", f"blocks.0.{method}_out"]
+    found = {name: drawn(9, 4, seed=i) for i, name in enumerate(names)}
+    assert told(noised(tmp_path, found)) == dict.fromkeys(names, NOISE)
+
+
+def test_what_is_called_after_cosines_is_a_table_if_its_values_are(tmp_path: Path) -> None:
+    table = sinusoids(64, 16)
+    tables = {"rope.cos_emb": table[:, 8:], "rope.sin_emb": table[:, :8]}
+    learned = {"kan.cos_amplitudes": drawn(64, 8), "kan.sin_amplitudes": drawn(64, 8, seed=1)}
+    expected = dict.fromkeys(tables, BY_VALUES) | dict.fromkeys(learned, NOISE)
+    assert told(noised(tmp_path, tables | learned)) == expected
+
+
 # Structure: siblings that only exist together, and what stands beside them.
 
 PAIRS: dict[str, tuple[list[str], list[str]]] = {
