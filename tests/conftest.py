@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,20 @@ def model(tmp_path: Path) -> Path:
     (root / "sub").mkdir()
     (root / "sub/notes é #1.txt").write_text("notes")
     return root
+
+
+@pytest.fixture
+def open_files(tmp_path: Path) -> Callable[[], int]:
+    """What counts the files open below the test's folder, whatever other tests have left to be collected."""
+
+    def count() -> int:
+        found = 0
+        for fd in os.listdir("/proc/self/fd"):
+            with suppress(FileNotFoundError):  # of the listing itself
+                found += os.readlink(f"/proc/self/fd/{fd}").startswith(str(tmp_path))
+        return found
+
+    return count
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pickle
 import re
 import socket
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -721,15 +722,15 @@ def test_revision_is_for_the_hub(tmp_path: Path) -> None:
         open_checkpoint(str(save(tmp_path / "model.safetensors", "a")), revision="main")
 
 
-def test_a_failure_closes_what_was_opened(tmp_path: Path) -> None:
+def test_a_failure_closes_what_was_opened(tmp_path: Path, open_files: Callable[[], int]) -> None:
     save_sharded(tmp_path)
     (tmp_path / SHARDS[1]).write_bytes(b"\x08")
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     refused(tmp_path)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
     with open_checkpoint(str(save_sharded(tmp_path))):
-        assert len(os.listdir("/proc/self/fd")) == before + 2
-    assert len(os.listdir("/proc/self/fd")) == before
+        assert open_files() == before + 2
+    assert open_files() == before
 
 
 def checkpoints() -> Path:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -282,14 +283,14 @@ def test_chunks_that_are_damaged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [".metadata", "__1_0.distcp"])
-def test_a_refused_folder_is_closed(name: str, tmp_path: Path) -> None:
+def test_a_refused_folder_is_closed(name: str, tmp_path: Path, open_files: Callable[[], int]) -> None:
     folder = save_chunked(tmp_path / "model", {("w",): torch.arange(24.0).reshape(4, 6)})
     (folder / name).write_bytes(b"")
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     for _ in range(3):
         with pytest.raises(InputInvalid):
             dcp_module.open_source(folder / ".metadata", ".metadata", False)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
 
 
 def test_large_metadata_needs_large_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

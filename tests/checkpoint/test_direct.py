@@ -268,7 +268,11 @@ def test_short_direct_writes_are_continued(
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("threads", [1, 4])
 def test_failed_direct_writes_are_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, threads: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    open_files: Callable[[], int],
+    code: int,
+    threads: int,
 ) -> None:
     real = os.pwrite
 
@@ -279,10 +283,10 @@ def test_failed_direct_writes_are_reported(
 
     monkeypatch.setattr(_direct.os, "pwrite", pwrite)
     pieces = cut(6 * BLOCK, [100, 5000, 9000])
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     with pytest.raises(ResourceExhausted, match="nothing was published"):
         write(tmp_path / "out", 6 * BLOCK, Room(BLOCK), [pieces], threads)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
 
 
 def test_an_abandoned_file_leaves_its_memory_to_others(tmp_path: Path) -> None:
@@ -298,18 +302,20 @@ def test_an_abandoned_file_leaves_its_memory_to_others(tmp_path: Path) -> None:
     assert room.take() is None
 
 
-def test_a_descriptor_is_held_while_there_is_something_to_write(tmp_path: Path) -> None:
+def test_a_descriptor_is_held_while_there_is_something_to_write(
+    tmp_path: Path, open_files: Callable[[], int]
+) -> None:
     with Room(BLOCK) as room:
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_files()
         files = [create(tmp_path / str(n), 2 * BLOCK, room) for n in range(5)]
         for file in files:
             file.write_at(0, bytes(BLOCK))
             file.write_at(BLOCK, bytes(BLOCK))
             file.read_at(0, 1)
-        assert len(os.listdir("/proc/self/fd")) == before + 5
+        assert open_files() == before + 5
         for file in files:
             file.finish()
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert open_files() == before
 
 
 def test_what_fails_behind_is_said_by_what_comes_next(

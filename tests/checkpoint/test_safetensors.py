@@ -338,16 +338,16 @@ def test_what_is_written_after_a_flush_that_failed_fails_too(
 
 
 def test_a_file_that_is_given_up_is_closed_once_its_flush_has_ended(
-    source: SafetensorsSource, sink: Sink, flushes: Flushes
+    source: SafetensorsSource, sink: Sink, flushes: Flushes, open_files: Callable[[], int]
 ) -> None:
     (tensor,) = source.tensors
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     flushes.goes_on.clear()
     sink.write(tensor, 0, bytes(16))
     until(lambda: flushes.by == ["other"])
     sink.abort()
     flushes.goes_on.set()
-    until(lambda: len(os.listdir("/proc/self/fd")) == before - 1)
+    until(lambda: open_files() == before - 1)
     assert flushes.open == [True]
 
 
