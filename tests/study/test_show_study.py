@@ -93,6 +93,6 @@ def test_a_task_on_which_nothing_is_learnt_is_warned_of(capsys: pytest.CaptureFi
     made = [*runs("plain", [0.01, 0.0, -0.02]), *runs("noisytune", [0.0, 0.0, -0.01])]
     show(summarise(made, constant_score=0.0), quiet=True)
     assert capsys.readouterr().err == (
-        "noisytune: warning: cola: plain's Matthews correlation, −0.33 ± 1.53, is not clearly above that of "
+        "noisytune: warning: cola: plain's Matthews correlation, −0.33 ± 1.53, is not above that of "
         "one answer to every row, 0.00: where nothing is learnt, no difference is no evidence\n"
     )

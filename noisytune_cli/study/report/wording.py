@@ -141,8 +141,9 @@ def too_few(seeds: int, number: int, shared: bool = False) -> str | None:
 
 def unlearnt(metric: str, sample: Mapping[str, Any], constant: float) -> str:
     """Return what it means where plain's score is not above that of one answer to every row."""
+    how = "not clearly" if sample["mean"] > constant else "not"
     return (
-        f"plain's {METRICS[metric]}, {spread(sample)}, is not clearly above that of one answer to every row, "
+        f"plain's {METRICS[metric]}, {spread(sample)}, is {how} above that of one answer to every row, "
         f"{score(constant)}: where nothing is learnt, no difference is no evidence"
     )
 
