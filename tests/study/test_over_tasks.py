@@ -96,6 +96,15 @@ def test_what_a_task_lacks_is_not_averaged() -> None:
     assert "No method has a seed that it and plain have on every task." in render_tasks(nothing, [])
 
 
+def test_a_method_is_one_whatever_else_a_study_has() -> None:
+    made = [*runs("plain", PLAIN), *runs("noisytune", [score + 0.01 for score in PLAIN])]
+    grown = [*made, *runs("noisytune", PLAIN, noise="gaussian")]
+    summary = summarise_tasks([summarise(study(made), made), summarise(study(grown), grown)])
+    (method,) = summary["methods"]
+    assert method["name"] == "noisytune (uniform)"
+    assert method["mean"] == pytest.approx(0.01)
+
+
 def test_the_summary_is_written_with_its_figure(tmp_path: Path) -> None:
     studies = [results("cola", noisytune=COLA), results("rte", noisytune=RTE)]
     summary = write_tasks(tmp_path, studies)

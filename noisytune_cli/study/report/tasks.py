@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from noisytune_cli.study.report import statistics, wording
+from noisytune_cli.study.report.conditions import ConditionKind, kind_of, name_kinds
 from noisytune_cli.study.report.markdown import bullets, image, table, text
 from noisytune_cli.study.report.results import Results, excluded_beyond, judge, paired, whole
 
@@ -23,9 +24,13 @@ SCHEMA = 1
 
 def summarise_tasks(studies: Sequence[Results]) -> dict[str, Any]:
     """Return what the studies of several tasks say of each method together, from their results alone."""
-    compared = [whole(results, "comparisons") for results in studies]
-    names = list(dict.fromkeys(comparison["name"] for entries in compared for comparison in entries))
-    methods = [method for name in names if (method := _method(name, studies, compared)) is not None]
+    compared = [_by_kind(results) for results in studies]
+    names = name_kinds(kind for entries in compared for kind in entries)
+    methods = [
+        method
+        for kind, name in names.items()
+        if (method := _method(kind, name, studies, compared)) is not None
+    ]
     judge(methods)
     judge([cell for method in methods for cell in method["tasks"]])
     return {
@@ -51,16 +56,24 @@ def _task(results: Results) -> dict[str, Any]:
     }
 
 
+def _by_kind(results: Results) -> dict[ConditionKind, Mapping[str, Any]]:
+    """Return the comparisons with plain by what is compared, whose name depends on what else a study has."""
+    kinds = {entry["name"]: kind_of(entry) for entry in whole(results)}
+    return {kinds[entry["name"]]: entry for entry in whole(results, "comparisons")}
+
+
 def _method(
-    name: str, studies: Sequence[Results], compared: Sequence[Sequence[Mapping[str, Any]]]
+    kind: ConditionKind,
+    name: str,
+    studies: Sequence[Results],
+    compared: Sequence[Mapping[ConditionKind, Mapping[str, Any]]],
 ) -> dict[str, Any] | None:
     """Return a method's differences on each task and over them; None where a task or a common seed lacks."""
     cells = []
     for results, entries in zip(studies, compared, strict=True):
-        for entry in entries:
-            if entry["name"] == name:
-                told = ("lambda", "seeds", "mean", "std", "interval", "excluded_beyond", "values", "p")
-                cells.append({"task": results["study"]["task"], **{key: entry[key] for key in told}})
+        if (entry := entries.get(kind)) is not None:
+            told = ("lambda", "seeds", "mean", "std", "interval", "excluded_beyond", "values", "p")
+            cells.append({"task": results["study"]["task"], **{key: entry[key] for key in told}})
     by_seed = [dict(zip(map(tuple, cell["seeds"]), cell["values"], strict=True)) for cell in cells]
     common = sorted(set.intersection(*map(set, by_seed)))
     if len(cells) < len(studies) or not common:
