@@ -20,7 +20,8 @@ from typing import Any
 from noisytune_cli.study.report import wording
 from noisytune_cli.study.report.markdown import table
 from noisytune_cli.study.report.plots import PLOTS, over_tasks
-from noisytune_cli.study.report.results import Results, judge, summarise
+from noisytune_cli.study.report.report import unlearnt
+from noisytune_cli.study.report.results import Results, judge, paired, summarise
 from noisytune_cli.study.report.statistics import moments
 from noisytune_cli.study.report.tasks import summarise_tasks
 from noisytune_cli.study.report.write import draw
@@ -85,9 +86,15 @@ def tables() -> dict[str, str]:
     made: dict[str, Callable[[], str]] = {
         "pairs": lambda: _compared(
             ("model", "task", "plain", "noisytune"),
-            [((_model(one), _task(one)), one, entry) for one in pairs() for entry in one["comparisons"]],
+            [
+                ((_model(one), _task(one), *_sides(one, entry)), entry)
+                for one in pairs()
+                for entry in one["comparisons"]
+            ],
         ),
         "tasks": _over_tasks,
+        "deni": lambda: _each(results("pairs/cola", "plain", "deni"), "method", "plain", "with it"),
+        "probe": lambda: _probe(results("probe/cola", "plain", "r3f", "noisytune")),
         "kinds": lambda: _each(results("pairs/cola", *PAIR, every_kind=True), "noise", "plain", "with it"),
         "combinations": lambda: _combinations(results("pairs/cola", "plain", *COMBINED)),
         "shares": lambda: _shares(results("pairs/cola", *PAIR, shares=SHARES)),
@@ -95,33 +102,32 @@ def tables() -> dict[str, str]:
     return {f"studies: {name}": make() + "\n" for name, make in made.items()}
 
 
-def _compared(header: Sequence[str], rows: Sequence[tuple[Sequence[str], Results, dict[str, Any]]]) -> str:
-    """Return a table of comparisons, adjusted for one another: each with its cells and both scores."""
-    judge([entry for _, _, entry in rows])
+def _compared(header: Sequence[str], rows: Sequence[tuple[Sequence[str], dict[str, Any]]]) -> str:
+    """Return a table of comparisons, adjusted for one another: each with its cells."""
+    judge([entry for _, entry in rows])
     return table(
         [*header, "difference [95 %]", "excluded beyond, 95 %", "higher in", "p", "p (Holm)"],
         [
             [
                 *cells,
-                *(_score(one, entry, side) for side in ("against", "name")),
                 wording.difference(entry),
                 wording.interval(entry["excluded_beyond"]),
                 f"{entry['higher']} of {len(entry['values'])}",
                 wording.probability(entry["p"]),
                 wording.probability(entry["p_holm"]),
             ]
-            for cells, one, entry in rows
+            for cells, entry in rows
         ],
     )
 
 
 def _each(one: Results, *header: str) -> str:
     """Return the table of a study's methods against plain."""
-    return _compared(header, [((entry["name"],), one, entry) for entry in one["comparisons"]])
+    return _compared(header, [((entry["name"], *_sides(one, entry)), entry) for entry in one["comparisons"]])
 
 
 def _combinations(one: Results) -> str:
-    added = [((entry["against"],), one, entry) for entry in one["combinations"]]
+    added = [((entry["against"], *_sides(one, entry)), entry) for entry in one["combinations"]]
     return _compared(("method", "without noise", "with noise"), added)
 
 
@@ -130,17 +136,24 @@ def _shares(one: Results) -> str:
     rows = {entry["share"]: entry["train_rows"] for entry in one["conditions"]}
     return _compared(
         ("training rows", "plain", "noisytune"),
-        [((str(rows[entry["share"]]),), one, entry) for entry in ordered],
+        [((str(rows[entry["share"]]), *_sides(one, entry)), entry) for entry in ordered],
     )
 
 
 def _over_tasks() -> str:
-    """Return what the tasks of MiniLM say together: first those that have most seeds, at last all."""
+    """Return what the tasks of MiniLM say together: first those that have most seeds, at last all.
+
+    Where plain has learnt nothing a task is in the last row alone.
+    """
     found = pairs("MiniLM")
-    seeds = [len(one["comparisons"][0]["values"]) for one in found]
+    learnt = [one for one in found if not unlearnt(one)]
+    seeds = [len(one["comparisons"][0]["values"]) for one in learnt]
+    groups = [
+        [one for one, number in zip(learnt, seeds, strict=True) if number >= least]
+        for least in sorted(set(seeds), reverse=True)
+    ]
     rows = []
-    for least in sorted(set(seeds), reverse=True):
-        chosen = [one for one, number in zip(found, seeds, strict=True) if number >= least]
+    for chosen in [*groups, found] if len(learnt) < len(found) else groups:
         if len(chosen) > 1:
             (mean,) = summarise_tasks(chosen)["methods"]
             rows.append(
@@ -173,13 +186,38 @@ def _task(one: Results) -> str:
     return f"{NAMES[study['task']]}, {wording.METRICS[study['primary']]}"
 
 
+def _probe(one: Results) -> str:
+    """Return the table of what another task is learnt to from each method's encoder, against plain's."""
+    probes = {
+        entry["name"]: dict(
+            zip(map(tuple, entry["seeds"]), entry["probe"]["accuracy"]["values"], strict=True)
+        )
+        for entry in one["conditions"]
+    }
+    plain = probes.pop("plain")
+    rows = []
+    for name, scores in probes.items():
+        seeds = sorted(plain.keys() & scores.keys())
+        sides = [_spread([side[seed] for seed in seeds]) for side in (plain, scores)]
+        rows.append(((name, *sides), paired([scores[seed] - plain[seed] for seed in seeds])))
+    return _compared(("method", "plain", "with it"), rows)
+
+
+def _sides(one: Results, entry: dict[str, Any]) -> list[str]:
+    """Return the scores of both sides of a comparison, over its pairs."""
+    return [_score(one, entry, side) for side in ("against", "name")]
+
+
 def _score(one: Results, entry: dict[str, Any], side: str) -> str:
-    """Return the score of one side of a comparison, over its pairs."""
     (found,) = (c for c in one["conditions"] if (c["name"], c["share"]) == (entry[side], entry["share"]))
     by_seed = dict(
         zip(map(tuple, found["seeds"]), found["dev"][one["study"]["primary"]]["values"], strict=True)
     )
-    mean, std = moments([by_seed[tuple(seed)] for seed in entry["seeds"]])
+    return _spread([by_seed[tuple(seed)] for seed in entry["seeds"]])
+
+
+def _spread(scores: Sequence[float]) -> str:
+    mean, std = moments(scores)
     return wording.spread({"mean": mean, "std": std})
 
 

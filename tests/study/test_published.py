@@ -19,10 +19,10 @@ NOISY = [plain + change for plain, change in zip(PLAIN, CHANGES, strict=True)]
 DRIFT = {"head": {"norm_change": 0.05, "change_norm": 0.1}}
 
 
-def journal(folder: Path, made: list[dict[str, Any]], model: str, task: str) -> None:
+def journal(folder: Path, made: list[dict[str, Any]], model: str, task: str, **others: Any) -> None:
     """Leave a study's files as `noisytune study` does."""
     folder.mkdir(parents=True)
-    about = study(made, model={"id": model, "revision": None, "parameters": 1}, task=task)
+    about = study(made, model={"id": model, "revision": None, "parameters": 1}, task=task, **others)
     (folder / "study.json").write_text(json.dumps(about))
     (folder / "runs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in made))
 
@@ -42,9 +42,15 @@ def studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     for method in (*studies.COMBINED, "deni"):
         cola += runs(method, NOISY if "noisytune" in method else PLAIN)
     journal(tmp_path / "out/pairs/cola", cola, "model", "cola")
-    for task, seeds in (("sst2", 5), ("stsb", 3)):
+    for task, seeds, constant in (("sst2", 5, 0.2), ("stsb", 3, 0.2), ("wnli", 5, 0.6)):
         few = runs("plain", PLAIN[:seeds]) + runs("noisytune", NOISY[:seeds])
-        journal(tmp_path / f"out/pairs/{task}", few, "model", task)
+        journal(tmp_path / f"out/pairs/{task}", few, "model", task, constant_score=constant)
+    probed = [
+        one | {"probe": {"task": "sst2", "accuracy": score}}
+        for method, scores in (("plain", PLAIN), ("r3f", NOISY), ("noisytune", PLAIN))
+        for one, score in zip(runs(method, NOISY), scores, strict=True)
+    ]
+    journal(tmp_path / "out/probe/cola", probed, "model", "cola")
     mpnet = runs("plain", PLAIN) + runs("noisytune", NOISY)
     journal(tmp_path / "out/mpnet-cola", mpnet, "all-mpnet-base-v2", "cola")
     studies.take(tmp_path / "out")
@@ -62,19 +68,28 @@ def test_tables_hold_what_each_is_about(studies: Any) -> None:
     tables = studies.tables()
     change = "+1.40 [+0.20, +2.40] | [−0.48, +3.28] | 4 of 5 | 0.188"
     pairs = tables["studies: pairs"].splitlines()
-    # Adjusted for the four of this table: 0.1875 × 4.
-    assert f"| MiniLM | CoLA, Matthews correlation | 41.00 ± 1.58 | 42.40 ± 1.52 | {change} | 0.75 |" in pairs
+    # Adjusted for the five of this table: 0.1875 × 5.
+    assert (
+        f"| MiniLM | CoLA, Matthews correlation | 41.00 ± 1.58 | 42.40 ± 1.52 | {change} | 0.938 |" in pairs
+    )
     assert [line.split(" | ")[:2] for line in pairs[2:]] == [
         ["| MiniLM", "CoLA, Matthews correlation"],
         ["| MiniLM", "SST-2, Matthews correlation"],
         ["| MiniLM", "STS-B, Matthews correlation"],
+        ["| MiniLM", "WNLI, Matthews correlation"],
         ["| MPNet", "CoLA, Matthews correlation"],
     ]
     together = tables["studies: tasks"].splitlines()[2:]
     assert [line.split(" | ")[:3] for line in together] == [
         ["| CoLA, SST-2", "5", "+1.40 [+0.20, +2.40]"],
         ["| CoLA, SST-2, STS-B", "3", "+1.33 [-1.00, +3.00]".replace("-", "−")],
+        # With the task on which plain has learnt nothing.
+        ["| CoLA, SST-2, STS-B, WNLI", "3", "+1.33 [-1.00, +3.00]".replace("-", "−")],
     ]
+    assert "| deni | 41.00 ± 1.58 | 41.00 ± 1.58 | +0.00 " in tables["studies: deni"]
+    probe = tables["studies: probe"]
+    assert f"| r3f | 41.00 ± 1.58 | 42.40 ± 1.52 | {change} |" in probe
+    assert "| noisytune | 41.00 ± 1.58 | 41.00 ± 1.58 | +0.00 " in probe
     kinds = tables["studies: kinds"]
     assert "| noisytune (gaussian) | 41.00 ± 1.58 | 41.00 ± 1.58 | +0.00 [+0.00, +0.00] |" in kinds
     assert kinds.count("\n") == 4  # no other λ
