@@ -146,7 +146,7 @@ def _over_tasks() -> str:
     Where plain has learnt nothing a task is in the last row alone.
     """
     found = pairs("MiniLM")
-    learnt = [one for one in found if not unlearnt(one)]
+    learnt = _learnt(found)
     seeds = [len(one["comparisons"][0]["values"]) for one in learnt]
     groups = [
         [one for one, number in zip(learnt, seeds, strict=True) if number >= least]
@@ -175,6 +175,11 @@ def _over_tasks() -> str:
         "other tasks such as these, 95 %",
     ]
     return table(["mean over", "seeds", *measured], rows)
+
+
+def _learnt(found: Sequence[Results]) -> list[Results]:
+    """Return the results of the tasks on which plain has learnt something."""
+    return [one for one in found if not unlearnt(one)]
 
 
 def _model(one: Results) -> str:
@@ -230,7 +235,7 @@ def draw_figures() -> None:
         "drift": ("cola-drift", results("pairs/cola", *PAIR)),
     }
     wanted = [(name, one, PLOTS[plot][0]) for plot, (name, one) in of_cola.items()]
-    wanted.append(("tasks", summarise_tasks(pairs("MiniLM")), over_tasks))
+    wanted.append(("tasks", summarise_tasks(_learnt(pairs("MiniLM"))), over_tasks))
     with tempfile.TemporaryDirectory() as folder:
         for name, one, plot in wanted:
             draw(one, Path(folder), {name: (plot, "")})
