@@ -79,6 +79,10 @@ class TensorSpec:
         return self.path or self.name
 
 
+#: Under what DeepSpeed keeps second copies of frozen weights, which have their weights' noise.
+FROZEN_COPIES = "frozen_param_fragments"
+
+
 @dataclass(frozen=True, slots=True)
 class Declared:
     """What a weight file itself says of its tensors, by name: buffers, parameters, and which are one.

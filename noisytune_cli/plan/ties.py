@@ -20,7 +20,7 @@ from typing import Any, Literal
 from noisytune_cli.checkpoint.composition import models_of
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.plan.patterns import compile_pattern
-from noisytune_cli.records import TensorSpec, Tie
+from noisytune_cli.records import FROZEN_COPIES, TensorSpec, Tie
 
 #: Input embeddings, by the end of their names (transformers' `_tied_weights_keys`, the right-hand sides).
 _EMBEDDINGS = (
@@ -78,9 +78,6 @@ _SIDES = (
 
 #: A prediction head's bias, which is also that of its output layer: `X.bias` and `X.decoder.bias`.
 _BIAS_ENDS = tuple(f"{head}.decoder.bias" for head in ("predictions", "head", "mlm_score"))
-
-#: Where DeepSpeed keeps a copy of a weight that is frozen, which has the weight's noise.
-_COPIES = "frozen_param_fragments."
 
 #: Other modules that stand under several names, and the one name that each is known by here: heads that all
 #: layers of a detector share, a decoder's layers under an encoder's name, an encoder inside another model.
@@ -217,14 +214,14 @@ def stream_of(names: Iterable[str]) -> str:
     """Return the name whose noise all names of one parameter get.
 
     It is the input embedding's (`shared` before the tables of an encoder or decoder), else the byte-wise
-    smallest; byte-wise, because the order must not depend on a locale or a header's order. A copy's
-    is the last.
+    smallest; byte-wise, because the order must not depend on a locale or a header's order. The
+    name of DeepSpeed's copy is the last to be taken.
     """
 
     def rank(name: str) -> tuple[bool, bool, bool, bytes]:
         is_shared = name == _SHARED or name.endswith((f".{_SHARED}", f"/{_SHARED}"))
         order = name.encode("utf-8", "surrogatepass")
-        return name.startswith(_COPIES), not _INPUT_SIDE.matches(name), not is_shared, order
+        return name.startswith(f"{FROZEN_COPIES}."), not _INPUT_SIDE.matches(name), not is_shared, order
 
     return min(names, key=rank)
 

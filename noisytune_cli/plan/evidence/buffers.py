@@ -135,6 +135,7 @@ class BufferRule(NamedTuple):
 
 
 _CODEBOOK = ("embed_avg", "embed_sum", "embedding_sum", "cluster_size", "cluster_usage")
+#: A factor of each method whose scale, `alpha`, is stored beside it.
 _LOW_RANK = (
     *("lora_down.weight", "lora.down.weight", "lora_A.weight"),
     *("hada_w1_a", "lokr_w1", "lokr_w1_a", "oft_blocks"),

@@ -22,7 +22,7 @@ from noisytune_cli.checkpoint.formats.torch.globals import DType
 from noisytune_cli.checkpoint.formats.torch.values import NoStateDict, PickleFault
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.escape import enumerate_some
-from noisytune_cli.records import Declared
+from noisytune_cli.records import FROZEN_COPIES, Declared
 
 _Leaf = TypeVar("_Leaf", bound="Stored")
 
@@ -62,9 +62,6 @@ _WITHOUT_MATRICES = ("sched", "scaler", "scaling", "rng", "sampler")
 
 #: An optimizer's state where a state dict was flattened before it was saved.
 _FLAT_TRAINING = re.compile(r"(chained_\d+\.)?optim(izer)?\.(state|param_groups)\..*", re.DOTALL)
-
-#: Where DeepSpeed keeps a second copy of the weights that are frozen.
-_FROZEN = "frozen_param_fragments"
 
 #: Of what lies beside the weights, how much is named.
 _MAX_REST, _LONGEST_SHOWN = 1000, 60
@@ -137,7 +134,7 @@ def sort_content(root: object, leaf: type[_Leaf]) -> Unpickled[_Leaf]:
     search = _Search(leaf)
     found = list(search.walk(root, (), frozenset()))
     _refuse_shards(found)
-    names = [item.full_name if item.path == (_FROZEN,) else item.key for item in found]
+    names = [item.full_name if item.path == (FROZEN_COPIES,) else item.key for item in found]
     if len(set(names)) < len(names):
         if sum(len(part) for item in found for part in (*item.path, item.key)) > _MAX_CHARACTERS:
             raise PickleFault("its tensors' names are too long")
@@ -158,7 +155,7 @@ def _refuse_shards(found: Sequence[_Found[_Leaf]]) -> None:
     """Raise PickleFault where DeepSpeed's copies of frozen weights are shards (ZeRO-3): no whole weights."""
     whole = {item.key: item.tensor for item in found if item.path == ("module",)}
     for item in found:
-        one = whole.get(item.key, item.tensor) if item.path == (_FROZEN,) else item.tensor
+        one = whole.get(item.key, item.tensor) if item.path == (FROZEN_COPIES,) else item.tensor
         if (one.shape, one.dtype.name) != (item.tensor.shape, item.tensor.dtype.name):
             raise PickleFault(
                 f"{item.full_name} is not the whole {item.key}, but a shard of DeepSpeed's ZeRO-3",
@@ -199,7 +196,7 @@ def declared_by(root: object, weights: Sequence[Weight[_Leaf]]) -> Declared:
     shapes, shared = root.get("param_shapes"), root.get("shared_params")
     groups = [*(shapes if type(shapes) is list else [shapes]), root.get("frozen_param_shapes")]
     pairs = [*(shared.items() if type(shared) is dict else shared if type(shared) is list else ())]
-    pairs += [(w.key, w.name) for w in weights if w.containers == (_FROZEN,)]
+    pairs += [(w.key, w.name) for w in weights if w.containers == (FROZEN_COPIES,)]
     return Declared(
         buffers=known(root.get("buffer_names"))
         | {weight.name for weight in weights if any(map(is_loss, weight.containers))},
