@@ -94,6 +94,7 @@ def tables() -> dict[str, str]:
         ),
         "tasks": _over_tasks,
         "deni": lambda: _each(results("pairs/cola", "plain", "deni"), "method", "plain", "with it"),
+        "adapters": lambda: _each(results("lora/sst2", "plain", "deni"), "method", "plain", "with it"),
         "probe": lambda: _probe(results("probe/cola", "plain", "r3f", "noisytune")),
         "kinds": lambda: _each(results("pairs/cola", *PAIR, every_kind=True), "noise", "plain", "with it"),
         "combinations": lambda: _combinations(results("pairs/cola", "plain", *COMBINED)),
