@@ -330,6 +330,10 @@ def _find_made(
             progress=progress,
         )
         if recorded is not None:
+            if request.strict:
+                refuse_doubts(
+                    replace(plan, steps=tuple(r.step for r in recorded.manifest.receipts)), request.source
+                )
             found[out] = Perturbed(
                 output, recorded.path, recorded.manifest, (), (), recipe_only, skipped=True
             )

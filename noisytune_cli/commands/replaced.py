@@ -100,18 +100,18 @@ def find_made(
         return None
     if not _is_of(manifest.receipts, plan) or not _knows(manifest, source.others):
         return None
+    if not recipe_only and (not is_there(output) or _lacks(output, recorded)):
+        return None
     written = path.stat().st_mtime_ns
-    status = [] if source.revision is not None else _status(source)  # a commit on the hub never changes
-    if any(file.st_mtime_ns > written for file in status):
+    files = [] if source.revision is not None else _files_read(source)  # a commit on the hub never changes
+    if any(file.stat().st_mtime_ns > written for file in files):
         return None
-    # Another file that was moved to its place, or copied with its times, is no younger by its mtime.
-    replaced = any(file.st_ctime_ns > written for file in status)
-    if recipe_only:
-        return None if replaced else recorded
-    if not is_there(output) or _lacks(output, recorded):
+    # Another file that was moved to its place, copied with its times, or is reached by another link or in
+    # another folder of that name, is no younger by its mtime.
+    ways = (*(file.stat() for file in files), *_ways_to(files, source.root, output))
+    if any(one.st_ctime_ns > written for one in ways) and not _gives(source, recorded, threads, progress):
         return None
-    base = source if replaced else None
-    if (replaced or _may_have_changed(output)) and _what_changed(output, threads, progress, base):
+    if not recipe_only and _may_have_changed(output) and _what_changed(output, threads, progress):
         return None
     return recorded
 
@@ -125,6 +125,10 @@ def _is_of(receipts: Sequence[Receipt], plan: Plan) -> bool:
             return False
         if step.reason is None and receipt.reason == "buffer" and receipt.step.told_by != "values":
             return False
+        # The noise that a manifest records does not say how tensors were divided.
+        is_copy = step.action == "copy" or receipt.reason in ("buffer", "excluded")
+        if not is_copy and receipt.step.parts != step.parts:
+            return False
     return len(recorded) == len(plan.steps)
 
 
@@ -136,10 +140,42 @@ def _knows(manifest: Manifest, others: Sequence[str]) -> bool:
     return taken.issubset(others) and taken.union(name for name, _ in manifest.left_out).issuperset(others)
 
 
-def _status(source: Checkpoint) -> list[os.stat_result]:
-    """Return the status of every file that a run would read."""
-    paths = [*(file.path for file in source.sources), *(source.root / name for name in source.others)]
-    return [path.stat() for path in paths]
+def _files_read(source: Checkpoint) -> list[Path]:
+    """Return every file that a run would read."""
+    return [source.root / name for name in (*source.weight_files, *source.others)]
+
+
+def _ways_to(files: Sequence[Path], root: Path, output: Path) -> Iterator[os.stat_result]:
+    """Yield the status of what leads to files below `root` and may be another by now: folders, and links.
+
+    A folder that the output lies in too changed when that was put there, and says nothing.
+    """
+    above = {(one.st_dev, one.st_ino) for one in map(os.stat, output.parents)}
+    folders = {root} if files else set()
+    folders.update(folder for file in files for folder in (file.parent, Path(os.path.realpath(file)).parent))
+    for status in map(os.stat, folders):
+        if (status.st_dev, status.st_ino) not in above:
+            yield status
+    seen, pending = set[Path](), [Path(os.path.abspath(file)) for file in files]
+    while pending:
+        path = pending.pop()
+        for place in (path, *path.parents):
+            if place in seen:
+                break
+            seen.add(place)
+            if place.is_symlink():
+                yield os.lstat(place)
+                pending.append(place.parent / os.readlink(place))
+
+
+def _gives(source: Checkpoint, recorded: RecordedManifest, threads: int | None, progress: Progress) -> bool:
+    """Tell whether a source, read as a whole, is the base of what a manifest records."""
+    from noisytune_cli.commands.verify import compare_base, compare_copy  # nearly every source is as it was
+
+    if compare_base(recorded.manifest, source, threads=threads, progress=progress):
+        return False
+    copied = recorded.manifest.copied
+    return not any(compare_copy(source.root / name, name, digest) for name, digest in copied)
 
 
 def _lacks(output: Path, recorded: RecordedManifest) -> bool:
@@ -207,29 +243,17 @@ def _files(folder: Path) -> Iterator[os.stat_result]:
             yield status
 
 
-def _what_changed(
-    output: Path, threads: int | None, progress: Progress, source: Checkpoint | None = None
-) -> str | None:
-    """Say what of an output, or of the `source` given, is not as its manifest records it.
-
-    None where all is, or nothing can be told.
-    """
+def _what_changed(output: Path, threads: int | None, progress: Progress) -> str | None:
+    """Say what of an output is not as its manifest records it; None where all is, or nothing can be told."""
     # Nearly every output is new, or as it was, and should not wait for these to be imported.
-    from noisytune_cli.commands.verify import compare_copy, verify
+    from noisytune_cli.commands.verify import verify
     from noisytune_cli.manifest.locate import place_of
-    from noisytune_cli.manifest.read import read_manifest
 
-    base = None
-    if source is not None:
-        base = os.fspath(source.sources[0].path if source.single_file else source.root)
     try:
         place = place_of(os.fspath(output))
-        found = list(verify(os.fspath(output), base=base, threads=threads, progress=progress).mismatches)
-        if source is not None:
-            copied = read_manifest(place.manifest).manifest.copied
-            found += [d for name, digest in copied for d in compare_copy(source.root / name, name, digest)]
-    except InputInvalid as error:  # no manifest that says anything: `check_output` has let that pass
-        return None if source is None else error.why
+        found = verify(os.fspath(output), threads=threads, progress=progress).mismatches
+    except InputInvalid:  # no manifest that says anything: `check_output` has let that pass
+        return None
     except (InputUnreadable, Mismatch) as error:
         return error.why
     changed = [one for one in found if os.path.lexists(place.path(one.file))]

@@ -22,6 +22,7 @@ from typing import Any
 from blake3 import blake3
 
 from noisytune_cli.checkpoint.address import Place, is_address
+from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.composition import Component, in_component
 from noisytune_cli.checkpoint.folder import list_folder
 from noisytune_cli.checkpoint.formats import Nowhere, Source, open_source
@@ -98,6 +99,27 @@ def verify(
     """
     with _located(out) as located:
         return _verify(located, base, threads, mmap, follow_links, progress)
+
+
+def compare_base(
+    manifest: Manifest,
+    base: Checkpoint,
+    *,
+    threads: int | None = None,
+    progress: Progress = lambda nbytes: nullcontext(lambda done: None),
+) -> list[Difference]:
+    """Say where an open checkpoint does not give what a manifest records; no output needs to be there."""
+    files, found = match_files(manifest, base, "the base: ")
+    found += compare_card(manifest, base)
+    plan = Plan(manifest.noise, recorded_steps(manifest.receipts, files))
+    receipts = {receipt.step.tensor.name: receipt for receipt in manifest.receipts}
+    with progress(sum(step.tensor.nbytes for step in plan.steps)) as report:
+        walk = Walk(open_device("cpu"), threads or default_threads(), progress=report)
+        found += compare_receipts(receipts, _redo(walk, plan, files, recorded=receipts))
+    for file in files.values():
+        file.check_unchanged()
+        file.check_sums()
+    return found
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from checkpoints import save, save_sharded, weights
+from chunked import save_chunked
 from runs import run
 from typer.testing import CliRunner
 
@@ -24,7 +25,7 @@ from noisytune_cli.commands.plan import plan_job
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.commands.work import work
-from noisytune_cli.errors import OutputUnsafe
+from noisytune_cli.errors import InputInvalid, OutputUnsafe
 from noisytune_cli.output.overwrite import Seen, look_at
 from noisytune_cli.output.publish import Publication
 from noisytune_cli.records import Combination, NoiseSpec
@@ -244,3 +245,91 @@ def test_what_is_decided_in_another_way_is_not_what_was_made(tmp_path: Path) -> 
     assert not replaced._is_of(receipts[1:], plan)
     kept = replace(plan.steps[2], action="copy", reason="buffer")
     assert not replaced._is_of(receipts, replace(plan, steps=(first, rest[0], kept)))
+
+
+def test_what_was_divided_in_another_way_is_not_kept(tmp_path: Path) -> None:
+    source = save(tmp_path / "model.safetensors", {"w": weights("F32", 8, 8), "v": weights("F32", 4)})
+    out = tmp_path / "out.safetensors"
+
+    def divided(by: str) -> NoiseSpec:
+        return NoiseSpec(granularity="matrix", splits=(("w", by),))
+
+    run(source, out, divided("0:/2"))
+    assert run(source, out, divided("0:/2"), skip_existing=True).skipped
+    for other in (divided("0:/4"), NoiseSpec(granularity="matrix")):
+        with pytest.raises(OutputUnsafe, match="exists"):
+            run(source, out, other, skip_existing=True)
+
+
+def put_model(folder: Path, seed: int) -> Path:
+    """Save a folder with weights and a file beside them, all older than any output."""
+    folder.mkdir()
+    save(folder / "model.safetensors", {"w": weights("F32", 8, 8, seed=seed)})
+    (folder / "config.json").write_text("{}")
+    for path in (*folder.iterdir(), folder):
+        os.utime(path, (1, 1))
+    return folder
+
+
+@pytest.mark.parametrize("recipe", [False, True])
+@pytest.mark.parametrize("by", ["folder", "link", "link to a link", "linked file"])
+def test_another_source_of_that_name_is_not_what_was_made(by: str, recipe: bool, tmp_path: Path) -> None:
+    """What a name leads to by now may be as old as it likes."""
+    first, second = put_model(tmp_path / "first", 1), put_model(tmp_path / "second", 2)
+    source = named = tmp_path / "model"
+    if by == "folder":
+        first.rename(source)
+    elif by == "link to a link":
+        source.symlink_to("now/model")
+        (tmp_path / "now").mkdir()
+        named = tmp_path / "now" / "model"
+    elif by == "linked file":
+        source, named = tmp_path / "model.safetensors", tmp_path / "now.safetensors"
+        source.symlink_to("now.safetensors")
+        first, second = first / "model.safetensors", second / "model.safetensors"
+    if by != "folder":
+        named.symlink_to(first)
+    out = tmp_path / ("out.json" if recipe else "out.safetensors" if by == "linked file" else "out")
+    run(source, out, recipe_only=recipe)
+    assert run(source, out, recipe_only=recipe, skip_existing=True).skipped
+    if by == "folder":
+        source.rename(tmp_path / "old")
+        second.rename(source)
+    else:
+        named.unlink()
+        named.symlink_to(second)
+    with pytest.raises(OutputUnsafe, match="exists"):
+        run(source, out, recipe_only=recipe, skip_existing=True)
+    if by == "folder":
+        source.rename(second)
+        (tmp_path / "old").rename(source)
+    else:
+        named.unlink()
+        named.symlink_to(first)
+    assert run(source, out, recipe_only=recipe, skip_existing=True).skipped  # read, and found to be the same
+
+
+def test_chunks_that_changed_are_not_what_was_made(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    source = save_chunked(tmp_path / "in", {("model", "w"): torch.randn(64, 64)})
+    out = tmp_path / "out"
+    run(source, out)
+    assert run(source, out, skip_existing=True).skipped
+    chunks = source / "__0_0.distcp"
+    content = chunks.read_bytes()
+    at = content.index(torch.load(source / "__0_0.distcp").numpy().tobytes())
+    chunks.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    with pytest.raises(OutputUnsafe, match="exists"):
+        run(source, out, skip_existing=True)
+
+
+def test_what_strict_refuses_is_not_kept(tmp_path: Path) -> None:
+    tensors = {"w": weights("F32", 30, 20), "policy.mean": weights("F32", 14)}
+    source, out = save(tmp_path / "in.safetensors", tensors), str(tmp_path / "out.safetensors")
+    perturb(Request(str(source), NoiseSpec()), out)
+    strict = Request(str(source), NoiseSpec(), strict=True)
+    with pytest.raises(InputInvalid, match="in doubt"):
+        perturb(strict, out, skip_existing=True)
+    excluded = replace(strict, noise=NoiseSpec(exclude=("policy.mean",)))
+    perturb(excluded, out, overwrite=True)
+    assert perturb(excluded, out, skip_existing=True).skipped
