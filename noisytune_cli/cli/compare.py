@@ -71,13 +71,14 @@ def compare(
         ),
     ] = None,
     sort: Annotated[
-        str | None,
+        str,
         typer.Option(
             metavar="KEY",
-            help="Sort by a column of the CSV, such as l2; with - before it descending.",
+            help="Sort by a column of the CSV, such as l2; with - before it descending. By name layer 2 "
+            "comes before layer 10; kinds have an order of their own.",
             rich_help_panel=OUTPUT,
         ),
-    ] = None,
+    ] = "name",
     tolerance: Annotated[
         float,
         typer.Option(
@@ -171,6 +172,7 @@ def compare(
     from noisytune_cli.cli.parse import check_report, format_of, parse_map, read_seeds
     from noisytune_cli.commands import compare as command
     from noisytune_cli.engine.threads import default_threads
+    from noisytune_cli.errors import UsageError
     from noisytune_cli.output.reports import check_new
 
     kind = format_of(None if output_format is None else output_format.value, out, as_json=as_json)
@@ -178,6 +180,12 @@ def compare(
         check_report(out)
         check_new(out)
     if plot is not None:
+        if headers_only:
+            raise UsageError(
+                "--plot and --headers-only",
+                why="it shows values of weights, and none are read",
+                next_step="Leave one of them out",
+            )
         from noisytune_cli.cli import plots
 
         plots.check(plot)

@@ -85,15 +85,15 @@ def inspect(
         ),
     ] = None,
     lam: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--lambda",
             metavar="λ",
-            help="The λ whose noise ranges are shown.",
+            help="The λ whose noise ranges are shown. [default: 0.15]",
             parser=number,
             rich_help_panel=NOISE,
         ),
-    ] = 0.15,
+    ] = None,
     sigma: Annotated[
         float | None,
         typer.Option(
@@ -137,12 +137,20 @@ def inspect(
       noisytune inspect ./bert --format csv > bert.csv
     """
     from noisytune_cli.cli import show, show_inspect
-    from noisytune_cli.cli.parse import check_report, format_of, numbers, parse_split
+    from noisytune_cli.cli.parse import (
+        DEFAULT_LAMBDA,
+        check_report,
+        choose_strength,
+        format_of,
+        numbers,
+        parse_split,
+    )
     from noisytune_cli.commands import inspect as command
     from noisytune_cli.engine.threads import default_threads
     from noisytune_cli.output.reports import check_new
 
     kind = format_of(None if output_format is None else output_format.value, out, as_json=as_json)
+    choose_strength({"--lambda": lam, "--sigma": sigma})
     single = {"--format html": kind == "html", "--plot": plot, "--histogram": histogram}
     if len(sources) > 1 and (unfit := next((option for option, given in single.items() if given), None)):
         raise UsageError(
@@ -150,10 +158,11 @@ def inspect(
             why="it shows one",
             next_step="Run once for each, or set two side by side with noisytune compare",
         )
-    if headers_only and percentiles is not None:
+    of_values = {"--percentiles": percentiles, "--histogram": histogram, "--plot": plot}
+    if headers_only and (unfit := next((option for option, given in of_values.items() if given), None)):
         raise UsageError(
-            "--percentiles and --headers-only",
-            why="percentiles are of weights, and none are read",
+            f"{unfit} and --headers-only",
+            why="it shows values of weights, and none are read",
             next_step="Leave one of them out",
         )
     if out is not None:
@@ -184,7 +193,7 @@ def inspect(
     results = [
         command.inspect(
             source,
-            lam=lam,
+            lam=DEFAULT_LAMBDA if lam is None else lam,
             sigma=sigma,
             include=include or (),
             exclude=exclude or (),

@@ -59,10 +59,10 @@ def check_out(out: str) -> None:
 
 def check_report(out: str) -> None:
     """Raise UsageError for an `--out` of a report that names no file, or standard output."""
-    if out in ("", "-"):
+    if out == "-" or out.endswith("/") or not out:
         raise UsageError(
-            "--out -" if out else "--out is empty",
-            why="a report goes to standard output without it" if out else "it names no file",
+            f"--out {out}" if out else "--out is empty",
+            why="a report goes to standard output without it" if out == "-" else "it names no file",
             next_step="Leave it out, or give the name of a file (./- is one)",
         )
 

@@ -6,16 +6,17 @@ name, by a prefix, or as the user says; what has no partner, or a partner of ano
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from noisytune_cli.commands.heat_map import KIND_ORDER, HeatMap, arrange
+from noisytune_cli.commands.heat_map import KIND_ORDER, HeatMap, arrange, layer_order
 from noisytune_cli.commands.provenance import Provenance, provenance_of
 from noisytune_cli.commands.result import Result
-from noisytune_cli.commands.sorting import check_sort, sort_rows
+from noisytune_cli.commands.sorting import check_sort, natural, sort_rows
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine.changes import Change, measure_changes
 from noisytune_cli.engine.threads import Progress
@@ -136,7 +137,7 @@ def compare(
     maps: Sequence[tuple[str, str]] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    sort: str | None = None,
+    sort: str | None = "name",
     tolerance: float = 0.0,
     headers_only: bool = False,
     seeds: Sequence[int] = (),
@@ -154,12 +155,14 @@ def compare(
     They differ where a value does by more than `tolerance`, where it is no number in one of them alone, where
     a tensor has no partner or none of its shape, and with a tolerance of 0 where a dtype differs. Of `seeds`,
     or those of a `manifest`, it is told which one's noise the change is.
+    Rows are sorted by a key of SORT_KEYS, descending with a `-` before it; tensors are in A's order for None,
+    layers and kinds in their own for that and for "name".
     """
     check_sort(sort, SORT_KEYS)
-    if not tolerance >= 0:
+    if not 0 <= tolerance < math.inf:
         raise UsageError(
             f"--tolerance {tolerance:g}",
-            why="no change is smaller than 0",
+            why="it is no finite number from 0 on",
             next_step="Give the largest change of a value that counts as none, such as 1e-6",
         )
     rules = Rules(maps) if maps else None
@@ -186,9 +189,8 @@ def compare(
             for source, chosen, revision in zip((a, b), weights, revisions, strict=True)
         )
         pairing = pair_up(first.tensors, second.tensors, rules)
-        only_b = pairing.only_b
         buffers = frozenset().union(*(tell_checkpoint(side, "names").buffers for side in (first, second)))
-        selected = select([*first.tensors, *only_b], include, exclude, buffers)
+        selected = select([*first.tensors, *pairing.only_b], include, exclude, buffers)
         pairs = [pair for pair in pairing.pairs if pair.a.name in selected]
         fitting = [pair for pair in pairs if _fits(pair)]
         changes: list[Change | None] = [None] * len(fitting)
@@ -200,16 +202,24 @@ def compare(
         for file in (*first.sources, *second.sources):
             file.check_unchanged()
             file.check_sums()
+        found = list(zip(fitting, changes, strict=True))
+        only_a = [_lone(t) for t in pairing.only_a if t.name in selected]
+        only_b = [_lone(t) for t in pairing.only_b if t.name in selected]
+        misfits = [_misfit(pair) for pair in pairs if not _fits(pair)]
+        if sort is not None:  # what is not sorted by another key, too
+            found.sort(key=lambda one: natural(one[0].a.name))
+            only_a, only_b = sort_rows(only_a, "name"), sort_rows(only_b, "name")
+            misfits = sort_rows(misfits, "name")
         return _summarize(
             first,
             second,
-            [(pair, change) for pair, change in zip(fitting, changes, strict=True)],
+            found,
             by=by,
-            sort=sort,
+            sort=None if by != "tensor" and sort == "name" else sort,
             tolerance=tolerance,
-            only_a=[_lone(t) for t in pairing.only_a if t.name in selected],
-            only_b=[_lone(t) for t in only_b if t.name in selected],
-            misfits=[_misfit(pair) for pair in pairs if not _fits(pair)],
+            only_a=only_a,
+            only_b=only_b,
+            misfits=misfits,
             renaming=pairing.renaming,
             buffers=buffers,
             headers_only=headers_only,
@@ -322,7 +332,9 @@ def _summarize(
     kinds, layers = kinds_of(names, buffers), layers_of(names)
     tensors = [_row(pair, change, kinds, layers) for pair, change in found]
     groups = {
-        "layer": _group(found, lambda name: layers[name]),
+        "layer": _group(
+            sorted(found, key=lambda one: layer_order(layers[one[0].a.name])), lambda name: layers[name]
+        ),
         "kind": _group(
             sorted(found, key=lambda one: KIND_ORDER[kinds[one[0].a.name]]), lambda name: kinds[name]
         ),

@@ -239,7 +239,7 @@ def compare(
     maps: Pairs[str] = (),
     include: Patterns = (),
     exclude: Patterns = (),
-    sort: str | None = None,
+    sort: str | None = "name",
     tolerance: float = 0.0,
     headers_only: bool = False,
     components: Patterns = (),
@@ -249,7 +249,8 @@ def compare(
 ) -> Comparison:
     """Return what lies between two checkpoints, by `tensor`, `layer` or `kind`.
 
-    The arguments are options of `noisytune compare`, which has more; `maps` are `--map`.
+    The arguments are options of `noisytune compare`, which has more; `maps` are `--map`. Without `sort`
+    tensors come in the order of A's files.
     """
     check_choice("by", by, ("tensor", "layer", "kind"))
     found = comparing.compare(

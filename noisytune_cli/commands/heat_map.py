@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from noisytune_cli.plan.groups import KINDS, OTHER
+from noisytune_cli.commands.sorting import natural
+from noisytune_cli.plan.groups import KINDS, NO_LAYER, OTHER
 
 #: Where each kind comes in a list of them.
 KIND_ORDER = {kind: place for place, kind in enumerate((*KINDS, OTHER))}
+
+
+def layer_order(layer: str) -> Any:
+    """Return what sorts as a layer: by name, layer 2 before layer 10, after what is in none."""
+    return layer != NO_LAYER, natural(layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +28,8 @@ class HeatMap:
 
 
 def arrange(values: Mapping[tuple[str, str], float | None]) -> HeatMap:
-    """Return the values of (layer, kind): layers as they come, kinds in their order."""
-    layers = tuple(dict.fromkeys(layer for layer, _ in values))
+    """Return the values of (layer, kind), both in their order."""
+    layers = tuple(sorted({layer for layer, _ in values}, key=layer_order))
     kinds = tuple(sorted({kind for _, kind in values}, key=KIND_ORDER.__getitem__))
     return HeatMap(
         layers, kinds, tuple(tuple(values.get((layer, kind)) for kind in kinds) for layer in layers)

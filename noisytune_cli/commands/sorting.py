@@ -25,17 +25,17 @@ def check_sort(sort: str | None, keys: Sequence[str]) -> None:
 
 
 def sort_rows(rows: Sequence[_Row], sort: str) -> list[_Row]:
-    """Sort by a key; rows without a value come last either way, and equal ones stay in file order.
+    """Sort by a key; rows without a value come last either way, and equal ones stay as they came.
 
     Numbers in a text count as numbers: layer 2 comes before layer 10.
     """
     key = sort.removeprefix("-")
     known = [row for row in rows if getattr(row, key) is not None]
     unknown = [row for row in rows if getattr(row, key) is None]
-    return sorted(known, key=lambda row: _natural(getattr(row, key)), reverse=sort.startswith("-")) + unknown
+    return sorted(known, key=lambda row: natural(getattr(row, key)), reverse=sort.startswith("-")) + unknown
 
 
-def _natural(value: Any) -> Any:
+def natural(value: Any) -> Any:
     """Return what sorts as a value: of a text a text, which is small, with every number after its length."""
     return _NUMBER.sub(_measured, value) if isinstance(value, str) else value
 

@@ -100,9 +100,9 @@ class Change:
 
     @property
     def cosine(self) -> float | None:
-        """The cosine of the angle between a and b; None where one of them is 0."""
+        """The cosine of the angle between a and b; None where one of them is 0, or its norm past float64."""
         norms = math.sqrt(self.squares_a) * math.sqrt(self.squares_b)
-        return self._known(min(1.0, max(-1.0, self.product / norms)) if norms else None)
+        return self._known(min(1.0, max(-1.0, self.product / norms)) if 0 < norms < math.inf else None)
 
     @property
     def largest_change(self) -> float | None:

@@ -139,7 +139,7 @@ class _Job:
                     searched[part].add(values)
             for search in searched.values():
                 search.narrow()
-        names = [f"p{percent:g}" for percent in self._percentiles]
+        names = [f"p{float(percent)!r}".removesuffix(".0") for percent in self._percentiles]
         for part, search in searched.items():
             named = dict(zip(names, search.values(), strict=True))
             self.statistics[part] = replace(self.statistics[part], percentiles=named)

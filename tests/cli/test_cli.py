@@ -360,6 +360,8 @@ def test_inspect_lists_by_name_as_people_count(tmp_path: Path) -> None:
     both = json.loads(invoke("inspect", path, path, "--json", "--headers-only").stdout)
     assert [one["id"] for one in both] == ["a.safetensors"] * 2
     assert "--percentiles" in usage("inspect", path, "--percentiles", "101")
+    close = json.loads(invoke("inspect", path, "--json", "--percentiles", "50,99.99999,100").stdout)
+    assert list(close["tensors"][0]["percentiles"]) == ["p50", "p99.99999", "p100"]
     assert "--format html" in usage("inspect", path, path, "--format", "html")
 
 
@@ -446,6 +448,12 @@ def test_names_are_printed_escaped(tmp_path: Path) -> None:
         (["perturb", "{}", "--dry-run", "--share-bytes", "1K"], "--engine local"),
         (["perturb", "{}", "--dry-run", "--engine", "local", "--skip-existing"], "--skip-existing"),
         (["inspect", "{}", "--headers-only", "--percentiles", "50"], "--percentiles"),
+        (["inspect", "{}", "--headers-only", "--histogram", NAME], "--histogram"),
+        (["inspect", "{}", "--headers-only", "--plot", "a.svg"], "--plot"),
+        (["compare", "{}", "{}", "--headers-only", "--plot", "a.svg"], "--plot"),
+        (["compare", "{}", "{}", "--tolerance", "inf", "--json"], "--tolerance inf"),
+        (["inspect", "{}", "-o", "reports/"], "names no file"),
+        (["inspect", "{}", "--lambda", "0.1", "--sigma", "0.1"], "both set the strength"),
         (["perturb", "{}", "--dry-run", "--lambda", "1,1"], "twice"),
         (["perturb", "{}", "-o", "x", "--noise", "pink"], "gaussian"),
         (["perturb", "{}", "-o", "x", "--scope", "layer"], "global"),

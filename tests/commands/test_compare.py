@@ -13,6 +13,7 @@ from runs import run
 
 from noisytune_cli.commands.compare import SORT_KEYS, Comparison, compare
 from noisytune_cli.commands.detect import detect
+from noisytune_cli.commands.inspect import inspect
 from noisytune_cli.errors import InputInvalid, Mismatch, UsageError
 from noisytune_cli.records import NoiseSpec, Term, mixed_strength
 
@@ -43,7 +44,7 @@ def test_a_checkpoint_does_not_differ_from_itself(tmp_path: Path) -> None:
     assert not found.differs
     assert {row.equal for row in found.rows} == {1.0}
     assert (found.total.largest, found.total.equal) == (0.0, 1.0)
-    assert [row.name for row in found.rows] == list(BASE)
+    assert sorted(row.name for row in found.rows) == sorted(BASE)
 
 
 def test_rows_are_by_tensor_layer_or_kind(tmp_path: Path) -> None:
@@ -130,9 +131,31 @@ def test_the_tolerance_is_the_largest_change_that_is_none(tmp_path: Path) -> Non
     broken = {"w": Tensor("F32", np.array([1, np.nan], "<f4"))}
     assert pair(tmp_path, a, broken, tolerance=9.0).differs
     assert not pair(tmp_path, broken, broken).differs
-    for wrong in (-1.0, float("nan")):
-        with pytest.raises(UsageError, match="no change is smaller"):
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="no finite number"):
             pair(tmp_path, a, b, tolerance=wrong)
+
+
+def test_rows_come_as_inspect_lists_them(tmp_path: Path) -> None:
+    """By name, layer 2 before layer 10, whatever the order in the files; so do lists and layers."""
+    names = [f"layers.{layer}.w" for layer in (10, 2, 1)]
+    tensors = {name: weights("F32", 8, 8, seed=seed) for seed, name in enumerate(("wte.weight", *names))}
+    lone = {f"{name}.{side}": weights("F32", 3) for side in ("x10", "x9") for name in names[:1]}
+    found = pair(tmp_path, tensors | lone, tensors)
+    inspected = [row.name for row in inspect(str(tmp_path / "b.safetensors"), sort="name").tensors]
+    assert [row.name for row in found.rows] == inspected
+    assert inspected == ["layers.1.w", "layers.2.w", "layers.10.w", "wte.weight"]
+    assert [row.name for row in found.only_a] == ["layers.10.w.x9", "layers.10.w.x10"]
+    assert found.heat_map.layers == ("no layer", "layers.1", "layers.2", "layers.10")
+    by_layer = pair(tmp_path / "l", tensors, tensors, by="layer")
+    assert [row.name for row in by_layer.rows] == list(found.heat_map.layers)
+    stored = pair(tmp_path / "s", tensors, tensors, sort=None)
+    assert [row.name for row in stored.rows] == list(tensors)
+
+
+def test_the_cosine_of_values_past_what_squares_can_be_is_unknown(tmp_path: Path) -> None:
+    a = {"w": Tensor("F64", np.array([1e300, 1.0], "<f8"))}
+    assert pair(tmp_path, a, a).total.cosine is None
 
 
 def test_rules_patterns_and_sorting(tmp_path: Path) -> None:
@@ -195,10 +218,10 @@ def test_a_buffer_is_of_no_kind(tmp_path: Path) -> None:
     }
     found = pair(tmp_path, tensors, tensors)
     assert [(row.name, row.kind) for row in found.rows] == [
-        ("bn.weight", "norm"),
+        ("bn.num_batches_tracked", "other"),
         ("bn.running_mean", "other"),
         ("bn.running_var", "other"),
-        ("bn.num_batches_tracked", "other"),
+        ("bn.weight", "norm"),
     ]
     assert [row.name for row in pair(tmp_path, tensors, tensors, include=["@norm"]).rows] == ["bn.weight"]
 
