@@ -19,6 +19,7 @@ from noisytune_cli.manifest.read import (
     RecordedManifest,
     begin,
     fetching,
+    of_version,
     read_on,
     read_other_files,
     read_source,
@@ -179,7 +180,8 @@ def read_any_manifest(path: Path) -> RecordedManifest:
             return RecordedManifest(path, content.digest(), manifest)
         if (operation := document.value()) != OPERATION:
             raise ManifestFault(f'its operation is "{str(operation)[:40]}"', next_step="Upgrade noisytune")
-        average = _parse(document, version)
+        with of_version(version):
+            average = _parse(document, version)
         return RecordedAverage(path, content.digest(), average.as_copies(), average)
 
 

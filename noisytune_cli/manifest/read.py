@@ -11,6 +11,7 @@ It is read entry by entry, as it is written: in memory are its records and a win
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from noisytune_cli.records import (
     Term,
     mixed_strength,
 )
+from noisytune_cli.version import __version__
 
 _LIMITS = JsonLimits()
 
@@ -172,6 +174,28 @@ def parse(content: bytes | Callable[[], bytes]) -> Manifest:
 
 def read_on(document: Document, key: str, version: str) -> Manifest:
     """Read on from the value of `key`, the member after those of `begin`; raises as `parse`."""
+    with of_version(version):
+        return _read_on(document, key, version)
+
+
+@contextmanager
+def of_version(version: str) -> Iterator[None]:
+    """Say of what is wrong with a manifest that a newer noisytune wrote it, where one did."""
+    try:
+        yield
+    except (JsonFault, ManifestFault) as fault:
+        if _release(version) <= _release(__version__):
+            raise
+        raise _newer(f"{fault.why}, and noisytune {version[:40]} wrote it") from fault
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Return the numbers that a version begins with; none where it begins with none."""
+    found = re.match(r"[0-9]{1,9}(?:\.[0-9]{1,9}){0,9}", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def _read_on(document: Document, key: str, version: str) -> Manifest:
     if key != "source":
         if key == "operation":
             raise ManifestFault("it is that of an average", next_step="Average its members again")
@@ -394,4 +418,5 @@ def _check_totals(value: Any, manifest: Manifest) -> None:
 
 
 def _newer(what: str) -> ManifestFault:
+    """Return the fault of what only a later version can have written."""
     return ManifestFault(f"{what}, so it was written by a newer noisytune", next_step="Upgrade noisytune")

@@ -109,6 +109,19 @@ def test_a_field_that_lies(change: Callable[[Any], Any], words: str) -> None:
     assert words.removesuffix(". Upgrade noisytune") in both(b"".join(manifest.lay_out(document.items())))
 
 
+@pytest.mark.parametrize("version", ["0.1.1", "1.0", "99.0.0rc1"])
+def test_what_a_newer_version_wrote_is_not_called_damaged(version: str) -> None:
+    document = json.loads(malformed_manifests.written())
+    document["tool"]["version"] = version
+    content = b"".join(manifest.lay_out(document.items()))
+    assert parse(content).tool_version == version  # what this one can read, it reads
+    document["noise"]["colour"] = "pink"
+    with pytest.raises(ManifestFault) as found:
+        parse(b"".join(manifest.lay_out(document.items())))
+    assert found.value.why.endswith(f"noisytune {version} wrote it, so it was written by a newer noisytune")
+    assert found.value.next_step == "Upgrade noisytune"
+
+
 @pytest.mark.parametrize(("change", "words"), PARTS, ids=[f"{i}-{w}" for i, (_, w) in enumerate(PARTS)])
 def test_parts_that_lie(change: Callable[[Any], Any], words: str) -> None:
     document = json.loads(malformed_manifests.parted())
