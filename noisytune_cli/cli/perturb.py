@@ -310,7 +310,9 @@ def perturb(
     asked = ask(**given)
     _check_running(engine, address, share_bytes, device, skip_existing=skip_existing)
     if dry_run:
-        planned = command.plan_perturb(asked.request, asked.wanted, **asked.outputs)
+        planned = command.plan_perturb(
+            asked.request, asked.wanted, in_shares=engine is not None, **asked.outputs
+        )
         show_perturb.show_planned(planned, as_json=as_json)
         return
     if out is None:

@@ -24,7 +24,7 @@ from noisytune_cli.commands.one_model import (
     check_same_tensors,
     refuse_adapter,
 )
-from noisytune_cli.commands.replaced import check_before_download, require_unchanged
+from noisytune_cli.commands.replaced import check_before_download, refuse_planned, require_unchanged
 from noisytune_cli.commands.write import complete, record_source
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine import mean
@@ -102,6 +102,7 @@ def average(
         check_names(first)
         output = resolve_rewritten(out, first)
         check_output(output, *members, overwrite=overwrite)
+        refuse_planned([output])
         seen = require_unchanged([output], insists=overwrite_changed, threads=threads, progress=progress)
         files = len(first.weight_files) + len(first.others) + 1
         check_space([output], copied_bytes(first) + recorded, files)

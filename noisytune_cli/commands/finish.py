@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 from noisytune_cli.checkpoint.address import Address, Place
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
@@ -47,6 +48,7 @@ from noisytune_cli.output.jobs import JobStorage, no_job
 from noisytune_cli.output.overwrite import Seen
 from noisytune_cli.output.space import check_descriptors
 from noisytune_cli.plan.evidence.told import Told
+from noisytune_cli.reading import is_there
 from noisytune_cli.records import Manifest, Plan, Receipt, Step, with_output_files
 
 #: Missing shares that an error names.
@@ -143,11 +145,21 @@ def published_all(folder: JobFolder, error: NoisytuneError | None = None) -> tup
 
 
 def _published(storage: JobStorage, output: Place) -> Perturbed | None:
-    """Return what a manifest that lies in, beside or at an output says of it; None where none does."""
+    """Return what a manifest that lies in, beside or at an output says of it; None where none does.
+
+    Without its weights it is a recipe.
+    """
     for path in (output / MANIFEST, _beside(output)):
         with storage.reading_output(path) as file:
             if file is not None:
-                return Perturbed(output, path, read_manifest(file).manifest, (), (), skipped=True)
+                manifest = read_manifest(file).manifest
+                weights = (
+                    [output]
+                    if path == _beside(output)
+                    else [output / f.name for f in with_output_files(manifest).source.files]
+                )
+                recipe = isinstance(output, Path) and not any(map(is_there, weights))
+                return Perturbed(path if recipe else output, path, manifest, (), (), recipe, skipped=True)
     with storage.reading_output(output) as file, contextlib.suppress(InputInvalid):
         if file is not None and file.is_file():
             manifest = read_manifest(file).manifest
@@ -297,14 +309,14 @@ def _check_places(
     may have taken back.
     """
     replaces = job.overwrite or job.overwrite_changed
-    for output in (one for one in outputs if not isinstance(one, Address)):
-        try:
+    try:
+        for output in (one for one in outputs if not isinstance(one, Address)):
             (check_recipe if job.recipe_only else check_output)(output, source, overwrite=replaces)
-        except OutputUnsafe as error:
-            step = "Move it away, and finish again: the shares that are done are kept"
-            raise OutputUnsafe(error.what, path=error.path, why=error.why, next_step=step) from error
-    check_distinct(outputs)
-    seen = require_unchanged(outputs, insists=job.overwrite_changed, threads=threads, progress=progress)
+        check_distinct(outputs)
+        seen = require_unchanged(outputs, insists=job.overwrite_changed, threads=threads, progress=progress)
+    except OutputUnsafe as error:
+        step = "Move it away, and finish again: the shares that are done are kept"
+        raise OutputUnsafe(error.what, path=error.path, why=error.why, next_step=step) from error
     check_descriptors(len(source.weight_files))
     return seen
 

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 from noisytune_cli.checkpoint.adapter import factors_among, kind_of_factors
 from noisytune_cli.checkpoint.address import Address, Place
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
-from noisytune_cli.commands.replaced import check_before_download, find_made, require_unchanged
+from noisytune_cli.commands.replaced import (
+    check_before_download,
+    find_made,
+    refuse_planned,
+    require_unchanged,
+)
 from noisytune_cli.commands.request import Request
 from noisytune_cli.commands.result import Result
 from noisytune_cli.commands.write import complete, fill, record_source
@@ -174,10 +179,11 @@ def plan_perturb(
     recipe_only: bool = False,
     overwrite: bool = False,
     overwrite_changed: bool = False,
+    in_shares: bool = False,
 ) -> Planned:
     """Say what `perturb` (with combinations, `perturb_each`) would do, without reading a weight.
 
-    Outputs that are named are refused as there.
+    Outputs that are named are refused as there; `in_shares` a job that is planned for them is gone on with.
     """
     wanted = wanted or [only(request, None)]
     check_before_download(
@@ -197,6 +203,8 @@ def plan_perturb(
             overwrite=overwrite,
             overwrite_changed=overwrite_changed,
         )
+        if not in_shares:
+            refuse_planned(outputs)
         if request.strict:
             refuse_doubts(together(plans), request.source)
         each = manifest_bytes(plans[0]) if recipe_only else needed_bytes(source, plans[0], files)
@@ -288,6 +296,7 @@ def perturb_each(
             threads=threads,
             progress=progress,
         )
+        refuse_planned(outputs)
         publications = [
             publication_at(
                 output,

@@ -18,7 +18,7 @@ from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.find import comes_from_hub
 from noisytune_cli.checkpoint.layout import METADATA
 from noisytune_cli.commands.perturb import Prepared, check_outputs, outs_of, prepare
-from noisytune_cli.commands.replaced import check_before_download
+from noisytune_cli.commands.replaced import check_before_download, refuse_planned
 from noisytune_cli.commands.request import SHARE_BYTES, Request
 from noisytune_cli.commands.work import stamp_of
 from noisytune_cli.commands.write import record_source
@@ -26,7 +26,13 @@ from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.manifest.job import Beside, Job, JobOutput, Share
 from noisytune_cli.manifest.share import ShareSteps, steps_bytes
 from noisytune_cli.output.destination import find_place
-from noisytune_cli.output.job_folder import JobFolder, create_job, is_planned, open_finished
+from noisytune_cli.output.job_folder import (
+    JobFolder,
+    create_job,
+    is_planned,
+    job_path,
+    open_finished,
+)
 from noisytune_cli.records import Combination
 from noisytune_cli.version import __version__
 
@@ -72,7 +78,7 @@ def plan_job(
         _refuse_folders(source)
         prepared = prepare(request, source, wanted)
         if begins:  # else it is asked when the outputs are published
-            check_outputs(
+            outputs = check_outputs(
                 prepared,
                 outs_of(wanted),
                 recipe_only=recipe_only,
@@ -80,6 +86,7 @@ def plan_job(
                 overwrite_changed=overwrite_changed,
                 in_shares=True,
             )
+            refuse_planned(outputs, own=job_path(out))
         prepared = prepared.settled()
         paths = [find_place(one, source, prepared.files, recipe_only=recipe_only) for one in outs_of(wanted)]
 

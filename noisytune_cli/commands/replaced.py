@@ -11,9 +11,10 @@ same source, whose files are not younger, and the output is as the manifest reco
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ from noisytune_cli.escape import escape
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX, manifest_beside
 from noisytune_cli.output.destination import check_places_of_download
 from noisytune_cli.output.overwrite import Seen, check_folder_replaceable, contents, look_at
+from noisytune_cli.output.staging import JOB_PREFIX
 from noisytune_cli.reading import is_there
 from noisytune_cli.records import Conversion, Manifest, Plan, Receipt, with_output_files
 from noisytune_cli.version import __version__
@@ -214,6 +216,31 @@ def require_unchanged(
                 next_step="Move what is to be kept elsewhere, or pass --overwrite-changed to replace it too",
             )
     return seen
+
+
+def refuse_planned(outputs: Iterable[Place], own: Place | None = None) -> None:
+    """Raise OutputUnsafe where a job will write to one of `outputs`, other than that whose folder is `own`.
+
+    In an object store its claim says so. Of jobs with placeholders those are seen that lie in the folder of
+    an output or in the one above.
+    """
+    here = [output for output in outputs if isinstance(output, Path)]
+    jobs = []
+    for folder in {above for output in here for above in output.parents[:2]}:
+        with contextlib.suppress(OSError):  # it need not be there yet
+            jobs += [folder / name for name in os.listdir(folder) if name.startswith(JOB_PREFIX)]
+    if not jobs:
+        return
+    from noisytune_cli.output.job_folder import find_planned  # few folders have one
+
+    if found := find_planned(here, [job for job in jobs if job != own]):
+        raise OutputUnsafe(
+            "a job is planned for the output",
+            path=found[0],
+            why=f"{escape(os.fspath(found[1]))} is its folder",
+            next_step="Finish it with noisytune work and noisytune finish, remove its folder, or choose "
+            "another output with -o",
+        )
 
 
 def _may_have_changed(output: Path) -> bool:

@@ -17,7 +17,7 @@ from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.commands.base import match_files, name_base, not_the_base, open_base
 from noisytune_cli.commands.card import OTHER_CARD, read_card, write_card
 from noisytune_cli.commands.differences import Difference, compare_receipts, recorded_steps
-from noisytune_cli.commands.replaced import check_before_download, require_unchanged
+from noisytune_cli.commands.replaced import check_before_download, refuse_planned, require_unchanged
 from noisytune_cli.commands.result import Result
 from noisytune_cli.commands.write import complete, fill
 from noisytune_cli.engine.threads import Progress, default_threads
@@ -88,6 +88,7 @@ def replay(
         rewritten = () if manifest.output is None else _rewrite(manifest.output, plan, source, recorded)
         output = resolve_rewritten(out, source, rewritten)
         check_output(output, source, overwrite=overwrite, manifest=recorded.path)
+        refuse_planned([output])
         seen = require_unchanged([output], insists=overwrite_changed, threads=threads, progress=progress)
         written = len(rewritten) or len(source.weight_files)
         check_space([output], needed_bytes(source, plan, rewritten), written + len(source.others) + 1)

@@ -17,6 +17,7 @@ part of an output.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -63,7 +64,7 @@ def job_path(out: str) -> Place:
             )
         return path.above(len(parts) - plain) / UNFINISHED / f"job-{_name_of(parts[plain:])}"
     plain = min(plain, len(parts) - 1)
-    return Path(*parts[:plain]) / f"{staging.PREFIX}job-{_name_of(parts[plain:])}"
+    return Path(*parts[:plain]) / f"{staging.JOB_PREFIX}{_name_of(parts[plain:])}"
 
 
 def _name_of(parts: tuple[str, ...]) -> str:
@@ -235,6 +236,24 @@ def storage_at(path: Place) -> JobStorage:
 def is_planned(out: str) -> bool:
     """Tell whether there is a job for an output of this name."""
     return storage_at(job_path(out)).size(PLAN) is not None
+
+
+def find_planned(outputs: Iterable[Path], folders: Iterable[Path]) -> tuple[Path, Path] | None:
+    """Return an output that a job in one of `folders` will write to, and that folder; None where none will.
+
+    Of one whose plan cannot be read its name tells.
+    """
+    named = {job_path(os.fspath(output)): output for output in outputs}
+    for folder in folders:
+        with contextlib.suppress(NoisytuneError):  # another user's, or one that nobody can finish
+            if storage_at(folder).size(PLAN) is None:
+                continue
+            if folder in named:
+                return named[folder], folder
+            written = {Path(one.path) for one in open_folder(folder).job.outputs}
+            if found := next((output for output in named.values() if output in written), None):
+                return found, folder
+    return None
 
 
 def create_job(

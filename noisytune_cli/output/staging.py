@@ -35,6 +35,9 @@ from noisytune_cli.reading import Document, JsonFault, JsonLimits
 #: What every staging directory's name begins with.
 PREFIX = ".noisytune-"
 
+#: What the name of a job's folder begins with.
+JOB_PREFIX = f"{PREFIX}job-"
+
 #: What follows a staging directory's name in that of an old output which is just being replaced.
 ASIDE = "-replaced"
 

@@ -20,10 +20,12 @@ from noisytune_cli.cli.parse import combine
 from noisytune_cli.commands import distribute
 from noisytune_cli.commands import finish as finish_module
 from noisytune_cli.commands import work as work_module
+from noisytune_cli.commands.average import average
 from noisytune_cli.commands.distribute import perturb_shares
 from noisytune_cli.commands.finish import finish
-from noisytune_cli.commands.perturb import Perturbed, perturb_each
+from noisytune_cli.commands.perturb import Perturbed, perturb_each, plan_perturb
 from noisytune_cli.commands.plan import PlannedJob, plan_job
+from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.request import Request
 from noisytune_cli.commands.status import status
 from noisytune_cli.commands.work import work
@@ -454,6 +456,46 @@ def test_a_recipe_that_is_finished_already(source: Path, tmp_path: Path) -> None
     assert again.manifest == first.manifest
 
 
+def test_a_recipe_is_not_taken_for_a_finished_output(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    single(request(source, {}), f"{out}/", {}, recipe_only=True)
+    (found,) = finish(str(out))
+    assert (found.recipe, found.output) == (True, out / "noisytune.json")
+
+
+def test_nothing_else_is_written_where_a_job_will_write(source: Path, tmp_path: Path) -> None:
+    asked, out = request(source, {}), f"{tmp_path}/out-{{seed}}"
+    made = single(asked, f"{tmp_path}/made", {})[0]
+    plan(asked, out, {"seed": "0,1"})
+    inner = f"{tmp_path}/in-{{seed}}/out"
+    plan(asked, inner, {"seed": "0,1"})
+    taken = [f"{tmp_path}/out-1", f"{tmp_path}/in-0/out"]
+
+    def is_refused(one: str) -> None:
+        with pytest.raises(OutputUnsafe, match="a job is planned"):
+            single(asked, one, {}, skip_existing=True)
+        with pytest.raises(OutputUnsafe, match="a job is planned"):
+            plan_perturb(asked, combine(one, seed="0", default=0.15))
+        with pytest.raises(OutputUnsafe, match=r"job is (planned|there)"):
+            plan(asked, one, {})
+        with pytest.raises(OutputUnsafe, match="a job is planned"):
+            replay(str(made), one, base=str(source))
+        with pytest.raises(OutputUnsafe, match="a job is planned"):
+            average([str(source), str(source)], one)
+
+    for one in taken:
+        is_refused(one)
+    plan_perturb(asked, combine(taken[0], seed="0", default=0.15), in_shares=True)
+    single(asked, f"{tmp_path}/out-2", {})
+    # Of a plan that cannot be read its folder's name tells.
+    alone = f"{tmp_path}/alone"
+    plan(asked, alone, {})
+    (job_path(alone) / "plan.json").write_text("{}")
+    (job_path(out) / "plan.json").write_text("{}")
+    is_refused(alone)
+    single(asked, taken[0], {})
+
+
 def test_what_a_killed_finish_left_of_a_job(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -605,7 +647,8 @@ def test_an_output_of_the_same_noise_that_is_another_is_not_taken_for_the_jobs(
     out = f"{tmp_path}/job"
     plan(request(source, {}), out, {})
     work(out)
-    single(request(source, {}, card=True), out, {})
+    single(request(source, {}, card=True), f"{tmp_path}/other", {})
+    (tmp_path / "other").rename(out)
     with pytest.raises(OutputUnsafe, match="exists"):
         finish(out)
     assert job_path(out).exists()

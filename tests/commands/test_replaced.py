@@ -136,7 +136,7 @@ def test_what_changes_while_an_old_output_is_verified_is_kept(
     (out / "sub" / "vocab.txt").touch()
     kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     write_when_verified(out / name, monkeypatch)
-    monkeypatch.setattr(plan_module, "check_outputs", lambda *_, **__: None)  # asked when it is finished
+    monkeypatch.setattr(plan_module, "check_outputs", lambda *_, **__: {})  # asked when it is finished
     with pytest.raises(OutputUnsafe, match="the output has changed"):
         VERBS[verb](source, out)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == kept | {
@@ -333,3 +333,14 @@ def test_what_strict_refuses_is_not_kept(tmp_path: Path) -> None:
     excluded = replace(strict, noise=NoiseSpec(exclude=("policy.mean",)))
     perturb(excluded, out, overwrite=True)
     assert perturb(excluded, out, skip_existing=True).skipped
+
+
+def test_finish_says_what_can_be_done_without_options(source: Path, tmp_path: Path) -> None:
+    out = run(source, tmp_path / "out").output
+    plan_job(Request(str(source), NoiseSpec()), str(out), [Combination(0.15, 0, str(out))], overwrite=True)
+    work(str(out))
+    (out / "README.md").write_text("mine")
+    with pytest.raises(OutputUnsafe, match=r"was changed since .* Move it away, and finish again"):
+        finish(str(out))
+    out.rename(tmp_path / "kept")
+    finish(str(out))
