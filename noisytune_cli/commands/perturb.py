@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from noisytune_cli.checkpoint.adapter import factors_among, kind_of_factors
 from noisytune_cli.checkpoint.address import Address, Place
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
+from noisytune_cli.checkpoint.find import comes_from_hub
 from noisytune_cli.commands.replaced import (
     check_before_download,
     find_made,
@@ -276,13 +277,16 @@ def perturb_each(
             overwrite=overwrite,
             overwrite_changed=overwrite_changed,
         )
+    outs = outs_of(wanted)
+    if skip_existing and comes_from_hub(request.source):  # for what stays no weight is fetched
+        with request.open(headers_only=True) as source:
+            kept = _find_made(prepare(request, source, wanted), outs, recipe_only, threads, progress)
+        if len(kept) == len(outs):
+            return tuple(kept[out] for out in outs)
     with request.open() as source:
         prepared = prepare(request, source, wanted)
-        plans, files = prepared.plans, prepared.files
-        outs = outs_of(wanted)
-        kept = {}
-        if skip_existing:
-            kept = _find_made(request, source, outs, plans, files, recipe_only, threads, progress)
+        plans = prepared.plans
+        kept = _find_made(prepared, outs, recipe_only, threads, progress) if skip_existing else {}
         left = [at for at, out in enumerate(outs) if out not in kept]
         if not left:
             return tuple(kept[out] for out in outs)
@@ -315,19 +319,13 @@ def perturb_each(
 
 
 def _find_made(
-    request: Request,
-    source: Checkpoint,
-    outs: Sequence[str],
-    plans: Sequence[Plan],
-    files: Sequence[OutputFile],
-    recipe_only: bool,
-    threads: int | None,
-    progress: Progress,
+    prepared: Prepared, outs: Sequence[str], recipe_only: bool, threads: int | None, progress: Progress
 ) -> dict[str, Perturbed]:
     """Return what is there already of what is asked for, by how the user names it."""
+    request, source = prepared.request, prepared.source
     found = {}
-    for out, plan in zip(outs, plans, strict=True):
-        output = find_place(out, source, files, recipe_only=recipe_only)
+    for out, plan in zip(outs, prepared.plans, strict=True):
+        output = find_place(out, source, prepared.files, recipe_only=recipe_only)
         recorded = find_made(
             output,
             source,

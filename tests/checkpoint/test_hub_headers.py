@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from noisytune_cli.checkpoint.checkpoint import open_checkpoint
 from noisytune_cli.commands.compare import Comparison, compare
 from noisytune_cli.commands.inspect import Inspection, inspect
 from noisytune_cli.commands.perturb import Planned, Request, perturb, plan_perturb
-from noisytune_cli.errors import HubError, InputInvalid
+from noisytune_cli.errors import HubError, InputInvalid, OutputUnsafe
 from noisytune_cli.records import Conversion, NoiseSpec
 
 COUNT = 200_000
@@ -172,3 +173,16 @@ def test_pickles_are_fetched_whole(large: Hub) -> None:
     with pytest.raises(InputInvalid):
         plan_perturb(Request("pickled", NoiseSpec()))
     assert large.fetched() == ["pytorch_model.bin"]
+
+
+def test_nothing_is_fetched_for_an_output_that_stays(large: Hub, tmp_path: Path) -> None:
+    request, out = Request("large", NoiseSpec()), str(tmp_path / "out")
+    perturb(request, out, skip_existing=True)
+    shutil.rmtree(tmp_path / "cache")
+    before = large.sent_bytes
+    assert perturb(request, out, skip_existing=True).skipped
+    assert large.sent_bytes - before < 2 * (64 << 10) * len(WEIGHTS) + 10_000
+    assert cached(large, tmp_path) == set()
+    (tmp_path / "out" / "config.json").unlink()
+    with pytest.raises(OutputUnsafe, match="exists"):
+        perturb(request, out, skip_existing=True)
