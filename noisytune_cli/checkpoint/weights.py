@@ -52,6 +52,12 @@ _SHARD = re.compile(r"-\d{3,}-of-(\d{3,})\.(?:safetensors|bin)$")
 _SNAPSHOT = re.compile(r"snapshots/[0-9a-f]{40}")
 
 
+def shard_count(name: str) -> int:
+    """Return of how many shards a file of this name is one; 0 where it is a whole."""
+    found = _SHARD.search(name)
+    return 0 if found is None or int(found[1]) < 2 else int(found[1])
+
+
 @dataclass(frozen=True)
 class Choice:
     """The weight file, or the index of its shards, and what to warn of."""

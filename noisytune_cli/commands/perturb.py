@@ -16,6 +16,7 @@ from noisytune_cli.checkpoint.adapter import factors_among, kind_of_factors
 from noisytune_cli.checkpoint.address import Address, Place
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.find import comes_from_hub
+from noisytune_cli.checkpoint.weights import shard_count
 from noisytune_cli.commands.replaced import (
     check_before_download,
     find_made,
@@ -127,7 +128,16 @@ class Prepared:
             f"{escape(text)} matches buffers alone, which get no noise (--include names what is none)"
             for text in idle_rules(plan)
         )
-        return (*self.source.warnings, *self.claims, *adapters, *doubts, *idle, *_too_strong(self.plans))
+        alone = _of_a_shard(self.source)
+        return (
+            *self.source.warnings,
+            *self.claims,
+            *alone,
+            *adapters,
+            *doubts,
+            *idle,
+            *_too_strong(self.plans),
+        )
 
     def settled(self) -> Prepared:
         """Return it with all settled that takes reading; a buffer keeps its dtype."""
@@ -462,6 +472,17 @@ def read_claims(request: Request, source: Checkpoint) -> tuple[Card | None, tupl
     from noisytune_cli.commands.card import claims_of, read_card
 
     return (read_card(source), ()) if request.card else (None, tuple(claims_of(source)))
+
+
+def _of_a_shard(source: Checkpoint) -> list[str]:
+    """Warn of a shard that is taken without the others: what it shares with them is not seen."""
+    name = source.sources[0].name
+    if len(source.sources) > 1 or source.index is not None or not (shards := shard_count(name)):
+        return []
+    return [
+        f"{escape(name)} is one of {shards:,} shards and is taken for a whole: a weight that is tied to one "
+        "in another shard gets another noise; give the folder, or its index with --weights"
+    ]
 
 
 def _of_an_adapter(source: Checkpoint, plan: Plan) -> list[str]:

@@ -105,13 +105,15 @@ def find_made(
     if not recipe_only and (not is_there(output) or _lacks(output, recorded)):
         return None
     written = path.stat().st_mtime_ns
-    files = [] if source.revision is not None else _files_read(source)  # a commit on the hub never changes
+    # A commit on the hub never changes, and what was fetched from a store is of now.
+    files = [] if source.revision is not None or source.remote is not None else _files_read(source)
     if any(file.stat().st_mtime_ns > written for file in files):
         return None
     # Another file that was moved to its place, copied with its times, or is reached by another link or in
     # another folder of that name, is no younger by its mtime.
     ways = (*(file.stat() for file in files), *_ways_to(files, source.root, output))
-    if any(one.st_ctime_ns > written for one in ways) and not _gives(source, recorded, threads, progress):
+    is_sure = source.revision is not None or (bool(files) and all(one.st_ctime_ns <= written for one in ways))
+    if not is_sure and not _gives(source, recorded, threads, progress):
         return None
     if not recipe_only and _may_have_changed(output) and _what_changed(output, threads, progress):
         return None

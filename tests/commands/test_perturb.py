@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import Tensor, Tensors, noised, numbers, save, split, weights
+from checkpoints import Tensor, Tensors, noised, numbers, save, save_sharded, split, weights
 from runs import run
 
 from noisytune_cli.commands.perturb import Perturbed, Planned, Request, perturb, plan_perturb
@@ -90,6 +90,18 @@ def test_the_multilingual_preset_leaves_embeddings_and_their_tied_head(tmp_path:
         assert left <= unchanged
         assert "bert.encoder.layer.0.attention.self.query.weight" not in unchanged
         assert "transformer.h.0.attn.c_attn.weight" not in unchanged
+
+
+def test_a_shard_without_the_others_is_warned_of(tmp_path: Path) -> None:
+    head = {"lm_head.weight": GPT2["transformer.wte.weight"]}
+    root = save_sharded(tmp_path / "model", {k: t for k, t in GPT2.items() if k not in head}, head)
+    name = "model-00002-of-00002.safetensors"
+    assert not any("shards" in warning for warning in run(root).warnings)
+    for result in (run(root / name, tmp_path / "a.safetensors"), run(root, tmp_path / "b", weights=name)):
+        (told,) = (warning for warning in result.warnings if "shards" in warning)
+        assert told.startswith(f"{name} is one of 2 shards and is taken for a whole")
+    whole = save(tmp_path / "model-00001-of-00001.safetensors", GPT2)
+    assert not any("shards" in warning for warning in run(whole, tmp_path / "c.safetensors").warnings)
 
 
 def test_equal_bytes_are_a_tie_only_where_the_config_allows(tmp_path: Path) -> None:

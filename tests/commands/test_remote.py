@@ -27,6 +27,7 @@ from noisytune_cli.errors import (
     InputUnreadable,
     Mismatch,
     NoisytuneError,
+    OutputUnsafe,
     ResourceExhausted,
     UsageError,
 )
@@ -259,6 +260,19 @@ def test_an_output_that_exists_is_told_before_weights_are_fetched(
         run(f"{there}/model-00001-of-00002.safetensors", tmp_path / "out/model.safetensors")  # type: ignore[arg-type]
     assert caught.value.exit_code == 5
     assert not store.of("GET", "safetensors$")
+
+
+def test_an_output_here_is_kept_if_what_is_there_gives_it(
+    store: ObjectStore, there: str, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run(there, out)  # type: ignore[arg-type]
+    assert run(there, out, skip_existing=True).skipped  # type: ignore[arg-type]
+    shard = model / "model-00001-of-00002.safetensors"
+    content = shard.read_bytes()
+    store.put("models/a/" + shard.name, content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(OutputUnsafe, match="exists"):
+        run(there, out, skip_existing=True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
