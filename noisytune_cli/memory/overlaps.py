@@ -11,10 +11,16 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+#: Kinds of devices on which a tensor's pointer is an address.
+_ADDRESSED = ("cpu", "cuda")
+
+#: What to say of values that have none.
+NO_MEMORY = "its memory was freed, or its values are held in other tensors"
+
 
 def place(values: Tensor) -> tuple[Hashable, int]:
     """Return a key of the memory that values lie in, and the byte there at which they begin."""
-    if values.device.type in ("cpu", "cuda"):
+    if values.device.type in _ADDRESSED:
         return values.device, values.data_ptr()
     start = int(values.storage_offset()) * values.element_size()
     return (values.device, values.untyped_storage().data_ptr()), start
@@ -28,9 +34,15 @@ def strides(values: Tensor) -> tuple[int, ...]:
 
 
 def has_memory(values: Tensor) -> bool:
-    """Say whether the storage of values reaches as far as they do: it does not where it was freed."""
+    """Say whether the storage of values reaches as far as they do: it does not where it was freed.
+
+    That of a tensor which wraps others, or which stands for one, says that it does and is nowhere.
+    """
+    if not values.numel():
+        return True
     start = int(values.storage_offset()) * values.element_size()
-    return not values.numel() or start + _extent(values) <= values.untyped_storage().nbytes()
+    reaches = start + _extent(values) <= values.untyped_storage().nbytes()
+    return reaches and (values.device.type not in _ADDRESSED or values.data_ptr() != 0)
 
 
 def find_overlap(tensors: Sequence[Tensor]) -> int | None:

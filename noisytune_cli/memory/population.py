@@ -18,7 +18,7 @@ from noisytune_cli.errors import InputInvalid, NoisytuneError
 from noisytune_cli.memory import in_place, subnormals
 from noisytune_cli.memory.adapters import merged_layers, still_merged
 from noisytune_cli.memory.batches import begin, receipts_of
-from noisytune_cli.memory.overlaps import find_overlap, has_memory, place
+from noisytune_cli.memory.overlaps import NO_MEMORY, find_overlap, has_memory, place
 from noisytune_cli.memory.perturb import config_of, named_tensors, taking_noise
 from noisytune_cli.memory.plan import OPTIONS_THAT_EXCLUDE, Parameter, leave_out, plan_parameters
 from noisytune_cli.memory.quantized import refuse_quantized_model
@@ -250,7 +250,7 @@ def _target(kept: LiveTensor, tensors: Mapping[str, Any]) -> LocalTensor:
         if (values.dtype, values.shape, held[0].runs) != (base.dtype, base.shape, kept.held.runs):
             why = f"it is now {values.dtype} {list(values.shape)}, and was {base.dtype} {list(base.shape)}"
         elif values.is_meta or not has_memory(values):
-            why = "its memory was freed"
+            why = NO_MEMORY
         elif any(place(other.values) != place(values) for other in held[1:]):
             why = f"{', '.join(kept.own[1:])} was one parameter with it, and is no more"
     if why is not None:

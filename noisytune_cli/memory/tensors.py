@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.memory.overlaps import find_overlap, has_memory, place, strides
+from noisytune_cli.memory.overlaps import NO_MEMORY, find_overlap, has_memory, place, strides
 from noisytune_cli.memory.sharded import PLAIN, LocalTensor, held_part, share_verdicts
 from noisytune_cli.records import TensorSpec
 
@@ -99,7 +99,7 @@ def live_tensors_of(tensors: Iterable[tuple[str, object]], names: Names = None) 
         tensor = _checked(own, value)
         held = held_part(tensor, own)
         if not has_memory(held.values):
-            raise _cannot_add(own, "its memory was freed")
+            raise _cannot_add(own, NO_MEMORY)
         found.setdefault(_identity(tensor, held.values), ([], tensor, held))[0].append(own)
     live_tensors = [
         LiveTensor(tuple(own), tuple(dict.fromkeys(map(to_checkpoint, own))), tensor, held)

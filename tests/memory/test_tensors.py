@@ -24,10 +24,23 @@ def overlapping() -> dict[str, Any]:
     return {"a": line[:6], "b": line[4:]}
 
 
+class Wrapping(torch.Tensor):
+    """A tensor whose values are another's, as those of float8 and QLoRA are; it cannot be taken apart."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: Any) -> Any:
+        return cls(torch.randn(4, 4))
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "sparse": (lambda: {"w": torch.eye(3).to_sparse()}, "sparse"),
     "meta": (lambda: {"w": torch.empty(3, 3, device="meta")}, "meta device"),
     "lazy": (lambda: torch.nn.LazyLinear(3), "not initialised"),
+    "wrapping": (lambda: {"w": Wrapping(torch.randn(4, 4))}, "held in other tensors"),
     "bitsandbytes": (lambda: {"w": marked("quant_state")}, "quantised"),
     "deepspeed": (lambda: {"w": marked("ds_id")}, "DeepSpeed"),
     "flat": (lambda: {"w": marked("_is_flat_param")}, "fully_shard"),
