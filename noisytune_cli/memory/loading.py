@@ -2,7 +2,8 @@
 
 Loading adds and takes away prefixes (a task's head over a base model), renames (`LayerNorm.gamma`), and makes
 one parameter of several tensors (experts). Noise is named after the checkpoint's tensors, so the keys are
-noted as transformers puts them where they belong. That is not a public interface: where it is another,
+noted as transformers puts them where they belong, and so is what no tensor was there for: in its own report
+transformers leaves out what a model computes for itself. That is not a public interface: where it is another,
 nothing is noted, and the model's own names are taken.
 """
 
@@ -13,12 +14,26 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-#: Of each model the key by name of a parameter, None where it is made of it in another way than as it is.
-Origins = weakref.WeakKeyDictionary[nn.Module, dict[str, str | None]]
+
+@dataclass
+class Origin:
+    """Where a model's parameters come from, by their names.
+
+    `keys` are the checkpoint's, None where a parameter is made of one in another way than as it is. `lacking`
+    are those that nothing was loaded for, a tied one's other names among them.
+    """
+
+    keys: dict[str, str | None] = field(default_factory=dict)
+    lacking: set[str] = field(default_factory=set)
+
+
+#: The origin of each model.
+Origins = weakref.WeakKeyDictionary[nn.Module, Origin]
 
 
 @contextmanager
@@ -36,17 +51,21 @@ def watched() -> Iterator[Origins]:
     current = threading.local()
 
     def noted_load(model: nn.Module, *arguments: Any, **keywords: Any) -> Any:
-        outer = getattr(current, "keys", None)
-        current.keys = origins[model] = {}
+        outer = getattr(current, "origin", None)
+        current.origin = origins[model] = Origin()
         try:
-            return load(model, *arguments, **keywords)
+            loaded = load(model, *arguments, **keywords)
         finally:
-            current.keys = outer
+            current.origin = outer
+        report = loaded[0] if isinstance(loaded, tuple) else loaded
+        # As it is now: names are taken out of it later.
+        origins[model].lacking.update(getattr(report, "missing_keys", ()))
+        return loaded
 
     def noted_add(self: Any, target_key: str, source_key: str, *arguments: Any, **keywords: Any) -> Any:
-        keys = getattr(current, "keys", None)
-        if keys is not None:
-            keys[target_key] = None if isinstance(self, converter) else source_key
+        origin = getattr(current, "origin", None)
+        if origin is not None:
+            origin.keys[target_key] = None if isinstance(self, converter) else source_key
         return add(self, target_key, source_key, *arguments, **keywords)
 
     models.convert_and_load_state_dict_in_model = noted_load

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
-from noisytune_cli.errors import UsageError, unwritable
+from noisytune_cli.errors import NoisytuneWarning, UsageError, unwritable
 from noisytune_cli.escape import enumerate_some
 from noisytune_cli.manifest.write import encode
 from noisytune_cli.memory.adapters import base_names
-from noisytune_cli.memory.loading import Origins, watched
+from noisytune_cli.memory.loading import Origin, Origins, watched
 from noisytune_cli.memory.perturb import check_options, perturb_
 from noisytune_cli.records import Manifest, SourceRecord
 
@@ -51,7 +51,7 @@ def noisy_from_pretrained(
     count as fresh and get no noise unless `fresh="perturb"`. A model with a part that it loads by itself,
     such as a backbone, is perturbed once, as a whole. Under FSDP's memory-saving load only the process that
     has the weights adds the noise, which the others then receive. UsageError inside another such block, and
-    for options that make no sense, before anything is loaded.
+    for options that make no sense, before anything is loaded; a NoisytuneWarning where none was loaded.
     """
     asked = {"lam": lam, "seed": seed, **options}
     # Each model needs all of a list, which some iterators give once.
@@ -67,8 +67,10 @@ def noisy_from_pretrained(
         original = PreTrainedModel.__dict__["from_pretrained"]
         manifests: list[Manifest] = []
         origins: Origins
+        was_loaded = False
 
         def from_pretrained(cls: Any, name: Any = None, *arguments: Any, **keywords: Any) -> Any:
+            nonlocal was_loaded
             load = original.__get__(None, cls)
             if _records.get() is not manifests:
                 return load(name, *arguments, **keywords)
@@ -80,9 +82,10 @@ def noisy_from_pretrained(
                 _records.set(manifests)
             # A class with a way of loading of its own may know of no such report.
             model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
+            was_loaded = True
             if not _comes_later(model):
-                keys = origins.get(model, {})
-                manifests.append(_perturb_loaded(model, info, keys, name, {**asked}))
+                origin = origins.get(model, Origin())
+                manifests.append(_perturb_loaded(model, info, origin, name, {**asked}))
             return (model, info) if wants_info else model
 
         with watched() as origins:
@@ -90,6 +93,14 @@ def noisy_from_pretrained(
             _records.set(manifests)
             try:
                 yield manifests
+                if not was_loaded:
+                    warnings.warn(
+                        "noisy_from_pretrained: no model got noise, for inside the block this thread or task "
+                        "called no from_pretrained of transformers; a model that is loaded in another way, or "
+                        "by another thread, gets noise by perturb_",
+                        NoisytuneWarning,
+                        stacklevel=3,
+                    )
             finally:
                 _records.set(None)
                 setattr(PreTrainedModel, "from_pretrained", original)  # noqa: B010
@@ -104,18 +115,19 @@ def _comes_later(model: torch.nn.Module) -> bool:
 
 
 def _perturb_loaded(
-    model: Any, info: dict[str, Any], keys: dict[str, str | None], name: Any, options: dict[str, Any]
+    model: Any, info: dict[str, Any], origin: Origin, name: Any, options: dict[str, Any]
 ) -> Manifest:
-    """Add noise to a model as it was loaded from `keys`; the record's source is the checkpoint."""
+    """Add noise to a model as it was loaded; the record's source is the checkpoint."""
     fresh = {*info.get("missing_keys", ()), *(entry[0] for entry in info.get("mismatched_keys", ()))}
+    fresh |= origin.lacking
     if (own := base_names(model)) is None:
         own = {name: name for name, _ in model.named_parameters(remove_duplicate=False)}
     known = options.pop("fresh_names", ())
     patterns = [known] if isinstance(known, str) else list(known)
     patterns += sorted(glob.escape(name) for name, base in own.items() if base in fresh)
     made: list[str] = []
-    if options.get("names") is None and keys:
-        names, made = _checkpoint_names(model, own, keys, fresh)
+    if options.get("names") is None and origin.keys:
+        names, made = _checkpoint_names(model, own, origin.keys, fresh)
         options = {**options, "names": names.get}
     manifest = perturb_(model, **options, fresh_names=patterns)
     if made:
@@ -142,14 +154,17 @@ def _checkpoint_names(
     """
     names: dict[str, str] = {}
     taken = {key for key in keys.values() if key is not None}
-    found: dict[int, bool] = {}
+    as_they_were, loaded = set[int](), set[int]()
     parameters = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name in own}
     for name, base in own.items():
         key = keys.get(base)
         names[name] = key or (f"{base} (in the model)" if base in taken else base)
-        known = key is not None or base in fresh
-        found[id(parameters[name])] = found.get(id(parameters[name]), False) or known
-    return names, [name for name in own if not found.pop(id(parameters[name]), True)]
+        if key is not None:
+            as_they_were.add(id(parameters[name]))
+        elif base not in fresh:
+            loaded.add(id(parameters[name]))
+    made = loaded - as_they_were
+    return names, [name for name in own if id(parameters[name]) in made]
 
 
 class NoisyTuneCallback(TrainerCallback):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import noisytune_cli
 from noisytune_cli.commands.perturb import Request, perturb
-from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.errors import InputInvalid, NoisytuneWarning, UsageError
 from noisytune_cli.records import NoiseSpec
 
 transformers = pytest.importorskip("transformers")
@@ -138,8 +138,8 @@ def test_a_process_that_gets_its_weights_from_another_adds_no_noise(
 def test_the_patch_ends_with_the_block_and_does_not_nest(checkpoint: Path) -> None:
     original = transformers.PreTrainedModel.__dict__["from_pretrained"]
     with (
-        noisytune_cli.noisy_from_pretrained(),
         pytest.raises(UsageError, match="inside another"),
+        noisytune_cli.noisy_from_pretrained(),
         noisytune_cli.noisy_from_pretrained(),
     ):
         raise AssertionError("it nests")
@@ -283,6 +283,41 @@ def test_what_is_renamed_gets_its_noise_and_what_is_fused_is_warned_of(tmp_path:
     assert others == {name for name in on_disk if ".experts." in name}
     gate = next(name for name in on_disk if name.endswith("gate.weight"))
     assert gate not in others
+
+
+def test_what_the_model_computes_itself_is_fresh(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.MarianConfig(
+        vocab_size=50,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=8,
+        decoder_ffn_dim=8,
+        max_position_embeddings=8,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+    )
+    transformers.MarianMTModel(config).save_pretrained(tmp_path / "in")
+    assert not any("embed_positions" in name for name in load_file(tmp_path / "in/model.safetensors"))
+    perturb(Request(str(tmp_path / "in"), NoiseSpec()), str(tmp_path / "out"))
+    on_disk = parameters(transformers.MarianMTModel.from_pretrained(tmp_path / "out"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with noisytune_cli.noisy_from_pretrained() as records:
+            in_memory = parameters(transformers.MarianMTModel.from_pretrained(tmp_path / "in"))
+    assert same(in_memory, on_disk)
+    left = {r.step.tensor.name for r in records[0].receipts if r.reason == "excluded"}
+    assert left == {name for name in in_memory if "embed_positions" in name}
+
+
+def test_a_block_in_which_nothing_is_loaded_says_so(checkpoint: Path) -> None:
+    with pytest.warns(NoisytuneWarning, match="no model got noise"), noisytune_cli.noisy_from_pretrained():
+        ThreadPoolExecutor(1).submit(transformers.BertModel.from_pretrained, checkpoint).result()
+    with pytest.raises(ZeroDivisionError), noisytune_cli.noisy_from_pretrained():
+        raise ZeroDivisionError  # what went wrong is enough to say
 
 
 def test_names_that_are_given_count(base: Path) -> None:
