@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from noisytune_cli.errors import UsageError
 from noisytune_cli.memory.population import Population
+from noisytune_cli.plan.arguments import make_spec, reusable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,14 +102,21 @@ def ladder(
     strength = "lam" if sigma is None else "sigma"
     given = lam if sigma is None else sigma
     strengths, every = _listed(strength, given), _listed("seeds", seeds)
+    noises = [(value, seed) for value in strengths for seed in (every if value else ())]
     which = {key: options.pop(key) for key in _OF_THE_POPULATION & options.keys()}
+    options = reusable(options)
     table = Ladder(strength=strength)
     with Population(model, **which) as population:
+        # An evaluation may take hours: what is wrong with any of the noises is said before the first.
+        for value, seed in noises[:1]:
+            population.set(**{strength: value}, seed=seed, **options)
+            population.restore()
+        for value, seed in noises:
+            make_spec(**{strength: value}, seed=seed, **options)
         table.append({strength: 0.0, "seed": None, **_scores(evaluate(model))})
-        for value in strengths:
-            for seed in every if value else []:
-                population.set(**{strength: value}, seed=seed, **options)
-                table.append({strength: float(value), "seed": int(seed), **_scores(evaluate(model))})
+        for value, seed in noises:
+            population.set(**{strength: value}, seed=seed, **options)
+            table.append({strength: float(value), "seed": int(seed), **_scores(evaluate(model))})
     return table
 
 

@@ -28,6 +28,7 @@ from noisytune_cli.manifest.write import encode
 from noisytune_cli.memory.adapters import base_names
 from noisytune_cli.memory.loading import Origin, Origins, watched
 from noisytune_cli.memory.perturb import check_options, perturb_
+from noisytune_cli.plan.arguments import reusable
 from noisytune_cli.records import Manifest, SourceRecord
 
 #: The record of the callback's noise in the trainer's output folder. It is no checkpoint's manifest.
@@ -53,10 +54,7 @@ def noisy_from_pretrained(
     has the weights adds the noise, which the others then receive. UsageError inside another such block, and
     for options that make no sense, before anything is loaded; a NoisytuneWarning where none was loaded.
     """
-    asked = {"lam": lam, "seed": seed, **options}
-    # Each model needs all of a list, which some iterators give once.
-    asked = {option: list(each) if isinstance(each, Iterator) else each for option, each in asked.items()}
-    check_options(asked)
+    asked = _checked({"lam": lam, "seed": seed, **options})
     if not _patching.acquire(blocking=False):
         raise UsageError(
             "noisy_from_pretrained inside another",
@@ -96,8 +94,8 @@ def noisy_from_pretrained(
                 if not was_loaded:
                     warnings.warn(
                         "noisy_from_pretrained: no model got noise, for inside the block this thread or task "
-                        "called no from_pretrained of transformers; a model that is loaded in another way, or "
-                        "by another thread, gets noise by perturb_",
+                        "called no from_pretrained of transformers; what is loaded in another way, or by "
+                        "another thread, gets noise by perturb_",
                         NoisytuneWarning,
                         stacklevel=3,
                     )
@@ -106,6 +104,13 @@ def noisy_from_pretrained(
                 setattr(PreTrainedModel, "from_pretrained", original)  # noqa: B010
     finally:
         _patching.release()
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options of `perturb_` for several models; UsageError where they make no sense for any."""
+    options = reusable(options)
+    check_options(options)
+    return options
 
 
 def _comes_later(model: torch.nn.Module) -> bool:
@@ -170,15 +175,16 @@ def _checkpoint_names(
 class NoisyTuneCallback(TrainerCallback):
     """Perturb the model as training begins: once, and not on resuming from a checkpoint.
 
-    Takes the options of `perturb_`; all parameters get noise, a fresh head too, unless `fresh_names` names
-    it. The record is `manifest`, and lies in the trainer's output folder as `noisytune-training.json`.
+    Takes the options of `perturb_`, and raises UsageError for those that make no sense as it is made. All
+    parameters get noise, a fresh head too, unless `fresh_names` names it. The record is `manifest`, and lies
+    in the trainer's output folder as `noisytune-training.json`.
 
     Once is once for a model object, whatever is loaded into it later: the callback cannot tell weights that
     were reset from those that were trained. Where they are reset, for the next fold, take a new callback.
     """
 
     def __init__(self, lam: float | None = None, seed: int | None = None, **options: Any) -> None:
-        self.options = {"lam": lam, "seed": seed, **options}
+        self.options = _checked({"lam": lam, "seed": seed, **options})
         self.manifest: Manifest | None = None
         self._perturbed: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 

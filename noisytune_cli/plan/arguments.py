@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -139,6 +139,11 @@ def _terms(mix: Any, scope: Scope | None) -> tuple[tuple[Term, ...], Scope]:
         )
     absolute = kinds == {"sigma"} or (kinds == {None} and scope == "absolute")
     return tuple(found), _scope(scope, absolute=absolute)
+
+
+def reusable(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options that can be read many times: what an iterator gives once, as a list."""
+    return {name: list(given) if isinstance(given, Iterator) else given for name, given in options.items()}
 
 
 def check_choice(option: str, value: object, choices: Collection[str]) -> None:

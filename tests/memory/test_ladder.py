@@ -76,6 +76,36 @@ def test_what_is_no_ladder_is_refused(options: dict[str, Any]) -> None:
         noisytune_cli.ladder(model(), distance, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"noise": "gauss"}, "noise='gauss'"),
+        ({"sigma": [0.1, "strong"]}, "sigma='strong'"),
+        ({"seeds": [0, -1]}, "seed=-1"),
+        ({"rules": {"head.*": 0.1}}, "matches nothing"),
+        ({"seed": 3}, "seed"),
+        ({"sigmas": 3}, "sigmas"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_said_before_anything_is_scored(options: dict[str, Any], words: str) -> None:
+    def evaluate(_: Any) -> float:
+        raise AssertionError("it was scored")
+
+    here = model()
+    with pytest.raises((UsageError, TypeError), match=words):
+        noisytune_cli.ladder(here, evaluate, **{"sigma": [0.1], **options})
+    assert distance(here) == 0.0
+
+
+def test_every_noise_gets_all_of_an_iterator() -> None:
+    def bias(made: Any) -> float:
+        return float(made[0].bias.detach().abs().sum())
+
+    rows = noisytune_cli.ladder(model(), bias, sigma=[0.1], seeds=[0, 1], rules=iter([("*.bias", 0.0)]))
+    assert len({row["score"] for row in rows}) == 1
+
+
 def test_an_evaluation_that_returns_nothing_is_told_at_once() -> None:
     calls: list[object] = []
     with pytest.raises(UsageError, match="returned None"):

@@ -182,6 +182,8 @@ def test_options_that_make_no_sense_are_refused_before_anything_is_loaded(
 ) -> None:
     with pytest.raises(UsageError, match=words), noisytune_cli.noisy_from_pretrained(**options):
         raise AssertionError("the block was entered")
+    with pytest.raises(UsageError, match=words):
+        noisytune_cli.NoisyTuneCallback(**options)
 
 
 def test_every_model_gets_all_of_an_iterator(base: Path) -> None:
@@ -402,6 +404,15 @@ def test_a_model_that_is_reset_has_no_noise_until_a_new_callback(tmp_path: Path)
     assert same(parameters(model), clean)
     Training(tmp_path).begin(noisytune_cli.NoisyTuneCallback(seed=3), model)
     assert same(parameters(model), noisy)
+
+
+def test_a_callback_gives_each_model_all_of_an_iterator(tmp_path: Path) -> None:
+    callback = noisytune_cli.NoisyTuneCallback(exclude=iter(["bias"]))
+    for _ in range(2):
+        model = torch.nn.Linear(4, 4)
+        bias = model.bias.detach().clone()
+        Training(tmp_path).begin(callback, model)
+        assert torch.equal(model.bias, bias)
 
 
 def test_a_callback_can_be_pickled(tmp_path: Path) -> None:
