@@ -72,6 +72,11 @@ class NoisytuneError(Exception):
             self.path = there + self.path[len(start) :]
             self.args = (self.line(),)
 
+    def reword(self, spelled: Callable[[str], str]) -> None:
+        """Say the same with other names for what is meant, as for the options of the command line."""
+        self.what, self.why, self.next_step = map(spelled, (self.what, self.why, self.next_step))
+        self.args = (self.line(),)
+
     def line(self) -> str:
         """The error as one printable line, without the program's name."""
         where = [] if self.path is None else [escape(self.path, 500)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from noisytune_cli.commands import compare as comparing
 from noisytune_cli.commands import inspect as inspecting
@@ -24,13 +24,24 @@ from noisytune_cli.commands.verify import Verified
 from noisytune_cli.dtypes import BY_TORCH_NAME
 from noisytune_cli.engine.threads import thread_count
 from noisytune_cli.errors import NoisytuneWarning
-from noisytune_cli.plan.arguments import Mix, Pairs, Patterns, check_choice, make_spec, patterns, texts
+from noisytune_cli.plan.arguments import (
+    Mix,
+    Pairs,
+    Patterns,
+    check_choice,
+    in_python,
+    make_spec,
+    of_python,
+    patterns,
+    texts,
+)
 from noisytune_cli.records import Conversion, Granularity, Scope
 
 #: A file, a folder, or where that is allowed a hub id.
 Place = str | os.PathLike[str]
 
 
+@of_python
 def perturb(
     source: Place,
     out: Place,
@@ -122,10 +133,11 @@ def perturb(
         threads=thread_count(threads),
         direct=direct,
     )
-    _warn(done.warnings)
+    _warn(perturb, done.warnings)
     return done
 
 
+@of_python
 def inspect(
     source: Place,
     *,
@@ -171,10 +183,11 @@ def inspect(
         follow_links=follow_links,
         buffers_from=buffers_from,
     )
-    _warn(found.warnings)
+    _warn(inspect, found.warnings)
     return found
 
 
+@of_python
 def verify(
     out: Place,
     *,
@@ -194,10 +207,11 @@ def verify(
         mmap=mmap,
         follow_links=follow_links,
     )
-    _warn(found.warnings)
+    _warn(verify, found.warnings)
     return found
 
 
+@of_python
 def replay(
     manifest: Place,
     out: Place,
@@ -227,10 +241,11 @@ def replay(
         mmap=mmap,
         follow_links=follow_links,
     )
-    _warn(done.warnings)
+    _warn(replay, done.warnings)
     return done
 
 
+@of_python
 def compare(
     a: Place,
     b: Place,
@@ -268,10 +283,11 @@ def compare(
         threads=thread_count(threads),
         follow_links=follow_links,
     )
-    _warn(found.warnings)
+    _warn(compare, found.warnings)
     return found
 
 
-def _warn(texts: Sequence[str]) -> None:
+def _warn(function: Callable[..., object], texts: Sequence[str]) -> None:
     for text in texts:
-        warnings.warn(text, NoisytuneWarning, stacklevel=3)
+        # Past the function that warns, and past what puts its errors into Python's words.
+        warnings.warn(in_python(function, text), NoisytuneWarning, stacklevel=4)

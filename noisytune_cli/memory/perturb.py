@@ -39,6 +39,7 @@ from noisytune_cli.plan.arguments import (
     Patterns,
     check_choice,
     make_spec,
+    of_python,
     patterns,
 )
 from noisytune_cli.plan.plan import check_outcomes
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 _noised: Any = WeakIdKeyDictionary()
 
 
+@of_python
 @subnormals.kept()
 def perturb_(
     model: nn.Module | Mapping[str, Tensor],

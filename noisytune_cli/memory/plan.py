@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
-from noisytune_cli.errors import InputInvalid, Mismatch
+from noisytune_cli.errors import InputInvalid, Mismatch, NoisytuneWarning
 from noisytune_cli.memory.sharded import LocalTensor
 from noisytune_cli.memory.tensors import LiveTensor, first_bytes, same_bytes
+from noisytune_cli.plan.arguments import in_python, make_spec
 from noisytune_cli.plan.evidence.computed import Values
 from noisytune_cli.plan.evidence.doubts import warning_of
 from noisytune_cli.plan.evidence.told import Told, tell, with_values
@@ -99,7 +100,7 @@ def plan_parameters(
     plan = confirm_ties(plan, confirmed)
     check_not_empty(plan, path=source, advice=OPTIONS_THAT_EXCLUDE)
     for warning in warning_of(plan):
-        warnings.warn(warning, stacklevel=3)
+        warnings.warn(in_python(make_spec, warning), NoisytuneWarning, stacklevel=5)
     steps = {step.tensor.name: step for step in plan.steps}
     return [_planned(r, tuple([steps[name] for name in r.names])) for r in live_tensors]
 

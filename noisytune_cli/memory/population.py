@@ -31,6 +31,7 @@ from noisytune_cli.plan.arguments import (
     Patterns,
     check_choice,
     make_spec,
+    of_python,
     patterns,
 )
 from noisytune_cli.plan.plan import check_outcomes
@@ -50,6 +51,7 @@ class Population:
     All processes that share sharded parameters must make the same calls.
     """
 
+    @of_python
     def __init__(
         self,
         model: nn.Module | Mapping[str, Tensor],
@@ -92,6 +94,7 @@ class Population:
         self._kept = {r.own[0]: r for r in self._live_tensors if r.is_kept}
         self._spreads = Spreads(self._threads)
 
+    @of_python
     @subnormals.kept()
     def set(
         self,

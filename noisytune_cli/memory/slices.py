@@ -20,7 +20,7 @@ from noisytune_cli.memory import in_place, subnormals
 from noisytune_cli.memory.sharded import Dose, runs_of
 from noisytune_cli.memory.tensors import LiveTensor, live_tensors_of
 from noisytune_cli.noise.amplitudes import noise_of
-from noisytune_cli.plan.arguments import Mix, make_spec
+from noisytune_cli.plan.arguments import Mix, make_spec, of_python
 from noisytune_cli.plan.evidence.told import Told
 from noisytune_cli.plan.plan import make_plan
 from noisytune_cli.records import whole
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@of_python
 @subnormals.kept()
 def add_noise_(
     tensor: Tensor,

@@ -140,7 +140,7 @@ def _perturb_loaded(
             f"{enumerate_some(made, 3)}: made of other tensors of the checkpoint as they were loaded; "
             "their noise is another than on disk"
         )
-        warnings.warn(warning, stacklevel=5)
+        warnings.warn(warning, NoisytuneWarning, stacklevel=5)
         manifest = replace(manifest, warnings=(*manifest.warnings, warning))
     if options.get("manifest") is not None or name is None:
         return manifest

@@ -1,24 +1,29 @@
 """What a Python function was asked for: its arguments checked, and the noise that they ask for.
 
 Python lets anything through, and from a training script a wrong type comes late and far from its cause. So
-each argument is looked at before anything else is, and refused under its own name.
+each argument is looked at before anything else is, and refused under its own name. What is found wrong later
+is told in the words of the command line, which are put into Python's as they reach the caller.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import operator
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-from noisytune_cli.errors import UsageError
+from noisytune_cli.errors import NoisytuneError, UsageError
 from noisytune_cli.manifest.mixture import read_mix
 from noisytune_cli.noise import distributions
 from noisytune_cli.records import MAX_TERMS, Granularity, NoiseSpec, Scope, Term, mixed_strength
 
 _Value = TypeVar("_Value")
+_Asked = ParamSpec("_Asked")
 
 #: One pattern, or several; and values by pattern.
 Patterns = str | Iterable[str]
@@ -26,6 +31,73 @@ Pairs = Mapping[str, _Value] | Iterable[tuple[str, _Value]]
 
 #: Noises to be added up: the lines of the command line's file, as dictionaries, records, or its path.
 Mix = Iterable[Mapping[str, Any] | Term] | str | os.PathLike[str]
+
+#: What Python calls an option that has another name there than dashes account for.
+_RENAMED = {
+    "lambda": "lam",
+    "lambda-for": "rules",
+    "sigma-for": "rules",
+    "split": "splits",
+    "component": "components",
+    "map": "maps",
+}
+
+#: A command line to the end of its sentence, or an option and the word after it.
+_OPTION = re.compile(
+    r"noisytune [a-z].*"
+    r"|(?<!inspect )(?<![\w-])(?:--(?P<option>[a-z]+(?:-[a-z]+)*)|-o\b)"
+    r"(?P<value> '[^']*'| (?!-)[^\s()]*[^\s(),;:.])?"
+)
+
+#: Words after an option that are no value of it.
+_NO_VALUE = {
+    *("a", "an", "and", "are", "as", "cannot", "chooses", "for", "has", "if", "in", "is", "keeps", "lists"),
+    *("names", "needs", "of", "or", "out", "that", "the", "to", "where", "which", "with", "would"),
+}
+
+#: Several patterns: an option for each, which is one argument with a list.
+_REPEAT = ("repeat --include or --exclude", "give a list as include= or exclude=")
+_REPEATED = re.compile(r"\b(\w+)=('[^']*')((?: \1='[^']*')+)")
+
+
+def of_python(function: Callable[_Asked, _Value]) -> Callable[_Asked, _Value]:
+    """Have a function's errors name its arguments where they would name the command line's options."""
+
+    @functools.wraps(function)
+    def called(*arguments: _Asked.args, **keywords: _Asked.kwargs) -> _Value:
+        try:
+            return function(*arguments, **keywords)
+        except NoisytuneError as error:
+            error.reword(functools.partial(in_python, function))
+            raise
+
+    return called
+
+
+def in_python(function: Callable[..., object], text: str) -> str:
+    """Return a text with each option as the argument that it is of a function; others stay as they are."""
+    known = inspect.signature(function).parameters
+
+    def argument(found: re.Match[str]) -> str:
+        option, value = found["option"] or "out", found["value"] or ""
+        name = _RENAMED.get(option, option.replace("-", "_"))
+        if found[0].startswith("noisytune") or name not in known:
+            return found[0]
+        if isinstance(known[name].default, bool):
+            return f"{name}=True{value}"
+        word = value.strip(" '")
+        if not word or word in _NO_VALUE:
+            return f"{name}={value}"
+        if name in ("maps", "splits") and "=" in word:
+            pattern, _, meant = word.rpartition("=")
+            return f"{name}={{{pattern!r}: {meant!r}}}"
+        return f"{name}={word!r}"
+
+    def several(found: re.Match[str]) -> str:
+        others = found[3].replace(f" {found[1]}=", ", ")
+        return f"{found[1]}=[{found[2]}{others}]"
+
+    return _REPEATED.sub(several, _OPTION.sub(argument, text.replace(*_REPEAT)))
 
 
 def make_spec(

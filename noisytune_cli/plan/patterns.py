@@ -181,7 +181,7 @@ def check_matched(texts: Sequence[str], matched: Sequence[Collection[str]], name
             raise UsageError(
                 f"pattern matches nothing: {text}",
                 why=f"none of the checkpoint's {len(names)} tensors has such a name",
-                next_step="An option takes one pattern: repeat --include or --exclude for each of several"
+                next_step="An option takes one pattern: for several, repeat --include or --exclude"
                 if "," in text
                 else _suggest(compile_pattern(text), names),
             )

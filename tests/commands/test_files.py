@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import noisytune_cli
 from noisytune_cli.cli.app import app
 from noisytune_cli.errors import NoisytuneWarning, OutputUnsafe, PackageMissing, UsageError
+from noisytune_cli.plan.arguments import in_python
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_perturb_makes_the_command_lines_bytes(source: Path, tmp_path: Path) -> 
 def test_what_is_there_is_refused_or_kept(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     noisytune_cli.perturb(source, out)
-    with pytest.raises(OutputUnsafe):
+    with pytest.raises(OutputUnsafe, match="another with out=, or pass overwrite=True"):
         noisytune_cli.perturb(source, out)
     assert noisytune_cli.perturb(source, out, skip_existing=True).skipped
     with pytest.raises(UsageError, match="threads"):
@@ -115,6 +116,46 @@ def test_what_the_command_line_warns_of_is_a_warning(
         warnings.simplefilter("error")
         noisytune_cli.inspect(broken)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("Widen --include or drop an --exclude; --dry-run", "Widen include= or drop an exclude=; --dry-run"),
+        ("--lambda: nan is none", "lam=: nan is none"),
+        ("--sigma-for x: nan is none", "rules='x': nan is none"),
+        ("Add --granularity matrix, or leave --split out", "Add granularity='matrix', or leave splits= out"),
+        ("such as --split 'a.*=0:/2'.", "such as splits={'a.*': '0:/2'}."),
+        ("use --device cpu.", "use device='cpu'."),
+        ("with --exclude a.b --exclude 'c*' and 2 more", "with exclude=['a.b', 'c*'] and 2 more"),
+        ("for several, repeat --include or --exclude", "for several, give a list as include= or exclude="),
+        ("or pass --follow-links if it is meant", "or pass follow_links=True if it is meant"),
+        ("a place with -o that is not mounted", "a place with out= that is not mounted"),
+        *[
+            (same, same)
+            for same in (
+                "with: noisytune inspect SOURCE --headers-only",
+                "noisytune replay noisytune.json --base b -o out",
+                "inspect --headers-only lists the shapes",
+                "noise--seed",
+            )
+        ],
+    ],
+)
+def test_an_option_is_told_as_the_argument_that_it_is(said: str, meant: str) -> None:
+    assert in_python(noisytune_cli.perturb, said) == meant
+
+
+def test_errors_and_warnings_name_arguments(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Add granularity='matrix', or leave splits= out") as caught:
+        noisytune_cli.perturb(source, tmp_path / "a", splits={"layer.9.weight": "0:/3"})
+    assert caught.value.what == "splits={'layer.9.weight': '0:/3'}"
+    noisytune_cli.perturb(source, tmp_path / "b.safetensors")
+    with pytest.raises(UsageError, match="base= is missing"):
+        noisytune_cli.replay(tmp_path / "b.safetensors", tmp_path / "c")
+    doubtful = save(tmp_path / "d.safetensors", {"a": weights("F32", 4, 4), "b.mean": weights("F32", 4)})
+    with pytest.warns(NoisytuneWarning, match=r"to keep it: exclude='b\.mean'"):
+        noisytune_cli.perturb(doubtful, tmp_path / "e.safetensors")
 
 
 def test_the_package_shows_its_public_names_alone() -> None:

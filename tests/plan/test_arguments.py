@@ -56,6 +56,7 @@ WRONG: list[dict[str, Any]] = [
     {"splits": "a=0:/2"},
     {"splits": 3},
     {"splits": None},
+    {"splits": {"w": "0:/2"}},  # without granularity="matrix"
     {"splits": {"w": 3}},
     {"manifest": 3},
     {"manifest": {}},
