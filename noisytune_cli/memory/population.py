@@ -79,7 +79,7 @@ class Population:
         }
         tensors, names, self._left_out["spared"] = taking_noise(model, names)
         self._about: dict[str, Any] = {
-            "is_module": not isinstance(model, Mapping),
+            "model": model,
             "config": config_of(model, config),
             "source": type(model).__name__,
         }

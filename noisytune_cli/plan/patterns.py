@@ -2,8 +2,9 @@
 
 A shell pattern has the semantics of `fnmatch.fnmatchcase` on the whole tensor name: case-sensitive, and
 `*` crosses dots. A kind is a set of parameters that the common architectures name in different ways. It is
-told by name alone, kinds may overlap (`attn.q_proj.bias` is in `@attention` and `@bias`), and a buffer is
-in none. What begins with `@` is a kind; for a tensor whose name does so, write `[@]`.
+told by names alone, a batch norm by that of its running mean (`downsample.1`), kinds may overlap
+(`attn.q_proj.bias` is in `@attention` and `@bias`), and a buffer is in none. What begins with `@` is a kind;
+for a tensor whose name does so, write `[@]`.
 """
 
 from __future__ import annotations
@@ -100,6 +101,9 @@ KINDS = tuple(_KIND_SOURCES)
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
 
+#: What a batch norm alone has.
+_MEAN = "running_mean"
+
 #: What stands for other characters in a shell pattern: `*`, `?`, and `[…]` (a lone `[` is itself).
 _WILDCARD = re.compile(r"[*?]|\[!?\]?[^\]]*\]")
 
@@ -150,13 +154,28 @@ def _compile(source: str) -> re.Pattern[str]:
     return re.compile(source, re.VERBOSE | re.DOTALL)
 
 
+def batch_norms(names: Collection[str]) -> frozenset[str]:
+    """Return the weights and biases that have a running mean beside them, whatever their module is called."""
+    known = frozenset(names)
+    means = (name for name in names if name.endswith((f".{_MEAN}", f"/{_MEAN}")))
+    own = (name.removesuffix(_MEAN) + last for name in means for last in ("weight", "bias"))
+    return known.intersection(own)
+
+
 def match_names(
-    texts: Sequence[str], names: Sequence[str], buffers: Collection[str] = ()
+    texts: Sequence[str],
+    names: Sequence[str],
+    buffers: Collection[str] = (),
+    norms: Collection[str] = (),
 ) -> list[frozenset[str]]:
-    """Return for each pattern the names it matches, where kinds leave `buffers` out."""
+    """Return for each pattern the names it matches, where kinds leave `buffers` out.
+
+    `norms` are those that are known to be of batch norms, beside those that `names` tell.
+    """
     found: dict[str, frozenset[str]] = {}
     shapes: dict[str, list[str]] = {}
     if any(map(is_kind, texts)):
+        norms = (batch_norms(names) | frozenset(norms)).difference(buffers)
         # Kinds look past numbers, so one name of each `layers.*.mlp.up_proj.weight` decides for all layers.
         for name in names:
             if name not in buffers:
@@ -164,9 +183,14 @@ def match_names(
     for text in dict.fromkeys(texts):
         pattern = compile_pattern(text)
         if pattern.is_kind:
-            found[text] = frozenset(
+            members = frozenset(
                 name for shape, same in shapes.items() if pattern.matches(shape) for name in same
             )
+            if text == "@norm":
+                members = members.union(norms)
+            elif _NORM in _KIND_SOURCES[text][1]:
+                members = members.difference(norms)
+            found[text] = members
         else:
             candidates = _candidates(text, names)
             decided = not _WILDCARD.search(text.strip("*"))  # `*x*`: the candidates are the matches

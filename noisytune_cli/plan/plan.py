@@ -166,7 +166,7 @@ def make_plan(
     names = [*(tensor.name for tensor in tensors), *(name for tie in ties for name, _ in tie.dropped)]
     # A kind holds no buffer, but what the values told it may have held before they were known.
     buffers = [name for name in told.buffers if told.by.get(name) != "values"]
-    matched = match_with_paths(_patterns(noise), names, paths_of(tensors), buffers)
+    matched = match_with_paths(_patterns(noise), names, paths_of(tensors), buffers, told.norms)
     check_matched(_patterns(noise), matched, names)
     filters = _filters(noise, matched)
     certain = [tie for tie in ties if tie.evidence != "equal-bytes"]
@@ -254,10 +254,14 @@ def paths_of(tensors: Iterable[TensorSpec]) -> dict[str, str]:
 
 
 def match_with_paths(
-    patterns: Sequence[str], names: Sequence[str], paths: Mapping[str, str], buffers: Collection[str] = ()
+    patterns: Sequence[str],
+    names: Sequence[str],
+    paths: Mapping[str, str],
+    buffers: Collection[str] = (),
+    norms: Collection[str] = (),
 ) -> list[frozenset[str]]:
-    """Return the names that each pattern matches, by themselves or by their paths."""
-    matched = match_names(patterns, names, buffers)
+    """Return the names that each pattern matches (see `match_names`), by themselves or by their paths."""
+    matched = match_names(patterns, names, buffers, norms)
     if paths:
         by_path = match_names(patterns, list(paths), {p for p, name in paths.items() if name in buffers})
         matched = [own | {paths[p] for p in found} for own, found in zip(matched, by_path, strict=True)]

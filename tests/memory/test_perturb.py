@@ -127,6 +127,20 @@ def test_a_state_dict_gets_the_bits_of_the_command_line(scope: str, tmp_path: Pa
     assert sum(r.clamped for r in record.receipts) == sum(r.clamped for r in manifest.receipts) > 0
 
 
+@pytest.mark.parametrize("names", [None, "net"])
+def test_a_batch_norm_is_of_the_kind_that_it_is_on_disk(names: str | None, tmp_path: Path) -> None:
+    model = nn.Module()
+    model.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    stored = dict(model.state_dict() if names is None else model.net.state_dict())
+    expected, _ = on_disk(stored, tmp_path, spec(exclude="@norm"))
+    record = noisytune_cli.perturb_(model, exclude="@norm", names=names)
+    assert all(torch.equal(expected[name], held) for name, held in stored.items())
+    assert [receipt.reason for receipt in record.receipts] == [None, None, "excluded", "excluded"]
+    noisytune_cli.Population(model, exclude="@norm", names=names).restore()
+
+
 def test_equal_bytes_of_a_known_pair_are_a_tie_in_a_state_dict_only() -> None:
     table = torch.randn(20, 4)
     pair = {"model.embed_tokens.weight": table.clone(), "lm_head.weight": table.clone()}

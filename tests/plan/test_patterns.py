@@ -103,6 +103,20 @@ def test_a_buffer_is_of_no_kind() -> None:
     assert match_names(["@bias", "*.bias"], names, {"h.0.attn.bias"}) == [{names[1]}, set(names)]
 
 
+def test_a_batch_norm_is_one_whatever_it_is_called() -> None:
+    norm, other = "layer1.0.downsample.1", "mlp.0.1"
+    norms = {f"{module}.{own}" for module in (norm, other) for own in ("weight", "bias")}
+    means = {f"{norm}.running_mean", f"{other}.running_mean"}
+    layers = {"layer1.0.downsample.0.weight", "mlp.0.0.weight", "mlp.0.2.weight", "running_mean.weight"}
+    names = sorted(norms | means | layers)
+    of_norm, of_mlp = match_names(["@norm", "@mlp"], names, means)
+    assert of_norm == norms
+    assert of_mlp == {"mlp.0.0.weight", "mlp.0.2.weight"}
+    # One that is frozen has buffers alone, and in memory buffers are not among the names.
+    assert match_names(["@norm"], names, means | norms) == [frozenset()]
+    assert match_names(["@norm"], sorted(layers), norms={"mlp.0.2.weight"}) == [{"mlp.0.2.weight"}]
+
+
 _PARTS = ["*", "?", "[ab]", "[!a]", "[", "]", "!", "a", "b", ".", "A", "\n", "a.b"]
 
 

@@ -59,6 +59,7 @@ class Told:
     pairs: tuple[tuple[str, str], ...] = ()
     models: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
+    norms: frozenset[str] = frozenset()
     def tells(self, name: str) -> bool:
         """Say whether something stronger than values decided on a name."""
         return self.by.get(name, "names") != "names"
