@@ -45,6 +45,7 @@ OTHER_WEIGHTS = "other weights than those chosen (--weights chooses)"
 #: Why folders are left out that can be checkpoints themselves.
 TRAINER_CHECKPOINT = "a checkpoint of the trainer"
 SHARDED_STATE = "the weights in another format (PyTorch)"
+TRAINER_STATE = "optimizer and trainer state"
 
 #: Folders that are left out whole.
 _FOLDERS_LEFT_OUT = (
@@ -52,7 +53,7 @@ _FOLDERS_LEFT_OUT = (
     (r"\.(cache|huggingface)", "a download cache"),
     (r"\.noisytune-.*", "left by an interrupted run of noisytune"),
     (r"checkpoint-\d+", TRAINER_CHECKPOINT),
-    (r"global_step\d+|optimizer_\d+", "optimizer and trainer state"),
+    (r"global_step\d+|optimizer_\d+", TRAINER_STATE),
     (r"pytorch_model_fsdp_\d+", SHARDED_STATE),
     (r"__MACOSX", "left by macOS"),
     (r".*\.(mlpackage|mlmodelc)", "the weights in another format (Core ML)"),
@@ -62,6 +63,8 @@ _FOLDERS_LEFT_OUT = (
 _TRAINER_STATE = (
     *("optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin", "scaler.pt", "training_args.bin"),
     *("trainer_state.json", "rng_state*.pth", "random_states_*.pkl"),
+    # DeepSpeed's and Megatron's, which hold the weights once more in full precision.
+    *("*_optim_states.pt", "distrib_optim.pt"),
 )
 
 _CHUNKED = "torch.distributed.checkpoint"
@@ -234,7 +237,7 @@ def _why_left_out(name: str, home: str, chosen: str) -> str | None:
     if why := why_folder_left_out(base):
         return why
     if _matches(base, _TRAINER_STATE):
-        return "optimizer and trainer state"
+        return TRAINER_STATE
     if label := export_format(base):
         return f"the weights in another format ({label})"
     if posixpath.dirname(name) == home and (base == METADATA or base.endswith(CHUNKS_SUFFIX)):

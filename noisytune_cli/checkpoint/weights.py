@@ -24,6 +24,7 @@ from noisytune_cli.checkpoint.layout import (
     SAFETENSORS_SUFFIX,
     SHARDED_STATE,
     TRAINER_CHECKPOINT,
+    TRAINER_STATE,
     WEIGHTS_SUFFIXES,
     Listing,
     export_format,
@@ -265,7 +266,8 @@ def _no_weights(listing: Listing, where: str) -> InputInvalid:
     elif found:
         why = f"it has no safetensors or PyTorch weights, only {', '.join(found)}"
         next_step = "Save the model with save_pretrained to convert it"
-    if inside := _folders(listing, TRAINER_CHECKPOINT) or _folders(listing, SHARDED_STATE):
+    whole = _folders(listing, TRAINER_CHECKPOINT) or _folders(listing, SHARDED_STATE)
+    if inside := whole or _folders(listing, TRAINER_STATE, "global_step"):
         why = f"it has no weights itself, only {list_some(inside)}"
         next_step = f"Give the folder {inside[-1]} in it"
         if len(inside) > 1:
@@ -273,7 +275,8 @@ def _no_weights(listing: Listing, where: str) -> InputInvalid:
     return InputInvalid("cannot read the checkpoint", path=where, why=why, next_step=next_step)
 
 
-def _folders(listing: Listing, why: str) -> list[str]:
+def _folders(listing: Listing, why: str, begin: str = "") -> list[str]:
     """Return the folders inside that are left out for a reason, in the order of the numbers they end in."""
-    names = [name[:-1] for name, said in listing.folders.items() if said == why and name.count("/") == 1]
+    found = (name[:-1] for name, said in listing.folders.items() if said == why and name.count("/") == 1)
+    names = [name for name in found if name.startswith(begin)]
     return sorted(names, key=lambda name: int(re.sub(r".*\D", "", name)))

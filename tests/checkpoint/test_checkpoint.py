@@ -170,7 +170,7 @@ def test_what_is_left_out_is_named(tmp_path: Path) -> None:
         "rng_state_3.pth",
         "training_args.bin",
     ]
-    state += ["trainer_state.json"]
+    state += ["trainer_state.json", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "distrib_optim.pt"]
     inside = [".git/config", ".cache/x", ".huggingface/y", "checkpoint-500/model.bin", "global_step5/a.pt"]
     inside += ["coreml/a.mlpackage/Data/weight.bin", "sub/.git/HEAD", ".noisytune-x1/model.safetensors"]
     write(tmp_path, *twins, *state, *inside, "onnx/config.json", ".gitattributes", "checkpoint-notes/a.txt")
@@ -587,6 +587,10 @@ def test_a_folder_without_weights_says_what_it_has(tmp_path: Path, name: str, sa
         (
             ("checkpoint-900/", "checkpoint-1000/"),
             r"-900, checkpoint-1000\. .* checkpoint-1000 in it",
+        ),
+        (
+            ("global_step9/", "global_step20/", "optimizer_1/"),
+            r"only global_step9, global_step20\. .*_step20 in",
         ),
         (("checkpoint-5/", "optimizer.pt"), r"only checkpoint-5\. Give the folder checkpoint-5 in it\.$"),
         (("pytorch_model_fsdp_0/",), r"Give the folder pytorch_model_fsdp_0 in it\.$"),

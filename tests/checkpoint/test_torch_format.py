@@ -387,6 +387,24 @@ def test_matrices_that_are_no_weights_are_told_of(tmp_path: Path) -> None:
     assert {"heads", "ema", "loose", "…", "optim_g"} <= set(source.beside)
 
 
+@pytest.mark.parametrize(
+    ("state", "path"),
+    [
+        ({"optimizer": {"fp32_groups_flat": [torch.zeros(4)]}}, "optimizer.fp32_groups_flat"),
+        ({"optimizer": {"optimizer": {}, "fp32_from_fp16_params": [[torch.zeros(4)]]}}, "fp32_from_fp16"),
+        ({"optim": {"state": {0: {"master_param": torch.zeros(4)}}, "param_groups": []}}, "state.….master_p"),
+        ({"optimizer.state.fp32_param.a": torch.zeros(4)}, "optimizer.state.fp32_param"),
+    ],
+)
+def test_an_optimizers_own_copy_of_the_weights_is_told_of(
+    tmp_path: Path, state: dict[str, Any], path: str
+) -> None:
+    model = {"model": {"a": torch.zeros(2, 2)}}
+    (warning,) = opened(tmp_path / "m.pt", saved(model | state)).warnings
+    assert path in warning
+    assert "the optimizer's own copy of the weights, which stays as it is" in warning
+
+
 def test_training_state_that_leads_back_ends() -> None:
     root: dict[object, object] = {"model": {"w": StoredTensor("0", DType("F32", 4), 0, (2, 2), (2, 1))}}
     root["optimizer"] = root

@@ -162,6 +162,13 @@ def test_deepspeeds_shards_of_frozen_weights_are_refused(tmp_path: Path) -> None
         pickled(tmp_path, frozen(**tensors(**{"lin.weight": (8,)})))
 
 
+def test_weights_that_deepspeed_keeps_elsewhere_are_refused(tmp_path: Path) -> None:
+    shapes = [collections.OrderedDict({"a.weight": (4, 4)})]
+    module = tensors(**{"a.weight": (0,), "a.empty": (0, 4), "table": (4, 4)})
+    with pytest.raises(InputInvalid, match=r"module\.a\.weight is empty: .*ZeRO-3.*zero_to_fp32\.py"):
+        pickled(tmp_path, {"module": module, "param_shapes": shapes})
+
+
 @pytest.mark.parametrize("wrong", ["gate.usage", 7, None, [["gate.usage"], 3, {}], {"x": 1}])
 def test_lists_of_another_kind_say_nothing(wrong: Any, tmp_path: Path) -> None:
     content = {"module": tensors(**{"gate.usage": (9,)}), "param_shapes": wrong, "shared_params": wrong}

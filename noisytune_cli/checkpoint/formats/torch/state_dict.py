@@ -63,11 +63,19 @@ _WITHOUT_MATRICES = ("sched", "scaler", "scaling", "rng", "sampler")
 #: An optimizer's state where a state dict was flattened before it was saved.
 _FLAT_TRAINING = re.compile(r"(chained_\d+\.)?optim(izer)?\.(state|param_groups)\..*", re.DOTALL)
 
+#: What optimizers of mixed precision call their own copy of the weights (DeepSpeed, Megatron, apex), and how
+#: deep in their state it lies; and its name where a state dict was flattened.
+_MASTERS = re.compile(r"(single_partition_of_)?fp32_\w+|master_(params?|weights?)")
+_MASTERS_DEPTH = 4
+_FLAT_MASTERS = re.compile(r"(chained_\d+\.)?optim(izer)?\.state\.(fp32_param|master_param)(?=\.)")
+
 #: Of what lies beside the weights, how much is named.
 _MAX_REST, _LONGEST_SHOWN = 1000, 60
 
 #: A longer path is not kept beside the name.
 _LONGEST_PATH = 1000
+
+_MAKE_WHOLE = "Make whole weights of the shards with zero_to_fp32.py, which DeepSpeed puts beside them"
 
 _NOT_A_STATE_DICT = "Save the model's state dict: torch.save(model.state_dict(), FILE)"
 
@@ -103,21 +111,29 @@ class Weight(Generic[_Leaf]):
 class Unpickled(Generic[_Leaf]):
     """What was unpickled: the weights in its order, and the paths, joined by dots, below which there is none.
 
-    `unclear` are those of the latter that hold matrices and are no training state.
+    `unclear` are those of the latter that hold matrices and are no training state, `masters` those that hold
+    an optimizer's own copy of the weights.
     """
 
     weights: list[Weight[_Leaf]]
     beside: tuple[str, ...]
     unclear: tuple[str, ...]
+    masters: tuple[str, ...] = ()
 
     def warnings(self, name: str) -> tuple[str, ...]:
         """Return what is to be said of a file `name` with this content."""
-        if not self.unclear:
-            return ()
-        return (
-            f"{name}: the matrices in {enumerate_some(self.unclear)} are in no state dict of a model, so "
-            "they are taken for no weights: they get no noise, and are neither averaged nor compared",
-        )
+        said = []
+        if self.unclear:
+            said.append(
+                f"{name}: the matrices in {enumerate_some(self.unclear)} are in no state dict of a model, so "
+                "they are taken for no weights: they get no noise, and are neither averaged nor compared"
+            )
+        if self.masters:
+            said.append(
+                f"{name}: {enumerate_some(self.masters)} holds the optimizer's own copy of the weights, "
+                "which stays as it is: to go on from the output, load its weights without that state"
+            )
+        return tuple(said)
 
 
 def sort_content(root: object, leaf: type[_Leaf]) -> Unpickled[_Leaf]:
@@ -133,7 +149,7 @@ def sort_content(root: object, leaf: type[_Leaf]) -> Unpickled[_Leaf]:
         )
     search = _Search(leaf)
     found = list(search.walk(root, (), frozenset()))
-    _refuse_shards(found)
+    _refuse_shards(root, found)
     names = [item.full_name if item.path == (FROZEN_COPIES,) else item.key for item in found]
     if len(set(names)) < len(names):
         if sum(len(part) for item in found for part in (*item.path, item.key)) > _MAX_CHARACTERS:
@@ -148,18 +164,51 @@ def sort_content(root: object, leaf: type[_Leaf]) -> Unpickled[_Leaf]:
         Weight(name, item.path, item.key, _telling(item), item.tensor)
         for name, item in zip(names, found, strict=True)
     ]
-    return Unpickled(weights, *search.rest(root, {id(item.tensor) for item in found}))
+    return Unpickled(weights, *search.rest(root, {id(item.tensor) for item in found}), _masters(root))
 
 
-def _refuse_shards(found: Sequence[_Found[_Leaf]]) -> None:
-    """Raise PickleFault where DeepSpeed's copies of frozen weights are shards (ZeRO-3): no whole weights."""
+def _masters(root: Mapping[object, object]) -> tuple[str, ...]:
+    """Return the paths under which an optimizer of mixed precision keeps the weights that it steps."""
+    found: dict[str, None] = {}
+    todo = [
+        ((key,), value) for key, value in root.items() if type(key) is str and _is_of_training(key, value)
+    ]
+    for path, value in todo:
+        if len(todo) > _MAX_REST or type(value) is not dict:
+            continue
+        for key, inner in value.items():
+            here = (*path, key[:_LONGEST_SHOWN] if type(key) is str else "…")
+            if type(key) is str and inner and _MASTERS.fullmatch(key):
+                found[".".join(here)] = None
+            elif len(path) < _MASTERS_DEPTH:
+                todo.append((here, inner))
+    flat = (_FLAT_MASTERS.match(key) for key in root if type(key) is str)
+    return tuple(found | dict.fromkeys(match[0] for match in flat if match))
+
+
+def _refuse_shards(root: Mapping[object, object], found: Sequence[_Found[_Leaf]]) -> None:
+    """Raise PickleFault where DeepSpeed's weights, or its copies of frozen ones, are shards (ZeRO-3)."""
+    groups = root.get("param_shapes")
+    shapes = {
+        k: v
+        for group in (groups if type(groups) is list else [groups])
+        if type(group) is dict
+        for k, v in group.items()
+    }
+    for item in found:
+        shape = shapes.get(item.key) if item.path == ("module",) else None
+        if type(shape) is tuple and 0 in item.tensor.shape and 0 not in shape:
+            raise PickleFault(
+                f"{item.full_name} is empty: the shards of DeepSpeed's ZeRO-3 lie in its other files",
+                _MAKE_WHOLE,
+            )
     whole = {item.key: item.tensor for item in found if item.path == ("module",)}
     for item in found:
         one = whole.get(item.key, item.tensor) if item.path == (FROZEN_COPIES,) else item.tensor
         if (one.shape, one.dtype.name) != (item.tensor.shape, item.tensor.dtype.name):
             raise PickleFault(
                 f"{item.full_name} is not the whole {item.key}, but a shard of DeepSpeed's ZeRO-3",
-                "Make whole weights of the shards with zero_to_fp32.py, which DeepSpeed puts beside them",
+                _MAKE_WHOLE,
             )
 
 
