@@ -40,7 +40,7 @@ def look_at_values(
 ) -> Told:
     """Return what is told once the values of what would be perturbed were looked at (of `names`, if given).
 
-    Of a mean and its spread both are looked at, whichever is named.
+    Of a pair both are looked at, whichever is named.
     """
     tensors = [step.tensor for step in plan.steps]
     if names is not None:
@@ -87,11 +87,9 @@ def find_computed(
             found[name] = why
     for pair in told.unsure:
         if open_steps.keys() >= set(pair.names):
-            high = open_steps[pair.high].tensor
-            low = None if pair.low is None else values_of(open_steps[pair.low].tensor)
-            if computed.is_above(values_of(high), low, high.elements):
-                why = "a mean and its spread" if low is None else "the least and the most of something"
-                found |= dict.fromkeys(pair.names, f"{why}, nowhere out of order")
+            first, second = (open_steps[name].tensor for name in pair.names)
+            if why := computed.look_at_pair(pair.what, values_of(first), values_of(second), first.elements):
+                found |= dict.fromkeys(pair.names, why)
     # What is constant is copied, whatever it is, unless it is to be shrunk.
     doubts = [open_steps[name].tensor for name in told.doubts if name in open_steps and name not in found]
     flat = [t for t in doubts if computed.is_constant(values_of(t), t.elements)]

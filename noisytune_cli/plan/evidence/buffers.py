@@ -41,6 +41,16 @@ def _twin(*names: str) -> Evidence:
     return evidence
 
 
+def _as_many(*names: str) -> Evidence:
+    """Hold if one of `names` is in the same module and has as many rows."""
+
+    def evidence(tensor: TensorSpec, by_name: Mapping[str, TensorSpec], _: str) -> bool:
+        others = (_sibling(tensor, by_name, name) for name in names)
+        return any(other is not None and other.shape[:1] == tensor.shape[:1] != () for other in others)
+
+    return evidence
+
+
 def _dimensions(*counts: int) -> Evidence:
     """Hold if the number of dimensions is one of `counts`."""
     return lambda tensor, *_: len(tensor.shape) in counts
@@ -140,6 +150,8 @@ _LOW_RANK = (
     *("lora_down.weight", "lora.down.weight", "lora_A.weight"),
     *("hada_w1_a", "lokr_w1", "lokr_w1_a", "oft_blocks"),
 )
+#: What a body model has beside its `v_template`.
+_BODY = ("shapedirs", "posedirs", "exprdirs", "J_regressor", "lbs_weights")
 _vector = _dimensions(1)
 
 RULES: tuple[BufferRule, ...] = (
@@ -187,6 +199,12 @@ RULES: tuple[BufferRule, ...] = (
     BufferRule("cluster_usage", _beside("embed_sum", "embedding_sum"), "EMA codebook (Mimi, Moshi)"),
     BufferRule("init*ed", _all(_one, _beside(*_CODEBOOK)), "EMA codebook (EnCodec, Mimi)"),
     BufferRule("_initialized", _all(_one, _beside(*_CODEBOOK)), "EMA codebook (Moshi, as released)"),
+    BufferRule("N", _as_many("z_avg"), "EMA codebook (VideoGPT)"),
+    BufferRule("z_avg", _as_many("N"), "EMA codebook (VideoGPT)"),
+    BufferRule("embeddings", _all(_twin("z_avg"), _beside("N")), "EMA codebook (VideoGPT)"),
+    BufferRule("k", _all(_twin("k_sum"), _beside("k_elem")), "EMA codebook (Jukebox)"),
+    BufferRule("k_sum", _as_many("k_elem"), "EMA codebook (Jukebox)"),
+    BufferRule("k_elem", _as_many("k_sum"), "EMA codebook (Jukebox)"),
     BufferRule("layer_scalar", _one, "layer scale (Gemma 4)"),
     BufferRule("std_bias", _twin("std_scale"), "standardisation (Gemma 4)"),
     BufferRule("std_scale", _twin("std_bias"), "standardisation (Gemma 4)"),
@@ -214,6 +232,23 @@ RULES: tuple[BufferRule, ...] = (
     BufferRule("posterior_*", _all(_vector, _twin("betas")), "noise schedule (latent diffusion)"),
     BufferRule("scale_factor", _all(_one, _beside("betas", "model_ema.decay")), "scale (latent diffusion)"),
     BufferRule("decay", _all(_one, _beside("num_updates")), "EMA decay (latent diffusion)"),
+    BufferRule("count", _all(_one, _beside("running_var", "var")), "running statistics (rl_games)"),
+    BufferRule("scale", _beside("input_stats.mean"), "input statistics (diffusion policy)"),
+    BufferRule("offset", _beside("input_stats.mean"), "input statistics (diffusion policy)"),
+    BufferRule("freqs", _as_many("phases"), "random Fourier features (StyleGAN 3, EDM 2)"),
+    BufferRule("frequencies", _as_many("phases"), "random Fourier features"),
+    BufferRule("phases", _as_many("freqs", "frequencies"), "random Fourier features (StyleGAN 3, EDM 2)"),
+    BufferRule("noise_const", _all(_square, _beside("noise_strength")), "fixed noise (StyleGAN 2)"),
+    BufferRule("noises.noise_*", _causal_mask, "fixed noise (StyleGAN 2)"),
+    BufferRule("u0", _all(_row, _beside("sv0")), "power iteration (BigGAN)"),
+    BufferRule("sv0", _all(_one, _beside("u0")), "power iteration (BigGAN)"),
+    BufferRule("angle", _all(_vector, _beside("decay")), "rotary frequencies (RetNet)"),
+    BufferRule("decay", _all(_vector, _beside("angle")), "decay (RetNet)"),
+    BufferRule("_w3j_*", _dimensions(3), "Wigner 3j symbols (e3nn)"),
+    BufferRule("U_matrix_*", _beside("weights_max"), "symmetric contraction (MACE)"),
+    BufferRule("atomic_energies_fn.atomic_energies", _dimensions(1, 2), "energies of atoms (MACE)"),
+    BufferRule("v_template", _beside(*_BODY), "body model (SMPL, FLAME)"),
+    *(BufferRule(name, _beside("v_template"), "body model (SMPL, FLAME)") for name in _BODY),
     BufferRule("alpha", _all(_one, _beside(*_LOW_RANK)), "scale of low-rank factors (kohya, LyCORIS)"),
 )
 

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
-from noisytune_cli.plan.evidence.structure import split_name
+from noisytune_cli.plan.evidence.structure import PairKind, split_name
 from noisytune_cli.records import TensorSpec
 
 if TYPE_CHECKING:
@@ -57,6 +57,9 @@ _LONGEST_LINE = 4096
 #: How many roundings a computed value may be off, in sums of three.
 _SLACK = 3
 
+#: By how much of it the length of (cosine, sine) may differ: both may have been rounded to BF16.
+_SAME_LENGTH = 0.01
+
 _MASK = "zeros and one other value: a mask"
 _WAVE = "a table of sinusoids, or a progression"
 _SCHEDULE = "a schedule: monotone and smooth"
@@ -64,6 +67,9 @@ _EVEN = "a window or a filter, the same backwards"
 _BANK = "a bank of filters, each a bump among zeros"
 _NUMBERS = "the numbers 0, 1, 2…"
 _UNIT = "its rows or columns have length one"
+_STATISTICS = "a mean and its spread, nowhere out of order"
+_RANGE = "the least and the most of something, nowhere out of order"
+_ANGLES = "cosines and sines of the same angles"
 
 
 def is_plain(tensor: TensorSpec) -> bool:
@@ -141,7 +147,16 @@ def _counts(values: NDArray[Any]) -> bool:
     return all(value == i for i, value in enumerate(values.tolist()))
 
 
-def is_above(high: Values, low: Values | None, count: int) -> bool:
+def look_at_pair(what: PairKind, first: Values, second: Values, count: int) -> str | None:
+    """Return what of two tensors' values says that they are what they are called, or None."""
+    if what == "angle":
+        return _ANGLES if _are_of_one_angle(first, second, count) else None
+    if what == "spread":
+        return _STATISTICS if _is_above(second, None, count) else None
+    return _RANGE if _is_above(second, first, count) else None
+
+
+def _is_above(high: Values, low: Values | None, count: int) -> bool:
     """Say whether no value of `high` is below that of `low`, or below zero; they are not all zero."""
     import numpy as np
 
@@ -153,6 +168,24 @@ def is_above(high: Values, low: Values | None, count: int) -> bool:
             return False
         some |= bool(np.any(difference))
     return some
+
+
+def _are_of_one_angle(cosines: Values, sines: Values, count: int) -> bool:
+    """Say whether the squares of two tensors' values add up to the same everywhere, and not for being flat.
+
+    So do cosines and sines of the same angles, whatever these are, and were both multiplied.
+    """
+    import numpy as np
+
+    if count < _FEWEST:
+        return False
+    n = min(count, _AT_ONCE)
+    places = dict.fromkeys((0, (count - n) // 2, count - n))
+    x, y = (np.concatenate([values(at, n) for at in places]) for values in (cosines, sines))
+    with np.errstate(all="ignore"):
+        lengths = np.hypot(x, y)
+        is_same = lengths.max() - lengths.min() <= _SAME_LENGTH * lengths.max()
+    return bool(is_same and np.ptp(x) > 0 and lengths.max() <= _LARGEST_VALUE)
 
 
 def is_constant(values: Values, count: int) -> bool:

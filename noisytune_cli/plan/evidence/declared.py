@@ -22,11 +22,12 @@ _COLLECTIONS = frozenset(
 
 _METRIC = (
     r"((train|val|valid|validation|test)_)?(metrics?|acc|accuracy|auc|auroc|f1|precision|recall|confmat|iou"
-    r"|jaccard|dice|mse|rmse|mae|r2|psnr|ssim|fid|perplexity|bleu|rouge|wer|cer)(_?\d{1,4})?"
+    r"|jaccard|dice|mse|rmse|mae|r2|psnr|ssim|fid|kid|lpips|perceptual_loss|perplexity|bleu|rouge|wer|cer)"
+    r"(_?\d{1,4})?"
 )
 
-#: Metrics for certain, whatever they hold: those of a stage, and FID with the network that it looks through.
-_CERTAIN = r"(train|val|valid|validation|test)_.*|metrics|fid"
+#: Metrics for certain, whatever they hold: those of a stage, and those with a network that they look through.
+_CERTAIN = r"(train|val|valid|validation|test)_.*|metrics|fid|kid|lpips|perceptual_loss"
 
 #: How what a loss learns is called: logarithms of variances, temperatures.
 _LEARNED = ("log", "raw", "temperature", "params")
@@ -74,7 +75,7 @@ def _losses(tensors: Sequence[TensorSpec]) -> dict[str, tuple[Kind, str]]:
     """Return the buffers of losses and metrics: class weights, centres and counts, which are vectors.
 
     A network inside a loss (a discriminator) has matrices, and vectors with a bias beside them; so has a
-    block that is merely called like a metric (`r2`, `mae`).
+    block that is merely called like a metric (`r2`, `mae`). A lone vector called `weight` is a doubt.
     """
     names = {tensor.name for tensor in tensors}
     kinds: dict[str, tuple[Kind, str]] = {}
@@ -94,10 +95,22 @@ def _losses(tensors: Sequence[TensorSpec]) -> dict[str, tuple[Kind, str]]:
 
 
 def _is_layer(tensor: TensorSpec) -> bool:
-    """Say whether a tensor is one of a layer's: a matrix (not a confusion matrix), or a bias."""
+    """Say whether a tensor is one of a layer's: a matrix (no confusion matrix), a bias, a norm's weight."""
     last = split_name(tensor.name)[1]
     has_shape = len(tensor.shape) > 1 and re.fullmatch(_METRIC, last) is None
-    return tensor.dtype in FLOAT_DTYPES and (has_shape or (last == "bias" and tensor.elements > 1))
+    is_vector = last in ("weight", "bias") and tensor.elements > 1  # a mean's state `weight` is one value
+    return tensor.dtype in FLOAT_DTYPES and (has_shape or is_vector)
+
+
+def is_metrics_weight(tensor: TensorSpec, names: set[str]) -> bool:
+    """Say whether a vector may be a norm's weight, or the class weights of what is called like a metric."""
+    module, last = split_name(tensor.name)
+    return (
+        last == "weight"
+        and len(tensor.shape) == 1
+        and f"{module}bias" not in names
+        and re.fullmatch(_METRIC, split_name(module[:-1])[1]) is not None
+    )
 
 
 def is_class_weights(tensor: TensorSpec, names: set[str]) -> bool:

@@ -1,9 +1,10 @@
 """Doubts: names of the kinds that frameworks give to buffers, where nothing stronger tells.
 
 A mean, a queue, a centre or class weights are accumulated or given, seldom learned; a name alone proves
-nothing, so such a tensor is perturbed, and one warning says how to keep it. What values would show (masks of
-zeros and ones, frequencies, tables) raises no doubt: they were looked at. Nor do names that end in `weight`
-(`queue.weight`), which layers have, nor logarithms (`log_std`), which are learned.
+nothing, so such a tensor is perturbed, and one warning says how to keep it. So are single values that count
+steps. What values would show (masks of zeros and ones, frequencies, tables) raises no doubt: they were looked
+at. Nor do names that end in `weight` (`queue.weight`), which layers have, nor logarithms (`log_std`), which
+are learned.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import enumerate_some, escape
-from noisytune_cli.plan.evidence.declared import is_class_weights
+from noisytune_cli.plan.evidence.declared import is_class_weights, is_metrics_weight
 from noisytune_cli.plan.evidence.structure import split_name
 from noisytune_cli.records import Plan, Step, TensorSpec
 
@@ -30,6 +31,12 @@ _WHOLE = re.compile(
     r"|anchor_grids?"
 )
 _LEARNED = frozenset(("log", "raw", "logit"))
+#: What a single value may count or say, which one of many would be learned for.
+_ONE_LAST = re.compile(
+    r"steps?|iters?|iterations?|epochs?|updates?|batches|samples|version|eps|epsilon|total|inited|initted"
+    r"|initiali[sz]ed"
+)
+_ONE_FIRST = re.compile(r"num|avg|total")
 
 _SHOWN, _LONGEST = 6, 600
 
@@ -46,7 +53,9 @@ def is_doubtful(tensor: TensorSpec, names: set[str]) -> bool:
     if not _LEARNED.isdisjoint(words):
         return False
     found = _LAST.fullmatch(words[-1]) or _FIRST.fullmatch(words[0]) or _WHOLE.fullmatch(last.lower())
-    return found is not None or is_class_weights(tensor, names)
+    if tensor.elements == 1:
+        found = found or _ONE_LAST.fullmatch(words[-1]) or _ONE_FIRST.fullmatch(words[0])
+    return found is not None or is_class_weights(tensor, names) or is_metrics_weight(tensor, names)
 
 
 def warning_of(plan: Plan) -> tuple[str, ...]:

@@ -1,10 +1,10 @@
 """Structure: tensors of one module that only exist together, and what each is then.
 
 `weight_orig` stands beside a mask where a weight was pruned and beside `weight_u` where its spectral norm is
-held; running means have variances, cosines have sines, a queue has a pointer to its end. Names are taken
-apart into words, so a pair is known whatever else it is called: `freqs_cos` and `freqs_sin`, `cos_cached` and
-`sin_cached`. Frameworks that join modules with `/` are read alike. Where a pair alone is not enough (a mean
-and a std may be learned) the values have to bear it out: these are `OrderedPair`.
+held; running means have variances, a queue has a pointer to its end. Names are taken apart into words, so a
+pair is known whatever else it is called: `moving_avg` and `moving_var`. Frameworks that join modules with `/`
+are read alike. Where a pair alone is not enough (a mean and a std may be learned, and so may what is called
+after a cosine and a sine) the values have to bear it out: these are `Pair`.
 """
 
 from __future__ import annotations
@@ -19,19 +19,32 @@ from noisytune_cli.records import TensorSpec
 
 Kind = Literal["buffer", "parameter"]
 
+#: What a pair may be: a mean and its spread, the least and the most, cosines and sines.
+PairKind = Literal["spread", "range", "angle"]
+
 #: What the spread beside a mean is called.
 _SPREADS = ("var", "variance", "std", "stddev", "stdev", "invstd", "vars", "variances", "stds")
 _MEANS = ("mean", "means", "average", "avg")
 _MEAN, _SPREAD = frozenset(_MEANS), frozenset(_SPREADS)
-_COSINE, _SINE = frozenset(("cos",)), frozenset(("sin",))
+_COSINE, _SINES = frozenset(("cos",)), ("sin",)
 _SCALE, _ZEROS = frozenset(("scale", "scales")), ("zero_point", "zero_points")
-_LEAST = (frozenset(("min",)), ("max",)), (frozenset(("low",)), ("high",))
+
+#: The words of one of a pair, what stands in their place in the other's name, and what they are then.
+_PAIRS: tuple[tuple[frozenset[str], tuple[str, ...], PairKind], ...] = (
+    (_MEAN, _SPREADS, "spread"),
+    (frozenset(("min",)), ("max",), "range"),
+    (frozenset(("low",)), ("high",), "range"),
+    (_COSINE, _SINES, "angle"),
+)
 
 #: What says of a mean that it was accumulated; Paddle says it by an underscore before the name.
 _ACCUMULATED = frozenset(("running", "moving", "ema", "pop", "global"))
 
 #: What layers call their parameters.
 _LAYERS = frozenset(("weight", "bias"))
+
+#: How the names of an average's counts of clusters end.
+_COUNTS = re.compile(r"(.*)(?:cluster_size|(?<=ema_)count)")
 
 _POINTERS = frozenset(("ptr", "pointer", "cursor"))
 
@@ -47,24 +60,23 @@ _MOST_WORDS = 4
 _WORD = re.compile(r"[^_-]+")
 
 
-class OrderedPair(NamedTuple):
-    """Two tensors that are statistics if `high` is nowhere below `low` (or, without one, below zero)."""
+class Pair(NamedTuple):
+    """Two tensors that are buffers if their values bear it out (see `computed.look_at_pair`)."""
 
     names: tuple[str, str]
-    high: str
-    low: str | None
+    what: PairKind
 
-    def under(self, prefix: str) -> OrderedPair:
+    def under(self, prefix: str) -> Pair:
         """Return the pair under names with a prefix."""
         a, b = self.names
-        return OrderedPair((prefix + a, prefix + b), prefix + self.high, self.low and prefix + self.low)
+        return Pair((prefix + a, prefix + b), self.what)
 
 
 class Siblings(NamedTuple):
     """What structure tells: the kind of each name and why, and what the values have to bear out."""
 
     kinds: Mapping[str, tuple[Kind, str]]
-    unsure: tuple[OrderedPair, ...]
+    unsure: tuple[Pair, ...]
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -82,7 +94,7 @@ def look(tensors: Sequence[TensorSpec]) -> Siblings:
         if len(last) <= _LONGEST:
             modules.setdefault(module, {})[last] = tensor
     kinds: dict[str, tuple[Kind, str]] = {}
-    unsure: list[OrderedPair] = []
+    unsure: list[Pair] = []
     for module, siblings in modules.items():
         if siblings.keys() <= _LAYERS:
             continue  # a layer, as nearly all are
@@ -94,10 +106,9 @@ def look(tensors: Sequence[TensorSpec]) -> Siblings:
                 kinds.setdefault(tensor.name, (kind, why))
             if tensor.elements > 1 and f"_{last}".endswith(queues):
                 kinds.setdefault(tensor.name, ("buffer", "a queue with a pointer to its end"))
-            if any(last.startswith(stem) and n in tensor.shape for stem, n in codebooks):
-                kinds.setdefault(tensor.name, ("buffer", "what an EMA codebook counts and sums up"))
-        for (low, high), is_range in _pairs(module, siblings, modules):
-            unsure.append(OrderedPair((low, high), high, low if is_range else None))
+            if last in codebooks:
+                kinds.setdefault(tensor.name, ("buffer", "an EMA codebook, what it counts or sums up"))
+        unsure += _pairs(module, siblings, modules)
     for name, why in _shared_projections(modules):
         kinds.setdefault(name, ("buffer", why))
     return Siblings(kinds, tuple(unsure))
@@ -128,10 +139,6 @@ def _beside(
         yield "parameter", "what a parametrization is given"
     elif end in ("epsilon", "eps") and twin(f"{base}_mu") and twin(f"{base}_sigma"):
         yield "buffer", "the last noise of a noisy layer"
-    for replaced in _replaced(last, _COSINE, ("sin",)) or _replaced(last, _SINE, ("cos",)):
-        # Of a name that goes on (`cos_amplitudes`) the values have to tell.
-        if last.endswith(("cos", "sin")) and twin(replaced):
-            yield "buffer", "a table of cosines and sines"
     for zero in _replaced(last, _SCALE, _ZEROS):
         if twin(zero) and siblings[zero].dtype not in FLOAT_DTYPES:  # what is learned has one of floats
             yield "buffer", "a scale of quantisation"
@@ -160,14 +167,23 @@ def _queues(siblings: Mapping[str, TensorSpec]) -> set[str]:
     return set() if len(found) > _MOST_QUEUES else found
 
 
-def _codebooks(siblings: Mapping[str, TensorSpec]) -> list[tuple[str, int]]:
-    """Return how the names begin beside the sizes of an average's clusters, and how many these are."""
-    stems = ((last.removesuffix("cluster_size"), tensor) for last, tensor in siblings.items())
-    return [
-        (stem, tensor.elements)
-        for stem, tensor in stems
-        if tensor.name.endswith("cluster_size") and not _ACCUMULATED.isdisjoint(_WORD.findall(stem))
-    ]
+def _codebooks(siblings: Mapping[str, TensorSpec]) -> set[str]:
+    """Return the names of an average's counts of clusters, of its sums, and of the table made of these."""
+    found: set[str] = set()
+    for last, counts in siblings.items():
+        ends = _COUNTS.fullmatch(last)
+        if ends is None or counts.elements < 2 or _ACCUMULATED.isdisjoint(_WORD.findall(ends[1])):
+            continue
+        stem = ends[1]
+        own = [n for n, held in siblings.items() if n.startswith(stem) and _has_rows(held.shape, counts)]
+        tables = {siblings[name].shape for name in own if siblings[name].elements > counts.elements}
+        found |= {*own, *(name for name, held in siblings.items() if held.shape in tables)}
+    return found
+
+
+def _has_rows(shape: tuple[int, ...], counts: TensorSpec) -> bool:
+    """Say whether a tensor has a value, a row or a column for each of the clusters that are counted."""
+    return counts.elements in shape or shape[: len(counts.shape)] == counts.shape
 
 
 @functools.lru_cache(1 << 12)
@@ -190,15 +206,15 @@ def _accumulated(last: str) -> bool:
 
 def _pairs(
     module: str, siblings: Mapping[str, TensorSpec], modules: Mapping[str, Mapping[str, TensorSpec]]
-) -> Iterator[tuple[tuple[str, str], bool]]:
-    """Yield (mean, spread) and, marked, (least, most) of one shape, beside each other or in twin modules."""
+) -> Iterator[Pair]:
+    """Yield what may be a pair: two of one shape, beside each other or in twin modules."""
     for last, tensor in siblings.items():
         if last in _LAYERS or tensor.dtype not in FLOAT_DTYPES:
             continue
-        for names, by in ((_MEAN, _SPREADS), *_LEAST):
-            for other in _replaced(last, names, by):
+        for words, by, what in _PAIRS:
+            for other in _replaced(last, words, by):
                 if (found := siblings.get(other)) is not None and _alike(tensor, found):
-                    yield (tensor.name, found.name), names is not _MEAN
+                    yield Pair((tensor.name, found.name), what)
     # Haiku: batch_norm/~/mean_ema/average beside batch_norm/~/var_ema/average. A head's matrix has another
     # shape than its bias.
     if len({tensor.shape for tensor in siblings.values() if tensor.dtype in FLOAT_DTYPES}) > 1:
@@ -210,7 +226,7 @@ def _pairs(
             if mean is None or last in _LAYERS or mean.dtype not in FLOAT_DTYPES:
                 continue
             if _alike(mean, found):
-                yield (mean.name, found.name), False
+                yield Pair((mean.name, found.name), "spread")
 
 
 def _alike(a: TensorSpec, b: TensorSpec) -> bool:

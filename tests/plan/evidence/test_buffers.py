@@ -75,6 +75,38 @@ BUFFERS: dict[str, dict[str, tuple[int, ...]]] = {
         "self_attn.key_decay": (8, 256, 1),
         "self_attn.diagonal_decay": (1, 8, 256, 256),
     },
+    "a normaliser's state": {
+        "obs.running_mean": (9,),
+        "obs.running_var": (9,),
+        "obs.count": (),
+    },
+    "random features": {
+        "input.freqs": (64, 2),
+        "input.phases": (64,),
+        "rff.frequencies": (64,),
+        "rff.phases": (64,),
+        "noises.noise_3": (1, 1, 8, 8),
+    },
+    "a codebook by other names": {
+        "codebook.N": (32,),
+        "codebook.z_avg": (32, 8),
+        "codebook.embeddings": (32, 8),
+        "level_blocks.0.k": (32, 8),
+        "level_blocks.0.k_sum": (32, 8),
+        "level_blocks.0.k_elem": (32,),
+    },
+    "retnet": {"retnet_rel_pos.angle": (64,), "retnet_rel_pos.decay": (4,)},
+    "biggan": {"linear.u0": (1, 8), "linear.sv0": (1,)},
+    "molecules": {
+        "conv_tp._compiled_main._w3j_1_2_1": (3, 5, 3),
+        "atomic_energies_fn.atomic_energies": (1, 89),
+    },
+    "smpl": {
+        "smpl.v_template": (40, 3),
+        "smpl.shapedirs": (40, 3, 10),
+        "smpl.J_regressor": (4, 40),
+        "smpl.lbs_weights": (40, 4),
+    },
     "latent diffusion": {"betas": (1000,), "sqrt_alphas_cumprod": (1000,), "alphas_cumprod": (1000,)},
 }
 
@@ -94,6 +126,11 @@ PARAMETERS: dict[str, dict[str, tuple[int, ...]]] = {
     "whole names only": {"my_attn.bias": (1, 1, 4, 4), "xrunning_mean": (4,), "my_position_ids": (4,)},
     "lone statistics": {"gate.running_mean": (8,), "quantizer.embed": (100, 8), "film.mean": (8,)},
     "film": {"film.mean": (8,), "film.scale": (8,)},
+    "learned features": {"pos.freqs": (64,), "sine.phases": (64,), "a.freqs": (8, 2), "a.phases": (2,)},
+    "learned noise": {"conv.noise_const": (4, 4), "noises.noise_0": (8, 8)},
+    "letters": {"a.k": (8, 8), "a.k_sum": (8, 8), "b.N": (8,), "b.embeddings": (8, 2), "c.u0": (1, 8)},
+    "one of a pair": {"lru.decay": (8,), "rot.angle": (8,), "x.U_matrix_2": (4, 4), "x.v_template": (9, 3)},
+    "film with an offset": {"film.scale": (8,), "film.offset": (8,), "lbs.lbs_weights": (9, 3)},
     "codebook without averages": {"codebook.embed": (1024, 8), "codebook.weight": (1024, 8)},
     "fc": {"layers.0.mlp.version": (512, 512), "encoder.version": (8,), "experts.expert_bias": (8, 512)},
 }

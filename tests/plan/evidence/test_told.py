@@ -207,10 +207,13 @@ def test_lightning_has_losses_and_metrics_in_the_model(tmp_path: Path) -> None:
             "loss.log_vars": (3,),
             "metric_head.linear.weight": (4, 4),
             "glossary.weight": (4,),
+            "first_stage.loss.perceptual_loss.net.slice1.0.weight": (4, 4, 3, 3),
+            "lpips.net.lin0.model.1.weight": (1, 4, 1, 1),
         }
     )
     done = pickled(tmp_path, {"state_dict": state, "pytorch-lightning_version": "2.5", "epoch": 3})
     buffers = {"ce_loss.inner.weight", "criterion.center", "val_f1.confmat", "train_metrics.accuracy.total"}
+    buffers |= {name for name in state if "perceptual" in name or "lpips" in name}
     assert told(done) == {name: BY_CHECKPOINT if name in buffers else NOISE for name in state}
     assert done.warnings == ()
 
@@ -235,6 +238,18 @@ def test_a_block_that_is_called_like_a_metric_is_a_block(tmp_path: Path) -> None
     }
     done = pickled(tmp_path, {"state_dict": tensors(**layers, **states), "pytorch-lightning_version": "2.5"})
     assert told(done) == dict.fromkeys(layers, NOISE) | dict.fromkeys(states, BY_CHECKPOINT)
+
+
+def test_a_lone_vector_in_what_is_called_like_a_metric_is_a_doubt(tmp_path: Path) -> None:
+    state = tensors(**{"net.0.weight": (4, 4), "f1.weight": (4,), "dice.weight": (3,), "acc.tp": (3,)})
+    done = pickled(tmp_path, {"state_dict": state, "pytorch-lightning_version": "2.5"})
+    assert told(done) == {
+        "net.0.weight": NOISE,
+        "f1.weight": (None, "names"),
+        "dice.weight": (None, "names"),
+        "acc.tp": BY_CHECKPOINT,
+    }
+    assert "f1.weight, dice.weight: perturbed, though" in done.warnings[0]
 
 
 def test_a_loss_beside_the_models_is_shown_and_judged_by_its_path(tmp_path: Path) -> None:
@@ -353,13 +368,27 @@ def test_what_is_called_after_cosines_is_a_table_if_its_values_are(tmp_path: Pat
     table = sinusoids(64, 16)
     tables = {"rope.cos_emb": table[:, 8:], "rope.sin_emb": table[:, :8]}
     learned = {"kan.cos_amplitudes": drawn(64, 8), "kan.sin_amplitudes": drawn(64, 8, seed=1)}
+    # Of angles that follow no formula, in any number, multiplied and rounded to BF16.
+    angles = drawn(9, 30, seed=2) * 9
+    rounded = [
+        (np.float32(1.3) * wave(angles).astype(np.float32)).view(np.uint32) + 0x8000 & 0xFFFF0000
+        for wave in (np.cos, np.sin)
+    ]
+    tables |= {"r.freqs_cos": rounded[0].view(np.float32), "r.freqs_sin": rounded[1].view(np.float32)}
+    tables |= {"s.cos": np.cos(angles), "s.sin": np.sin(angles)}
+    learned |= {"w.freqs_cos": drawn(9, 4, seed=3), "w.freqs_sin": drawn(9, 4, seed=4)}
+    learned |= {"one.cos": np.cos(angles[0, :4]), "one.sin": np.sin(angles[0, :4])}
     expected = dict.fromkeys(tables, BY_VALUES) | dict.fromkeys(learned, NOISE)
     assert told(noised(tmp_path, tables | learned)) == expected
+    plan = plan_perturb(Request(str(tmp_path / "m.safetensors"), NoiseSpec())).plan
+    assert "computed" in {step.tensor.name: step.unsure for step in plan.steps}["w.freqs_cos"]
 
 
 # Structure: siblings that only exist together, and what stands beside them.
 
 PAIRS: dict[str, tuple[list[str], list[str]]] = {
+    "StyleGAN": (["input.freqs", "input.phases"], ["input.weight", "other.freqs"]),
+    "MACE": (["c.U_matrix_2"], ["c.weights_max", "d.U_matrix_2"]),
     "pruned": (
         ["attn.in_proj_weight_mask", "attn.in_proj_bias_mask"],
         ["attn.in_proj_weight_orig", "attn.in_proj_bias_orig"],
@@ -370,7 +399,6 @@ PAIRS: dict[str, tuple[list[str], list[str]]] = {
         ["c.parametrizations.kernel.original", "c.parametrizations.kernel.1.scale_A"],
     ),
     "weight norm": ([], ["c.kernel_g", "c.kernel_v"]),
-    "rotary tables": (["r.basis_cos", "r.basis_sin", "s.cos", "s.sin"], ["r.basis_tan"]),
     "noisy layer": (["n.weight_epsilon"], ["n.weight_mu", "n.weight_sigma"]),
     "Paddle": (["bn._mean", "bn._variance"], ["bn.weight", "bn.bias"]),
     "TF slim": (["bn/moving_mean", "bn/moving_var"], ["bn/gamma", "bn/beta"]),
@@ -390,6 +418,15 @@ def test_siblings_tell(kind: str, tmp_path: Path) -> None:
     done = noised(tmp_path, found)
     assert told(done) == expected
     assert done.warnings == ()
+
+
+def test_what_a_normaliser_keeps_beside_its_statistics_is_no_weight(tmp_path: Path) -> None:
+    stats = {f"n.obs.input_stats.{name}": drawn(9, seed=i) for i, name in enumerate(["min", "mean"])}
+    stats |= {f"n.obs.input_stats.{name}": 9 + np.abs(drawn(9)) for name in ("max", "std")}
+    scales = {"n.obs.scale": drawn(9, seed=2), "n.obs.offset": drawn(9, seed=3)}
+    learned = {"film.scale": drawn(9, seed=4), "film.offset": drawn(9, seed=5)}
+    expected = dict.fromkeys(stats, BY_VALUES) | dict.fromkeys(scales, BY_STRUCTURE)
+    assert told(noised(tmp_path, stats | scales | learned)) == expected | dict.fromkeys(learned, NOISE)
 
 
 def test_a_queue_has_a_pointer_to_its_end(tmp_path: Path) -> None:
@@ -595,8 +632,9 @@ def test_one_value_with_a_buffers_name_is_a_doubt_where_it_would_change(
     noise: NoiseSpec, tmp_path: Path
 ) -> None:
     found = {"reward_norm.mean": drawn(1)[0], "ema": drawn(1), "a.weight": drawn(4, 4)}
+    found |= {"num_updates": drawn(1)[0], "observer.eps": drawn(1), "a.steps": drawn(3), "a.gate": drawn(1)}
     (warning,) = noised(tmp_path, found, noise=noise).warnings
-    assert "reward_norm.mean, ema: perturbed, though" in warning
+    assert "reward_norm.mean, ema, num_updates, observer.eps: perturbed, though" in warning
     with pytest.raises(InputInvalid, match=r"--exclude reward_norm\.mean"):
         noised(tmp_path, found, noise=noise, strict=True)
     assert noised(tmp_path, found, strict=True).warnings == ()
@@ -712,6 +750,10 @@ def test_what_an_ema_codebook_sums_up_is_told_by_its_counts(tmp_path: Path) -> N
             "vq._embedding.weight": drawn(16, 8),
             "vq._ema_w": drawn(16, 8, seed=1),
             "vq._ema_cluster_size": np.abs(drawn(16, seed=2)),
+            "vq2.embedding": drawn(2, 4, 3, seed=5),
+            "vq2.ema_weight": drawn(2, 4, 3, seed=6),
+            "vq2.ema_count": np.abs(drawn(2, 4, seed=7)),
+            "vq2.scale": drawn(3, seed=8),
             "other._ema_w": drawn(9, 8, seed=3),
             "net.cluster_size": drawn(16, seed=4),
         },
@@ -720,6 +762,10 @@ def test_what_an_ema_codebook_sums_up_is_told_by_its_counts(tmp_path: Path) -> N
         "vq._embedding.weight": NOISE,
         "vq._ema_w": BY_STRUCTURE,
         "vq._ema_cluster_size": BY_STRUCTURE,
+        "vq2.embedding": BY_STRUCTURE,
+        "vq2.ema_weight": BY_STRUCTURE,
+        "vq2.ema_count": BY_STRUCTURE,
+        "vq2.scale": NOISE,
         "other._ema_w": (None, "names"),
         "net.cluster_size": NOISE,
     }
