@@ -46,6 +46,16 @@ def test_each_kind_is_measured_over_all_its_parameters() -> None:
     }
 
 
+def test_a_kind_that_diverged_has_no_measure() -> None:
+    model = Small()
+    start = snapshot(model)
+    with torch.no_grad():
+        model.classifier.weight.fill_(float("nan"))
+        model.mlp.weight.fill_(float("inf"))
+    assert {"head", "mlp"} & measure_drift(start, model).keys() == set()
+    assert "attention" in measure_drift(start, model)
+
+
 def test_a_parametrization_that_is_gone_at_the_end_is_no_change() -> None:
     model = Small()
     with torch.no_grad():

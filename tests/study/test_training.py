@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import shutil
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GPT2Config,
     GPT2Model,
@@ -28,6 +31,7 @@ from noisytune_cli.study.data.tasks import Task, TaskRows
 from noisytune_cli.study.design import Run, Seeds, plan_runs
 from noisytune_cli.study.settings import Material, Recipe
 from noisytune_cli.study.training.pretrained import Lora, Pretrained, _without_adapters
+from noisytune_cli.study.training.probe import features
 from noisytune_cli.study.training.training import Bench
 
 from .conftest import Tiny
@@ -310,6 +314,83 @@ def test_a_row_has_no_more_tokens_than_the_model_has_positions(kind: str, tiny: 
     assert model(torch.full((1, pretrained.longest), 5)).logits.shape == (1, 2)
     with pytest.raises((IndexError, RuntimeError)):
         model(torch.full((1, pretrained.longest + 1), 5))
+
+
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+
+
+def save_kind(kind: str, folder: Path, **settings: Any) -> Path:
+    """Save a random encoder of a kind with the tiny model's tokenizer."""
+    save_model(folder)
+    special = {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
+    config = AutoConfig.for_model(kind, vocab_size=34, **special, **settings)
+    AutoModel.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["t5", "modernbert", "mpnet", "xlnet"])
+def test_the_head_is_the_one_that_transformers_draws(kind: str, tmp_path: Path) -> None:
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    folder = save_kind(kind, tmp_path, **{"t5": T5, "xlnet": HEADS["xlnet"]}.get(kind, size))
+    drawn = Pretrained(folder, 2).start(5, torch.device("cpu")).model
+    torch.manual_seed(5)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    named = dict(model.named_parameters())
+    assert all(torch.equal(values, named[name]) for name, values in drawn.named_parameters())
+
+
+def test_a_model_without_a_limit_reads_rows_of_any_length(tmp_path: Path) -> None:
+    pretrained = Pretrained(save_kind("xlnet", tmp_path, **HEADS["xlnet"]), 2)
+    assert pretrained.longest == 1 << 20
+
+
+@pytest.mark.parametrize("changed", [{"num_hidden_layers": 3}, {"vocab_size": 40}, {"hidden_size": 16}, {}])
+def test_an_encoder_that_would_begin_at_random_is_refused(changed: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_model(tmp_path)
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))
+    if not changed:  # names that are another wrapper's
+        weights = load_file(folder / "model.safetensors")
+        renamed = {f"module.{name}": values for name, values in weights.items()}
+        save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputInvalid, match="weights do not fit the model"):
+        Pretrained(folder, 2)
+
+
+def test_a_token_without_an_embedding_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    folder = save_model(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["film"], special_tokens=True)  # known: no new number
+    tokenizer.add_tokens(["novella"])
+    tokenizer.save_pretrained(folder)
+    assert bench(tiny, model=folder)  # no row has it
+    dev = tmp_path / "dev.tsv"
+    dev.write_text("sentence\tlabel\nthe novella was good\t1\n")
+    number = len(tokenizer) - 1
+    with pytest.raises(InputInvalid, match=f"the number {number}, and the model has {number} embeddings"):
+        bench(tiny, model=folder, dev=(dev,))
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputInvalid, match="the tokenizer is not this model's"):
+        Pretrained(folder, 2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_diverges_is_recorded_and_probed(tiny: Tiny) -> None:
+    recipe = dataclasses.replace(RECIPE, learning_rate=1e30)
+    place = bench(tiny, recipe, probe=TASK, probe_train=(tiny.train,), probe_dev=(tiny.dev,))
+    run = place.carry_out(a_run("plain"))
+    assert run["loss"] is None
+    assert "attention" not in run["drift"]
+    json.dumps(run, allow_nan=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_probe_reads_the_encoder_where_there_is_a_decoder(tiny: Tiny, tmp_path: Path) -> None:
+    place = bench(tiny, model=save_kind("t5", tmp_path, **T5))
+    model = place.pretrained.start(0, place.device).model.eval()
+    assert features(model, place.dev, 8).shape == (len(place.dev), 32)
 
 
 def test_a_model_without_its_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ A parameter counts for the first kind that it belongs to in the order of `groups
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,10 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 def measure_drift(start: Mapping[str, Tensor], model: nn.Module) -> dict[str, dict[str, float]]:
-    """Return both measures for each kind of parameter that a model has and `start` had."""
+    """Return both measures for each kind of parameter that a model has and `start` had.
+
+    A kind whose values are not finite at the end, of a run that diverged, has none.
+    """
     import torch
 
     ended = {name: p.detach() for name, p in model.named_parameters() if name in start}
@@ -52,6 +56,6 @@ def measure_drift(start: Mapping[str, Tensor], model: nn.Module) -> dict[str, di
             before = sum(float(start[name].abs().sum(dtype=torch.float64)) for name in own)
             after = sum(float(ended[name].abs().sum(dtype=torch.float64)) for name in own)
             moved = sum(float((ended[name] - start[name]).abs().sum(dtype=torch.float64)) for name in own)
-            if before:
+            if before and math.isfinite(after):
                 measured[kind] = {"norm_change": abs(after - before) / before, "change_norm": moved / before}
     return measured

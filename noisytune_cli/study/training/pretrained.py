@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,7 @@ class Pretrained:
 
     def __init__(self, folder: Path, outputs: int, lora: Lora | None = None) -> None:
         """Load from a folder; InputInvalid where transformers cannot make a classifier of what is there."""
-        self.lora = lora
+        self.lora, self._folder = lora, folder
         with _quiet(), _explained(folder):
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **_AS_DATA)
             self._model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -74,6 +74,7 @@ class Pretrained:
             )
         missing = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
         self._fresh = frozenset(missing & {name for name, _ in self._model.named_parameters()})
+        self._check_encoder()
         # A decoder may know of no padding; its model then needs to be told what the rows are padded with.
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -84,6 +85,7 @@ class Pretrained:
                 why="the tokenizer has neither a padding nor an end-of-text token",
                 next_step="Give its tokenizer_config.json a pad_token",
             )
+        self.check_tokens([self.tokenizer.pad_token_id])
         # A decoder's head looks for the last token that is not this one.
         self._model.config.pad_token_id = self.tokenizer.pad_token_id
         with _explained(folder):
@@ -96,12 +98,45 @@ class Pretrained:
 
         Where padding has a position (RoBERTa, XLM-R, MPNet), those of tokens begin behind it.
         """
-        positions = getattr(self._model.config, "max_position_embeddings", None) or 1 << 20
+        positions = getattr(self._model.config, "max_position_embeddings", None) or 0
+        if positions < 1:  # none, or XLNet's -1: there is no limit
+            positions = 1 << 20
         for name, module in self._model.named_modules():
             padding = getattr(module, "padding_idx", None)
             if "position" in name and padding is not None and isinstance(module.weight, Tensor):
                 positions = min(positions, len(module.weight) - padding - 1)
         return int(min(positions, self.tokenizer.model_max_length))
+
+    def check_tokens(self, ids: Iterable[int]) -> None:
+        """Raise InputInvalid where the model has no embedding for a token's number."""
+        try:
+            table = getattr(self._model.get_input_embeddings(), "weight", None)
+        except NotImplementedError:  # of characters (CANINE)
+            return
+        largest = max(ids)
+        if table is not None and largest >= len(table):
+            raise InputInvalid(
+                "the tokenizer is not this model's",
+                path=self._folder,
+                why=f"it gives a token the number {largest}, and the model has {len(table)} embeddings",
+                next_step="Put the model's own tokenizer there, or resize the model's embeddings to it",
+            )
+
+    def _check_encoder(self) -> None:
+        """Raise InputInvalid where more than the head and a pooler would begin at random values.
+
+        So it is where names or config.json do not belong to the weights, of which transformers only warns.
+        """
+        encoder = f"{self._model.base_model_prefix}."
+        lacking = sorted(name for name in self._fresh if name.startswith(encoder) and "pool" not in name)
+        if lacking:
+            raise InputInvalid(
+                "weights do not fit the model",
+                path=self._folder,
+                why=f"{len(lacking)} of its parameters have none of their name and shape, so that they would "
+                f"begin at random: {lacking[0]}",
+                next_step="Give a checkpoint whose weights and config.json belong together",
+            )
 
     def _padding_side(self) -> str:
         """Return where rows are padded: on the right, unless only on the left it changes no row's logits.
@@ -153,15 +188,21 @@ class Pretrained:
         return beside + sorted(name for name in fresh if name.partition(".")[0] not in beside)
 
     def _draw_fresh(self, model: Any) -> None:
-        """Initialise what the checkpoint lacked, module by module in the model's order."""
-        with torch.no_grad():
-            for prefix, module in model.named_modules():
-                own = {f"{prefix}.{name}": p for name, p in module.named_parameters(recurse=False)}
-                if not own.keys() & self._fresh:
-                    continue
+        """Initialise what the checkpoint lacked as transformers does: modules in order, a parent last.
+
+        A parent may have its own rule for its layers, as T5's head has.
+        """
+        parameters = dict(model.named_parameters())
+        fresh = {id(parameters[name]) for name in self._fresh}
+
+        def draw(module: torch.nn.Module) -> None:
+            if any(id(parameter) in fresh for parameter in module.parameters()):
                 model._init_weights(module)
-                for name in own.keys() - self._fresh:
-                    own[name].copy_(self._values[name])
+
+        with torch.no_grad():
+            model.apply(draw)
+            for name in parameters.keys() - self._fresh:
+                parameters[name].copy_(self._values[name])
 
 
 def _with_adapters(model: PreTrainedModel, lora: Lora, head: list[str]) -> Any:

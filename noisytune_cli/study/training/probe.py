@@ -37,12 +37,17 @@ def run_probe(
 
 
 def features(model: PreTrainedModel, rows: Encoded, batch_size: int) -> NDArray[np.float32]:
-    """Return [n, H] float32: each row's mean last hidden state, in the order of the rows."""
+    """Return [n, H] float32: each row's mean last hidden state, in the order of the rows.
+
+    Of a model with a decoder it is the encoder's; what is not finite, of a run that diverged, is 0.
+    """
     import torch
 
     peft = getattr(model, "get_base_model", None)
     whole = peft() if peft is not None else model
     encoder = getattr(whole, whole.base_model_prefix)
+    if whole.config.is_encoder_decoder:
+        encoder = encoder.get_encoder()
     device = next(whole.parameters()).device
     found: list[torch.Tensor] = []
     places: list[int] = []
@@ -55,4 +60,4 @@ def features(model: PreTrainedModel, rows: Encoded, batch_size: int) -> NDArray[
             places += chosen
     pooled = torch.empty_like(torch.cat(found))
     pooled[places] = torch.cat(found)
-    return pooled.numpy()
+    return pooled.nan_to_num(0.0, 0.0, 0.0).numpy()

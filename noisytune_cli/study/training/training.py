@@ -90,7 +90,9 @@ class Bench:
     def _encode(self, data: Data, places: Sequence[int], part: Literal["train", "dev"]) -> Encoded:
         rows = (data.train if part == "train" else data.dev).take(places)
         length = min(self.recipe.max_length, self.pretrained.longest)
-        return encode(self.pretrained.tokenizer, rows, max_length=length, regression=data.task.regression)
+        found = encode(self.pretrained.tokenizer, rows, max_length=length, regression=data.task.regression)
+        self.pretrained.check_tokens(max(ids) for ids in found.inputs["input_ids"])
+        return found
 
     def carry_out(self, run: Run, after_step: Step = lambda: None) -> dict[str, Any]:
         """Train and evaluate one run; return its record, a line of runs.jsonl."""
