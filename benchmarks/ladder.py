@@ -2,9 +2,10 @@
 
     python benchmarks/ladder.py MODEL SST2 OUT [--labels N] [--learning-rate X] [--threads N]
 
-MODEL is the folder of all-MiniLM-L6-v2 or, with the rate 5e-5, of all-mpnet-base-v2; SST2 that of GLUE's SST-2
-(train.tsv, dev.tsv). Into the folder OUT go the table (ladder.csv) and the figures (ladder-sigma.png, ladder-lambda.png) that docs/recipes.md shows: accuracy
-on the 872 rows of dev.tsv, five seeds for each σ, and the same for λ, in units of each matrix's std.
+MODEL is the folder of all-MiniLM-L6-v2 or, with the rate 5e-5, of all-mpnet-base-v2; SST2 that of GLUE's
+SST-2 (train.tsv, dev.tsv). Into the folder OUT go the table (ladder.csv) and the figures (ladder-sigma.png,
+ladder-lambda.png) that docs/recipes.md shows: accuracy on the 872 rows of dev.tsv, five seeds for each σ, and
+the same for λ, in units of each matrix's std.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("sst2", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--labels", type=int, default=1000)
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="the peak, from which it falls to 0")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="from which it falls to 0")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -28,8 +28,8 @@ TRAINING = {
 }
 
 PAIR = ("--method", "plain,noisytune", "--lambda", "0.15")
-#: The adapters of DENI's paper. On CoLA they learn nothing with 1,000 rows, at 3e-4, 1e-3 and 3e-3; on SST-2's
-#: held-out rows 3e-3 was a point better than 1e-3 with one seed, and with another it did not train at all.
+#: The adapters of DENI's paper. On CoLA they learn nothing with 1,000 rows, at 3e-4, 1e-3 and 3e-3; on the
+#: held-out rows of SST-2 3e-3 was a point better than 1e-3 with one seed, and another did not train at all.
 LORA = ("--lora", "--lora-rank", "64", "--lora-alpha", "64", "--learning-rate", "1e-3")
 ALL = ("--method", "plain,noisytune,r3f,r4f,mixout,recadam,neftune,swa,weightnoise", "--lambda", "0.15")
 
