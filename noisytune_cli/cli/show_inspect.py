@@ -132,7 +132,8 @@ def _groups(inspection: Inspection) -> tuple[dict[str, str], dict[str, str]]:
     """Return the kind and the layer of each name."""
     names = [row.name for row in inspection.tensors]
     buffers = {row.name for row in inspection.tensors if row.reason == "buffer"}
-    return kinds_of(names, buffers), layers_of(names)
+    shapes = {row.name: row.shape for row in inspection.tensors if row.part is None}
+    return kinds_of(names, buffers, shapes), layers_of(names)
 
 
 def _json(inspection: Inspection) -> Iterator[str]:

@@ -329,7 +329,8 @@ def _summarize(
     seeds: tuple[SeedScore, ...],
 ) -> Comparison:
     names = [pair.a.name for pair, _ in found]
-    kinds, layers = kinds_of(names, buffers), layers_of(names)
+    kinds = kinds_of(names, buffers, {pair.a.name: pair.a.shape for pair, _ in found})
+    layers = layers_of(names)
     tensors = [_row(pair, change, kinds, layers) for pair, change in found]
     groups = {
         "layer": _group(

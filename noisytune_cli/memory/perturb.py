@@ -134,7 +134,7 @@ def perturb_(
     config = config_of(model, config) if manifest is None else None
     refuse_quantized_model(model, live_tensors, config=config, source=source.id)
     if manifest is None:
-        parameters = plan_parameters(live_tensors, spec, model=model, config=config, source=source.id)
+        parameters = plan_parameters(live_tensors, spec, is_module=is_module, config=config, source=source.id)
     else:
         recorded = _read(manifest, spec)
         spec, source = recorded.noise, recorded.source

@@ -15,7 +15,7 @@ from noisytune_cli.plan.arguments import in_python, make_spec
 from noisytune_cli.plan.evidence.computed import Values
 from noisytune_cli.plan.evidence.doubts import warning_of
 from noisytune_cli.plan.evidence.told import Told, tell, with_values
-from noisytune_cli.plan.patterns import batch_norms, check_matched, match_names
+from noisytune_cli.plan.patterns import check_matched, match_names
 from noisytune_cli.plan.plan import check_not_empty, confirm_ties, make_plan
 from noisytune_cli.plan.settle import find_computed
 from noisytune_cli.plan.ties import split_tie
@@ -37,7 +37,6 @@ from noisytune_cli.records import (
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor, nn
 
 #: What to say to those whose options leave nothing to perturb.
 OPTIONS_THAT_EXCLUDE = "Widen include= or drop an exclude=; frozen= and fresh_names= leave parameters out too"
@@ -81,7 +80,7 @@ def plan_parameters(
     live_tensors: Sequence[LiveTensor],
     noise: NoiseSpec,
     *,
-    model: nn.Module | Mapping[str, Tensor],
+    is_module: bool,
     config: Mapping[str, Any] | None,
     source: str,
 ) -> list[Parameter]:
@@ -89,31 +88,21 @@ def plan_parameters(
     specs = [spec for live in live_tensors for spec in live.specs()]
     live_of = {name: live for live in live_tensors for name in live.names}
     ties = [r.names for r in live_tensors if len(r.names) > 1]
-    if isinstance(model, Mapping):
-        told = tell(specs, config=config, decider="names")
-    else:
-        told = Told({}, {}, norms=_batch_norms(model, live_tensors))
+    told = Told({}, {}) if is_module else tell(specs, config=config, decider="names")
     plan = make_plan(specs, noise, config=config, stored_as_one=ties, told=told)
-    if isinstance(model, Mapping):
+    if not is_module:
         told = with_values(told, *_find_computed(plan, told, live_of))
         plan = make_plan(specs, noise, config=config, stored_as_one=ties, told=told)
     confirmed: list[Tie] = []
     for tie in plan.ties:
         if tie.evidence == "equal-bytes":
-            confirmed += split_tie(tie, _contents(tie, live_of, compare=isinstance(model, Mapping)))
+            confirmed += split_tie(tie, _contents(tie, live_of, compare=not is_module))
     plan = confirm_ties(plan, confirmed)
     check_not_empty(plan, path=source, advice=OPTIONS_THAT_EXCLUDE)
     for warning in warning_of(plan):
         warnings.warn(in_python(make_spec, warning), NoisytuneWarning, stacklevel=5)
     steps = {step.tensor.name: step for step in plan.steps}
     return [_planned(r, tuple([steps[name] for name in r.names])) for r in live_tensors]
-
-
-def _batch_norms(model: nn.Module, live_tensors: Sequence[LiveTensor]) -> frozenset[str]:
-    """Return the names of parameters beside which a module keeps a running mean, as a file shows it."""
-    buffers = (name for name, _ in model.named_buffers(remove_duplicate=False))
-    norms = batch_norms([*(name for live in live_tensors for name in live.own), *buffers])
-    return frozenset(n for live in live_tensors if not norms.isdisjoint(live.own) for n in live.names)
 
 
 def _find_computed(

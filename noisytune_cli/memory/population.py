@@ -79,7 +79,7 @@ class Population:
         }
         tensors, names, self._left_out["spared"] = taking_noise(model, names)
         self._about: dict[str, Any] = {
-            "model": model,
+            "is_module": not isinstance(model, Mapping),
             "config": config_of(model, config),
             "source": type(model).__name__,
         }

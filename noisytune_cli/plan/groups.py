@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from noisytune_cli.plan.patterns import match_names
 
@@ -18,13 +18,18 @@ OTHER, NO_LAYER = "other", "no layer"
 _NUMBER = re.compile(r"(?<![^.])[0-9]{1,6}(?=\.)")
 
 
-def kinds_of(names: Sequence[str], buffers: Collection[str] = ()) -> dict[str, str]:
+def kinds_of(
+    names: Sequence[str],
+    buffers: Collection[str] = (),
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> dict[str, str]:
     """Return the kind of each name: the first in the order of KINDS that it belongs to, or OTHER.
 
-    Buffers are of no kind.
+    Buffers are of no kind; of norms the shapes tell too, where they are given.
     """
     found: dict[str, str] = {}
-    for kind, members in zip(KINDS, match_names([f"@{kind}" for kind in KINDS], names, buffers), strict=True):
+    matched = match_names([f"@{kind}" for kind in KINDS], names, buffers, shapes)
+    for kind, members in zip(KINDS, matched, strict=True):
         for name in members:
             found.setdefault(name, kind)
     return {name: found.get(name, OTHER) for name in names}

@@ -2,9 +2,9 @@
 
 A shell pattern has the semantics of `fnmatch.fnmatchcase` on the whole tensor name: case-sensitive, and
 `*` crosses dots. A kind is a set of parameters that the common architectures name in different ways. It is
-told by names alone, a batch norm by that of its running mean (`downsample.1`), kinds may overlap
-(`attn.q_proj.bias` is in `@attention` and `@bias`), and a buffer is in none. What begins with `@` is a kind;
-for a tensor whose name does so, write `[@]`.
+told by name alone, but for norms, of which shapes tell too; kinds may overlap (`attn.q_proj.bias` is in
+`@attention` and `@bias`), and a buffer is in none. What begins with `@` is a kind; for a tensor whose name
+does so, write `[@]`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from noisytune_cli.errors import UsageError
@@ -26,6 +26,9 @@ _NORM_LAYER = r"(?:(?=\w*(?i:norm)(?!al))\w*+|ln\w*+|\w*(?i:bn)\d*+)"
 #: What may stand before a component: other components, and the folder of a model among several (FOLDER/KEY).
 _BEFORE = r"(?:.*[./])?"
 
+#: What may hang below one; frameworks that name tensors by paths join these with slashes.
+_BELOW = r"(?:[./].*)?"
+
 #: Wrappers that stand before a model's own names.
 _WRAPPERS = r"(?:(?:module|_orig_mod|base_model|model)\.)*"
 
@@ -35,9 +38,9 @@ _EMBEDDINGS = rf"""
     (?: # token, position and token-type tables by their own name, whatever hangs below (adapters included)
         (?: (?:word|token|tok|position|positional|token_type|type|entity|rel)_embeddings?
           | (?=\w*embed_tokens)\w*+ | embed_positions | tokens_embed | positions_embed | wte | wpe
-          | embed_in | pos_embed | shared ) (?:\..*)?
+          | embed_in | pos_embed | shared ) {_BELOW}
       | # names that are also a module's prefix: only the table itself (Mamba, RWKV, torch)
-        (?:embeddings?|emb) \.weight
+        (?:embeddings?|emb) [./]weight
     )
 """
 
@@ -48,9 +51,9 @@ _HEAD = rf"""
         (?:\w*lm_head | lm_loss | (?:pre_)?classifier | score | qa_outputs | classification_head | embed_out
           | output_projection | vocab_(?:transform|layer_norm|projector) | (?:mlm|mim|mc)_head
           | (?:generator|discriminator)_predictions | lm_predictions | seq_relationship | multiple_choice_head
-          | class_labels_classifier | bbox_predictor ) (?:\..*)?
+          | class_labels_classifier | bbox_predictor ) {_BELOW}
       | # BERT and ALBERT: cls.predictions.*, predictions.*
-        predictions\.(?:bias|dense|decoder|transform|LayerNorm)(?:\..*)?
+        predictions\.(?:bias|dense|decoder|transform|LayerNorm){_BELOW}
     )
   | # names that mean something else deeper down: Whisper, timm, torchvision, RWKV, Llama as released
     (?:.*/)? {_WRAPPERS} (?:proj_out|head|heads|fc|output)(?:\..*)?
@@ -59,21 +62,21 @@ _HEAD = rf"""
 #: What a normalisation layer holds itself, one of several in a list too; a projection inside an adaptive norm
 #: is none.
 _NORM = rf"""
-    {_BEFORE} {_NORM_LAYER} (?: \.\d++ | (?<=norms)\.\w++ )? (?:\.\w++)?
+    {_BEFORE} {_NORM_LAYER} (?: \.\d++ | (?<=norms)\.\w++ )? (?:[./]\w++)?
 """
 
 #: Additive vectors, whatever they belong to.
 _BIAS = rf"""
     {_BEFORE}
-    (?: \w*bias | bias_[ih]h_l\d+(?:_reverse)? | LayerNorm\.beta )
+    (?: \w*bias | bias_[ih]h_l\d+(?:_reverse)? | LayerNorm[./]beta )
 """
 
 #: Attention modules with their output projections, without their norms. A Mamba mixer is none.
 _ATTENTION = rf"""
     {_BEFORE}
-    (?: (?=\w*(?i:attn|attention))\w*+ (?:\..*)?
+    (?: (?: (?=\w*(?i:attn|attention))\w*+ | (?:\w+_)?att ) {_BELOW}
       | # hybrids whose blocks are all called `mixer`: attention is told by its projections
-        (?:[qkvo]_proj|qkv_proj|query_key_value|c_attn) (?:\..*)?
+        (?:[qkvo]_proj|qkv_proj|query_key_value|c_attn) {_BELOW}
     )
 """
 
@@ -83,7 +86,7 @@ _MLP = rf"""
     (?: (?=\w*(?:mlp|ffn))\w*+ | feed_?forward\w*+ | ff | intermediate | DenseReluDense | block_sparse_moe
       | moe | (?:shared_)?experts? | (?:gate|up|down|gate_up)_proj(?:_bias)?
       | layers?\.\d+\.(?:fc[12]|linear[12]) | (?:layer|blocks)\.\d+\.output\.dense
-    ) (?:\..*)?
+    ) {_BELOW}
 """
 
 #: Kind -> (what belongs to it, what does not though it matches).
@@ -100,9 +103,6 @@ _KIND_SOURCES: dict[str, tuple[str, tuple[str, ...]]] = {
 KINDS = tuple(_KIND_SOURCES)
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
-
-#: What a batch norm alone has.
-_MEAN = "running_mean"
 
 #: What stands for other characters in a shell pattern: `*`, `?`, and `[…]` (a lone `[` is itself).
 _WILDCARD = re.compile(r"[*?]|\[!?\]?[^\]]*\]")
@@ -154,38 +154,43 @@ def _compile(source: str) -> re.Pattern[str]:
     return re.compile(source, re.VERBOSE | re.DOTALL)
 
 
-def batch_norms(names: Collection[str]) -> frozenset[str]:
-    """Return the weights and biases that have a running mean beside them, whatever their module is called."""
-    known = frozenset(names)
-    means = (name for name in names if name.endswith((f".{_MEAN}", f"/{_MEAN}")))
-    own = (name.removesuffix(_MEAN) + last for name in means for last in ("weight", "bias"))
-    return known.intersection(own)
+def _norms_by_shape(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+    """Return the weights and biases that are vectors of one length: a norm's, whatever its module is called.
+
+    In a sequence of layers it has a number (`downsample.1`), and all other layers have matrices.
+    """
+    norms: set[str] = set()
+    for name, shape in shapes.items():
+        if len(shape) == 1 and name.endswith((".weight", "/weight")):
+            bias = f"{name.removesuffix('weight')}bias"
+            if shapes.get(bias) == shape:
+                norms |= {name, bias}
+    return norms
 
 
 def match_names(
     texts: Sequence[str],
     names: Sequence[str],
     buffers: Collection[str] = (),
-    norms: Collection[str] = (),
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> list[frozenset[str]]:
     """Return for each pattern the names it matches, where kinds leave `buffers` out.
 
-    `norms` are those that are known to be of batch norms, beside those that `names` tell.
+    `shapes` are those of the tensors, by name, where they are known.
     """
     found: dict[str, frozenset[str]] = {}
-    shapes: dict[str, list[str]] = {}
+    alike: dict[str, list[str]] = {}
+    norms: set[str] = set()
     if any(map(is_kind, texts)):
-        norms = (batch_norms(names) | frozenset(norms)).difference(buffers)
+        norms = _norms_by_shape(shapes or {}).difference(buffers)
         # Kinds look past numbers, so one name of each `layers.*.mlp.up_proj.weight` decides for all layers.
         for name in names:
             if name not in buffers:
-                shapes.setdefault(_NUMBER.sub("0", name), []).append(name)
+                alike.setdefault(_NUMBER.sub("0", name), []).append(name)
     for text in dict.fromkeys(texts):
         pattern = compile_pattern(text)
         if pattern.is_kind:
-            members = frozenset(
-                name for shape, same in shapes.items() if pattern.matches(shape) for name in same
-            )
+            members = frozenset(name for one, same in alike.items() if pattern.matches(one) for name in same)
             if text == "@norm":
                 members = members.union(norms)
             elif _NORM in _KIND_SOURCES[text][1]:

@@ -166,7 +166,7 @@ def make_plan(
     names = [*(tensor.name for tensor in tensors), *(name for tie in ties for name, _ in tie.dropped)]
     # A kind holds no buffer, but what the values told it may have held before they were known.
     buffers = [name for name in told.buffers if told.by.get(name) != "values"]
-    matched = match_with_paths(_patterns(noise), names, paths_of(tensors), buffers, told.norms)
+    matched = match_with_paths(_patterns(noise), names, paths_of(tensors), buffers, shapes_of(tensors))
     check_matched(_patterns(noise), matched, names)
     filters = _filters(noise, matched)
     certain = [tie for tie in ties if tie.evidence != "equal-bytes"]
@@ -231,7 +231,8 @@ def idle_rules(plan: Plan) -> list[str]:
     if not patterns:
         return []
     reasons = {step.tensor.name: step.reason for step in plan.steps}
-    matched = match_with_paths(patterns, list(reasons), paths_of(step.tensor for step in plan.steps))
+    tensors = [step.tensor for step in plan.steps]
+    matched = match_with_paths(patterns, list(reasons), paths_of(tensors), shapes=shapes_of(tensors))
     return [
         text
         for text, found in zip(patterns, matched, strict=True)
@@ -253,15 +254,20 @@ def paths_of(tensors: Iterable[TensorSpec]) -> dict[str, str]:
     return {tensor.path: tensor.name for tensor in tensors if tensor.path}
 
 
+def shapes_of(tensors: Iterable[TensorSpec]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of tensors by name."""
+    return {tensor.name: tensor.shape for tensor in tensors}
+
+
 def match_with_paths(
     patterns: Sequence[str],
     names: Sequence[str],
     paths: Mapping[str, str],
     buffers: Collection[str] = (),
-    norms: Collection[str] = (),
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> list[frozenset[str]]:
     """Return the names that each pattern matches (see `match_names`), by themselves or by their paths."""
-    matched = match_names(patterns, names, buffers, norms)
+    matched = match_names(patterns, names, buffers, shapes)
     if paths:
         by_path = match_names(patterns, list(paths), {p for p, name in paths.items() if name in buffers})
         matched = [own | {paths[p] for p in found} for own, found in zip(matched, by_path, strict=True)]
@@ -277,7 +283,7 @@ def select(
     """Return the names of the tensors that patterns leave; UsageError for a pattern that matches none."""
     patterns = [*include, *exclude]
     names = [tensor.name for tensor in tensors]
-    matched = match_with_paths(patterns, names, paths_of(tensors), buffers)
+    matched = match_with_paths(patterns, names, paths_of(tensors), buffers, shapes_of(tensors))
     check_matched(patterns, matched, names)
     included = frozenset().union(*matched[: len(include)]) if include else frozenset(names)
     return included.difference(*matched[len(include) :])

@@ -111,11 +111,11 @@ def test_a_sharded_tensor_that_holds_several_matrices_is_refused() -> None:
     resident = LiveTensor((C_ATTN,), (C_ATTN,), torch.randn(16, 48), held)
     noise = NoiseSpec(granularity="matrix")
     with pytest.raises(InputInvalid, match="it is sharded, and holds several matrices"):
-        plan_parameters([resident], noise, model=torch.nn.Module(), config=None, source="model")
+        plan_parameters([resident], noise, is_module=True, config=None, source="model")
     (whole,) = plan_parameters(
         [resident],
         NoiseSpec(granularity="matrix", splits=((C_ATTN, "0:/1"),)),
-        model=torch.nn.Module(),
+        is_module=True,
         config=None,
         source="model",
     )

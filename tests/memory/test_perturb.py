@@ -128,7 +128,7 @@ def test_a_state_dict_gets_the_bits_of_the_command_line(scope: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("names", [None, "net"])
-def test_a_batch_norm_is_of_the_kind_that_it_is_on_disk(names: str | None, tmp_path: Path) -> None:
+def test_a_norm_is_of_the_kind_that_it_is_on_disk(names: str | None, tmp_path: Path) -> None:
     model = nn.Module()
     model.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     for parameter in model.parameters():

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from noisytune_cli.errors import UsageError
+from noisytune_cli.plan.groups import kinds_of
 from noisytune_cli.plan.patterns import KINDS, check_matched, compile_pattern, match_names
 
 #: A name of each family, and the kinds it belongs to.
@@ -63,6 +64,13 @@ MEMBERS = {
     "transformer/transformer_blocks.0.proj_out.weight": "",
     "2_StaticEmbedding/embedding.weight": "@embeddings",
     "unet/norm.weight": "@norm",
+    # Names that are paths, as JAX and TensorFlow have them.
+    "bert/encoder/layer_0/attention/output/LayerNorm/gamma": "@norm",
+    "bert/encoder/layer_0/attention/output/LayerNorm/beta": "@norm @bias",
+    "params/encoder/layers_0/mlp/wi_0/kernel": "@mlp",
+    "params/lm_head/kernel": "@head",
+    "params/token_embeddings/embedding": "@embeddings",
+    "vit/Transformer/encoderblock_0/MultiHeadAttention_1/query/bias": "@attention @bias",
     # Norms in a list or a dictionary, and what a norm is steered by.
     "swin.hidden_states_norms.stage1.weight": "@norm",
     "model.layers.0.self_attn.q_layernorm.norms.3.weight": "@norm",
@@ -79,6 +87,9 @@ MEMBERS = {
     "backbone.layers.0.mixer.in_proj.weight": "",
     "backbone.layers.0.mixer.dt_proj.bias": "@bias",
     "model.layers.2.mixer.q_proj.weight": "@attention",
+    "blocks.3.att.key.weight": "@attention",
+    "encoder.layers.0.self_att.att.in_proj_weight": "@attention",
+    "encoder.layers.0.matte.weight": "",
     "model.layers.3.mixer.up_proj.weight": "@mlp",
     "layer1.0.bn2.weight": "@norm",
     "conv1_BN.weight": "@norm",
@@ -103,18 +114,18 @@ def test_a_buffer_is_of_no_kind() -> None:
     assert match_names(["@bias", "*.bias"], names, {"h.0.attn.bias"}) == [{names[1]}, set(names)]
 
 
-def test_a_batch_norm_is_one_whatever_it_is_called() -> None:
-    norm, other = "layer1.0.downsample.1", "mlp.0.1"
-    norms = {f"{module}.{own}" for module in (norm, other) for own in ("weight", "bias")}
-    means = {f"{norm}.running_mean", f"{other}.running_mean"}
-    layers = {"layer1.0.downsample.0.weight", "mlp.0.0.weight", "mlp.0.2.weight", "running_mean.weight"}
-    names = sorted(norms | means | layers)
-    of_norm, of_mlp = match_names(["@norm", "@mlp"], names, means)
-    assert of_norm == norms
-    assert of_mlp == {"mlp.0.0.weight", "mlp.0.2.weight"}
-    # One that is frozen has buffers alone, and in memory buffers are not among the names.
-    assert match_names(["@norm"], names, means | norms) == [frozenset()]
-    assert match_names(["@norm"], sorted(layers), norms={"mlp.0.2.weight"}) == [{"mlp.0.2.weight"}]
+def test_a_norm_is_told_by_its_shapes_whatever_it_is_called() -> None:
+    norms = {f"{m}.{own}": (8,) for m in ("layer1.0.downsample.1", "mlp.1") for own in ("weight", "bias")}
+    layers = {"layer1.0.downsample.0.weight": (8, 4, 1, 1), "mlp.0.weight": (8, 4), "mlp.0.bias": (8,)}
+    layers |= {"mlp.2.weight": (8,), "mlp.3.weight": (1,), "mlp.3.bias": (8,)}
+    shapes = {"mlp.1.running_mean": (8,), **norms, **layers}
+    of_norm, of_mlp = match_names(["@norm", "@mlp"], list(shapes), {"mlp.1.running_mean"}, shapes)
+    assert of_norm == set(norms)
+    assert of_mlp == {name for name in layers if name.startswith("mlp")}
+    # One that is frozen has buffers alone.
+    assert match_names(["@norm"], list(shapes), set(norms), shapes) == [frozenset()]
+    assert kinds_of(list(shapes), (), shapes)["mlp.1.bias"] == "norm"
+    assert kinds_of(list(shapes))["mlp.1.bias"] == "bias"
 
 
 _PARTS = ["*", "?", "[ab]", "[!a]", "[", "]", "!", "a", "b", ".", "A", "\n", "a.b"]
