@@ -392,7 +392,15 @@ def test_matrices_that_are_no_weights_are_told_of(tmp_path: Path) -> None:
     [
         ({"optimizer": {"fp32_groups_flat": [torch.zeros(4)]}}, "optimizer.fp32_groups_flat"),
         ({"optimizer": {"optimizer": {}, "fp32_from_fp16_params": [[torch.zeros(4)]]}}, "fp32_from_fp16"),
-        ({"optim": {"state": {0: {"master_param": torch.zeros(4)}}, "param_groups": []}}, "state.….master_p"),
+        (
+            {
+                "optim": {
+                    "state": {i: {"master_param": torch.zeros(4)} for i in range(1100)},
+                    "param_groups": [],
+                }
+            },
+            "optim.state.….master_param",
+        ),
         ({"optimizer.state.fp32_param.a": torch.zeros(4)}, "optimizer.state.fp32_param"),
     ],
 )

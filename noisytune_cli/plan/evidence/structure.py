@@ -4,7 +4,7 @@
 held; running means have variances, a queue has a pointer to its end. Names are taken apart into words, so a
 pair is known whatever else it is called: `moving_avg` and `moving_var`. Frameworks that join modules with `/`
 are read alike. Where a pair alone is not enough (a mean and a std may be learned, and so may what is called
-after a cosine and a sine) the values have to bear it out: these are `Pair`.
+after a cosine and a sine) the values have to bear it out: these are `UnsurePair`.
 """
 
 from __future__ import annotations
@@ -60,23 +60,23 @@ _MOST_WORDS = 4
 _WORD = re.compile(r"[^_-]+")
 
 
-class Pair(NamedTuple):
+class UnsurePair(NamedTuple):
     """Two tensors that are buffers if their values bear it out (see `computed.look_at_pair`)."""
 
     names: tuple[str, str]
     what: PairKind
 
-    def under(self, prefix: str) -> Pair:
+    def under(self, prefix: str) -> UnsurePair:
         """Return the pair under names with a prefix."""
         a, b = self.names
-        return Pair((prefix + a, prefix + b), self.what)
+        return UnsurePair((prefix + a, prefix + b), self.what)
 
 
 class Siblings(NamedTuple):
     """What structure tells: the kind of each name and why, and what the values have to bear out."""
 
     kinds: Mapping[str, tuple[Kind, str]]
-    unsure: tuple[Pair, ...]
+    unsure: tuple[UnsurePair, ...]
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -94,7 +94,7 @@ def look(tensors: Sequence[TensorSpec]) -> Siblings:
         if len(last) <= _LONGEST:
             modules.setdefault(module, {})[last] = tensor
     kinds: dict[str, tuple[Kind, str]] = {}
-    unsure: list[Pair] = []
+    unsure: list[UnsurePair] = []
     for module, siblings in modules.items():
         if siblings.keys() <= _LAYERS:
             continue  # a layer, as nearly all are
@@ -206,7 +206,7 @@ def _accumulated(last: str) -> bool:
 
 def _pairs(
     module: str, siblings: Mapping[str, TensorSpec], modules: Mapping[str, Mapping[str, TensorSpec]]
-) -> Iterator[Pair]:
+) -> Iterator[UnsurePair]:
     """Yield what may be a pair: two of one shape, beside each other or in twin modules."""
     for last, tensor in siblings.items():
         if last in _LAYERS or tensor.dtype not in FLOAT_DTYPES:
@@ -214,7 +214,7 @@ def _pairs(
         for words, by, what in _PAIRS:
             for other in _replaced(last, words, by):
                 if (found := siblings.get(other)) is not None and _alike(tensor, found):
-                    yield Pair((tensor.name, found.name), what)
+                    yield UnsurePair((tensor.name, found.name), what)
     # Haiku: batch_norm/~/mean_ema/average beside batch_norm/~/var_ema/average. A head's matrix has another
     # shape than its bias.
     if len({tensor.shape for tensor in siblings.values() if tensor.dtype in FLOAT_DTYPES}) > 1:
@@ -226,7 +226,7 @@ def _pairs(
             if mean is None or last in _LAYERS or mean.dtype not in FLOAT_DTYPES:
                 continue
             if _alike(mean, found):
-                yield Pair((mean.name, found.name), "spread")
+                yield UnsurePair((mean.name, found.name), "spread")
 
 
 def _alike(a: TensorSpec, b: TensorSpec) -> bool:

@@ -25,7 +25,7 @@ from noisytune_cli.plan.evidence import adapter_layers, declared, structure
 from noisytune_cli.plan.evidence.buffers import find_buffers, stands_alone
 from noisytune_cli.plan.evidence.computed import PLAIN, may_be
 from noisytune_cli.plan.evidence.doubts import is_doubtful
-from noisytune_cli.plan.evidence.structure import Kind, Pair
+from noisytune_cli.plan.evidence.structure import Kind, UnsurePair
 from noisytune_cli.records import Declared, TensorSpec, ToldBy
 
 if TYPE_CHECKING:
@@ -49,17 +49,15 @@ class Told:
     `buffers` are the names that are buffers, each with the reason; `by` says of each name that more than a
     plain name decided on, buffer or parameter, what did. `doubts` are names of a buffer's kind that nothing
     tells. `unsure` are pairs that the values may show to be buffers, `pairs` are declared ties.
-    `norms` are names that are known to be of batch norms though no running mean is among the tensors.
     `models` are those that were not asked yet and may be: what comes before their names, and their configs.
     """
 
     buffers: Mapping[str, str]
     by: Mapping[str, ToldBy]
     doubts: frozenset[str] = frozenset()
-    unsure: tuple[Pair, ...] = ()
+    unsure: tuple[UnsurePair, ...] = ()
     pairs: tuple[tuple[str, str], ...] = ()
     models: tuple[tuple[str, Mapping[str, Any]], ...] = ()
-    norms: frozenset[str] = frozenset()
 
     def tells(self, name: str) -> bool:
         """Say whether something stronger than values decided on a name."""

@@ -12,6 +12,7 @@ frozen weights are always called by theirs, so that the weights keep their names
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -63,10 +64,10 @@ _WITHOUT_MATRICES = ("sched", "scaler", "scaling", "rng", "sampler")
 #: An optimizer's state where a state dict was flattened before it was saved.
 _FLAT_TRAINING = re.compile(r"(chained_\d+\.)?optim(izer)?\.(state|param_groups)\..*", re.DOTALL)
 
-#: What optimizers of mixed precision call their own copy of the weights (DeepSpeed, Megatron, apex), and how
-#: deep in their state it lies; and its name where a state dict was flattened.
+#: What optimizers of mixed precision call their own copy of the weights (DeepSpeed, Megatron, apex), how deep
+#: in their state it lies, among how many entries; and its name where a state dict was flattened.
 _MASTERS = re.compile(r"(single_partition_of_)?fp32_\w+|master_(params?|weights?)")
-_MASTERS_DEPTH = 4
+_MASTERS_DEPTH, _MASTERS_AMONG = 4, 64
 _FLAT_MASTERS = re.compile(r"(chained_\d+\.)?optim(izer)?\.state\.(fp32_param|master_param)(?=\.)")
 
 #: Of what lies beside the weights, how much is named.
@@ -170,13 +171,13 @@ def sort_content(root: object, leaf: type[_Leaf]) -> Unpickled[_Leaf]:
 def _masters(root: Mapping[object, object]) -> tuple[str, ...]:
     """Return the paths under which an optimizer of mixed precision keeps the weights that it steps."""
     found: dict[str, None] = {}
-    todo = [
+    todo: list[tuple[tuple[str, ...], object]] = [
         ((key,), value) for key, value in root.items() if type(key) is str and _is_of_training(key, value)
     ]
     for path, value in todo:
         if len(todo) > _MAX_REST or type(value) is not dict:
             continue
-        for key, inner in value.items():
+        for key, inner in itertools.islice(value.items(), _MASTERS_AMONG):
             here = (*path, key[:_LONGEST_SHOWN] if type(key) is str else "…")
             if type(key) is str and inner and _MASTERS.fullmatch(key):
                 found[".".join(here)] = None
