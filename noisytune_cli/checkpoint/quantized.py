@@ -11,6 +11,7 @@ scales. Nor does a config: it may be what is left of a method that the weights w
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -94,6 +95,9 @@ _CODES = tuple({family.codes for family in _FAMILIES})
 
 #: What names have in them of tensors that belong to quantised weights, or to such as only act as if.
 _SCALES = ("scale", "zero", "quant", "absmax")
+
+#: What integers are called that point at something, or hide it: JAX has no other than those of 32 bits.
+_NO_CODES = re.compile(r"(?:^|[._])(?:index|ids|edges|faces|mask)$")
 
 #: How the dtypes of 8, 6 and 4-bit floats begin: as safetensors spells them, and as torch does.
 _SMALL_FLOATS = ("F8_", "F6_", "F4", "FLOAT8_", "FLOAT4_")
@@ -289,7 +293,7 @@ def _codes_of_layer(held: Sequence[TensorSpec]) -> TensorSpec | None:
     beside = [tensor for tensor in floats if not tensor.name.endswith(".bias")]
     shapes = {tensor.shape for tensor in floats}
     for codes in integers:
-        if codes.shape in shapes or _is_mask(codes):
+        if codes.shape in shapes or _is_mask(codes) or _NO_CODES.search(codes.name):
             continue  # what hides elements is as large as what it hides
         if not _is_matrix(codes):
             found = codes.dtype in _BYTES and bool(beside) and codes.elements > 64

@@ -186,6 +186,13 @@ PLAIN: dict[str, Layer] = {
         "num_batches_tracked": ("I64", ()),
     },
     "relative positions": {"relative_position_index": ("I64", (64, 64)), "table": ("F32", (225, 4))},
+    "relative positions of JAX": {
+        "relative_position_index": ("I32", (64, 64)),
+        "table": ("F32", (225, 4)),
+    },
+    "edges": {"edge_index": ("I64", (2, 90)), "edge_weight": ("F32", (90,)), "degree": ("F32", (90,))},
+    "a mesh": {"faces": ("I32", (90, 3)), "vertices": ("F32", (50, 3))},
+    "a mask beside a vector": {"mask": ("U8", (64, 64)), "scale": ("F32", (64,))},
     "a masked layer": {"weight": ("F32", (32, 64)), "mask": ("U8", (32, 64))},
     "a masked vector": {"weight": ("F32", (96,)), "mask": ("U8", (96,))},
     "a causal mask": {
