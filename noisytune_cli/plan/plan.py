@@ -205,7 +205,8 @@ def confirm_ties(plan: Plan, confirmed: Collection[Tie]) -> Plan:
     names = [name for tie in plan.ties if tie.evidence == "equal-bytes" for name in tie.all_names]
     settled = frozenset(names)
     paths = paths_of(step.tensor for step in plan.steps if step.tensor.name in settled)
-    filters = _filters(plan.noise, match_with_paths(_patterns(plan.noise), names, paths))
+    shapes = shapes_of(step.tensor for step in plan.steps)
+    filters = _filters(plan.noise, match_with_paths(_patterns(plan.noise), names, paths, shapes=shapes))
     divisions = {step.tensor.name: Division(step.parts, step.undivided) for step in plan.steps}
     buffers = {step.tensor.name for step in plan.steps if step.reason == "buffer"}
     wishes = _wishes(confirmed, filters, buffers, divisions)
@@ -269,7 +270,9 @@ def match_with_paths(
     """Return the names that each pattern matches (see `match_names`), by themselves or by their paths."""
     matched = match_names(patterns, names, buffers, shapes)
     if paths:
-        by_path = match_names(patterns, list(paths), {p for p, name in paths.items() if name in buffers})
+        of_paths = {path: shapes[name] for path, name in paths.items() if name in shapes} if shapes else None
+        hidden = {path for path, name in paths.items() if name in buffers}
+        by_path = match_names(patterns, list(paths), hidden, of_paths)
         matched = [own | {paths[p] for p in found} for own, found in zip(matched, by_path, strict=True)]
     return matched
 

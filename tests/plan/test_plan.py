@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -248,3 +249,15 @@ def test_outcomes_known_from_the_values_are_asked_too() -> None:
         check_outcomes(NoiseSpec(), [("copy", "constant"), ("copy", "non-finite"), ("copy", "constant")])
     with pytest.raises(UsageError):
         check_outcomes(NoiseSpec(), [("copy", "constant"), ("copy", "excluded")])
+
+
+def test_a_norm_by_its_shapes_is_one_by_its_path_and_in_a_tie_too() -> None:
+    named = [spec("text_model.mlp.1.weight", (8,)), spec("text_model.mlp.1.bias", (8,))]
+    with_path = [replace(tensor, path=f"gan.{tensor.name}") for tensor in named]
+    layer = spec("text_model.mlp.0.weight")
+    made = make_plan([*with_path, layer], NoiseSpec(include=("@mlp",)))
+    assert list(reasons(made).values()) == ["excluded", "excluded", "perturb"]
+    twice = [replace(tensor, name=f"audio_model.{tensor.name}") for tensor in named]
+    made = make_plan([*named, *twice, layer], NoiseSpec(exclude=("@norm",)))
+    assert len(made.ties) == 2
+    assert list(reasons(confirm(made)).values()) == [*["excluded"] * 4, "perturb"]

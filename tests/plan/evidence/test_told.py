@@ -240,6 +240,18 @@ def test_a_block_that_is_called_like_a_metric_is_a_block(tmp_path: Path) -> None
     assert told(done) == dict.fromkeys(layers, NOISE) | dict.fromkeys(states, BY_CHECKPOINT)
 
 
+def test_a_dictionary_that_only_sounds_like_a_loss_or_an_optimizer_is_a_model(tmp_path: Path) -> None:
+    content = {
+        "gloss_encoder": tensors(**{"a.weight": (4, 4), "a.scale": (4,)}),
+        "optimus": tensors(**{"b.weight": (4, 4)}),
+        "arcface_loss": tensors(weight=(9, 4), margins=(9,)),
+        "center_loss": tensors(centers=(9, 4)),
+    }
+    done = pickled(tmp_path, content)
+    names = ["a.weight", "a.scale", "b.weight", "weight", "margins"]
+    assert told(done) == {**dict.fromkeys(names, NOISE), "centers": BY_CHECKPOINT}
+
+
 def test_a_lone_vector_in_what_is_called_like_a_metric_is_a_doubt(tmp_path: Path) -> None:
     state = tensors(**{"net.0.weight": (4, 4), "f1.weight": (4,), "dice.weight": (3,), "acc.tp": (3,)})
     done = pickled(tmp_path, {"state_dict": state, "pytorch-lightning_version": "2.5"})

@@ -53,10 +53,13 @@ _MAX_CHARACTERS = 32 << 20
 _MODELS = re.compile(r"(model_)?state(_dict)?|(model|net|network|module|params)(_ema|_state(_dict)?)?")
 
 #: What else it keeps, by what its key holds and by the whole of it: never descended into.
-_OPTIMIZER = re.compile(r"optim(?!al|ism)")
+_OPTIMIZER = re.compile(r"optim(?!al|ism|us)")
 _TRAINING = re.compile(
     r"callbacks|loops|criterion|(train_)?(loss|losses)|train(er|ing)?_state|data_?loader.*", re.DOTALL
 )
+
+#: What sign languages are written in.
+_NO_LOSSES = frozenset(("gloss", "glosses"))
 
 #: So are these, unless there is a matrix in them: an upsampler or a resampler is a model.
 _WITHOUT_MATRICES = ("sched", "scaler", "scaling", "rng", "sampler")
@@ -226,14 +229,15 @@ def is_model(name: str) -> bool:
 
 def is_loss(name: str) -> bool:
     """Say whether a dictionary or module is called a loss; what such a one remembers is no weight."""
-    return any(word.endswith(("loss", "losses", "criterion", "criterions")) for word in name.split("_"))
+    words = (word for word in name.split("_") if word not in _NO_LOSSES)
+    return any(word.endswith(("loss", "losses", "criterion", "criterions")) for word in words)
 
 
 def declared_by(root: object, weights: Sequence[Weight[_Leaf]]) -> Declared:
     """Return what a training checkpoint says of its weights: DeepSpeed's lists, and who wrote it.
 
     DeepSpeed's names are those inside `module`; its copy of a frozen weight is one with that weight.
-    What lies in a dictionary of a loss's own is its state, as DINO's centre is.
+    What lies in a dictionary of a loss's own is its state, as DINO's centre is, unless there are layers.
     """
     assert type(root) is dict  # or `sort_content` had refused it
     names = {weight.name: weight.name for weight in weights}
@@ -247,9 +251,10 @@ def declared_by(root: object, weights: Sequence[Weight[_Leaf]]) -> Declared:
     groups = [*(shapes if type(shapes) is list else [shapes]), root.get("frozen_param_shapes")]
     pairs = [*(shared.items() if type(shared) is dict else shared if type(shared) is list else ())]
     pairs += [(w.key, w.name) for w in weights if w.containers == (FROZEN_COPIES,)]
+    layered = {w.containers for w in weights if w.key.endswith("weight") and len(w.tensor.shape) > 1}
+    losses = [w for w in weights if any(map(is_loss, w.containers)) and w.containers not in layered]
     return Declared(
-        buffers=known(root.get("buffer_names"))
-        | {weight.name for weight in weights if any(map(is_loss, weight.containers))},
+        buffers=known(root.get("buffer_names")) | {weight.name for weight in losses},
         parameters=frozenset().union(*map(known, groups)),
         pairs=tuple((names[a], names[b]) for pair in pairs if len(known(pair)) == 2 for a, b in [pair]),
         lightning="pytorch-lightning_version" in root,
