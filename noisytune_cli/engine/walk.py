@@ -225,6 +225,9 @@ class TensorWalk:
         self._buffer: memoryview | None = None
         self._source_hash = blake3()
         self._zeros = 0
+        # Of what is only done again nobody is warned.
+        is_new = not outputs[0].recorded and any(step.action == "perturb" for step in steps)
+        self._counts_zeros = is_new and len(self.tensor.shape) > 1
         self.receipts: tuple[Receipt, ...] = ()
 
     def measure_and_write(self, worker: Worker) -> None:
@@ -244,10 +247,7 @@ class TensorWalk:
         def tile(worker: Worker, index: int) -> None:
             data = self._read(worker, index)
             self.matrices.measure(index, self._tiles[index][0], data)
-            zeros = tiles.zeros(data, self.tensor.dtype) if len(self.tensor.shape) > 1 else 0
-            with work.in_turn(index):
-                self._source_hash.update(data)
-                self._zeros += zeros
+            self._look_at(work, index, data)
             if report:
                 self._walk.progress(len(data))
 
@@ -311,9 +311,8 @@ class TensorWalk:
         """Write a tile to every output; each has a turn of its own, so that threads follow one another."""
         data = self._buffer_tile(index) if self._buffer is not None else self._read(worker, index)
         first, _ = self._tiles[index]
-        if not (self.is_measured or again):  # otherwise it was hashed already
-            with work.in_turn(index):
-                self._source_hash.update(data)
+        if not (self.is_measured or again):  # otherwise it was looked at already
+            self._look_at(work, index, data)
         for lane, one in enumerate(written, start=1):
             if one.is_plain_copy:
                 one.write(first, data)
@@ -326,6 +325,13 @@ class TensorWalk:
                 one.write(first, out)
             if not again:
                 self._walk.progress(len(data))
+
+    def _look_at(self, work: TileLoop, index: int, data: memoryview) -> None:
+        """Take a tile of the source into its digest, and count the zeros that noise will replace."""
+        zeros = tiles.zeros(data, self.tensor.dtype) if self._counts_zeros else 0
+        with work.in_turn(index):
+            self._source_hash.update(data)
+            self._zeros += zeros
 
     def _divide(self, offset: int, units: Sequence[int]) -> list[tuple[int, int]]:
         """Return (first element, elements) of each tile; `units` are the bytes of an element in each output.

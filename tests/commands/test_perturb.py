@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -198,8 +199,9 @@ def test_a_dry_run_reads_no_weight(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["in.safetensors"]
 
 
+@pytest.mark.parametrize("noise", [NoiseSpec(), NoiseSpec(0.1, scope="absolute"), NoiseSpec(scope="global")])
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "F64"])
-def test_warns_of_a_matrix_that_was_sparse(dtype: str, tmp_path: Path) -> None:
+def test_warns_of_a_matrix_that_was_sparse(dtype: str, noise: NoiseSpec, tmp_path: Path) -> None:
     dense = weights(dtype, 700, 1000, seed=1)
     pruned = dense.values.reshape(-1, 4).copy()
     pruned[:, 1::2] = 0
@@ -214,6 +216,6 @@ def test_warns_of_a_matrix_that_was_sparse(dtype: str, tmp_path: Path) -> None:
         "excluded": Tensor(dtype, pruned.reshape(dense.values.shape)),
     }
     save(tmp_path / "in.safetensors", tensors)
-    request = Request(str(tmp_path / "in.safetensors"), NoiseSpec(exclude=("excluded",)))
+    request = Request(str(tmp_path / "in.safetensors"), replace(noise, exclude=("excluded",)))
     done = perturb(request, str(tmp_path / "out.safetensors"))
     assert [warning.split(":")[0] for warning in done.warnings if "were 0" in warning] == ["pruned"]
