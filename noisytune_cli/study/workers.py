@@ -11,6 +11,7 @@ import contextlib
 import multiprocessing
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -33,6 +34,9 @@ _PROCESS_BYTES = 700 << 20
 #: Tensors as large as the model that a run holds on the host: the loaded one, its copy, gradients, Adam's
 #: two moments, and the weights that it started from.
 _COPIES = 6
+
+#: Those of each further member: weights and Adam's moments; gradients are one member's at a time.
+_MEMBER_COPIES = 3
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,14 @@ def carry_out(
     yield from _in_processes(material, recipe, runs, place, report)
 
 
-def check_memory(parameters: int, jobs: int) -> None:
-    """Refuse more processes than fit into what memory is free; ResourceExhausted, with what would fit."""
+def check_memory(parameters: int, jobs: int, members: int = 1) -> None:
+    """Refuse more processes than fit into what memory is free; ResourceExhausted, with what would fit.
+
+    `members` is how many models a run trains at once.
+    """
     if jobs <= 1:
         return
-    needed = _COPIES * 4 * parameters + _PROCESS_BYTES
+    needed = (_COPIES + _MEMBER_COPIES * (members - 1)) * 4 * parameters + _PROCESS_BYTES
     free = _free_memory()
     if free is not None and jobs * needed > free:
         raise ResourceExhausted(
@@ -108,6 +115,8 @@ def _in_processes(
                     report(content)
                 elif kind == "error":
                     raise _rebuilt(*content)
+                elif kind == "bug":
+                    raise RuntimeError(content)
                 else:
                     if waiting:
                         pipe.send(waiting.pop())
@@ -151,6 +160,10 @@ def _work(pipe: Connection, material: Material, recipe: Recipe, place: Place) ->
                 pipe.send(("done", record))
         except NoisytuneError as error:
             pipe.send(("error", (type(error), {name: getattr(error, name) for name in _PARTS})))
+        except (EOFError, OSError):
+            raise
+        except Exception:  # the parent ends with it, as it would without processes
+            pipe.send(("bug", traceback.format_exc()))
 
 
 #: What an error is made of.

@@ -103,6 +103,7 @@ def test_what_is_excluded_holds_of_few_seeds_too() -> None:
 def test_few_seeds_cannot_reach_a_small_p() -> None:
     assert statistics.smallest_p(5) == 0.0625
     assert statistics.smallest_p(6) == 0.03125
+    assert statistics.permutation_p([0.1 + i / 100 for i in range(20)]) == statistics.smallest_p(20)
     assert statistics.pairs_needed(1) == 6
     # 7 · 2/2⁸ = 0.0547, 7 · 2/2⁹ = 0.0273
     assert statistics.pairs_needed(7) == 9

@@ -44,6 +44,13 @@ def test_a_csv_file_has_quoting(tmp_path: Path) -> None:
     ]
 
 
+def test_a_cell_may_be_as_long_as_a_book(tmp_path: Path) -> None:
+    book = "word " * 100_000
+    for name, separator in (("a.csv", ","), ("a.tsv", "\t")):
+        path = write(tmp_path, name, f"text{separator}label\n{book}{separator}1\n")
+        assert read_table(path, COLUMNS) == [TableRow(path, 2, (book, "1"))]
+
+
 def test_a_jsonl_file_holds_objects(tmp_path: Path) -> None:
     path = write(
         tmp_path, "a.jsonl", '{"text": "a", "label": 1, "more": []}\n\n{"label": "x", "text": "b"}\n'

@@ -76,6 +76,7 @@ def _split_tabs(lines: list[str]) -> _Cells:
 
 
 def _split_csv(path: Path, lines: list[str]) -> _Cells:
+    csv.field_size_limit(2**31 - 1)  # a document may have more than Python's 131,072 characters
     reader = csv.reader((f"{line}\n" for line in lines), strict=True)
     while True:
         try:

@@ -101,13 +101,13 @@ def permutation_p(differences: Sequence[float]) -> float:
 
 def smallest_p(pairs: int) -> float:
     """Return the smallest two-sided p that the sign-flip test can give with `pairs` differences."""
-    return 2.0 ** (1 - pairs)
+    return 2.0 / min(2.0**pairs, _MOST_FLIPS + 1)  # of random flips the observed one is counted too
 
 
 def pairs_needed(comparisons: int) -> int:
     """Return how many pairs it takes before one of `comparisons` could come out as evidence."""
     pairs = 1
-    while comparisons * smallest_p(pairs) >= SIGNIFICANCE:
+    while comparisons * 2.0 ** (1 - pairs) >= SIGNIFICANCE:
         pairs += 1
     return pairs
 
