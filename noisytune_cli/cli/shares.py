@@ -34,7 +34,7 @@ _ARRAYS = (
     ),
     _Array("AWS Batch", "AWS_BATCH_JOB_ARRAY_INDEX", "0", "1", "AWS_BATCH_JOB_ARRAY_SIZE"),
     _Array("a Kubernetes indexed job", "JOB_COMPLETION_INDEX", "0", "1", "JOB_COMPLETIONS"),
-    # What srun and torchrun start at once.
+    # What srun starts at once.
     _Array("Slurm tasks", "SLURM_PROCID", "0", "1", "SLURM_NTASKS"),
 )
 

@@ -10,7 +10,7 @@ from noisytune_cli.cli.show import note, warn, write_out
 from noisytune_cli.cli.table import lay_out
 from noisytune_cli.escape import escape
 from noisytune_cli.study.report import wording
-from noisytune_cli.study.report.report import unlearnt
+from noisytune_cli.study.report.report import caveats
 from noisytune_cli.study.report.results import encode, whole
 
 #: The columns, and those that a narrow terminal does without, the first to go first.
@@ -36,8 +36,8 @@ def show_study(
 ) -> None:
     """Print the results, unless they are printed already.
 
-    On stderr follows where nothing was learnt, and unless `quiet` where the rest lies and what the seeds
-    cannot show.
+    On stderr follows what takes from the scores' worth, and unless `quiet` where the rest lies and what
+    the seeds cannot show.
     """
     if not is_printed:
         write_out(encode(results) if as_json else _table(results), spelled=not as_json)
@@ -45,7 +45,7 @@ def show_study(
         warn(f"the study is not finished: {results['finished']} of {results['planned']} runs are done")
     if results["lambda_chosen_on"] == "dev":
         warn(wording.choice("dev"))
-    for told in unlearnt(results):
+    for told in caveats(results, escape):
         warn(f"{escape(results['study']['task'])}: {told}")
     if quiet:
         return

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from noisytune_cli.errors import UsageError
-from noisytune_cli.study.combination import FLAGS, combine
+from noisytune_cli.study.combination import FLAGS, combine, draws
 from noisytune_cli.study.methods import Value
 from noisytune_cli.study.settings import Recipe
 
@@ -112,6 +112,17 @@ def _run(method: str, options: Mapping[str, Value], share: float, seed: int, see
     }
     digest = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=8).hexdigest()
     return Run(key=f"{method}-{seed}-{digest}", **told)  # type: ignore[arg-type]
+
+
+def drawn_from(run: Mapping[str, Any], *, regression: bool, fresh: bool) -> str:
+    """Return what a run's numbers follow from, as text: runs of one study in which it is the same are one.
+
+    `run` is a record; `fresh` says whether anything is drawn from the seed of initialisation.
+    """
+    seeds = ["order_seed", *["init_seed"] * fresh]
+    seeds += ["noise_seed"] * draws(run["method"], regression=regression)
+    wanted = ("method", "lambda", "noise", "scope", "options", "share", *seeds)
+    return json.dumps({name: run[name] for name in wanted}, sort_keys=True)
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,12 @@ RUNS = "runs.jsonl"
 class Journal:
     """The open folder of one study; `study` is its record, `runs` the finished runs' by key."""
 
-    def __init__(self, folder: Path, study: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, study: Mapping[str, Any], *, grow: bool = True) -> None:
         """Open or make the folder for `study`, whose "settings" must be those it was begun with.
 
-        Its "design" may grow: what is asked for now is added to what was. Raises OutputUnsafe where the
-        folder is another study's, in use or not a study's; InputInvalid where its files are damaged.
+        Its "design" may grow: what is asked for now is added to what was, in the file only if `grow`. Raises
+        OutputUnsafe where the folder is another study's, in use or not a study's; InputInvalid where its
+        files are damaged.
         """
         self.folder = folder
         self.runs: dict[str, dict[str, Any]] = {}
@@ -43,7 +44,7 @@ class Journal:
         try:
             self._lock()
             self._read_runs()
-            self.study = self._settle(study)
+            self.study = self._settle(study, grow)
         except BaseException:
             self._file.close()
             raise
@@ -108,7 +109,7 @@ class Journal:
                     next_step="Remove the line, so that its run is done again",
                 ) from None
 
-    def _settle(self, study: Mapping[str, Any]) -> dict[str, Any]:
+    def _settle(self, study: Mapping[str, Any], grow: bool) -> dict[str, Any]:
         """Write study.json, or compare it with what is asked for and add to its design."""
         path = self.folder / STUDY
         settled = dict(study)
@@ -121,7 +122,7 @@ class Journal:
             # Machine and versions stay those that the first runs were made with. What a folder lacks that was
             # passed on without it, such as the rows' labels, follows from what is the same.
             settled = {**study, **known, "design": list(planned.values())}
-            if settled == known:
+            if settled == known or not grow:
                 return settled
         elif self.runs:
             raise OutputUnsafe(

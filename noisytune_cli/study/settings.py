@@ -81,6 +81,9 @@ def record(
 
 
 def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return recorded settings with what earlier versions left unsaid: the precision that a device had."""
+    """Return the settings by which a study is known, with the precision that earlier versions left unsaid.
+
+    What the task is called is none of them: own rows are called after their file, which may be renamed.
+    """
     precision = "bfloat16" if settings.get("device") == "cuda" else "float32"
-    return {"precision": precision, **settings}
+    return {name: value for name, value in {"precision": precision, **settings}.items() if name != "task"}

@@ -8,7 +8,7 @@ say together is written beside them. So a study that was stopped continues, and 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from noisytune_cli.checkpoint.address import is_address
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.checkpoint.config import ADAPTER_CONFIG
 from noisytune_cli.engine.threads import default_threads
 from noisytune_cli.errors import InputInvalid, OutputUnsafe, UsageError, unreadable
 from noisytune_cli.study import machine
@@ -26,7 +27,9 @@ from noisytune_cli.version import __version__
 
 if TYPE_CHECKING:
     from noisytune_cli.study.data.splits import Files
+    from noisytune_cli.study.data.tasks import Data
     from noisytune_cli.study.design import Run, Split
+    from noisytune_cli.study.journal import Journal
 
 #: Reports progress: entered with the steps in all, gives what is called with the steps just done.
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
@@ -156,23 +159,42 @@ def study(
         "schema": 1,
         "tool": {"name": "noisytune", "version": __version__},
         "settings": record(material, request.recipe, digests, kind),
-        "model": {"id": source.id, "revision": source.revision, "parameters": parameters},
+        "model": {
+            "id": source.id,
+            "revision": source.revision,
+            "parameters": parameters,
+            **({"earlier": source.previous_run.what} if source.previous_run else {}),
+        },
         "task": task.name,
         "primary": task.metrics[0],
         "regression": task.regression,
         "label_names": list(data.label_names),
         "constant_score": constant_score(task.metrics[0], dev_labels, len(data.label_names)),
         "dev_labels": dev_labels,
+        "repeated": _repeated(data, split),
         "machine": machine.describe_machine(request.device, threads, request.jobs),
         "design": [run.record() for run in runs],
     }
-    with Journal(Path(request.out), document) as journal:
+    with Journal(Path(request.out), document, grow=not request.report_only) as journal:
         lacking = [run for run in runs if run.key not in journal.runs and not request.report_only]
         if lacking:
             foreseen = foresee(journal.study["design"])
             if foreseen is not None and (weak := wording.too_few(*foreseen)):
                 tell(weak)
-            _carry_out(request, material, lacking, split, parameters, threads, journal.add, progress)
+            for told in (*wording.earlier(journal.study), *wording.repeated(journal.study)):
+                tell(told)
+        # Whether anything is drawn from the seed of initialisation only a finished run can tell.
+        fresh = all(run.get("fresh", True) for run in journal.runs.values())
+
+        def settle() -> list[Run]:
+            return _record_same(lacking, journal, regression=task.regression, fresh=fresh)
+
+        def add(done: dict[str, Any]) -> None:
+            journal.add(done)
+            settle()
+
+        if needed := settle():
+            _carry_out(request, material, needed, split, parameters, threads, add, progress)
         planned = [run["key"] for run in journal.study["design"]]
         finished = [journal.runs[key] for key in planned if key in journal.runs]
         return Studied(journal.folder, write_outputs(journal.folder, journal.study, finished))
@@ -203,6 +225,34 @@ def study_tasks(
     return studied, write_tasks(folder, [one.results for one in studied])
 
 
+def _record_same(runs: Sequence[Run], journal: Journal, *, regression: bool, fresh: bool) -> list[Run]:
+    """Record the runs that are one with a finished one; return those that have to be carried out."""
+    from noisytune_cli.study.design import drawn_from
+
+    def told(run: Mapping[str, Any]) -> str:
+        return drawn_from(run, regression=regression, fresh=fresh)
+
+    finished = {told(run): run for run in reversed(journal.runs.values())}
+    needed: dict[str, Run] = {}
+    for run in runs:
+        same = told(run.record())
+        if run.key in journal.runs:
+            continue
+        if (done := finished.get(same)) is not None:
+            journal.add({**done, **run.record(), "same_as": done.get("same_as", done["key"])})
+        else:
+            needed.setdefault(same, run)
+    return list(needed.values())
+
+
+def _repeated(data: Data, split: Split) -> dict[str, int]:
+    """Return how many rows that are scored have the text of a row that is trained on, by what they are."""
+    known = {data.train.texts[place] for place in split.train}
+    held_out = (data.train.texts[place] for place in split.held_out)
+    scored: Mapping[str, Iterable[tuple[str, ...]]] = {"dev": data.dev.texts, "held_out": held_out}
+    return {part: sum(texts in known for texts in rows) for part, rows in scored.items()}
+
+
 def _carry_out(
     request: StudyRequest,
     material: Material,
@@ -215,7 +265,11 @@ def _carry_out(
 ) -> None:
     from noisytune_cli.study.workers import Place, carry_out, check_memory
 
-    check_memory(parameters, min(request.jobs, len(runs)))
+    # Under LoRA the members share what is frozen, which is nearly all.
+    members = (
+        max(int(run.options.get("deni.members", 1)) for run in runs) if not request.recipe.lora_rank else 1
+    )
+    check_memory(parameters, min(request.jobs, len(runs)), members)
     place = Place(request.device, request.jobs, threads)
     with progress(sum(split.steps(run.share, request.recipe) for run in runs)) as report:
         for done in carry_out(material, request.recipe, runs, place, report):
@@ -254,6 +308,14 @@ def _check_folder(source: Checkpoint, model: str) -> None:
             path=model,
             why="a study needs the model's config and tokenizer too",
             next_step="Give the folder that it lies in",
+        )
+    # transformers then loads another model, which the config names, and trains the adapter's head alone.
+    if (source.root / ADAPTER_CONFIG).exists():
+        raise InputInvalid(
+            "cannot study an adapter",
+            path=model,
+            why=f"{ADAPTER_CONFIG} lies there: its weights are only what is added to another model",
+            next_step="Merge it into its model and give that, or give the model alone, with --lora",
         )
 
 

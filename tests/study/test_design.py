@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from noisytune_cli.errors import UsageError
-from noisytune_cli.study.design import Run, Seeds, plan_runs, split_rows
+from noisytune_cli.study.design import Run, Seeds, drawn_from, plan_runs, split_rows
 
 ZERO = Seeds([0])
 
@@ -70,6 +70,21 @@ def test_keys_tell_runs_apart_and_do_not_change() -> None:
     assert len(keys) == 8
     assert key(settings={"r3f.lambda": 0.7}) == key()  # another method's
     assert plan("plain")[0].key == "plain-0-965b09e0b30286cf"
+
+
+def test_runs_that_differ_in_seeds_that_they_do_not_draw_from_are_one() -> None:
+    def kinds(regression: bool, fresh: bool) -> list[int]:
+        """Return how many runs there are of each method, of two seeds each of head and of noise."""
+        seeds = [Seeds([0, 1], init=init, order=0) for init in (0, 1)]
+        found: dict[str, set[str]] = {}
+        for run in (run for one in seeds for run in plan("plain", "noisytune", "r4f", "swa", seeds=one)):
+            told = drawn_from(run.record(), regression=regression, fresh=fresh)
+            found.setdefault(run.method, set()).add(told)
+        return [len(found[method]) for method in ("plain", "noisytune", "r4f", "swa")]
+
+    assert kinds(regression=False, fresh=True) == [2, 4, 4, 2]
+    assert kinds(regression=True, fresh=True) == [2, 4, 2, 2]
+    assert kinds(regression=False, fresh=False) == [1, 2, 2, 1]
 
 
 def test_a_run_that_is_asked_for_twice_is_one() -> None:

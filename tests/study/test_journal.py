@@ -75,6 +75,22 @@ def test_the_design_may_grow_and_what_was_first_recorded_stays(tmp_path: Path) -
     assert kept(tmp_path)[0] == {**study("a", "b"), "machine": "first"}
 
 
+def test_rows_may_lie_under_another_name(tmp_path: Path) -> None:
+    with Journal(tmp_path, study("a", task="train")):
+        pass
+    with Journal(tmp_path, study("b", task="train_v2")) as journal:
+        assert journal.study == study("a", "b", task="train")
+
+
+def test_what_is_only_looked_at_is_not_planned(tmp_path: Path) -> None:
+    with Journal(tmp_path, study("a")):
+        pass
+    before = (tmp_path / "study.json").read_bytes()
+    with Journal(tmp_path, study("b"), grow=False) as journal:
+        assert journal.study == study("a", "b")
+    assert (tmp_path / "study.json").read_bytes() == before
+
+
 def test_another_study_is_refused_and_nothing_is_changed(tmp_path: Path) -> None:
     with Journal(tmp_path, study("a")):
         pass

@@ -286,6 +286,28 @@ def test_results_are_the_same_bytes_and_their_floats_round_trip() -> None:
     assert json.loads(text)["schema"] == results.SCHEMA == 1
 
 
+def test_runs_that_diverged_and_rows_that_were_seen_are_told() -> None:
+    made = [*beside_plain(UP), run("mixout", 0, 0.2, loss=None), run("mixout", 1, 0.2)]
+    model = {"id": "minilm", "revision": None, "parameters": 1, "earlier": "the source was noised before"}
+    found = summarise(made, repeated={"dev": 1, "held_out": 0}, model=model)
+    assert [c["diverged"] for c in found["conditions"]] == [0, 1, 0]
+    report = render(found, [])
+    assert (
+        "**mixout: 1 of 2 runs diverged (no finite loss at the end), and are scored none the less.**"
+        in report
+    )
+    assert "**1 dev row has the text of a row that is trained on: " in report
+    assert "held-out row has" not in report
+    assert "**the source was noised before, as a manifest beside its weights tells: " in report
+
+
+def test_a_run_that_was_not_carried_out_counts_as_none() -> None:
+    made = runs("plain", [0.4, 0.4])
+    made[1]["same_as"] = made[0]["key"]
+    (plain,) = summarise(made)["conditions"]
+    assert (plain["runs"], plain["cost"]["seconds"]) == (1, 60.0)
+
+
 @pytest.mark.parametrize(
     ("scores", "above"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from noisytune_cli.cli.app import app
-from noisytune_cli.errors import InputInvalid
+from noisytune_cli.errors import InputInvalid, ResourceExhausted
 from noisytune_cli.study import study as command
 
 from .conftest import Tiny
@@ -136,6 +137,15 @@ def test_seeds_are_varied_apart(tiny: Tiny, finished: Path, tmp_path: Path) -> N
     noisy = [run for run in varied if run["method"] == "noisytune"]
     assert plain[0]["loss"] == plain[1]["loss"] == lines(finished)[0]["loss"]  # only the noise differs
     assert noisy[0]["loss"] == lines(finished)[1]["loss"] != noisy[1]["loss"]
+    # So plain is carried out once, for all seeds that may be asked for later too.
+    assert [run.get("same_as") for run in plain] == [None, plain[0]["key"]]
+    assert [run["noise_seed"] for run in plain] == [0, 1]
+    more = done(
+        tiny, tmp_path / "out", "--seed", "2", "--method", "plain", "--init-seed", "0", "--order-seed", "0"
+    )
+    assert (more[-1]["seed"], more[-1]["same_as"]) == (2, plain[0]["key"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (results["conditions"][0]["runs"], results["finished"], results["missing"]) == (1, 5, [])
 
 
 def test_a_finished_study_is_not_done_again_and_may_grow(tiny: Tiny, finished: Path, tmp_path: Path) -> None:
@@ -370,6 +380,33 @@ def test_a_model_that_is_no_classifier_s_is_refused(tiny: Tiny, tmp_path: Path) 
     assert re.fullmatch(r"noisytune: error: cannot load a classifier: [^\n]+\n", result.stderr)
 
 
+def test_an_adapter_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny.model, tmp_path / "model")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
+    arguments = [str(folder) if a == str(tiny.model) else a for a in tiny.arguments]
+    result = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "out")])
+    assert (result.exit_code, "cannot study an adapter" in result.stderr) == (3, True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_was_noised_before_is_told(tiny: Tiny, tmp_path: Path) -> None:
+    noised = str(tmp_path / "noised")
+    assert CliRunner().invoke(app, ["perturb", str(tiny.model), "-o", noised, "-q"]).exit_code == 0
+    arguments = [noised if a == str(tiny.model) else a for a in tiny.arguments]
+    result = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "out"), "--report-only"])
+    assert result.exit_code == 0, result.output
+    assert "the source was noised before" in (tmp_path / "out/report.md").read_text()
+
+
+def test_rows_that_are_scored_and_trained_on_are_told(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    study(tiny, out, "--seed", "0", "--method", "plain", "--dev", str(tiny.train), "--report-only")
+    repeated = json.loads((out / "results.json").read_text())["study"]["repeated"]
+    # All but the fifth that is held out, in which nothing of the others lies.
+    assert repeated == {"dev": len(SENTENCES) * 4 // 5 - 12, "held_out": 0}
+    assert "52 dev rows have the text of a row that is trained on" in (out / "report.md").read_text()
+
+
 def test_a_weight_file_alone_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     file = str(tiny.model / "model.safetensors")
     arguments = [file if a == str(tiny.model) else a for a in tiny.arguments]
@@ -398,6 +435,9 @@ def test_more_processes_than_fit_are_refused(
     monkeypatch.setattr(workers, "_free_memory", lambda: 2 << 30)
     said = refused(tiny, tmp_path / "out", 6, "--jobs", "8")
     assert "and 2.0 GiB are free. Use --jobs 2." in said
+    workers.check_memory(8_000_000, 2)
+    with pytest.raises(ResourceExhausted, match="each takes about 1"):
+        workers.check_memory(8_000_000, 2, members=10)
 
 
 def test_a_process_that_dies_is_said_and_finished_runs_are_kept(
@@ -409,6 +449,20 @@ def test_a_process_that_dies_is_said_and_finished_runs_are_kept(
     said = refused(tiny, tmp_path / "out", 6, "--jobs", "2")
     assert "a process of the study died" in said
     assert (tmp_path / "out" / "runs.jsonl").read_bytes() == b""
+
+
+def test_a_bug_in_a_process_is_no_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from noisytune_cli.study import workers
+    from noisytune_cli.study.settings import Recipe
+
+    ours, theirs = multiprocessing.Pipe()
+    monkeypatch.setattr(workers.signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(workers, "Bench", lambda *arguments: {}["the bug"])
+    place = workers.Place("cpu", 2, 1)
+    workers._work(theirs, Any, Recipe(), place)  # type: ignore[arg-type]
+    kind, content = workers._receive(ours)
+    assert kind == "bug"
+    assert "KeyError: 'the bug'" in content
 
 
 def dies(*arguments: object) -> None:

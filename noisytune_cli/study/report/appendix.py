@@ -94,7 +94,7 @@ def settings(results: Results) -> list[str]:
             if value is not None
         ),
     ]
-    return ["## How it was run", table(["", ""], rows)]
+    return ["## How it was run", "Machine and tool are those of the first runs.", table(["", ""], rows)]
 
 
 def _cost_row(name: str, spent: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ the scores (change of the parameters, probe, cost, settings) is in `appendix`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from noisytune_cli.study.report import appendix, wording
 from noisytune_cli.study.report.markdown import bullets, image, table, text
@@ -24,6 +24,7 @@ def render(results: Results, drawn: Collection[str]) -> str:
         [f"# {text(study['model']['id'])} on {text(study['task'])}"],
         _missing(results),
         _findings(results),
+        [f"**{told}.**" for told in caveats(results, text)],
         _methods(results, figures),
         _lambdas(results, figures),
         _noises(results, figures),
@@ -73,7 +74,18 @@ def _findings(results: Results) -> list[str]:
     for family, of in zip(families, ("with plain", "of noise added to other methods"), strict=True):
         if weak := wording.power(family):
             notes.append(f"**Comparisons {of}: {weak}**")
-    return [bullets(lines), *notes, *(f"**{told}.**" for told in unlearnt(results))]
+    return [bullets(lines), *notes]
+
+
+def caveats(results: Results, shown: Callable[[str], str]) -> list[str]:
+    """Return what takes from the scores' worth: nothing learnt, noise or rows there before, diverged runs.
+
+    `shown` makes a name safe where it is to be read.
+    """
+    named = ({**entry, "name": shown(entry["name"])} for entry in results["conditions"] if entry["diverged"])
+    study = results["study"]
+    told = [*unlearnt(results), *wording.earlier(study), *wording.repeated(study)]
+    return [*told, *map(wording.diverged, named)]
 
 
 def unlearnt(results: Results) -> list[str]:

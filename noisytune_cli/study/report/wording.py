@@ -148,6 +148,39 @@ def unlearnt(metric: str, sample: Mapping[str, Any], constant: float) -> str:
     )
 
 
+def diverged(entry: Mapping[str, Any]) -> str:
+    """Return that runs of a condition ended without a finite loss."""
+    lam = f" (λ {strength(entry['lambda'])})" if entry["lambda"] is not None else ""
+    return (
+        f"{entry['name']}{lam}: {entry['diverged']} of {count(len(entry['seeds']), 'run')} diverged (no "
+        "finite loss at the end), and are scored none the less"
+    )
+
+
+def earlier(study: Mapping[str, Any]) -> list[str]:
+    """Return what a manifest of noisytune says of the model that all runs begin with, in a sentence."""
+    what = study["model"].get("earlier")
+    return (
+        [f"{what}, as a manifest beside its weights tells: all runs begin there, plain's too"] if what else []
+    )
+
+
+def repeated(study: Mapping[str, Any]) -> list[str]:
+    """Return which rows that are scored have the text of a row that is trained on, a sentence a kind."""
+    found = study.get("repeated", {})
+    means = {
+        "dev": "scores are in part of what was seen in training",
+        "held_out": "λ is in part chosen by what was seen in training",
+    }
+    rows = {"dev": "dev row", "held_out": "held-out row"}
+    return [
+        f"{count(number, rows[kind])} {'has' if number == 1 else 'have'} the text of a row that is trained "
+        f"on: {means[kind]}"
+        for kind in rows
+        if (number := found.get(kind, 0))
+    ]
+
+
 def choice(chosen_on: str) -> str:
     """Return on which rows λ was chosen, in one sentence."""
     return {
