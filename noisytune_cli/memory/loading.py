@@ -51,15 +51,19 @@ def watched() -> Iterator[Origins]:
     current = threading.local()
 
     def noted_load(model: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+        # What is loaded into a model later is an adapter, which knows nothing of the base.
+        origin = None if model in origins else Origin()
         outer = getattr(current, "origin", None)
-        current.origin = origins[model] = Origin()
+        current.origin = origin
         try:
             loaded = load(model, *arguments, **keywords)
         finally:
             current.origin = outer
-        report = loaded[0] if isinstance(loaded, tuple) else loaded
-        # As it is now: names are taken out of it later.
-        origins[model].lacking.update(getattr(report, "missing_keys", ()))
+        if origin is not None:
+            report = loaded[0] if isinstance(loaded, tuple) else loaded
+            # As it is now: names are taken out of it later.
+            origin.lacking.update(getattr(report, "missing_keys", ()))
+            origins[model] = origin
         return loaded
 
     def noted_add(self: Any, target_key: str, source_key: str, *arguments: Any, **keywords: Any) -> Any:

@@ -369,6 +369,21 @@ class Training:
         callback.on_train_begin(self.args, self.state, transformers.TrainerControl(), model=model)
 
 
+def test_a_model_that_is_loaded_with_its_adapter_has_the_noise_of_its_base(
+    base: Path, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    plain = transformers.AutoModelForMaskedLM.from_pretrained(base)
+    adapted = peft.get_peft_model(plain, peft.LoraConfig(r=2, target_modules=["query"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    perturb(Request(str(base), NoiseSpec()), str(tmp_path / "noisy"))
+    expected = parameters(transformers.BertModel.from_pretrained(tmp_path / "noisy", add_pooling_layer=False))
+    with noisytune_cli.noisy_from_pretrained():
+        model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "adapter")
+    found = {name.replace(".base_layer", ""): value for name, value in parameters(model.bert).items()}
+    assert same({name: found[name] for name in expected}, expected)
+
+
 def test_the_callback_perturbs_a_model_once_and_writes_the_record(tmp_path: Path) -> None:
     model, expected = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
     clean = parameters(model)
