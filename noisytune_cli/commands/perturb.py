@@ -6,7 +6,6 @@ the output, the space it needs. Then tensors walk from source to staging, and pu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -26,9 +25,10 @@ from noisytune_cli.commands.replaced import (
 from noisytune_cli.commands.request import Request
 from noisytune_cli.commands.result import Result
 from noisytune_cli.commands.write import complete, fill, record_source
+from noisytune_cli.engine.matrix import warnings_of
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
-from noisytune_cli.escape import enumerate_some, escape
+from noisytune_cli.escape import escape
 from noisytune_cli.manifest.write import pieces, to_json
 from noisytune_cli.noise.devices import open_device
 from noisytune_cli.output.commits import all_staged, commit_all, publication_at
@@ -40,7 +40,7 @@ from noisytune_cli.output.sidecars import companions, left_behind
 from noisytune_cli.output.space import check_room, free_bytes, manifest_bytes, needed_bytes
 from noisytune_cli.plan.evidence.doubts import refuse_doubts, warning_of
 from noisytune_cli.plan.evidence.told import Told, tell_checkpoint
-from noisytune_cli.plan.plan import check_outcomes, idle_rules
+from noisytune_cli.plan.plan import check_outcomes, idle_rules, too_strong
 from noisytune_cli.plan.plans import make_plans, settle_plans, together
 from noisytune_cli.records import (
     Combination,
@@ -129,15 +129,8 @@ class Prepared:
             for text in idle_rules(plan)
         )
         alone = _of_a_shard(self.source)
-        return (
-            *self.source.warnings,
-            *self.claims,
-            *alone,
-            *adapters,
-            *doubts,
-            *idle,
-            *_too_strong(self.plans),
-        )
+        strong = too_strong(plan.noise for plan in self.plans)
+        return (*self.source.warnings, *self.claims, *alone, *adapters, *doubts, *idle, *strong)
 
     def settled(self) -> Prepared:
         """Return it with all settled that takes reading; a buffer keeps its dtype."""
@@ -497,41 +490,3 @@ def _of_an_adapter(source: Checkpoint, plan: Plan) -> list[str]:
         f"{name} is of an adapter{which}, whose factors get noise of their own: the method's is on its base, "
         "before the adapter is made"
     ]
-
-
-def _too_strong(plans: Sequence[Plan]) -> list[str]:
-    """Warn of noise that is larger than what it is added to: most often λ was meant as a percentage."""
-    noises = [plan.noise for plan in plans if plan.noise.needs_std]
-    lam = max((abs(lam) for noise in noises for lam in (noise.lam, *dict(noise.rules).values())), default=0.0)
-    if lam <= math.sqrt(12):  # the width of uniform noise of std 1
-        return []
-    times = f"{lam / math.sqrt(12):.3g}"
-    return [f"λ {lam:g} gives noise with {times} times the weights' std; the paper's λ is 0.15"]
-
-
-def warnings_of(receipts: tuple[Receipt, ...]) -> list[str]:
-    """Say which tensors the noise could not reach, or hardly; a line for each kind, not for each tensor."""
-    broken = [r.step.tensor.name for r in receipts if r.reason == "non-finite" and not r.parts]
-    broken += [
-        f"{r.step.tensor.name}[{p.part.name}]" for r in receipts for p in r.parts if p.reason == "non-finite"
-    ]
-    sparse = [r.step for r in receipts if r.action == "perturb" and r.zeros * 2 >= r.step.tensor.elements]
-    numb = [r.step for r in receipts if r.unchanged * 2 > r.step.tensor.elements]
-    warnings = []
-    if broken:
-        warnings.append(
-            f"{enumerate_some(broken, 3)}: left without noise, because of values that are NaN or infinite"
-        )
-    if sparse:
-        names = enumerate_some([step.tensor.name for step in sparse], 3)
-        warnings.append(
-            f"{names}: half of the values or more were 0 and have noise now; --exclude keeps pruned weights"
-        )
-    if numb:
-        dtypes = "/".join(sorted({step.out_dtype or step.tensor.dtype for step in numb}))
-        names = enumerate_some([step.tensor.name for step in numb], 3)
-        warnings.append(
-            f"{names}: rounding to {dtypes} left more than half of the elements without noise "
-            "(the manifest has the counts)"
-        )
-    return warnings

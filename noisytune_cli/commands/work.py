@@ -21,10 +21,10 @@ from noisytune_cli.checkpoint.find import find
 from noisytune_cli.checkpoint.formats import Nowhere, Source
 from noisytune_cli.checkpoint.remote import Remote
 from noisytune_cli.commands.differences import same_kind
-from noisytune_cli.commands.perturb import warnings_of
 from noisytune_cli.commands.request import Request
 from noisytune_cli.commands.write import Where, complete, fill
 from noisytune_cli.engine.behind import some_behind
+from noisytune_cli.engine.matrix import warnings_of
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Output, Walk
 from noisytune_cli.errors import Mismatch, NoisytuneError, OutputUnsafe, unreadable

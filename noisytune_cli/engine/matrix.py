@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from noisytune_cli.engine import tiles
+from noisytune_cli.escape import enumerate_some
 from noisytune_cli.noise import distributions
 from noisytune_cli.noise.amplitudes import amplitudes, noise_of, overall
 from noisytune_cli.noise.devices import Device
@@ -222,3 +223,31 @@ class Outcomes:
             for outcome, (unchanged, clamped) in zip(self._outcomes, self._counts, strict=True)
         ]
         return receipt_of(self._step, done, source_digest, digest)
+
+
+def warnings_of(receipts: Sequence[Receipt]) -> list[str]:
+    """Say which tensors the noise could not reach, or hardly; a line for each kind, not for each tensor."""
+    broken = [r.step.tensor.name for r in receipts if r.reason == "non-finite" and not r.parts]
+    broken += [
+        f"{r.step.tensor.name}[{p.part.name}]" for r in receipts for p in r.parts if p.reason == "non-finite"
+    ]
+    sparse = [r.step for r in receipts if r.action == "perturb" and r.zeros * 2 >= r.step.tensor.elements]
+    numb = [r.step for r in receipts if r.unchanged * 2 > r.step.tensor.elements]
+    warnings = []
+    if broken:
+        warnings.append(
+            f"{enumerate_some(broken, 3)}: left without noise, because of values that are NaN or infinite"
+        )
+    if sparse:
+        names = enumerate_some([step.tensor.name for step in sparse], 3)
+        warnings.append(
+            f"{names}: half of the values or more were 0 and have noise now; --exclude keeps pruned weights"
+        )
+    if numb:
+        dtypes = "/".join(sorted({step.out_dtype or step.tensor.dtype for step in numb}))
+        names = enumerate_some([step.tensor.name for step in numb], 3)
+        warnings.append(
+            f"{names}: rounding to {dtypes} left more than half of the elements without noise "
+            "(the manifest has the counts)"
+        )
+    return warnings

@@ -11,13 +11,15 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.weak import WeakIdKeyDictionary
 
+from noisytune_cli.engine.matrix import warnings_of
 from noisytune_cli.engine.threads import thread_count
-from noisytune_cli.errors import UsageError
+from noisytune_cli.errors import NoisytuneWarning, UsageError
 from noisytune_cli.manifest.locate import manifest_of
 from noisytune_cli.manifest.read import read_manifest
 from noisytune_cli.memory import subnormals
@@ -38,11 +40,12 @@ from noisytune_cli.plan.arguments import (
     Pairs,
     Patterns,
     check_choice,
+    in_python,
     make_spec,
     of_python,
     patterns,
 )
-from noisytune_cli.plan.plan import check_outcomes
+from noisytune_cli.plan.plan import check_outcomes, too_strong
 from noisytune_cli.records import (
     Action,
     Granularity,
@@ -104,6 +107,9 @@ def perturb_(
     Of a model with adapters (peft) the base gets noise, under its own names. A module's parameters that have
     noise of the same seed from an earlier call, and were not written to since, are refused without `again`.
 
+    What noise could not reach, or hardly (a NaN inside, more than half of the values as rounding left them),
+    is a NoisytuneWarning, as is noise that is stronger than the weights.
+
     The record has no digests; `unchanged` and `clamped` of a sharded parameter count the elements held here.
     All processes that share sharded parameters must call this alike. Raises UsageError, InputInvalid or
     Mismatch before anything is changed; a call that is interrupted later leaves some tensors with noise.
@@ -141,7 +147,7 @@ def perturb_(
         parameters = recorded_parameters(live_tensors, recorded)
     leave_out(parameters, frozen=frozen, fresh=fresh, fresh_names=fresh_patterns, spared=spared)
     noised = [p.live.tensor for p in parameters if is_module and p.outcome()[0] == "perturb"]
-    had = [_seeds_of(tensor) for tensor in noised]
+    had = [seeds_of(tensor) for tensor in noised]
     seeds = frozenset(term.seed for term in spec.mix) or frozenset((spec.seed,))
     if not again and (twice := seeds.intersection(frozenset[int]().union(*had))):
         raise UsageError(
@@ -165,9 +171,12 @@ def perturb_(
         finish()
         receipts |= {id(parameter): receipts_of(parameter) for parameter in batch}
     for tensor, before in zip(noised, had, strict=True):
-        _noised[tensor] = _version(tensor), before | seeds
+        note_seeds(tensor, before | seeds)
     in_order = tuple([receipt for parameter in parameters for receipt in receipts[id(parameter)]])
-    return Manifest("noisytune", __version__, source, spec, in_order)
+    told = (*too_strong([spec]), *warnings_of(in_order))
+    for warning in told:
+        warnings.warn(in_python(perturb_, warning), NoisytuneWarning, stacklevel=4)
+    return Manifest("noisytune", __version__, source, spec, in_order, warnings=told)
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -190,10 +199,15 @@ def check_options(options: Mapping[str, Any]) -> None:
         _read(given["manifest"], spec)
 
 
-def _seeds_of(tensor: Tensor) -> frozenset[int]:
+def seeds_of(tensor: Tensor) -> frozenset[int]:
     """Return the seeds whose noise a parameter has; none where it was written to since (loaded, trained)."""
     version, seeds = _noised.get(tensor, (None, frozenset()))
     return seeds if version == _version(tensor) else frozenset()
+
+
+def note_seeds(tensor: Tensor, seeds: frozenset[int]) -> None:
+    """Note that a parameter has the noise of some seeds as it is now."""
+    _noised[tensor] = _version(tensor), seeds
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from noisytune_cli.engine.matrix import warnings_of
 from noisytune_cli.engine.threads import thread_count
 from noisytune_cli.errors import InputInvalid, NoisytuneError
 from noisytune_cli.memory import in_place, subnormals
 from noisytune_cli.memory.adapters import merged_layers, still_merged
 from noisytune_cli.memory.batches import begin, receipts_of
 from noisytune_cli.memory.overlaps import NO_MEMORY, find_overlap, has_memory, place
-from noisytune_cli.memory.perturb import config_of, named_tensors, taking_noise
+from noisytune_cli.memory.perturb import config_of, named_tensors, note_seeds, seeds_of, taking_noise
 from noisytune_cli.memory.plan import OPTIONS_THAT_EXCLUDE, Parameter, leave_out, plan_parameters
 from noisytune_cli.memory.quantized import refuse_quantized_model
 from noisytune_cli.memory.sharded import LocalTensor, held_part
@@ -34,7 +35,7 @@ from noisytune_cli.plan.arguments import (
     of_python,
     patterns,
 )
-from noisytune_cli.plan.plan import check_outcomes
+from noisytune_cli.plan.plan import check_outcomes, too_strong
 from noisytune_cli.records import Action, Granularity, Manifest, NoiseSpec, Scope, SourceRecord
 from noisytune_cli.version import __version__
 
@@ -92,6 +93,8 @@ class Population:
             self._live_tensors = [_kept(r, host=host) if id(r) in changing else r for r in self._live_tensors]
         #: Those of which a base is kept, by the first of their own names.
         self._kept = {r.own[0]: r for r in self._live_tensors if r.is_kept}
+        #: The noise of `perturb_` that they have, which it does not add twice.
+        self._had = {name: seeds_of(kept.tensor) for name, kept in self._kept.items()}
         self._spreads = Spreads(self._threads)
 
     @of_python
@@ -112,7 +115,8 @@ class Population:
     ) -> Manifest:
         """Give the model the base with this noise, whatever it holds; return the record.
 
-        The options are those of `perturb_`, and so are the bits. A refusal changes nothing.
+        The options are those of `perturb_`, and so are the bits. A refusal changes nothing. What `perturb_`
+        would warn of is the record's `warnings`.
         """
         spec = make_spec(
             lam=lam,
@@ -138,7 +142,9 @@ class Population:
             parameter.target = targets.get(parameter.live.own[0])
         begin(parameters, spec, self._threads)()
         in_order = tuple([receipt for parameter in parameters for receipt in receipts_of(parameter)])
-        return Manifest("noisytune", __version__, source, spec, in_order)
+        # On the record alone: what is said of one member would be said of all.
+        told = (*too_strong([spec]), *warnings_of(in_order))
+        return Manifest("noisytune", __version__, source, spec, in_order, warnings=told)
 
     def restore(self) -> None:
         """Give the model its base back, bit for bit.
@@ -149,6 +155,8 @@ class Population:
         targets, problems = self._targets()
         for name, target in targets.items():
             in_place.overwrite(target.values, self._kept[name].held.values.view(-1))
+            if self._had[name]:
+                note_seeds(self._kept[name].tensor, self._had[name])
         if problems:
             raise problems[0]
 

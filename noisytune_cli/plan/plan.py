@@ -74,6 +74,16 @@ def check_noise(noise: NoiseSpec) -> None:
     check_splits(noise.splits, noise.granularity)
 
 
+def too_strong(noises: Iterable[NoiseSpec]) -> list[str]:
+    """Warn of noise that is larger than what it is added to: most often λ was meant as a percentage."""
+    scaled = [noise for noise in noises if noise.needs_std]
+    lam = max((abs(lam) for noise in scaled for lam in (noise.lam, *dict(noise.rules).values())), default=0.0)
+    if lam <= math.sqrt(12):  # the width of uniform noise of std 1
+        return []
+    times = f"{lam / math.sqrt(12):.3g}"
+    return [f"λ {lam:g} gives noise with {times} times the weights' std; the paper's λ is 0.15"]
+
+
 class _Wish(NamedTuple):
     """What is known of a parameter beside its tensor: all its names count. `rule` is a λ rule's index.
 

@@ -20,7 +20,7 @@ from torch import nn
 import noisytune_cli
 from noisytune_cli.commands.perturb import Request, perturb
 from noisytune_cli.engine import tiles
-from noisytune_cli.errors import InputUnreadable, Mismatch, UsageError
+from noisytune_cli.errors import InputUnreadable, Mismatch, NoisytuneWarning, UsageError
 from noisytune_cli.memory import host as in_place_tables
 from noisytune_cli.memory import in_place
 from noisytune_cli.memory import spreads as memory
@@ -139,6 +139,26 @@ def test_a_norm_is_of_the_kind_that_it_is_on_disk(names: str | None, tmp_path: P
     assert all(torch.equal(expected[name], held) for name, held in stored.items())
     assert [receipt.reason for receipt in record.receipts] == [None, None, "excluded", "excluded"]
     noisytune_cli.Population(model, exclude="@norm", names=names).restore()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "options", "words"),
+    [
+        ({"norm": 1 + torch.linspace(0, 0.01, 64)}, {"lam": 0.05}, "norm: rounding to BF16 left more"),
+        ({"a": torch.tensor([1.0, float("nan")])}, {}, "a: left without noise, because"),
+        ({}, {"lam": 15}, r"λ 15 gives noise with 4\.33 times the weights' std"),
+    ],
+    ids=["unchanged", "broken", "strong"],
+)
+def test_what_the_noise_does_not_reach_is_warned_of(
+    tensors: dict[str, Any], options: dict[str, Any], words: str
+) -> None:
+    tensors = {name: t.bfloat16() for name, t in {"w": torch.randn(9, 9), **tensors}.items()}
+    kept = noisytune_cli.Population({name: t.clone() for name, t in tensors.items()})
+    with pytest.warns(NoisytuneWarning, match=words) as caught:
+        record = noisytune_cli.perturb_(tensors, **options)
+    assert caught[0].filename == __file__
+    assert record.warnings == (str(caught[0].message),) == kept.set(**options).warnings
 
 
 def test_equal_bytes_of_a_known_pair_are_a_tie_in_a_state_dict_only() -> None:

@@ -367,3 +367,12 @@ def test_adapters_are_left_alone_and_the_base_has_its_own_names() -> None:
         assert torch.equal(model[0].lora_A.weight, adapter)
         assert torch.equal(model[0].base_layer.weight, base["0.weight"])
     assert torch.equal(model[0].base_layer.weight, before)
+
+
+def test_noise_that_the_base_has_is_not_added_twice_afterwards() -> None:
+    noised = torch.nn.Linear(4, 4)
+    noisytune_cli.perturb_(noised, seed=3)
+    with noisytune_cli.noisy(noised, sigma=0.1, seed=3):
+        pass
+    with pytest.raises(UsageError, match="noise of seed 3 from an earlier call"):
+        noisytune_cli.perturb_(noised, seed=3)
