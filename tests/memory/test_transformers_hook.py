@@ -369,6 +369,7 @@ class Training:
         callback.on_train_begin(self.args, self.state, transformers.TrainerControl(), model=model)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft's
 def test_a_model_that_is_loaded_with_its_adapter_has_the_noise_of_its_base(
     base: Path, tmp_path: Path
 ) -> None:
