@@ -75,10 +75,14 @@ def results(
 
 
 def pairs(model: str = "") -> list[dict[str, Any]]:
-    """Return the results of plain and noisytune on each task, of the model whose name has this in it."""
+    """Return the results of plain and noisytune on each task, of the model whose name has this in it.
+
+    A task of which one pair alone is finished has nothing to compare yet.
+    """
     places = [f"{folder}{task}" for folder in ("pairs/", "mpnet-") for task in TASKS]
     found = [results(place, *PAIR) for place in places if (STUDIES / place).is_dir()]
-    return [one for one in found if model in one["study"]["model"]["id"]]
+    compared = [one for one in found if len(one["comparisons"][0]["values"]) > 1]
+    return [one for one in compared if model in one["study"]["model"]["id"]]
 
 
 def tables() -> dict[str, str]:

@@ -42,7 +42,7 @@ def studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     for method in (*studies.COMBINED, "deni"):
         cola += runs(method, NOISY if "noisytune" in method else PLAIN)
     journal(tmp_path / "out/pairs/cola", cola, "model", "cola")
-    for task, seeds, constant in (("sst2", 5, 0.2), ("stsb", 3, 0.2), ("wnli", 5, 0.6)):
+    for task, seeds, constant in (("sst2", 5, 0.2), ("stsb", 3, 0.2), ("rte", 1, 0.2), ("wnli", 5, 0.6)):
         few = runs("plain", PLAIN[:seeds]) + runs("noisytune", NOISY[:seeds])
         journal(tmp_path / f"out/pairs/{task}", few, "model", task, constant_score=constant)
     probed = [
@@ -51,6 +51,7 @@ def studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         for one, score in zip(runs(method, NOISY), scores, strict=True)
     ]
     journal(tmp_path / "out/probe/cola", probed, "model", "cola")
+    journal(tmp_path / "out/lora/sst2", runs("plain", PLAIN) + runs("deni", NOISY), "model", "sst2")
     mpnet = runs("plain", PLAIN) + runs("noisytune", NOISY)
     journal(tmp_path / "out/mpnet-cola", mpnet, "all-mpnet-base-v2", "cola")
     studies.take(tmp_path / "out")
@@ -87,6 +88,7 @@ def test_tables_hold_what_each_is_about(studies: Any) -> None:
         ["| CoLA, SST-2, STS-B, WNLI", "3", "+1.33 [-1.00, +3.00]".replace("-", "−")],
     ]
     assert "| deni | 41.00 ± 1.58 | 41.00 ± 1.58 | +0.00 " in tables["studies: deni"]
+    assert f"| deni | 41.00 ± 1.58 | 42.40 ± 1.52 | {change} |" in tables["studies: adapters"]
     probe = tables["studies: probe"]
     assert f"| r3f | 41.00 ± 1.58 | 42.40 ± 1.52 | {change} |" in probe
     assert "| noisytune | 41.00 ± 1.58 | 41.00 ± 1.58 | +0.00 " in probe
