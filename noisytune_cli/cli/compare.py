@@ -169,10 +169,9 @@ def compare(
       noisytune compare a.safetensors b.safetensors --exit-code --format csv
     """
     from noisytune_cli.cli import show, show_compare
-    from noisytune_cli.cli.parse import check_report, format_of, parse_map, read_seeds
+    from noisytune_cli.cli.parse import check_reads_values, check_report, format_of, parse_map, read_seeds
     from noisytune_cli.commands import compare as command
     from noisytune_cli.engine.threads import default_threads
-    from noisytune_cli.errors import UsageError
     from noisytune_cli.output.reports import check_new
 
     kind = format_of(None if output_format is None else output_format.value, out, as_json=as_json)
@@ -180,12 +179,7 @@ def compare(
         check_report(out)
         check_new(out)
     if plot is not None:
-        if headers_only:
-            raise UsageError(
-                "--plot and --headers-only",
-                why="it shows values of weights, and none are read",
-                next_step="Leave one of them out",
-            )
+        check_reads_values(headers_only, {"--plot": plot})
         from noisytune_cli.cli import plots
 
         plots.check(plot)

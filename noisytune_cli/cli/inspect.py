@@ -139,6 +139,7 @@ def inspect(
     from noisytune_cli.cli import show, show_inspect
     from noisytune_cli.cli.parse import (
         DEFAULT_LAMBDA,
+        check_reads_values,
         check_report,
         choose_strength,
         format_of,
@@ -158,13 +159,7 @@ def inspect(
             why="it shows one",
             next_step="Run once for each, or set two side by side with noisytune compare",
         )
-    of_values = {"--percentiles": percentiles, "--histogram": histogram, "--plot": plot}
-    if headers_only and (unfit := next((option for option, given in of_values.items() if given), None)):
-        raise UsageError(
-            f"{unfit} and --headers-only",
-            why="it shows values of weights, and none are read",
-            next_step="Leave one of them out",
-        )
+    check_reads_values(headers_only, {"--percentiles": percentiles, "--histogram": histogram, "--plot": plot})
     if out is not None:
         check_report(out)
         check_new(out)

@@ -57,6 +57,16 @@ def check_out(out: str) -> None:
         )
 
 
+def check_reads_values(headers_only: bool, of_values: Mapping[str, object]) -> None:
+    """Raise UsageError for `--headers-only` with one of the options, by name, that show values of weights."""
+    if headers_only and (unfit := next((option for option, given in of_values.items() if given), None)):
+        raise UsageError(
+            f"{unfit} and --headers-only",
+            why="it shows values of weights, and none are read",
+            next_step="Leave one of them out",
+        )
+
+
 def check_report(out: str) -> None:
     """Raise UsageError for an `--out` of a report that names no file, or standard output."""
     if out == "-" or out.endswith("/") or not out:

@@ -109,17 +109,39 @@ def compare_base(
     progress: Progress = lambda nbytes: nullcontext(lambda done: None),
 ) -> list[Difference]:
     """Say where an open checkpoint does not give what a manifest records; no output needs to be there."""
-    files, found = match_files(manifest, base, "the base: ")
-    found += compare_card(manifest, base)
-    plan = Plan(manifest.noise, recorded_steps(manifest.receipts, files))
-    receipts = {receipt.step.tensor.name: receipt for receipt in manifest.receipts}
-    with progress(sum(step.tensor.nbytes for step in plan.steps)) as report:
+    original, found = _match_base(manifest, base)
+    with progress(original.nbytes) as report:
         walk = Walk(open_device("cpu"), threads or default_threads(), progress=report)
-        found += compare_receipts(receipts, _redo(walk, plan, files, recorded=receipts))
-    for file in files.values():
-        file.check_unchanged()
-        file.check_sums()
-    return found
+        return found + original.remake(walk)
+
+
+@dataclass(frozen=True)
+class _Original:
+    """The weight files of a base, the steps that a manifest records of them, and what came of these."""
+
+    files: Mapping[str, Source]
+    plan: Plan
+    receipts: Mapping[str, Receipt]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(step.tensor.nbytes for step in self.plan.steps)
+
+    def remake(self, walk: Walk) -> list[Difference]:
+        """Do the steps again, and say what did not come out as recorded."""
+        found = compare_receipts(self.receipts, _redo(walk, self.plan, self.files, recorded=self.receipts))
+        for file in self.files.values():
+            file.check_unchanged()
+            file.check_sums()
+        return found
+
+
+def _match_base(manifest: Manifest, base: Checkpoint) -> tuple[_Original, list[Difference]]:
+    """Return a base as a manifest needs it, and what its headers and its card have against that."""
+    files, found = match_files(manifest, base, "the base: ")
+    receipts = {receipt.step.tensor.name: receipt for receipt in manifest.receipts}
+    plan = Plan(manifest.noise, recorded_steps(manifest.receipts, files))
+    return _Original(files, plan, receipts), [*found, *compare_card(manifest, base)]
 
 
 @dataclass(frozen=True)
@@ -181,23 +203,20 @@ def _verify(
         matched, headers = compare_files(produced, files)
         found += [*broken, *contradictions, *(d for d in headers if d.file in files)]
         found += _compare_streams(receipts, files, _aliases(files, place, manifest))
-        plans = [_plan_digests(produced, matched)]
-        originals: dict[str, Source] = {}
+        plan = _plan_digests(produced, matched)
+        original = None
         if base is not None:
-            original = opened.enter_context(open_base(recorded, base, mmap=mmap, follow_links=follow_links))
-            originals, headers = match_files(manifest, original, "the base: ")
-            found += [*headers, *compare_card(manifest, original)]
-            plans.append(Plan(manifest.noise, recorded_steps(manifest.receipts, originals)))
-        with progress(sum(step.tensor.nbytes for plan in plans for step in plan.steps)) as report:
+            source = opened.enter_context(open_base(recorded, base, mmap=mmap, follow_links=follow_links))
+            original, differing = _match_base(manifest, source)
+            found += differing
+        nbytes = sum(step.tensor.nbytes for step in plan.steps)
+        with progress(nbytes + (original.nbytes if original else 0)) as report:
             walk = replace(walk, progress=report)
-            found += _compare_digests(receipts, _redo(walk, plans[0], matched))
-            for plan in plans[1:]:
-                remade = _redo(walk, plan, originals, recorded=receipts)
-                found += compare_receipts(receipts, remade)
-        for file in [*matched.values(), *originals.values()]:
+            found += _compare_digests(receipts, _redo(walk, plan, matched))
+            if original is not None:
+                found += original.remake(walk)
+        for file in matched.values():
             file.check_unchanged()
-        for file in originals.values():
-            file.check_sums()
         found += [difference for name, file in matched.items() for difference in _compare_sums(name, file)]
     others = _other_files(manifest)
     found += [d for name, digest in others.items() for d in compare_copy(place.path(name), name, digest)]

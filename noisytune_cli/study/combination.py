@@ -91,6 +91,14 @@ def combine(text: str, settings: Mapping[str, Value] | None = None) -> MethodCom
     )
 
 
+def drawn_seeds(*, fresh: bool, noise: bool) -> tuple[str, ...]:
+    """Return the seeds, by their names in a record, that a run's numbers follow from.
+
+    `fresh` says whether anything is drawn from that of initialisation, `noise` whether from that of noise.
+    """
+    return (*["init_seed"] * fresh, "order_seed", *["noise_seed"] * noise)
+
+
 def draws(text: str, *, regression: bool) -> bool:
     """Return whether runs of a method such as `noisytune+mixout` depend on the seed of noise.
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from noisytune_cli.errors import UsageError
-from noisytune_cli.study.combination import FLAGS, combine, draws
+from noisytune_cli.study.combination import FLAGS, combine, drawn_seeds, draws
 from noisytune_cli.study.methods import Value
 from noisytune_cli.study.settings import Recipe
 
@@ -119,8 +119,7 @@ def drawn_from(run: Mapping[str, Any], *, regression: bool, fresh: bool) -> str:
 
     `run` is a record; `fresh` says whether anything is drawn from the seed of initialisation.
     """
-    seeds = ["order_seed", *["init_seed"] * fresh]
-    seeds += ["noise_seed"] * draws(run["method"], regression=regression)
+    seeds = drawn_seeds(fresh=fresh, noise=draws(run["method"], regression=regression))
     wanted = ("method", "lambda", "noise", "scope", "options", "share", *seeds)
     return json.dumps({name: run[name] for name in wanted}, sort_keys=True)
 

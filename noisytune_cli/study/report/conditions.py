@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from noisytune_cli.study.combination import draws
+from noisytune_cli.study.combination import drawn_seeds, draws
 from noisytune_cli.study.report.statistics import ROUNDING
 
 #: A finished run's record, a line of runs.jsonl.
@@ -21,6 +21,7 @@ Run = Mapping[str, Any]
 
 #: What makes two runs a pair: their seeds of initialisation, data order and noise.
 Pair = tuple[int, int, int]
+_SEEDS = ("init_seed", "order_seed", "noise_seed")
 
 #: Where λ was chosen: on rows that are not reported, on the reported ones, or nowhere since there was one λ.
 ChosenOn = Literal["held_out", "dev", "given"]
@@ -91,7 +92,8 @@ def kind_of(run: Run) -> ConditionKind:
 
 def pair_of(run: Run) -> Pair:
     """Return what tells a run's partners in other conditions."""
-    return run["init_seed"], run["order_seed"], run["noise_seed"]
+    init, order, noise = (run[seed] for seed in _SEEDS)
+    return init, order, noise
 
 
 def families(conditions: Sequence[Condition], metric: str) -> list[Family]:
@@ -115,16 +117,19 @@ def separate_pairs(conditions: Sequence[Condition], *, regression: bool) -> list
     """
     pairs = common_pairs(conditions)
     fresh = all(run.get("fresh", True) for condition in conditions for run in condition.runs.values())
-    first, last = 0 if fresh else 1, 2
+
+    def grouped(*, noise: bool) -> list[list[Pair]]:
+        places = [_SEEDS.index(seed) for seed in drawn_seeds(fresh=fresh, noise=noise)]
+        found: dict[tuple[int, ...], list[Pair]] = {}
+        for pair in pairs:
+            found.setdefault(tuple([pair[place] for place in places]), []).append(pair)
+        return list(found.values())
+
+    groups = grouped(noise=False)
     # Methods are imported, and torch with them, only where it matters.
-    if len({pair[first:last] for pair in pairs}) < len(pairs) and all(
-        draws(condition.kind.method, regression=regression) for condition in conditions
-    ):
-        last = 3
-    found: dict[tuple[int, ...], list[Pair]] = {}
-    for pair in pairs:
-        found.setdefault(pair[first:last], []).append(pair)
-    return list(found.values())
+    if len(groups) < len(pairs) and all(draws(c.kind.method, regression=regression) for c in conditions):
+        groups = grouped(noise=True)
+    return groups
 
 
 def name_kinds(kinds: Iterable[ConditionKind]) -> dict[ConditionKind, str]:
