@@ -155,11 +155,11 @@ def check_same_buffers(
         # How many batches were counted makes no difference to anything.
         if tensor.name not in buffers or not tensor.nbytes or tensor.name.endswith(".num_batches_tracked"):
             continue
-        expected = list(_pieces(first, tensor))
         is_statistic = _STATISTICS.fullmatch(buffers[tensor.name]) is not None
         for member, name, theirs in zip(members[1:], names[1:], others, strict=True):
-            found = _pieces(member, theirs[tensor.name])
-            if all(a == b for a, b in zip(expected, found, strict=True)):
+            # The first's is read anew for each, as a mask or a queue may be too large to be kept.
+            pieces = zip(_pieces(first, tensor), _pieces(member, theirs[tensor.name]), strict=True)
+            if all(a == b for a, b in pieces):
                 continue
             if is_statistic and average_statistics:
                 estimated.append(tensor.name)

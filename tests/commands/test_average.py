@@ -6,8 +6,9 @@ import json
 import math
 import os
 import resource
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from importlib.resources import files
 from operator import mul
@@ -23,9 +24,11 @@ from checkpoints import FLOATS, STORED, Tensor, Tensors, floats, numbers, save, 
 from chunked import save_chunked
 from typer.testing import CliRunner
 
+from noisytune_cli.checkpoint.checkpoint import open_checkpoint
 from noisytune_cli.cli.app import app
 from noisytune_cli.commands import average as command
 from noisytune_cli.commands.average import average
+from noisytune_cli.commands.one_model import check_same_buffers
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.dtypes import LARGEST
@@ -367,6 +370,24 @@ def test_other_buffers_have_to_agree_whatever_the_user_says(tmp_path: Path) -> N
         average(members, str(tmp_path / "out.safetensors"), average_statistics=True)
     assert refused.value.tensor == "look"
     assert "--average-statistics" not in str(refused.value)
+
+
+def test_a_large_buffer_is_compared_in_pieces(tmp_path: Path) -> None:
+    mask = Tensor("F32", np.tril(np.ones((1, 1, 2048, 2048), np.float32)))
+    members = [
+        str(save(tmp_path / f"{i}.safetensors", {"h.0.attn.bias": mask, "w": weights("F32", 9, seed=i)}))
+        for i in range(3)
+    ]
+    with ExitStack() as opened:
+        checkpoints = [opened.enter_context(open_checkpoint(member)) for member in members]
+        check_same_buffers(checkpoints[:2], members[:2])  # imports what it needs
+        tracemalloc.start()
+        try:
+            check_same_buffers(checkpoints, members)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 8 << 20 < len(mask.data)
 
 
 def test_refuses_what_holds_nothing_to_average(tmp_path: Path) -> None:
