@@ -23,6 +23,8 @@ _SPELT = {
     "±": "+-",
     "−": "-",
     "→": "->",
+    "█": "#",
+    "▏": "|",
 }
 
 
@@ -56,6 +58,15 @@ def _escape_character(c: str) -> str:
     if code < 0x100:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def is_text(name: str) -> bool:
+    """Tell whether UTF-8 can spell a name: one of a file may hold half a surrogate pair for a byte."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def enumerate_some(names: Sequence[str], limit: int = 6) -> str:

@@ -24,6 +24,7 @@ import json
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,14 @@ def open_regular(path: Path, reach: Reach | None = None) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def is_folder(path: Path) -> bool:
+    """Tell whether a path, of which links are followed, is a folder's; raises as `unreadable` says."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (OSError, ValueError) as error:  # ValueError: a NUL, which no path has
+        raise unreadable(error if isinstance(error, OSError) else OSError(str(error)), path) from error
 
 
 def is_there(path: Path | str) -> bool:
@@ -497,8 +506,7 @@ class Document:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise JsonFault(f'an object has the key "{twice[:_MAX_SHOWN]}" twice')
     return value
 

@@ -92,6 +92,11 @@ Place = Path | Address
 _SCHEME = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
+def as_place(text: str) -> Place:
+    """Return where a text leads that is an address or a path."""
+    return Address(text) if is_address(text) else Path(text)
+
+
 def has_scheme(text: str) -> bool:
     """Tell whether a text begins as addresses do, of whatever kind (S3://, https://, s3:/, file:///)."""
     return _SCHEME.match(text) is not None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import posixpath
-import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,11 +37,11 @@ from noisytune_cli.checkpoint.layout import (
     manifests,
 )
 from noisytune_cli.checkpoint.weights import Choice, choose
-from noisytune_cli.errors import InputInvalid, InputUnreadable, NoisytuneError, UsageError, unreadable
-from noisytune_cli.escape import escape
+from noisytune_cli.errors import InputInvalid, InputUnreadable, NoisytuneError, UsageError
+from noisytune_cli.escape import escape, is_text
 from noisytune_cli.manifest.previous import NAMESAKE, PreviousRun, of_file, of_folder
 from noisytune_cli.manifest.write import MAX_BYTES
-from noisytune_cli.reading import SNAPSHOT, Reach, is_there, reach_of
+from noisytune_cli.reading import SNAPSHOT, Reach, is_folder, is_there, reach_of
 
 if TYPE_CHECKING:
     from noisytune_cli.checkpoint.remote import Remote
@@ -121,15 +120,16 @@ class Found:
 
     def _needed(self) -> list[str]:
         """Return the names of the weights and of the files that come along with them."""
-        files = list(self.files)
+        files = self.files
         if self.listing is None:
-            return files
+            return list(files)
         parts = {posixpath.dirname(c.name): arrange(self.listing, c.name, files) for c in self.choices}
         judge = judge_of(list(parts))
+        needed = dict.fromkeys(files)
         for home, part in parts.items():
-            needed = (*part.others, *(part.weights.keys() - part.twins))
-            files += (name for name in needed if judge(name) == home and name not in files)
-        return files
+            beside = (*part.others, *(part.weights.keys() - part.twins))
+            needed |= dict.fromkeys(name for name in beside if judge(name) == home)
+        return list(needed)
 
 
 def comes_from_hub(source: str) -> bool:
@@ -172,12 +172,9 @@ def find(
     if is_address(source):
         return _find_in_store(source, weights, components)
     path = Path(os.path.expanduser(source))
-    try:
-        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
-    except (OSError, ValueError) as error:  # ValueError: a NUL, which no path has
-        raise unreadable(error if isinstance(error, OSError) else OSError(str(error)), source) from error
-    name, commit = _identify(path, is_folder)
-    if is_folder:
+    in_folder = is_folder(path)
+    name, commit = _identify(path, in_folder)
+    if in_folder:
         reach = None if follow_links else reach_of(path)
         place = _Place(name, commit, path, list_folder(path), os.fspath(path), reach, None)
         return _find_in_folder(place, weights, components)
@@ -215,17 +212,13 @@ def _refuse_choice(source: str, weights: str | None, components: Sequence[str]) 
 
 def printable(name: str) -> str:
     """Return a file's name as UTF-8 can hold it."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return escape(name, None)
-    return name
+    return name if is_text(name) else escape(name, None)
 
 
-def _identify(path: Path, is_folder: bool) -> tuple[str, str | None]:
+def _identify(path: Path, in_folder: bool) -> tuple[str, str | None]:
     """Return the checkpoint's id and commit: the hub's for a path into its cache, else the plain name."""
     absolute = Path(os.path.abspath(path))
-    folder = absolute if is_folder else absolute.parent
+    folder = absolute if in_folder else absolute.parent
     for candidate in (os.fspath(folder), os.path.realpath(folder)):
         if found := SNAPSHOT.match(candidate):
             return found["id"].replace("--", "/"), found["commit"]

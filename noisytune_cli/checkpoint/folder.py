@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from noisytune_cli.checkpoint.layout import Listing, why_folder_left_out
 from noisytune_cli.errors import InputInvalid, unreadable
-from noisytune_cli.escape import escape
+from noisytune_cli.escape import escape, is_text
 
 #: No checkpoint comes near; a home directory given by mistake does.
 _MAX_ENTRIES = 100_000
@@ -59,7 +59,7 @@ def list_folder(root: Path) -> Listing:
         for entry in entries:
             name = folder.prefix + entry.name
             mode = _mode(entry)
-            if not _is_utf8(entry.name):
+            if not is_text(entry.name):
                 special[escape(name)] = "a file whose name is not UTF-8"
             elif mode is None:
                 special[name] = "a broken link"
@@ -92,14 +92,6 @@ def _mode(entry: os.DirEntry[str]) -> int | None:
         if error.errno in (errno.ENOENT, errno.ELOOP):
             return None
         raise unreadable(error, entry.path) from error
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _enter(folder: _Folder, entry: os.DirEntry[str]) -> _Folder:

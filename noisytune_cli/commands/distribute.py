@@ -6,10 +6,9 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from noisytune_cli.checkpoint.address import Address, is_address
+from noisytune_cli.checkpoint.address import as_place
 from noisytune_cli.commands.engines import Answer, Later, Report, Task, complete, load
 from noisytune_cli.commands.finish import finish, published_all
 from noisytune_cli.commands.perturb import Perturbed
@@ -109,7 +108,7 @@ def _failed(error: NoisytuneError | MemoryError | OSError) -> Answer:
 def _begin(task: Task, report: Report) -> Callable[[], tuple[str, ...]]:
     """Begin a share unless it is done; return what does the rest, and returns what is to be told."""
     place, share = task["job"], task["share"]
-    folder = open_folder(Address(place) if is_address(place) else Path(place))
+    folder = open_folder(as_place(place))
     device, threads = open_device(task["device"]), task.get("threads") or default_threads()
     walk = Walk(device, threads, progress=report, direct=task["direct"])
     if not task["sums"] and not folder.is_done(share):

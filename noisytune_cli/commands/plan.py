@@ -23,6 +23,7 @@ from noisytune_cli.commands.request import SHARE_BYTES, Request
 from noisytune_cli.commands.work import stamp_of
 from noisytune_cli.commands.write import record_source
 from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.escape import is_text
 from noisytune_cli.manifest.job import Beside, Job, JobOutput, Share
 from noisytune_cli.manifest.share import ShareSteps, steps_bytes
 from noisytune_cli.output.destination import find_place
@@ -147,15 +148,13 @@ def _refuse_folders(source: Checkpoint) -> None:
 def _spelled(path: str | Path) -> str:
     """Return a path as JSON can spell it; UsageError where it cannot."""
     text = os.fspath(path)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
+    if not is_text(text):
         raise UsageError(
             "a job needs names in UTF-8",
             path=text,
             why="its plan writes them down",
             next_step="Rename it, or use noisytune perturb",
-        ) from None
+        )
     return text
 
 

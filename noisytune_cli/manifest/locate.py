@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unre
 from noisytune_cli.manifest.average import read_any_manifest
 from noisytune_cli.manifest.previous import begins_a_manifest, of_file
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX, manifest_beside
-from noisytune_cli.reading import is_there, open_regular
+from noisytune_cli.reading import is_folder, is_there, open_regular
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ def place_of(path: str) -> Location:
     Raises InputUnreadable where there is none, InputInvalid for a manifest that belongs to no output.
     """
     found = _named(path)
-    if _is_folder(found):
+    if is_folder(found):
         return Location(found, True, found / MANIFEST)
     beside = manifest_beside(found)
     if is_there(beside) or found.suffix != ".json":
@@ -52,7 +51,7 @@ def place_of(path: str) -> Location:
                 why="its manifest is there, the output is not",
                 next_step="Make it from the manifest with replay",
             )
-        return Location(output, _is_folder(output), found)
+        return Location(output, is_folder(output), found)
     read_any_manifest(found).require_files()
     raise InputInvalid(
         "cannot tell which output the manifest belongs to",
@@ -65,7 +64,7 @@ def place_of(path: str) -> Location:
 def manifest_of(path: str) -> Path:
     """Return the path of the manifest that a user names by its path or its output's."""
     found = _named(path)
-    if _is_folder(found):
+    if is_folder(found):
         return require_manifest(found / MANIFEST)
     if not is_there(manifest_beside(found)) and (found.suffix == ".json" or _is_manifest(found)):
         return found
@@ -115,10 +114,3 @@ def _is_manifest(file: Path) -> bool:
         raise unreadable(error, file) from error
     finally:
         os.close(fd)
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return stat.S_ISDIR(os.stat(path).st_mode)
-    except (OSError, ValueError) as error:  # ValueError: a NUL, which no path has
-        raise unreadable(error if isinstance(error, OSError) else OSError(str(error)), path) from error

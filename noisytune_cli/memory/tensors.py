@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.escape import is_text
 from noisytune_cli.memory.overlaps import NO_MEMORY, find_overlap, has_memory, place, strides
 from noisytune_cli.memory.sharded import PLAIN, LocalTensor, held_part, share_verdicts
 from noisytune_cli.records import TensorSpec
@@ -161,7 +162,7 @@ def _renaming(names: Names, own: Sequence[str]) -> Callable[[str], str]:
             next_step="Give one of these, such as names='bert'",
         )
     for name, value in renamed.items():
-        if not isinstance(value, str) or not _is_text(value):
+        if not isinstance(value, str) or not is_text(value):
             raise UsageError(
                 f"names= gives {value!r} for {name}",
                 why="it is no name",
@@ -180,7 +181,7 @@ def _fits_none(names: str, why: str, own: Sequence[str]) -> UsageError:
 
 def _checked(name: str, value: object) -> Tensor:
     """Return a tensor whose values can be changed in place, or refuse it."""
-    if not isinstance(name, str) or not _is_text(name):
+    if not isinstance(name, str) or not is_text(name):
         raise InputInvalid(
             "not a state dict",
             why=f"{name!r} is no tensor's name",
@@ -228,15 +229,6 @@ def _why_not(tensor: Tensor) -> str | None:
     if is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "placements"):
         return f"it is a {type(tensor).__name__}, whose values are not its own storage"
     return None
-
-
-def _is_text(name: str) -> bool:
-    """Say whether a name can be spelt in UTF-8."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _identity(tensor: Tensor, local: Tensor) -> Hashable:

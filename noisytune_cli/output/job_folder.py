@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from noisytune_cli.checkpoint.address import UNFINISHED, Address, Place, is_address
+from noisytune_cli.checkpoint.address import UNFINISHED, Address, Place, as_place, is_address
 from noisytune_cli.errors import NoisytuneError, OutputUnsafe, UsageError
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.job import Job, Share, digest_of, job_pieces, read_job
@@ -108,8 +108,7 @@ class JobFolder:
 
     def output(self, output: int) -> Place:
         """Return where an output goes."""
-        path = self.job.outputs[output].path
-        return Address(path) if is_address(path) else Path(path)
+        return as_place(self.job.outputs[output].path)
 
     def keep(self, made: Path, output: int, name: str) -> None:
         """Take a weight file of an output that is whole and durable in the scratch folder of a share."""

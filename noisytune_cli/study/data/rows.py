@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from noisytune_cli.errors import InputInvalid
+from noisytune_cli.escape import is_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +48,7 @@ def as_text(path: Path, column: str, value: Any, line: int) -> str:
     if not isinstance(value, str | int | float) or value != value:
         raise malformed(path, f'column "{column}" is neither text nor a number', "Correct the row", line)
     text = value if isinstance(value, str) else json.dumps(value)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise malformed(
-            path, f'column "{column}" has half of a surrogate pair, no character', "Correct the row", line
-        ) from None
+    if not is_text(text):
+        why = f'column "{column}" has half of a surrogate pair, no character'
+        raise malformed(path, why, "Correct the row", line)
     return text

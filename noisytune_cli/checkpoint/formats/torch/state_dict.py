@@ -22,7 +22,7 @@ from typing import Generic, Protocol, TypeVar
 from noisytune_cli.checkpoint.formats.torch.globals import DType
 from noisytune_cli.checkpoint.formats.torch.values import NoStateDict, PickleFault
 from noisytune_cli.dtypes import FLOAT_DTYPES
-from noisytune_cli.escape import enumerate_some
+from noisytune_cli.escape import enumerate_some, is_text
 from noisytune_cli.records import FROZEN_COPIES, Declared
 
 _Leaf = TypeVar("_Leaf", bound="Stored")
@@ -162,8 +162,8 @@ def sort_content(root: object, leaf: type[_Leaf]) -> Unpickled[_Leaf]:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise PickleFault(f"two of its tensors have the name {twice[0]}")
-    for name in names:
-        _check_name(name)
+    if not all(map(is_text, names)):
+        raise PickleFault("a tensor's name holds half of a surrogate pair")
     weights = [
         Weight(name, item.path, item.key, _telling(item), item.tensor)
         for name, item in zip(names, found, strict=True)
@@ -354,10 +354,3 @@ def _is_of_training(key: object, value: object) -> bool:
 
 def _is_optimizer(mapping: Mapping[object, object]) -> bool:
     return "state" in mapping and "param_groups" in mapping
-
-
-def _check_name(name: str) -> None:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        raise PickleFault("a tensor's name holds half of a surrogate pair") from None
