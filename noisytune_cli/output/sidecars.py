@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.config import CONFIG
-from noisytune_cli.errors import InputInvalid
+from noisytune_cli.dtypes import BY_TORCH_NAME
 from noisytune_cli.escape import enumerate_some
 from noisytune_cli.output.convert import OutputFile, output_name
-from noisytune_cli.reading import read_json, read_small
+from noisytune_cli.reading import changed, read_json, read_small
 from noisytune_cli.records import Conversion
 
 _MAX_BYTES = 16 << 20
@@ -28,8 +28,8 @@ _MAX_BYTES = 16 << 20
 _INDEX = ".index."
 
 #: How a config spells the dtypes that follow, and those that are written.
-_DTYPE_NAMES = frozenset({"float64", "float32", "float16", "bfloat16", "double", "float", "half"})
-_DTYPE_NAMES_OF = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPE_NAMES = frozenset({*BY_TORCH_NAME, "double", "float", "half"})
+_DTYPE_NAMES_OF = {stored: name for name, stored in BY_TORCH_NAME.items()}
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _QUANTISED_KEYS = ("quantization_config", "compression_config")
 
@@ -47,7 +47,7 @@ class Companion(NamedTuple):
 def companions(source: Checkpoint, files: Sequence[OutputFile], conversion: Conversion) -> list[Companion]:
     """Return the files to be written anew; a file that stays as it is, is not among them.
 
-    Raises InputInvalid where one of them is no longer what it was when the checkpoint was opened.
+    Raises Mismatch where one of them is no longer what it was when the checkpoint was opened.
     """
     if source.single_file:
         return []
@@ -56,7 +56,7 @@ def companions(source: Checkpoint, files: Sequence[OutputFile], conversion: Conv
         made.append(_index(source, source.index.name, files, conversion))
     main = source.sources[0] if source.index is None else source.index
     config = posixpath.join(posixpath.dirname(main.name), CONFIG)
-    if config in source.others:
+    if source.config is not None and config in source.others:  # else it is another program's, and copied
         made.append(_rewrite(source, config, config, partial(_follow, conversion=conversion)))
     return [companion for companion in made if companion is not None]
 
@@ -124,12 +124,7 @@ def _rewrite(
         assert isinstance(document, dict)
         follow(document)
     except (AssertionError, AttributeError, KeyError, TypeError) as error:
-        raise InputInvalid(
-            "the input changed while it was read",
-            path=root / name,
-            why="it is another document than when it was opened",
-            next_step="Wait until nothing writes to it any more, then run again",
-        ) from error
+        raise changed(root / name, "it is another document than when it was opened") from error
     if renamed == name and json.dumps(document) == before:
         return None
     return Companion(renamed, name, _dump(document, read_small(root / name, _MAX_BYTES, reach)))

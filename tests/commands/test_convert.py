@@ -14,12 +14,14 @@ from checkpoints import FLOATS, STORED, Tensor, numbers, save, save_sharded, spl
 from runs import run
 from typer.testing import CliRunner
 
+from noisytune_cli.checkpoint.checkpoint import open_checkpoint
 from noisytune_cli.cli.app import app
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.engine.walk import Walk
-from noisytune_cli.errors import InputInvalid
+from noisytune_cli.errors import InputInvalid, Mismatch
 from noisytune_cli.noise import distributions, stream
+from noisytune_cli.output.sidecars import companions
 from noisytune_cli.records import Conversion, NoiseSpec
 
 TENSORS = {
@@ -305,6 +307,24 @@ def test_a_manifest_that_lies_is_refused(change: Any, words: str, tmp_path: Path
     edited(out, change)
     with pytest.raises(InputInvalid, match=words):
         verify(str(out))
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", '// made by hand\n{"model_type": "x"}'])
+def test_a_config_of_another_program_is_copied(content: str, tmp_path: Path) -> None:
+    folder, out = base(tmp_path), tmp_path / "out"
+    (folder / "config.json").write_text(content)
+    done = run(folder, out, NOISE, conversion=Conversion(dtype="BF16"))
+    assert any("config.json" in warning for warning in done.warnings)
+    assert (out / "config.json").read_text() == content
+    assert verify(str(out), base=str(folder)).ok
+
+
+def test_a_config_that_changes_meanwhile_is_told_as_such(tmp_path: Path) -> None:
+    folder = base(tmp_path)
+    with open_checkpoint(str(folder)) as opened:
+        (folder / "config.json").write_text("[]")
+        with pytest.raises(Mismatch, match="the input changed while it was read"):
+            companions(opened, (), Conversion(dtype="BF16"))
 
 
 def test_the_manifest_follows_its_schema(tmp_path: Path) -> None:
