@@ -12,11 +12,9 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 
 from noisytune_cli.checkpoint.address import Place
-from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_found
-from noisytune_cli.checkpoint.find import find
+from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.formats._direct import room_for
 from noisytune_cli.checkpoint.formats._file import common_mode
-from noisytune_cli.checkpoint.quantized import refuse_quantized_config, refuse_quantized_models
 from noisytune_cli.commands.card import claims_of, read_card, write_card
 from noisytune_cli.commands.one_model import (
     check_same_buffers,
@@ -25,6 +23,7 @@ from noisytune_cli.commands.one_model import (
     refuse_adapter,
 )
 from noisytune_cli.commands.replaced import check_before_download, refuse_planned, require_unchanged
+from noisytune_cli.commands.request import Request
 from noisytune_cli.commands.write import complete, record_source
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine import mean
@@ -39,7 +38,7 @@ from noisytune_cli.output.convert import check_names
 from noisytune_cli.output.destination import check_output, resolve_rewritten
 from noisytune_cli.output.publish import Publication
 from noisytune_cli.output.space import check_descriptors, check_space, copied_bytes
-from noisytune_cli.records import TensorSpec
+from noisytune_cli.records import NoiseSpec, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,9 @@ def average(
     with ExitStack() as opened:
         members: list[Checkpoint] = []
         for source in sources:
-            member = _open(source, mmap=mmap, follow_links=follow_links)
-            members.append(opened.enter_context(member))
+            # An average of what was noised is no noise on noise.
+            asked = Request(source, NoiseSpec(), mmap=mmap, follow_links=follow_links, again=True)
+            members.append(opened.enter_context(asked.open()))
             # What is open, and room for as much as the last again: the next one, or the output.
             held = [len(member.weight_files) for member in members]
             check_descriptors(sum(held) + held[-1])
@@ -166,19 +166,6 @@ def _check_coefficients(sources: Sequence[str], coefficients: Sequence[float]) -
             next_step="Divide all by the largest: only their ratios count",
         )
     return list(coefficients)
-
-
-def _open(source: str, *, mmap: bool, follow_links: bool) -> Checkpoint:
-    found = find(source, follow_links=follow_links)
-    with ExitStack() as opened:
-        opened.callback(found.close)
-        if found.remote is not None:
-            for config, path in found.named_configs:
-                refuse_quantized_config(config, path)
-        member = opened.enter_context(open_found(found, mmap=mmap))
-        refuse_quantized_models(member.models, metadata=member.metadata, path=source, are_all=True)
-        opened.pop_all()
-    return member
 
 
 def _check_has_floats(tensors: Sequence[TensorSpec], path: str) -> None:

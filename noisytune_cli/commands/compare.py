@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.checkpoint.formats import check_read
 from noisytune_cli.commands.heat_map import KIND_ORDER, HeatMap, arrange, layer_order
 from noisytune_cli.commands.provenance import Provenance, provenance_of
 from noisytune_cli.commands.result import Result
@@ -199,9 +200,7 @@ def compare(
         scores: tuple[SeedScore, ...] = ()
         if seeds or recorded:
             scores = _find_seeds(fitting, first, second, seeds, recorded, threads, progress)
-        for file in (*first.sources, *second.sources):
-            file.check_unchanged()
-            file.check_sums()
+        check_read((*first.sources, *second.sources))
         found = list(zip(fitting, changes, strict=True))
         only_a = [_lone(t) for t in pairing.only_a if t.name in selected]
         only_b = [_lone(t) for t in pairing.only_b if t.name in selected]
@@ -298,14 +297,13 @@ def _find_seeds(
             next_step="Check --manifest and the filters, or leave --seed and --manifest out",
         )
     streams, suspects = each_once(streams, suspects)
-    model_type = (first.config or {}).get("model_type")
     scores, _ = find_seeds(
         suspects,
         streams,
         seeds_of(seeds, recorded),
         distributions_of(None, recorded),
         renames=recorded is None,
-        model_type=model_type if isinstance(model_type, str) else None,
+        config=first.config,
         threads=threads,
         progress=progress,
     )

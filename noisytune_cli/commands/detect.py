@@ -17,7 +17,7 @@ before the noise, which without a base is that of the tensor less the noise foun
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.checkpoint.formats import check_read
 from noisytune_cli.checkpoint.quantized import refuse_quantized_models
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine.correlation import Correlation, Draw, Suspect, correlate
@@ -32,7 +33,8 @@ from noisytune_cli.engine.threads import Progress
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.manifest.locate import manifest_of
 from noisytune_cli.manifest.read import RecordedManifest, read_manifest
-from noisytune_cli.noise import devices, distributions
+from noisytune_cli.noise import distributions
+from noisytune_cli.noise.devices import open_device
 from noisytune_cli.plan.evidence.told import tell_checkpoint
 from noisytune_cli.plan.plans import plan_checkpoint
 from noisytune_cli.plan.renames import Renaming, Rules, likely_renamings, pair_up
@@ -162,20 +164,17 @@ def detect(
                 why="no tensor of it has the name and shape of one that gets noise",
                 next_step="Check --manifest, --base and the filters, or say with --map what names were",
             )
-        model_type = (checkpoint.config or {}).get("model_type")
         scores, tests = find_seeds(
             suspects,
             streams,
             seeds,
             kinds,
             renames=recorded is None,
-            model_type=model_type if isinstance(model_type, str) else None,
+            config=checkpoint.config,
             threads=threads,
             progress=progress,
         )
-        for file in (*checkpoint.sources, *(original.sources if original is not None else ())):
-            file.check_unchanged()
-            file.check_sums()
+        check_read((*checkpoint.sources, *(original.sources if original is not None else ())))
         return Detection(
             suspect=checkpoint.id,
             revision=checkpoint.revision,
@@ -195,19 +194,21 @@ def find_seeds(
     kinds: Sequence[str],
     *,
     renames: bool,
-    model_type: str | None,
+    config: Mapping[str, Any] | None,
     threads: int,
     progress: Progress,
 ) -> tuple[tuple[SeedScore, ...], int]:
     """Look for the noise of each seed, of these distributions, in tensors whose noise has these streams.
 
-    With `renames`, where nothing is found prefixes of the names are tried, as a model of that type has them.
+    With `renames`, where nothing is found prefixes of the names are tried, as a model of `config` has them.
     Return the score of each seed and how many noises were tried.
     """
     search = _Search(suspects, threads, progress)
     attempts = search.run(streams, kinds, seeds, [Renaming()])
     if renames and not any(_is_significant(a.z, len(attempts)) for a in attempts):
-        attempts += search.run(streams, kinds, seeds, likely_renamings(streams, model_type))
+        model_type = (config or {}).get("model_type")
+        renamings = likely_renamings(streams, model_type if isinstance(model_type, str) else None)
+        attempts += search.run(streams, kinds, seeds, renamings)
     tests = len(attempts)
     best = [_best([a for a in attempts if a.draw.seed == seed], tests) for seed in seeds]
     return tuple(attempt.score(tests, suspects) for attempt in best), tests
@@ -404,7 +405,7 @@ class _Search:
             found = correlate(
                 self._suspects,
                 [draw for _, draw in wanted],
-                devices.load("cpu").open_device("cpu"),
+                open_device("cpu"),
                 threads=self._threads,
                 progress=report,
             )

@@ -19,7 +19,7 @@ from noisytune_cli.commands.compare import By, Comparison
 from noisytune_cli.commands.inspect import Inspection
 from noisytune_cli.commands.perturb import Perturbed
 from noisytune_cli.commands.replay import Replayed
-from noisytune_cli.commands.request import Request
+from noisytune_cli.commands.request import Request, make_conversion
 from noisytune_cli.commands.verify import Verified
 from noisytune_cli.dtypes import BY_TORCH_NAME
 from noisytune_cli.engine.threads import thread_count
@@ -35,7 +35,7 @@ from noisytune_cli.plan.arguments import (
     patterns,
     texts,
 )
-from noisytune_cli.records import Conversion, Granularity, Scope
+from noisytune_cli.records import Granularity, Scope
 
 #: A file, a folder, or where that is allowed a hub id.
 Place = str | os.PathLike[str]
@@ -89,11 +89,6 @@ def perturb(
         check_choice("to", to, ("safetensors",))
     if dequantize is not None:
         check_choice("dequantize", dequantize, ("bf16",))
-    conversion = Conversion(
-        dtype=None if dtype is None else BY_TORCH_NAME[dtype],
-        format="safetensors" if to else None,
-        dequantized="BF16" if dequantize else None,
-    )
     spec = make_spec(
         lam=lam,
         seed=seed,
@@ -111,7 +106,7 @@ def perturb(
     request = Request(
         os.fspath(source),
         spec,
-        conversion=None if conversion == Conversion() else conversion,
+        conversion=make_conversion(dtype, to, dequantize),
         weights=weights,
         components=patterns("components", components),
         revision=revision,

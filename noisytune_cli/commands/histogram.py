@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from noisytune_cli.checkpoint.checkpoint import open_checkpoint
+from noisytune_cli.checkpoint.formats import check_read
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.engine.histogram import Histogram, count_values
 from noisytune_cli.errors import UsageError
@@ -47,8 +48,7 @@ def histogram(
             for tensor in file.tensors:
                 if tensor.name == name and tensor.dtype in FLOAT_DTYPES:
                     found = count_values(file, tensor, BINS)
-                    file.check_unchanged()
-                    file.check_sums()
+                    check_read([file])
                     return Counted(checkpoint.id, tensor, found)
     raise UsageError(
         f"--histogram {name}",

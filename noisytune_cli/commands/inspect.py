@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.checkpoint.formats import check_read
 from noisytune_cli.checkpoint.quantized import refuse_quantized_models
 from noisytune_cli.commands.provenance import Provenance, provenance_of
 from noisytune_cli.commands.result import Result
@@ -27,7 +28,7 @@ from noisytune_cli.engine.statistics import Statistics, measure
 from noisytune_cli.engine.threads import Progress
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import escape
-from noisytune_cli.noise import devices
+from noisytune_cli.noise.devices import open_device
 from noisytune_cli.plan.evidence.doubts import warning_of
 from noisytune_cli.plan.evidence.told import tell_checkpoint
 from noisytune_cli.plan.plan import check_noise, select
@@ -66,8 +67,8 @@ class TensorReport:
     action: Literal["perturb", "copy", "refuse"]
     reason: str | None
     stream: str
-    low: float | None
-    high: float | None
+    low: float | None = None
+    high: float | None = None
     noise_std: float | None = None
     unsure: tuple[str, ...] = ()
     part: str | None = None
@@ -178,20 +179,17 @@ def inspect(
             floats = [t for t in checkpoint.tensors if t.name in names and t.dtype in FLOAT_DTYPES]
             parts = {step.tensor.name: step.parts for step in plan.steps if step.action == "perturb"}
             with progress(sum(tensor.nbytes for tensor in floats)) as report:
-                device = devices.load("cpu").open_device("cpu")
                 statistics = measure(
                     floats,
                     files,
-                    device,
+                    open_device("cpu"),
                     threads=threads,
                     progress=report,
                     parts=parts,
                     percentiles=percentiles,
                 )
             measured = {tensor.name: found for tensor, found in zip(floats, statistics, strict=True)}
-        for file in checkpoint.sources:
-            file.check_unchanged()
-            file.check_sums()
+        check_read(checkpoint.sources)
         rows = _report(plan, names, measured, quantized is not None)
         return Inspection(
             id=checkpoint.id,
@@ -256,17 +254,11 @@ def _report(
 def _outcome(
     noise: NoiseSpec, step: Step, part: Part, found: Statistics | None, refused: bool
 ) -> dict[str, Any]:
-    """Return action, reason, low, high and unsure: what perturb would do, as far as the values are known."""
+    """Return the fields of a report that say what perturb would do, as far as the values are known."""
     if refused:
-        return {"action": "refuse", "reason": "quantized", "low": None, "high": None, "unsure": ()}
+        return {"action": "refuse", "reason": "quantized"}
     if found is None and part.elements != 1:
-        return {
-            "action": step.action,
-            "reason": step.reason,
-            "low": None,
-            "high": None,
-            "unsure": step.unsure,
-        }
+        return {"action": step.action, "reason": step.reason, "unsure": step.unsure}
     spread = None
     if found is not None and found.std is not None:
         spread = Spread(found.std if noise.needs_std else None, found.min == found.max and noise.needs_std)

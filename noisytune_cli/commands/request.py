@@ -9,6 +9,7 @@ from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_found
 from noisytune_cli.checkpoint.composition import Component
 from noisytune_cli.checkpoint.find import Found, find
 from noisytune_cli.checkpoint.quantized import refuse_quantized_config, refuse_quantized_models
+from noisytune_cli.dtypes import BY_TORCH_NAME
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.records import Conversion, NoiseSpec
 
@@ -16,9 +17,22 @@ from noisytune_cli.records import Conversion, NoiseSpec
 SHARE_BYTES = 1 << 30
 
 
+def make_conversion(dtype: str | None, to: str | None, dequantize: str | None) -> Conversion | None:
+    """Return in what the output's weights are to differ from the source's, None where in nothing.
+
+    `dtype` is one of BY_TORCH_NAME, `to` a format and `dequantize` a dtype, as options have them.
+    """
+    conversion = Conversion(
+        dtype=None if dtype is None else BY_TORCH_NAME[dtype],
+        format="safetensors" if to == "safetensors" else None,
+        dequantized="BF16" if dequantize == "bf16" else None,
+    )
+    return None if conversion == Conversion() else conversion
+
+
 @dataclass(frozen=True)
 class Request:
-    """Where to read and how; what `perturb` and its dry run have in common."""
+    """Where to read and how; what `perturb`, its dry run, its shares and `average` have in common."""
 
     source: str
     noise: NoiseSpec
@@ -33,18 +47,22 @@ class Request:
     follow_links: bool = False
     card: bool = False
 
-    def open(self, *, headers_only: bool = False, few_values: bool = False) -> Checkpoint:
-        """Open the source; with `headers_only` no weights of a hub's are fetched (see `open_found`).
-
-        Raises InputInvalid for one that is quantised, or was noised before and not asked for `again`.
-        """
-        found = find(
+    def find(self) -> Found:
+        """Look at the source."""
+        return find(
             self.source,
             weights=self.weights,
             components=self.components,
             revision=self.revision,
             follow_links=self.follow_links,
         )
+
+    def open(self, *, headers_only: bool = False, few_values: bool = False) -> Checkpoint:
+        """Open the source; with `headers_only` no weights of a hub's are fetched (see `open_found`).
+
+        Raises InputInvalid for one that is quantised, or was noised before and not asked for `again`.
+        """
+        found = self.find()
         with ExitStack() as opened:
             opened.callback(found.close)
             self._check_found(found)

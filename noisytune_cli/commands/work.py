@@ -17,8 +17,7 @@ from pathlib import Path
 
 from noisytune_cli.checkpoint.address import is_address
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_files
-from noisytune_cli.checkpoint.find import find
-from noisytune_cli.checkpoint.formats import Nowhere, Source
+from noisytune_cli.checkpoint.formats import Nowhere, Source, check_read
 from noisytune_cli.checkpoint.remote import Remote
 from noisytune_cli.commands.differences import same_kind
 from noisytune_cli.commands.request import Request
@@ -118,7 +117,7 @@ def add_up_share(folder: JobFolder, number: int, walk: Walk, *, mmap: bool = Fal
         sinks = {file.name: Nowhere() for file in sources}
         outputs = [Output(plan, sinks) for plan in plans]
         totals = walk.add_up(outputs, {file.name: file for file in sources}, steps.repeated)
-        complete(sources, [])
+        check_read(sources)
     folder.storage.put([sums_bytes([ShareSums(*total) for total in totals])], folder.sums(number))
 
 
@@ -213,21 +212,15 @@ def _stds(folder: JobFolder) -> Mapping[float, float]:
 @contextmanager
 def _opened(job: Job, share: Share, mmap: bool) -> Iterator[tuple[Source, ...]]:
     """Open the weight files of a share, which must be as they were when the job was planned."""
+    asked = request_of(job, mmap=mmap)
     with ExitStack() as opened:
         if job.conversion is not None and job.conversion.dequantized is not None:
             # A weight's scale may lie in another file, so all are opened; a store's are read by range.
-            asked = request_of(job, mmap=mmap)
             whole = opened.enter_context(asked.open(few_values=is_address(job.asked)))
             check_stamps(job, whole.root, share.files, whole.remote)
             sources = tuple(source for source in whole.sources if source.name in share.files)
         else:
-            found = find(
-                job.asked,
-                weights=job.weights,
-                components=job.components,
-                revision=job.commit,
-                follow_links=job.follow_links,
-            )
+            found = asked.find()
             if found.remote is not None:
                 opened.callback(found.close)
                 opened.enter_context(found.remote.named())

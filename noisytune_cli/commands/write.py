@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
-from noisytune_cli.checkpoint.formats import Nowhere, Sink, Source
+from noisytune_cli.checkpoint.formats import Nowhere, Sink, Source, check_read
 from noisytune_cli.checkpoint.formats._direct import room_for
 from noisytune_cli.engine.threads import Progress
 from noisytune_cli.engine.walk import Output, Walk, work_bytes
@@ -61,9 +61,7 @@ def fill(
 
 def complete(sources: Iterable[Source], sinks: Iterable[Sink]) -> None:
     """Flush what was filled, unless its sources are not as they were when they were opened."""
-    for source in sources:
-        source.check_unchanged()
-        source.check_sums()
+    check_read(sources)
     for sink in sinks:
         sink.finish()
 

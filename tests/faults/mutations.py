@@ -169,7 +169,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a changed input goes unnoticed",
-        "commands/write.py",
+        "checkpoint/formats/__init__.py",
         "        source.check_unchanged()\n",
         "        pass\n",
         (f"{_MACHINE}::test_an_input_that_changes_while_it_is_read",),

@@ -12,7 +12,7 @@ the output: the same header, and a slot for every tensor. Nothing here knows abo
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -115,6 +115,13 @@ class Nowhere:
 
     def abort(self) -> None:
         """Have nothing to close."""
+
+
+def check_read(sources: Iterable[Source]) -> None:
+    """Raise Mismatch if a file is not what it was at open, InputInvalid if it does not fit its checksums."""
+    for source in sources:
+        source.check_unchanged()
+        source.check_sums()
 
 
 def open_source(path: Path, name: str, mmap: bool, reach: Reach | None = None) -> Source:
