@@ -47,6 +47,9 @@ ToldBy = Literal["checkpoint", "model", "structure", "values", "names"]
 #: The most parts that one tensor is divided into: its entry in a manifest has to stay readable in one piece.
 MAX_PARTS = 4096
 
+#: The largest seed of noise: a stream's key has 64 bits of it.
+MAX_SEED = 2**64 - 1
+
 #: The most noises that one mixture adds up.
 MAX_TERMS = 20_000
 
@@ -367,6 +370,27 @@ class Manifest:
     rewritten: tuple[tuple[str, str | None, str], ...] = ()
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
+    @property
+    def conversion(self) -> Conversion | None:
+        """In what the output's weights differ from the source's beside the noise; None where they do not."""
+        return None if self.output is None else self.output.conversion
+
+    @property
+    def output_files(self) -> tuple[FileRecord, ...]:
+        """The output's weight files, where they are not like the source's too."""
+        return self.source.files if self.output is None else self.output.files
+
+    @property
+    def followed(self) -> tuple[tuple[str, str, str], ...]:
+        """The small files that had to follow the weights: name, the source's name, digest."""
+        return () if self.output is None else self.output.rewritten
+
+    @property
+    def others(self) -> dict[str, str]:
+        """The digests of the output's files that are no weights, by name; its manifest is none of them."""
+        anew = (*self.rewritten, *self.followed)
+        return {**dict(self.copied), **{name: digest for name, _, digest in anew}}
+
     def __repr__(self) -> str:
         told = ", ".join(f"{name} {value}" for name, value in self._told())
         return f"<Manifest of {self.source.id!r}: {told}>"
@@ -392,9 +416,7 @@ class Manifest:
 
 def with_output_files(manifest: Manifest) -> Manifest:
     """Return the manifest with the output's weight files in the place of the base's."""
-    if manifest.output is None:
-        return manifest
-    return replace(manifest, source=replace(manifest.source, files=manifest.output.files))
+    return replace(manifest, source=replace(manifest.source, files=manifest.output_files))
 
 
 def copied(reason: Reason | None, std: float | None = None) -> Outcome:

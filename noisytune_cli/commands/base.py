@@ -71,8 +71,8 @@ def open_base(
         mmap=mmap,
         follow_links=follow_links,
     )
-    output = recorded.manifest.output
-    if output is None or output.conversion.dequantized is None:
+    conversion = recorded.manifest.conversion
+    if conversion is None or conversion.dequantized is None:
         return original
     with ExitStack() as opened:
         original = dequantize(opened.enter_context(original), base)
@@ -156,8 +156,7 @@ def _weights(recorded: RecordedManifest) -> str:
     manifest = recorded.manifest
     names = [file.name for file in manifest.source.files]
     home = posixpath.dirname(names[0])
-    rewritten = () if manifest.output is None else manifest.output.rewritten
-    others = [*(name for name, _ in manifest.copied), *(source for _, source, _ in rewritten)]
+    others = [*(name for name, _ in manifest.copied), *(source for _, source, _ in manifest.followed)]
     indexes = [name for name in others if index_suffix(name) and posixpath.dirname(name) == home]
     # That of another model, or of another one of the training, may have been copied beside them.
     stems = {stem_of(name) for name in names}

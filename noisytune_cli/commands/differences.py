@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from noisytune_cli.checkpoint.formats import Source
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import Mismatch
+from noisytune_cli.escape import list_some
 from noisytune_cli.output.convert import aligned
 from noisytune_cli.records import FileRecord, Manifest, Receipt, Step, TensorSpec, with_output_files
 
@@ -95,14 +96,11 @@ def mismatch(
     differences: Sequence[Difference], *, what: str, path: str | os.PathLike[str], next_step: str
 ) -> Mismatch:
     """Return the error that names the first of `differences`, at least one, and counts the rest."""
-    first, others = differences[0], differences[1:_MAX_NAMED]
+    first, *others = differences
     why = f"{first.file}: {first.what}" if first.tensor is None else f"{first.what} ({first.file})"
     if others:
-        why += "; the same or the like of " + ", ".join(
-            other.file if other.tensor is None else f'"{other.tensor}"' for other in others
-        )
-    if (more := len(differences) - 1 - len(others)) > 0:
-        why += f" and {more:,} more"
+        names = [other.file if other.tensor is None else f'"{other.tensor}"' for other in others]
+        why += f"; the same or the like of {list_some(names, _MAX_NAMED - 1)}"
     return Mismatch(what, path=path, tensor=first.tensor, why=why, next_step=next_step)
 
 

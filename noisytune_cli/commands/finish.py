@@ -29,7 +29,7 @@ from noisytune_cli.commands.work import (
 )
 from noisytune_cli.engine.threads import Progress
 from noisytune_cli.errors import InputInvalid, InputUnreadable, NoisytuneError, OutputUnsafe
-from noisytune_cli.escape import escape
+from noisytune_cli.escape import escape, list_some
 from noisytune_cli.manifest.job import Job
 from noisytune_cli.manifest.read import RecordedManifest, read_manifest
 from noisytune_cli.manifest.share import read_steps
@@ -49,7 +49,7 @@ from noisytune_cli.output.overwrite import Seen
 from noisytune_cli.output.space import check_descriptors
 from noisytune_cli.plan.evidence.told import Told
 from noisytune_cli.reading import is_there
-from noisytune_cli.records import Manifest, Plan, Receipt, Step, with_output_files
+from noisytune_cli.records import Manifest, Plan, Receipt, Step
 
 #: Missing shares that an error names.
 _MOST_NAMED = 20
@@ -110,12 +110,11 @@ def _finish(folder: JobFolder, threads: int | None, progress: Progress) -> tuple
 def missing(folder: JobFolder, left: Sequence[int]) -> InputUnreadable:
     """Return the error that names the shares which are still to be done."""
     count = len(folder.job.shares)
-    named = ", ".join(str(share + 1) for share in left[:_MOST_NAMED])
-    more = f" and {len(left) - _MOST_NAMED:,} more" if len(left) > _MOST_NAMED else ""
+    named = list_some([str(share + 1) for share in left], _MOST_NAMED)
     return InputUnreadable(
         "shares are missing",
         path=folder.path,
-        why=f"{len(left):,} of {count:,} are not done: {named}{more}",
+        why=f"{len(left):,} of {count:,} are not done: {named}",
         next_step=f"Run noisytune work OUT --share {left[0] + 1}/{count} for each, or for all without it",
     )
 
@@ -154,9 +153,7 @@ def _published(storage: JobStorage, output: Place) -> Perturbed | None:
             if file is not None:
                 manifest = read_manifest(file).manifest
                 weights = (
-                    [output]
-                    if path == _beside(output)
-                    else [output / f.name for f in with_output_files(manifest).source.files]
+                    [output] if path == _beside(output) else [output / f.name for f in manifest.output_files]
                 )
                 recipe = isinstance(output, Path) and not any(map(is_there, weights))
                 return Perturbed(path if recipe else output, path, manifest, (), (), recipe, skipped=True)
@@ -213,8 +210,7 @@ def _receipts(folder: JobFolder, output: int, plan: Plan) -> tuple[Receipt, ...]
             files = tuple(sizes[name] for name in share.files)
             source = replace(job.source, files=files)
             expected = (job.version, source, job.outputs[output].noise, job.conversion)
-            conversion = None if manifest.output is None else manifest.output.conversion
-            found = (manifest.tool_version, manifest.source, manifest.noise, conversion)
+            found = (manifest.tool_version, manifest.source, manifest.noise, manifest.conversion)
             beside = (*manifest.copied, *manifest.rewritten, *manifest.left_out)
             steps = plan.steps[len(receipts) : len(receipts) + len(manifest.receipts)]
             if found != expected or beside or not all(map(_fits, manifest.receipts, steps)):
@@ -253,7 +249,7 @@ def _check_files(folder: JobFolder, output: int, recorded: RecordedManifest) -> 
     """Raise InputInvalid unless the weight files that a receipt is of are there, and of its sizes."""
     if folder.job.recipe_only:
         return
-    for file in with_output_files(recorded.manifest).source.files:
+    for file in recorded.manifest.output_files:
         if folder.kept(output, file.name) != file.size:
             raise _no_receipt(recorded, f"{file.name}, which it is of, is not there, or not whole")
 
@@ -294,8 +290,8 @@ def _published_by(
             manifest = read_manifest(file).manifest
         except InputInvalid:
             return None
-    conversion = None if manifest.output is None else manifest.output.conversion
-    found = (manifest.source, manifest.noise, conversion, bool(manifest.rewritten), manifest.receipts)
+    is_anew = bool(manifest.rewritten)
+    found = (manifest.source, manifest.noise, manifest.conversion, is_anew, manifest.receipts)
     made = (job.source, plan.noise, job.conversion, job.card and not job.recipe_only, receipts)
     return manifest if found == made else None
 

@@ -26,12 +26,12 @@ from noisytune_cli.commands.write import record_source
 from noisytune_cli.engine.threads import Progress
 from noisytune_cli.errors import InputInvalid, InputUnreadable, Mismatch, OutputUnsafe, UsageError, unwritable
 from noisytune_cli.escape import escape
-from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX, manifest_beside
+from noisytune_cli.manifest.write import MANIFEST, manifest_beside
 from noisytune_cli.output.destination import check_places_of_download
 from noisytune_cli.output.overwrite import Seen, check_folder_replaceable, contents, look_at
 from noisytune_cli.output.staging import JOB_PREFIX
 from noisytune_cli.reading import is_there
-from noisytune_cli.records import Conversion, Manifest, Plan, Receipt, with_output_files
+from noisytune_cli.records import Conversion, Manifest, Plan, Receipt
 from noisytune_cli.version import __version__
 
 if TYPE_CHECKING:
@@ -96,9 +96,10 @@ def find_made(
     except InputInvalid:
         return None
     manifest = recorded.manifest
-    made = None if manifest.output is None else manifest.output.conversion
-    recorded_as = (manifest.tool_version, manifest.source, manifest.noise, made, bool(manifest.rewritten))
-    if recorded_as != (__version__, record_source(source), plan.noise, conversion, with_card):
+    found = (manifest.tool_version, manifest.source, manifest.noise, manifest.conversion)
+    if found != (__version__, record_source(source), plan.noise, conversion):
+        return None
+    if bool(manifest.rewritten) != with_card:
         return None
     if not _is_of(manifest.receipts, plan) or not _knows(manifest, source.others):
         return None
@@ -138,9 +139,8 @@ def _is_of(receipts: Sequence[Receipt], plan: Plan) -> bool:
 
 def _knows(manifest: Manifest, others: Sequence[str]) -> bool:
     """Tell whether the run that wrote a manifest saw these files beside the weights, and took no others."""
-    converted = () if manifest.output is None else manifest.output.rewritten
     taken = {name for name, _ in manifest.copied}
-    taken.update(name for _, name, _ in (*converted, *manifest.rewritten) if name is not None)
+    taken.update(name for _, name, _ in (*manifest.followed, *manifest.rewritten) if name is not None)
     return taken.issubset(others) and taken.union(name for name, _ in manifest.left_out).issuperset(others)
 
 
@@ -184,10 +184,7 @@ def _gives(source: Checkpoint, recorded: RecordedManifest, threads: int | None, 
 
 def _lacks(output: Path, recorded: RecordedManifest) -> bool:
     """Tell whether a recorded file of a folder is absent."""
-    manifest = with_output_files(recorded.manifest)
-    names = [*(file.name for file in manifest.source.files), *(name for name, _ in manifest.copied)]
-    rewritten = () if manifest.output is None else manifest.output.rewritten
-    names += [name for name, _, _ in (*rewritten, *manifest.rewritten)]
+    names = (*(file.name for file in recorded.manifest.output_files), *recorded.manifest.others)
     return output.is_dir() and not all(is_there(output / name) for name in names)
 
 
@@ -249,8 +246,7 @@ def _may_have_changed(output: Path) -> bool:
     """Tell whether there is a manifest, and a file that is younger as far as the clock tells."""
     try:
         mode = os.lstat(output).st_mode
-        beside = output.with_name(output.name + MANIFEST_SUFFIX)
-        manifest = os.lstat(output / MANIFEST if stat.S_ISDIR(mode) else beside)
+        manifest = os.lstat(output / MANIFEST if stat.S_ISDIR(mode) else manifest_beside(output))
         files = _files(output) if stat.S_ISDIR(mode) else iter([os.lstat(output)])
         return any(
             file.st_mtime_ns + _TICK > manifest.st_mtime_ns or file.st_ctime_ns > manifest.st_ctime_ns

@@ -126,8 +126,7 @@ def replay(
 def _missing_copies(manifest: Manifest, source: Checkpoint) -> list[Difference]:
     """Say which of the recorded other files the base does not have."""
     there = set(source.others)
-    followed = () if manifest.output is None else manifest.output.rewritten
-    names = [*(name for name, _ in manifest.copied), *(name for _, name, _ in followed)]
+    names = [*(name for name, _ in manifest.copied), *(name for _, name, _ in manifest.followed)]
     # A card of its own an output may have without the base's, but not beside a single file.
     names += [old or name for name, old, _ in manifest.rewritten if old or source.single_file]
     return [Difference(name, None, "it is absent") for name in names if name not in there]

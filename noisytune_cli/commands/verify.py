@@ -11,7 +11,6 @@ not match" (8).
 
 from __future__ import annotations
 
-import os
 import posixpath
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
@@ -19,13 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
 from noisytune_cli.checkpoint.address import Place, is_address
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.composition import Component, in_component
 from noisytune_cli.checkpoint.folder import list_folder
-from noisytune_cli.checkpoint.formats import Nowhere, Source, open_source
+from noisytune_cli.checkpoint.formats import Nowhere, Source, check_read, open_source
 from noisytune_cli.checkpoint.index import read_index
 from noisytune_cli.checkpoint.layout import index_suffix, is_weights
 from noisytune_cli.commands.base import compare_files, match_files, open_base, prefixes_of
@@ -34,17 +31,15 @@ from noisytune_cli.commands.differences import Difference, as_written, compare_r
 from noisytune_cli.commands.result import Result
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Output, Walk
-from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError, unreadable
+from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.average import RecordedAverage, read_any_manifest
 from noisytune_cli.manifest.locate import Location, place_of, require_manifest
 from noisytune_cli.manifest.read import REFORMATTED, RecordedManifest
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
 from noisytune_cli.noise.devices import open_device
-from noisytune_cli.reading import open_regular
+from noisytune_cli.output.publish import copy_file
 from noisytune_cli.records import Manifest, NoiseSpec, Plan, Receipt, with_output_files
-
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -130,9 +125,7 @@ class _Original:
     def remake(self, walk: Walk) -> list[Difference]:
         """Do the steps again, and say what did not come out as recorded."""
         found = compare_receipts(self.receipts, _redo(walk, self.plan, self.files, recorded=self.receipts))
-        for file in self.files.values():
-            file.check_unchanged()
-            file.check_sums()
+        check_read(self.files.values())
         return found
 
 
@@ -218,7 +211,7 @@ def _verify(
         for file in matched.values():
             file.check_unchanged()
         found += [difference for name, file in matched.items() for difference in _compare_sums(name, file)]
-    others = _other_files(manifest)
+    others = manifest.others
     found += [d for name, digest in others.items() for d in compare_copy(place.path(name), name, digest)]
     checked = Checked(
         tensors=len(manifest.receipts),
@@ -233,7 +226,7 @@ def _read_manifest(place: Location) -> RecordedManifest:
     """Read the manifest of the output at `place`; InputUnreadable where there is none."""
     recorded = read_any_manifest(require_manifest(place.manifest))
     recorded.require_files()
-    if not place.is_folder and (len(recorded.manifest.source.files) > 1 or _other_files(recorded.manifest)):
+    if not place.is_folder and (len(recorded.manifest.source.files) > 1 or recorded.manifest.others):
         raise InputInvalid(
             "cannot verify the file alone",
             path=place.output,
@@ -255,15 +248,7 @@ def _strays(located: _Located) -> list[str]:
 
 def _known(manifest: Manifest) -> set[str]:
     """Return the names of all files that a manifest records of an output."""
-    files = with_output_files(manifest).source.files
-    return {*(file.name for file in files), *_other_files(manifest)}
-
-
-def _other_files(manifest: Manifest) -> dict[str, str]:
-    """Return the digests of the output's files that are no weights."""
-    followed = () if manifest.output is None else manifest.output.rewritten
-    anew = (*manifest.rewritten, *followed)
-    return {**dict(manifest.copied), **{name: digest for name, _, digest in anew}}
+    return {*(file.name for file in manifest.output_files), *manifest.others}
 
 
 def _open_files(
@@ -314,7 +299,7 @@ def _aliases(files: Mapping[str, Source], place: Location, manifest: Manifest) -
     """Return what index and weight files say of names, as it was when the noise was planned."""
     said: dict[str, str] = {}
     components = set(prefixes_of(manifest).values())
-    for name in _other_files(manifest):
+    for name in manifest.others:
         if index_suffix(name):
             with suppress(InputInvalid, InputUnreadable):  # which is told of the file by its digest
                 found = read_index(place.output, name).metadata
@@ -356,18 +341,8 @@ def _compare_sums(name: str, file: Source) -> list[Difference]:
 
 def compare_copy(path: Path, name: str, digest: str) -> list[Difference]:
     """Compare a copied file with its digest."""
-    content = blake3()
     try:
-        fd = open_regular(path)
+        found = copy_file(path, name, [])
     except (InputInvalid, InputUnreadable) as error:
         return [Difference(name, None, _why_not_opened(error))]
-    try:
-        while chunk := os.read(fd, _CHUNK):
-            content.update(chunk)
-    except OSError as error:
-        raise unreadable(error, path) from error
-    finally:
-        os.close(fd)
-    if f"blake3:{content.hexdigest()}" == digest:
-        return []
-    return [Difference(name, None, "its bytes are not those recorded")]
+    return [] if found == digest else [Difference(name, None, "its bytes are not those recorded")]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from noisytune_cli.dtypes import LARGEST
+from noisytune_cli.records import MAX_SEED
 
 _DIGEST = re.compile(r"blake3:[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -19,7 +20,6 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _FLOAT32 = struct.Struct("<f")
 _INFINITE = (math.inf, -math.inf)
 
-_SEED_LIMIT = 2**64
 _LONGEST_NAME = 4096  # bytes of a path, PATH_MAX
 
 
@@ -156,7 +156,7 @@ class Fields:
     def seed(self, key: str) -> int:
         """Return a u64 written as a string."""
         value = self.string(key)
-        if not _SEED.fullmatch(value) or int(value) >= _SEED_LIMIT:
+        if not _SEED.fullmatch(value) or int(value) > MAX_SEED:
             raise self.fault(key, "is not a whole number from 0 to 2^64-1 in a string")
         return int(value)
 
@@ -176,10 +176,6 @@ class Fields:
         if value > limit:
             raise self.fault(key, f"is more than {limit:,}")
         return value
-
-    def optional_count(self, key: str, limit: int) -> int | None:
-        """Return an integer from 0 to `limit`, or None for null."""
-        return None if self._value[key] is None else self.count(key, limit)
 
     def list(self, key: str) -> list[Any]:
         """Return a list."""

@@ -8,12 +8,10 @@ from typing import Any
 
 from noisytune_cli.errors import InputInvalid, UsageError
 from noisytune_cli.reading import parse_json, read_small
-from noisytune_cli.records import MAX_TERMS, Term
+from noisytune_cli.records import MAX_SEED, MAX_TERMS, Term
 
 #: The most of a mixture's file that is read: 20,000 lines take 2 MB.
 _MAX_MIX_BYTES = 8 << 20
-
-_LARGEST_SEED = 2**64 - 1
 
 
 def read_mix(path: str) -> tuple[tuple[Term, ...], bool]:
@@ -39,7 +37,7 @@ def read_mix(path: str) -> tuple[tuple[Term, ...], bool]:
             seed: Any = entry.get("seed")
             if isinstance(seed, str) and re.fullmatch("[0-9]{1,20}", seed, re.ASCII):
                 seed = int(seed)
-            if type(seed) is not int or not 0 <= seed <= _LARGEST_SEED:
+            if type(seed) is not int or not 0 <= seed <= MAX_SEED:
                 raise ValueError('"seed" is not a whole number from 0 to 2^64-1')
             values: list[Any] = [entry.get(kind), entry.get("coefficient", 1.0)]
             for key, value in zip((kind, "coefficient"), values, strict=True):

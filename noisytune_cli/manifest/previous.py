@@ -55,7 +55,6 @@ def read_previous(path: Path) -> PreviousRun | None:
     """Return what the file at `path` says of its source, or None where it is no manifest of noisytune."""
     # Most sources have no manifest, and should not wait for its readers to be imported.
     from noisytune_cli.manifest.average import RecordedAverage, read_any_manifest
-    from noisytune_cli.records import with_output_files
 
     name = path.name
     try:
@@ -70,7 +69,7 @@ def read_previous(path: Path) -> PreviousRun | None:
     except (InputInvalid, InputUnreadable) as error:
         why = f"its manifest {name} cannot be used ({error.why})"
         return PreviousRun("the source may have been noised before", why, None)
-    files = frozenset(file.name for file in with_output_files(recorded.manifest).source.files)
+    files = frozenset(file.name for file in recorded.manifest.output_files)
     if isinstance(recorded, RecordedAverage):
         members = list_some([source.id for _, source in recorded.average.members])
         why = f"its manifest {name} has the mean of {members}, and does not say whether these were noised"

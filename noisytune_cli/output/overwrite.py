@@ -20,7 +20,7 @@ from noisytune_cli.checkpoint.layout import METADATA
 from noisytune_cli.errors import InputInvalid, InputUnreadable, OutputUnsafe, unwritable
 from noisytune_cli.escape import list_some
 from noisytune_cli.manifest.previous import begins_a_manifest
-from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
+from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX, manifest_beside
 from noisytune_cli.output.staging import remains
 from noisytune_cli.records import Manifest
 
@@ -85,16 +85,16 @@ def check_file_replaceable(output: Path) -> None:
 
 def check_manifest_replaceable(output: Path) -> None:
     """Raise OutputUnsafe if what has the name of a file's manifest is none of noisytune, and not empty."""
-    beside = output.with_name(output.name + MANIFEST_SUFFIX)
+    beside = manifest_beside(output)
     if _is_file(beside) and (head := _head(beside)) and not begins_a_manifest(head):
         raise _kept(beside, "it has the name of the output's manifest, and is none")
 
 
 def _is_recorded(output: Path) -> bool:
     """Tell whether the manifest beside a file records one file, of this size; it may have any name."""
-    beside = output.with_name(output.name + MANIFEST_SUFFIX)
+    beside = manifest_beside(output)
     try:
-        files = _read(beside).source.files if _is_file(beside) else ()
+        files = _read(beside).output_files if _is_file(beside) else ()
         return len(files) == 1 and files[0].size == output.stat().st_size
     except (InputInvalid, InputUnreadable, OSError):
         return False
@@ -129,17 +129,16 @@ def check_recipe_replaceable(output: Path) -> None:
 
 
 def _read(path: Path) -> Manifest:
-    """Return the manifest at `path` with the output's own weight files; raises as `read_any_manifest`."""
+    """Return the manifest at `path`; raises as `read_any_manifest`."""
     # Most outputs are new, and should not wait for its readers to be imported.
     from noisytune_cli.manifest.average import read_any_manifest
-    from noisytune_cli.records import with_output_files
 
-    return with_output_files(read_any_manifest(path).manifest)
+    return read_any_manifest(path).manifest
 
 
 def _weights_of(recorded: Manifest, folder: Path) -> list[str]:
     """Return which of the recorded weight files lie in the folder."""
-    return [file.name for file in recorded.source.files if _is_file(folder / file.name)]
+    return [file.name for file in recorded.output_files if _is_file(folder / file.name)]
 
 
 def _added(output: Path, names: Collection[str], recorded: Manifest) -> list[str]:
@@ -147,11 +146,8 @@ def _added(output: Path, names: Collection[str], recorded: Manifest) -> list[str
 
     Of a folder in it that holds nothing recorded, only the folder's own name is given.
     """
-    followed = () if recorded.output is None else recorded.output.rewritten
-    files = {MANIFEST, *(file.name for file in recorded.source.files)}
-    files.update(name for name, _ in recorded.copied)
-    files.update(name for name, _, _ in (*recorded.rewritten, *followed))
-    files.update(chunk for file in recorded.source.files for chunk in _chunks(output, file.name))
+    files = {MANIFEST, *(file.name for file in recorded.output_files), *recorded.others}
+    files.update(chunk for file in recorded.output_files for chunk in _chunks(output, file.name))
     folders = {str(parent) for name in files for parent in PurePosixPath(name).parents}
     added = []
     pending = list(names)
@@ -211,7 +207,7 @@ def _kept(
 def look_at(output: Path) -> Seen:
     """Return what stands at an output's place now: it is asked whether that may be replaced after this."""
     try:
-        return look(output), look(output.with_name(output.name + MANIFEST_SUFFIX))
+        return look(output), look(manifest_beside(output))
     except OSError as error:
         raise unwritable(error, output) from error
 

@@ -25,6 +25,7 @@ from noisytune_cli.plan.patterns import check_matched, is_kind, match_names
 from noisytune_cli.plan.split import Division, check_splits, divide
 from noisytune_cli.plan.ties import find_ties
 from noisytune_cli.records import (
+    MAX_SEED,
     SHRUNK,
     Action,
     Conversion,
@@ -36,8 +37,6 @@ from noisytune_cli.records import (
     Tie,
     out_dtype_of,
 )
-
-_SEED_LIMIT = 2**64
 
 #: What to say to those whose options leave nothing to perturb.
 OPTIONS_THAT_EXCLUDE = "Widen --include or drop an --exclude; --dry-run shows the reason for each tensor"
@@ -65,7 +64,7 @@ def check_noise(noise: NoiseSpec) -> None:
             why="it is the share of each weight that is kept",
             next_step="Give a number from 0 to 1, such as 0.5",
         )
-    if not 0 <= noise.seed < _SEED_LIMIT:
+    if not 0 <= noise.seed <= MAX_SEED:
         raise UsageError(
             f"--seed: {noise.seed} is out of range",
             why="a seed is a whole number from 0 to 2^64-1",
