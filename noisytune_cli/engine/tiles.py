@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
     from noisytune_cli.noise.stream import Noise
 
-#: How the reference handles each dtype's stored values.
-_STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-
 #: Elements from which a run is worth a call of its own: below, the call costs more than what it does.
 _LONG = 4096
 
@@ -178,7 +175,7 @@ def _pick(
     noised = block.of(_values(scratch.data, out_dtype), block.at)
     if suspects:
         # Something between the runs may have been clamped, or be no number: only the reference tells which.
-        values = np.frombuffer(tile, _STORED[dtype])
+        values = np.frombuffer(tile, reference.STORED[dtype])
         each = [
             reference.mix(values[run], dtype, noise, first + run.start, out_dtype) for run in block.runs()
         ]

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 #: The stream's name in manifests.
 STREAM = "philox4x32-10/v1"
 
+#: NumPy's dtype for the stored values of each dtype; those of BF16 are its bits.
+STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
 #: Key words 0 and 1 and counter words 2 and 3 of a stream.
 StreamWords = tuple[int, int, int, int]
 
@@ -130,8 +133,7 @@ def upcast(stored: NDArray[np.generic], dtype: str) -> NDArray[np.float32] | NDA
 
 def values(data: memoryview, dtype: str) -> NDArray[np.float64]:
     """Return the values of stored bytes."""
-    stored = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]
-    return upcast(np.frombuffer(data, stored), dtype).astype(np.float64)
+    return upcast(np.frombuffer(data, STORED[dtype]), dtype).astype(np.float64)
 
 
 def add_noise(

@@ -21,7 +21,6 @@ from noisytune_cli.memory import in_place
 from noisytune_cli.noise import std as moments
 from noisytune_cli.noise import stream
 from noisytune_cli.noise.devices import cuda
-from noisytune_cli.noise.devices.torch import NUMPY
 from noisytune_cli.noise.devices.torch import operations as torch_kernels
 
 pytest.importorskip("triton")
@@ -33,7 +32,7 @@ from noisytune_cli.noise.devices.cuda import sums as triton_sums
 from noisytune_cli.noise.devices.cuda.launch import INTERPRETED, LANES, STEPS, Row
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-DTYPES = sorted(NUMPY)
+DTYPES = sorted(stream.STORED)
 #: Elements of a tile in these tests.
 SIZE = LANES.value * (2 if INTERPRETED else STEPS.value)
 DISTRIBUTIONS = ["gaussian", "uniform"]

@@ -20,8 +20,6 @@ from noisytune_cli.noise.std import BLOCK
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_STORED: dict[str, Any] = {"F32": "<f4", "F64": "<f8", "BF16": "<u2", "F16": "<f2"}
-
 #: Values at a time, which bounds the memory for their words and coefficients; a multiple of BLOCK.
 _AT_A_TIME = 1 << 16
 
@@ -170,9 +168,9 @@ def _taken(rows: NDArray[Any], following: NDArray[np.int64], most: int) -> Itera
 def _values(address: int, n: int, dtype: str) -> NDArray[Any]:
     """Return the n values that lie at an address."""
     if n == 0:
-        return np.empty(0, _STORED[dtype])
+        return np.empty(0, stream.STORED[dtype])
     memory: Any = (ctypes.c_char * (n * FLOAT_DTYPES[dtype])).from_address(address)
-    values: NDArray[Any] = np.frombuffer(memory, _STORED[dtype])
+    values: NDArray[Any] = np.frombuffer(memory, stream.STORED[dtype])
     return values
 
 

@@ -19,7 +19,7 @@ import torch
 from noisytune_cli.noise import stream
 from noisytune_cli.noise.devices import Device
 from noisytune_cli.noise.devices.cpu import Cpu
-from noisytune_cli.noise.devices.torch import NUMPY, Torch, open_torch, operations
+from noisytune_cli.noise.devices.torch import Torch, open_torch, operations
 from noisytune_cli.noise.std import round_std
 from noisytune_cli.noise.stream import Noise
 
@@ -141,4 +141,4 @@ def _samples(dtype: torch.dtype, scale: float) -> Tensor:
 
 def _stored(values: Tensor) -> NDArray[np.generic]:
     """Return values in host memory as the reference takes them."""
-    return values.view(torch.uint8).numpy().view(NUMPY[operations.NAMES[values.dtype]])
+    return values.view(torch.uint8).numpy().view(stream.STORED[operations.NAMES[values.dtype]])

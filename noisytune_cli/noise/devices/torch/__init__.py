@@ -32,14 +32,6 @@ if TYPE_CHECKING:
 
     from noisytune_cli.noise.std import Moments
 
-#: NumPy's view of each stored dtype, as the reference takes it.
-NUMPY: dict[str, type[np.generic]] = {
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": np.uint16,
-    "F64": np.float64,
-}
-
 
 class Torch:
     """A torch device; its state is one staging buffer for each thread."""
@@ -185,11 +177,11 @@ def is_exact(device: Torch) -> bool:
     values = torch.linspace(-2.0, 2.0, count, dtype=torch.float32, device="cpu")
     checks = [(d, d, distribution) for d in ("F32", "F16", "BF16") for distribution in distributions.names()]
     # Other pairs are these roundings again, after sums that are checked above.
-    checks += [(dtype, out, "uniform") for dtype in ("F32", "F64") for out in NUMPY if out != dtype]
+    checks += [(dtype, out, "uniform") for dtype in ("F32", "F64") for out in stream.STORED if out != dtype]
     for dtype, out_dtype, distribution in checks:
         as_bytes = values.to(operations.DTYPES[dtype]).view(torch.uint8).numpy()
         c = stream.coefficients(distribution, seed, name, first, count)
-        stored = as_bytes.view(NUMPY[dtype])
+        stored = as_bytes.view(stream.STORED[dtype])
         expected, *counts = stream.add_noise(stored, dtype, c, np.float32(0.3), out_dtype)
         out = np.empty(expected.nbytes, np.uint8)
         noise = Noise.of(distribution, stream.stream_words(seed, name), float(np.float32(0.3)))
