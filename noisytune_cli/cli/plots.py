@@ -93,9 +93,7 @@ def draw_map(heat_map: HeatMap, title: str, label: str) -> Figure:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
-        figure = Figure(
-            figsize=(6.0, min(40.0, 1.6 + 0.24 * max(4, len(heat_map.layers)))), layout="constrained"
-        )
+        figure = Figure(figsize=(6.0, _height(heat_map)), layout="constrained")
         _heat_map(figure, figure.subplots(), heat_map, label)
         figure.suptitle(title)
     return figure

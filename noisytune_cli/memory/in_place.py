@@ -62,7 +62,7 @@ def exact_sums(part: LocalTensor) -> NDArray[np.int64]:
     sums = new_exact_sums()
     with torch.no_grad():
         values = host_values(part.values)
-        for data, _ in tiles_of(values, 0, values.numel()):
+        for data, _ in tiles_of(values):
             _CPU.add_exact_sums(data, operations.NAMES[values.dtype], sums)
     return sums
 
@@ -263,16 +263,11 @@ def host_values(values: Tensor) -> Tensor:
     return flat(values.cpu())
 
 
-def _memory(values: Tensor) -> memoryview:
-    return values.view(torch.uint8).numpy().data
-
-
-def tiles_of(values: Tensor, start: int, count: int) -> Iterator[tuple[memoryview, int]]:
-    """Yield the memory of each tile of `count` elements from `start`, and how far from `start` it begins."""
-    size = values.element_size()
-    memory = _memory(values)[start * size : (start + count) * size]
+def tiles_of(values: Tensor) -> Iterator[tuple[memoryview, int]]:
+    """Yield the memory of each tile of values [n] in host memory, and the index of its first element."""
+    memory = values.view(torch.uint8).numpy().data
     for at in range(0, len(memory), _TILE_BYTES):
-        yield memory[at : at + _TILE_BYTES], at // size
+        yield memory[at : at + _TILE_BYTES], at // values.element_size()
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def _add(dose: PartedDose, counts: list[tuple[int, int]], worker: Worker) -> Non
 def _add_to_host(dose: PartedDose, values: torch.Tensor, worker: Worker) -> list[tuple[int, int, int]]:
     """Add a dose to values in host memory, [n]; return pieces' (matrix, unchanged, clamped)."""
     dtype = operations.NAMES[values.dtype]
-    work = list(in_place.tiles_of(values, 0, values.numel()))
+    work = list(in_place.tiles_of(values))
     places = tiles.Places(dose.parts)
     done: list[list[tuple[int, int, int]]] = [[] for _ in work]
 

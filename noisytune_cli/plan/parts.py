@@ -34,16 +34,16 @@ def cut(
     return tuple(parts)
 
 
-def stack(shape: Sequence[int], inside: Sequence[Part], name: str = "expert") -> tuple[Part, ...]:
-    """Divide a stack [n, …] into its n matrices, and each into the parts `inside` it, if there are any."""
+def stack(shape: Sequence[int], inside: Sequence[Part]) -> tuple[Part, ...]:
+    """Divide a stack [n, …] of experts into its n matrices, and each into the parts `inside` it, if any."""
     own = tuple(shape[1:])
     size = math.prod(own)
     parts = []
     for i in range(shape[0]):
         if inside:
-            parts += [replace(p, name=f"{name}.{i}.{p.name}", first=p.first + i * size) for p in inside]
+            parts += [replace(p, name=f"expert.{i}.{p.name}", first=p.first + i * size) for p in inside]
         else:
-            parts.append(Part(f"{name}.{i}", own, i * size, size, size, 1))
+            parts.append(Part(f"expert.{i}", own, i * size, size, size, 1))
     return tuple(parts)
 
 

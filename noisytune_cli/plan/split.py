@@ -24,7 +24,7 @@ from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import UsageError
 from noisytune_cli.manifest.write import FEWER_PARTS, MAX_LINES
 from noisytune_cli.plan.parts import cut, within
-from noisytune_cli.records import MAX_PARTS, Part, TensorSpec
+from noisytune_cli.records import MAX_PARTS, Part, TensorSpec, whole
 
 _LEVEL = r"(-?\d{1,2}):(?:/(\d{1,18})|(\d{1,18}(?:,\d{1,18})*)(?:\*(\d{1,18}))?)"
 
@@ -103,8 +103,7 @@ def divide(
 
 def _split(tensor: TensorSpec, pattern: str, division: str) -> tuple[Part, ...]:
     """Divide a tensor as the user says."""
-    whole = Part("", tensor.shape, 0, tensor.elements, tensor.elements, 1)
-    parts: tuple[Part, ...] = (whole,)
+    parts: tuple[Part, ...] = (whole(tensor),)
     for level in _levels(pattern, division):
         if any(part.repeat > 1 for part in parts):
             raise _misfit(tensor, pattern, division, f"{level.text} cuts what is not in one piece any more")
