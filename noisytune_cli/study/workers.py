@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 
+from noisytune_cli.checkpoint.formats._system import free_memory
 from noisytune_cli.errors import NoisytuneError, ResourceExhausted
 from noisytune_cli.study.design import Run
 from noisytune_cli.study.settings import Material, Recipe
@@ -73,23 +74,13 @@ def check_memory(parameters: int, jobs: int, members: int = 1) -> None:
     if jobs <= 1:
         return
     needed = (_COPIES + _MEMBER_COPIES * (members - 1)) * 4 * parameters + _PROCESS_BYTES
-    free = _free_memory()
+    free = free_memory()
     if free is not None and jobs * needed > free:
         raise ResourceExhausted(
             f"--jobs {jobs}",
             why=f"each takes about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free",
             next_step=f"Use --jobs {max(1, free // needed)}",
         )
-
-
-def _free_memory() -> int | None:
-    """Return the bytes that programs may still have, or None where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":") for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
 
 
 def _in_processes(
@@ -114,7 +105,7 @@ def _in_processes(
                 if kind == "steps":
                     report(content)
                 elif kind == "error":
-                    raise _rebuilt(*content)
+                    raise content
                 elif kind == "bug":
                     raise RuntimeError(content)
                 else:
@@ -159,20 +150,11 @@ def _work(pipe: Connection, material: Material, recipe: Recipe, place: Place) ->
                 steps.send()
                 pipe.send(("done", record))
         except NoisytuneError as error:
-            pipe.send(("error", (type(error), {name: getattr(error, name) for name in _PARTS})))
+            pipe.send(("error", error))
         except (EOFError, OSError):
             raise
         except Exception:  # the parent ends with it, as it would without processes
             pipe.send(("bug", traceback.format_exc()))
-
-
-#: What an error is made of.
-_PARTS = ("what", "why", "next_step", "path", "tensor")
-
-
-def _rebuilt(kind: type[NoisytuneError], parts: dict[str, Any]) -> NoisytuneError:
-    what = parts.pop("what")
-    return kind(what, **parts)
 
 
 class _Steps:

@@ -432,7 +432,7 @@ def test_more_processes_than_fit_are_refused(
 ) -> None:
     from noisytune_cli.study import workers
 
-    monkeypatch.setattr(workers, "_free_memory", lambda: 2 << 30)
+    monkeypatch.setattr(workers, "free_memory", lambda: 2 << 30)
     said = refused(tiny, tmp_path / "out", 6, "--jobs", "8")
     assert "and 2.0 GiB are free. Use --jobs 2." in said
     workers.check_memory(8_000_000, 2)

@@ -70,8 +70,7 @@ class Data:
 
 _PAIR = ("sentence1", "sentence2")
 
-#: GLUE (Wang et al., 2019), with the metrics it reports; the folder's name in the official download is the
-#: task's in capitals, with a dash where `_FOLDERS` says so.
+#: GLUE (Wang et al., 2019), with the metrics it reports.
 GLUE = {
     "cola": Task(
         "cola", ("sentence",), "label", ("matthews", "accuracy"), ("source", "label", "mark", "sentence")
@@ -82,6 +81,7 @@ GLUE = {
     "stsb": Task("stsb", _PAIR, "score", ("pearson", "spearman")),
     "wnli": Task("wnli", _PAIR, "label", ("accuracy",)),
 }
+#: What the official download calls each task's folder.
 _FOLDERS = {
     "cola": "CoLA",
     "mrpc": "MRPC",
