@@ -105,12 +105,12 @@ def average(
         direct=direct,
         mmap=mmap,
         follow_links=follow_links,
-        progress=lambda nbytes: show.progress(nbytes, "average", enabled=not quiet),
+        progress=lambda nbytes: show.progress(nbytes, "average"),
     )
-    _show(result, as_json=as_json, quiet=quiet)
+    _show(result, as_json=as_json)
 
 
-def _show(result: Averaged, *, as_json: bool, quiet: bool) -> None:
+def _show(result: Averaged, *, as_json: bool) -> None:
     """Print the summary: one line on stderr, or with `as_json` a document on stdout."""
     from noisytune_cli.cli.show import note, note_left_out, warn_all, write_out
     from noisytune_cli.manifest.write import left_out_json
@@ -134,9 +134,8 @@ def _show(result: Averaged, *, as_json: bool, quiet: bool) -> None:
             "warnings": list(result.warnings),
         }
         write_out(json.dumps(document, indent=1) + "\n", [result.output])
-    if not quiet:
-        note(
-            f"averaged {averaged} of {len(manifest.tensors)} tensors of {len(manifest.members)} checkpoints "
-            f"-> {result.output}: {nbytes / 1e6:,.1f} MB"
-        )
-        note_left_out(manifest.left_out)
+    note(
+        f"averaged {averaged} of {len(manifest.tensors)} tensors of {len(manifest.members)} checkpoints "
+        f"-> {result.output}: {nbytes / 1e6:,.1f} MB"
+    )
+    note_left_out(manifest.left_out)

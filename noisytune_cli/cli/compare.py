@@ -169,7 +169,14 @@ def compare(
       noisytune compare a.safetensors b.safetensors --exit-code --format csv
     """
     from noisytune_cli.cli import show, show_compare
-    from noisytune_cli.cli.parse import check_reads_values, check_report, format_of, parse_map, read_seeds
+    from noisytune_cli.cli.parse import (
+        check_reads_values,
+        check_report,
+        format_of,
+        parse_map,
+        read_components,
+        read_seeds,
+    )
     from noisytune_cli.commands import compare as command
     from noisytune_cli.engine.threads import default_threads
     from noisytune_cli.output.reports import check_new
@@ -196,12 +203,12 @@ def compare(
         seeds=read_seeds(seed) if seed is not None else (),
         manifest=manifest,
         weights=(weights_a, weights_b),
-        components=() if component is None else tuple(component.split(",")),
+        components=read_components(component),
         revisions=(revision_a, revision_b),
         mmap=mmap,
         threads=threads or default_threads(),
         follow_links=follow_links,
-        progress=lambda nbytes: show.progress(nbytes, "compare", enabled=not quiet),
+        progress=lambda nbytes: show.progress(nbytes, "compare"),
     )
     show_compare.show_comparison(result, kind, out=out, plot=plot, raw=raw)
     if exit_code:

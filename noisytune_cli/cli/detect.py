@@ -100,7 +100,7 @@ def detect(
       noisytune detect ./suspect --manifest ./bert-noisy --base ./bert
     """
     from noisytune_cli.cli import show
-    from noisytune_cli.cli.parse import parse_map, read_seeds
+    from noisytune_cli.cli.parse import parse_map, read_components, read_seeds
     from noisytune_cli.commands import detect as command
     from noisytune_cli.engine.threads import default_threads
 
@@ -114,12 +114,12 @@ def detect(
         include=include or (),
         exclude=exclude or (),
         weights=weights,
-        components=() if component is None else tuple(component.split(",")),
+        components=read_components(component),
         revision=revision,
         mmap=mmap,
         threads=threads or default_threads(),
         follow_links=follow_links,
-        progress=lambda nbytes: show.progress(nbytes, "detect", enabled=not quiet),
+        progress=lambda nbytes: show.progress(nbytes, "detect"),
     )
     _show(result, as_json=as_json, knows_names=base is not None or manifest is not None)
 
@@ -134,7 +134,7 @@ def _show(result: Detection, *, as_json: bool, knows_names: bool) -> None:
         write_out(json.dumps(_document(result), indent=1, allow_nan=False) + "\n")
     else:
         width = max(len(str(score.seed)) for score in result.seeds)
-        write_out(line_of(score, width) for score in result.seeds)
+        write_out((line_of(score, width) for score in result.seeds), spelled=True)
     if not result.found:
         best = max(result.seeds, key=lambda score: abs(score.z))
         raise Mismatch(

@@ -25,6 +25,6 @@ def finish(out: JobOut, threads: Threads = None, as_json: AsJson = False, quiet:
     made = command.finish(
         out,
         threads=threads,
-        progress=lambda nbytes: show.progress(nbytes, "check", enabled=not quiet),
+        progress=lambda nbytes: show.progress(nbytes, "check"),
     )
-    show_perturb.show_perturbed(made, as_json=as_json, quiet=quiet, seconds=time.monotonic() - started)
+    show_perturb.show_perturbed(made, as_json=as_json, seconds=time.monotonic() - started)

@@ -17,6 +17,7 @@ from noisytune_cli.cli.options import (
     GranularityOption,
     Mmap,
     Patterns,
+    Quiet,
     Raw,
     Report,
     Revision,
@@ -117,9 +118,7 @@ def inspect(
     weights: Weights = None,
     component: Components = None,
     revision: Revision = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.", rich_help_panel=RUNNING)
-    ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """List a checkpoint's tensors with their statistics, and what perturb would do with each.
 
@@ -145,6 +144,7 @@ def inspect(
         format_of,
         numbers,
         parse_split,
+        read_components,
     )
     from noisytune_cli.commands import inspect as command
     from noisytune_cli.engine.threads import default_threads
@@ -167,7 +167,7 @@ def inspect(
         from noisytune_cli.cli import plots
 
         plots.check(plot)
-    components = () if component is None else tuple(component.split(","))
+    components = read_components(component)
     if histogram is not None:
         from noisytune_cli.cli import show_histogram
         from noisytune_cli.commands import histogram as counting
@@ -205,7 +205,7 @@ def inspect(
             mmap=mmap,
             threads=threads or default_threads(),
             follow_links=follow_links,
-            progress=lambda nbytes: show.progress(nbytes, "inspect", enabled=not quiet),
+            progress=lambda nbytes: show.progress(nbytes, "inspect"),
         )
         for source in sources
     ]

@@ -213,6 +213,7 @@ FollowLinks = Annotated[
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel=RUNNING)
 ]
+#: What prints heeds it (`show.errors_alone`), so that verbs have it in their signatures alone.
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.", rich_help_panel=RUNNING)
 ]

@@ -14,9 +14,8 @@ from decimal import Decimal
 from itertools import product
 from typing import NamedTuple, TypeVar
 
-from noisytune_cli.dtypes import BY_TORCH_NAME
 from noisytune_cli.errors import UsageError
-from noisytune_cli.records import Combination, Conversion, Granularity, NoiseSpec, Scope, Term
+from noisytune_cli.records import MAX_SEED, Combination, Granularity, NoiseSpec, Scope, Term
 
 _T = TypeVar("_T")
 
@@ -25,7 +24,6 @@ MOST = 1000
 
 _NUMBER = r"([-+]?[0-9]{1,30}(?:\.[0-9]{0,30})?|[-+]?\.[0-9]{1,30})"
 _RANGE = f"{_NUMBER}:{_NUMBER}:{_NUMBER}"
-_LARGEST_SEED = 2**64 - 1
 
 #: λ of the paper on GLUE.
 DEFAULT_LAMBDA = 0.15
@@ -92,16 +90,6 @@ def format_of(wanted: str | None, out: str | None, *, as_json: bool = False) -> 
     return {"json": "json", "jsonl": "jsonl", "csv": "csv", "html": "html", "htm": "html"}.get(
         ending, "table"
     )
-
-
-def make_conversion(dtype: str | None, to: str | None, dequantize: str | None) -> Conversion | None:
-    """Return in what the output's weights are to differ from the source's, None where in nothing."""
-    conversion = Conversion(
-        dtype=None if dtype is None else BY_TORCH_NAME[dtype],
-        format="safetensors" if to == "safetensors" else None,
-        dequantized="BF16" if dequantize == "bf16" else None,
-    )
-    return None if conversion == Conversion() else conversion
 
 
 def read_preset(name: str | None) -> Preset:
@@ -440,7 +428,12 @@ def words(option: str, text: str, choices: Sequence[str] = ()) -> tuple[str, ...
     return items(option, text, word, " or ".join(choices) or "a name")
 
 
-def read_seeds(text: str, largest: int = _LARGEST_SEED) -> list[int]:
+def read_components(text: str | None) -> tuple[str, ...]:
+    """Return the components that `--component` names, none where it is not given."""
+    return () if text is None else words("--component", text)
+
+
+def read_seeds(text: str, largest: int = MAX_SEED) -> list[int]:
     """Return the seeds of a comma list of numbers and ranges such as `0-4`, both ends included."""
     bound = f"2^{largest.bit_length()}-1"
     seeds: list[int] = []

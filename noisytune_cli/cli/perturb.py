@@ -321,7 +321,7 @@ def perturb(
         )
 
     def progress(nbytes: int) -> Any:
-        return show.progress(nbytes, "perturb", enabled=not quiet)
+        return show.progress(nbytes, "perturb")
 
     if engine is not None:
         from noisytune_cli.commands.distribute import perturb_shares
@@ -350,7 +350,7 @@ def perturb(
             progress=progress,
             **asked.outputs,
         )
-    show_perturb.show_perturbed(results, as_json=as_json, quiet=quiet, seconds=time.monotonic() - started)
+    show_perturb.show_perturbed(results, as_json=as_json, seconds=time.monotonic() - started)
 
 
 def _check_running(
@@ -420,13 +420,13 @@ def ask(
         check_out,
         choose_strength,
         combine,
-        make_conversion,
         make_noise,
         read_bytes,
+        read_components,
         read_preset,
         read_shrink,
     )
-    from noisytune_cli.commands.request import SHARE_BYTES, Request
+    from noisytune_cli.commands.request import SHARE_BYTES, Request, make_conversion
 
     if out is not None:
         check_out(out)
@@ -472,7 +472,7 @@ def ask(
         noise=spec,
         conversion=make_conversion(dtype, to, dequantize),
         weights=weights,
-        components=() if component is None else tuple(component.split(",")),
+        components=read_components(component),
         revision=revision,
         mmap=mmap,
         again=again,

@@ -29,7 +29,7 @@ def plan(**given: Any) -> None:
     from noisytune_cli.commands import plan as command
 
     asked = ask(mmap=False, **given)
-    out, quiet = given["out"], given["quiet"]
+    out = given["out"]
     if out is None:
         raise UsageError("--out is missing", why="a job lies beside its output", next_step="Give -o OUT")
     planned = command.plan_job(
@@ -50,10 +50,9 @@ def plan(**given: Any) -> None:
         show.write_out(json.dumps(document, indent=1) + "\n")
     else:
         show.write_out(f"{shares}\n")
-    if not quiet:
-        what = "the same job was planned before" if planned.joined else "planned"
-        then = f"noisytune work {shlex.quote(out)}"
-        show.note(f"{what}; outputs: {len(job.outputs)}, shares: {shares}; next: {then}")
+    what = "the same job was planned before" if planned.joined else "planned"
+    then = f"noisytune work {shlex.quote(out)}"
+    show.note(f"{what}; outputs: {len(job.outputs)}, shares: {shares}; next: {then}")
 
 
 _parameters = [

@@ -86,12 +86,12 @@ def replay(
         direct=direct,
         mmap=mmap,
         follow_links=follow_links,
-        progress=lambda nbytes: show.progress(nbytes, "replay", enabled=not quiet),
+        progress=lambda nbytes: show.progress(nbytes, "replay"),
     )
-    _show_replayed(result, as_json=as_json, quiet=quiet)
+    _show_replayed(result, as_json=as_json)
 
 
-def _show_replayed(result: Replayed, *, as_json: bool, quiet: bool) -> None:
+def _show_replayed(result: Replayed, *, as_json: bool) -> None:
     """Say what was written: one line on stderr, or with `as_json` a document on stdout."""
     from noisytune_cli.cli.show import note, warn_all, write_out
 
@@ -105,5 +105,4 @@ def _show_replayed(result: Replayed, *, as_json: bool, quiet: bool) -> None:
             "tensors": tensors,
         }
         write_out(json.dumps(document, indent=1) + "\n", [result.output])
-    if not quiet:
-        note(f"rebuilt {tensors} tensors exactly as recorded: {result.output}")
+    note(f"rebuilt {tensors} tensors exactly as recorded: {result.output}")

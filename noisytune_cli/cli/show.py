@@ -14,12 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TextIO
 
 from noisytune_cli.checkpoint.address import Place
 from noisytune_cli.errors import PipeClosed, ResourceExhausted
-from noisytune_cli.escape import SPELLED, escape
+from noisytune_cli.escape import SPELLED, escape, list_some
 
 #: What told that a tensor is a buffer, in words; None where a record does not say.
 TOLD_BY: dict[str | None, str] = {
@@ -41,18 +40,19 @@ _MOST_LEFT_OUT = 3
 _LONGEST_WARNING = 1500
 
 
-#: Whether lines that are no errors are left out.
-_errors_alone = ContextVar("_errors_alone", default=False)
+#: Whether lines that are no errors are left out, whichever thread says them.
+_errors_alone = False
 
 
 @contextmanager
 def errors_alone(wanted: bool) -> Iterator[None]:
     """Keep all that is no error off stderr, where that is `wanted`."""
-    before = _errors_alone.set(wanted)
+    global _errors_alone
+    before, _errors_alone = _errors_alone, wanted
     try:
         yield
     finally:
-        _errors_alone.reset(before)
+        _errors_alone = before
 
 
 def write_out(text: str | Iterable[str], published: Sequence[Place] = (), *, spelled: bool = False) -> None:
@@ -75,6 +75,16 @@ def write_out(text: str | Iterable[str], published: Sequence[Place] = (), *, spe
         raise lost_out(error, published) from error
 
 
+def write_report(chunks: Iterable[str], out: str | None, *, spelled: bool) -> None:
+    """Print a report, which `spelled` says is text that people read, or write it to the new file `out`."""
+    if out is None:
+        write_out(chunks, spelled=spelled)
+    else:
+        from noisytune_cli.output.reports import write_new  # most reports are printed
+
+        warn_all(*write_new(out, chunks))
+
+
 def lost_out(error: OSError, published: Sequence[Place] = ()) -> ResourceExhausted:
     """Return what it is that stdout failed with this error, and give it up."""
     if sys.stdout is not None:
@@ -84,7 +94,7 @@ def lost_out(error: OSError, published: Sequence[Place] = ()) -> ResourceExhaust
 
 def note(text: str) -> None:
     """Write one line to stderr, if it is wanted and anybody is there to read it."""
-    if not _errors_alone.get():
+    if not _errors_alone:
         _tell(text)
 
 
@@ -119,9 +129,8 @@ def warn_all(warnings: Iterable[str], cleared: Iterable[str] = ()) -> None:
 def note_left_out(left_out: Sequence[tuple[str, str]]) -> None:
     """Name the first files that are not in an output, each with the reason, on a line of stderr."""
     if left_out:
-        shown = ", ".join(f"{escape(name)} ({why})" for name, why in left_out[:_MOST_LEFT_OUT])
-        more = len(left_out) - _MOST_LEFT_OUT
-        note(f"left out: {shown}" + (f" and {more:,} more" if more > 0 else ""))
+        shown = [f"{escape(name)} ({why})" for name, why in left_out]
+        note(f"left out: {list_some(shown, _MOST_LEFT_OUT)}")
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -130,15 +139,12 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 @contextmanager
-def progress(
-    total: int, description: str, enabled: bool = True, *, of_steps: bool = False
-) -> Iterator[Callable[[int], None]]:
+def progress(total: int, description: str, *, of_steps: bool = False) -> Iterator[Callable[[int], None]]:
     """Show a bar of bytes, or of steps, and the time left on stderr; yield what to call with those just done.
 
-    It may be called from any thread. Nothing is shown without a terminal, where not `enabled`, or where
-    errors are shown alone.
+    It may be called from any thread. Nothing is shown without a terminal, or where errors are shown alone.
     """
-    if not (enabled and total and is_terminal(sys.stderr)) or _errors_alone.get():
+    if _errors_alone or not (total and is_terminal(sys.stderr)):
         yield lambda done: None
         return
     from rich import progress as bars

@@ -20,7 +20,7 @@ from typing import Any
 
 from noisytune_cli.cli.detect import entry_of, line_of
 from noisytune_cli.cli.rows import csv_lines, dump, json_list, values
-from noisytune_cli.cli.show import is_terminal, note, warn_all, write_out
+from noisytune_cli.cli.show import is_terminal, note, warn_all, write_report
 from noisytune_cli.cli.table import lay_out
 from noisytune_cli.commands.compare import ChangeRow, Comparison, Side
 from noisytune_cli.commands.heat_map import HeatMap
@@ -76,8 +76,6 @@ def show_comparison(
     found: Comparison, format: str, *, out: str | None = None, plot: str | None = None, raw: bool = False
 ) -> None:
     """Print the comparison, or write it to the file `out`, and draw it into the file `plot`."""
-    from noisytune_cli.output.reports import write_new
-
     warn_all(found.warnings)
     if found.renaming:
         note(f"names of B are those of A {found.renaming}")
@@ -86,10 +84,7 @@ def show_comparison(
 
         plots.write(plot, plots.draw_comparison(found))
     chunks = render(found, format, raw=raw, blocks=out is None and _can_draw())
-    if out is None:
-        write_out(chunks)
-    else:
-        warn_all(*write_new(out, chunks))
+    write_report(chunks, out, spelled=format == "table")
 
 
 def require_same(found: Comparison) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from noisytune_cli.cli.show import warn_all, write_out
+from noisytune_cli.cli.show import write_report
 from noisytune_cli.commands.histogram import Counted
 from noisytune_cli.errors import UsageError
 from noisytune_cli.escape import escape
@@ -25,17 +25,11 @@ def check_format(format: str) -> None:
 
 def show_histogram(found: Counted, format: str, *, out: str | None = None, plot: str | None = None) -> None:
     """Print the histogram, or write it to the file `out`, and draw it into the file `plot`."""
-    from noisytune_cli.output.reports import write_new
-
     if plot is not None:
         from noisytune_cli.cli import plots
 
         plots.write(plot, plots.draw_histogram(found))
-    chunks = render(found, format)
-    if out is None:
-        write_out(chunks)
-    else:
-        warn_all(*write_new(out, chunks))
+    write_report(render(found, format), out, spelled=format == "table")
 
 
 def render(found: Counted, format: str) -> Iterator[str]:

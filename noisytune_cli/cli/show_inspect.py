@@ -21,7 +21,7 @@ from dataclasses import fields
 from typing import Any
 
 from noisytune_cli.cli.rows import csv_lines, dump, json_list, values
-from noisytune_cli.cli.show import TOLD_BY, note, warn, warn_all, write_out
+from noisytune_cli.cli.show import TOLD_BY, note, warn, warn_all, write_report
 from noisytune_cli.cli.table import lay_out
 from noisytune_cli.commands.heat_map import HeatMap, arrange
 from noisytune_cli.commands.inspect import Inspection, TensorReport, Totals
@@ -69,8 +69,6 @@ def show_inspections(
     On stderr is what the user should know of it. `raw` leaves CSV without the apostrophes before what could
     be a formula.
     """
-    from noisytune_cli.output.reports import write_new
-
     for inspection in inspections:
         whose = f"{escape(inspection.id)}: " if len(inspections) > 1 else ""
         warn_all(f"{whose}{warning}" for warning in inspection.warnings)
@@ -83,10 +81,7 @@ def show_inspections(
 
         inspection = inspections[0]
         plots.write(plot, plots.draw_map(std_map(inspection), f"std of {escape(inspection.id, 60)}", "std"))
-    if out is None:
-        write_out(render(inspections, format, raw=raw), spelled=format == "table")
-    else:
-        warn_all(*write_new(out, render(inspections, format, raw=raw)))
+    write_report(render(inspections, format, raw=raw), out, spelled=format == "table")
 
 
 def render(inspections: Sequence[Inspection], format: str, *, raw: bool = False) -> Iterator[str]:

@@ -61,7 +61,7 @@ def show_planned(planned: Planned, *, as_json: bool) -> None:
     )
 
 
-def show_perturbed(results: Sequence[Perturbed], *, as_json: bool, quiet: bool, seconds: float) -> None:
+def show_perturbed(results: Sequence[Perturbed], *, as_json: bool, seconds: float) -> None:
     """Print the summary: a line for each output on stderr, or with `as_json` a document on stdout.
 
     Of several outputs the documents are a line each, in the outputs' order.
@@ -74,8 +74,6 @@ def show_perturbed(results: Sequence[Perturbed], *, as_json: bool, quiet: bool, 
         indent = 1 if len(results) == 1 else None
         documents = (f"{json.dumps(_document(result), indent=indent)}\n" for result in results)
         write_out(documents, [result.output for result in results])
-    if quiet:
-        return
     for result in results:
         took = f" in {seconds:.1f} s" if len(results) == 1 and not result.skipped else ""
         note(f"{_summary(result)}{took}")
@@ -143,8 +141,7 @@ def _copied(manifest: Manifest) -> dict[str, int]:
 
 
 def _bytes(manifest: Manifest) -> int:
-    files = manifest.source.files if manifest.output is None else manifest.output.files
-    return sum(file.size for file in files)
+    return sum(file.size for file in manifest.output_files)
 
 
 def _parameters(planned: Planned) -> int:

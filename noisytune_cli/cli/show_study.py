@@ -31,13 +31,10 @@ _TOGETHER = (
 )
 
 
-def show_study(
-    results: Mapping[str, Any], folder: Path, *, as_json: bool, quiet: bool, is_printed: bool = False
-) -> None:
+def show_study(results: Mapping[str, Any], folder: Path, *, as_json: bool, is_printed: bool = False) -> None:
     """Print the results, unless they are printed already.
 
-    On stderr follows what takes from the scores' worth, and unless `quiet` where the rest lies and what
-    the seeds cannot show.
+    On stderr follows what takes from the scores' worth, what the seeds cannot show and where the rest lies.
     """
     if not is_printed:
         write_out(encode(results) if as_json else _table(results), spelled=not as_json)
@@ -47,14 +44,12 @@ def show_study(
         warn(wording.choice("dev"))
     for told in caveats(results, escape):
         warn(f"{escape(results['study']['task'])}: {told}")
-    if quiet:
-        return
     if weak := wording.power(whole(results, "comparisons")):
         note(weak)
     note(f"report, results and figures: {folder}")
 
 
-def show_together(summary: Mapping[str, Any], folder: Path, *, as_json: bool, quiet: bool) -> None:
+def show_together(summary: Mapping[str, Any], folder: Path, *, as_json: bool) -> None:
     """Print what several tasks say together."""
 
     def row(method: Mapping[str, Any]) -> dict[str, str]:
@@ -85,8 +80,7 @@ def show_together(summary: Mapping[str, Any], folder: Path, *, as_json: bool, qu
             ),
             spelled=True,
         )
-    if not quiet:
-        note(f"all tasks together: {folder / 'tasks.md'}")
+    note(f"all tasks together: {folder / 'tasks.md'}")
 
 
 def _table(results: Mapping[str, Any]) -> Iterator[str]:

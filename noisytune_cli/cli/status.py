@@ -46,19 +46,17 @@ def document(found: Status) -> dict[str, object]:
 
 
 def _lines(found: Status) -> str:
-    from noisytune_cli.escape import escape
+    from noisytune_cli.escape import escape, list_some
+
+    def named(shares: tuple[int, ...]) -> str:
+        return list_some([str(share) for share in shares], _MOST_NAMED)
 
     done = found.shares - len(found.left)
     lines = [
         f"{done} of {found.shares} shares done, {found.done_bytes / 1e6:,.1f} of {found.nbytes / 1e6:,.1f} MB"
     ]
     if found.lacking_sums:
-        lines.append(f"sums still to come: {_named(found.lacking_sums)}")
-    lines.append(f"left: {_named(found.left)}" if found.left else "left: noisytune finish")
+        lines.append(f"sums still to come: {named(found.lacking_sums)}")
+    lines.append(f"left: {named(found.left)}" if found.left else "left: noisytune finish")
     lines += [f"output: {escape(output.path)}" for output in found.folder.job.outputs[:_MOST_NAMED]]
     return "".join(f"{line}\n" for line in lines)
-
-
-def _named(shares: tuple[int, ...]) -> str:
-    more = f" and {len(shares) - _MOST_NAMED:,} more" if len(shares) > _MOST_NAMED else ""
-    return ", ".join(map(str, shares[:_MOST_NAMED])) + more

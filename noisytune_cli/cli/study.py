@@ -10,7 +10,8 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from noisytune_cli.cli.help import OUTPUT, RUNNING, SOURCE
+from noisytune_cli.cli.help import OUTPUT, RUNNING
+from noisytune_cli.cli.options import Quiet, Revision
 from noisytune_cli.errors import UsageError
 
 _T = TypeVar("_T")
@@ -295,10 +296,7 @@ def study(
             min=1, max=64, metavar="N", help="Runs at once, a process each.", rich_help_panel=RUNNING
         ),
     ] = 1,
-    revision: Annotated[
-        str | None,
-        typer.Option(metavar="REV", help="Branch, tag or commit of a hub id.", rich_help_panel=SOURCE),
-    ] = None,
+    revision: Revision = None,
     report_only: Annotated[
         bool,
         typer.Option(
@@ -318,9 +316,7 @@ def study(
     as_json: Annotated[
         bool, typer.Option("--json", help="The same as --format json.", rich_help_panel=RUNNING)
     ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.", rich_help_panel=RUNNING)
-    ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Finetune with several methods and the same seeds, and tell what differs by more than chance.
 
@@ -390,15 +386,11 @@ def study(
     as_json = as_json or output_format is _Format.json
     as_html = output_format is _Format.html
 
-    def tell(text: str) -> None:
-        if not quiet:
-            show.note(text)
-
     def progress(steps: int) -> AbstractContextManager[Callable[[int], None]]:
-        return show.progress(steps, "study", enabled=not quiet, of_steps=True)
+        return show.progress(steps, "study", of_steps=True)
 
     if len(tasks) < 2:
-        studied, together = [command.study(request, tell=tell, progress=progress)], None
+        studied, together = [command.study(request, tell=show.note, progress=progress)], None
     elif as_html:
         raise UsageError(
             "--format html with several tasks",
@@ -406,7 +398,7 @@ def study(
             next_step="Leave it out, and open report.html in each task's folder",
         )
     else:
-        studied, together = command.study_tasks(request, tasks, tell=tell, progress=progress)
+        studied, together = command.study_tasks(request, tasks, tell=show.note, progress=progress)
     for one in studied:
         page = "".join(
             study_page(one.results, one.folder, show_study.COLUMNS, show_study.study_rows(one.results))
@@ -415,9 +407,9 @@ def study(
         if as_html:
             show.write_out(page)
         printed = as_html or (as_json and together is not None)
-        show_study.show_study(one.results, one.folder, as_json=as_json, quiet=quiet, is_printed=printed)
+        show_study.show_study(one.results, one.folder, as_json=as_json, is_printed=printed)
     if together is not None:
-        show_study.show_together(together, Path(out), as_json=as_json, quiet=quiet)
+        show_study.show_together(together, Path(out), as_json=as_json)
 
 
 def _once(values: Iterable[_T]) -> tuple[_T, ...]:

@@ -63,9 +63,9 @@ def verify(
                 threads=threads,
                 mmap=mmap,
                 follow_links=follow_links,
-                progress=lambda nbytes: show.progress(nbytes, "verify", enabled=not quiet),
+                progress=lambda nbytes: show.progress(nbytes, "verify"),
             )
-            _show_verified(result, as_json=as_json, quiet=quiet, several=len(outs) > 1)
+            _show_verified(result, as_json=as_json, several=len(outs) > 1)
         except NoisytuneError as error:
             if len(outs) == 1 or isinstance(error, (UsageError, ResourceExhausted)):
                 raise
@@ -77,7 +77,7 @@ def verify(
         raise typer.Exit(faults[0].exit_code)
 
 
-def _show_verified(result: Verified, *, as_json: bool, quiet: bool, several: bool) -> None:
+def _show_verified(result: Verified, *, as_json: bool, several: bool) -> None:
     """Print the answer; raises Mismatch, which names the first differences, where it is no."""
     from noisytune_cli.cli.show import note, warn_all, write_out
     from noisytune_cli.commands.differences import mismatch
@@ -102,10 +102,9 @@ def _show_verified(result: Verified, *, as_json: bool, quiet: bool, several: boo
             path=result.output,
             next_step=f"{next_step}, or write it again with perturb or replay",
         )
-    if not quiet:
-        made = " and the base gives" if result.checked.base else ""
-        whose = f"{result.output}: " if several else ""
-        note(
-            f"{whose}verified {result.checked.tensors} tensors, {result.checked.bytes / 1e6:,.1f} MB: "
-            f"all as the manifest says{made}"
-        )
+    made = " and the base gives" if result.checked.base else ""
+    whose = f"{result.output}: " if several else ""
+    note(
+        f"{whose}verified {result.checked.tensors} tensors, {result.checked.bytes / 1e6:,.1f} MB: "
+        f"all as the manifest says{made}"
+    )

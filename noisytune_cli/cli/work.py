@@ -50,7 +50,7 @@ def work(
         threads=threads,
         direct=direct,
         mmap=mmap,
-        progress=lambda nbytes: show.progress(nbytes, "work", enabled=not quiet),
+        progress=lambda nbytes: show.progress(nbytes, "work"),
     )
     show.warn_all(done.warnings)
     if done.waits_for:

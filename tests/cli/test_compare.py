@@ -223,6 +223,21 @@ def test_every_format_says_whose_noise_the_change_is(tmp_path: Path) -> None:
     assert "no noise of</dt><dd>seed 8<" in said["html"]
 
 
+def test_symbols_are_spelt_where_the_encoding_lacks_them(tmp_path: Path) -> None:
+    a = save(tmp_path / "a.safetensors", {"w": weights("F32", 90, 90)})
+    b = tmp_path / "b.safetensors"
+    assert invoke("perturb", a, "-o", b, "--seed", 7, "--dtype", "bfloat16", "-q").exit_code == 0
+    told = {
+        "F32 -> BF16": ["compare", a, b],
+        "lambda 0.1": ["detect", b, "--seed", "7"],
+        "########": ["inspect", a, "--histogram", "w"],
+    }
+    for words, arguments in told.items():
+        asked = CliRunner(charset="ascii").invoke(app, [str(argument) for argument in arguments])
+        assert words in asked.stdout
+        assert "\\u" not in asked.stdout
+
+
 def test_out_is_a_new_file_in_the_format_of_its_ending(tmp_path: Path) -> None:
     out = tmp_path / "report.csv"
     result = invoke("compare", *files(tmp_path), "-o", out)

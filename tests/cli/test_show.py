@@ -153,15 +153,23 @@ def test_a_bar_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "steps" in terminal.getvalue()
 
 
-@pytest.mark.parametrize(("enabled", "total"), [(False, 10), (True, 0)])
-def test_no_bar_when_quiet_or_without_work(
-    monkeypatch: pytest.MonkeyPatch, enabled: bool, total: int
-) -> None:
+@pytest.mark.parametrize(("quiet", "total"), [(True, 10), (False, 0)])
+def test_no_bar_when_quiet_or_without_work(monkeypatch: pytest.MonkeyPatch, quiet: bool, total: int) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with show.progress(total, "reading", enabled=enabled) as advance:
+    with show.errors_alone(quiet), show.progress(total, "reading") as advance:
         advance(10)
     assert terminal.getvalue() == ""
+
+
+def test_quiet_is_for_every_thread(capsys: pytest.CaptureFixture[str]) -> None:
+    with show.errors_alone(True):
+        thread = threading.Thread(target=show.warn, args=("from another thread",))
+        thread.start()
+        thread.join()
+    assert capsys.readouterr().err == ""
+    show.warn("afterwards")
+    assert capsys.readouterr().err == "noisytune: warning: afterwards\n"
 
 
 def test_no_bar_and_no_rich_without_a_terminal(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_a_pipeline_asks_for_its_components(pipeline: Path, tmp_path: Path) -> N
 def test_the_components_asked_for_get_noise_and_the_summary_says_of_how_many(
     pipeline: Path, tmp_path: Path
 ) -> None:
-    result = invoke("perturb", pipeline, "-o", tmp_path / "out", "--component", "unet,vae", "--json")
+    result = invoke("perturb", pipeline, "-o", tmp_path / "out", "--component", "unet, vae", "--json")
     assert result.exit_code == 0, result.output
     assert "perturbed 3 of 3 tensors in 3 of 5 weight files (λ" in result.stderr
     assert json.loads(result.stdout)["weight_files"] == {"perturbed": 3, "copied": 2}
