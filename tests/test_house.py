@@ -171,6 +171,13 @@ def test_no_module_is_named_for_nothing(module: str) -> None:
     assert not words & {"utils", "util", "common", "helper", "helpers", "manager", "base", "misc"}
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_files_that_comments_name_are_there(module: str) -> None:
+    path = MODULES[module]
+    for name in re.findall(r"`([\w/]+\.py)`", path.read_text(encoding="utf-8")):
+        assert (ROOT / name).is_file() or (path.parent / name).is_file(), name
+
+
 def test_the_page_has_these_rooms() -> None:
     shown = re.findall(r"^  (\w+)/ ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert sorted(shown) == sorted(FLOORS)

@@ -46,7 +46,7 @@ def cache_folder() -> Path | None:
     """Return where the hub's cache is, links resolved; None where the environment names nothing.
 
     It need not exist. huggingface_hub is not asked, for its import takes longer than a small run: the
-    environment is read as its `constants.py` does it, and a test holds the two together.
+    environment is read as its `constants` does it, and a test holds the two together.
     """
     home = os.path.join(os.getenv("XDG_CACHE_HOME", os.path.join("~", ".cache")), "huggingface")
     default = os.path.join(_expanded(os.getenv("HF_HOME", home)), "hub")

@@ -1,4 +1,4 @@
-"""More safetensors files that are wrong: what faults.md does not list, found by asking what a reader assumes.
+"""More safetensors files that are wrong: what malformed.py has not, found by asking what a reader assumes.
 
 Other files under the suffix, lengths at the edges of u64, JSON that some parsers forgive, dtypes and shapes a
 character off, arithmetic that wraps in 32 or 64 bits, and headers that are valid but cost too much to read.

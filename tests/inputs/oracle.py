@@ -1,4 +1,4 @@
-"""Numbers by exact rational arithmetic: what stream.py, moments.py and the kernels are checked against.
+"""Numbers by exact rational arithmetic: what stream.py, std.py and the kernels are checked against.
 
 Shares no code with them. A float is a fraction; rounding is done on integers, from a dtype's precision, its
 smallest step and its largest value. Slow, and meant to be obviously right.

@@ -50,12 +50,17 @@ _SIGNATURES = (
 
 def recognise(head: bytes) -> tuple[str, str] | None:
     """Return what a file that begins with `head` is, and what the user can do; None if it is not known."""
-    if head[_TAR_AT:].startswith(_TAR):
+    if is_tar(head):
         return _tar(head)
     for pattern, kind, next_step in _SIGNATURES:
         if re.match(pattern, head):
             return kind, next_step
     return _text(head)
+
+
+def is_tar(head: bytes) -> bool:
+    """Tell whether a file that begins with `head` says that it is a tar archive."""
+    return head[_TAR_AT:].startswith(_TAR)
 
 
 def _tar(head: bytes) -> tuple[str, str]:

@@ -1,8 +1,8 @@
 """torch.distributed.checkpoint: a folder of `.metadata` and `*.distcp` files, as FSDP and torchtitan write.
 
 The folder is one checkpoint, and one Source: a tensor may lie in chunks in several files. `.metadata` says in
-which (`_dcp_metadata.py`), each chunk is what torch.save writes of a tensor (`_storages.py`), and chunks are
-rectangles (`_rectangles.py`). No process group, and no torch, is needed. The output is the same files with
+which (`metadata.py`), each chunk is what torch.save writes of a tensor (`chunks.py`), and chunks are
+rectangles (`rectangles.py`). No process group, and no torch, is needed. The output is the same files with
 the same bytes but for the elements of the weights; optimizer state and all else is carried over.
 """
 

@@ -1,8 +1,8 @@
 """PyTorch checkpoints: what torch.save writes, as a ZIP archive or in the legacy format.
 
-The structure is read without torch and without running anything (`_pickle.py`); what it allows is a part of
+The structure is read without torch and without running anything (`pickle.py`); what it allows is a part of
 what torch.load(weights_only=True) does. Tensors are read from the storages where they lie, and written back
-there (`_storages.py`).
+there (`storages.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from noisytune_cli.checkpoint.formats._file import open_input
-from noisytune_cli.checkpoint.formats._signatures import HEAD, NUMPY_ARCHIVE
+from noisytune_cli.checkpoint.formats._signatures import HEAD, NUMPY_ARCHIVE, is_tar
 from noisytune_cli.checkpoint.formats._signatures import recognise as recognise_other
 from noisytune_cli.checkpoint.formats.torch import zip as _zip
 from noisytune_cli.checkpoint.formats.torch.archive import Archive, read_legacy, read_zip
@@ -25,14 +25,13 @@ from noisytune_cli.reading import Reach
 SUFFIXES = (".bin", ".pt", ".pth", ".th", ".ckpt")
 
 _PICKLE = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
-_TAR, _TAR_AT = b"ustar", 257
 
 _FETCH = "The file is damaged or wrongly written: fetch it again, or save it anew with torch.save"
 
 
 def recognise(head: bytes) -> bool:
     """Tell whether a file that begins with `head` is a ZIP archive, a pickle, or torch's tar of old."""
-    return head.startswith((_zip.MAGIC, *_PICKLE)) or head[_TAR_AT:].startswith(_TAR)
+    return head.startswith((_zip.MAGIC, *_PICKLE)) or is_tar(head)
 
 
 class TorchSource(StoredSource):

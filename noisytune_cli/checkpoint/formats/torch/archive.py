@@ -4,7 +4,7 @@
     legacy   four pickles (a magic number, a version, the writer's types, the structure), a pickled list of
              keys, and for each key the number of elements and the elements
 
-The structure is unpickled by `_pickle.py`, which calls nothing; no storage is read.
+The structure is unpickled by `pickle.py`, which calls nothing; no storage is read.
 """
 
 from __future__ import annotations

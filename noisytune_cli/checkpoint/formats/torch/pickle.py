@@ -5,7 +5,7 @@ This one knows the opcodes that torch.load(weights_only=True) knows, and for cal
 that protocol 4 has for the same. A global is looked up in the caller's table, never imported; a call is made
 only to a `Function` of that table; an object is made only of a `Kind`, and is its state and no more; all else
 is containers and scalars. Work and memory are bounded by the number of opcodes and, where one of them looks
-into a value of any size, by a budget (`_values.py`): a hostile file is refused before it can exhaust either.
+into a value of any size, by a budget (`values.py`): a hostile file is refused before it can exhaust either.
 """
 
 from __future__ import annotations
