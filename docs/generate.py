@@ -93,6 +93,8 @@ SCHEMAS += ("compare", "detect", "average", "plan", "status", "study")
 def json_reference() -> str:
     """Return the page of the JSON of every verb."""
     folder = files("noisytune_cli.cli").joinpath("schemas")
+    if untold := {file.name for file in folder.iterdir()} ^ {f"{name}.schema.json" for name in SCHEMAS}:
+        raise SystemExit(f"told of here or there alone: {', '.join(sorted(untold))}")
     sections = []
     for name in SCHEMAS:
         schema = json.loads(folder.joinpath(f"{name}.schema.json").read_text(encoding="utf-8"))
