@@ -28,7 +28,7 @@ from noisytune_cli.checkpoint.hub_answers import (
     is_safe,
     watched,
 )
-from noisytune_cli.checkpoint.hub_errors import CANNOT_FETCH, mapped_errors
+from noisytune_cli.checkpoint.hub_errors import CANNOT_FETCH, cannot_write_cache, mapped_errors
 from noisytune_cli.checkpoint.layout import folders_among, list_names
 from noisytune_cli.checkpoint.remote import Remote, do_all
 from noisytune_cli.errors import HubError
@@ -54,6 +54,8 @@ class Repository(Remote):
             self.commit = self._answers.commit = _resolve(repo_id, revision)
             self.root = _list(repo_id, self.commit)
             self._listed = _cached_list(repo_id, self.commit)
+        if self._listed is None and not self.root.is_dir():  # the library keeps it to itself that it cannot
+            raise cannot_write_cache("the list of the files could not be written there", self.root)
         self.listing = list_folder(self.root) if self._listed is None else list_names(list(self._listed))
 
     def require(self, names: Iterable[str]) -> None:
@@ -307,7 +309,7 @@ def _not_cached(path: str, why: str) -> HubError:
     if constants.is_offline_mode():
         why, next_step = f"{why}, and HF_HUB_OFFLINE is set", "Unset HF_HUB_OFFLINE, then run again"
     else:
-        next_step = "Run again with the hub in reach"
+        next_step = "Run again with the hub in reach, and a cache (HF_HOME) that can be written"
     return HubError(CANNOT_FETCH, path=path, why=why, next_step=next_step)
 
 

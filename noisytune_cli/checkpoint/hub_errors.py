@@ -10,6 +10,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import cast
 
 from noisytune_cli.errors import HubError, NoisytuneError, ResourceExhausted
@@ -32,12 +33,7 @@ def mapped_errors(repo_id: str, revision: str | None) -> Iterator[None]:
         yield
     except (RevisionResolutionError, transport_error, OSError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno and (error.errno in _DISK_ERRNOS or error.filename):
-            raise ResourceExhausted(
-                "cannot write the hub's cache",
-                path=error.filename,
-                why=os.strerror(error.errno),
-                next_step="Free space, or choose another cache with HF_HOME, then run again",
-            ) from error
+            raise cannot_write_cache(os.strerror(error.errno), error.filename) from error
         why, next_step = _explain(error)
         raise HubError(CANNOT_FETCH, path=where, why=why, next_step=next_step) from error
     except NoisytuneError:
@@ -49,6 +45,16 @@ def mapped_errors(repo_id: str, revision: str | None) -> Iterator[None]:
             why=f"the answer is not that of a hub ({error or type(error).__name__})",
             next_step="Check HF_ENDPOINT and the proxy, then run again",
         ) from error
+
+
+def cannot_write_cache(why: str, path: str | Path | None) -> ResourceExhausted:
+    """Return the error for a cache that takes nothing more."""
+    return ResourceExhausted(
+        "cannot write the hub's cache",
+        path=path,
+        why=why,
+        next_step="Free space, or choose another cache with HF_HOME, then run again",
+    )
 
 
 def _explain(error: BaseException) -> tuple[str, str]:

@@ -535,3 +535,15 @@ def test_a_cache_that_cannot_be_made_is_no_fault_of_the_network() -> None:
         os.mkdir("/dev/null/models--a--b")
     with pytest.raises(HubError, match="the connection failed"), mapped_errors("a/b", None):
         raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+
+
+def test_a_cache_that_takes_no_list_is_told(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library asks the hub then, and writes nothing down."""
+    from huggingface_hub import constants
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file/cache"))
+    with pytest.raises(ResourceExhausted, match=r"cannot write the hub's cache.*another cache with HF_HOME"):
+        fetch("plain")
