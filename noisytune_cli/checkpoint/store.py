@@ -48,16 +48,22 @@ _RETRIES = {
 _STATUS = re.compile(r"status(?: code)?:? (\d{3})\b")
 _CODE = re.compile(r"<Code>(\w{1,60})</Code>")
 
-Cause = Literal["absent", "denied", "exists", "changed", "full", "failed"]
+Cause = Literal["absent", "denied", "exists", "changed", "full", "lacking", "late", "failed"]
 
 #: What a store's codes and statuses stand for, where obstore has no class of its own for them.
 _CAUSES: dict[str, Cause] = {
     **dict.fromkeys(("404", "NoSuchBucket", "NoSuchKey"), "absent"),
     **dict.fromkeys(("401", "403", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"), "denied"),
     **dict.fromkeys(("InvalidAccessKeyId", "RequestExpired"), "denied"),
+    **dict.fromkeys(("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"), "denied"),
     **dict.fromkeys(("413", "507", "EntityTooLarge", "QuotaExceeded", "XMinioStorageFull"), "full"),
+    **dict.fromkeys(("501", "NotImplemented"), "lacking"),
     "412": "changed",
 }
+
+#: How obstore says that a store leads on to nowhere, which is how S3 says that a bucket is in another region,
+#: and that a request took longer than it may.
+_ELSEWHERE, _TOO_LONG = "redirect without LOCATION", "kind: Timeout"
 
 
 class StoreFault(Exception):
@@ -164,19 +170,21 @@ class Store:
 
         _wait(lambda: obstore.put(self._store, key, content, mode="create"))
 
-    def send(self, key: str, pieces: Iterable[bytes], size: int, left_behind: threading.Event) -> None:
-        """Make an object of `size` bytes in parts, or replace one.
+    def send(
+        self, key: str, pieces: Iterable[bytes], size: int, left_behind: threading.Event, *, slowly: bool
+    ) -> None:
+        """Make an object of `size` bytes in parts, or replace one; `slowly` sends one part at a time.
 
         An error of `pieces` gives it up, and what was sent is forgotten; so they end where nobody waits:
         `left_behind` tells.
         """
         import obstore
 
-        part = max(PIECE, -(-size // _PARTS))
+        part, at_a_time = max(PIECE, -(-size // _PARTS)), 1 if slowly else _AT_A_TIME
 
         def put() -> None:
             obstore.put(
-                self._store, key, pieces, use_multipart=True, chunk_size=part, max_concurrency=_AT_A_TIME
+                self._store, key, pieces, use_multipart=True, chunk_size=part, max_concurrency=at_a_time
             )
 
         _wait(put, left_behind)
@@ -231,6 +239,10 @@ def _fault(error: Exception) -> StoreFault:
         return StoreFault("changed", "another object took its place")
     if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
         return StoreFault("denied", f"access is denied ({said})" if said else "access is denied")
+    if _ELSEWHERE in text:
+        return StoreFault("denied", "it is in another region than is set, or at another endpoint")
+    if told == ["400"]:  # to HEAD, which tells no code: of another region, or with credentials that expired
+        return StoreFault("denied", f"access is denied ({said})")
     if cause := next((_CAUSES[one] for one in told if one in _CAUSES), None):
         return StoreFault(cause, f"access is denied ({said})" if cause == "denied" else said)
     if "169.254." in text or "metadata.google" in text:
@@ -239,6 +251,8 @@ def _fault(error: Exception) -> StoreFault:
         return StoreFault("failed", "its endpoint is http, which is not allowed unless AWS_ALLOW_HTTP=true")
     if isinstance(error, exceptions.InvalidPathError | ValueError):
         return StoreFault("failed", "it has a key that is no path ('..', '//')")
+    if _TOO_LONG in text and not told:
+        return StoreFault("late", "a request took longer than it may")
     return StoreFault("failed", said or "the connection failed")
 
 
@@ -247,6 +261,10 @@ _VARIABLES = {
     "gs": "GOOGLE_SERVICE_ACCOUNT, …",
     "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY, …",
 }
+
+
+#: How the names of a store's variables begin.
+_PREFIXES = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
 
 
 def _check_credentials(address: Address) -> str:
@@ -277,7 +295,7 @@ def _unreadable(fault: StoreFault, address: Address) -> NoisytuneError:
             why=fault.why,
             next_step="Wait until nothing writes to it any more, then run again",
         )
-    return _failed("cannot fetch", fault.why, address)
+    return _failed("cannot fetch", fault, fault.why, address)
 
 
 @contextmanager
@@ -294,20 +312,25 @@ def _unwritable(fault: StoreFault, address: Address, left: str) -> NoisytuneErro
     if fault.cause in ("exists", "changed"):
         next_step = "Choose another output with -o"
         return OutputUnsafe("the output exists", path=address, why=why, next_step=next_step)
-    if fault.cause in ("absent", "denied", "full"):
+    if fault.cause in ("absent", "denied", "full", "lacking"):
         steps = {
             "absent": "Make the bucket, or check the endpoint and region that are set",
             "denied": _check_credentials(address),
             "full": "Free space, or choose another place with -o, then run again",
+            "lacking": "Write to a folder here and copy it, or choose another store with -o",
         }
         return ResourceExhausted("cannot write", path=address, why=why, next_step=steps[fault.cause])
-    return _failed("cannot write", why, address)
+    return _failed("cannot write", fault, why, address)
 
 
-def _failed(what: str, why: str, address: Address) -> HubError:
+def _failed(what: str, fault: StoreFault, why: str, address: Address) -> HubError:
+    next_step = "Check the network and the endpoint that is set, then run again"
+    if fault.cause == "late":
+        next_step = f"On a slow line give requests more time ({_PREFIXES[address[:2]]}_TIMEOUT=300s); else "
+        next_step += "check the network, then run again"
     return HubError(
         what,
         path=address,
         why=why,
-        next_step="Check the network and the endpoint that is set, then run again",
+        next_step=next_step,
     )

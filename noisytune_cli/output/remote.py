@@ -17,6 +17,7 @@ and lies there since it was planned.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -37,6 +38,13 @@ from noisytune_cli.output import signals
 from noisytune_cli.output.publish import Publication
 from noisytune_cli.output.sending import Sender
 
+#: How often a claim is made before a store is taken for one that replaces what it should not. Who has made
+#: the same may take it back in between, for the output is complete: once, at most.
+_CLAIMS = 3
+
+#: What a file may be called here, in bytes.
+_LONGEST_NAME = 255
+
 #: How long a claim gets to be taken back, in seconds.
 _PATIENCE = 1.0
 
@@ -48,6 +56,20 @@ def check_in_store(output: Address, *sources: Checkpoint, is_file: bool, overwri
 
     Where a claim is, its run's bytes decide, which are not known yet.
     """
+    if is_file and not output.key:
+        raise OutputUnsafe(
+            "cannot write there",
+            path=output,
+            why=f"it is a bucket; -o {output}/ writes a file inside one",
+            next_step="Choose another output with -o",
+        )
+    if len(os.fsencode(output.name + MANIFEST_SUFFIX * is_file)) > _LONGEST_NAME:
+        raise OutputUnsafe(
+            "cannot write there",
+            path=output,
+            why="the last part of its key is too long for a file, which it is before it is sent",
+            next_step="Choose a shorter name with -o",
+        )
     if overwrite:
         raise UsageError(
             "--overwrite cannot be used",
@@ -163,6 +185,21 @@ class Target:
             and not (self._of_job and name.startswith(f"{UNFINISHED}/"))
         }
 
+    def take(self, sender: Sender, claim: bytes) -> None:
+        """Claim the place, or join who has claimed it for the same output.
+
+        A store that does not know the condition replaces what is there, another run's claim too. So it is
+        asked again, until it says that the claim is there.
+        """
+        for _ in range(_CLAIMS):
+            made = sender.create(self.claim, claim)
+            if made == "other":
+                raise claimed_by_another(self)
+            if made == "same":
+                return
+        self.release()
+        raise StoreFault("lacking", "the store replaces objects where it was asked not to (If-None-Match)")
+
     def release(self) -> bool:
         """Take the claim back, and tell whether that was possible."""
         try:
@@ -214,8 +251,7 @@ class _Sending:
             # Who has come since the place was checked should not find a claim there, which would stay.
             self._compare()
         signals.leave(f"{self._target.output} is not complete: the same command completes it")
-        if self._sender.create(self._target.claim, self._claim) == "other":
-            raise claimed_by_another(self._target)
+        self._target.take(self._sender, self._claim)
 
     def _compare(self) -> set[str]:
         """Return which files are there; OutputUnsafe where anything else is, or another content."""

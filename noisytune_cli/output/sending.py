@@ -92,8 +92,10 @@ class Sender:
 
         for left in reversed(range(_TRIES)):
             left_behind = threading.Event()
+            # On a slow line parts that share it may each take longer than a request may.
+            slowly = left < _TRIES - 1
             try:
-                self._store.send(key, pieces(left_behind), size, left_behind)
+                self._store.send(key, pieces(left_behind), size, left_behind, slowly=slowly)
                 entry = self._store.head(key)
                 if entry is None or entry.size != size:
                     raise StoreFault("failed", "the store says that all was sent, and has it not")
@@ -107,6 +109,6 @@ class Sender:
 
     def _look_after(self, key: str, fault: StoreFault) -> Object | None:
         """Return what is there though a request failed; raises the fault again where that would not help."""
-        if fault.cause in ("denied", "full"):
+        if fault.cause in ("denied", "full", "lacking"):
             raise fault
         return self._store.head(key)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from without import run_without
 from noisytune_cli.commands.average import average
 from noisytune_cli.commands.inspect import inspect
 from noisytune_cli.commands.perturb import perturb_each
+from noisytune_cli.commands.plan import plan_job
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.request import Request
 from noisytune_cli.commands.verify import verify
@@ -32,6 +34,8 @@ from noisytune_cli.errors import (
 )
 from noisytune_cli.output.remote import RemotePublication
 from noisytune_cli.records import Combination, NoiseSpec
+
+obstore = pytest.importorskip("obstore", reason="object stores need obstore")
 
 WEIGHTS = "model-00001-of-00002.safetensors"
 CLAIM = ".noisytune/publishing"
@@ -65,6 +69,10 @@ def sent(store: ObjectStore, key: str = "out") -> dict[str, bytes]:
     return {name: store.get(f"{key}/{name}") for name in store.keys(f"{key}/")}
 
 
+def plan_job_of(source: Path, out: str) -> None:
+    plan_job(Request(str(source), NoiseSpec()), out, [Combination(0.15, 0, out)])
+
+
 def fails(source: Path, out: str, **options: object) -> NoisytuneError:
     """Run, and return the error that is raised."""
     with pytest.raises(NoisytuneError) as caught:
@@ -83,7 +91,7 @@ def test_a_folder_is_sent_in_order_and_as_it_is_here(store: ObjectStore, model: 
     )
     names = [one.path.partition("/out/")[2] for one in store.of("PUT")]
     assert names == [
-        CLAIM,
+        *[CLAIM] * 2,  # asked for again, to see that the store keeps it
         WEIGHTS,
         WEIGHTS.replace("1-", "2-"),
         "sub/notes%20%C3%A9%20%231.txt",
@@ -199,6 +207,8 @@ REFUSED = {
     (404, "NoSuchBucket"): (ResourceExhausted, "no such bucket"),
     (409, "Conflict"): (OutputUnsafe, ""),
     (400, "Strange"): (HubError, "400 Strange"),
+    (301, "PermanentRedirect"): (ResourceExhausted, "another region"),
+    (501, "NotImplemented"): (ResourceExhausted, "501 NotImplemented"),
 }
 
 
@@ -235,6 +245,65 @@ def test_what_cannot_begin_leaves_its_claim(store: ObjectStore, model: Path, tmp
     run(model, f"{store.url}/out", noise=NoiseSpec(seed=1))
     run(model, tmp_path / "local", noise=NoiseSpec(seed=1))
     assert sent(store) == contents(tmp_path / "local")
+
+
+@pytest.mark.parametrize("begin", [run, plan_job_of], ids=["run", "plan"])
+def test_a_store_that_replaces_what_is_there_is_refused(
+    store: ObjectStore, model: Path, begin: Callable[[Path, str], object]
+) -> None:
+    store.faults.append(Fault("PUT", "", drops="if-none-match", times=99))
+    with pytest.raises(ResourceExhausted, match=r"replaces objects where it was asked not to.*Write to"):
+        begin(model, f"{store.url}/out")
+    assert store.keys() == set()
+
+
+def test_a_claim_that_was_taken_back_is_made_again(store: ObjectStore, model: Path, tmp_path: Path) -> None:
+    """Whoever has made the same claim may have completed the output before this run looks again."""
+    claimed = Fault("PUT", CLAIM, before=lambda: None)
+    store.faults += [claimed, Fault("PUT", CLAIM, before=lambda: store.delete(f"out/{CLAIM}"))]
+    run(model, f"{store.url}/out")
+    run(model, tmp_path / "local")
+    assert sent(store) == contents(tmp_path / "local")
+    assert len(store.of("PUT", CLAIM)) == 3
+
+
+def test_parts_that_failed_together_are_sent_one_by_one(
+    store: ObjectStore,
+    large: tuple[Path, dict[str, bytes]],
+    in_parts: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at_a_time, put = list[int](), obstore.put
+    monkeypatch.setattr(
+        obstore, "put", lambda *a, **k: (at_a_time.append(k.get("max_concurrency", 0)), put(*a, **k))[1]
+    )
+    store.faults.append(Fault("PUT", "partNumber=2", status=404, body=error("NoSuchUpload")))
+    run(large[0], f"{store.url}/out")
+    assert sent(store) == large[1]
+    assert [count for count in at_a_time if count] == [4, 1]
+
+
+def test_a_slow_line_is_told_what_helps(
+    store: ObjectStore, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_TIMEOUT", "1s")
+    store.faults.append(Fault("PUT", WEIGHTS, before=lambda: time.sleep(2), status=200, times=99))
+    failed = fails(model, f"{store.url}/out")
+    assert (failed.exit_code, "took longer than it may" in failed.why) == (7, True)
+    assert "AWS_TIMEOUT=300s" in failed.next_step
+
+
+@pytest.mark.parametrize("recipe_only", [False, True])
+def test_a_bucket_is_no_file(store: ObjectStore, tmp_path: Path, recipe_only: bool) -> None:
+    model = save(tmp_path / "w.safetensors", {"w.weight": weights("F32", 64, 32)})
+    failed = fails(model, store.url, recipe_only=recipe_only)
+    assert (failed.exit_code, f"-o {store.url}/ writes a file inside" in failed.why) == (5, True)
+    assert not store.keys()
+
+
+def test_a_name_that_no_file_here_can_have_is_refused_first(store: ObjectStore, model: Path) -> None:
+    failed = fails(model, f"{store.url}/{'a' * 300}")
+    assert (failed.exit_code, "too long" in failed.why) == (5, True)
 
 
 def test_a_bucket_that_is_not_there_is_told(store: ObjectStore, model: Path) -> None:

@@ -196,8 +196,7 @@ class BucketStorage(JobStorage):
                 for target in targets:  # claims stay, for who plans the same may rely on them by then
                     look_before(target)
                 for target in targets:
-                    if sender.create(target.claim, claim) == "other":
-                        raise claimed_by_another(target)
+                    target.take(sender, claim)
                     look(target)
                 do_all(send, sorted(draft.iterdir()), left_behind)
             made = sender.create((self.path / PLAN).key, plan)
