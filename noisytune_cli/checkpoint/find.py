@@ -93,6 +93,11 @@ class Found:
         if self.remote is not None:
             self.remote.close()
 
+    @property
+    def missing_bytes(self) -> int:
+        """How many bytes `fetch` has still to bring."""
+        return 0 if self.remote is None else sum(map(self.remote.size, self.remote.lacks(self._needed())))
+
     def fetch(self) -> None:
         """Bring the weights, and the files that come along with them, to `root`, unless they are there."""
         if self.remote is not None:

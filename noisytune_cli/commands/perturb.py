@@ -286,7 +286,7 @@ def perturb_each(
             kept = _find_made(prepare(request, source, wanted), outs, recipe_only, threads, progress)
         if len(kept) == len(outs):
             return tuple(kept[out] for out in outs)
-    with request.open() as source:
+    with request.open(outs=() if skip_existing or recipe_only else outs) as source:
         prepared = prepare(request, source, wanted)
         plans = prepared.plans
         kept = _find_made(prepared, outs, recipe_only, threads, progress) if skip_existing else {}

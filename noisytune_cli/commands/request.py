@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from noisytune_cli.checkpoint.find import Found, find
 from noisytune_cli.checkpoint.quantized import refuse_quantized_config, refuse_quantized_models
 from noisytune_cli.dtypes import BY_TORCH_NAME
 from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.output.destination import resolve_folder
+from noisytune_cli.output.space import check_space_to_fetch
 from noisytune_cli.records import Conversion, NoiseSpec
 
 #: The bytes of weight files that are one share of a job together, unless one alone has more.
@@ -57,15 +60,22 @@ class Request:
             follow_links=self.follow_links,
         )
 
-    def open(self, *, headers_only: bool = False, few_values: bool = False) -> Checkpoint:
+    def open(
+        self, *, headers_only: bool = False, few_values: bool = False, outs: Sequence[str] = ()
+    ) -> Checkpoint:
         """Open the source; with `headers_only` no weights of a hub's are fetched (see `open_found`).
 
+        `outs` name outputs of its size, for which there has to be room before it is fetched.
         Raises InputInvalid for one that is quantised, or was noised before and not asked for `again`.
         """
         found = self.find()
         with ExitStack() as opened:
             opened.callback(found.close)
             self._check_found(found)
+            if outs and found.remote is not None and self.conversion is None:
+                weights = sum(map(found.remote.size, found.files))
+                places = [resolve_folder(out) for out in outs]
+                check_space_to_fetch(found.root, found.missing_bytes, places, weights)
             source = opened.enter_context(
                 open_found(found, mmap=self.mmap, headers_only=headers_only, few_values=few_values)
             )

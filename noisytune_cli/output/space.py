@@ -28,14 +28,28 @@ def check_space(outputs: Sequence[Place], nbytes: int, files: int) -> None:
 
     What goes to one file system is added up.
     """
+    for on_one in _by_device(outputs).values():
+        _check_space_of(on_one, nbytes * len(on_one), files * len(on_one))
+
+
+def check_space_to_fetch(folder: Path, fetched: int, outputs: Sequence[Place], nbytes: int) -> None:
+    """Raise ResourceExhausted unless `nbytes` fit for each output once `fetched` bytes are in `folder`."""
+    found = _by_device(outputs)
+    shared = next(iter(_by_device([folder])))
+    for device, on_one in found.items():
+        beside = fetched if device == shared else 0
+        _check_space_of(on_one, nbytes * len(on_one) + beside, len(on_one), with_source=beside > 0)
+
+
+def _by_device(outputs: Sequence[Place]) -> dict[int, list[Place]]:
+    """Return outputs by the file system that they will be on."""
     together: dict[int, list[Place]] = {}
     for output in outputs:
         try:
             together.setdefault(os.stat(_nearest(output)).st_dev, []).append(output)
         except OSError as error:
             raise unwritable(error, output) from error
-    for on_one in together.values():
-        _check_space_of(on_one, nbytes * len(on_one), files * len(on_one))
+    return together
 
 
 def check_descriptors(files: int) -> None:
@@ -71,14 +85,19 @@ def free_bytes(output: Place) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def _check_space_of(outputs: Sequence[Place], nbytes: int, files: int) -> None:
-    """Raise ResourceExhausted unless all that `outputs`, on one file system, need in all is free there."""
+def _check_space_of(outputs: Sequence[Place], nbytes: int, files: int, *, with_source: bool = False) -> None:
+    """Raise ResourceExhausted unless all that `outputs`, on one file system, need in all is free there.
+
+    That is `with_source` where what is still to be fetched will lie there too.
+    """
     try:
         status = os.statvfs(_nearest(outputs[0]))
     except OSError as error:
         raise unwritable(error, outputs[0]) from error
     free = status.f_bavail * status.f_frsize
-    needs = "it needs" if len(outputs) == 1 else f"with {len(outputs) - 1} more outputs it needs"
+    beside = [f"{len(outputs) - 1} more outputs"] if len(outputs) > 1 else []
+    beside += ["the source, which is fetched to the same disk,"] if with_source else []
+    needs = f"with {' and '.join(beside)} it needs" if beside else "it needs"
     if nbytes > free:
         why = f"{needs} {nbytes:,} bytes and {free:,} are free"
     elif status.f_files and files > status.f_favail:

@@ -182,6 +182,8 @@ def test_what_passes_is_waited_for(
         (Fault("GET", "-00001-", status=404, body=error("NoSuchKey")), InputUnreadable, "404 NoSuchKey"),
         (Fault("GET", "list-type", status=403, body=error("AccessDenied")), InputUnreadable, "denied"),
         (Fault("HEAD", "", status=403), InputUnreadable, "denied"),
+        (Fault("HEAD", "", status=301), InputUnreadable, r"in another region.*AWS_REGION"),
+        (Fault("HEAD", "", status=400), InputUnreadable, r"denied.*answered 400.*AWS_SESSION_TOKEN"),
         (Fault("GET", "list-type", instead=b"<html>", times=9), HubError, "the connection failed"),
     ],
 )
@@ -247,6 +249,17 @@ def test_room_is_asked_for_before_anything_is_fetched(
     with pytest.raises(ResourceExhausted, match=r"there and 700,000 are free\. Free space, or set TMPDIR"):
         run(there, tmp_path / "out")  # type: ignore[arg-type]
     assert not store.of("GET", "safetensors$")
+
+
+@pytest.mark.parametrize("out", ["here", "there"])
+def test_room_for_the_output_is_asked_for_before_anything_is_fetched(
+    store: ObjectStore, there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    free = SimpleNamespace(f_bavail=1_000_000, f_frsize=1, f_blocks=2_000_000, f_bfree=1_000_000, f_files=0)
+    monkeypatch.setattr("os.statvfs", lambda folder: free)
+    with pytest.raises(ResourceExhausted, match=r"with the source, which is fetched .* and 1,000,000 are"):
+        run(there, tmp_path / "out" if out == "here" else f"{store.url}/out")  # type: ignore[arg-type]
+    assert not store.of("GET", "safetensors$") + store.of("PUT")
 
 
 def test_an_output_that_exists_is_told_before_weights_are_fetched(
