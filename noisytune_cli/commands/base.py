@@ -11,6 +11,7 @@ import posixpath
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from noisytune_cli.checkpoint.address import is_address
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.composition import COMPOSED_BY, ROOT
 from noisytune_cli.checkpoint.dequantize import dequantize
@@ -58,7 +59,12 @@ def open_base(
     """Open `base`, the hub id that the manifest records at the recorded commit."""
     source = recorded.manifest.source
     local = os.path.expanduser(base)
-    is_file = is_there(local) and not os.path.isdir(local)
+    if is_address(base):
+        from noisytune_cli.checkpoint.bucket import is_object  # what is here should not wait for it
+
+        is_file = is_object(base)
+    else:
+        is_file = is_there(local) and not os.path.isdir(local)
     components = components_of(recorded.manifest)
     weights = None if is_file or components else _weights(recorded)
     if weights is not None and os.path.isdir(local) and not is_there(os.path.join(local, weights)):

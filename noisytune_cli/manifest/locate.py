@@ -84,10 +84,17 @@ def require_manifest(path: Path) -> Path:
 
 
 def _named(path: str) -> Path:
-    """Return the path of what a user names; UsageError for nothing, which would be the current directory."""
+    """Return the path of what a user names; UsageError for an address, and for an empty name."""
     if not path:
         raise UsageError(
             "no output is named", why="its name is empty", next_step="Give one; . is this folder"
+        )
+    if "://" in path and not is_there(path):
+        raise UsageError(
+            "a manifest has to be here",
+            path=path,
+            why="it is an address, and no file or folder here",
+            next_step="Copy it here, and name that",
         )
     return Path(os.path.expanduser(path))
 

@@ -20,6 +20,7 @@ from runs import run
 from noisytune_cli.commands.compare import compare
 from noisytune_cli.commands.inspect import inspect
 from noisytune_cli.commands.perturb import Planned, Request, plan_perturb
+from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import (
     HubError,
@@ -76,6 +77,10 @@ def test_a_file_gives_what_it_gives_here(store: ObjectStore, tmp_path: Path) -> 
     here = run(path, f"{tmp_path}/local/")
     assert contents(tmp_path / "out") == contents(tmp_path / "local")
     assert set(contents(tmp_path / "out")) == {"w.safetensors", "w.safetensors.noisytune.json"}
+    base = f"{store.url}/x/w.safetensors"
+    assert verify(str(tmp_path / "out/w.safetensors"), base=base).ok
+    replay(str(there.manifest_path), f"{tmp_path}/again/", base=base)
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
     (told,), (own,) = there.warnings, here.warnings
     assert told == own.replace(f"{tmp_path}/in", f"{store.url}/x")
 
@@ -120,6 +125,11 @@ def test_inspect_and_compare_read_what_lies_there(store: ObjectStore, model: Pat
     found = compare(there, str(model))
     assert not found.differs
     assert found.a.id == there
+
+
+def test_a_manifest_that_is_named_alone_has_to_be_here(store: ObjectStore, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"has to be here: s3://b/noisytune\.json.*Copy it here"):
+        replay("s3://b/noisytune.json", str(tmp_path / "out"), base="s3://b/model")
 
 
 def test_verify_fetches_the_output(store: ObjectStore, model: Path, there: str, tmp_path: Path) -> None:
