@@ -248,6 +248,9 @@ def not_supported() -> PackageMissing:
 #: Of Python's own modules those that Windows lacks.
 _POSIX = {"fcntl", "resource"}
 
+#: What pip calls packages that are imported by another name.
+_INSTALLED_AS = {"yaml": "pyyaml"}
+
 
 def lacking(error: ModuleNotFoundError) -> PackageMissing | None:
     """Map an import that failed for want of a package to the error the user sees; None for a bug of ours.
@@ -262,7 +265,7 @@ def lacking(error: ModuleNotFoundError) -> PackageMissing | None:
     return PackageMissing(
         f"this needs {package}",
         why="it is not installed",
-        next_step=f"Install it: pip install {package}",
+        next_step=f"Install it: pip install {_INSTALLED_AS.get(package, package)}",
     )
 
 

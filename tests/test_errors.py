@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from noisytune_cli import errors
-from noisytune_cli.errors import NoisytuneError, PackageMissing, Stopped
+from noisytune_cli.errors import NoisytuneError, PackageMissing, Stopped, lacking
 
 
 def _kinds(base: type[BaseException]) -> Iterator[type[BaseException]]:
@@ -63,6 +63,13 @@ def test_an_error_keeps_its_place(kind: type[BaseException]) -> None:
         assert error.line() == str(error)
         error.move("a", "there")
         assert 'cannot read: there/\\x1bb: tensor "w"' in error.line()
+
+
+def test_a_missing_package_is_called_as_pip_calls_it() -> None:
+    for module, package in (("yaml", "pyyaml"), ("torch", "torch")):
+        found = lacking(ModuleNotFoundError(name=module))
+        assert found is not None
+        assert found.line().endswith(f"Install it: pip install {package}.")
 
 
 def test_one_without_a_place_too() -> None:

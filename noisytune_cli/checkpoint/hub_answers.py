@@ -201,6 +201,8 @@ def _session() -> Any:
         token = get_token() or ""
         if not (token.isascii() and token.isprintable()):
             raise ValueError("the token has characters that no token has")
+    except ModuleNotFoundError:
+        raise  # no setting helps
     except Exception as error:
         raise UsageError(
             "cannot ask the hub",

@@ -79,7 +79,10 @@ def _explain(error: BaseException) -> tuple[str, str]:
             return "too many requests (HTTP 429)", "Wait a few minutes, then run again"
         return f"the hub answered HTTP {status}", "Run again later; what was fetched is kept"
     if constants.is_offline_mode():
-        return "it is not in the cache, and HF_HUB_OFFLINE is set", "Unset HF_HUB_OFFLINE, then run again"
+        return (
+            "no such path here, it is not in the cache, and HF_HUB_OFFLINE is set",
+            "Check the spelling, or unset HF_HUB_OFFLINE, then run again",
+        )
     if isinstance(error, errors.RevisionResolutionError | errors.LocalEntryNotFoundError):
         # Raised when the cache could not help either; the cause is what the hub or the network did.
         if error.__cause__ is not None:
@@ -87,4 +90,7 @@ def _explain(error: BaseException) -> tuple[str, str]:
         return "it is not in the cache", "Run again with the hub in reach"
     if "Consistency check failed" in str(error):
         return "a file arrived with the wrong size", "Run again; nothing of it was kept"
-    return f"the connection failed ({type(error).__name__}: {error})", "Check the network, then run again"
+    return (
+        f"no such path here, and the connection failed ({type(error).__name__}: {error})",
+        "Check the spelling and the network, then run again",
+    )

@@ -23,7 +23,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from noisytune_cli.cli.help import HelpfulCommand
+from noisytune_cli.cli.help import HelpfulCommand, usage_shown
 from noisytune_cli.errors import (
     NoisytuneError,
     NoisytuneWarning,
@@ -167,7 +167,8 @@ class _Verbs(_PlainHelp, TyperGroup):
             formatter.write_dl(list(_VERBS.items()))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, [*args[1:2], "--help"] if args[:1] == ["help"] else args)
+        with usage_shown(ctx):
+            return super().parse_args(ctx, [*args[1:2], "--help"] if args[:1] == ["help"] else args)
 
 
 @contextmanager

@@ -140,7 +140,7 @@ def _show(result: Detection, *, as_json: bool, knows_names: bool) -> None:
         raise Mismatch(
             "the noise is not there",
             path=result.suspect,
-            why=f"the largest z of {result.tests:,} noises tried is {best.z:.1f} (seed {best.seed})",
+            why=f"the largest z, of {result.tests:,} tried, is {best.z:.1f} (seed {best.seed})",
             next_step="Try other seeds"
             + ", or give --manifest or --base, which know the names" * (not knows_names)
             + "; permuted neurons hide it",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -21,7 +23,22 @@ OUTPUT = "Output"
 RUNNING = "Running"
 
 _EXAMPLES = "\nExamples:\n"
+#: What Typer raises of whatever was typed wrongly, and how it begins to say that words are left over.
+_REFUSED: Any = typer.BadParameter.__base__
+_LEFT_OVER = "Got unexpected extra argument"
+
 _DOCS = "Every option, with exit codes: docs/cli.md in the source."
+
+
+@contextmanager
+def usage_shown(ctx: Any) -> Iterator[None]:
+    """Have what is refused shown with the command's usage, which Typer leaves out of a lone option."""
+    try:
+        yield
+    except _REFUSED as error:
+        if error.ctx is None:
+            error.ctx, error.cmd = ctx, ctx.command
+        raise
 
 
 class HelpfulCommand(TyperCommand):
@@ -66,8 +83,12 @@ class HelpfulCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse as Typer does; of what it refuses drop the words that the library behind it puts before."""
-        try:
-            return super().parse_args(ctx, args)
-        except typer.BadParameter as error:
-            error.message = error.message.removeprefix("Value error, ")
-            raise
+        with usage_shown(ctx):
+            try:
+                return super().parse_args(ctx, args)
+            except _REFUSED as error:
+                error.message = error.message.removeprefix("Value error, ")
+                writes = any(one.metavar == "OUT" and "-o" in one.opts for one in self.params)
+                if writes and error.message.startswith(_LEFT_OVER):
+                    error.message += ". The output goes after -o, and patterns stand in quotes."
+                raise

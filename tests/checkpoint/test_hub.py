@@ -533,7 +533,10 @@ def test_a_cache_that_cannot_be_made_is_no_fault_of_the_network() -> None:
         mapped_errors("a/b", None),
     ):
         os.mkdir("/dev/null/models--a--b")
-    with pytest.raises(HubError, match="the connection failed"), mapped_errors("a/b", None):
+    with (
+        pytest.raises(HubError, match="no such path here, and the connection failed"),
+        mapped_errors("a/b", None),
+    ):
         raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
 
 

@@ -61,6 +61,23 @@ def test_help_is_a_word_too() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["perturb", "x", "-o"], "Error: Option '-o' requires an argument."),
+        (["--debug=3"], "Error: Option '--debug' does not take a value."),
+        (["perturb", "x", "y"], "The output goes after -o, and patterns stand in quotes."),
+        (["work", "x", "y"], "extra argument(s) (y)"),
+        (["compare", "x", "y", "z"], "extra argument(s) (z)"),
+    ],
+)
+def test_whatever_is_refused_is_shown_with_usage(words: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, words, prog_name="noisytune")
+    assert result.exit_code == 2
+    assert re.match(r"Usage: noisytune .*\nTry 'noisytune( \w+)? -h' for help.\n\nError: ", result.stderr)
+    assert result.stderr.rstrip().endswith(said)
+
+
+@pytest.mark.parametrize(
     ("words", "found"),
     [
         (["per"], ["perturb"]),
