@@ -25,6 +25,9 @@ _METADATA: dict[str, dict[str, None]] = {
     "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
 }
 
+#: Layers that fit on a screen. Of more, what is said of all of them stands at the top.
+_MOST_AT_A_GLANCE = 16
+
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
@@ -83,6 +86,9 @@ def draw_comparison(found: Comparison) -> Figure:
         right.set_yticks(range(len(kinds)), [row.name for row in kinds])
         right.set_xlabel("change, as a share of the L1 norm")
         right.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0))
+        if len(found.heat_map.layers) > _MOST_AT_A_GLANCE:
+            right.set_box_aspect(1.0)
+            right.set_anchor("N")
         figure.suptitle(f"{escape(found.a.id, 60)} → {escape(found.b.id, 60)}")
     return figure
 
@@ -127,9 +133,10 @@ def _heat_map(figure: Figure, axes: Axes, heat_map: HeatMap, label: str) -> None
         [[np.nan if value is None else value for value in line] for line in heat_map.values], float
     )
     drawn = axes.imshow(values, aspect="auto", cmap="cividis", vmin=0.0)
-    axes.set_xticks(range(len(heat_map.kinds)), heat_map.kinds, rotation=30)
+    axes.set_xticks(range(len(heat_map.kinds)), heat_map.kinds)
+    axes.tick_params(axis="x", labelrotation=30, labeltop=len(heat_map.layers) > _MOST_AT_A_GLANCE)
     axes.set_yticks(range(len(heat_map.layers)), [escape(layer, 40) for layer in heat_map.layers])
-    figure.colorbar(drawn, ax=axes, label=label)
+    figure.colorbar(drawn, ax=axes, label=label, anchor=(0.0, 1.0))
 
 
 def _height(heat_map: HeatMap) -> float:

@@ -312,6 +312,20 @@ def test_a_plot_is_a_figure(tmp_path: Path, ending: str, beginning: bytes) -> No
     assert content == (tmp_path / f"two.{ending}").read_bytes()
 
 
+def test_of_many_layers_the_bars_and_the_scale_stay_at_the_top(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from noisytune_cli.cli import plots
+
+    deep = {f"layers.{i}.mlp.up_proj.weight": weights("F32", 4, 4, seed=i) for i in range(80)}
+    figure = plots.draw_comparison(compare(*map(str, files(tmp_path, deep, deep))))
+    plots.write(str(tmp_path / "deep.png"), figure)  # lays it out
+    heat_map, bars, scale = (axes.get_position() for axes in figure.axes)
+    assert bars.height < 0.2 * heat_map.height
+    assert scale.height < 0.7 * heat_map.height
+    assert bars.y1 == pytest.approx(heat_map.y1)
+    assert scale.y1 == pytest.approx(heat_map.y1)
+
+
 def test_a_plot_needs_an_ending_and_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = invoke("compare", *files(tmp_path), "--plot", tmp_path / "x.jpg")
     assert result.exit_code == 2
