@@ -112,7 +112,7 @@ def average(
 
 def _show(result: Averaged, *, as_json: bool) -> None:
     """Print the summary: one line on stderr, or with `as_json` a document on stdout."""
-    from noisytune_cli.cli.show import note, note_left_out, warn_all, write_out
+    from noisytune_cli.cli.show import note, note_left_out, size_of, warn_all, write_out
     from noisytune_cli.manifest.write import left_out_json
 
     warn_all(result.warnings, result.cleared)
@@ -136,6 +136,6 @@ def _show(result: Averaged, *, as_json: bool) -> None:
         write_out(json.dumps(document, indent=1) + "\n", [result.output])
     note(
         f"averaged {averaged} of {len(manifest.tensors)} tensors of {len(manifest.members)} checkpoints "
-        f"-> {result.output}: {nbytes / 1e6:,.1f} MB"
+        f"-> {result.output}: {size_of(nbytes)}"
     )
     note_left_out(manifest.left_out)

@@ -133,6 +133,14 @@ def note_left_out(left_out: Sequence[tuple[str, str]]) -> None:
         note(f"left out: {list_some(shown, _MOST_LEFT_OUT)}")
 
 
+def size_of(nbytes: int) -> str:
+    """Return a size in the unit that suits it, such as 256 bytes, 90.9 MB or 140.5 GB."""
+    for power, unit in ((12, "TB"), (9, "GB"), (6, "MB"), (3, "KB")):
+        if nbytes >= 10**power:
+            return f"{nbytes / 10**power:,.1f} {unit}"
+    return f"{nbytes} byte{'' if nbytes == 1 else 's'}"
+
+
 def is_terminal(stream: TextIO | None) -> bool:
     """Tell whether a person looks at `stream`."""
     return stream is not None and not stream.closed and stream.isatty()

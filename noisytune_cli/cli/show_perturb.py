@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from noisytune_cli.checkpoint.layout import index_suffix, is_weights
-from noisytune_cli.cli.show import TOLD_BY, note, note_left_out, warn_all, write_out
+from noisytune_cli.cli.show import TOLD_BY, note, note_left_out, size_of, warn_all, write_out
 from noisytune_cli.commands.perturb import Perturbed, Planned
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.write import left_out_json, noise_json
@@ -54,10 +54,11 @@ def show_planned(planned: Planned, *, as_json: bool) -> None:
     counts = Counter(str(_telling(steps).reason or "perturb") for steps in by_tensor)
     found = ", ".join(f"{count} {what}" for what, count in counts.most_common())
     outputs = f"{len(planned.plans)} outputs of " if several else ""
-    free = "" if planned.free is None else f", {_size(planned.free)} are free"
+    free = "" if planned.free is None else f", {size_of(planned.free)} are free"
     note(
         f"dry run: {len(by_tensor)} tensors: {found}; {_parameters(planned):,} parameters; "
-        f"{outputs}{_size(planned.nbytes)}{' in all' if several else ''} to write{free}; nothing was written"
+        f"{outputs}{size_of(planned.nbytes)}{' in all' if several else ''} to write{free}; "
+        "nothing was written"
     )
 
 
@@ -119,7 +120,7 @@ def _summary(result: Perturbed) -> str:
         return f"kept {result.output}: it is already what this would write"
     if result.recipe:
         return f"wrote the recipe alone for {what}"
-    return f"perturbed {what}: {_size(_bytes(manifest))}"
+    return f"perturbed {what}: {size_of(_bytes(manifest))}"
 
 
 def _strength(noise: NoiseSpec) -> str:
@@ -146,10 +147,6 @@ def _bytes(manifest: Manifest) -> int:
 
 def _parameters(planned: Planned) -> int:
     return sum(step.tensor.elements for step in planned.plan.steps)
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e6:,.1f} MB"
 
 
 def _by_tensor(planned: Planned) -> list[tuple[Step, ...]]:

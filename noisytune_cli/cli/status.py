@@ -46,15 +46,15 @@ def document(found: Status) -> dict[str, object]:
 
 
 def _lines(found: Status) -> str:
+    from noisytune_cli.cli.show import size_of
     from noisytune_cli.escape import escape, list_some
 
     def named(shares: tuple[int, ...]) -> str:
         return list_some([str(share) for share in shares], _MOST_NAMED)
 
     done = found.shares - len(found.left)
-    lines = [
-        f"{done} of {found.shares} shares done, {found.done_bytes / 1e6:,.1f} of {found.nbytes / 1e6:,.1f} MB"
-    ]
+    sizes = f"{size_of(found.done_bytes)} of {size_of(found.nbytes)}"
+    lines = [f"{done} of {found.shares} shares done, {sizes}"]
     if found.lacking_sums:
         lines.append(f"sums still to come: {named(found.lacking_sums)}")
     lines.append(f"left: {named(found.left)}" if found.left else "left: noisytune finish")

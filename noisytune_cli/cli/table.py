@@ -73,7 +73,10 @@ def lay_out(
         yield line(_GAP.join(cells).rstrip(), style)
     if dropped:
         names = ", ".join(key for key in columns if key in dropped)
-        yield line(_shorten(f"(too narrow for {names}; {all_in} has all)", console.width), "dim")
+        said = f"(too narrow for {names}; {all_in} has all)"
+        if cell_len(said) > console.width:
+            said = f"({len(dropped)} columns more in {all_in})"
+        yield line(said, "dim")
 
 
 def _drop(widths: dict[str, int], dispensable: Sequence[str], available: int) -> set[str]:

@@ -79,7 +79,7 @@ def verify(
 
 def _show_verified(result: Verified, *, as_json: bool, several: bool) -> None:
     """Print the answer; raises Mismatch, which names the first differences, where it is no."""
-    from noisytune_cli.cli.show import note, warn_all, write_out
+    from noisytune_cli.cli.show import note, size_of, warn_all, write_out
     from noisytune_cli.commands.differences import mismatch
 
     warn_all(result.warnings)
@@ -105,6 +105,6 @@ def _show_verified(result: Verified, *, as_json: bool, several: bool) -> None:
     made = " and the base gives" if result.checked.base else ""
     whose = f"{result.output}: " if several else ""
     note(
-        f"{whose}verified {result.checked.tensors} tensors, {result.checked.bytes / 1e6:,.1f} MB: "
+        f"{whose}verified {result.checked.tensors} tensors, {size_of(result.checked.bytes)}: "
         f"all as the manifest says{made}"
     )

@@ -142,6 +142,14 @@ def test_the_bar_shows_on_a_terminal_and_counts_from_any_thread(monkeypatch: pyt
     assert "/s" in shown
 
 
+@pytest.mark.parametrize(
+    ("nbytes", "said"),
+    [(0, "0 bytes"), (1, "1 byte"), (999, "999 bytes"), (4368, "4.4 KB"), (141_107_412_992, "141.1 GB")],
+)
+def test_sizes_have_a_unit_that_suits_them(nbytes: int, said: str) -> None:
+    assert show.size_of(nbytes) == said
+
+
 def test_a_bar_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal()

@@ -272,6 +272,7 @@ def test_long_names_lose_their_middle_and_no_line_wraps(monkeypatch: pytest.Monk
         assert "…" in lines[1].split()[0]
         assert lines[1].split()[0].endswith("query.weight")
         assert lines[2].endswith("  one-element")
+        assert lines[-1].endswith((" has all)", "columns more in --format csv)"))
 
 
 def test_a_wide_terminal_shows_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from checkpoints import FLOATS, Tensor, floats, numbers, save, weights
 from typer.testing import CliRunner, Result
 
+from noisytune_cli.cli import show_histogram
 from noisytune_cli.cli.app import app
 from noisytune_cli.commands.histogram import BINS, histogram
 from noisytune_cli.errors import UsageError
@@ -81,6 +83,18 @@ def test_formats_figures_and_names(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert invoke(*shown, "--plot", tmp_path / "h.png").exit_code == 0
     assert (tmp_path / "h.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bars_line_up_where_the_terminal_has_no_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / "m.safetensors", {"w": weights("F32", 500)})
+    shown = ("inspect", path, "--histogram", "w")
+    blocks = invoke(*shown).stdout
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    show_histogram.show_histogram(histogram(str(path), "w"), "table")
+    assert raw.getvalue().decode("ascii") == blocks.replace("█", "#").replace("▏", "|")
 
 
 def test_what_cannot_be_counted_is_refused(tmp_path: Path) -> None:
