@@ -99,6 +99,9 @@ _SCALES = ("scale", "zero", "quant", "absmax")
 #: What integers are called that point at something, or hide it: JAX has no other than those of 32 bits.
 _NO_CODES = re.compile(r"(?:^|[._])(?:index|ids|edges|faces|mask)$")
 
+#: The most numbers that a point, or a cell of a grid, has.
+_AXES = 4
+
 #: How the dtypes of 8, 6 and 4-bit floats begin: as safetensors spells them, and as torch does.
 _SMALL_FLOATS = ("F8_", "F6_", "F4", "FLOAT8_", "FLOAT4_")
 
@@ -295,6 +298,8 @@ def _codes_of_layer(held: Sequence[TensorSpec]) -> TensorSpec | None:
     for codes in integers:
         if codes.shape in shapes or _is_mask(codes) or _NO_CODES.search(codes.name):
             continue  # what hides elements is as large as what it hides
+        if len(codes.shape) == 2 and codes.shape[-1] <= _AXES:
+            continue  # coordinates or faces: a matrix of a layer is wider
         if not _is_matrix(codes):
             found = codes.dtype in _BYTES and bool(beside) and codes.elements > 64
             found &= all(codes.elements > tensor.elements for tensor in floats)

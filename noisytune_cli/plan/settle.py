@@ -19,7 +19,6 @@ from blake3 import blake3
 from noisytune_cli.checkpoint.formats import Source
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.plan.evidence import computed
-from noisytune_cli.plan.evidence.structure import split_name
 from noisytune_cli.plan.evidence.told import Told, ask_model, with_values
 from noisytune_cli.plan.plan import confirm_ties, names_included
 from noisytune_cli.plan.ties import split_tie
@@ -80,10 +79,9 @@ def find_computed(
     }
     found: dict[str, str] = {}
     for name, step in open_steps.items():
-        plain = computed.is_plain(step.tensor)
-        if plain and split_name(name)[1] != "weight":
+        if not computed.may_be_asked(step.tensor):
             continue
-        if why := computed.look(step.tensor, values_of(step.tensor), plain=plain):
+        if why := computed.look(step.tensor, values_of(step.tensor), plain=computed.is_plain(step.tensor)):
             found[name] = why
     for pair in told.unsure:
         if open_steps.keys() >= set(pair.names):

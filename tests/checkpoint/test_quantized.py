@@ -192,6 +192,7 @@ PLAIN: dict[str, Layer] = {
     },
     "edges": {"edge_index": ("I64", (2, 90)), "edge_weight": ("F32", (90,)), "degree": ("F32", (90,))},
     "a mesh": {"faces": ("I32", (90, 3)), "vertices": ("F32", (50, 3))},
+    "cells of a grid": {"coords": ("I64", (512, 3)), "numbers": ("I64", (512,)), "occs": ("F32", (512,))},
     "a mask beside a vector": {"mask": ("U8", (64, 64)), "scale": ("F32", (64,))},
     "a masked layer": {"weight": ("F32", (32, 64)), "mask": ("U8", (32, 64))},
     "a masked vector": {"weight": ("F32", (96,)), "mask": ("U8", (96,))},

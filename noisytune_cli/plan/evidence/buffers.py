@@ -10,7 +10,7 @@ buffers, and frozen tensors that training updates by other means than the gradie
 from __future__ import annotations
 
 import fnmatch
-import itertools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -90,6 +90,33 @@ def _coordinates(tensor: TensorSpec, *_: object) -> bool:
     return len(tensor.shape) == 4 and tensor.shape[-1] == 2
 
 
+def _pair(tensor: TensorSpec, *_: object) -> bool:
+    """Hold for [1, 1, 2], the two taps of a pre-emphasis."""
+    return tensor.shape == (1, 1, 2)
+
+
+def _box(tensor: TensorSpec, *_: object) -> bool:
+    """Hold for the corners of boxes: [2, 3], [6], or [levels, 6]."""
+    return tensor.shape == (2, 3) or tensor.shape[-1:] == (6,)
+
+
+def _colours(tensor: TensorSpec, *_: object) -> bool:
+    """Hold for what changes three colours into three."""
+    return tensor.shape in ((3, 3, 1, 1), (3,))
+
+
+def _side(of: int) -> Evidence:
+    """Hold for a vector as long as the weight beside it is high (0) or wide (1)."""
+
+    def evidence(tensor: TensorSpec, by_name: Mapping[str, TensorSpec], _: str) -> bool:
+        weight = _sibling(tensor, by_name, "weight")
+        if weight is None or len(weight.shape) < 2 or not _row(tensor):
+            return False
+        return tensor.elements == (math.prod(weight.shape[1:]) if of else weight.shape[0])
+
+    return evidence
+
+
 def _channels(tensor: TensorSpec, *_: object) -> bool:
     """Hold for [channels, 1, 1]."""
     return len(tensor.shape) == 3 and tensor.shape[1:] == (1, 1)
@@ -113,26 +140,21 @@ _DETR_LINE = (
 )
 
 
-def _in_frozen_backbone(name: str) -> bool:
-    """Tell the same where names do: torchvision's detection models and DETR as released; detectron2."""
-    parts = name.split(".")
-    if "backbone" not in parts:
-        return False
-    if "body" in parts[parts.index("backbone") + 1 : -2]:
-        return True
-    return parts[-2:-1] == ["norm"] and ("backbone", "bottom_up") in itertools.pairwise(parts[:-3])
+def _in_backbone(name: str) -> bool:
+    """Tell the same where names do: torchvision's and detectron2's models, RT-DETR, policies (ACT)."""
+    return not {"backbone", "backbones"}.isdisjoint(name.split(".")[:-2])
 
 
 def _frozen_norm(tensor: TensorSpec, by_name: Mapping[str, TensorSpec], model: str) -> bool:
     """Hold for the weight and bias of a batch norm of a frozen backbone.
 
     It has no batch counter, as a trainable one has since torch 0.4.1; older files lack it too, so the
-    architecture must be known.
+    architecture must be known; without a config it is one that has a backbone, as none had by then.
     """
     mean = _sibling(tensor, by_name, "running_mean")
     if mean is None or mean.shape != tensor.shape:
         return False
-    known = re.fullmatch(_DETR_LINE, model) is not None or _in_frozen_backbone(tensor.name)
+    known = re.fullmatch(_DETR_LINE, model) is not None if model else _in_backbone(tensor.name)
     return known and _sibling(tensor, by_name, "num_batches_tracked") is None
 
 
@@ -152,14 +174,21 @@ _LOW_RANK = (
 )
 #: What a body model has beside its `v_template`.
 _BODY = ("shapedirs", "posedirs", "exprdirs", "J_regressor", "lbs_weights")
+#: What says, beside the cells of an occupancy grid, which of them are used.
+_CELLS = ("binaries", "_binary", "density_bitfield")
+#: Beside a mean camera, what else an estimate of a body begins with.
+_BODY_MEANS = ("init_pose", "init_body_pose", "init_shape", "init_betas", "init_cam")
+#: The radial and angular functions of atoms' surroundings.
+_SURROUNDINGS = ("EtaR", "ShfR", "EtaA", "Zeta", "ShfA", "ShfZ")
 _vector = _dimensions(1)
 
 RULES: tuple[BufferRule, ...] = (
     BufferRule("running_mean", _twin("running_var"), "batch norm"),
     BufferRule("running_var", _twin("running_mean"), "batch norm"),
     BufferRule("num_batches_tracked", _beside("running_mean"), "batch norm"),
-    BufferRule("weight", _frozen_norm, "frozen batch norm (DETR line, torchvision, detectron2)"),
-    BufferRule("bias", _frozen_norm, "frozen batch norm (DETR line, torchvision, detectron2)"),
+    BufferRule("weight", _frozen_norm, "frozen batch norm (DETR line, torchvision, detectron2, ACT)"),
+    BufferRule("bias", _frozen_norm, "frozen batch norm (DETR line, torchvision, detectron2, ACT)"),
+    BufferRule("running_var", _twin("weight"), "batch norm without a mean (EvoNorm)"),
     BufferRule("attn.bias", _causal_mask, "causal mask (GPT-2, GPT-J, Bark, ImageGPT, nanoGPT)"),
     BufferRule("crossattention.bias", _causal_mask, "causal mask (GPT-2 cross-attention)"),
     BufferRule("attention.bias", _causal_mask, "causal mask (GPT-NeoX, GPT-Neo)"),
@@ -239,9 +268,12 @@ RULES: tuple[BufferRule, ...] = (
     BufferRule("frequencies", _as_many("phases"), "random Fourier features"),
     BufferRule("phases", _as_many("freqs", "frequencies"), "random Fourier features (StyleGAN 3, EDM 2)"),
     BufferRule("noise_const", _all(_square, _beside("noise_strength")), "fixed noise (StyleGAN 2)"),
-    BufferRule("noises.noise_*", _causal_mask, "fixed noise (StyleGAN 2)"),
+    BufferRule("noises.noise*", _causal_mask, "fixed noise (StyleGAN 2, GFPGAN)"),
     BufferRule("u0", _all(_row, _beside("sv0")), "power iteration (BigGAN)"),
     BufferRule("sv0", _all(_one, _beside("u0")), "power iteration (BigGAN)"),
+    BufferRule("u", _all(_side(0), _beside("v")), "power iteration (residual flows)"),
+    BufferRule("v", _all(_side(1), _beside("u")), "power iteration (residual flows)"),
+    BufferRule("u", _all(_side(0), _dimensions(2)), "power iteration (SNGAN)"),
     BufferRule("angle", _all(_vector, _beside("decay")), "rotary frequencies (RetNet)"),
     BufferRule("decay", _all(_vector, _beside("angle")), "decay (RetNet)"),
     BufferRule("_w3j_*", _dimensions(3), "Wigner 3j symbols (e3nn)"),
@@ -249,6 +281,39 @@ RULES: tuple[BufferRule, ...] = (
     BufferRule("atomic_energies_fn.atomic_energies", _dimensions(1, 2), "energies of atoms (MACE)"),
     BufferRule("v_template", _beside(*_BODY), "body model (SMPL, FLAME)"),
     *(BufferRule(name, _beside("v_template"), "body model (SMPL, FLAME)") for name in _BODY),
+    *(
+        BufferRule(name, _beside("v_template"), "body model (SMPL, FLAME)")
+        for name in ("*bary_coords", "J_regressor_*")
+    ),
+    *(
+        BufferRule(name, _beside(*(n for n in _BODY_MEANS if n != name)), "mean body (HMR)")
+        for name in _BODY_MEANS
+    ),
+    *(
+        BufferRule(name, _beside(*(n for n in _SURROUNDINGS if n != name)), "surroundings of atoms (ANI)")
+        for name in _SURROUNDINGS
+    ),
+    BufferRule("*_grid_mat", _beside("to_grid_mat", "from_grid_mat"), "spherical harmonics (eSCN)"),
+    BufferRule("balance_degree_weight", _beside("affine_weight"), "weights of degrees (Equiformer)"),
+    BufferRule("atomref", _beside("mean"), "energies of atoms (SchNetPack)"),
+    BufferRule("grid", _beside("spline_weight", "coef"), "knots of splines (KAN)"),
+    BufferRule("*aabb*", _box, "a box around a scene (nerfstudio, TensoRF)"),
+    BufferRule("occs", _beside(*_CELLS), "occupancy grid (nerfacc)"),
+    BufferRule("density_grid", _beside(*_CELLS), "occupancy grid (instant-ngp)"),
+    BufferRule("dx", _all(_vector, _beside("nx")), "cells of a grid (Lift, Splat, Shoot; BEVFusion)"),
+    BufferRule("bx", _all(_vector, _beside("nx")), "cells of a grid (Lift, Splat, Shoot; BEVFusion)"),
+    BufferRule("voxel_*", _all(_vector, _beside("voxel_num")), "cells of a grid (BEVDepth)"),
+    BufferRule("*filter", _pair, "pre-emphasis (ECAPA-TDNN, XTTS)"),
+    *(
+        BufferRule(f"{name}.{end}", _colours, "mean colour (EDSR, RCAN)")
+        for name in ("sub_mean", "add_mean")
+        for end in ("weight", "bias")
+    ),
+    BufferRule("inv_delta_C", _beside("P_hat"), "thin plates (TPS, ASTER)"),
+    BufferRule("P_hat", _beside("inv_delta_C"), "thin plates (TPS, ASTER)"),
+    BufferRule("A", _twin("edge_importance.0"), "a graph of joints (ST-GCN)"),
+    BufferRule("action_scale", _twin("action_bias"), "range of actions (CleanRL)"),
+    BufferRule("action_bias", _twin("action_scale"), "range of actions (CleanRL)"),
     BufferRule("alpha", _all(_one, _beside(*_LOW_RANK)), "scale of low-rank factors (kohya, LyCORIS)"),
 )
 

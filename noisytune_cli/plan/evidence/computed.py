@@ -3,14 +3,16 @@
 A mask has zeros and one other value. A table of sinusoids, a progression of frequencies or timesteps obeys
 x[n+1] + x[n-1] = c · x[n] along its positions, whatever its base, phase or layout; a schedule of noise levels
 is monotone and smooth to its last element; a window and a filter read the same backwards; a bank of filters
-has zeros but for one bump in each, one further on than the other; what was normalised has rows or columns of
-length one. Values that an optimizer moved do none of this: so a look at
-a few values rejects nearly every tensor, and of a table some rows at its beginning, middle and end will do.
+has zeros but for one bump in each, one further on than the other; a lattice has each combination of a few
+values once; what was normalised has rows or columns of length one, or at right angles to each other. Values
+that an optimizer moved do none of this: so a look at a few values rejects nearly every tensor, and of a table
+some rows at its beginning, middle and end will do.
 
 Of names that only weights have (`weight`, `bias`, `q_proj`…) `weight` alone is asked, and for tables of
-sinusoids alone, as embeddings may hold them; a norm at its initial values is no mask. Convolutions may
-compute: those of a real and an imaginary part (a Fourier transform's) are asked for everything, those to one
-channel for the numbers 0, 1, 2…, of which they take the mean.
+sinusoids alone, as embeddings may hold them; a norm at its initial values is no mask. So are those of one
+letter, for zeros and ones, as which flows keep masks and permutations. Convolutions may compute: those of a
+real and an imaginary part (a Fourier transform's) are asked for everything, those to one channel for the
+numbers 0, 1, 2…, of which they take the mean.
 """
 
 from __future__ import annotations
@@ -51,6 +53,9 @@ _TALLEST = 1024
 #: Rows of a table that are looked at in one place.
 _ROWS = 48
 
+#: Channels of a table that has these first, and the most columns of a lattice and powers of a progression.
+_CHANNELS, _AXES = 64, 16
+
 #: The most rows of a line of a grid.
 _LONGEST_LINE = 4096
 
@@ -67,6 +72,9 @@ _EVEN = "a window or a filter, the same backwards"
 _BANK = "a bank of filters, each a bump among zeros"
 _NUMBERS = "the numbers 0, 1, 2…"
 _UNIT = "its rows or columns have length one"
+_ANGLED = "its rows are at right angles to each other"
+_LATTICE = "a lattice: each combination of a few values once"
+_POWERS = "the powers of a progression"
 _STATISTICS = "a mean and its spread, nowhere out of order"
 _RANGE = "the least and the most of something, nowhere out of order"
 _ANGLES = "cosines and sines of the same angles"
@@ -83,15 +91,15 @@ def is_plain(tensor: TensorSpec) -> bool:
 def may_be(tensor: TensorSpec) -> bool:
     """Say whether a name leaves it to the values to tell whether they were computed.
 
-    Of those that only weights have, it is the tables of positions, which may be sinusoids, and the weights
-    that may be numbers to take a mean of.
+    Of those that only weights have, it is the tables of positions, which may be sinusoids, the weights that
+    may be numbers to take a mean of, and letters.
     """
     if tensor.dtype not in FLOAT_DTYPES or tensor.elements < _FEWEST:
         return False
     module, last = split_name(tensor.name)
     if is_plain(tensor):
         may_hold = _takes_mean(tensor.shape) or (len(tensor.shape) > 1 and _POSITIONS.search(module))
-        return last == "weight" and bool(may_hold)
+        return _is_letter(last) or (last == "weight" and bool(may_hold))
     return True
 
 
@@ -106,6 +114,8 @@ def look(tensor: TensorSpec, values: Values, *, plain: bool) -> str | None:
     count = tensor.elements
     if tensor.dtype not in FLOAT_DTYPES or count < _FEWEST:
         return None
+    if plain and _is_letter(split_name(tensor.name)[1]):
+        return _MASK if _switches(shape, count, values) else None
     if plain and len(shape) < 2:
         return _NUMBERS if _takes_mean(tensor.shape) and _counts(values(0, min(_FIRST, count))) else None
     import numpy as np
@@ -140,7 +150,33 @@ def _look(shape: tuple[int, ...], count: int, values: Values, rounding: float, *
         return _EVEN
     if first.min() >= 0 and not first.all() and _is_bank(shape, values, rounding):
         return _BANK
-    return _UNIT if _has_unit_vectors(shape, values, rounding) else None
+    if _has_unit_vectors(shape, values, rounding):
+        return _UNIT
+    if _is_lattice(shape, first, values):
+        return _LATTICE
+    if _are_powers(shape, values, rounding):
+        return _POWERS
+    return _ANGLED if _are_at_right_angles(shape, values, rounding) else None
+
+
+def may_be_asked(tensor: TensorSpec) -> bool:
+    """Say whether the values of a tensor are looked at, whatever its name leaves to them."""
+    last = split_name(tensor.name)[1]
+    return last == "weight" or _is_letter(last) or not is_plain(tensor)
+
+
+def _is_letter(last: str) -> bool:
+    return len(last) == 1 and PLAIN.fullmatch(last) is None
+
+
+def _switches(shape: tuple[int, ...], count: int, values: Values) -> bool:
+    """Say whether there are zeros and ones, of either sign, which are no identity: that is learned from."""
+    import numpy as np
+
+    if not set(np.abs(values(0, min(_FIRST, count))).tolist()) <= {0.0, 1.0} or not _is_mask(count, values):
+        return False
+    square = len(shape) == 2 and shape[0] == shape[1]
+    return not (square and np.array_equal(values(0, count), np.eye(shape[0]).ravel()))
 
 
 def _counts(values: NDArray[Any]) -> bool:
@@ -220,7 +256,7 @@ def _look_at_vector(x: NDArray[Any], rounding: float) -> str | None:
         return None
     if len(x) < _FEWEST or np.ptp(x) == 0:
         return None
-    if _obeys(x[:, None], rounding):
+    if _obeys(x[:, None], rounding) or (rounding < 1e-6 and _obeys_from_a_level(x, rounding)):
         return _WAVE
     if _is_schedule(x, rounding):
         return _SCHEDULE
@@ -237,7 +273,7 @@ def _is_wave(shape: tuple[int, ...], values: Values, rounding: float) -> bool:
         _is_wave_down(rows, width, values, rounding) or _is_grid(rows, width, values, rounding)
     ):
         return True
-    return _is_wave_along(shape, values, rounding)
+    return _is_wave_along(shape, values, rounding) or _is_wave_across(shape, values, rounding)
 
 
 def _is_wave_down(rows: int, width: int, values: Values, rounding: float, fewest: int = 2) -> bool:
@@ -267,6 +303,23 @@ def _is_wave_along(shape: tuple[int, ...], values: Values, rounding: float) -> b
         _obeys(values(at * length, at_once * length).reshape(at_once, length).T, rounding, length)
         for at in dict.fromkeys((0, (others - at_once) // 2, others - at_once))
     )
+
+
+def _is_wave_across(shape: tuple[int, ...], values: Values, rounding: float) -> bool:
+    """Say whether [channels, height, width] is a grid of positions, by some of its channels."""
+    import numpy as np
+
+    if len(shape) < 3:
+        return False
+    channels, rows = math.prod(shape[:-2]), math.prod(shape[-2:])
+    if rows < 2 * _FEWEST or rows > _AT_ONCE // _FEWEST:
+        return False
+    if _slack_of(values(0, _FEWEST)[:, None], rounding, _FEWEST) is None:
+        return False
+    some = np.linspace(0, channels - 1, min(channels, _CHANNELS, _AT_ONCE // rows)).astype(int)
+    table = np.stack([values(channel * rows, rows) for channel in some.tolist()], 1)
+    at = table.reshape(-1)
+    return _is_grid(rows, len(some), lambda first, count: at[first : first + count], rounding)
 
 
 def _is_grid(rows: int, width: int, values: Values, rounding: float) -> bool:
@@ -379,6 +432,19 @@ def _slack_of(rows: NDArray[Any], rounding: float, positions: int) -> NDArray[An
     return found if (np.abs(ends - c * middle) <= slack).all() else None
 
 
+def _obeys_from_a_level(x: NDArray[Any], rounding: float) -> bool:
+    """Say whether a vector's steps obey the recurrence: squares, or a progression above a constant."""
+    import numpy as np
+
+    steps = np.diff(x)
+    if len(steps) < _FEWEST:
+        return False
+    middle, ends = steps[1:-1], steps[2:] + steps[:-2]
+    c = (middle * ends).sum() / (middle * middle).sum() if middle.any() else 0.0
+    slack = 2 * _SLACK * rounding * (2 + abs(c)) * np.abs(x).max()
+    return bool((np.abs(ends - c * middle) <= slack).all() and np.abs(np.diff(steps)).max() > 8 * slack)
+
+
 def _is_schedule(x: NDArray[Any], rounding: float) -> bool:
     """Say whether a vector is monotone and, but at its ends and a few kinks, smooth: third differences.
 
@@ -437,6 +503,69 @@ def _reads_backwards(rows: NDArray[Any], rounding: float) -> bool:
     return bool(even.all())
 
 
+def _is_lattice(shape: tuple[int, ...], first: NDArray[Any], values: Values) -> bool:
+    """Say whether the rows of a matrix are all combinations of its columns' values, each once."""
+    import numpy as np
+
+    count = math.prod(shape)
+    rows, width = shape[0], shape[-1]
+    few = 4 * len(set(first.tolist())) <= 3 * len(first)
+    if len(shape) != 2 or not (few and 1 < width <= _AXES and rows >= 2 * _FEWEST) or count > _LONGEST:
+        return False
+    table = values(0, count).reshape(shape)
+    place, combinations = np.zeros(rows, int), 1
+    for column in table.T:
+        known, at = np.unique(column, return_inverse=True)
+        combinations *= len(known)
+        if combinations > rows:
+            return False
+        place = place * len(known) + at
+    return combinations == rows == len(np.unique(place))
+
+
+def _are_powers(shape: tuple[int, ...], values: Values, rounding: float) -> bool:
+    """Say whether the rows, or columns, of a matrix are 1, x, x²… of a progression x, times a constant."""
+    import numpy as np
+
+    if len(shape) != 2 or not 2 < min(shape) <= _AXES or not _FEWEST <= max(shape) <= _LONGEST // _AXES:
+        return False
+    if values(0, 1)[0] != values(1 if shape[0] < shape[1] else shape[1], 1)[0]:
+        return False
+    table = values(0, math.prod(shape)).reshape(shape)
+    rows = table if shape[0] < shape[1] else table.T
+    if not rows[0].any() or np.ptp(rows[0]) or not _obeys(rows[1][:, None], rounding):
+        return False
+    x = rows[1] / rows[0, 0]
+    slack = 4 * _SLACK * rounding * len(rows) * np.abs(rows).max()
+    return bool((np.abs(rows[1:] - rows[:-1] * x) <= slack).all() and np.ptp(rows[-1]) > 8 * slack)
+
+
+def _are_at_right_angles(shape: tuple[int, ...], values: Values, rounding: float) -> bool:
+    """Say whether the rows of a matrix, or of each of a stack, are orthogonal, whatever their lengths.
+
+    Of one with more rows than columns that holds for blocks of them. Rows in which most values are zero prove
+    nothing: what has been masked has such rows.
+    """
+    import numpy as np
+
+    rows, width = shape[-2:]
+    some = min(rows, width, _ROWS)
+    if some < 4 or width > _AT_ONCE // _ROWS:
+        return False
+    slack = 1e-5 + 8 * rounding / math.sqrt(width)
+
+    def are_orthogonal(begin: int, count: int) -> bool:
+        x = values(begin * width, count * width).reshape(count, width)
+        lengths = np.sqrt((x * x).sum(1))
+        if not lengths.all() or 2 * np.count_nonzero(x) < x.size:
+            return False
+        products = (x @ x.T) / np.outer(lengths, lengths)
+        return bool((np.abs(products - np.eye(count)) <= slack).all())
+
+    last = math.prod(shape[:-2]) * rows - (rows - width * (rows // width) if rows > width else 0) - some
+    return are_orthogonal(0, 2) and are_orthogonal(0, some) and are_orthogonal(last, some)
+
+
 def _is_bank(shape: tuple[int, ...], values: Values, rounding: float) -> bool:
     """Say whether each row, or each column, of a matrix is zero but for one bump, further on in each."""
     import numpy as np
@@ -469,7 +598,7 @@ def _are_bumps(lines: NDArray[Any], rounding: float) -> bool:
 
 
 def _has_unit_vectors(shape: tuple[int, ...], values: Values, rounding: float) -> bool:
-    """Say whether all rows, or all columns, have length one: eight at least, of four values at least."""
+    """Say whether all rows, or all columns, have length one: eight at least, of five values at least."""
     import numpy as np
 
     length = shape[-1]
@@ -482,7 +611,7 @@ def _has_unit_vectors(shape: tuple[int, ...], values: Values, rounding: float) -
         return bool((np.abs(squares - 1) <= slack).all())
 
     at_once = max(1, _AT_ONCE // length)
-    may_be = others >= 8 and 4 <= length <= _AT_ONCE
+    may_be = others >= 8 and 5 <= length <= _AT_ONCE  # four may be a rotation's, which is learned
     may_be = may_be and (values(0, min(length, _FIRST)) ** 2).sum() <= 1 + slack
     may_be = may_be and are_unit((values(0, length) ** 2).sum())
     if may_be and all(
@@ -491,7 +620,7 @@ def _has_unit_vectors(shape: tuple[int, ...], values: Values, rounding: float) -
         for n in [min(at_once, others - at)]
     ):
         return True
-    if len(shape) != 2 or length < 8 or not 4 <= others <= _TALLEST or length > _AT_ONCE:
+    if len(shape) != 2 or length < 8 or not 5 <= others <= _TALLEST or length > _AT_ONCE:
         return False
     # One column first, value by value: nearly always its length is another.
     if not are_unit(np.array(sum(float(values(at * length, 1)[0]) ** 2 for at in range(others)))):

@@ -142,6 +142,10 @@ def _beside(
     for zero in _replaced(last, _SCALE, _ZEROS):
         if twin(zero) and siblings[zero].dtype not in FLOAT_DTYPES:  # what is learned has one of floats
             yield "buffer", "a scale of quantisation"
+    begin = last.removeprefix("initial_")
+    learned = siblings.get(begin) or by_name.get(f"{module}{begin}.weight")
+    if begin != last and learned is not None and learned.shape == tensor.shape:
+        yield "buffer", "what a weight began as"
     if any(_accumulated(last) and twin(other) for other in _partners(last)):
         yield "buffer", "running statistics"
     schedule = siblings.get("betas")

@@ -107,6 +107,16 @@ BUFFERS: dict[str, dict[str, tuple[int, ...]]] = {
         "smpl.J_regressor": (4, 40),
         "smpl.lbs_weights": (40, 4),
     },
+    "a body's means": {"init_pose": (1, 144), "init_shape": (1, 10), "init_cam": (1, 3)},
+    "flame": {"v_template": (40, 3), "posedirs": (36, 120), "lmk_bary_coords": (51, 3)},
+    "atoms": {"aev.EtaR": (1, 1), "aev.ShfR": (1, 16), "aev.ShfA": (1, 1, 4, 1)},
+    "equiformer": {"SO3_grid.6.2.to_grid_mat": (14, 14, 29), "SO3_grid.6.2.from_grid_mat": (14, 14, 29)},
+    "boxes": {"field.aabb": (2, 3), "aabb_train": (6,), "grid.aabbs": (4, 6)},
+    "pre-emphasis": {"torchfb.0.flipped_filter": (1, 1, 2), "torch_spec.0.filter": (1, 1, 2)},
+    "mean colours": {"sub_mean.weight": (3, 3, 1, 1), "sub_mean.bias": (3,), "add_mean.bias": (3,)},
+    "thin plates": {"GridGenerator.inv_delta_C": (23, 23), "GridGenerator.P_hat": (3200, 23)},
+    "actions": {"action_scale": (6,), "action_bias": (6,)},
+    "gfpgan": {"stylegan_decoder.noises.noise7": (1, 1, 32, 32)},
     "latent diffusion": {"betas": (1000,), "sqrt_alphas_cumprod": (1000,), "alphas_cumprod": (1000,)},
 }
 
@@ -132,6 +142,11 @@ PARAMETERS: dict[str, dict[str, tuple[int, ...]]] = {
     "one of a pair": {"lru.decay": (8,), "rot.angle": (8,), "x.U_matrix_2": (4, 4), "x.v_template": (9, 3)},
     "film with an offset": {"film.scale": (8,), "film.offset": (8,), "lbs.lbs_weights": (9, 3)},
     "codebook without averages": {"codebook.embed": (1024, 8), "codebook.weight": (1024, 8)},
+    "filters": {"sinc.filter": (64, 1, 251), "x.filter": (1, 2)},
+    "voxels": {"backbone.voxel_size": (3,), "dx": (3,), "grid": (8, 12), "atomref": (100,), "init_cam": (3,)},
+    "u and v": {"fm.v": (8, 4), "flow.u": (1, 8), "flow.w": (1, 8), "lin.u": (8,), "lin.weight": (8, 4)},
+    "a head called after a mean": {"sub_mean.weight": (16, 3), "sub_mean.bias": (16,)},
+    "an action's scale alone": {"action_scale": (6,), "density_grid": (8, 8), "A": (3, 18, 18)},
     "fc": {"layers.0.mlp.version": (512, 512), "encoder.version": (8,), "experts.expert_bias": (8, 512)},
 }
 
@@ -163,6 +178,27 @@ def test_random_fourier_features_are_a_buffer_from_sam_2_on() -> None:
     assert set(find_buffers(specs(shapes))) == set(list(shapes)[:2])
 
 
+#: Of modules that have parameters too, which tensors are buffers.
+MIXED: dict[str, tuple[dict[str, tuple[int, ...]], set[str]]] = {
+    "kan": ({"l.grid": (8, 12), "l.spline_weight": (16, 8, 8), "l.spline_scaler": (16, 8)}, {"l.grid"}),
+    "residual flow": ({"l.weight": (16, 4, 2), "l.u": (16,), "l.v": (8,), "l.bias": (16,)}, {"l.u", "l.v"}),
+    "sngan": ({"l.weight": (16, 8, 3, 3), "l.u": (1, 16)}, {"l.u"}),
+    "evonorm": ({"n.weight": (8,), "n.bias": (8,), "n.v": (8,), "n.running_var": (8,)}, {"n.running_var"}),
+    "nerfacc": ({"g.occs": (512,), "g.binaries": (1, 8, 8, 8)}, {"g.occs"}),
+    "instant-ngp": ({"density_grid": (8, 4096), "density_bitfield": (4096,)}, {"density_grid"}),
+    "bevfusion": ({"v.dx": (3,), "v.bx": (3,), "v.nx": (3,)}, {"v.dx", "v.bx"}),
+    "bevdepth": ({"voxel_size": (3,), "voxel_num": (3,)}, {"voxel_size", "voxel_num"}),
+    "schnetpack": ({"p.atomref": (100,), "p.mean": (1,)}, {"p.atomref"}),
+    "st-gcn": ({"A": (3, 18, 18), "edge_importance.0": (3, 18, 18)}, {"A"}),
+}
+
+
+@pytest.mark.parametrize("family", MIXED)
+def test_buffers_are_told_from_the_parameters_beside_them(family: str) -> None:
+    shapes, buffers = MIXED[family]
+    assert set(find_buffers(specs(shapes))) == buffers
+
+
 NORM = {".weight": (8,), ".bias": (8,), ".running_mean": (8,), ".running_var": (8,)}
 
 
@@ -178,6 +214,10 @@ NORM = {".weight": (8,), ".bias": (8,), ".running_mean": (8,), ".running_var": (
         ("backbone.body.bn1", None, False, True),
         ("backbone.bottom_up.stem.conv1.norm", None, False, True),
         ("backbone.body.bn1", None, True, False),
+        ("model.backbone.layer1.0.bn1", None, False, True),
+        ("model.backbones.0.0.body.bn1", None, False, True),
+        ("backbone.conv1.conv1_1.norm", None, False, True),
+        ("backbone.conv1.conv1_1.norm", None, True, False),
     ],
 )
 def test_frozen_batch_norms_are_told_by_the_architecture(

@@ -502,6 +502,13 @@ COMPUTED: dict[str, NDArray[Any]] = {
     "signs": np.where(drawn(9, 9) > 0, 1.0, -1.0),
     "unit columns": unit(6, 40, axis=0),
     "unit rows": unit(40, 6, axis=1),
+    "orthogonal rows": np.linalg.qr(drawn(24, 24))[0] * (1 + np.arange(24.0))[:, None],
+    "random features": np.concatenate([np.linalg.qr(drawn(16, 16, seed=i))[0] * (2 + i) for i in range(3)])[
+        :40
+    ],
+    "lattice": np.indices((4, 3, 5)).reshape(3, -1).T / 4,
+    "powers": (np.arange(24) / 24) ** np.arange(4)[:, None],
+    "channels first": np.moveaxis(sinusoids(12, 16)[_GRID], 2, 0).transpose(0, 2, 1).reshape(32, 12, 12),
 }
 
 _SORTED = np.sort(drawn(64, seed=3))
@@ -519,6 +526,9 @@ LEARNED: dict[str, NDArray[Any]] = {
     "nearly unit": unit(40, 6, axis=1) * 1.05,
     "kernel": drawn(1, 1, 4, 4),
     "few": np.arange(6.0),
+    "rotations": unit(40, 4, axis=1),
+    "blocks": np.kron(np.eye(4), drawn(4, 4) + 1),
+    "halves": np.round(drawn(60, 3) * 2) / 2,
 }
 
 
@@ -530,9 +540,9 @@ def test_what_was_computed_is_told_from_what_was_learned(dtype: str, tmp_path: P
     spelt = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}[dtype]
     values = {f"computed.{kind}.x0": array for kind, array in COMPUTED.items()}
     values |= {f"learned.{kind}.x0": array for kind, array in LEARNED.items()}
-    if dtype == "BF16":
-        for kind in ("knots", "coordinates"):  # a dozen steps of 9 % cannot be told from BF16's roundings
-            del values[f"computed.{kind}.x0"]
+    # A few steps of 4 % cannot be told from the roundings of F16, nor a dozen of 9 % from BF16's.
+    for kind in {"F16": ["powers"], "BF16": ["powers", "knots", "coordinates"]}.get(dtype, []):
+        del values[f"computed.{kind}.x0"]
     state = {
         name: torch.tensor(np.ascontiguousarray(array), dtype=torch.float64).to(spelt)
         for name, array in values.items()
@@ -549,6 +559,43 @@ def test_weights_at_their_initial_values_are_weights(name: str, tmp_path: Path) 
     half = np.repeat([0.0, 1.0], 8)
     found = {name: half, f"m.{name}": np.linspace(0, 1, 16), "x.weight": drawn(4, 4)}
     assert set(told(noised(tmp_path, found)).values()) == {NOISE}
+
+
+def test_masks_and_permutations_may_be_called_by_a_letter(tmp_path: Path) -> None:
+    """As flows do; a matrix that begins as the identity is learned from there."""
+    computed = {
+        "flows.0.b": np.tile([[1.0, 0.0]], 8),
+        "flows.1.P": np.eye(12)[np.random.default_rng(0).permutation(12)],
+    }
+    learned = {
+        "flows.1.U": np.eye(12),
+        "flows.1.L": np.tril(drawn(12, 12)),
+        "ssm.D": np.repeat([0.0, 1.0], 8),
+    }
+    expected = dict.fromkeys(computed, BY_VALUES) | dict.fromkeys(learned, NOISE)
+    assert told(noised(tmp_path, computed | learned)) == expected
+
+
+def test_a_progression_may_rise_from_a_level(tmp_path: Path) -> None:
+    computed = {
+        "confidence_thresholds": 0.8 + 0.1 * np.exp(-4 * np.arange(9) / 9),
+        "squared_bins": np.linspace(3.25, 20.75, 15) ** 2,
+        "raised_cosine": 0.54 - 0.46 * np.cos(np.arange(12) / 5),
+    }
+    learned = {f"moved.{name}": values * (1 + 1e-3 * drawn(len(values))) for name, values in computed.items()}
+    expected = dict.fromkeys(computed, BY_VALUES) | dict.fromkeys(learned, NOISE)
+    assert told(noised(tmp_path, computed | learned)) == expected
+
+
+def test_what_a_weight_began_as_is_no_weight(tmp_path: Path) -> None:
+    found = {
+        "atomref.weight": drawn(40, 1),
+        "initial_atomref": drawn(40, 1, seed=1),
+        "rnn.initial_state": drawn(8),
+        "rnn.state": drawn(9, seed=2),
+    }
+    expected = dict.fromkeys(found, NOISE) | {"initial_atomref": BY_STRUCTURE}
+    assert told(noised(tmp_path, found)) == expected
 
 
 def test_an_embedding_may_hold_a_table_of_sinusoids(tmp_path: Path) -> None:
