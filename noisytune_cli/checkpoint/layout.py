@@ -177,7 +177,7 @@ def arrange(listing: Listing, chosen: str, weights: Collection[str]) -> Arranged
             others.append(name)
         elif (why := _why_left_out(name, home, chosen)) is not None:
             left_out.append((name, why))
-        elif posixpath.dirname(name) == home and _may_hold_weights(name) and not _is_numbered(name, chosen):
+        elif posixpath.dirname(name) == home and may_hold_weights(name) and not _is_numbered(name, chosen):
             unsure[name] = _why_twin(name, chosen)
         else:
             others.append(name)
@@ -205,7 +205,7 @@ def is_weights(name: str) -> bool:
     return not base.startswith(".") and (base.endswith(WEIGHTS_SUFFIXES) or index_suffix(base) is not None)
 
 
-def _may_hold_weights(name: str) -> bool:
+def may_hold_weights(name: str) -> bool:
     """Tell whether a file may hold weights by how its name ends, or ended before something was added."""
     base = posixpath.basename(name)
     added = any(f"{suffix}." in base for suffix in WEIGHTS_SUFFIXES) or base.endswith(".sft")

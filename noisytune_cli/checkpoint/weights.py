@@ -33,6 +33,7 @@ from noisytune_cli.checkpoint.layout import (
     is_plain_name,
     is_variant,
     is_weights,
+    may_hold_weights,
     stem_of,
 )
 from noisytune_cli.errors import InputInvalid, InputUnreadable, UsageError
@@ -263,6 +264,9 @@ def _no_weights(listing: Listing, where: str) -> InputInvalid:
     if copies:
         why = f"it has only {list_some(copies)}, as a rule a copy or a part of a model"
         next_step = f"Name it if it is meant, with --weights {copies[0]}"
+    elif others := [name for name in listing.files if "/" not in name and _is_misnamed(name)]:
+        why = f"only {list_some(others)} may be weights, by no name that loaders look for"
+        next_step = "Give the file itself; one on the hub has to be downloaded first"
     elif found:
         why = f"it has no safetensors or PyTorch weights, only {', '.join(found)}"
         next_step = "Save the model with save_pretrained to convert it"
@@ -273,6 +277,11 @@ def _no_weights(listing: Listing, where: str) -> InputInvalid:
         if len(inside) > 1:
             next_step += ", the newest of them, or another"
     return InputInvalid("cannot read the checkpoint", path=where, why=why, next_step=next_step)
+
+
+def _is_misnamed(name: str) -> bool:
+    """Tell whether a file may hold weights under a name that is no weights' (`model_best.pth.tar`)."""
+    return may_hold_weights(name) and not is_weights(name) and not is_no_model(name)
 
 
 def _folders(listing: Listing, why: str, begin: str = "") -> list[str]:

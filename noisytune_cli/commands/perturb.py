@@ -38,7 +38,7 @@ from noisytune_cli.output.overwrite import Seen
 from noisytune_cli.output.publish import Publication, copy_file, write_file
 from noisytune_cli.output.sidecars import companions, left_behind
 from noisytune_cli.output.space import check_room, free_bytes, manifest_bytes, needed_bytes
-from noisytune_cli.plan.evidence.doubts import refuse_doubts, warning_of
+from noisytune_cli.plan.evidence.doubts import refuse_doubts, warning_of, warning_of_averages
 from noisytune_cli.plan.evidence.told import Told, tell_checkpoint
 from noisytune_cli.plan.plan import check_outcomes, idle_rules, too_strong
 from noisytune_cli.plan.plans import make_plans, settle_plans, together
@@ -123,7 +123,8 @@ class Prepared:
     def warnings(self) -> tuple[str, ...]:
         """What the user should know before a weight is read."""
         plan = together(self.plans)
-        doubts, adapters = warning_of(plan), _of_an_adapter(self.source, plan)
+        doubts = (*warning_of(plan), *warning_of_averages(plan, self.told.buffers))
+        adapters = _of_an_adapter(self.source, plan)
         idle = (
             f"{escape(text)} matches buffers alone, which get no noise (--include names what is none)"
             for text in idle_rules(plan)

@@ -13,7 +13,7 @@ from noisytune_cli.memory.sharded import LocalTensor
 from noisytune_cli.memory.tensors import LiveTensor, first_bytes, same_bytes
 from noisytune_cli.plan.arguments import in_python, make_spec
 from noisytune_cli.plan.evidence.computed import Values
-from noisytune_cli.plan.evidence.doubts import warning_of
+from noisytune_cli.plan.evidence.doubts import warning_of, warning_of_averages
 from noisytune_cli.plan.evidence.told import Told, tell, with_values
 from noisytune_cli.plan.patterns import check_matched, match_names
 from noisytune_cli.plan.plan import check_not_empty, confirm_ties, make_plan
@@ -99,7 +99,7 @@ def plan_parameters(
             confirmed += split_tie(tie, _contents(tie, live_of, compare=not is_module))
     plan = confirm_ties(plan, confirmed)
     check_not_empty(plan, path=source, advice=OPTIONS_THAT_EXCLUDE)
-    for warning in warning_of(plan):
+    for warning in (*warning_of(plan), *warning_of_averages(plan, told.buffers)):
         warnings.warn(in_python(make_spec, warning), NoisytuneWarning, stacklevel=5)
     steps = {step.tensor.name: step for step in plan.steps}
     return [_planned(r, tuple([steps[name] for name in r.names])) for r in live_tensors]

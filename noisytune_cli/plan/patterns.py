@@ -36,11 +36,11 @@ _WRAPPERS = r"(?:(?:module|_orig_mod|base_model|model)\.)*"
 _EMBEDDINGS = rf"""
     {_BEFORE}
     (?: # token, position and token-type tables by their own name, whatever hangs below (adapters included)
-        (?: (?:word|token|tok|position|positional|token_type|type|entity|rel)_embeddings?
+        (?: (?:word|token|tok|char|pos|position|positional|token_type|type|entity|rel)_emb(?:eddings?)?
           | (?=\w*embed_tokens)\w*+ | embed_positions | tokens_embed | positions_embed | wte | wpe
           | embed_in | pos_embed | shared ) {_BELOW}
-      | # names that are also a module's prefix: only the table itself (Mamba, RWKV, torch)
-        (?:embeddings?|emb) [./]weight
+      | # names that are also a module's prefix: only the table itself (Mamba, RWKV, Gemma, XTTS, torch)
+        (?: (?:(?:text|mel)_)?embeddings? | emb(?:ed)? | embedder | embedding_layer ) [./]weight
     )
 """
 
@@ -48,15 +48,19 @@ _EMBEDDINGS = rf"""
 _HEAD = rf"""
     {_BEFORE}
     (?: # output layers by their own name, at any depth
-        (?:\w*lm_head | lm_loss | (?:pre_)?classifier | score | qa_outputs | classification_head | embed_out
+        (?:\w*lm_head | lm_loss | (?:pre_)?classifier | score | qa_outputs | embed_out
+          | (?:classification|segmentation|text|mel)_head
           | output_projection | vocab_(?:transform|layer_norm|projector) | (?:mlm|mim|mc)_head
           | (?:generator|discriminator)_predictions | lm_predictions | seq_relationship | multiple_choice_head
-          | class_labels_classifier | bbox_predictor ) {_BELOW}
+          | class_labels_classifier | bbox_predictor | cls_score | bbox_pred | (?:class|bbox)_embed | conv_seg
+          | ctc_lo ) {_BELOW}
       | # BERT and ALBERT: cls.predictions.*, predictions.*
         predictions\.(?:bias|dense|decoder|transform|LayerNorm){_BELOW}
     )
   | # names that mean something else deeper down: Whisper, timm, torchvision, RWKV, Llama as released
     (?:.*/)? {_WRAPPERS} (?:proj_out|head|heads|fc|output)(?:\..*)?
+  | # what is in no numbered layer: Megatron, ChatGLM
+    (?:.*/)? (?:[A-Za-z_]\w*\.)* output_layer(?:\..*)?
 """
 
 #: What a normalisation layer holds itself, one of several in a list too; a projection inside an adaptive norm
@@ -71,10 +75,16 @@ _BIAS = rf"""
     (?: \w*bias | bias_[ih]h_l\d+(?:_reverse)? | LayerNorm[./]beta )
 """
 
-#: Attention modules with their output projections, without their norms. A Mamba mixer is none.
+#: A component that is an attention module, and one that is a feed-forward block whatever is around it.
+_ATTENTION_LAYER = r"(?=\w*(?i:attn|attention))\w*+"
+_BLOCK = r"(?:mlp|ffn|ff|feed_?forward\w*+)"
+
+#: Attention modules with their output projections, without their norms. A Mamba mixer is none, nor are the
+#: other layers of a list that is called so: `attentions.0.transformer_blocks.0.ff` in diffusers.
 _ATTENTION = rf"""
+    (?! (?> (?:.*?[./])?? {_ATTENTION_LAYER} [./] ) (?:.*[./])? {_BLOCK} [./] )
     {_BEFORE}
-    (?: (?: (?=\w*(?i:attn|attention))\w*+ | (?:\w+_)?att ) {_BELOW}
+    (?: (?: {_ATTENTION_LAYER} | (?:\w+_)?att ) {_BELOW}
       | # hybrids whose blocks are all called `mixer`: attention is told by its projections
         (?:[qkvo]_proj|qkv_proj|query_key_value|c_attn) {_BELOW}
     )

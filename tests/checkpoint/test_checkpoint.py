@@ -594,6 +594,7 @@ def test_a_folder_without_weights_says_what_it_has(tmp_path: Path, name: str, sa
         ),
         (("checkpoint-5/", "optimizer.pt"), r"only checkpoint-5\. Give the folder checkpoint-5 in it\.$"),
         (("pytorch_model_fsdp_0/",), r"Give the folder pytorch_model_fsdp_0 in it\.$"),
+        (("model_best.pth.tar", "optimizer.pt"), r"only model_best\.pth\.tar may be .* Give the file itself"),
         ((".metadata",), r"the checkpoint is incomplete: .* none of the chunks \(\*\.distcp\)"),
         (("step-1/.metadata",), r"the weights are in a folder inside: .* only step-1/\.metadata\. Give that"),
         (("a/model.safetensors",), r"only a/model\.safetensors\. Give that folder, or .*--weights NAME\.$"),

@@ -95,6 +95,30 @@ MEMBERS = {
     "conv1_BN.weight": "@norm",
     "lstm.bias_ih_l0_reverse": "@bias",
     "transformer.norm1.linear.weight": "",
+    # Feed-forward blocks in a list that is called after attention.
+    "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj.weight": "@mlp",
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.bias": "@attention @bias",
+    "down_blocks.0.attentions.0.transformer_blocks.0.norm1.weight": "@norm",
+    "down_blocks.0.attentions.0.proj_in.weight": "@attention",
+    "attn_layers.layers.1.1.ff.0.0.weight": "@mlp",
+    "cross_attention.mlp.dense1.weight": "@mlp",
+    "blocks.0.attn.cpb_mlp.0.weight": "@attention",
+    # Tables and heads of minGPT, Megatron, ChatGLM, Gemma, XTTS, DETR, detectron2, mmsegmentation, ESPnet.
+    "transformer.tok_emb.weight": "@embeddings",
+    "transformer.pos_emb": "@embeddings",
+    "embedder.weight": "@embeddings",
+    "gpt.mel_embedding.weight": "@embeddings",
+    "gpt.mel_head.weight": "@head",
+    "text_embedding.0.weight": "",
+    "vision_model.embeddings.patch_embedding.weight": "",
+    "time_embed.0.weight": "",
+    "transformer.output_layer.weight": "@head",
+    "module.language_model.output_layer.bias": "@head @bias",
+    "encoder.layers.0.output_layer.weight": "",
+    "class_embed.weight": "@head",
+    "roi_heads.box_predictor.cls_score.bias": "@head @bias",
+    "decode_head.conv_seg.weight": "@head",
+    "ctc.ctc_lo.weight": "@head",
 }
 
 

@@ -29,6 +29,9 @@ _METRIC = (
 #: Metrics for certain, whatever they hold: those of a stage, and those with a network that they look through.
 _CERTAIN = r"(train|val|valid|validation|test)_.*|metrics|fid|kid|lpips|perceptual_loss"
 
+#: Why an average of a weight is a buffer.
+AVERAGE = "an EMA copy of a weight"
+
 #: How what a loss learns is called: logarithms of variances, temperatures.
 _LEARNED = ("log", "raw", "temperature", "params")
 
@@ -151,7 +154,7 @@ def _averages(tensors: Sequence[TensorSpec], same: Mapping[str, str]) -> dict[st
         # A container may hold the weights themselves beside the copies (ema_pytorch's `online_model`).
         own = [tensor for tensor in found if same.get(tensor.name, tensor.name) in inside]
         if _follow(own, container, weights):
-            kinds |= dict.fromkeys((tensor.name for tensor in own), ("buffer", "an EMA copy of a weight"))
+            kinds |= dict.fromkeys((tensor.name for tensor in own), ("buffer", AVERAGE))
     return kinds
 
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 import glob
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.escape import enumerate_some, escape
-from noisytune_cli.plan.evidence.declared import is_class_weights, is_metrics_weight
+from noisytune_cli.plan.evidence.declared import AVERAGE, is_class_weights, is_metrics_weight
 from noisytune_cli.plan.evidence.structure import split_name
 from noisytune_cli.records import Plan, Step, TensorSpec
 
@@ -68,6 +68,22 @@ def warning_of(plan: Plan) -> tuple[str, ...]:
         f"{_shown(doubts)}: perturbed, though the name of the {count} may be that of statistics or of a "
         f"trainer's state, and nothing else tells; to keep {'it' if len(doubts) == 1 else 'them'}: "
         f"{exclude_line(plan, doubts)}",
+    )
+
+
+def warning_of_averages(plan: Plan, buffers: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the warning of averages (EMA) that stay without noise; `buffers` says why each buffer is one.
+
+    Some loaders take the averages where there are any, so that the noise would be lost without a word.
+    """
+    kept = [s for s in plan.steps if s.reason == "buffer" and buffers.get(s.tensor.name) == AVERAGE]
+    kept = [step for step in kept if step.tensor.elements > 1]
+    if not kept:
+        return ()
+    what = "an average (EMA)" if len(kept) == 1 else f"{len(kept)} averages (EMA)"
+    return (
+        f"{_shown(kept)}: {what} of other weights, left without noise; a program that loads averages where "
+        "it finds them gets none. --include names what is to get it instead",
     )
 
 

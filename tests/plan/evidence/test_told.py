@@ -335,6 +335,17 @@ def test_a_weight_that_lies_among_its_averages_too_is_a_weight(tmp_path: Path) -
     }
 
 
+def test_averages_without_noise_are_warned_of(tmp_path: Path) -> None:
+    """Real-ESRGAN takes `params_ema` where it is there, YOLOv5 `ema`."""
+    content = {"params": tensors(**{"a.weight": (4, 4)}), "params_ema": tensors(**{"a.weight": (4, 4)})}
+    (warning,) = pickled(tmp_path, content).warnings
+    assert warning.startswith("params_ema.a.weight: an average (EMA) of other weights, left without")
+    only = NoiseSpec(include=("params_ema.*",))
+    done = perturb(Request(str(tmp_path / "m.pt"), only), str(tmp_path / "ema.pt"))
+    assert done.warnings == ()
+    assert told(done) == {"params.a.weight": ("excluded", None), "params_ema.a.weight": NOISE}
+
+
 def test_averages_that_are_all_there_is_are_the_weights(tmp_path: Path) -> None:
     found = {"ema.a.0.weight": drawn(4, 4), "ema_gate.damping": drawn(9, seed=1)}
     assert set(told(noised(tmp_path, found)).values()) == {NOISE}
