@@ -304,11 +304,14 @@ RULES: tuple[BufferRule, ...] = (
     BufferRule("bx", _all(_vector, _beside("nx")), "cells of a grid (Lift, Splat, Shoot; BEVFusion)"),
     BufferRule("voxel_*", _all(_vector, _beside("voxel_num")), "cells of a grid (BEVDepth)"),
     BufferRule("*filter", _pair, "pre-emphasis (ECAPA-TDNN, XTTS)"),
+    BufferRule("scaling_layer.shift", _twin("scale"), "input statistics (LPIPS)"),
+    BufferRule("scaling_layer.scale", _twin("shift"), "input statistics (LPIPS)"),
     *(
         BufferRule(f"{name}.{end}", _colours, "mean colour (EDSR, RCAN)")
         for name in ("sub_mean", "add_mean")
         for end in ("weight", "bias")
     ),
+    BufferRule("kernel_points", _as_many("weights"), "points of a kernel (KPConv)"),
     BufferRule("inv_delta_C", _beside("P_hat"), "thin plates (TPS, ASTER)"),
     BufferRule("P_hat", _beside("inv_delta_C"), "thin plates (TPS, ASTER)"),
     BufferRule("A", _twin("edge_importance.0"), "a graph of joints (ST-GCN)"),

@@ -35,6 +35,10 @@ AVERAGE = "an EMA copy of a weight"
 #: How what a loss learns is called: logarithms of variances, temperatures.
 _LEARNED = ("log", "raw", "temperature", "params")
 
+#: What a model's averages are called; what is called by one of the last words has to be called a model, too:
+#: `model_avg`, but not `fc_avg`, which stands beside `fc_max`.
+_EMA, _AVERAGED = "ema", frozenset(("avg", "averaged", "swa"))
+
 #: Modules above a weight and its copy that may differ: wrappers.
 _WRAPPERS = 3
 
@@ -137,7 +141,8 @@ def _averages(tensors: Sequence[TensorSpec], same: Mapping[str, str]) -> dict[st
     copies: dict[tuple[str, ...], list[TensorSpec]] = {}
     inside = set()
     for tensor in tensors:
-        if "ema" in tensor.shown and (container := _container(tuple(tensor.shown.split(".")))):
+        may_be = _EMA in tensor.shown or any(word in tensor.shown for word in _AVERAGED)
+        if may_be and (container := _container(tuple(tensor.shown.split(".")))):
             copies.setdefault(container, []).append(tensor)
             inside.add(tensor.name)
     if not copies:
@@ -163,12 +168,24 @@ def _container(parts: tuple[str, ...]) -> tuple[str, ...]:
     for i, part in enumerate(parts[: _WRAPPERS + 1]):
         if part.isdecimal():
             break
-        if "ema" in part.split("_"):
+        if _is_average(part):
             end = i + 1
-            while end < len(parts) and "ema" in parts[end].split("_"):
+            while end < len(parts) and _is_average(parts[end]):
                 end += 1
             return parts[:end] if end < len(parts) else ()
     return ()
+
+
+def _is_average(module: str) -> bool:
+    """Say whether a module or dictionary is called an average of a model."""
+    from noisytune_cli.checkpoint.formats.torch.state_dict import is_model  # few files have such containers
+
+    words = module.split("_")
+    return _EMA in words or (not _AVERAGED.isdisjoint(words) and is_model(_without_average(module)))
+
+
+def _without_average(module: str) -> str:
+    return "_".join(word for word in module.split("_") if word != _EMA and word not in _AVERAGED)
 
 
 def _follow(copies: Sequence[TensorSpec], container: tuple[str, ...], weights: _Weights) -> bool:
@@ -179,8 +196,8 @@ def _follow(copies: Sequence[TensorSpec], container: tuple[str, ...], weights: _
     """
     from noisytune_cli.checkpoint.formats.torch.state_dict import is_model  # few files have such containers
 
-    begin = next(i for i, part in enumerate(container) if "ema" in part.split("_"))
-    above, own = container[:begin], "_".join(word for word in container[-1].split("_") if word != "ema")
+    begin = next(i for i, part in enumerate(container) if _is_average(part))
+    above, own = container[:begin], _without_average(container[-1])
 
     def may_be_model(module: tuple[str, ...]) -> bool:
         below = module[begin:]

@@ -23,13 +23,14 @@ from noisytune_cli.records import Plan, Step, TensorSpec
 #: What a name's own last word says that it is.
 _LAST = re.compile(
     r"queues?|cent(er|re|roid)s?|means?|stds?|stddev|vars?|variances?|ema|avg|average|stats|statistics|counts?"
-    r"|counter|buffers?|shadow|masks?|anchors"
+    r"|counter|buffers?|shadow|masks?|anchors|cov|covariance|energies"
 )
 _FIRST = re.compile(r"running|moving|ema|buffer")
 _WHOLE = re.compile(
     r"(pos|class|cls|ce|empty|label)_weights?|(class|cls|label)_(freqs?|frequenc(y|ies)|priors?)|(memory|feature|key)_?bank"
     r"|anchor_grids?"
 )
+_SCALE = re.compile(r"(?<![^_])scale(?![^_])")
 _LEARNED = frozenset(("log", "raw", "logit"))
 #: What a single value may count or say, which one of many would be learned for.
 _ONE_LAST = re.compile(
@@ -52,6 +53,9 @@ def is_doubtful(tensor: TensorSpec, names: set[str]) -> bool:
     words = re.findall(r"[^_-]+", last.lower()) or [""]
     if not _LEARNED.isdisjoint(words):
         return False
+    mean = _SCALE.sub("mean", last, count=1)
+    if mean != last and f"{module}{mean}" in names:  # how a normaliser may call its spread
+        return True
     found = _LAST.fullmatch(words[-1]) or _FIRST.fullmatch(words[0]) or _WHOLE.fullmatch(last.lower())
     if tensor.elements == 1:
         found = found or _ONE_LAST.fullmatch(words[-1]) or _ONE_FIRST.fullmatch(words[0])

@@ -114,6 +114,7 @@ BUFFERS: dict[str, dict[str, tuple[int, ...]]] = {
     "boxes": {"field.aabb": (2, 3), "aabb_train": (6,), "grid.aabbs": (4, 6)},
     "pre-emphasis": {"torchfb.0.flipped_filter": (1, 1, 2), "torch_spec.0.filter": (1, 1, 2)},
     "mean colours": {"sub_mean.weight": (3, 3, 1, 1), "sub_mean.bias": (3,), "add_mean.bias": (3,)},
+    "lpips": {"scaling_layer.shift": (1, 3, 1, 1), "scaling_layer.scale": (1, 3, 1, 1)},
     "thin plates": {"GridGenerator.inv_delta_C": (23, 23), "GridGenerator.P_hat": (3200, 23)},
     "actions": {"action_scale": (6,), "action_bias": (6,)},
     "gfpgan": {"stylegan_decoder.noises.noise7": (1, 1, 32, 32)},
@@ -189,6 +190,7 @@ MIXED: dict[str, tuple[dict[str, tuple[int, ...]], set[str]]] = {
     "bevfusion": ({"v.dx": (3,), "v.bx": (3,), "v.nx": (3,)}, {"v.dx", "v.bx"}),
     "bevdepth": ({"voxel_size": (3,), "voxel_num": (3,)}, {"voxel_size", "voxel_num"}),
     "schnetpack": ({"p.atomref": (100,), "p.mean": (1,)}, {"p.atomref"}),
+    "kpconv": ({"KPConv.kernel_points": (15, 3), "KPConv.weights": (15, 4, 8)}, {"KPConv.kernel_points"}),
     "st-gcn": ({"A": (3, 18, 18), "edge_importance.0": (3, 18, 18)}, {"A"}),
 }
 

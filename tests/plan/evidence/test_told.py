@@ -291,6 +291,9 @@ def test_a_loss_beside_the_models_is_shown_and_judged_by_its_path(tmp_path: Path
         ({"ema_model.module.a.0.weight": "a.0.weight"}, {"a.0.weight"}),
         ({"model_ema.a0weight": "model.a.0.weight"}, {"model.a.0.weight"}),
         ({"unet_ema.a.0.weight": "unet.a.0.weight"}, {"unet.a.0.weight"}),
+        # NanoDet and icefall, whose averages may be in float64.
+        ({"avg_model.a.0.weight": "model.a.0.weight"}, {"model.a.0.weight"}),
+        ({"model_avg.a.0.weight": "model.a.0.weight"}, {"model.a.0.weight"}),
     ],
 )
 def test_an_average_of_a_weight_is_no_weight(
@@ -313,6 +316,8 @@ def test_an_average_of_a_weight_is_no_weight(
         (["ema.l.0.ema.p.weight", "ema.l.0.q.weight"], ["l.0.ema.p.weight", "l.0.q.weight"]),
         (["net.ema.module.a.0.weight"], ["net.model.a.0.weight", "net.head.a.0.weight"]),
         (["module.unet_ema.a.0.weight"], ["module.unet.a.0.weight"]),
+        ([], ["fc_avg.a.weight", "fc_max.a.weight"]),
+        ([], ["avg_model.a.weight", "model.b.weight"]),
         (["ema.ema_model.a.0.weight", "ema.online_model.a.0.weight"], ["unet.a.0.weight"]),
     ],
 )
@@ -657,6 +662,7 @@ def test_the_heads_of_a_mean_and_a_std_are_layers(matrix: str, bias: str, tmp_pa
 # Names: a doubt, a warning, and --strict.
 
 DOUBTS = ["bank.memory_bank", "head.class_weights", "loss_fn.weight", "normalizer.mean", "layers.3.ema"]
+DOUBTS += ["normalizer.scale", "gaussian.inv_covariance", "energy_shifter.self_energies"]
 
 
 def test_names_alone_are_perturbed_and_warned_of_once(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ _MAX_CHARACTERS = 32 << 20
 _MODELS = re.compile(r"(model_)?state(_dict)?|(model|net|network|module|params)(_ema|_state(_dict)?)?")
 
 #: What else it keeps, by what its key holds and by the whole of it: never descended into.
-_OPTIMIZER = re.compile(r"optim(?!al|ism|us)")
+_OPTIMIZER = re.compile(r"optim(?!al|ism|us|ized)")
 _TRAINING = re.compile(
     r"callbacks|loops|criterion|(train_)?(loss|losses)|train(er|ing)?_state|data_?loader.*", re.DOTALL
 )
