@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
@@ -133,15 +133,21 @@ def study(
         ),
     ] = False,
     noise: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="NAME,…", help="noisytune's noise: uniform, gaussian.", rich_help_panel=_METHODS
+            metavar="NAME,…",
+            help="noisytune's noise: uniform, gaussian. [default: uniform]",
+            rich_help_panel=_METHODS,
         ),
-    ] = "uniform",
+    ] = None,
     scope: Annotated[
-        str,
-        typer.Option(metavar="NAME,…", help="noisytune's scope: matrix, global.", rich_help_panel=_METHODS),
-    ] = "matrix",
+        str | None,
+        typer.Option(
+            metavar="NAME,…",
+            help="noisytune's scope: matrix, global. [default: matrix]",
+            rich_help_panel=_METHODS,
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -258,17 +264,27 @@ def study(
         typer.Option("--lora", help="Train low-rank adapters and the head only.", rich_help_panel=_TRAINING),
     ] = False,
     lora_rank: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Rank of the adapters.", rich_help_panel=_TRAINING)
-    ] = 8,
-    lora_alpha: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Scale of the adapters.", rich_help_panel=_TRAINING)
-    ] = 16,
-    lora_dropout: Annotated[
-        float,
+        int | None,
         typer.Option(
-            min=0.0, max=0.99, metavar="X", help="Dropout before the adapters.", rich_help_panel=_TRAINING
+            min=1, metavar="N", help="Rank of the adapters. [default: 8]", rich_help_panel=_TRAINING
         ),
-    ] = 0.1,
+    ] = None,
+    lora_alpha: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Scale of the adapters. [default: 16]", rich_help_panel=_TRAINING
+        ),
+    ] = None,
+    lora_dropout: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=0.99,
+            metavar="X",
+            help="Dropout before the adapters. [default: 0.1]",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
     device: Annotated[
         str,
         typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N.", rich_help_panel=RUNNING),
@@ -338,10 +354,20 @@ def study(
 
     check_out(out)
     tasks = _once(words("--task", task)) if task else ()
+    methods = _once(words("--method", method))
+    if not lora:
+        adapters = {"--lora-rank": lora_rank, "--lora-alpha": lora_alpha, "--lora-dropout": lora_dropout}
+        _refuse_unused(adapters, "it is of adapters, and all weights are trained", "Add --lora")
+    if not any("noisytune" in one.split("+") for one in methods):
+        _refuse_unused(
+            {"--lambda": lam, "--noise": noise, "--scope": scope},
+            "it is of noisytune, which is none of the methods",
+            "Add noisytune to --method; constants of the others are set by --set METHOD.KEY=VALUE",
+        )
     request = command.StudyRequest(
         model=model,
         out=out,
-        methods=_once(words("--method", method)),
+        methods=methods,
         task=tasks[0] if tasks else None,
         data=data,
         train=train,
@@ -351,8 +377,8 @@ def study(
         metrics=_once(words("--metric", metric)) if metric else (),
         lambdas=_once(numbers("--lambda", lam or (_SEARCHED if choose else "0.15"), 0)),
         choose=choose,
-        noises=_once(words("--noise", noise, ("uniform", "gaussian"))),
-        scopes=_once(words("--scope", scope, ("matrix", "global"))),
+        noises=_once(words("--noise", noise or "uniform", ("uniform", "gaussian"))),
+        scopes=_once(words("--scope", scope or "matrix", ("matrix", "global"))),
         shares=_once(numbers("--share", share, 0, 1)),
         seeds=_once(read_seeds(seed, _MAX_SEED)),
         init_seed=init_seed,
@@ -372,9 +398,9 @@ def study(
             max_length=max_length,
             group_by_length=group_by_length,
             anchor=anchor.value,
-            lora_rank=lora_rank if lora else 0,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
+            lora_rank=(lora_rank or 8) if lora else 0,
+            lora_alpha=lora_alpha or 16,
+            lora_dropout=0.1 if lora_dropout is None else lora_dropout,
         ),
         precision=precision.value,
         revision=revision,
@@ -410,6 +436,12 @@ def study(
         show_study.show_study(one.results, one.folder, as_json=as_json, is_printed=printed)
     if together is not None:
         show_study.show_together(together, Path(out), as_json=as_json)
+
+
+def _refuse_unused(given: Mapping[str, object], why: str, next_step: str) -> None:
+    """Raise UsageError for an option, by name, that no run would heed."""
+    if unused := next((option for option, value in given.items() if value is not None), None):
+        raise UsageError(unused, why=why, next_step=next_step)
 
 
 def _once(values: Iterable[_T]) -> tuple[_T, ...]:

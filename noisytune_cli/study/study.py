@@ -117,6 +117,8 @@ def study(
         label=request.label,
         chosen=request.metrics,
     )
+    settings = read_settings(request.settings)
+    _check_used(settings, request.methods)
     runs = plan_runs(
         request.methods,
         lambdas=request.lambdas,
@@ -124,7 +126,7 @@ def study(
         scopes=request.scopes,
         shares=request.shares,
         seeds=Seeds(request.seeds, request.init_seed, request.order_seed, request.noise_seed),
-        settings=read_settings(request.settings),
+        settings=settings,
     )
     data = read_data(task, train, dev)
     split = split_rows(
@@ -283,6 +285,19 @@ def _probe(request: StudyRequest) -> tuple[dict[str, Any], Files]:
     task, train, dev = choose_glue("--probe", request.probe, request.data)
     read_data(task, train, dev)
     return {"probe": task, "probe_train": train, "probe_dev": dev}, (*train, *dev)
+
+
+def _check_used(settings: Iterable[str], methods: Iterable[str]) -> None:
+    """Refuse a constant, by its full name, of a method that is none of those that are compared."""
+    used = {name for method in methods for name in method.split("+")}
+    for full in settings:
+        name = full.partition(".")[0]
+        if name not in used:
+            raise UsageError(
+                f"--set {full}",
+                why=f"{name} is none of the methods, so no run would have it",
+                next_step=f"Add {name} to --method, or leave it out",
+            )
 
 
 def _check_choice(request: StudyRequest, split: Split) -> None:

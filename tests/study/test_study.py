@@ -202,7 +202,8 @@ def test_that_the_seeds_are_too_few_is_said_before_training(
         ("0-4", "noisytune", None),
     ):
         out = str(tmp_path / f"{seeds}-{method}")
-        options = ["-o", out, "--seed", seeds, "--method", method, "--lambda", "0.1,0.2"]
+        options = ["-o", out, "--seed", seeds, "--method", method]
+        options += ["--lambda", "0.1,0.2"] if "noisytune" in method else []
         said = CliRunner().invoke(app, [*aloud, *options]).stderr
         assert "training begins" in said
         assert ("cannot give" in said) == (weak is not None)
@@ -339,6 +340,11 @@ def test_columns_and_labels_that_are_wrong_are_named(tiny: Tiny, tmp_path: Path)
         (2, ("--method", "noisytune+plain"), "plain is finetuning without any method"),
         (2, ("--set", "r3f.lambda=x"), "r3f.lambda"),
         (2, ("--set", "r3f.colour=1"), "r3f.lambda"),
+        (2, ("--set", "r3f.sigma=1e-4"), "Add r3f to --method, or leave it out."),
+        (2, ("--lora-alpha", "64"), "Add --lora."),
+        (2, ("--lora-dropout", "0"), "Add --lora."),
+        (2, ("--method", "plain,r3f", "--lambda", "0.7"), "--lambda: it is of noisytune"),
+        (2, ("--method", "plain", "--noise", "uniform"), "--noise: it is of noisytune"),
         (2, ("--lambda", "0.1,x"), '"x" is not a number'),
         (2, ("--lambda", "nan"), '"nan" is not a number'),
         (2, ("--lambda", "1_0"), '"1_0" is not a number'),
