@@ -9,6 +9,7 @@ of a pipeline the user says which components.
 from __future__ import annotations
 
 import posixpath
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,14 +76,15 @@ def choose_components(composition: Composition | None, asked: Sequence[str], whe
             "a pipeline of several models",
             path=where,
             why=f"its components with weights are {list_some(names, len(names))}",
-            next_step=f"Name those that are to get noise, with --component {names[0]} or --component {ALL}",
+            next_step=f"Name those that are to get noise, with --component={shlex.quote(names[0])} or "
+            f"--component={ALL}",
         )
     if not asked or ALL in asked:
         return composition.folders
     for name in asked:
         if name not in names:
             raise UsageError(
-                f"--component {name}",
+                f"--component={shlex.quote(name)}",
                 path=where,
                 why="there is no such component with weights",
                 next_step=f"Choose from {list_some(names, len(names))}, or {ALL}",

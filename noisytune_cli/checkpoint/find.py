@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -331,7 +332,7 @@ def _find_file(path: Path, name: str, commit: str | None, remote: Remote | None 
             "cannot read the checkpoint",
             path=path,
             why="this is an index, the weights are in its shards",
-            next_step=f"Give the folder, with --weights {path.name} if it has other weights too",
+            next_step=f"Give the folder, with --weights={shlex.quote(path.name)} if it has other weights too",
         )
     if path.name == METADATA or path.name.endswith(CHUNKS_SUFFIX):
         raise InputInvalid(

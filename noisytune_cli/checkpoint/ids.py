@@ -93,9 +93,9 @@ def _meant(source: str) -> str | None:
             revision, path = view["revision"], view["path"] or ""
         if path and not is_plain_name(path):
             continue
-        options = "" if revision is None else f" --revision {revision}"
+        options = "" if revision is None else f" --revision={revision}"
         if path:
             is_file = is_weights(path) or index_suffix(path) is not None
-            options += f" --weights {path if is_file else f'{path}/FILE'}"
+            options += f" --weights={path if is_file else f'{path}/FILE'}"
         return name + options
     return None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import posixpath
 import re
+import shlex
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
@@ -232,7 +233,7 @@ def _ambiguous(candidates: list[str], where: str) -> InputInvalid:
         "cannot tell which file holds the weights",
         path=where,
         why=f"candidates are {list_some(candidates)}",
-        next_step="Name one with --weights NAME",
+        next_step="Name one with --weights=NAME",
     )
 
 
@@ -248,7 +249,7 @@ def _elsewhere(candidates: list[str], where: str) -> InputInvalid:
         path=where,
         why=f"it has none itself, only {list_some(candidates)}",
         next_step=f"Give {'that folder' if len(folders) == 1 else 'one of the folders'}"
-        + ("" if cached else ", or name them with --weights NAME"),
+        + ("" if cached else ", or name them with --weights=NAME"),
     )
 
 
@@ -263,7 +264,7 @@ def _no_weights(listing: Listing, where: str) -> InputInvalid:
     copies = [name for name in listing.files if export_format(posixpath.basename(name)) == "PyTorch"]
     if copies:
         why = f"it has only {list_some(copies)}, as a rule a copy or a part of a model"
-        next_step = f"Name it if it is meant, with --weights {copies[0]}"
+        next_step = f"Name it if it is meant, with --weights={shlex.quote(copies[0])}"
     elif others := [name for name in listing.files if "/" not in name and _is_misnamed(name)]:
         why = f"only {list_some(others)} may be weights, by no name that loaders look for"
         next_step = "Give the file itself; one on the hub has to be downloaded first"

@@ -38,7 +38,7 @@ def name_base(recorded: RecordedManifest, base: str | None) -> str:
             "--base is missing",
             path=recorded.path,
             why=why,
-            next_step=f"Give --base SOURCE, the checkpoint that was perturbed ({source.id})",
+            next_step=f"Give --base=SOURCE, the checkpoint that was perturbed ({source.id})",
         )
     return source.id
 

@@ -162,7 +162,7 @@ def compare(
     check_sort(sort, SORT_KEYS)
     if not 0 <= tolerance < math.inf:
         raise UsageError(
-            f"--tolerance {tolerance:g}",
+            f"--tolerance={tolerance:g}",
             why="it is no finite number from 0 on",
             next_step="Give the largest change of a value that counts as none, such as 1e-6",
         )

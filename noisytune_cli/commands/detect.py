@@ -232,7 +232,7 @@ def seeds_of(seeds: Sequence[int], recorded: RecordedManifest | None) -> list[in
         raise UsageError(
             "--seed is missing",
             why="there is noise of 2^64 seeds, and each has to be tried",
-            next_step="Give --seed, such as 7 or 0-99, or --manifest FILE, which knows its own",
+            next_step="Give --seed, such as 7 or 0-99, or --manifest=FILE, which knows its own",
         )
     if not seeds and recorded is not None:
         noise = recorded.manifest.noise
@@ -246,7 +246,7 @@ def distributions_of(wanted: str | None, recorded: RecordedManifest | None) -> t
         return distributions.names() if recorded is None else (recorded.manifest.noise.distribution,)
     if wanted not in distributions.names():
         raise UsageError(
-            f"--noise {wanted}",
+            f"--noise={wanted}",
             why="there is no such distribution",
             next_step=f"Use one of: {', '.join(distributions.names())}",
         )

@@ -51,7 +51,7 @@ def histogram(
                     check_read([file])
                     return Counted(checkpoint.id, tensor, found)
     raise UsageError(
-        f"--histogram {name}",
+        f"--histogram={name}",
         why="no tensor of floats has this name",
         next_step="List the names with: noisytune inspect SOURCE --headers-only",
     )

@@ -84,7 +84,7 @@ class Request:
                     "--dtype, --to and --dequantize are for one model",
                     path=self.source,
                     why="the components of this one lie in folders, and get noise together",
-                    next_step="Convert them one by one, with --weights FOLDER/NAME",
+                    next_step="Convert them one by one, with --weights=FOLDER/NAME",
                 )
             if self._dequantizes:
                 from noisytune_cli.checkpoint.dequantize import dequantize  # few weights are fp8

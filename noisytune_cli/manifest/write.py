@@ -62,7 +62,7 @@ MAX_AMPLITUDES = 1 << 24
 _TERM_BYTES = 120
 
 #: What to do where parts are what makes a manifest too large.
-FEWER_PARTS = "Keep the tensors with the most of them whole, with --split 'PATTERN=0:/1'"
+FEWER_PARTS = "Keep the tensors with the most of them whole, with --split='PATTERN=0:/1'"
 
 
 def manifest_beside(output: Path) -> Path:

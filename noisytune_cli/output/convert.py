@@ -94,10 +94,10 @@ def _lay_out(source: Source, steps: Iterable[Step], conversion: Conversion) -> O
             return OutputFile(source.name, bytes(file.header), slots, {}, source.mode)
     elif conversion.format is None:
         raise UsageError(
-            "--to safetensors is missing",
+            "--to=safetensors is missing",
             path=source.path,
             why="the weights are pickled, and a pickle is written back as it is but for the noise",
-            next_step="Add --to safetensors",
+            next_step="Add --to=safetensors",
         )
     kept = [(names, stream_of(names)) for names in source.ties]
     aliases = {name: keep for names, keep in kept for name in names if name != keep}
@@ -194,5 +194,5 @@ def _cannot_hold(source: Source, why: str, tensor: str | None = None) -> InputIn
         path=source.path,
         tensor=tensor,
         why=why,
-        next_step="Leave --to safetensors out, which keeps the file's own format",
+        next_step="Leave --to=safetensors out, which keeps the file's own format",
     )

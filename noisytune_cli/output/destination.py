@@ -98,7 +98,7 @@ def resolve_rewritten(
             raise _wrong_ending(out, "safetensors", f"Give a name that ends in {SAFETENSORS_SUFFIX}")
     elif out.endswith(SAFETENSORS_SUFFIX):
         own = file.path.suffix if file.path.suffix in PICKLE_SUFFIXES else PICKLE_SUFFIXES[0]
-        advice = "Add --to safetensors, or give" if convertible else "Give"
+        advice = "Add --to=safetensors, or give" if convertible else "Give"
         raise _wrong_ending(out, "a pickle, as the source is", f"{advice} a name that ends in {own}")
     if not files:
         return resolve_output(out, source)
@@ -284,7 +284,7 @@ def _check_kind(output: Path, mode: int | None, single_file: bool) -> None:
         raise _unsafe(output, "it is a symbolic link, which would be replaced or followed")
     if stat.S_ISDIR(mode):
         if single_file:
-            raise _unsafe(output, "it is a directory; -o DIR/ writes a file inside one")
+            raise _unsafe(output, "it is a directory; --out=DIR/ writes a file inside one")
     elif not stat.S_ISREG(mode):
         raise _unsafe(output, "it is neither a regular file nor a directory")
     elif not single_file:

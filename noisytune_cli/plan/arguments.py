@@ -2,7 +2,8 @@
 
 Python lets anything through, and from a training script a wrong type comes late and far from its cause. So
 each argument is looked at before anything else is, and refused under its own name. What is found wrong later
-is told in the words of the command line, which are put into Python's as they reach the caller.
+is told in the words of the command line, which are put into Python's as they reach the caller. A message has
+an option and its value as --option=VALUE, so that no word after an option is taken for one.
 """
 
 from __future__ import annotations
@@ -42,18 +43,12 @@ _RENAMED = {
     "map": "maps",
 }
 
-#: A command line to the end of its sentence, or an option and the word after it.
+#: A command line to the end of its sentence, or an option, with its value if `=` and one follow.
 _OPTION = re.compile(
     r"noisytune [a-z].*"
     r"|(?<!inspect )(?<![\w-])(?:--(?P<option>[a-z]+(?:-[a-z]+)*)|-o\b)"
-    r"(?P<value> '[^']*'| (?!-)[^\s()]*[^\s(),;:.])?"
+    r"(?:=(?P<value>'[^']*'|[^\s()]*[^\s(),;:.]))?"
 )
-
-#: Words after an option that are no value of it.
-_NO_VALUE = {
-    *("a", "an", "and", "are", "as", "cannot", "chooses", "for", "has", "if", "in", "is", "keeps", "lists"),
-    *("names", "needs", "of", "or", "out", "that", "the", "to", "where", "which", "with", "would"),
-}
 
 #: Several patterns: an option for each, which is one argument with a list.
 _REPEAT = ("repeat --include or --exclude", "give a list as include= or exclude=")
@@ -79,19 +74,16 @@ def in_python(function: Callable[..., object], text: str) -> str:
     known = inspect.signature(function).parameters
 
     def argument(found: re.Match[str]) -> str:
-        option, value = found["option"] or "out", found["value"] or ""
+        option, value = found["option"] or "out", (found["value"] or "").strip("'")
         name = _RENAMED.get(option, option.replace("-", "_"))
         if found[0].startswith("noisytune") or name not in known:
             return found[0]
         if isinstance(known[name].default, bool):
-            return f"{name}=True{value}"
-        word = value.strip(" '")
-        if not word or word in _NO_VALUE:
-            return f"{name}={value}"
-        if name in ("maps", "splits") and "=" in word:
-            pattern, _, meant = word.rpartition("=")
+            return f"{name}=True"
+        if name in ("maps", "splits") and "=" in value:
+            pattern, _, meant = value.rpartition("=")
             return f"{name}={{{pattern!r}: {meant!r}}}"
-        return f"{name}={word!r}"
+        return f"{name}={value!r}" if value else f"{name}="
 
     def several(found: re.Match[str]) -> str:
         others = found[3].replace(f" {found[1]}=", ", ")

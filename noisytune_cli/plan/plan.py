@@ -51,7 +51,7 @@ _SAFETY = frozenset({"not-float", "empty", "one-element"})
 def check_noise(noise: NoiseSpec) -> None:
     """Raise UsageError unless every strength is finite, the seed a u64, and the splits can be read."""
     option = "--lambda" if noise.needs_std else "--sigma"
-    for given, lam in [(option, noise.lam), *((f"{option}-for {p}", lam) for p, lam in noise.rules)]:
+    for given, lam in [(option, noise.lam), *((f"{option}-for={p}", lam) for p, lam in noise.rules)]:
         if not math.isfinite(lam):
             raise UsageError(
                 f"{given}: {lam} is no noise strength",

@@ -7,6 +7,7 @@ and without a prefix are found by themselves; any other renaming takes a rule. F
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,9 +75,9 @@ class Rules:
         for pattern, name in rules:
             if pattern.count("*") != name.count("*"):
                 raise UsageError(
-                    f"--map {pattern}={name}",
+                    f"--map={shlex.quote(f'{pattern}={name}')}",
                     why=f"PATTERN has {pattern.count('*')} * and NAME has {name.count('*')}",
-                    next_step="Write as many * on both sides, such as --map 'bert.*=*'",
+                    next_step="Write as many * on both sides, such as --map='bert.*=*'",
                 )
             self._rules.append((_compile(pattern), name.split("*"), pattern))
 

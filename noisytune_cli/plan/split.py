@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -50,9 +51,9 @@ def check_splits(splits: Sequence[tuple[str, str]], granularity: str) -> None:
     """Raise UsageError for a division that cannot be read, and for splits that would not be used."""
     if splits and granularity != "matrix":
         raise UsageError(
-            f"--split {splits[0][0]}={splits[0][1]}",
+            f"--split={shlex.quote('='.join(splits[0]))}",
             why="it divides tensors into matrices, and each tensor is to have one std",
-            next_step="Add --granularity matrix, or leave --split out",
+            next_step="Add --granularity=matrix, or leave --split out",
         )
     for pattern, division in splits:
         _levels(pattern, division)
@@ -94,7 +95,7 @@ def divide(
                 divisions[name] = Division(found)
     if (count := sum(len(division.parts) for division in divisions.values())) > MAX_LINES:
         raise UsageError(
-            "--granularity matrix",
+            "--granularity=matrix",
             why=f"the checkpoint has {count:,} sub-matrices, more than the {MAX_LINES:,} of a manifest",
             next_step=FEWER_PARTS,
         )
@@ -154,7 +155,7 @@ def _levels(pattern: str, division: str) -> list[_Level]:
         equal, times = (int(match[2] or 0), int(match[4] or 1)) if match else (0, 0)
         if match is None or math.prod(sizes) == 0 or times == 0 or (not sizes and equal == 0):
             raise UsageError(
-                f"--split {pattern}={division}",
+                f"--split={shlex.quote(f'{pattern}={division}')}",
                 why=f'"{text}" is not DIM:SIZES with sizes above 0',
                 next_step="Write for example '*.qkv_proj.weight=0:4096,1024,1024', or '*.kv.weight=0:/2'",
             )
@@ -164,7 +165,7 @@ def _levels(pattern: str, division: str) -> list[_Level]:
 
 def _misfit(tensor: TensorSpec, pattern: str, division: str, why: str) -> UsageError:
     return UsageError(
-        f"--split {pattern}={division}",
+        f"--split={shlex.quote(f'{pattern}={division}')}",
         tensor=tensor.name,
         why=f"the tensor is {list(tensor.shape)}: {why}",
         next_step="Correct the sizes, or narrow the pattern; inspect --headers-only lists the shapes",

@@ -597,7 +597,7 @@ def test_a_folder_without_weights_says_what_it_has(tmp_path: Path, name: str, sa
         (("model_best.pth.tar", "optimizer.pt"), r"only model_best\.pth\.tar may be .* Give the file itself"),
         ((".metadata",), r"the checkpoint is incomplete: .* none of the chunks \(\*\.distcp\)"),
         (("step-1/.metadata",), r"the weights are in a folder inside: .* only step-1/\.metadata\. Give that"),
-        (("a/model.safetensors",), r"only a/model\.safetensors\. Give that folder, or .*--weights NAME\.$"),
+        (("a/model.safetensors",), r"only a/model\.safetensors\. Give that folder, or .*--weights=NAME\.$"),
         ((f"snapshots/{COMMIT}/model.bin",), r"Give that folder\.$"),
         ((f"snapshots/{COMMIT}/model.bin", f"snapshots/{COMMIT[::-1]}/m.bin"), r"Give one of the folders\.$"),
         (("a/model.bin", "b/model.bin"), r"candidates are a/model\.bin, b/model\.bin"),
@@ -767,5 +767,5 @@ def test_real_checkpoints(name: str, weights: list[str]) -> None:
 
 def test_weights_that_are_mostly_a_copy_are_offered_by_name(tmp_path: Path) -> None:
     (tmp_path / "consolidated.00.pth").write_bytes(b"")
-    with pytest.raises(InputInvalid, match=r"only consolidated\.00\.pth.*--weights consolidated\.00\.pth"):
+    with pytest.raises(InputInvalid, match=r"only consolidated\.00\.pth.*--weights=consolidated\.00\.pth"):
         open_checkpoint(str(tmp_path))

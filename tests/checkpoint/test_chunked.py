@@ -327,7 +327,7 @@ def test_as_safetensors_and_in_another_dtype(tmp_path: Path) -> None:
         load_file(result.output / "model.safetensors"), as_safetensors(weights, tmp_path / "plain", NOISE)
     )
     assert verify(str(result.output), base=str(source)).ok
-    with pytest.raises(UsageError, match="--to safetensors"):
+    with pytest.raises(UsageError, match="--to=safetensors"):
         perturb(replace(request, conversion=Conversion(dtype="BF16")), str(tmp_path / "other"))
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+import re
 import sys
 import warnings
+from collections.abc import Iterator
+from enum import EnumType
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +20,11 @@ from checkpoints import numbers, save, weights
 from typer.testing import CliRunner
 
 import noisytune_cli
+from noisytune_cli.cli import options, perturb
 from noisytune_cli.cli.app import app
+from noisytune_cli.commands import engines
 from noisytune_cli.errors import NoisytuneWarning, OutputUnsafe, PackageMissing, UsageError
+from noisytune_cli.noise import devices
 from noisytune_cli.plan.arguments import in_python
 
 
@@ -123,11 +130,12 @@ def test_what_the_command_line_warns_of_is_a_warning(
     [
         ("Widen --include or drop an --exclude; --dry-run", "Widen include= or drop an exclude=; --dry-run"),
         ("--lambda: nan is none", "lam=: nan is none"),
-        ("--sigma-for x: nan is none", "rules='x': nan is none"),
-        ("Add --granularity matrix, or leave --split out", "Add granularity='matrix', or leave splits= out"),
-        ("such as --split 'a.*=0:/2'.", "such as splits={'a.*': '0:/2'}."),
-        ("use --device cpu.", "use device='cpu'."),
-        ("with --exclude a.b --exclude 'c*' and 2 more", "with exclude=['a.b', 'c*'] and 2 more"),
+        ("--sigma-for=x: nan is none", "rules='x': nan is none"),
+        ("Add --granularity=matrix, or leave --split out", "Add granularity='matrix', or leave splits= out"),
+        ("such as --split='a.*=0:/2'.", "such as splits={'a.*': '0:/2'}."),
+        ("use --device=cpu.", "use device='cpu'."),
+        ("with --exclude=a.b --exclude='c d*' and 2 more", "with exclude=['a.b', 'c d*'] and 2 more"),
+        ("choose it with --weights always", "choose it with weights= always"),
         ("for several, repeat --include or --exclude", "for several, give a list as include= or exclude="),
         ("or pass --follow-links if it is meant", "or pass follow_links=True if it is meant"),
         ("a place with -o that is not mounted", "a place with out= that is not mounted"),
@@ -144,6 +152,41 @@ def test_what_the_command_line_warns_of_is_a_warning(
 )
 def test_an_option_is_told_as_the_argument_that_it_is(said: str, meant: str) -> None:
     assert in_python(noisytune_cli.perturb, said) == meant
+
+
+def _messages() -> Iterator[str]:
+    """Yield every text in the code that Python's functions reach, {} for what is put into it."""
+    commands = {"card.py", "provenance.py", "build.py"}  # to be copied, and no messages
+    for path in sorted(Path(noisytune_cli.__file__).parent.rglob("*.py")):
+        if {"cli", "study"} & set(path.parts) or path.name in commands:
+            continue
+        tree = ast.parse(path.read_text())
+        pieces = {
+            id(piece) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for piece in node.values
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(str(p.value) if isinstance(p, ast.Constant) else "{}" for p in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in pieces:
+                yield node.value
+
+
+def test_every_message_has_an_option_and_its_value_in_one() -> None:
+    """So that a word after an option is never its value, nor a value a word."""
+    kinds = (
+        kind for module in (options, perturb) for kind in vars(module).values() if type(kind) is EnumType
+    )
+    values = {*devices.names(), *engines.names(), *(str(choice) for kind in kinds for choice in kind)}
+    assert {"matrix", "safetensors", "cpu", "ray"} <= values
+    found = [
+        (message, word)
+        for message in _messages()
+        for word in re.findall(r"(?<![\w-])(?:--[a-z-]+|-o) (\S+)", re.sub("noisytune [a-z].*", "", message))
+    ]
+    assert len(found) > 40
+    for message, word in found:
+        assert re.fullmatch("([a-z]+|--[a-z-]+)[,.;:)]?", word), message
+        assert word.rstrip(",.;:)") not in values, message
 
 
 def test_errors_and_warnings_name_arguments(source: Path, tmp_path: Path) -> None:

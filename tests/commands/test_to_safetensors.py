@@ -76,7 +76,7 @@ def test_with_another_dtype(tmp_path: Path) -> None:
         "torch.float64"
     }
     check(tmp_path / "out.safetensors", source, tmp_path / "again")
-    with pytest.raises(UsageError, match="--to safetensors is missing"):
+    with pytest.raises(UsageError, match="--to=safetensors is missing"):
         run(source, tmp_path / "out.bin", conversion=Conversion(dtype="F64"))
 
 
@@ -204,7 +204,7 @@ def test_a_name_that_promises_the_other_format_is_refused(ending: str, tmp_path:
     plain = save(tmp_path / "model.safetensors", {"w": W})
     before = sorted(tmp_path.iterdir())
     out = str(tmp_path / "out.safetensors")
-    with pytest.raises(UsageError, match=rf"Add --to safetensors, or give a name that ends in \{ending}"):
+    with pytest.raises(UsageError, match=rf"Add --to=safetensors, or give a name that ends in \{ending}"):
         run(pickled, out)
     with pytest.raises(UsageError, match=r"Give a name that ends in \.safetensors"):
         run(plain, tmp_path / f"out{ending}")

@@ -70,7 +70,7 @@ def test_a_process_that_dies_is_tried_again() -> None:
 
 
 def test_the_local_engine_knows_no_address() -> None:
-    with pytest.raises(UsageError, match="--engine ray"):
+    with pytest.raises(UsageError, match="--engine=ray"):
         load("local", "127.0.0.1:1")
 
 

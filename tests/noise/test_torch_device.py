@@ -234,7 +234,7 @@ def test_a_name_that_no_device_has_is_a_usage_error(name):
 def test_hardware_that_is_not_there_is_a_usage_error(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(UsageError, match="Use --device cpu, which gives the same bytes"):
+    with pytest.raises(UsageError, match="Use --device=cpu, which gives the same bytes"):
         devices.open_device(name)
 
 
@@ -286,7 +286,7 @@ def test_a_device_out_of_memory_says_so(monkeypatch):
 
     one = torch_device.Torch(torch.device("cpu"))
     monkeypatch.setattr(torch_kernels, "block_sums", exhausted)
-    with pytest.raises(ResourceExhausted, match="use --device cpu"):
+    with pytest.raises(ResourceExhausted, match="use --device=cpu"):
         one.moments(memoryview(bytes(8)), "F32")
 
 

@@ -114,7 +114,7 @@ def test_a_split_is_a_pattern_and_a_division(text: str) -> None:
 
 
 def test_a_split_needs_granularity_matrix() -> None:
-    with pytest.raises(UsageError, match="Add --granularity matrix"):
+    with pytest.raises(UsageError, match="Add --granularity=matrix"):
         make_plan((spec("w", 4, 2),), NoiseSpec(splits=(("w", "0:/2"),)))
 
 

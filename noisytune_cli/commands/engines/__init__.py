@@ -44,13 +44,13 @@ def check(engine: str, address: str | None = None) -> None:
     """Raise UsageError for a name that no engine has, and for an address where nothing can be joined."""
     if engine not in names():
         raise UsageError(
-            f"--engine {engine}",
+            f"--engine={engine}",
             why="there is no such engine",
             next_step=f"Use one of: {', '.join(names())}",
         )
     if address is not None and engine != "ray":
         raise UsageError(
-            "--address", why="it is that of a cluster of Ray", next_step="Add --engine ray, or leave it out"
+            "--address", why="it is that of a cluster of Ray", next_step="Add --engine=ray, or leave it out"
         )
 
 

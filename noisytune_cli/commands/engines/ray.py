@@ -40,7 +40,7 @@ def started(address: str | None, threads: int | None) -> Iterator[Run]:
         import ray
     except ModuleNotFoundError as error:
         raise PackageMissing(
-            "--engine ray needs ray",
+            "--engine=ray needs ray",
             why="it is not installed",
             next_step="Install it: pip install '.[ray]' in a clone of noisytune",
         ) from error
@@ -57,7 +57,7 @@ def started(address: str | None, threads: int | None) -> Iterator[Run]:
                 why=str(error).partition("\n")[0] or type(error).__name__,
                 next_step="Check the address (HOST:PORT of the head), and that this machine is a node of it"
                 if address
-                else "See its logs, or use --engine local",
+                else "See its logs, or use --engine=local",
             ) from error
         finally:
             for signum, handler in handlers.items():

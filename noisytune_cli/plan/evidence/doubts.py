@@ -121,7 +121,7 @@ def exclude_line(plan: Plan, doubts: Iterable[Step]) -> str:
             if wide != exact and any(map(catches, others)):
                 wide = exact
         patterns[wide] = None
-    options = [f"--exclude {shlex.quote(pattern)}" for pattern in patterns]
+    options = [f"--exclude={shlex.quote(pattern)}" for pattern in patterns]
     while len(options) > 1 and sum(map(len, options)) > _LONGEST:
         options = options[: len(options) // 2]
     more = len(patterns) - len(options)

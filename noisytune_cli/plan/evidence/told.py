@@ -135,7 +135,7 @@ def tell(
     """
     if decider not in DECIDERS:
         raise UsageError(
-            f"--buffers-from {decider}",
+            f"--buffers-from={decider}",
             why="there is no such source",
             next_step=f"Use one of: {', '.join(DECIDERS)}",
         )
@@ -160,7 +160,7 @@ def tell(
         answer = _ask(tensors, config or {})
         if isinstance(answer, str):
             raise UsageError(
-                "--buffers-from model",
+                "--buffers-from=model",
                 why=f"no model can be asked: {answer}",
                 next_step="Leave the option out, and use --exclude for what should get no noise",
             )

@@ -122,7 +122,7 @@ class Torch:
             raise ResourceExhausted(
                 f"cannot compute on {self.device}",
                 why="the device is out of memory",
-                next_step="Free memory on it or use --device cpu, then run again",
+                next_step="Free memory on it or use --device=cpu, then run again",
             ) from error
 
 
@@ -146,14 +146,14 @@ def open_torch(name: str, kind_of_device: Callable[[torch.device], Torch]) -> To
         raise UsageError(
             f"cannot use the device {name}",
             why=missing,
-            next_step="Use --device cpu, which gives the same bytes",
+            next_step="Use --device=cpu, which gives the same bytes",
         )
     opened = kind_of_device(device)
     if not is_exact(opened):
         raise UsageError(
             f"cannot use the device {name}",
             why="its arithmetic is not exact, so the output could not be reproduced",
-            next_step="Use --device cpu, and please report it with the versions of PyTorch and of the driver",
+            next_step="Use --device=cpu, and please report it with the versions of PyTorch and of the driver",
         )
     return opened
 
