@@ -83,4 +83,5 @@ def _count(parameter: Parameter, counts: Sequence[tuple[int, int]]) -> None:
 def receipts_of(parameter: Parameter) -> list[Receipt]:
     """Return what was done, once for each name of a parameter."""
     outcomes = [matrix.outcome for matrix in parameter.matrices if matrix.outcome is not None]
-    return [receipt_of(step, outcomes) for step in parameter.steps]
+    receipts = [receipt_of(step, outcomes) for step in parameter.steps]
+    return [replace(receipt, zeros=parameter.zeros) for receipt in receipts] if parameter.zeros else receipts

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from noisytune_cli.engine import tiles
 from noisytune_cli.engine.threads import default_threads
 from noisytune_cli.errors import ResourceExhausted
 from noisytune_cli.memory import host
@@ -65,6 +66,15 @@ def exact_sums(part: LocalTensor) -> NDArray[np.int64]:
         for data, _ in tiles_of(values):
             _CPU.add_exact_sums(data, operations.NAMES[values.dtype], sums)
     return sums
+
+
+def zeros(part: LocalTensor) -> int:
+    """Return how many values of a part are 0, as `tiles.zeros` finds them; 0 where they lie not flat here."""
+    values = part.values
+    if not values.numel() or not _is_flat_here(values):
+        return 0
+    dtype = operations.NAMES[values.dtype]
+    return sum(tiles.zeros(data, dtype) for data, _ in tiles_of(values.view(-1)))
 
 
 def begin_noise(doses: Sequence[Dose], threads: int | None = None) -> Callable[[], list[tuple[int, int]]]:

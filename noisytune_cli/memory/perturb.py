@@ -12,17 +12,15 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.weak import WeakIdKeyDictionary
 
-from noisytune_cli.engine.matrix import warnings_of
 from noisytune_cli.engine.threads import thread_count
 from noisytune_cli.errors import NoisytuneWarning, UsageError
 from noisytune_cli.manifest.locate import manifest_of
 from noisytune_cli.manifest.read import read_manifest
-from noisytune_cli.memory import subnormals
 from noisytune_cli.memory.adapters import base_names
 from noisytune_cli.memory.ahead import SumsAhead
 from noisytune_cli.memory.batches import batches, begin, receipts_of
@@ -31,6 +29,7 @@ from noisytune_cli.memory.plan import (
     leave_out,
     plan_parameters,
     recorded_parameters,
+    warnings_for,
 )
 from noisytune_cli.memory.quantized import refuse_quantized_model
 from noisytune_cli.memory.spreads import Spreads
@@ -40,12 +39,11 @@ from noisytune_cli.plan.arguments import (
     Pairs,
     Patterns,
     check_choice,
-    in_python,
     make_spec,
     of_python,
     patterns,
 )
-from noisytune_cli.plan.plan import check_outcomes, too_strong
+from noisytune_cli.plan.plan import check_outcomes
 from noisytune_cli.records import (
     Action,
     Granularity,
@@ -65,7 +63,6 @@ _noised: Any = WeakIdKeyDictionary()
 
 
 @of_python
-@subnormals.kept()
 def perturb_(
     model: nn.Module | Mapping[str, Tensor],
     lam: float | None = None,
@@ -139,8 +136,11 @@ def perturb_(
     live_tensors = live_tensors_of(tensors, names)
     config = config_of(model, config) if manifest is None else None
     refuse_quantized_model(model, live_tensors, config=config, source=source.id)
+    doubts: tuple[str, ...] = ()
     if manifest is None:
-        parameters = plan_parameters(live_tensors, spec, is_module=is_module, config=config, source=source.id)
+        parameters, doubts = plan_parameters(
+            live_tensors, spec, is_module=is_module, config=config, source=source.id
+        )
     else:
         recorded = _read(manifest, spec)
         spec, source = recorded.noise, recorded.source
@@ -173,9 +173,9 @@ def perturb_(
     for tensor, before in zip(noised, had, strict=True):
         note_seeds(tensor, before | seeds)
     in_order = tuple([receipt for parameter in parameters for receipt in receipts[id(parameter)]])
-    told = (*too_strong([spec]), *warnings_of(in_order))
+    told = warnings_for(doubts, spec, in_order)
     for warning in told:
-        warnings.warn(in_python(perturb_, warning), NoisytuneWarning, stacklevel=4)
+        warnings.warn(warning, NoisytuneWarning, stacklevel=3)
     return Manifest("noisytune", __version__, source, spec, in_order, warnings=told)
 
 
@@ -257,18 +257,25 @@ def _shard_again(model: nn.Module) -> None:
 
 
 def config_of(model: object, config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Return the config given, else the one that a model of transformers carries."""
+    """Return the config given, else that of a model of transformers, which may be in a wrapper."""
     if not isinstance(config, Mapping | None):
         raise UsageError(
             f"config={config!r}",
             why="it is not the content of a config.json",
             next_step="Give a dictionary, such as model.config.to_dict()",
         )
-    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
-    if config is not None or to_dict is None:
+    if config is not None:
         return config
-    carried: dict[str, Any] = to_dict()
-    return carried
+    carried = _carried(model)
+    return carried[0]() if len(carried) == 1 else None  # of several models, which may not be alike
+
+
+def _carried(module: object) -> list[Callable[[], dict[str, Any]]]:
+    """Return what gives the config of each model of transformers that is in no other."""
+    to_dict = getattr(getattr(module, "config", None), "to_dict", None)
+    if to_dict is not None:
+        return [to_dict]
+    return [found for child in getattr(module, "children", tuple)() for found in _carried(child)]
 
 
 def _read(manifest: Manifest | str | os.PathLike[str], spec: NoiseSpec) -> Manifest:

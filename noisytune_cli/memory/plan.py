@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
-from noisytune_cli.errors import InputInvalid, Mismatch, NoisytuneWarning
+from noisytune_cli.engine.matrix import warnings_of
+from noisytune_cli.errors import InputInvalid, Mismatch
 from noisytune_cli.memory.sharded import LocalTensor
 from noisytune_cli.memory.tensors import LiveTensor, first_bytes, same_bytes
 from noisytune_cli.plan.arguments import in_python, make_spec
@@ -16,7 +16,7 @@ from noisytune_cli.plan.evidence.computed import Values
 from noisytune_cli.plan.evidence.doubts import warning_of, warning_of_averages
 from noisytune_cli.plan.evidence.told import Told, tell, with_values
 from noisytune_cli.plan.patterns import check_matched, match_names
-from noisytune_cli.plan.plan import check_not_empty, confirm_ties, make_plan
+from noisytune_cli.plan.plan import check_not_empty, confirm_ties, make_plan, too_strong
 from noisytune_cli.plan.settle import find_computed
 from noisytune_cli.plan.ties import split_tie
 from noisytune_cli.records import (
@@ -54,13 +54,14 @@ class Matrix:
 class Parameter:
     """One parameter: a step for each of its names, and its matrices.
 
-    `target` is where it is written with its noise, None where it lies.
+    `target` is where it is written with its noise, None where it lies. `zeros` of a sparse one are 0.
     """
 
     live: LiveTensor
     steps: tuple[Step, ...]
     matrices: list[Matrix] = field(default_factory=list)
     target: LocalTensor | None = None
+    zeros: int = 0
 
     @property
     def is_divided(self) -> bool:
@@ -83,8 +84,11 @@ def plan_parameters(
     is_module: bool,
     config: Mapping[str, Any] | None,
     source: str,
-) -> list[Parameter]:
-    """Plan the noise; a module knows its buffers and ties itself, `source` is what to call it in errors."""
+) -> tuple[list[Parameter], tuple[str, ...]]:
+    """Plan the noise, and return what to warn of; a module knows its buffers and ties itself.
+
+    `source` is what to call it in errors.
+    """
     specs = [spec for live in live_tensors for spec in live.specs()]
     live_of = {name: live for live in live_tensors for name in live.names}
     ties = [r.names for r in live_tensors if len(r.names) > 1]
@@ -99,10 +103,9 @@ def plan_parameters(
             confirmed += split_tie(tie, _contents(tie, live_of, compare=not is_module))
     plan = confirm_ties(plan, confirmed)
     check_not_empty(plan, path=source, advice=OPTIONS_THAT_EXCLUDE)
-    for warning in (*warning_of(plan), *warning_of_averages(plan, told.buffers)):
-        warnings.warn(in_python(make_spec, warning), NoisytuneWarning, stacklevel=5)
+    doubts = (*warning_of(plan), *warning_of_averages(plan, told.buffers))
     steps = {step.tensor.name: step for step in plan.steps}
-    return [_planned(r, tuple([steps[name] for name in r.names])) for r in live_tensors]
+    return [_planned(r, tuple([steps[name] for name in r.names])) for r in live_tensors], doubts
 
 
 def _find_computed(
@@ -204,6 +207,12 @@ def _recorded(live: LiveTensor, receipt: Receipt | None) -> Parameter:
     else:
         matrices = [Matrix(whole(specs[0]), receipt)]
     return Parameter(live, steps, matrices)
+
+
+def warnings_for(doubts: Sequence[str], spec: NoiseSpec, receipts: Sequence[Receipt]) -> tuple[str, ...]:
+    """Return what to warn of, in Python's words: doubts, and what the noise is or could not reach."""
+    told = (*doubts, *too_strong([spec]), *warnings_of(receipts))
+    return tuple([in_python(make_spec, text) for text in told])
 
 
 def leave_out(

@@ -6,6 +6,7 @@ noise goes from there to the model in one pass. The base is measured once, at th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,15 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from noisytune_cli.engine.matrix import warnings_of
 from noisytune_cli.engine.threads import thread_count
-from noisytune_cli.errors import InputInvalid, NoisytuneError
-from noisytune_cli.memory import in_place, subnormals
+from noisytune_cli.errors import InputInvalid, NoisytuneError, NoisytuneWarning
+from noisytune_cli.memory import in_place
 from noisytune_cli.memory.adapters import merged_layers, still_merged
 from noisytune_cli.memory.batches import begin, receipts_of
 from noisytune_cli.memory.overlaps import NO_MEMORY, find_overlap, has_memory, place
 from noisytune_cli.memory.perturb import config_of, named_tensors, note_seeds, seeds_of, taking_noise
-from noisytune_cli.memory.plan import OPTIONS_THAT_EXCLUDE, Parameter, leave_out, plan_parameters
+from noisytune_cli.memory.plan import (
+    OPTIONS_THAT_EXCLUDE,
+    Parameter,
+    leave_out,
+    plan_parameters,
+    warnings_for,
+)
 from noisytune_cli.memory.quantized import refuse_quantized_model
 from noisytune_cli.memory.sharded import LocalTensor, held_part
 from noisytune_cli.memory.spreads import Spreads
@@ -35,7 +41,7 @@ from noisytune_cli.plan.arguments import (
     of_python,
     patterns,
 )
-from noisytune_cli.plan.plan import check_outcomes, too_strong
+from noisytune_cli.plan.plan import check_outcomes
 from noisytune_cli.records import Action, Granularity, Manifest, NoiseSpec, Scope, SourceRecord
 from noisytune_cli.version import __version__
 
@@ -88,7 +94,10 @@ class Population:
         refuse_quantized_model(
             model, self._live_tensors, config=self._about["config"], source=self._about["source"]
         )
-        changing = {id(p.live) for p in self._plan(chosen) if p.outcome()[0] != "copy"}
+        parameters, doubts = self._plan(chosen)
+        for warning in warnings_for(doubts, chosen, ()):
+            warnings.warn(warning, NoisytuneWarning, stacklevel=3)
+        changing = {id(p.live) for p in parameters if p.outcome()[0] != "copy"}
         with in_place.enough_memory():
             self._live_tensors = [_kept(r, host=host) if id(r) in changing else r for r in self._live_tensors]
         #: Those of which a base is kept, by the first of their own names.
@@ -98,7 +107,6 @@ class Population:
         self._spreads = Spreads(self._threads)
 
     @of_python
-    @subnormals.kept()
     def set(
         self,
         *,
@@ -131,7 +139,7 @@ class Population:
             rules=rules,
             **self._which,
         )
-        parameters = self._plan(spec)
+        parameters, doubts = self._plan(spec)
         self._spreads.settle(parameters, spec)
         source = SourceRecord(self._about["source"], None, ())
         check_outcomes(spec, (p.outcome() for p in parameters), path=source.id, advice=OPTIONS_THAT_EXCLUDE)
@@ -143,7 +151,7 @@ class Population:
         begin(parameters, spec, self._threads)()
         in_order = tuple([receipt for parameter in parameters for receipt in receipts_of(parameter)])
         # On the record alone: what is said of one member would be said of all.
-        told = (*too_strong([spec]), *warnings_of(in_order))
+        told = warnings_for(doubts, spec, in_order)
         return Manifest("noisytune", __version__, source, spec, in_order, warnings=told)
 
     def restore(self) -> None:
@@ -168,10 +176,10 @@ class Population:
         """Restore the model."""
         self.restore()
 
-    def _plan(self, spec: NoiseSpec) -> list[Parameter]:
-        parameters = plan_parameters(self._live_tensors, spec, **self._about)
+    def _plan(self, spec: NoiseSpec) -> tuple[list[Parameter], tuple[str, ...]]:
+        parameters, doubts = plan_parameters(self._live_tensors, spec, **self._about)
         leave_out(parameters, **self._left_out)
-        return parameters
+        return parameters, doubts
 
     def _targets(self) -> tuple[dict[str, LocalTensor], list[NoisytuneError]]:
         """Return where each parameter lies now, by the first of its own names, and what is wrong with others.

@@ -16,7 +16,7 @@ import numpy as np
 from noisytune_cli.engine.matrix import UNMEASURED, outcome_of
 from noisytune_cli.engine.threads import thread_count
 from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.memory import in_place, subnormals
+from noisytune_cli.memory import in_place
 from noisytune_cli.memory.sharded import Dose, runs_of
 from noisytune_cli.memory.tensors import LiveTensor, live_tensors_of
 from noisytune_cli.noise.amplitudes import noise_of
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 
 @of_python
-@subnormals.kept()
 def add_noise_(
     tensor: Tensor,
     *,

@@ -35,6 +35,7 @@ class Spreads:
         self._here: dict[_Key, list[Moments]] = {}
         self._whole: dict[_Key, list[Moments]] = {}
         self._finite: dict[_Key, bool] = {}
+        self._zeros: dict[str, int] = {}
         self._stds: dict[tuple[_Key, ...], tuple[float, bool]] = {}
 
     def settle(self, parameters: Sequence[Parameter], noise: NoiseSpec) -> None:
@@ -55,6 +56,14 @@ class Spreads:
             spreads = {key: UNMEASURED for key in wanted if self._finite[key]}
         for key, (parameter, matrix) in wanted.items():
             matrix.outcome = outcome_of(noise, parameter.steps[0], matrix.part, spreads.get(key))
+            parameter.zeros = self._zeros_of(parameter)
+
+    def _zeros_of(self, parameter: Parameter) -> int:
+        """Return how many values of a parameter are 0, if it is sparse: pruned weights are matrices."""
+        name, held = parameter.steps[0].tensor.name, parameter.live.held
+        if name not in self._zeros:
+            self._zeros[name] = in_place.zeros(held) if held.values.dim() > 1 else 0
+        return self._zeros[name]
 
     def leave_broken(self, parameters: Sequence[Parameter]) -> None:
         """Leave matrices as they are whose outcome is known, and whose values are not all finite here."""

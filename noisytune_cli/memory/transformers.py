@@ -198,7 +198,15 @@ class NoisyTuneCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the noise, unless the model has it; UsageError where DeepSpeed holds copies of the weights."""
         model = kwargs["model"]
-        if state.global_step > 0 or args.resume_from_checkpoint or model in self._perturbed:
+        if state.global_step > 0 or model in self._perturbed:
+            return
+        if args.resume_from_checkpoint:  # which the Trainer itself does not read
+            warnings.warn(
+                "NoisyTuneCallback: no noise, because resume_from_checkpoint is set in the arguments, though "
+                "training begins at step 0; leave it out for a run that is not resumed",
+                NoisytuneWarning,
+                stacklevel=2,
+            )
             return
         # `accelerate launch` sets the plugin alone.
         if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None) is not None:

@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from noisytune_cli.errors import NoisytuneError, UsageError
 from noisytune_cli.manifest.mixture import read_mix
-from noisytune_cli.noise import distributions
+from noisytune_cli.noise import distributions, subnormals
 from noisytune_cli.records import MAX_TERMS, Granularity, NoiseSpec, Scope, Term, mixed_strength
 
 _Value = TypeVar("_Value")
@@ -56,12 +56,13 @@ _REPEATED = re.compile(r"\b(\w+)=('[^']*')((?: \1='[^']*')+)")
 
 
 def of_python(function: Callable[_Asked, _Value]) -> Callable[_Asked, _Value]:
-    """Have a function's errors name its arguments where they would name the command line's options."""
+    """Have a function keep subnormal numbers, and name its arguments where errors would name options."""
 
     @functools.wraps(function)
     def called(*arguments: _Asked.args, **keywords: _Asked.kwargs) -> _Value:
         try:
-            return function(*arguments, **keywords)
+            with subnormals.kept():
+                return function(*arguments, **keywords)
         except NoisytuneError as error:
             error.reword(functools.partial(in_python, function))
             raise

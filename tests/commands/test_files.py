@@ -125,6 +125,24 @@ def test_what_the_command_line_warns_of_is_a_warning(
     assert capsys.readouterr() == ("", "")
 
 
+def test_subnormal_numbers_stay_though_they_are_flushed_around_it(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    tiny = save(
+        tmp_path / "x.safetensors", {"w": weights("F64", 9, 9, width=1e-42), "v": weights("F32", 9, 9)}
+    )
+    noisytune_cli.perturb(tiny, tmp_path / "a.safetensors", dtype="float32")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU does not flush subnormal numbers")
+    try:
+        noisytune_cli.perturb(tiny, tmp_path / "b.safetensors", dtype="float32")
+        assert noisytune_cli.verify(tmp_path / "b.safetensors", base=tiny).ok
+    finally:
+        torch.set_flush_denormal(False)
+    for ending in ("", ".noisytune.json"):
+        a, b = ((tmp_path / f"{name}.safetensors{ending}").read_bytes() for name in "ab")
+        assert a == b
+
+
 @pytest.mark.parametrize(
     ("said", "meant"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,6 +104,27 @@ def test_a_refusal_changes_nothing() -> None:
     assert same(tensors, before)
 
 
+def test_the_config_of_a_model_in_a_wrapper_is_its_own() -> None:
+    """As in DDP, or in somebody's own module: it tells how a fused tensor is divided."""
+
+    def inner() -> Any:
+        module: Any = torch.nn.Module()
+        module.query_key_value = torch.nn.Linear(16, 48, bias=False)
+        torch.nn.init.normal_(module.query_key_value.weight, generator=torch.Generator().manual_seed(1))
+        settings = {"model_type": "gpt_neox", "num_attention_heads": 2, "hidden_size": 16}
+        module.config = SimpleNamespace(to_dict=lambda: settings)
+        return module
+
+    plain, wrapper, two = inner(), torch.nn.Module(), torch.nn.Module()
+    wrapper.net = torch.nn.Sequential(inner())
+    two.a, two.b = inner(), inner()
+    (receipt,) = noisytune_cli.perturb_(plain, granularity="matrix").receipts
+    assert len(receipt.parts) == 3
+    noisytune_cli.perturb_(wrapper, granularity="matrix", names="net.0")
+    assert torch.equal(wrapper.net[0].query_key_value.weight, plain.query_key_value.weight)
+    assert not any(receipt.parts for receipt in noisytune_cli.perturb_(two, granularity="matrix").receipts)
+
+
 def test_a_sharded_tensor_that_holds_several_matrices_is_refused() -> None:
     from noisytune_cli.memory.plan import plan_parameters
 
@@ -112,7 +134,7 @@ def test_a_sharded_tensor_that_holds_several_matrices_is_refused() -> None:
     noise = NoiseSpec(granularity="matrix")
     with pytest.raises(InputInvalid, match="it is sharded, and holds several matrices"):
         plan_parameters([resident], noise, is_module=True, config=None, source="model")
-    (whole,) = plan_parameters(
+    ((whole,), _) = plan_parameters(
         [resident],
         NoiseSpec(granularity="matrix", splits=((C_ATTN, "0:/1"),)),
         is_module=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -146,9 +147,14 @@ def test_a_norm_is_of_the_kind_that_it_is_on_disk(names: str | None, tmp_path: P
     [
         ({"norm": 1 + torch.linspace(0, 0.01, 64)}, {"lam": 0.05}, "norm: rounding to BF16 left more"),
         ({"a": torch.tensor([1.0, float("nan")])}, {}, "a: left without noise, because"),
+        (
+            {"a": torch.randn(12, 12).triu(4)},
+            {"sigma": 0.1},
+            "a: half of the values or more were 0 .*; exclude= keeps pruned",
+        ),
         ({}, {"lam": 15}, r"λ 15 gives noise with 4\.33 times the weights' std"),
     ],
-    ids=["unchanged", "broken", "strong"],
+    ids=["unchanged", "broken", "pruned", "strong"],
 )
 def test_what_the_noise_does_not_reach_is_warned_of(
     tensors: dict[str, Any], options: dict[str, Any], words: str
@@ -159,6 +165,22 @@ def test_what_the_noise_does_not_reach_is_warned_of(
         record = noisytune_cli.perturb_(tensors, **options)
     assert caught[0].filename == __file__
     assert record.warnings == (str(caught[0].message),) == kept.set(**options).warnings
+
+
+def test_a_doubt_is_told_once_of_a_population_and_is_in_its_records() -> None:
+    tensors = {"w": torch.randn(9, 9), "b.mean": torch.rand(9)}
+    words = r"b\.mean: perturbed, though .* to keep it: exclude='b\.mean'"
+    with pytest.warns(NoisytuneWarning, match=words) as caught:
+        population = noisytune_cli.Population(tensors)
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told = population.set(sigma=0.1).warnings
+        population.restore()
+    with pytest.warns(NoisytuneWarning, match=words) as caught:
+        record = noisytune_cli.perturb_(tensors, sigma=0.1)
+    assert told == record.warnings == (str(caught[0].message),)
+    assert caught[0].filename == __file__
 
 
 def test_equal_bytes_of_a_known_pair_are_a_tie_in_a_state_dict_only() -> None:

@@ -443,11 +443,15 @@ def test_a_callback_can_be_pickled(tmp_path: Path) -> None:
         assert same(parameters(other), parameters(model))
 
 
-@pytest.mark.parametrize("resumed", [{"step": 5}, {"resume_from_checkpoint": "checkpoint-5"}])
-def test_the_callback_leaves_a_resumed_model_alone(resumed: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [0, 5])
+def test_the_callback_leaves_a_resumed_model_alone(step: int, tmp_path: Path) -> None:
     model = torch.nn.Linear(4, 4)
     before = parameters(model)
-    Training(tmp_path, **resumed).begin(noisytune_cli.NoisyTuneCallback(), model)
+    training = Training(tmp_path, step=step, resume_from_checkpoint="checkpoint-5")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        training.begin(noisytune_cli.NoisyTuneCallback(), model)
+    assert ["no noise" in str(warning.message) for warning in caught] == [True] * (step == 0)
     assert same(parameters(model), before)
     assert not (tmp_path / "out").exists()
 
