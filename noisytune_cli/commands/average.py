@@ -97,9 +97,9 @@ def average(
             if not ignore_config:
                 check_same_config(first, sources[0], member, name)
         _check_has_floats(first.tensors, sources[0])
-        estimates = check_same_buffers(members, sources, average_statistics=average_statistics)
         recorded = _check_recordable(first.tensors, len(members), sources[0])
         check_names(first)
+        estimates = check_same_buffers(members, sources, average_statistics=average_statistics)
         output = resolve_rewritten(out, first)
         check_output(output, *members, overwrite=overwrite)
         refuse_planned([output])

@@ -133,7 +133,8 @@ def upcast(stored: NDArray[np.generic], dtype: str) -> NDArray[np.float32] | NDA
 
 def values(data: memoryview, dtype: str) -> NDArray[np.float64]:
     """Return the values of stored bytes."""
-    return upcast(np.frombuffer(data, STORED[dtype]), dtype).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a NaN that signals is a NaN too
+        return upcast(np.frombuffer(data, STORED[dtype]), dtype).astype(np.float64)
 
 
 def add_noise(

@@ -60,7 +60,7 @@ def check_in_store(output: Address, *sources: Checkpoint, is_file: bool, overwri
         raise OutputUnsafe(
             "cannot write there",
             path=output,
-            why=f"it is a bucket; -o {output}/ writes a file inside one",
+            why=f"it is a bucket; --out={output}/ writes a file inside one",
             next_step="Choose another output with -o",
         )
     if len(os.fsencode(output.name + MANIFEST_SUFFIX * is_file)) > _LONGEST_NAME:

@@ -297,7 +297,7 @@ def test_a_slow_line_is_told_what_helps(
 def test_a_bucket_is_no_file(store: ObjectStore, tmp_path: Path, recipe_only: bool) -> None:
     model = save(tmp_path / "w.safetensors", {"w.weight": weights("F32", 64, 32)})
     failed = fails(model, store.url, recipe_only=recipe_only)
-    assert (failed.exit_code, f"-o {store.url}/ writes a file inside" in failed.why) == (5, True)
+    assert (failed.exit_code, f"--out={store.url}/ writes a file inside" in failed.why) == (5, True)
     assert not store.keys()
 
 
