@@ -31,6 +31,12 @@ PAIR = ("--method", "plain,noisytune", "--lambda", "0.15")
 #: The adapters of DENI's paper. On CoLA they learn nothing with 1,000 rows, at 3e-4, 1e-3 and 3e-3; on the
 #: held-out rows of SST-2 3e-3 was a point better than 1e-3 with one seed, and another did not train at all.
 LORA = ("--lora", "--lora-rank", "64", "--lora-alpha", "64", "--learning-rate", "1e-3")
+#: The NoisyTune paper's figures 2, 3 and 4.
+FIGURES = {
+    "kinds": (*PAIR, "--noise", "uniform,gaussian", "--scope", "matrix,global"),
+    "combinations": ("--method", "plain,mixout,noisytune+mixout,recadam,noisytune+recadam", *PAIR[2:]),
+    "shares": (*PAIR, "--share", "0.2,0.4,0.6,0.8,1"),
+}
 ALL = ("--method", "plain,noisytune,r3f,r4f,mixout,recadam,neftune,swa,weightnoise", "--lambda", "0.15")
 
 
@@ -60,9 +66,9 @@ def _rounds(tasks: str, *seeds: int) -> dict[str, Study]:
     return {f"{tasks}-{count}-seeds": Study(tasks, PAIR, count, folder) for count in seeds}
 
 
-def _cola(*options: str) -> Study:
+def _cola(*options: str, seeds: int = 5) -> Study:
     # Beside the pairs, whose plain runs are theirs too.
-    return Study("cola", options, 5, "pairs/cola")
+    return Study("cola", options, seeds, "pairs/cola")
 
 
 #: In the order in which they are carried out: what plain and noisytune do on tasks in which plain learns
@@ -74,12 +80,8 @@ STUDIES: dict[str, Study] = {
     "mpnet-cola-5-seeds": Study("cola", PAIR, 5, "mpnet-cola", "mpnet"),
     **_rounds("cola,sst2", 10),
     **_rounds("stsb", 5),
-    # The NoisyTune paper's figures 2, 3 and 4; then DENI, which costs as much as some four plain runs.
-    "cola-kinds-5-seeds": _cola(*PAIR, "--noise", "uniform,gaussian", "--scope", "matrix,global"),
-    "cola-combinations-5-seeds": _cola(
-        "--method", "plain,mixout,noisytune+mixout,recadam,noisytune+recadam", *PAIR[2:]
-    ),
-    "cola-shares-5-seeds": _cola(*PAIR, "--share", "0.2,0.4,0.6,0.8,1"),
+    # DENI comes after the figures: it costs as much as some four plain runs.
+    **{f"cola-{figure}-5-seeds": _cola(*options) for figure, options in FIGURES.items()},
     "cola-deni-5-seeds": _cola("--method", "plain,deni"),
     "sst2-deni-lora-5-seeds": Study("sst2", ("--method", "plain,deni", *LORA), 5, "lora/sst2"),
     **_rounds("wnli", 5),
@@ -89,7 +91,8 @@ STUDIES: dict[str, Study] = {
     "cola-probe-5-seeds": Study(
         "cola", ("--method", "plain,r3f,noisytune", *PAIR[2:], "--probe", "sst2"), 5, "probe/cola"
     ),
-    "cola-methods-10-seeds": Study("cola", ALL, 10, "pairs/cola"),
+    **{f"cola-{figure}-10-seeds": _cola(*options, seeds=10) for figure, options in FIGURES.items()},
+    "cola-methods-10-seeds": _cola(*ALL, seeds=10),
     **_rounds("stsb", 10),
     "cola-lambda": _cola(*PAIR[:2], "--lambda", "0.05,0.1,0.15,0.2"),
     **{
