@@ -96,7 +96,7 @@ def run(block: Block, names: dict[str, Any]) -> None:
             exec(code, names)
     for line in block.commands:
         if line.startswith("noisytune study "):
-            line = re.sub(r"--seed 0-\d", "--seed 0", line)  # more take minutes
+            line = re.sub(r" --seed 0-\d", "", line) + " --seed 0"  # more take minutes
         # What single quotes do not hide: anything that a shell would do more with than cut it into words.
         plain = not re.search(r"""[*?<>|&;$`(){}~"]""", re.sub(r"'[^']*'|#.*", "", line))
         if line.startswith("noisytune ") and plain:
