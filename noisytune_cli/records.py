@@ -377,7 +377,7 @@ class Manifest:
 
     @property
     def output_files(self) -> tuple[FileRecord, ...]:
-        """The output's weight files, where they are not like the source's too."""
+        """The output's weight files: names and sizes are the source's unless they were converted."""
         return self.source.files if self.output is None else self.output.files
 
     @property

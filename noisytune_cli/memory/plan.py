@@ -54,7 +54,8 @@ class Matrix:
 class Parameter:
     """One parameter: a step for each of its names, and its matrices.
 
-    `target` is where it is written with its noise, None where it lies. `zeros` of a sparse one are 0.
+    `target` is where it is written with its noise, None where it lies. `zeros` is how many of its values
+    were 0 before the noise, if a good part of them was (pruned weights lose them); else 0.
     """
 
     live: LiveTensor

@@ -12,7 +12,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from noisytune_cli.records import TensorSpec
@@ -166,6 +166,11 @@ class BufferRule(NamedTuple):
     family: str
 
 
+def _together(family: str, *names: str) -> Iterator[BufferRule]:
+    """Yield the rules of siblings of one family, each of which is told by another one beside it."""
+    return (BufferRule(name, _beside(*(n for n in names if n != name)), family) for name in names)
+
+
 _CODEBOOK = ("embed_avg", "embed_sum", "embedding_sum", "cluster_size", "cluster_usage")
 #: A factor of each method whose scale, `alpha`, is stored beside it.
 _LOW_RANK = (
@@ -285,14 +290,8 @@ RULES: tuple[BufferRule, ...] = (
         BufferRule(name, _beside("v_template"), "body model (SMPL, FLAME)")
         for name in ("*bary_coords", "J_regressor_*")
     ),
-    *(
-        BufferRule(name, _beside(*(n for n in _BODY_MEANS if n != name)), "mean body (HMR)")
-        for name in _BODY_MEANS
-    ),
-    *(
-        BufferRule(name, _beside(*(n for n in _SURROUNDINGS if n != name)), "surroundings of atoms (ANI)")
-        for name in _SURROUNDINGS
-    ),
+    *_together("mean body (HMR)", *_BODY_MEANS),
+    *_together("surroundings of atoms (ANI)", *_SURROUNDINGS),
     BufferRule("*_grid_mat", _beside("to_grid_mat", "from_grid_mat"), "spherical harmonics (eSCN)"),
     BufferRule("balance_degree_weight", _beside("affine_weight"), "weights of degrees (Equiformer)"),
     BufferRule("atomref", _beside("mean"), "energies of atoms (SchNetPack)"),
@@ -312,8 +311,7 @@ RULES: tuple[BufferRule, ...] = (
         for end in ("weight", "bias")
     ),
     BufferRule("kernel_points", _as_many("weights"), "points of a kernel (KPConv)"),
-    BufferRule("inv_delta_C", _beside("P_hat"), "thin plates (TPS, ASTER)"),
-    BufferRule("P_hat", _beside("inv_delta_C"), "thin plates (TPS, ASTER)"),
+    *_together("thin plates (TPS, ASTER)", "inv_delta_C", "P_hat"),
     BufferRule("A", _twin("edge_importance.0"), "a graph of joints (ST-GCN)"),
     BufferRule("action_scale", _twin("action_bias"), "range of actions (CleanRL)"),
     BufferRule("action_bias", _twin("action_scale"), "range of actions (CleanRL)"),
