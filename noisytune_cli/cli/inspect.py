@@ -169,6 +169,21 @@ def inspect(
         plots.check(plot)
     components = read_components(component)
     if histogram is not None:
+        table = {
+            "--include": include,
+            "--exclude": exclude,
+            "--split": split,
+            "--sort": sort != "name",
+            "--limit": limit is not None,
+            "--percentiles": percentiles,
+            "--raw": raw,
+        }
+        if unfit := next((option for option, given in table.items() if given), None):
+            raise UsageError(
+                f"{unfit} and --histogram",
+                why="it is of the table of all tensors, and the histogram is of one",
+                next_step="Leave one of them out",
+            )
         from noisytune_cli.cli import show_histogram
         from noisytune_cli.commands import histogram as counting
 

@@ -364,6 +364,13 @@ def study(
             "it is of noisytune, which is none of the methods",
             "Add noisytune to --method; constants of the others are set by --set METHOD.KEY=VALUE",
         )
+    holds = ({"noisytune", name} <= set(one.split("+")) for one in methods for name in ("mixout", "recadam"))
+    if anchor is _Anchor.noised and not any(holds):
+        _refuse_unused(
+            {"--anchor noised": anchor},
+            "no method holds on to weights that noisytune has changed",
+            "Add noisytune+mixout or noisytune+recadam to --method, or leave it out",
+        )
     request = command.StudyRequest(
         model=model,
         out=out,

@@ -84,7 +84,7 @@ def average(
         for source in sources:
             # An average of what was noised is no noise on noise.
             asked = Request(source, NoiseSpec(), mmap=mmap, follow_links=follow_links, again=True)
-            members.append(opened.enter_context(asked.open()))
+            members.append(opened.enter_context(asked.open(outs=() if members else [out])))
             # What is open, and room for as much as the last again: the next one, or the output.
             held = [len(member.weight_files) for member in members]
             check_descriptors(sum(held) + held[-1])

@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from noisytune_cli.checkpoint.address import is_address
-from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_found
 from noisytune_cli.checkpoint.composition import COMPOSED_BY, ROOT
 from noisytune_cli.checkpoint.dequantize import dequantize
+from noisytune_cli.checkpoint.find import find
 from noisytune_cli.checkpoint.formats import Source
 from noisytune_cli.checkpoint.ids import is_repo_id
 from noisytune_cli.checkpoint.layout import index_suffix, stem_of
 from noisytune_cli.commands.differences import Difference, compare_header, mismatch
+from noisytune_cli.commands.request import check_room_beside
 from noisytune_cli.errors import InputInvalid, Mismatch, UsageError
 from noisytune_cli.manifest.read import RecordedManifest
 from noisytune_cli.reading import is_there
@@ -55,8 +57,12 @@ def open_base(
     *,
     mmap: bool = False,
     follow_links: bool = False,
+    outs: Sequence[str] = (),
 ) -> Checkpoint:
-    """Open `base`, the hub id that the manifest records at the recorded commit."""
+    """Open `base`, the hub id that the manifest records at the recorded commit.
+
+    `outs` name outputs of its size, for which there has to be room before it is fetched.
+    """
     source = recorded.manifest.source
     local = os.path.expanduser(base)
     if is_address(base):
@@ -69,19 +75,21 @@ def open_base(
     weights = None if is_file or components else _weights(recorded)
     if weights is not None and os.path.isdir(local) and not is_there(os.path.join(local, weights)):
         raise not_the_base([Difference(weights, None, "it is absent")], recorded, local)
-    original = open_checkpoint(
-        base,
-        weights=weights,
-        components=components,
-        revision=source.revision if base == source.id and _is_at_hub(recorded) else None,
-        mmap=mmap,
-        follow_links=follow_links,
-    )
     conversion = recorded.manifest.conversion
-    if conversion is None or conversion.dequantized is None:
-        return original
     with ExitStack() as opened:
-        original = dequantize(opened.enter_context(original), base)
+        found = find(
+            base,
+            weights=weights,
+            components=components,
+            revision=source.revision if base == source.id and _is_at_hub(recorded) else None,
+            follow_links=follow_links,
+        )
+        opened.callback(found.close)
+        if conversion is None:
+            check_room_beside(found, outs)
+        original = opened.enter_context(open_found(found, mmap=mmap))
+        if conversion is not None and conversion.dequantized is not None:
+            original = dequantize(original, base)
         opened.pop_all()
     return original
 

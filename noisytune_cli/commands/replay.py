@@ -80,7 +80,7 @@ def replay(
     overwrite = overwrite or overwrite_changed
     base = name_base(recorded, base)
     check_before_download(base, [out], overwrite=overwrite, overwrite_changed=overwrite_changed)
-    with open_base(recorded, base, mmap=mmap, follow_links=follow_links) as source:
+    with open_base(recorded, base, mmap=mmap, follow_links=follow_links, outs=[out]) as source:
         files, found = match_files(manifest, source)
         _refuse([*found, *_missing_copies(manifest, source)], recorded, source)
         walk = Walk(open_device(device), threads or default_threads(), direct=direct)

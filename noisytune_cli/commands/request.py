@@ -33,6 +33,14 @@ def make_conversion(dtype: str | None, to: str | None, dequantize: str | None) -
     return None if conversion == Conversion() else conversion
 
 
+def check_room_beside(found: Found, outs: Sequence[str]) -> None:
+    """Raise ResourceExhausted unless `outs`, of the source's size each, fit beside what is to be fetched."""
+    if outs and found.remote is not None:
+        weights = sum(map(found.remote.size, found.files))
+        places = [resolve_folder(out) for out in outs]
+        check_space_to_fetch(found.root, found.missing_bytes, places, weights)
+
+
 @dataclass(frozen=True)
 class Request:
     """Where to read and how; what `perturb`, its dry run, its shares and `average` have in common."""
@@ -72,10 +80,8 @@ class Request:
         with ExitStack() as opened:
             opened.callback(found.close)
             self._check_found(found)
-            if outs and found.remote is not None and self.conversion is None:
-                weights = sum(map(found.remote.size, found.files))
-                places = [resolve_folder(out) for out in outs]
-                check_space_to_fetch(found.root, found.missing_bytes, places, weights)
+            if self.conversion is None:
+                check_room_beside(found, outs)
             source = opened.enter_context(
                 open_found(found, mmap=self.mmap, headers_only=headers_only, few_values=few_values)
             )

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from checkpoints import save, weights
 from object_store import SECRET, Fault, ObjectStore, error
 from runs import run
 
+from noisytune_cli.commands.average import average
 from noisytune_cli.commands.compare import compare
 from noisytune_cli.commands.inspect import inspect
 from noisytune_cli.commands.perturb import Planned, Request, plan_perturb
@@ -262,13 +264,27 @@ def test_room_is_asked_for_before_anything_is_fetched(
 
 
 @pytest.mark.parametrize("out", ["here", "there"])
+@pytest.mark.parametrize("command", ["perturb", "replay", "average"])
 def test_room_for_the_output_is_asked_for_before_anything_is_fetched(
-    store: ObjectStore, there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+    store: ObjectStore,
+    there: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    out: str,
 ) -> None:
+    place = f"{tmp_path}/out" if out == "here" else f"{store.url}/out"
+    made = run(model, tmp_path / "made")
     free = SimpleNamespace(f_bavail=1_000_000, f_frsize=1, f_blocks=2_000_000, f_bfree=1_000_000, f_files=0)
     monkeypatch.setattr("os.statvfs", lambda folder: free)
+    commands: dict[str, Callable[[], object]] = {
+        "perturb": lambda: run(there, place),  # type: ignore[arg-type]
+        "replay": lambda: replay(str(made.manifest_path), place, base=there),
+        "average": lambda: average([there, there], place),
+    }
     with pytest.raises(ResourceExhausted, match=r"with the source, which is fetched .* and 1,000,000 are"):
-        run(there, tmp_path / "out" if out == "here" else f"{store.url}/out")  # type: ignore[arg-type]
+        commands[command]()
     assert not store.of("GET", "safetensors$") + store.of("PUT")
 
 

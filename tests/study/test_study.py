@@ -343,6 +343,8 @@ def test_columns_and_labels_that_are_wrong_are_named(tiny: Tiny, tmp_path: Path)
         (2, ("--set", "r3f.sigma=1e-4"), "Add r3f to --method, or leave it out."),
         (2, ("--lora-alpha", "64"), "Add --lora."),
         (2, ("--lora-dropout", "0"), "Add --lora."),
+        (2, ("--anchor", "noised"), "Add noisytune+mixout or noisytune+recadam to --method"),
+        (2, ("--anchor", "noised", "--method", "noisytune,mixout"), "no method holds on to weights"),
         (2, ("--method", "plain,r3f", "--lambda", "0.7"), "--lambda: it is of noisytune"),
         (2, ("--method", "plain", "--noise", "uniform"), "--noise: it is of noisytune"),
         (2, ("--lambda", "0.1,x"), '"x" is not a number'),
