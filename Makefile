@@ -24,7 +24,7 @@ demo: $(SHOWING) $(MODEL)/model.safetensors
 	$(BIN)/python benchmarks/demo.py $(MODEL) demo/minilm-noisy
 
 # Files of tests side by side, as many as JOBS; then, one after another, those that hold something to seconds.
-JOBS ?= 2
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 test: $(TESTING) $(MODEL)/model.safetensors
 	$(BIN)/python -m pytest -m 'not alone' --numprocesses $(JOBS) --dist loadfile
 	$(BIN)/python -m pytest -m alone $$(grep -rlF mark.alone --include '*.py' tests)
