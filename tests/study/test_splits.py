@@ -76,6 +76,31 @@ def test_splits_are_not_guessed(tmp_path: Path, names: tuple[str, ...], kind: An
     assert "Name the files with --train and --dev" in caught.value.line()
 
 
+@pytest.mark.parametrize(
+    "shards",
+    [
+        ("train-00001-of-00002.csv",),
+        ("train-00000-of-00003.csv", "train-00002-of-00003.csv"),
+        # What an earlier upload left, and the file from which shards were made: rows would come twice.
+        ("train-00000-of-00001.csv", "train-00000-of-00002.csv", "train-00001-of-00002.csv"),
+        ("train.csv", "train-00000-of-00001.csv"),
+    ],
+)
+def test_a_split_of_which_shards_lack_is_refused(tmp_path: Path, shards: tuple[str, ...]) -> None:
+    lay(tmp_path, *shards, "dev.csv", "test-00001-of-00002.csv")
+    with pytest.raises(InputInvalid, match="a split is not whole") as caught:
+        find_splits(tmp_path)
+    assert all(name in caught.value.line() for name in shards)
+    alone = lay(tmp_path / "alone", *shards)
+    with pytest.raises(InputInvalid, match="a split is not whole"):
+        split_files(alone)
+
+
+def test_shards_may_be_counted_from_one(tmp_path: Path) -> None:
+    names = ("train-1-of-2.csv", "train-2-of-2.csv")
+    assert split_files(lay(tmp_path, *names)) == tuple(tmp_path / name for name in names)
+
+
 def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", lay(tmp_path, "file.csv") / "file.csv"):
         with pytest.raises(InputUnreadable, match="Not a directory"):

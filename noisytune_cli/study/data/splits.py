@@ -26,8 +26,8 @@ _DEV = (
     frozenset({"test", "testing", "eval", "evaluation"}),
 )
 
-#: The end of a shard's name, or all of it.
-_SHARD = re.compile(r"-\d+-of-\d+$|^\d+$")
+#: The end of a shard's name, which tells how many there are, or all of it.
+_SHARD = re.compile(r"-(\d+)-of-(\d+)$|^\d+$")
 
 #: How deep a split may lie: in the folder, in `data/`, or in `data/train/`.
 _DEPTHS = ("*", "*/*", "*/*/*")
@@ -40,7 +40,7 @@ def split_files(path: Path) -> Files:
     found = _grouped(path, _DEPTHS[:1])
     if len(found) != 1:
         raise _unclear(path, "the rows", found)
-    return next(iter(found.values()))
+    return _whole(next(iter(found.values())))
 
 
 def find_splits(folder: Path) -> tuple[Files, Files]:
@@ -56,10 +56,28 @@ def _find(
     for words in names:
         some = {place: files for place, files in found.items() if words & {*_words(folder, place)}}
         if len(some) == 1:
-            return next(iter(some.values()))
+            return _whole(next(iter(some.values())))
         if some:
             raise _unclear(folder, what, some)
     raise _unclear(folder, what, {})
+
+
+def _whole(files: Files) -> Files:
+    """Return a split's files; InputInvalid where shards lack, or lie beside those of another number."""
+    told = [_SHARD.search(path.stem) for path in files]
+    numbers = [(int(shard[1]), int(shard[2])) for shard in told if shard and shard[2]]
+    if not numbers:
+        return files
+    total = max(of for _, of in numbers)
+    counted = [[(number, total) for number in range(first, first + total)] for first in (0, 1)]
+    if len(numbers) == len(files) and sorted(numbers) in counted:
+        return files
+    raise InputInvalid(
+        "a split is not whole",
+        path=files[0].parent,
+        why=f"of {total} shards there are {', '.join(path.name for path in files)}",
+        next_step="Fetch the split again, or put the files that you mean into a folder of their own",
+    )
 
 
 def _words(folder: Path, place: tuple[Path, str]) -> list[str]:
