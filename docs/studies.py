@@ -81,7 +81,7 @@ def pairs(model: str = "") -> list[dict[str, Any]]:
     """
     places = [f"{folder}{task}" for folder in ("pairs/", "mpnet-") for task in TASKS]
     found = [results(place, *PAIR) for place in places if (STUDIES / place).is_dir()]
-    compared = [one for one in found if len(one["comparisons"][0]["values"]) > 1]
+    compared = [one for one in found if any(len(entry["values"]) > 1 for entry in one["comparisons"])]
     return [one for one in compared if model in one["study"]["model"]["id"]]
 
 

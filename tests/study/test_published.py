@@ -52,6 +52,8 @@ def studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     ]
     journal(tmp_path / "out/probe/cola", probed, "model", "cola")
     journal(tmp_path / "out/lora/sst2", runs("plain", PLAIN) + runs("deni", NOISY), "model", "sst2")
+    # Of which no pair is finished yet.
+    journal(tmp_path / "out/mpnet-rte", runs("plain", PLAIN[:2]), "all-mpnet-base-v2", "rte")
     mpnet = runs("plain", PLAIN) + runs("noisytune", NOISY)
     journal(tmp_path / "out/mpnet-cola", mpnet, "all-mpnet-base-v2", "cola")
     studies.take(tmp_path / "out")

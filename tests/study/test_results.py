@@ -289,7 +289,7 @@ def test_results_are_the_same_bytes_and_their_floats_round_trip() -> None:
 def test_runs_that_diverged_and_rows_that_were_seen_are_told() -> None:
     made = [*beside_plain(UP), run("mixout", 0, 0.2, loss=None), run("mixout", 1, 0.2)]
     model = {"id": "minilm", "revision": None, "parameters": 1, "earlier": "the source was noised before"}
-    found = summarise(made, repeated={"dev": 1, "held_out": 0}, model=model)
+    found = summarise(made, repeated={"dev": 1, "held_out": 2}, model=model)
     assert [c["diverged"] for c in found["conditions"]] == [0, 1, 0]
     report = render(found, [])
     assert (
@@ -297,7 +297,10 @@ def test_runs_that_diverged_and_rows_that_were_seen_are_told() -> None:
         in report
     )
     assert "**1 dev row has the text of a row that is trained on: " in report
-    assert "held-out row has" not in report
+    assert (
+        "**2 held-out rows have the text of a row that is trained on: a λ that is chosen on them " in report
+    )
+    assert "held-out row" not in render(summarise(made, repeated={"dev": 1, "held_out": 0}), [])
     assert "**the source was noised before, as a manifest beside its weights tells: " in report
 
 
