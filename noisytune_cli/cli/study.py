@@ -371,6 +371,10 @@ def study(
             "no method holds on to weights that noisytune has changed",
             "Add noisytune+mixout or noisytune+recadam to --method, or leave it out",
         )
+    if train and dev and not probe:
+        _refuse_unused(
+            {"--data": data}, "the rows are those of --train and --dev", "Leave it out, or the two others"
+        )
     request = command.StudyRequest(
         model=model,
         out=out,

@@ -40,6 +40,11 @@ class MethodCombination:
         own = [method for method in self.methods if type(method).loss is not Method.loss]
         self._loss = own[0] if own else self.methods[0]
 
+    def check(self, learning_rate: float) -> None:
+        """Raise UsageError for a peak rate that one of the methods cannot train at."""
+        for method in self.methods:
+            method.check(learning_rate)
+
     def prepare(self, training: Training) -> None:
         """Prepare each method in order."""
         for method in self.methods:

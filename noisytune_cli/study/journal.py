@@ -169,12 +169,33 @@ def _make(folder: Path) -> None:
     except OSError as error:
         raise unwritable(error, folder) from error
     if names and not names & {STUDY, RUNS}:
+        raise _others(folder)
+
+
+def check_together(folder: Path) -> None:
+    """Raise OutputUnsafe for a folder in which the studies of several tasks cannot lie."""
+    if (folder / STUDY).exists():
         raise OutputUnsafe(
-            "cannot write the study",
+            "cannot write the studies",
             path=folder,
-            why="the folder holds other files and no study",
-            next_step="Choose an empty or a new folder with -o",
+            why="it is itself the study of one task",
+            next_step="Choose another folder with -o",
         )
+    try:
+        inside = list(folder.iterdir()) if folder.is_dir() else []
+        if inside and not any((place / name).exists() for place in inside for name in (STUDY, RUNS)):
+            raise _others(folder)
+    except OSError as error:
+        raise unreadable(error, folder) from error
+
+
+def _others(folder: Path) -> OutputUnsafe:
+    return OutputUnsafe(
+        "cannot write the study",
+        path=folder,
+        why="the folder holds other files and no study",
+        next_step="Choose an empty or a new folder with -o",
+    )
 
 
 def _read_study(path: Path) -> dict[str, Any]:

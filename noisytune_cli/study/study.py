@@ -18,16 +18,16 @@ from noisytune_cli.checkpoint.address import is_address
 from noisytune_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from noisytune_cli.checkpoint.config import ADAPTER_CONFIG
 from noisytune_cli.engine.threads import default_threads
-from noisytune_cli.errors import InputInvalid, OutputUnsafe, UsageError, unreadable
+from noisytune_cli.errors import InputInvalid, UsageError, unreadable
 from noisytune_cli.study import machine
-from noisytune_cli.study.data.tasks import choose_glue, choose_task, glue_task, read_data
+from noisytune_cli.study.data.tasks import check_apart, choose_glue, choose_task, glue_task, read_data
 from noisytune_cli.study.report import wording
 from noisytune_cli.study.settings import Material, Recipe, record
 from noisytune_cli.version import __version__
 
 if TYPE_CHECKING:
     from noisytune_cli.study.data.splits import Files
-    from noisytune_cli.study.data.tasks import Data
+    from noisytune_cli.study.data.tasks import Data, Task
     from noisytune_cli.study.design import Run, Split
     from noisytune_cli.study.journal import Journal
 
@@ -101,22 +101,14 @@ def study(
     kind = machine.check_device(request.device)
     precision = machine.choose_precision(request.precision, request.device)
     request = replace(request, recipe=replace(request.recipe, precision=precision))
-    from noisytune_cli.study.combination import read_settings
+    from noisytune_cli.study.combination import combine, read_settings
     from noisytune_cli.study.design import Seeds, plan_runs, split_rows
     from noisytune_cli.study.journal import Journal
     from noisytune_cli.study.report.results import foresee
     from noisytune_cli.study.report.write import write_outputs
     from noisytune_cli.study.training.metrics import constant_score
 
-    task, train, dev = choose_task(
-        task=request.task,
-        data=request.data,
-        train=request.train,
-        dev=request.dev,
-        text=request.text,
-        label=request.label,
-        chosen=request.metrics,
-    )
+    task, train, dev = _choose_task(request)
     settings = read_settings(request.settings)
     _check_used(settings, request.methods)
     runs = plan_runs(
@@ -128,6 +120,8 @@ def study(
         seeds=Seeds(request.seeds, request.init_seed, request.order_seed, request.noise_seed),
         settings=settings,
     )
+    for run in runs:
+        combine(run.method, run.options).check(request.recipe.learning_rate)
     data = read_data(task, train, dev)
     split = split_rows(
         len(data.train), train_rows=request.train_rows, held_out=request.held_out, seed=request.data_seed
@@ -135,6 +129,8 @@ def study(
     if request.choose:
         _check_choice(request, split)
     probe, probe_files = _probe(request)
+    if request.task is not None and "probe" in probe:
+        check_apart("--probe", probe["probe"].name, probe["probe_train"], {task.name: train})
     with open_checkpoint(request.model, revision=request.revision, follow_links=True) as source:
         _check_folder(source, request.model)
         parameters = sum(tensor.elements for tensor in source.tensors)
@@ -210,21 +206,35 @@ def study_tasks(
     progress: Progress = lambda steps: nullcontext(lambda done: None),
 ) -> tuple[list[Studied], dict[str, Any]]:
     """Carry out a study of each GLUE task in a folder of its name, and return what they say together."""
-    from noisytune_cli.study.journal import STUDY
+    from noisytune_cli.study.journal import check_together
     from noisytune_cli.study.report.write import write_tasks
 
     folder = Path(request.out)
     names = list(dict.fromkeys(glue_task(task).name for task in tasks))
-    if (folder / STUDY).exists():
-        raise OutputUnsafe(
-            "cannot write the studies",
-            path=folder,
-            why="it is itself the study of one task",
-            next_step="Choose another folder with -o",
-        )
+    check_together(folder)
     requests = [replace(request, task=task, out=str(folder / task)) for task in names]
+    # The rows of all, before the first is trained on for hours.
+    found: dict[str, Files] = {}
+    for one in requests:
+        task, train, dev = _choose_task(one)
+        check_apart("--task", task.name, train, found)
+        found[task.name] = train
+        read_data(task, train, dev)
     studied = [study(one, tell=tell, progress=progress) for one in requests]
     return studied, write_tasks(folder, [one.results for one in studied])
+
+
+def _choose_task(request: StudyRequest) -> tuple[Task, Files, Files]:
+    """Return the task that is asked for, with its files to train on and to score."""
+    return choose_task(
+        task=request.task,
+        data=request.data,
+        train=request.train,
+        dev=request.dev,
+        text=request.text,
+        label=request.label,
+        chosen=request.metrics,
+    )
 
 
 def _record_same(runs: Sequence[Run], journal: Journal, *, regression: bool, fresh: bool) -> list[Run]:

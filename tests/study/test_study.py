@@ -252,6 +252,7 @@ def test_lambda_is_searched_as_the_paper_does_and_chosen_on_held_out_rows(tiny: 
     best = max(run["held_out"]["accuracy"] for run in runs[1:])
     (chosen,) = (c for c in results["conditions"] if c["reported"] and c["method"] == "noisytune")
     assert chosen["lambda"] == min(r["lambda"] for r in runs[1:] if r["held_out"]["accuracy"] == best)
+    assert "It was chosen by the runs that are compared" in (tmp_path / "out/report.md").read_text()
 
 
 def test_another_precision_in_the_folder_is_refused(tiny: Tiny, tmp_path: Path) -> None:
@@ -283,14 +284,48 @@ def test_a_study_of_before_there_was_a_choice_has_the_precision_that_its_device_
         assert len(done(tiny, out, "--seed", "0-1", "--precision", had)) == 4
 
 
-def test_several_tasks_are_a_study_each_and_what_they_say_together(tiny: Tiny, tmp_path: Path) -> None:
-    for task in ("RTE", "WNLI"):
-        (tmp_path / "glue" / task).mkdir(parents=True)
+def told_of_pairs(tiny: Tiny, folder: Path, *tasks: str) -> list[str]:
+    """Write RTE and WNLI into a folder, and return a study's arguments that name model, rows and seeds."""
+    for task in tasks or ("RTE", "WNLI"):
+        (folder / task).mkdir(parents=True)
         for name, rows in (("train", SENTENCES[::2]), ("dev", SENTENCES[1::4])):
             table = ["sentence1\tsentence2\tlabel", *(f"{text}\t{text}\t{label}" for text, label in rows)]
-            (tmp_path / "glue" / task / f"{name}.tsv").write_text("\n".join(table) + "\n")
+            (folder / task / f"{name}.tsv").write_text("\n".join(table) + "\n")
+    return [*("study", str(tiny.model), "--data", str(folder), "--seed", "0-1", "--threads", "1")]
+
+
+def test_tasks_of_the_same_rows_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    told = told_of_pairs(tiny, tmp_path / "glue", "RTE")
+    told[told.index("--data") + 1] = str(tmp_path / "glue/RTE")
+    for arguments in (["--task", "rte,wnli"], ["--task", "rte", "--probe", "wnli"]):
+        result = CliRunner().invoke(app, [*told, *arguments, "-o", str(tmp_path / "out")])
+        assert result.exit_code == 2, result.output
+        assert "as rte is" in " ".join(re.sub("[│╭╰─╮╯]", "", result.stderr).split())
+        assert not (tmp_path / "out").exists()
+
+
+def test_all_tasks_are_found_before_the_first_is_trained_on(tiny: Tiny, tmp_path: Path) -> None:
+    told = told_of_pairs(tiny, tmp_path / "glue", "RTE")
+    result = CliRunner().invoke(app, [*told, "--task", "rte,sst2", "-o", str(tmp_path / "out")])
+    assert (result.exit_code, "SST-2/train.tsv" in result.stderr) == (4, True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_else_lies_in_the_folder_of_several_tasks_is_kept(tiny: Tiny, tmp_path: Path) -> None:
+    told = [*told_of_pairs(tiny, tmp_path / "glue"), "--task", "rte,wnli", "--report-only", "-o"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/tasks.md").write_text("what I have to do")
+    result = CliRunner().invoke(app, [*told, str(tmp_path / "out")])
+    assert (result.exit_code, "holds other files and no study" in result.stderr) == (5, True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tasks.md"]
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):
+        assert CliRunner().invoke(app, [*told, str(tmp_path / "empty")]).exit_code == 0
+
+
+def test_several_tasks_are_a_study_each_and_what_they_say_together(tiny: Tiny, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    told = [*("study", str(tiny.model), "--data", str(tmp_path / "glue"), "--seed", "0-1", "--threads", "1")]
+    told = told_of_pairs(tiny, tmp_path / "glue")
     arguments = [*told, "--epochs", "1", "--task", "rte,WNLI", "-o", str(out)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -361,10 +396,12 @@ def test_columns_and_labels_that_are_wrong_are_named(tiny: Tiny, tmp_path: Path)
         (2, ("--task", "rte"), "the task's files and columns are known"),
         (2, ("--text", "a,b,c"), "a row is one text or a pair"),
         (2, ("--probe", "rte"), "--probe rte without --data"),
+        (2, ("--data", "/nowhere"), "the rows are those of --train and --dev"),
         (2, ("--train-rows", "100"), "the training file has 64 rows"),
         (2, ("--choose", "--held-out", "0"), "--choose without held-out rows"),
         (2, ("--choose", "--lambda", "0.1"), "there is nothing to choose"),
         (2, ("--choose", "--method", "plain,r3f"), "there is nothing to choose"),
+        (2, ("--method", "plain,recadam"), "Take a gamma of 100 or less"),
         (2, ("--device", "tpu"), "a study runs on cpu, cuda or cuda:N"),
         (3, ("--metric", "pearson", "--label", "sentence"), "which is no number"),
         (4, ("--dev", "/nowhere/dev.tsv"), "No such file"),
@@ -413,6 +450,14 @@ def test_rows_that_are_scored_and_trained_on_are_told(tiny: Tiny, tmp_path: Path
     # All but the fifth that is held out, in which nothing of the others lies.
     assert repeated == {"dev": len(SENTENCES) * 4 // 5 - 12, "held_out": 0}
     assert "52 dev rows have the text of a row that is trained on" in (out / "report.md").read_text()
+
+
+def test_rows_in_a_file_whose_name_is_no_utf_8_have_a_study(tiny: Tiny, tmp_path: Path) -> None:
+    train = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.tsv")
+    shutil.copyfile(tiny.train, train)
+    result = study(tiny, tmp_path / "out", "--train", train, "--report-only")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out/study.json").read_text("utf-8"))["task"] == "caf\\udce9"
 
 
 def test_a_weight_file_alone_is_refused(tiny: Tiny, tmp_path: Path) -> None:

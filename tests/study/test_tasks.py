@@ -97,6 +97,13 @@ def test_a_glue_task_is_found_by_other_spellings_and_in_its_own_folder(tmp_path:
     assert glue_files(glue_task("rte"), tmp_path) == ((tmp_path / "train.tsv",), (tmp_path / "dev.tsv",))
 
 
+def test_a_task_s_own_folder_comes_before_what_lies_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "RTE").mkdir()
+    for path in (tmp_path / "train.tsv", tmp_path / "RTE/train.tsv"):
+        path.touch()
+    assert glue_files(glue_task("rte"), tmp_path)[0] == (tmp_path / "RTE/train.tsv",)
+
+
 def test_an_unknown_task_and_a_folder_without_it_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cola, mrpc, rte, sst2, stsb, wnli"):
         glue_task("mnli")

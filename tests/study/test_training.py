@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -355,6 +356,19 @@ def test_an_encoder_that_would_begin_at_random_is_refused(changed: dict[str, Any
         renamed = {f"module.{name}": values for name, values in weights.items()}
         save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputInvalid, match="weights do not fit the model"):
+        Pretrained(folder, 2)
+
+
+@pytest.mark.parametrize("changed", [{"hidden_size": "x"}, {"pad_token_id": 9999}, {}])
+def test_whatever_transformers_raises_is_one_line(changed: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_model(tmp_path)
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))
+    if not changed:  # what torch's own loader does not read
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        torch.save({**weights, "args": argparse.Namespace(epochs=3)}, folder / "pytorch_model.bin")
+    with pytest.raises(InputInvalid, match="cannot load a classifier"):
         Pretrained(folder, 2)
 
 

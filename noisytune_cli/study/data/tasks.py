@@ -8,10 +8,11 @@ classification. Labels become class indices in the order of the label names (num
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from noisytune_cli.checkpoint.find import printable
 from noisytune_cli.errors import InputUnreadable, UsageError
 from noisytune_cli.study.data.rows import TableRow, malformed
 from noisytune_cli.study.data.splits import Files, find_splits, split_files
@@ -105,9 +106,9 @@ def glue_task(name: str) -> Task:
 
 
 def glue_files(task: Task, folder: Path) -> tuple[Files, Files]:
-    """Return a GLUE task's files to train on and to score, in `folder`, or in the task's own folder there."""
+    """Return a GLUE task's files to train on and score: in its own folder in `folder`, or in that itself."""
     known = _FOLDERS[task.name]
-    for place in (folder, folder / known, folder / task.name, folder / task.name.upper()):
+    for place in (folder / known, folder / task.name, folder / task.name.upper(), folder):
         if (place / "train.tsv").is_file():
             return (place / "train.tsv",), (place / "dev.tsv",)
     raise InputUnreadable(
@@ -156,10 +157,10 @@ def choose_task(
         )
     metrics_of_it = tuple(chosen) or ("accuracy",)
     if train and dev:
-        own = Task(Path(train).stem, tuple(text), label, metrics_of_it)
+        own = Task(printable(Path(train).stem), tuple(text), label, metrics_of_it)
         return own, split_files(Path(train)), split_files(Path(dev))
     folder = Path(data or "")
-    return Task(folder.resolve().name, tuple(text), label, metrics_of_it), *find_splits(folder)
+    return Task(printable(folder.resolve().name), tuple(text), label, metrics_of_it), *find_splits(folder)
 
 
 def choose_glue(option: str, name: str, data: str | None) -> tuple[Task, Files, Files]:
@@ -172,6 +173,20 @@ def choose_glue(option: str, name: str, data: str | None) -> tuple[Task, Files, 
             next_step="Name the folder of the GLUE tasks with --data",
         )
     return task, *glue_files(task, Path(data))
+
+
+def check_apart(option: str, name: str, files: Files, others: Mapping[str, Files]) -> None:
+    """Raise UsageError where a GLUE task has the files of another; `others` are their training files by name.
+
+    A folder that is one task's own is found for each, and RTE and WNLI call their columns alike.
+    """
+    for other, known in others.items():
+        if other != name and known == files:
+            raise UsageError(
+                f"{option} {name}",
+                why=f"it would be read from {files[0]}, as {other} is",
+                next_step="Give the folder that the tasks' folders lie in with --data",
+            )
 
 
 def read_data(task: Task, train: Files, dev: Files) -> Data:

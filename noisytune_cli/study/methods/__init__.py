@@ -132,6 +132,9 @@ class Method:
             check_key(type(self), key)
         self.options: dict[str, Value] = {**self.defaults, **options}
 
+    def check(self, learning_rate: float) -> None:
+        """Raise UsageError for a peak rate that the method cannot train at, before anything is trained."""
+
     def prepare(self, training: Training) -> None:
         """Perturb weights, wrap modules or install hooks, before there is an optimizer."""
 

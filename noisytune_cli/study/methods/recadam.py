@@ -50,11 +50,20 @@ class Recall(Method):
         self.betas = (self.number("beta1", 0.0, 0.9999999), self.number("beta2", 0.0, 0.9999999))
         self.epsilon = self.number("epsilon")
 
+    def check(self, learning_rate: float) -> None:
+        """Raise UsageError where a step back to the anchor would overshoot it twice over, and diverge."""
+        pull = learning_rate * self.gamma
+        if pull >= 2:
+            raise UsageError(
+                f"recadam.gamma={self.gamma:g} at learning rate {learning_rate:g}",
+                why=f"each step would go {pull:g} times the way back to the pretrained weights, and diverge",
+                next_step=f"Take a gamma of {1 / learning_rate:g} or less",
+            )
+
     def make_optimizer(self, training: Training) -> Optimizer:
         """Return RecAdam over what is trained; weight decay is on matrices only.
 
-        Raises UsageError where nothing that is trained has an anchor, or where a step back to the anchor
-        would overshoot it twice over, so that the weights would diverge.
+        Raises UsageError where nothing that is trained has an anchor.
         """
         trained = {plain_name(name): p for name, p in training.model.named_parameters() if p.requires_grad}
         if not trained.keys() & training.anchor.keys():
@@ -62,13 +71,6 @@ class Recall(Method):
                 "recadam has nothing to recall",
                 why="no pretrained weight is trained",
                 next_step="Train all weights (without --lora), or leave recadam out",
-            )
-        pull = training.learning_rate * self.gamma
-        if pull >= 2:
-            raise UsageError(
-                f"recadam.gamma={self.gamma:g} at learning rate {training.learning_rate:g}",
-                why=f"each step would go {pull:g} times the way back to the pretrained weights, and diverge",
-                next_step=f"Take a gamma of {1 / training.learning_rate:g} or less",
             )
         groups = [
             {

@@ -136,7 +136,8 @@ def test_t0_is_a_share_of_the_run_or_a_step() -> None:
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(UsageError, match="Take a gamma of 1000 or less"):
-        optimizer_of(tiny_bert(), learning_rate=1e-3)
+        combine("noisytune+recadam").check(1e-3)
+    combine("recadam", {"recadam.gamma": 1000.0}).check(1e-3)
     config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
     wrapped: Any = peft.get_peft_model(tiny_bert(), config)
     fresh = frozenset(name for name, _ in wrapped.named_parameters() if ".classifier." in name)
