@@ -45,6 +45,18 @@ def lay(folder: Path, *names: str) -> Path:
             ["default/test/0000.parquet"],
         ),
         (("my_train.tsv", "my_val.tsv", ".cache/train.tsv"), ["my_train.tsv"], ["my_val.tsv"]),
+        (
+            (
+                "data/train-00000-of-00002-6b8cc6c2a0e3ab34.parquet",
+                "data/train-00001-of-00002-f7c7a2f8d2b05b61.parquet",
+                "data/test-00000-of-00001-0a4a6c7b22fe1c44.parquet",
+            ),
+            [
+                "data/train-00000-of-00002-6b8cc6c2a0e3ab34.parquet",
+                "data/train-00001-of-00002-f7c7a2f8d2b05b61.parquet",
+            ],
+            ["data/test-00000-of-00001-0a4a6c7b22fe1c44.parquet"],
+        ),
     ],
 )
 def test_splits_are_found_by_their_names(

@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 
 from noisytune_cli.errors import InputInvalid, InputUnreadable, unreadable
+from noisytune_cli.escape import list_some
 from noisytune_cli.study.data.tables import FORMATS
 
 #: The files of one split, in order.
@@ -26,8 +27,8 @@ _DEV = (
     frozenset({"test", "testing", "eval", "evaluation"}),
 )
 
-#: The end of a shard's name, which tells how many there are, or all of it.
-_SHARD = re.compile(r"-(\d+)-of-(\d+)$|^\d+$")
+#: The end of a shard's name, which tells how many there are (the hub once put a digest behind), or all of it.
+_SHARD = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]{16})?$|^\d+$")
 
 #: How deep a split may lie: in the folder, in `data/`, or in `data/train/`.
 _DEPTHS = ("*", "*/*", "*/*/*")
@@ -75,7 +76,7 @@ def _whole(files: Files) -> Files:
     raise InputInvalid(
         "a split is not whole",
         path=files[0].parent,
-        why=f"of {total} shards there are {', '.join(path.name for path in files)}",
+        why=f"not each of {total} shards is there once, but {list_some([path.name for path in files])}",
         next_step="Fetch the split again, or put the files that you mean into a folder of their own",
     )
 
