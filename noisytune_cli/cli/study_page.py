@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 #: The page in a study's folder.
 NAME = "report.html"
 
-_NUMBER = re.compile(r"[<>]?([+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?)")
+_NUMBER = re.compile(r"[<>]? ?([+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?)")
 
 
 def study_page(

@@ -179,7 +179,11 @@ def study(
             foreseen = foresee(journal.study["design"])
             if foreseen is not None and (weak := wording.too_few(*foreseen)):
                 tell(weak)
-            for told in (*wording.earlier(journal.study), *wording.repeated(journal.study)):
+            for told in (
+                *wording.earlier(journal.study),
+                *wording.repeated(journal.study),
+                *(wording.elsewhere(journal.study, document) if journal.runs else ()),
+            ):
                 tell(told)
         # Whether anything is drawn from the seed of initialisation only a finished run can tell.
         fresh = all(run.get("fresh", True) for run in journal.runs.values())

@@ -216,6 +216,24 @@ def test_that_the_seeds_are_too_few_is_said_before_training(
     assert "pairs that share a run are one" in said
 
 
+def test_runs_that_are_added_with_something_else_are_told(
+    tiny: Tiny, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: object) -> None:
+        raise InputInvalid("stopped", why="training begins", next_step="None")
+
+    monkeypatch.setattr(command, "_carry_out", stop)
+    out = shutil.copytree(finished, tmp_path / "out")
+    aloud = [argument for argument in tiny.arguments if argument != "--quiet"]
+    grown = [*aloud, "-o", str(out), "--seed", "0-2"]
+    assert "runs are added" not in CliRunner().invoke(app, grown).stderr
+    recorded = json.loads((out / "study.json").read_text())
+    recorded["machine"]["torch"] = "1.0"
+    (out / "study.json").write_text(json.dumps(recorded))
+    said = CliRunner().invoke(app, grown).stderr
+    assert re.search(r"runs are added with torch \S+ \(the first runs: 1.0\): what is compared across", said)
+
+
 def test_another_study_in_the_folder_is_refused(tiny: Tiny, finished: Path) -> None:
     before = (finished / "runs.jsonl").read_bytes()
     said = refused(tiny, finished, 5, "--weight-decay", "0.5")

@@ -49,6 +49,9 @@ def test_rows_have_the_numbers_that_they_are_sorted_by(tmp_path: Path) -> None:
     (row,) = re.findall(r'<tr><td class="name">noisytune</td>.*?</tr>', content)
     numbers = [float(number) for number in re.findall(r'data-n="([^"]+)"', row)]
     assert numbers[:4] == [0.15, 2.0, 34.0, -7.0]
+    many = [*runs("plain", [0.4] * 16), *runs("noisytune", [0.5] * 16)]
+    (row,) = re.findall(r'<tr><td class="name">noisytune</td>.*?</tr>', page(tmp_path, many))
+    assert re.findall(r'data-n="([^"]+)"[^>]*>&lt; 0.0001<', row) == ["0.0001"] * 2
 
 
 def test_a_page_asks_for_nothing_and_names_stay_text(tmp_path: Path) -> None:

@@ -165,6 +165,30 @@ def earlier(study: Mapping[str, Any]) -> list[str]:
     )
 
 
+def elsewhere(first: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what runs that are added now are made with where the first had something else, in a sentence.
+
+    Both are a study's record; what an earlier one does not tell is not compared.
+    """
+    told = []
+    for group, key, name in (
+        ("machine", "cpu", "CPU"),
+        ("machine", "device", "device"),
+        ("machine", "threads", "threads"),
+        ("machine", "torch", "torch"),
+        ("machine", "transformers", "transformers"),
+        ("tool", "version", "noisytune"),
+    ):
+        then, today = (study.get(group, {}).get(key) for study in (first, now))
+        if then is not None and then != today:
+            told.append(f"{name} {today} (the first runs: {then})")
+    return (
+        [f"runs are added with {', '.join(told)}: what is compared across them differs by that, too"]
+        if told
+        else []
+    )
+
+
 def repeated(study: Mapping[str, Any]) -> list[str]:
     """Return which rows that are scored have the text of a row that is trained on, a sentence a kind."""
     found = study.get("repeated", {})
