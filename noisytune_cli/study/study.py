@@ -162,6 +162,7 @@ def study(
             "revision": source.revision,
             "parameters": parameters,
             **({"earlier": source.previous_run.what} if source.previous_run else {}),
+            **_other_order(source.config, data.label_names),
         },
         "task": task.name,
         "primary": task.metrics[0],
@@ -181,6 +182,7 @@ def study(
                 tell(weak)
             for told in (
                 *wording.earlier(journal.study),
+                *wording.other_order(journal.study),
                 *wording.repeated(journal.study),
                 *(wording.elsewhere(journal.study, document) if journal.runs else ()),
             ):
@@ -267,6 +269,14 @@ def _repeated(data: Data, split: Split) -> dict[str, int]:
     held_out = (data.train.texts[place] for place in split.held_out)
     scored: Mapping[str, Iterable[tuple[str, ...]]] = {"dev": data.dev.texts, "held_out": held_out}
     return {part: sum(texts in known for texts in rows) for part, rows in scored.items()}
+
+
+def _other_order(config: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, list[str]]:
+    """Return config.json's names of the classes where they are the rows' in another order, else nothing."""
+    listed = (config or {}).get("id2label")
+    theirs = [str(listed.get(str(i))) for i in range(len(names))] if isinstance(listed, Mapping) else []
+    folded, own = ([name.casefold() for name in some] for some in (theirs, names))
+    return {"label_names": theirs} if folded != own and sorted(folded) == sorted(own) else {}
 
 
 def _carry_out(

@@ -470,6 +470,32 @@ def test_rows_that_are_scored_and_trained_on_are_told(tiny: Tiny, tmp_path: Path
     assert "52 dev rows have the text of a row that is trained on" in (out / "report.md").read_text()
 
 
+def test_classes_that_the_model_has_in_another_order_are_told(tiny: Tiny, tmp_path: Path) -> None:
+    named = {"0": "bad_", "1": "good*"}
+    for path, name in ((tiny.train, "train"), (tiny.dev, "dev")):
+        rows = [line.rpartition("\t") for line in path.read_text().splitlines()[1:]]
+        table = ["sentence\tlabel", *(f"{text}\t{named[label]}" for text, _, label in rows)]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(table) + "\n")
+    model = shutil.copytree(tiny.model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    arguments = [str(model) if a == str(tiny.model) else a for a in tiny.arguments if a != "--quiet"]
+    arguments += ["--train", str(tmp_path / "train.tsv"), "--dev", str(tmp_path / "dev.tsv"), "--report-only"]
+    for listed, told in (
+        ({"0": "GOOD*", "1": "BAD_"}, True),
+        ({"0": "BAD_", "1": "GOOD*"}, False),
+        ({"0": "LABEL_0", "1": "LABEL_1"}, False),
+        ({"1": "good*"}, False),
+        (["good*", "bad_"], False),
+    ):
+        (model / "config.json").write_text(json.dumps({**config, "id2label": listed}))
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        result = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "out")])
+        assert result.exit_code == 0, result.output
+        assert ("in the order GOOD*, BAD_, a study in the order bad_, good*: " in result.stderr) == told
+        report = (tmp_path / "out/report.md").read_text()
+        assert ("in the order GOOD\\*, BAD\\_, a study in" in report) == told
+
+
 def test_rows_in_a_file_whose_name_is_no_utf_8_have_a_study(tiny: Tiny, tmp_path: Path) -> None:
     train = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.tsv")
     shutil.copyfile(tiny.train, train)

@@ -84,7 +84,8 @@ def caveats(results: Results, shown: Callable[[str], str]) -> list[str]:
     """
     named = ({**entry, "name": shown(entry["name"])} for entry in results["conditions"] if entry["diverged"])
     study = results["study"]
-    told = [*unlearnt(results), *wording.earlier(study), *wording.repeated(study)]
+    told = [*unlearnt(results), *wording.earlier(study), *wording.other_order(study, shown)]
+    told += wording.repeated(study)
     return [*told, *map(wording.diverged, named)]
 
 

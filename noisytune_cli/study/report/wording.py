@@ -5,9 +5,10 @@ Scores are shown times 100, as GLUE's are; `results.json` has them as they are. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from noisytune_cli.escape import escape
 from noisytune_cli.study.report import statistics
 
 #: What metrics are called.
@@ -162,6 +163,22 @@ def earlier(study: Mapping[str, Any]) -> list[str]:
     what = study["model"].get("earlier")
     return (
         [f"{what}, as a manifest beside its weights tells: all runs begin there, plain's too"] if what else []
+    )
+
+
+def other_order(study: Mapping[str, Any], shown: Callable[[str], str] = escape) -> list[str]:
+    """Return that a head of the checkpoint's own has the classes in another order than the rows.
+
+    `shown` makes a name safe where it is to be read.
+    """
+    theirs, own = (", ".join(map(shown, one.get("label_names", ()))) for one in (study["model"], study))
+    return (
+        [
+            f"config.json has the classes in the order {theirs}, a study in the order {own}: a head that the "
+            "checkpoint brings begins with the wrong ones, which labels that are its numbers prevent"
+        ]
+        if theirs
+        else []
     )
 
 
