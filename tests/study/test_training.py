@@ -391,6 +391,16 @@ def test_a_token_without_an_embedding_is_refused(tiny: Tiny, tmp_path: Path) -> 
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_text_that_ends_twice_is_refused_where_the_head_reads_the_end(tiny: Tiny, tmp_path: Path) -> None:
+    dev = tmp_path / "dev.tsv"
+    dev.write_text("sentence\tlabel\nthe film was good\t1\nthe film [SEP] was bad\t0\n")
+    assert bench(tiny, dev=(dev,))  # an encoder reads its first token
+    folder = save_kind("t5", tmp_path / "t5", **T5)
+    with pytest.raises(InputInvalid, match=r"\[CLS\] the film \[SEP\] was bad \[SEP\]. Take \[SEP\] out of"):
+        bench(tiny, model=folder, dev=(dev,))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_run_that_diverges_is_recorded_and_probed(tiny: Tiny) -> None:
     recipe = dataclasses.replace(RECIPE, learning_rate=1e30)
     place = bench(tiny, recipe, probe=TASK, probe_train=(tiny.train,), probe_dev=(tiny.dev,))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +120,24 @@ class Pretrained:
                 path=self._folder,
                 why=f"it gives a token the number {largest}, and the model has {len(table)} embeddings",
                 next_step="Put the model's own tokenizer there, or resize the model's embeddings to it",
+            )
+
+    def check_ends(self, rows: Sequence[Sequence[int]]) -> None:
+        """Raise InputInvalid where some of an encoder-decoder's rows [n] end more often than the others.
+
+        Its head reads the last end of each, and needs as many in all rows of a batch.
+        """
+        end = self._model.config.eos_token_id
+        if not self._model.config.is_encoder_decoder or not isinstance(end, int):
+            return
+        ends = [row.count(end) for row in rows]
+        if len(set(ends)) > 1:
+            odd = rows[ends.index(max(ends))]
+            raise InputInvalid(
+                "a row's text holds the token that ends a row",
+                path=self._folder,
+                why=f"the model cannot tell where this one ends: {self.tokenizer.decode(odd)[:200]}",
+                next_step=f"Take {self.tokenizer.decode([end])} out of the rows' texts",
             )
 
     def _check_encoder(self) -> None:

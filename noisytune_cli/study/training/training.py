@@ -92,6 +92,7 @@ class Bench:
         length = min(self.recipe.max_length, self.pretrained.longest)
         found = encode(self.pretrained.tokenizer, rows, max_length=length, regression=data.task.regression)
         self.pretrained.check_tokens(max(ids) for ids in found.inputs["input_ids"])
+        self.pretrained.check_ends(found.inputs["input_ids"])
         return found
 
     def carry_out(self, run: Run, after_step: Step = lambda: None) -> dict[str, Any]:
