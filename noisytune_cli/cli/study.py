@@ -346,13 +346,16 @@ def study(
       noisytune study ./bert --task rte --data ./glue --choose -o ./study-lambda
     """
     from noisytune_cli.cli import show, show_study
-    from noisytune_cli.cli.parse import check_out, numbers, read_seeds, words
+    from noisytune_cli.cli.parse import check_out, format_of, numbers, read_seeds, words
     from noisytune_cli.cli.study_page import NAME, study_page
     from noisytune_cli.study import study as command
     from noisytune_cli.study.journal import write_durably
     from noisytune_cli.study.settings import Recipe
 
     check_out(out)
+    wanted = None if output_format is _Format.table else output_format.value
+    printed = format_of(wanted, None, as_json=as_json)
+    as_json, as_html = printed == "json", printed == "html"
     tasks = _once(words("--task", task)) if task else ()
     methods = _once(words("--method", method))
     if not lora:
@@ -420,8 +423,6 @@ def study(
         jobs=jobs,
         report_only=report_only,
     )
-    as_json = as_json or output_format is _Format.json
-    as_html = output_format is _Format.html
 
     def progress(steps: int) -> AbstractContextManager[Callable[[int], None]]:
         return show.progress(steps, "study", of_steps=True)
@@ -443,8 +444,8 @@ def study(
         write_durably(one.folder / NAME, page.encode())
         if as_html:
             show.write_out(page)
-        printed = as_html or (as_json and together is not None)
-        show_study.show_study(one.results, one.folder, as_json=as_json, is_printed=printed)
+        is_printed = as_html or (as_json and together is not None)
+        show_study.show_study(one.results, one.folder, as_json=as_json, is_printed=is_printed)
     if together is not None:
         show_study.show_together(together, Path(out), as_json=as_json)
 

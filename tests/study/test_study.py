@@ -414,6 +414,7 @@ def test_columns_and_labels_that_are_wrong_are_named(tiny: Tiny, tmp_path: Path)
         (2, ("--task", "rte"), "the task's files and columns are known"),
         (2, ("--text", "a,b,c"), "a row is one text or a pair"),
         (2, ("--probe", "rte"), "--probe rte without --data"),
+        (2, ("--json", "--format", "html"), "--json is --format json"),
         (2, ("--data", "/nowhere"), "the rows are those of --train and --dev"),
         (2, ("--train-rows", "100"), "the training file has 64 rows"),
         (2, ("--choose", "--held-out", "0"), "--choose without held-out rows"),
