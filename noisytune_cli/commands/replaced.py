@@ -99,6 +99,8 @@ def find_made(
     found = (manifest.tool_version, manifest.source, manifest.noise, manifest.conversion)
     if found != (__version__, record_source(source), plan.noise, conversion):
         return None
+    if not recorded.is_original:  # this run would write other bytes, and `verify` refuses these
+        return None
     if bool(manifest.rewritten) != with_card:
         return None
     if not _is_of(manifest.receipts, plan) or not _knows(manifest, source.others):

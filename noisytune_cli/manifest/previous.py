@@ -20,8 +20,14 @@ from noisytune_cli.reading import read_chunks
 #: Why a file is left out that has a manifest's name and is none.
 NAMESAKE = "it has the name of a manifest of noisytune, and is none"
 
-#: How a manifest begins, whatever its version, reformatted too.
-_BEGINNING = re.compile(rb'\s*\{\s*"schema"\s*:[^{}]{,40}"tool"\s*:\s*\{\s*"name"\s*:\s*"noisytune"')
+#: What a manifest says it was written by, whatever its version, reformatted too.
+_TOOL = rb'"tool"\s*:\s*\{\s*"name"\s*:\s*"noisytune"'
+
+#: How a manifest begins.
+_BEGINNING = re.compile(rb'\s*\{\s*"schema"\s*:[^{}]{,40}' + _TOOL)
+
+#: The longest that is looked for across two chunks of a file.
+_LONGEST = 256
 
 
 class PreviousRun(NamedTuple):
@@ -42,13 +48,15 @@ def begins_a_manifest(content: bytes) -> bool:
     return _BEGINNING.match(content) is not None
 
 
-def _beginning(path: Path) -> bytes:
-    """Return the first bytes of a file that are no space, as many as tell what it is."""
+def _names_the_tool(path: Path) -> bool:
+    """Tell whether a file says anywhere that noisytune wrote it: other programs sort the members of JSON."""
+    before = b""
     with closing(read_chunks(path, MAX_BYTES)) as chunks:
         for chunk in chunks:
-            if found := chunk.lstrip():
-                return found + next(chunks, b"")
-    return b""
+            if re.search(_TOOL, before + chunk):
+                return True
+            before = (before + chunk)[-_LONGEST:]
+    return False
 
 
 def read_previous(path: Path) -> PreviousRun | None:
@@ -58,7 +66,7 @@ def read_previous(path: Path) -> PreviousRun | None:
 
     name = path.name
     try:
-        if not begins_a_manifest(_beginning(path)):
+        if not _names_the_tool(path):
             return None
     except InputInvalid:
         return None

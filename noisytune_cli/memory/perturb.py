@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from noisytune_cli.engine.threads import thread_count
@@ -25,7 +26,7 @@ from noisytune_cli.memory.adapters import base_names
 from noisytune_cli.memory.ahead import SumsAhead
 from noisytune_cli.memory.batches import batches, begin, receipts_of
 from noisytune_cli.memory.plan import (
-    OPTIONS_THAT_EXCLUDE,
+    WHERE_NOTHING_IS_PERTURBED,
     leave_out,
     plan_parameters,
     recorded_parameters,
@@ -56,7 +57,7 @@ from noisytune_cli.records import (
 from noisytune_cli.version import __version__
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 #: What noise a module's parameters have, for as long as these live: their version then, and the seeds.
 _noised: Any = WeakIdKeyDictionary()
@@ -165,7 +166,7 @@ def perturb_(
             spreads.leave_broken(batch)
         begun.append((batch, begin(batch, spec, count)))
     # Where this refuses, no noise was added.
-    check_outcomes(spec, (p.outcome() for p in parameters), path=source.id, advice=OPTIONS_THAT_EXCLUDE)
+    check_outcomes(spec, (p.outcome() for p in parameters), path=source.id, advice=WHERE_NOTHING_IS_PERTURBED)
     receipts: dict[int, list[Receipt]] = {}
     for batch, finish in begun:
         finish()
@@ -234,7 +235,7 @@ def named_tensors(model: nn.Module | Mapping[str, Tensor]) -> list[tuple[str, ob
     if isinstance(model, Mapping):
         # What a module keeps beside its tensors may be anything.
         return [(n, v) for n, v in model.items() if not str(n).endswith("_extra_state")]
-    if not hasattr(model, "named_parameters"):
+    if not isinstance(model, nn.Module):
         raise UsageError(
             f"cannot add noise to a {type(model).__name__}",
             why="it is neither a module nor a state dict",

@@ -38,8 +38,11 @@ from noisytune_cli.records import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: What to say to those whose options leave nothing to perturb.
-OPTIONS_THAT_EXCLUDE = "Widen include= or drop an exclude=; frozen= and fresh_names= leave parameters out too"
+#: What to do where nothing would be perturbed, as `plan.WHERE_NOTHING_IS_PERTURBED` has it for files.
+WHERE_NOTHING_IS_PERTURBED = (
+    "Widen include= or drop an exclude=; frozen= and fresh_names= leave parameters out too",
+    "Give the model that has the weights, with these loaded",
+)
 
 
 @dataclass(slots=True)
@@ -103,7 +106,7 @@ def plan_parameters(
         if tie.evidence == "equal-bytes":
             confirmed += split_tie(tie, _contents(tie, live_of, compare=not is_module))
     plan = confirm_ties(plan, confirmed)
-    check_not_empty(plan, path=source, advice=OPTIONS_THAT_EXCLUDE)
+    check_not_empty(plan, path=source, advice=WHERE_NOTHING_IS_PERTURBED)
     doubts = (*warning_of(plan), *warning_of_averages(plan, told.buffers))
     steps = {step.tensor.name: step for step in plan.steps}
     return [_planned(r, tuple([steps[name] for name in r.names])) for r in live_tensors], doubts

@@ -22,7 +22,7 @@ from noisytune_cli.memory.batches import begin, receipts_of
 from noisytune_cli.memory.overlaps import NO_MEMORY, find_overlap, has_memory, place
 from noisytune_cli.memory.perturb import config_of, named_tensors, note_seeds, seeds_of, taking_noise
 from noisytune_cli.memory.plan import (
-    OPTIONS_THAT_EXCLUDE,
+    WHERE_NOTHING_IS_PERTURBED,
     Parameter,
     leave_out,
     plan_parameters,
@@ -142,7 +142,9 @@ class Population:
         parameters, doubts = self._plan(spec)
         self._spreads.settle(parameters, spec)
         source = SourceRecord(self._about["source"], None, ())
-        check_outcomes(spec, (p.outcome() for p in parameters), path=source.id, advice=OPTIONS_THAT_EXCLUDE)
+        check_outcomes(
+            spec, (p.outcome() for p in parameters), path=source.id, advice=WHERE_NOTHING_IS_PERTURBED
+        )
         targets, problems = self._targets()
         if problems:
             raise problems[0]

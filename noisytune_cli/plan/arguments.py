@@ -248,6 +248,21 @@ def texts(option: str, given: Pairs[str]) -> list[tuple[str, str]]:
     return pairs
 
 
+def percents(option: str, given: object) -> tuple[float, ...]:
+    """Return numbers from 0 to 100 as a tuple."""
+    listed = tuple(map(_number, given)) if isinstance(given, Iterable) else (math.nan,)
+    if not all(0.0 <= value <= 100.0 for value in listed):
+        raise _wrong(option, given, "a list of numbers from 0 to 100")
+    return listed
+
+
+def count(option: str, given: object) -> int | None:
+    """Return how many there may be, None where no limit is given."""
+    if given is not None and _whole(option, given) < 1:
+        raise _wrong(option, given, "a whole number from 1 on")
+    return None if given is None else _whole(option, given)
+
+
 def _strength(option: str, given: object) -> float:
     """Return a λ or a σ, a zero without a sign; below 0 it is the negative noise."""
     value = _number(given)

@@ -38,8 +38,11 @@ from noisytune_cli.records import (
     out_dtype_of,
 )
 
-#: What to say to those whose options leave nothing to perturb.
-OPTIONS_THAT_EXCLUDE = "Widen --include or drop an --exclude; --dry-run shows the reason for each tensor"
+#: What to do where nothing would be perturbed: where the options leave nothing, and where nothing is there.
+WHERE_NOTHING_IS_PERTURBED = (
+    "Widen --include or drop an --exclude; --dry-run shows the reason for each tensor",
+    "Check that this is the file with the weights; inspect shows the reason for each tensor",
+)
 
 #: The division of a tensor that is one matrix.
 _UNDIVIDED = Division()
@@ -348,7 +351,10 @@ def _reason_to_copy(
 
 
 def check_not_empty(
-    plan: Plan, *, path: str | os.PathLike[str] | None = None, advice: str = OPTIONS_THAT_EXCLUDE
+    plan: Plan,
+    *,
+    path: str | os.PathLike[str] | None = None,
+    advice: tuple[str, str] = WHERE_NOTHING_IS_PERTURBED,
 ) -> None:
     """Raise if the plan perturbs nothing (see `check_outcomes`)."""
     check_outcomes(plan.noise, ((s.action, s.reason) for s in plan.steps), path=path, advice=advice)
@@ -359,7 +365,7 @@ def check_outcomes(
     outcomes: Iterable[tuple[Action, Reason | None]],
     *,
     path: str | os.PathLike[str] | None = None,
-    advice: str = OPTIONS_THAT_EXCLUDE,
+    advice: tuple[str, str] = WHERE_NOTHING_IS_PERTURBED,
 ) -> None:
     """Raise if nothing is perturbed: UsageError where the user's filters caused it, else InputInvalid.
 
@@ -378,13 +384,13 @@ def check_outcomes(
             "nothing would be perturbed",
             path=path,
             why=f"the patterns leave no tensor that can take noise ({found})",
-            next_step=advice,
+            next_step=advice[0],
         )
     raise InputInvalid(
         "nothing to perturb",
         path=path,
-        why=f"no tensor can take noise ({found})" if found else "the checkpoint has no tensors",
-        next_step="Check that this is the file with the weights; inspect shows the reason for each tensor",
+        why=f"no tensor can take noise ({found})" if found else "it has no tensors",
+        next_step=advice[1],
     )
 
 

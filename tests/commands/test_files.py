@@ -73,6 +73,15 @@ def test_what_is_there_is_refused_or_kept(source: Path, tmp_path: Path) -> None:
         noisytune_cli.perturb(source, out, dtype="half")
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"percentiles": [500]}, {"percentiles": [-1, 50]}, {"percentiles": 50}, {"limit": 0}, {"limit": -1}],
+)
+def test_numbers_that_the_command_line_refuses_are_refused(wrong: dict[str, Any], source: Path) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(wrong))}=.* it is not a "):
+        noisytune_cli.inspect(source, **wrong)
+
+
 def test_verify_replay_and_compare(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     noisytune_cli.perturb(source, out, sigma=0.01)

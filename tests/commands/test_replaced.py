@@ -344,3 +344,13 @@ def test_finish_says_what_can_be_done_without_options(source: Path, tmp_path: Pa
         finish(str(out))
     out.rename(tmp_path / "kept")
     finish(str(out))
+
+
+def test_a_manifest_that_was_reformatted_is_not_what_would_be_written(source: Path, tmp_path: Path) -> None:
+    out = run(source, tmp_path / "out").output
+    request = Request(str(source), NoiseSpec())
+    assert perturb(request, str(out), skip_existing=True).skipped
+    manifest = out / "noisytune.json"
+    manifest.write_text(manifest.read_text().replace("\n", "\r\n"))
+    with pytest.raises(OutputUnsafe, match="the output exists"):
+        perturb(request, str(out), skip_existing=True)

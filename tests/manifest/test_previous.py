@@ -93,7 +93,9 @@ def test_a_recipe_in_the_folder_is_about_another_file(tmp_path: Path) -> None:
     assert taken(source) == ()
 
 
-@pytest.mark.parametrize("change", ["cut", "newer", "reformatted and cut"])
+@pytest.mark.parametrize(
+    "change", ["cut", "newer", "reformatted and cut", "sorted", "with a byte order mark"]
+)
 def test_a_manifest_that_cannot_be_used_may_be_that_of_noise(change: str, tmp_path: Path) -> None:
     noisy = run(clean(tmp_path / "in"), tmp_path / "noisy").output
     path = noisy / "noisytune.json"
@@ -103,6 +105,8 @@ def test_a_manifest_that_cannot_be_used_may_be_that_of_noise(change: str, tmp_pa
             "cut": text[:-20],
             "newer": text.replace('"schema": 1', '"schema": 7'),
             "reformatted and cut": json.dumps(json.loads(text), indent=4)[:-9],
+            "sorted": json.dumps(json.loads(text), indent=2, sort_keys=True),
+            "with a byte order mark": f"\ufeff{text}",
         }[change]
     )
     line = refused(noisy)

@@ -52,7 +52,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "overlap": (overlapping, "overlap"),
     "expanded": (lambda: {"w": torch.randn(3, 1).expand(3, 4)}, "overlap"),
     "two widths": (lambda: {"a": (line := torch.randn(4)), "b": line.view(torch.float64)}, "overlap"),
-    "nothing": (lambda: {"w": torch.zeros(3, 3)}, "nothing to perturb"),
+    "nothing": (lambda: {"w": torch.zeros(3, 3)}, "nothing to perturb.*Give the model that has the weights"),
+    "no tensors": (lambda: torch.nn.ReLU(), "it has no tensors. Give the model that has the weights"),
+    "exported": (lambda: torch.export.export(torch.nn.Linear(2, 2), (torch.ones(2),)), "neither a module"),
 }
 
 
@@ -60,9 +62,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 def test_what_cannot_take_noise_is_refused_before_any_change(make: Callable[[], Any], why: str) -> None:
     refused = make()
     first = torch.randn(3, 3)
-    tensors = (
-        {"first": first, **refused} if isinstance(refused, dict) and why != "nothing to perturb" else refused
-    )
+    tensors = {"first": first, **refused} if isinstance(refused, dict) and "nothing" not in why else refused
     before = first.clone()
     with pytest.raises(NoisytuneError, match=why):
         perturb_(tensors)
