@@ -311,7 +311,11 @@ def perturb(
     _check_running(engine, address, share_bytes, device, skip_existing=skip_existing)
     if dry_run:
         planned = command.plan_perturb(
-            asked.request, asked.wanted, in_shares=engine is not None, **asked.outputs
+            asked.request,
+            asked.wanted,
+            skip_existing=skip_existing,
+            in_shares=engine is not None,
+            **asked.outputs,
         )
         show_perturb.show_planned(planned, as_json=as_json)
         return

@@ -35,6 +35,7 @@ def show_planned(planned: Planned, *, as_json: bool) -> None:
             "parameters": _parameters(planned),
             "bytes": planned.nbytes,
             "free": planned.free,
+            **({"kept": list(planned.kept)} if planned.kept else {}),
         }
         if several:
             document["tensors"] = [
@@ -54,6 +55,8 @@ def show_planned(planned: Planned, *, as_json: bool) -> None:
     counts = Counter(str(_telling(steps).reason or "perturb") for steps in by_tensor)
     found = ", ".join(f"{count} {what}" for what, count in counts.most_common())
     outputs = f"{len(planned.plans)} outputs of " if several else ""
+    for out in planned.kept:
+        note(f"would keep {escape(out, None)}: it is already what this would write")
     free = "" if planned.free is None else f", {size_of(planned.free)} are free"
     note(
         f"dry run: {len(by_tensor)} tensors: {found}; {_parameters(planned):,} parameters; "

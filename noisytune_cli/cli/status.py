@@ -59,4 +59,5 @@ def _lines(found: Status) -> str:
         lines.append(f"sums still to come: {named(found.lacking_sums)}")
     lines.append(f"left: {named(found.left)}" if found.left else "left: noisytune finish")
     lines += [f"output: {escape(output.path)}" for output in found.folder.job.outputs[:_MOST_NAMED]]
+    lines.append(f"job: {escape(str(found.folder.path))}")
     return "".join(f"{line}\n" for line in lines)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from noisytune_cli.checkpoint.adapter import factors_among, kind_of_factors
-from noisytune_cli.checkpoint.address import Address, Place
+from noisytune_cli.checkpoint.address import Address, Place, is_address
 from noisytune_cli.checkpoint.checkpoint import Checkpoint
 from noisytune_cli.checkpoint.find import comes_from_hub
 from noisytune_cli.checkpoint.weights import shard_count
@@ -28,6 +28,7 @@ from noisytune_cli.commands.write import complete, fill, record_source
 from noisytune_cli.engine.matrix import warnings_of
 from noisytune_cli.engine.threads import Progress, default_threads
 from noisytune_cli.engine.walk import Walk
+from noisytune_cli.errors import UsageError
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.write import pieces, to_json
 from noisytune_cli.noise.devices import open_device
@@ -85,7 +86,8 @@ class Planned:
     """A dry run's answer: the plan of each combination, made from headers alone, and where it would go.
 
     `left_out` names the files that would not be in the outputs, each with the reason. `nbytes` is what they
-    take in all, nearly, and `free` what there is where the first would be, None where none is named.
+    take in all, nearly, and `free` what there is where the first would be, None where none is named. `kept`
+    are those of `outs` that would stay.
     """
 
     id: str
@@ -96,6 +98,7 @@ class Planned:
     warnings: tuple[str, ...]
     nbytes: int
     free: int | None
+    kept: tuple[str, ...] = ()
 
     @property
     def plan(self) -> Plan:
@@ -184,26 +187,38 @@ def plan_perturb(
     recipe_only: bool = False,
     overwrite: bool = False,
     overwrite_changed: bool = False,
+    skip_existing: bool = False,
     in_shares: bool = False,
 ) -> Planned:
     """Say what `perturb` (with combinations, `perturb_each`) would do, without reading a weight.
 
     Outputs that are named are refused as there; `in_shares` a job that is planned for them is gone on with.
+    With `skip_existing` weights are read where only these tell whether an output would stay.
     """
     wanted = wanted or [only(request, None)]
-    check_before_download(
-        request.source,
-        outs_of(wanted),
-        recipe_only=recipe_only,
-        overwrite=overwrite,
-        overwrite_changed=overwrite_changed,
-    )
+    outs = outs_of(wanted)
+    if skip_existing and is_address(request.source):
+        raise UsageError(
+            "--dry-run and --skip-existing",
+            path=request.source,
+            why="what is in an object store would have to be fetched to tell whether an output is of it",
+            next_step="Leave one of them out",
+        )
+    if not skip_existing:
+        check_before_download(
+            request.source,
+            outs,
+            recipe_only=recipe_only,
+            overwrite=overwrite,
+            overwrite_changed=overwrite_changed,
+        )
     with request.open(headers_only=True) as source:
         prepared = prepare(request, source, wanted)
         plans, files, card = prepared.plans, prepared.files, prepared.card
+        kept = tuple(_find_made(prepared, outs, recipe_only)) if skip_existing and outs else ()
         outputs = check_outputs(
             prepared,
-            outs_of(wanted),
+            [out for out in outs if out not in kept],
             recipe_only=recipe_only,
             overwrite=overwrite,
             overwrite_changed=overwrite_changed,
@@ -220,8 +235,9 @@ def plan_perturb(
             outs=tuple(one.out for one in wanted),
             left_out=(*source.left_out, *(card.left_out if card else ()), *left_behind(source, files)),
             warnings=prepared.warnings,
-            nbytes=each * len(plans),
+            nbytes=each * (len(plans) - len(kept)),
             free=free_bytes(next(iter(outputs))) if outputs else None,
+            kept=kept,
         )
 
 
@@ -323,7 +339,11 @@ def perturb_each(
 
 
 def _find_made(
-    prepared: Prepared, outs: Sequence[str], recipe_only: bool, threads: int | None, progress: Progress
+    prepared: Prepared,
+    outs: Sequence[str],
+    recipe_only: bool,
+    threads: int | None = None,
+    progress: Progress = lambda nbytes: nullcontext(lambda done: None),
 ) -> dict[str, Perturbed]:
     """Return what is there already of what is asked for, by how the user names it."""
     request, source = prepared.request, prepared.source

@@ -296,7 +296,8 @@ def changed_since(path: Path, why: str) -> Mismatch:
         "the source changed since the job was planned",
         path=path,
         why=why,
-        next_step="Put it back as it was, or remove the job's folder and plan again",
+        next_step="Put it back as it was, or remove the job's folder (noisytune status names it) and plan "
+        "again",
     )
 
 

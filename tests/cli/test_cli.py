@@ -195,6 +195,23 @@ def test_a_dry_run_tells_the_room_and_fails_where_the_run_would(
     assert "not enough space" in error(6, "perturb", source, "--dry-run", *several)
 
 
+def test_a_dry_run_tells_what_would_be_kept(source: Path, tmp_path: Path) -> None:
+    out = f"{tmp_path}/o{{seed}}.safetensors"
+    invoke("perturb", source, "-o", f"{tmp_path}/o1.safetensors", "--seed", "1")
+    asked = ("perturb", source, "-o", out, "--skip-existing", "--dry-run")
+    alone = invoke(*asked, "--seed", "1")
+    assert f"would keep {tmp_path}/o1.safetensors: it is already" in alone.stderr
+    assert "0 bytes to write" in alone.stderr
+    document = json.loads(invoke(*asked, "--seed", "0-1", "--json").stdout)
+    assert document["kept"] == [f"{tmp_path}/o1.safetensors"]
+    assert document["bytes"] == json.loads(invoke("perturb", source, "--dry-run", "--json").stdout)["bytes"]
+    assert "the output exists" in error(5, *asked, "--seed", "1", "--lambda", "0.1")
+    address = ("s3://bucket/in", "-o", out, "--seed", "0", "--skip-existing", "--dry-run")
+    refused = invoke("perturb", *address)
+    assert refused.exit_code == 2
+    assert "would have to be fetched" in refused.stderr
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 def test_noise_on_an_adapter_is_warned_of(adapter: bool, tmp_path: Path) -> None:
     names = ["a.lora_A.weight", "a.lora_B.weight"] if adapter else ["a.weight", "b.weight"]

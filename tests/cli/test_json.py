@@ -65,6 +65,9 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     found["dry-run"] += made("perturb", a, "--dry-run", "--json", "--sigma", "0.01")
     found["perturb"] += made("perturb", a, "--seed", "7", "-o", noisy, "--json")
     found["perturb"] += made("perturb", a, "--seed", "7", "-o", noisy, "--json", "--skip-existing")
+    found["dry-run"] += made(
+        "perturb", a, "--seed", "7", "-o", noisy, "--json", "--skip-existing", "--dry-run"
+    )
     found["perturb"] += made("perturb", a, "--sigma", "0.01", "--shrink", "0.5", "-o", sigma, "--json")
     found["perturb"] += made("perturb", a, "--mix", mix, "-o", mixed, "--json")
     found["perturb"] += made("perturb", a, "--recipe-only", "-o", recipe, "--json")

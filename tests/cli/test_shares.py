@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
+from checkpoints import save, weights
+from typer.testing import CliRunner
 
+from noisytune_cli.cli.app import app
 from noisytune_cli.cli.parse import read_bytes
 from noisytune_cli.cli.shares import read_share
 from noisytune_cli.errors import UsageError
@@ -54,6 +59,16 @@ def test_a_share(text: str | None, environment: Mapping[str, str], expected: tup
 def test_what_is_no_share(text: str, environment: Mapping[str, str], why: str) -> None:
     with pytest.raises(UsageError, match=why):
         read_share(text, environment)
+
+
+def test_what_changed_says_where_the_job_is_named(tmp_path: Path) -> None:
+    runner, source = CliRunner(), save(tmp_path / "in.safetensors", {"w": weights("F32", 9)})
+    out = str(tmp_path / "out.safetensors")
+    runner.invoke(app, ["plan", str(source), "-o", out])
+    (job,) = tmp_path.glob(".noisytune-job-*")
+    assert f"\njob: {job}\n" in runner.invoke(app, ["status", out]).stdout
+    os.utime(source, ns=(0, 0))
+    assert "the job's folder (noisytune status names it)" in runner.invoke(app, ["work", out]).stderr
 
 
 def test_bytes() -> None:
