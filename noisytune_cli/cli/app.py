@@ -14,7 +14,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Annotated, Any
@@ -95,6 +95,23 @@ def _plain(text: str, kind: type, parameter: Any) -> Any:
     return None
 
 
+#: Where a command's context keeps what is to be warned of.
+_REPEATED = "noisytune.repeated"
+
+
+def _repeated(given: Sequence[Any]) -> list[str]:
+    """Return a warning for each option of one value that was given several times: the last one counts.
+
+    A word before the others may stand in a script, and one after them replace it.
+    """
+    told = []
+    for one in dict.fromkeys(given):
+        if one.param_type_name == "option" and not (one.multiple or one.is_flag) and given.count(one) > 1:
+            several = "; several go into one list, with commas" if ",…" in (one.metavar or "") else ""
+            told.append(f"{max(one.opts, key=len)} is given more than once, and the last counts{several}")
+    return told
+
+
 class _PlainHelp:
     """Gives `--help` a default that is a bool, which needs no reading either."""
 
@@ -113,12 +130,26 @@ class _Command(_PlainHelp, HelpfulCommand):
         for parameter in self.params:
             parameter.process_value = _take_plain(parameter)  # type: ignore[assignment, method-assign]
 
+    def make_parser(self, ctx: Any) -> Any:
+        """Return what parses the words, and notes what options were given several times."""
+        parser = super().make_parser(ctx)
+        parse = parser.parse_args
+
+        def parse_args(args: list[str]) -> Any:
+            parsed = parse(args)
+            ctx.meta[_REPEATED] = _repeated(parsed[2])
+            return parsed
+
+        parser.parse_args = parse_args  # type: ignore[method-assign]
+        return parser
+
     def invoke(self, ctx: Any) -> Any:
         try:
             from noisytune_cli.cli import show
 
             quiet = ctx.params.get("quiet", False)
             with _shown_warnings(), _shown_downloads(), show.errors_alone(quiet):
+                show.warn_all(ctx.meta.get(_REPEATED, ()))
                 return super().invoke(ctx)
         except (NoisytuneError, MemoryError, OSError, ModuleNotFoundError) as found:
             error = lacking(found) if isinstance(found, ModuleNotFoundError) else found

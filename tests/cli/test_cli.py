@@ -195,6 +195,21 @@ def test_a_dry_run_tells_the_room_and_fails_where_the_run_would(
     assert "not enough space" in error(6, "perturb", source, "--dry-run", *several)
 
 
+def test_an_option_that_is_given_twice_is_warned_of(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    told = invoke(
+        "perturb", source, "--seed", "7", "-o", "x", "--seed=8", "--out", out, "--exclude", "*a*", "-q", "-q"
+    )
+    assert told.stderr == ""
+    told = invoke("perturb", out, "--seed", "7", "--seed=8", "-o", "x", "--out", out, "--again", "--dry-run")
+    assert (
+        "warning: --seed is given more than once, and the last counts; several go into one list"
+        in told.stderr
+    )
+    assert "warning: --out is given more than once, and the last counts\n" in told.stderr
+    assert "seed" not in invoke("perturb", source, "--dry-run", "--exclude", "*a*", "--exclude", "*b*").stderr
+
+
 def test_a_dry_run_tells_what_would_be_kept(source: Path, tmp_path: Path) -> None:
     out = f"{tmp_path}/o{{seed}}.safetensors"
     invoke("perturb", source, "-o", f"{tmp_path}/o1.safetensors", "--seed", "1")
