@@ -228,6 +228,14 @@ def exhausted(error: OSError | MemoryError) -> ResourceExhausted:
             why="the process may not have more",
             next_step="Raise the limit (ulimit -v), or use fewer --threads",
         )
+    if (
+        isinstance(error, FileNotFoundError) and error.filename is None
+    ):  # it alone is asked for without a name
+        return ResourceExhausted(
+            "the current directory is gone",
+            why="it was removed or replaced",
+            next_step="Change into it again, or into another one, then run again",
+        )
     return ResourceExhausted(
         "the system failed",
         path=error.filename if isinstance(error.filename, str) else None,

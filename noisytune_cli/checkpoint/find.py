@@ -140,6 +140,10 @@ class Found:
 
 def comes_from_hub(source: str) -> bool:
     """Tell whether SOURCE is a hub id; InputUnreadable where it is neither that nor anything here."""
+    if not source:  # of a variable that is not set
+        raise UsageError(
+            "no SOURCE is named", why="its name is empty", next_step="Give one; . is this folder"
+        )
     if is_address(source) or source.startswith((".", "/", "~")) or is_there(source):
         return False
     if not is_repo_id(source):

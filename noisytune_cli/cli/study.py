@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from enum import StrEnum
@@ -380,12 +381,12 @@ def study(
         )
     request = command.StudyRequest(
         model=model,
-        out=out,
+        out=os.path.expanduser(out),
         methods=methods,
         task=tasks[0] if tasks else None,
-        data=data,
-        train=train,
-        dev=dev,
+        data=_home(data),
+        train=_home(train),
+        dev=_home(dev),
         text=_once(words("--text", text)) if text else (),
         label=label,
         metrics=_once(words("--metric", metric)) if metric else (),
@@ -447,7 +448,12 @@ def study(
         is_printed = as_html or (as_json and together is not None)
         show_study.show_study(one.results, one.folder, as_json=as_json, is_printed=is_printed)
     if together is not None:
-        show_study.show_together(together, Path(out), as_json=as_json)
+        show_study.show_together(together, Path(request.out), as_json=as_json)
+
+
+def _home(path: str | None) -> str | None:
+    """Return a path with a leading `~` as the home directory: a shell leaves that of --data=~/glue."""
+    return None if path is None else os.path.expanduser(path)
 
 
 def _refuse_unused(given: Mapping[str, object], why: str, next_step: str) -> None:

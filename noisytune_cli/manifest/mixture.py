@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ def read_mix(path: str) -> tuple[tuple[Term, ...], bool]:
         )
     terms: list[Term] = []
     kinds: set[str] = set()
-    lines = read_small(Path(path), _MAX_MIX_BYTES).split(b"\n")
+    content = read_small(Path(os.path.expanduser(path)), _MAX_MIX_BYTES)
+    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

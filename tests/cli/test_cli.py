@@ -195,6 +195,33 @@ def test_a_dry_run_tells_the_room_and_fails_where_the_run_would(
     assert "not enough space" in error(6, "perturb", source, "--dry-run", *several)
 
 
+def test_a_current_directory_that_is_gone_is_told(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert "the current directory is gone" in error(6, "inspect", os.path.relpath(source, gone))
+
+
+@pytest.mark.parametrize("words", [("perturb", "", "-o", "x"), ("inspect", ""), ("compare", "a", "")])
+def test_an_empty_name_of_a_source_is_told(words: tuple[str, ...], source: Path) -> None:
+    told = invoke(*(str(source) if word == "a" else word for word in words))
+    assert told.exit_code == 2
+    assert "no SOURCE is named: its name is empty. Give one; . is this folder." in told.stderr
+
+
+def test_a_study_knows_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    rows = ("--train=~/a.tsv", "--dev=~/b.tsv", "--text", "t", "--label", "l")
+    for data, named in ((("--task", "rte", "--data=~/glue"), "glue"), (rows, "a.tsv")):
+        assert f"{tmp_path}/{named}: " in invoke("study", "~/m", *data, "--out=~/st").stderr
+    assert not (tmp_path / "~").exists()
+
+
 def test_an_option_that_is_given_twice_is_warned_of(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     told = invoke(

@@ -252,6 +252,18 @@ def test_a_mixture_of_lambdas_and_shrunk(source: Path, tmp_path: Path) -> None:
     check_again(source, out, tmp_path)
 
 
+def test_a_mixture_in_the_home_directory_with_a_byte_order_mark(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture(tmp_path / "mix.jsonl", "sigma")
+    run("perturb", source, "--mix", tmp_path / "mix.jsonl", "-o", tmp_path / "a.safetensors")
+    marked = tmp_path / "marked.jsonl"
+    marked.write_bytes(b"\xef\xbb\xbf" + (tmp_path / "mix.jsonl").read_bytes().replace(b"\n", b"\r\n"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run("perturb", source, "--mix=~/marked.jsonl", "-o", tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
 def test_all_forms_at_once_agree(source: Path, tmp_path: Path) -> None:
     """A recipe, a pickle, another device, threads and another dtype have the same noise."""
     mixture(tmp_path / "mix.jsonl", "sigma")
