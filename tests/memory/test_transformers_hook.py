@@ -69,6 +69,37 @@ def test_a_model_is_loaded_as_from_the_noisy_checkpoint(checkpoint: Path, tmp_pa
     assert not same(parameters(clean), expected)
 
 
+def test_a_folder_that_was_noised_is_refused_as_on_disk(checkpoint: Path, tmp_path: Path) -> None:
+    noisy = perturb(Request(str(checkpoint), NoiseSpec()), str(tmp_path / "noisy")).output
+    load = transformers.AutoModelForMaskedLM.from_pretrained
+    with noisytune_cli.noisy_from_pretrained() as records:
+        for place, more in ((noisy, {}), (str(tmp_path), {"subfolder": "noisy"})):
+            with pytest.raises(InputInvalid, match=r"noised before.*or pass again=True to add noise"):
+                load(place, **more)
+        assert not records
+        load(checkpoint)
+    with noisytune_cli.noisy_from_pretrained(seed=1, again=True) as records:
+        model = load(noisy)
+    assert len(records) == 1
+    args = SimpleNamespace(output_dir=tmp_path / "run", resume_from_checkpoint=None)
+    state = SimpleNamespace(global_step=0, is_world_process_zero=False)
+    with pytest.warns(NoisytuneWarning, match="this noise comes on top"):
+        noisytune_cli.NoisyTuneCallback(seed=2).on_train_begin(args, state, None, model=model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        noisytune_cli.NoisyTuneCallback(seed=3, again=True).on_train_begin(args, state, None, model=model)
+    (tmp_path / "pipeline").mkdir()
+    part = (tmp_path / "noisy").rename(tmp_path / "pipeline" / "encoder")
+    manifest = (part / "noisytune.json").rename(tmp_path / "pipeline" / "noisytune.json")
+    with noisytune_cli.noisy_from_pretrained():
+        load(part)  # that above is of other files
+        manifest.write_text(
+            manifest.read_text().replace('"model.safetensors"', '"encoder/model.safetensors"')
+        )
+        with pytest.raises(InputInvalid, match="noised before"):
+            load(part)
+
+
 def test_a_fresh_head_gets_no_noise_unless_told(checkpoint: Path, tmp_path: Path) -> None:
     clean = parameters(headed(checkpoint))
     perturb(Request(str(checkpoint), NoiseSpec()), str(tmp_path / "noisy"))
