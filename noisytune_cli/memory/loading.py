@@ -10,14 +10,19 @@ nothing is noted, and the model's own names are taken.
 from __future__ import annotations
 
 import importlib
+import os
 import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from noisytune_cli.manifest.previous import PreviousRun, read_previous
+from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX
 
 
 @dataclass
@@ -32,8 +37,29 @@ class Origin:
     lacking: set[str] = field(default_factory=set)
 
 
+#: The weights that transformers takes of a folder, the first that there is.
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
 #: The origin of each model.
 Origins = weakref.WeakKeyDictionary[nn.Module, Origin]
+
+
+def noised_before(name: Any, subfolder: str = "") -> PreviousRun | None:
+    """Return what a manifest says of the weights that transformers loads from a folder; None without one.
+
+    It lies with the weights, or above where they are a component's of a pipeline.
+    """
+    if not isinstance(name, str | os.PathLike) or not os.path.isdir(name):
+        return None
+    folder = Path(os.path.abspath(os.path.join(name, subfolder)))
+    weights = next((one for one in _WEIGHTS if (folder / one).is_file()), "")
+    for root, about in ((folder, MANIFEST), (folder, weights + MANIFEST_SUFFIX), (folder.parent, MANIFEST)):
+        said = read_previous(root / about) if (root / about).is_file() else None
+        if said is not None and (
+            root == folder or any(file.startswith(f"{folder.name}/") for file in said.files or ())
+        ):
+            return said
+    return None
 
 
 @contextmanager

@@ -20,11 +20,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from noisytune_cli.engine.threads import thread_count
 from noisytune_cli.errors import NoisytuneWarning, UsageError
+from noisytune_cli.escape import escape
 from noisytune_cli.manifest.locate import manifest_of
 from noisytune_cli.manifest.read import read_manifest
 from noisytune_cli.memory.adapters import base_names
 from noisytune_cli.memory.ahead import SumsAhead
 from noisytune_cli.memory.batches import batches, begin, receipts_of
+from noisytune_cli.memory.loading import noised_before
 from noisytune_cli.memory.plan import (
     WHERE_NOTHING_IS_PERTURBED,
     leave_out,
@@ -156,6 +158,12 @@ def perturb_(
             path=source.id,
             why=f"it has the noise of seed {min(twice)} from an earlier call",
             next_step="Load the weights anew, take another seed, or pass again=True",
+        )
+    name = getattr(model, "name_or_path", None)  # of a model of transformers
+    if not again and noised_before(name) is not None:
+        doubts += (
+            f"the model was loaded from {escape(str(name))}, whose manifest tells of noise or of an average: "
+            "this noise comes on top; again=True says that it is meant",
         )
     begun = []
     spreads = Spreads(count, ahead)

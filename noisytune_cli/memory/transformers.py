@@ -21,14 +21,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from noisytune_cli.errors import InputInvalid, NoisytuneWarning, UsageError, unwritable
-from noisytune_cli.escape import enumerate_some, escape
-from noisytune_cli.manifest.previous import PreviousRun, read_previous
-from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX, encode
+from noisytune_cli.escape import enumerate_some
+from noisytune_cli.manifest.write import encode
 from noisytune_cli.memory.adapters import base_names
-from noisytune_cli.memory.loading import Origin, Origins, watched
+from noisytune_cli.memory.loading import Origin, Origins, noised_before, watched
 from noisytune_cli.memory.perturb import check_options, perturb_
 from noisytune_cli.plan.arguments import in_python, reusable
 from noisytune_cli.records import Manifest, SourceRecord
@@ -75,7 +73,7 @@ def noisy_from_pretrained(
             load = original.__get__(None, cls)
             if _records.get() is not manifests:
                 return load(name, *arguments, **keywords)
-            before = _noised_before(name, keywords.get("subfolder") or "")
+            before = noised_before(name, keywords.get("subfolder") or "")
             if before is not None and not asked.get("again"):
                 next_step = in_python(perturb_, before.next_step)
                 raise InputInvalid(before.what, path=str(name), why=before.why, next_step=next_step)
@@ -118,24 +116,6 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
     options = reusable(options)
     check_options(options)
     return options
-
-
-def _noised_before(name: Any, subfolder: str = "") -> PreviousRun | None:
-    """Return what a manifest says of the weights that transformers loads from a folder; None without one.
-
-    It lies with the weights, or above where they are a component's of a pipeline.
-    """
-    if not isinstance(name, str | os.PathLike) or not os.path.isdir(name):
-        return None
-    folder = Path(os.path.abspath(os.path.join(name, subfolder)))
-    weights = next((one for one in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME) if (folder / one).is_file()), "")
-    for root, about in ((folder, MANIFEST), (folder, weights + MANIFEST_SUFFIX), (folder.parent, MANIFEST)):
-        said = read_previous(root / about) if (root / about).is_file() else None
-        if said is not None and (
-            root == folder or any(file.startswith(f"{folder.name}/") for file in said.files or ())
-        ):
-            return said
-    return None
 
 
 def _comes_later(model: torch.nn.Module) -> bool:
@@ -239,14 +219,6 @@ class NoisyTuneCallback(TrainerCallback):
                 "NoisyTuneCallback under DeepSpeed",
                 why="its optimizer holds copies of the weights, which would undo the noise",
                 next_step="Load the model inside noisytune_cli.noisy_from_pretrained() instead",
-            )
-        name = getattr(model, "name_or_path", None)
-        if _noised_before(name) is not None and not self.options.get("again"):
-            warnings.warn(
-                f"NoisyTuneCallback: the model was loaded from {escape(str(name))}, whose manifest tells of "
-                "noise or of an average: this noise comes on top; again=True says that it is meant",
-                NoisytuneWarning,
-                stacklevel=2,
             )
         self.manifest = perturb_(model, **self.options)
         self._perturbed.add(model)
