@@ -41,7 +41,7 @@ from noisytune_cli.output.sidecars import companions, left_behind
 from noisytune_cli.output.space import check_room, free_bytes, manifest_bytes, needed_bytes
 from noisytune_cli.plan.evidence.doubts import refuse_doubts, warning_of, warning_of_averages
 from noisytune_cli.plan.evidence.told import Told, tell_checkpoint
-from noisytune_cli.plan.plan import check_outcomes, idle_rules, too_strong
+from noisytune_cli.plan.plan import check_outcomes, idle_rules, no_matrices, too_strong
 from noisytune_cli.plan.plans import make_plans, settle_plans, together
 from noisytune_cli.records import (
     Combination,
@@ -133,7 +133,7 @@ class Prepared:
             for text in idle_rules(plan)
         )
         alone = _of_a_shard(self.source)
-        strong = too_strong(plan.noise for plan in self.plans)
+        strong = (*no_matrices(plan), *too_strong(plan.noise for plan in self.plans))
         return (*self.source.warnings, *self.claims, *alone, *adapters, *doubts, *idle, *strong)
 
     def settled(self) -> Prepared:

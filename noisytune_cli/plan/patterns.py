@@ -30,17 +30,22 @@ _BEFORE = r"(?:.*[./])?"
 _BELOW = r"(?:[./].*)?"
 
 #: Wrappers that stand before a model's own names.
-_WRAPPERS = r"(?:(?:module|_orig_mod|base_model|model)\.)*"
+_WRAPPERS = (
+    r"(?:(?:module|_orig_mod|base_model|model|_(?:fsdp|checkpoint)_wrapped_module|_forward_module)\.)*"
+)
 
 #: Token, position and token-type tables; no patch projections and no class or mask tokens.
 _EMBEDDINGS = rf"""
     {_BEFORE}
     (?: # token, position and token-type tables by their own name, whatever hangs below (adapters included)
-        (?: (?:word|token|tok|char|pos|position|positional|token_type|type|entity|rel)_emb(?:eddings?)?
-          | (?=\w*embed_tokens)\w*+ | embed_positions | tokens_embed | positions_embed | wte | wpe
-          | embed_in | pos_embed | shared ) {_BELOW}
-      | # names that are also a module's prefix: only the table itself (Mamba, RWKV, Gemma, XTTS, torch)
-        (?: (?:(?:text|mel)_)?embeddings? | emb(?:ed)? | embedder | embedding_layer ) [./]weight
+        (?: (?:word|token|tok|char|pos|position|positional|token_type|type|segment|entity|rel|user|item)
+            _emb(?:eddings?)?
+          | embedding_bags | embedding_dict | (?=\w*embed_tokens)\w*+ | embed_positions | tokens_embed
+          | positions_embed | wte | wpe | embed_in | pos_embed | shared ) {_BELOW}
+      | # names that are also a module's prefix: only the table itself, or one of a list (Mamba, RWKV, Gemma,
+        # XTTS, torch, ESPnet, audiocraft, DLRM, DiT)
+        (?: (?:(?:text|mel)_)?embeddings? | emb(?:ed)? | embedder | embedding_(?:layer|table)
+          | (?:embeddings | emb(?:ed|_l)?)\.\d++ ) [./]weight
     )
 """
 
@@ -84,7 +89,7 @@ _BLOCK = r"(?:mlp|ffn|ff|feed_?forward\w*+)"
 _ATTENTION = rf"""
     (?! (?> (?:.*?[./])?? {_ATTENTION_LAYER} [./] ) (?:.*[./])? {_BLOCK} [./] )
     {_BEFORE}
-    (?: (?: {_ATTENTION_LAYER} | (?:\w+_)?att ) {_BELOW}
+    (?: (?: {_ATTENTION_LAYER} | (?=(?:\w*_)?att(?![^\W_]))\w*+ | mha ) {_BELOW}
       | # hybrids whose blocks are all called `mixer`: attention is told by its projections
         (?:[qkvo]_proj|qkv_proj|query_key_value|c_attn) {_BELOW}
     )
@@ -178,6 +183,13 @@ def _norms_by_shape(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
     return norms
 
 
+def _layers(tables: Collection[str], names: Collection[str]) -> set[str]:
+    """Return what is no table of `tables`, as it has a bias beside it among `names`."""
+    known = set(names)
+    biases = {name: f"{name.removesuffix('weight')}bias" for name in tables if name.endswith("weight")}
+    return {name for name, bias in biases.items() if bias in known}
+
+
 def match_names(
     texts: Sequence[str],
     names: Sequence[str],
@@ -203,6 +215,8 @@ def match_names(
             members = frozenset(name for one, same in alike.items() if pattern.matches(one) for name in same)
             if text == "@norm":
                 members = members.union(norms)
+            elif text == "@embeddings":
+                members = members.difference(norms, _layers(members, names))
             elif _NORM in _KIND_SOURCES[text][1]:
                 members = members.difference(norms)
             found[text] = members

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, UsageError
+from noisytune_cli.escape import enumerate_some
 from noisytune_cli.plan.evidence.told import Told, tell
 from noisytune_cli.plan.patterns import check_matched, is_kind, match_names
 from noisytune_cli.plan.split import Division, check_splits, divide
@@ -46,6 +48,9 @@ WHERE_NOTHING_IS_PERTURBED = (
 
 #: The division of a tensor that is one matrix.
 _UNDIVIDED = Division()
+
+#: How FSDP's flattened parameters are called, and the dtypes of complex numbers.
+_FLAT, _COMPLEX = re.compile(r"(?:^|[._])flat_param(?:_\d+)?$"), frozenset(("C32", "C64", "C128"))
 
 #: Reasons that hold whatever the user asks for.
 _SAFETY = frozenset({"not-float", "empty", "one-element"})
@@ -84,6 +89,23 @@ def too_strong(noises: Iterable[NoiseSpec]) -> list[str]:
         return []
     times = f"{lam / math.sqrt(12):.3g}"
     return [f"λ {lam:g} gives noise with {times} times the weights' std; the paper's λ is 0.15"]
+
+
+def no_matrices(plan: Plan) -> list[str]:
+    """Warn of flattened parameters, and of complex ones where no pattern chose: neither are matrices."""
+    noisy = [step.tensor.name for step in plan.steps if step.action == "perturb"]
+    flat = [name for name in noisy if _FLAT.search(name)]
+    chosen = plan.noise.include or plan.noise.exclude
+    left = [step.tensor.name for step in plan.steps if step.tensor.dtype in _COMPLEX and not chosen]
+    said = []
+    if flat:
+        said.append(
+            f"{enumerate_some(flat, 3)}: all parameters of a module in one vector (FSDP), which get noise as "
+            "if they were one matrix; save the full state dict, and perturb that"
+        )
+    if left:
+        said.append(f"{enumerate_some(left, 3)}: complex numbers, which get no noise")
+    return said
 
 
 class _Wish(NamedTuple):

@@ -103,6 +103,18 @@ MEMBERS = {
     "attn_layers.layers.1.1.ff.0.0.weight": "@mlp",
     "cross_attention.mlp.dense1.weight": "@mlp",
     "blocks.0.attn.cpb_mlp.0.weight": "@attention",
+    # Tables of ESPnet, audiocraft, DLRM, torchrec, DiT, recommenders; attention of OpenFold; wrappers.
+    "decoder.left_decoder.embed.0.weight": "@embeddings",
+    "emb.3.weight": "@embeddings",
+    "emb_l.11.weight": "@embeddings",
+    "sparse_arch.embedding_bag_collection.embedding_bags.t_cat_0.weight": "@embeddings",
+    "y_embedder.embedding_table.weight": "@embeddings",
+    "item_embedding.weight": "@embeddings",
+    "evoformer.blocks.0.msa_att_row.mha.linear_q.weight": "@attention",
+    "evoformer.blocks.0.msa_att_row.layer_norm_m.weight": "@norm",
+    "decoder.mha.out.weight": "@attention",
+    "encoder.attr_embed.matt_x.weight": "",
+    "_fsdp_wrapped_module._orig_mod.head.weight": "@head",
     # Tables and heads of minGPT, Megatron, ChatGLM, Gemma, XTTS, DETR, detectron2, mmsegmentation, ESPnet.
     "transformer.tok_emb.weight": "@embeddings",
     "transformer.pos_emb": "@embeddings",
@@ -150,6 +162,12 @@ def test_a_norm_is_told_by_its_shapes_whatever_it_is_called() -> None:
     assert match_names(["@norm"], list(shapes), set(norms), shapes) == [frozenset()]
     assert kinds_of(list(shapes), (), shapes)["mlp.1.bias"] == "norm"
     assert kinds_of(list(shapes))["mlp.1.bias"] == "bias"
+
+
+def test_what_has_a_bias_is_no_table() -> None:
+    names = ["embed.weight", "embed.bias", "decoder.embed.0.weight", "encoder.embed.0.weight"]
+    found = match_names(["@embeddings"], [*names, "encoder.embed.0.bias"])
+    assert found == [{"decoder.embed.0.weight"}]
 
 
 _PARTS = ["*", "?", "[ab]", "[!a]", "[", "]", "!", "a", "b", ".", "A", "\n", "a.b"]

@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 
 from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.plan.plan import check_noise, check_not_empty, check_outcomes, confirm_ties, make_plan
+from noisytune_cli.plan.plan import (
+    check_noise,
+    check_not_empty,
+    check_outcomes,
+    confirm_ties,
+    make_plan,
+    no_matrices,
+)
 from noisytune_cli.records import NoiseSpec, Plan, Step, TensorSpec, Tie
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -42,6 +49,15 @@ def reasons(plan: Plan) -> dict[str, str]:
 
 def confirm(plan: Plan) -> Plan:
     return confirm_ties(plan, plan.ties)
+
+
+def test_what_is_no_matrix_is_warned_of() -> None:
+    flat = spec("layers.0._fsdp_wrapped_module._flat_param", (400,))
+    tensors = [flat, spec("my_flat_params", (9,)), spec("spectral.weights1", dtype="C64"), spec("a.weight")]
+    of_flat, of_complex = no_matrices(make_plan(tensors, NoiseSpec()))
+    assert of_flat.startswith("layers.0._fsdp_wrapped_module._flat_param: all parameters of a module")
+    assert of_complex == "spectral.weights1: complex numbers, which get no noise"
+    assert no_matrices(make_plan(tensors, NoiseSpec(include=("a.*",)))) == []
 
 
 def test_every_tensor_has_a_step_in_file_order_with_its_reason() -> None:

@@ -100,6 +100,11 @@ def _box(tensor: TensorSpec, *_: object) -> bool:
     return tensor.shape == (2, 3) or tensor.shape[-1:] == (6,)
 
 
+def _six(tensor: TensorSpec, *_: object) -> bool:
+    """Hold for [6], two corners of a box."""
+    return tensor.shape == (6,)
+
+
 def _colours(tensor: TensorSpec, *_: object) -> bool:
     """Hold for what changes three colours into three."""
     return tensor.shape in ((3, 3, 1, 1), (3,))
@@ -297,6 +302,7 @@ RULES: tuple[BufferRule, ...] = (
     BufferRule("atomref", _beside("mean"), "energies of atoms (SchNetPack)"),
     BufferRule("grid", _beside("spline_weight", "coef"), "knots of splines (KAN)"),
     BufferRule("*aabb*", _box, "a box around a scene (nerfstudio, TensoRF)"),
+    *(BufferRule(name, _six, "a box around a scene (PETR)") for name in ("pc_range", "*position_range")),
     BufferRule("occs", _beside(*_CELLS), "occupancy grid (nerfacc)"),
     BufferRule("density_grid", _beside(*_CELLS), "occupancy grid (instant-ngp)"),
     BufferRule("dx", _all(_vector, _beside("nx")), "cells of a grid (Lift, Splat, Shoot; BEVFusion)"),
@@ -313,6 +319,8 @@ RULES: tuple[BufferRule, ...] = (
     BufferRule("kernel_points", _as_many("weights"), "points of a kernel (KPConv)"),
     *_together("thin plates (TPS, ASTER)", "inv_delta_C", "P_hat"),
     BufferRule("A", _twin("edge_importance.0"), "a graph of joints (ST-GCN)"),
+    BufferRule("y_embedder.y_embedding", _dimensions(2), "an empty caption (PixArt, Sana)"),
+    BufferRule("w_avg", _all(_vector, _beside("fc0.weight")), "mean latent (StyleGAN 2, 3)"),
     BufferRule("action_scale", _twin("action_bias"), "range of actions (CleanRL)"),
     BufferRule("action_bias", _twin("action_scale"), "range of actions (CleanRL)"),
     BufferRule("alpha", _all(_one, _beside(*_LOW_RANK)), "scale of low-rank factors (kohya, LyCORIS)"),

@@ -4,9 +4,9 @@ A mask has zeros and one other value. A table of sinusoids, a progression of fre
 x[n+1] + x[n-1] = c · x[n] along its positions, whatever its base, phase or layout; a schedule of noise levels
 is monotone and smooth to its last element; a window and a filter read the same backwards; a bank of filters
 has zeros but for one bump in each, one further on than the other; a lattice has each combination of a few
-values once; what was normalised has rows or columns of length one, or at right angles to each other. Values
-that an optimizer moved do none of this: so a look at a few values rejects nearly every tensor, and of a table
-some rows at its beginning, middle and end will do.
+values once; what was normalised has rows or columns of length one, or at right angles to each other; what
+was counted is whole. Values that an optimizer moved do none of this: so a look at a few values rejects
+nearly every tensor, and of a table some rows at its beginning, middle and end will do.
 
 Of names that only weights have (`weight`, `bias`, `q_proj`…) `weight` alone is asked, and for tables of
 sinusoids alone, as embeddings may hold them; a norm at its initial values is no mask. So are those of one
@@ -62,6 +62,9 @@ _LONGEST_LINE = 4096
 #: How many roundings a computed value may be off, in sums of three.
 _SLACK = 3
 
+#: In how many bits whole numbers have to lack a fraction that would show.
+_NO_CHANCE = 24
+
 #: By how much of it the length of (cosine, sine) may differ: both may have been rounded to BF16.
 _SAME_LENGTH = 0.01
 
@@ -71,6 +74,7 @@ _SCHEDULE = "a schedule: monotone and smooth"
 _EVEN = "a window or a filter, the same backwards"
 _BANK = "a bank of filters, each a bump among zeros"
 _NUMBERS = "the numbers 0, 1, 2…"
+_WHOLE = "whole numbers"
 _UNIT = "its rows or columns have length one"
 _ANGLED = "its rows are at right angles to each other"
 _LATTICE = "a lattice: each combination of a few values once"
@@ -137,11 +141,16 @@ def _look(shape: tuple[int, ...], count: int, values: Values, rounding: float, *
             return None  # most likely all of it is 0, and what is constant is copied, whatever it is
         start = np.abs(first[: shape[-1]])
         starts = np.minimum(start, np.abs(start - 1)) <= 1e-6
-        return _WAVE if starts.all() and _is_wave(shape, values, rounding) else None
+        is_table = starts.all() and (
+            _is_wave(shape, values, rounding) or _is_short_table(shape, values, rounding)
+        )
+        return _WAVE if is_table else None
     if len(set(np.abs(first).tolist()) - {0.0}) <= 1 and _is_mask(count, values):
         return _MASK
     if np.abs(first).max() > _LARGEST_VALUE:
         return None
+    if _are_whole(count, values):
+        return _WHOLE
     if len(shape) == 1:
         return _look_at_vector(values(0, count), rounding) if count <= _LONGEST else None
     if _is_wave(shape, values, rounding):
@@ -249,6 +258,30 @@ def _is_mask(count: int, values: Values) -> bool:
     return len(seen) > 1 and min(seen.values()) > 1
 
 
+def _are_whole(count: int, values: Values) -> bool:
+    """Say whether all values are whole numbers of several sizes, where the fractions of others would show.
+
+    What was rounded to BF16 once has no fractions from 128 on: values count as having 8 bits, or as many as
+    one of them uses.
+    """
+    import numpy as np
+
+    first = values(0, min(_FIRST, count))
+    if count > _LARGEST or (first != np.rint(first)).any():
+        return False
+    least, most, room = math.inf, 0.0, 0.0
+    for at in range(0, count, _AT_ONCE):
+        x = np.abs(values(at, min(_AT_ONCE, count - at)))
+        if not (x < 2.0**53).all() or (x != np.rint(x)).any():
+            return False
+        x = x[x > 0]
+        least, most = min(least, x.min(initial=least)), max(most, x.max(initial=most))
+        places, ends = (np.log2(n).astype(int) for n in (x, x.astype(np.int64) & -x.astype(np.int64)))
+        bits = max(8, (places - ends).max(initial=0) + 1)
+        room = max(room, np.maximum(0, bits - 1 - places).sum())
+    return least < most and bool(room >= _NO_CHANCE)
+
+
 def _look_at_vector(x: NDArray[Any], rounding: float) -> str | None:
     import numpy as np
 
@@ -274,6 +307,19 @@ def _is_wave(shape: tuple[int, ...], values: Values, rounding: float) -> bool:
     ):
         return True
     return _is_wave_along(shape, values, rounding) or _is_wave_across(shape, values, rounding)
+
+
+def _is_short_table(shape: tuple[int, ...], values: Values, rounding: float) -> bool:
+    """Say whether a few rows are sines and cosines of the same angles, in turn or one half and the other."""
+    import numpy as np
+
+    rows, width = shape[0], shape[-1]
+    if len(shape) != 2 or not 2 <= rows < _FEWEST or width % 4 or not _FEWEST <= width <= _AT_ONCE // _FEWEST:
+        return False
+    table = values(0, rows * width).reshape(rows, width)
+    pairs = ((table[:, ::2], table[:, 1::2]), (table[:, : width // 2], table[:, width // 2 :]))
+    off = (np.abs(np.hypot(*pair) - 1).max() for pair in pairs)
+    return bool(min(off) <= _SLACK * rounding and np.ptp(table, axis=0).any())
 
 
 def _is_wave_down(rows: int, width: int, values: Values, rounding: float, fewest: int = 2) -> bool:
@@ -527,7 +573,7 @@ def _are_powers(shape: tuple[int, ...], values: Values, rounding: float) -> bool
     """Say whether the rows, or columns, of a matrix are 1, x, x²… of a progression x, times a constant."""
     import numpy as np
 
-    if len(shape) != 2 or not 2 < min(shape) <= _AXES or not _FEWEST <= max(shape) <= _LONGEST // _AXES:
+    if len(shape) != 2 or not 2 <= min(shape) <= _AXES or not _FEWEST <= max(shape) <= _LONGEST // _AXES:
         return False
     if values(0, 1)[0] != values(1 if shape[0] < shape[1] else shape[1], 1)[0]:
         return False

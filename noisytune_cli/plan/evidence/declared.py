@@ -45,7 +45,7 @@ _WRAPPERS = 3
 #: Modules that a set of copies is held against.
 _MOST_MODELS = 64
 
-#: By a name without dots, below some modules, and a shape: the modules.
+#: By a name without dots, below some modules, and a shape: the modules. With `_` for dots it begins with one.
 _Weights = dict[tuple[str, tuple[int, ...]], dict[tuple[str, ...], None]]
 
 
@@ -135,15 +135,16 @@ def is_class_weights(tensor: TensorSpec, names: set[str]) -> bool:
 def _averages(tensors: Sequence[TensorSpec], same: Mapping[str, str]) -> dict[str, tuple[Kind, str]]:
     """Return the EMA copies: what is in a container called so that as a whole follows the model.
 
-    Some have their weight's name without its dots (LitEma), some are under other wrappers than the model.
-    `same` are other names for one tensor.
+    Some have their weight's name without its dots (LitEma) or with underscores for them (mmcv), some are
+    under other wrappers than the model. `same` are other names for one tensor.
     """
-    copies: dict[tuple[str, ...], list[TensorSpec]] = {}
+    copies: dict[tuple[str, ...], list[tuple[tuple[str, ...], TensorSpec]]] = {}
     inside = set()
     for tensor in tensors:
         may_be = _EMA in tensor.shown or any(word in tensor.shown for word in _AVERAGED)
-        if may_be and (container := _container(tuple(tensor.shown.split(".")))):
-            copies.setdefault(container, []).append(tensor)
+        container, rest = _split(tuple(tensor.shown.split("."))) if may_be else ((), ())
+        if container:
+            copies.setdefault(container, []).append((rest, tensor))
             inside.add(tensor.name)
     if not copies:
         return {}
@@ -153,27 +154,36 @@ def _averages(tensors: Sequence[TensorSpec], same: Mapping[str, str]) -> dict[st
             continue
         parts = tuple(tensor.shown.split("."))
         for i in range(min(_WRAPPERS + 1, len(parts) - 2) + 1):
-            weights.setdefault(("".join(parts[i:]), tensor.shape), {})[parts[:i]] = None
+            for joined in ("".join(parts[i:]), f"_{'_'.join(parts[i:])}"):
+                weights.setdefault((joined, tensor.shape), {})[parts[:i]] = None
     kinds: dict[str, tuple[Kind, str]] = {}
     for container, found in copies.items():
         # A container may hold the weights themselves beside the copies (ema_pytorch's `online_model`).
-        own = [tensor for tensor in found if same.get(tensor.name, tensor.name) in inside]
+        own = [(rest, tensor) for rest, tensor in found if same.get(tensor.name, tensor.name) in inside]
         if _follow(own, container, weights):
-            kinds |= dict.fromkeys((tensor.name for tensor in own), ("buffer", AVERAGE))
+            kinds |= dict.fromkeys((tensor.name for _, tensor in own), ("buffer", AVERAGE))
     return kinds
 
 
-def _container(parts: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the modules down to the one called EMA; none below a numbered layer, where it is one's part."""
+def _split(parts: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the modules down to the one called EMA, and what is below it.
+
+    There are none below a numbered layer, where it is one's part; one of a list of averages is an average.
+    """
     for i, part in enumerate(parts[: _WRAPPERS + 1]):
         if part.isdecimal():
             break
+        if i == len(parts) - 1:
+            joined = part.removeprefix(_EMA)
+            return ((*parts[:i], _EMA), (joined,)) if joined[:1] == "_" and joined != part else ((), ())
         if _is_average(part):
             end = i + 1
-            while end < len(parts) and _is_average(parts[end]):
+            while end < len(parts) - 1 and (
+                _is_average(parts[end]) or (parts[end].isdecimal() and _is_average(parts[end + 1]))
+            ):
                 end += 1
-            return parts[:end] if end < len(parts) else ()
-    return ()
+            return parts[:end], parts[end:]
+    return (), ()
 
 
 def _is_average(module: str) -> bool:
@@ -188,7 +198,9 @@ def _without_average(module: str) -> str:
     return "_".join(word for word in module.split("_") if word != _EMA and word not in _AVERAGED)
 
 
-def _follow(copies: Sequence[TensorSpec], container: tuple[str, ...], weights: _Weights) -> bool:
+def _follow(
+    copies: Sequence[tuple[tuple[str, ...], TensorSpec]], container: tuple[str, ...], weights: _Weights
+) -> bool:
     """Say whether all of a container's tensors are alike to those of one module, each under its name there.
 
     Of a container at the top that may be any module, as it is the model, whatever it is called; of one
@@ -204,8 +216,8 @@ def _follow(copies: Sequence[TensorSpec], container: tuple[str, ...], weights: _
         return not above or (module[:begin] == above and (below == (own,) or all(map(is_model, below))))
 
     rests = [
-        (tuple(tensor.shown.split("."))[len(container) :], tensor.shape)
-        for tensor in copies
+        (rest, tensor.shape)
+        for rest, tensor in copies
         if tensor.dtype in FLOAT_DTYPES and tensor.elements > 1
     ]
     longest, shape = max(rests, key=lambda rest: sum(map(len, rest[0])), default=((), ()))

@@ -23,11 +23,11 @@ from noisytune_cli.records import Plan, Step, TensorSpec
 #: What a name's own last word says that it is.
 _LAST = re.compile(
     r"queues?|cent(er|re|roid)s?|means?|stds?|stddev|vars?|variances?|ema|avg|average|stats|statistics|counts?"
-    r"|counter|buffers?|shadow|masks?|anchors|cov|covariance|energies"
+    r"|counter|buffers?|caches?|shadow|masks?|anchors|cov|covariance|energies"
 )
-_FIRST = re.compile(r"running|moving|ema|buffer")
+_FIRST = re.compile(r"running|moving|ema|buffer|frozen|fixed|rand|random")
 _WHOLE = re.compile(
-    r"(pos|class|cls|ce|empty|label)_weights?|(class|cls|label)_(freqs?|frequenc(y|ies)|priors?)|(memory|feature|key)_?bank"
+    r"(pos|class|cls|ce|code|empty|label)_weights?|(class|cls|label)_(freqs?|frequenc(y|ies)|priors?)|(memory|feature|key)_?bank"
     r"|anchor_grids?"
 )
 _SCALE = re.compile(r"(?<![^_])scale(?![^_])")

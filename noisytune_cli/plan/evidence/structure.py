@@ -23,15 +23,20 @@ Kind = Literal["buffer", "parameter"]
 PairKind = Literal["spread", "range", "angle"]
 
 #: What the spread beside a mean is called.
-_SPREADS = ("var", "variance", "std", "stddev", "stdev", "invstd", "vars", "variances", "stds")
+_SPREADS = (
+    *("var", "variance", "std", "stddev", "stdev", "vars", "variances", "stds"),
+    *("invstd", "inv_std", "istd", "rstd", "mean_sq", "mean_square", "mean_squared"),
+)
 _MEANS = ("mean", "means", "average", "avg")
 _MEAN, _SPREAD = frozenset(_MEANS), frozenset(_SPREADS)
 _COSINE, _SINES = frozenset(("cos",)), ("sin",)
+_SUM, _SQUARES = frozenset(("sum",)), ("sum_squared", "sum_squares", "sum_sq", "sumsq", "squared_sum")
 _SCALE, _ZEROS = frozenset(("scale", "scales")), ("zero_point", "zero_points")
 
 #: The words of one of a pair, what stands in their place in the other's name, and what they are then.
 _PAIRS: tuple[tuple[frozenset[str], tuple[str, ...], PairKind], ...] = (
     (_MEAN, _SPREADS, "spread"),
+    (_SUM, _SQUARES, "spread"),
     (frozenset(("min",)), ("max",), "range"),
     (frozenset(("low",)), ("high",), "range"),
     (_COSINE, _SINES, "angle"),
@@ -137,7 +142,7 @@ def _beside(
         yield "parameter", "weight norm"
     elif last == "original" and ".parametrizations." in f".{module}":
         yield "parameter", "what a parametrization is given"
-    elif end in ("epsilon", "eps") and twin(f"{base}_mu") and twin(f"{base}_sigma"):
+    elif end in ("epsilon", "eps") and twin(f"{base}_mu"):
         yield "buffer", "the last noise of a noisy layer"
     for zero in _replaced(last, _SCALE, _ZEROS):
         if twin(zero) and siblings[zero].dtype not in FLOAT_DTYPES:  # what is learned has one of floats

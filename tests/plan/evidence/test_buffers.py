@@ -111,6 +111,8 @@ BUFFERS: dict[str, dict[str, tuple[int, ...]]] = {
     "flame": {"v_template": (40, 3), "posedirs": (36, 120), "lmk_bary_coords": (51, 3)},
     "atoms": {"aev.EtaR": (1, 1), "aev.ShfR": (1, 16), "aev.ShfA": (1, 1, 4, 1)},
     "equiformer": {"SO3_grid.6.2.to_grid_mat": (14, 14, 29), "SO3_grid.6.2.from_grid_mat": (14, 14, 29)},
+    "ranges": {"head.pc_range": (6,), "head.position_range": (6,)},
+    "captions": {"y_embedder.y_embedding": (120, 8)},
     "boxes": {"field.aabb": (2, 3), "aabb_train": (6,), "grid.aabbs": (4, 6)},
     "pre-emphasis": {"torchfb.0.flipped_filter": (1, 1, 2), "torch_spec.0.filter": (1, 1, 2)},
     "mean colours": {"sub_mean.weight": (3, 3, 1, 1), "sub_mean.bias": (3,), "add_mean.bias": (3,)},
@@ -181,6 +183,10 @@ def test_random_fourier_features_are_a_buffer_from_sam_2_on() -> None:
 
 #: Of modules that have parameters too, which tensors are buffers.
 MIXED: dict[str, tuple[dict[str, tuple[int, ...]], set[str]]] = {
+    "stylegan": (
+        {"mapping.w_avg": (8,), "mapping.fc0.weight": (8, 8), "head.w_avg": (8,)},
+        {"mapping.w_avg"},
+    ),
     "kan": ({"l.grid": (8, 12), "l.spline_weight": (16, 8, 8), "l.spline_scaler": (16, 8)}, {"l.grid"}),
     "residual flow": ({"l.weight": (16, 4, 2), "l.u": (16,), "l.v": (8,), "l.bias": (16,)}, {"l.u", "l.v"}),
     "sngan": ({"l.weight": (16, 8, 3, 3), "l.u": (1, 16)}, {"l.u"}),

@@ -294,6 +294,13 @@ def test_a_loss_beside_the_models_is_shown_and_judged_by_its_path(tmp_path: Path
         # NanoDet and icefall, whose averages may be in float64.
         ({"avg_model.a.0.weight": "model.a.0.weight"}, {"model.a.0.weight"}),
         ({"model_avg.a.0.weight": "model.a.0.weight"}, {"model.a.0.weight"}),
+        # mmcv, whose copies are buffers of the model, and imagen-pytorch, whose averages are a list.
+        ({"ema_a_conv_0_weight": "a.conv.0.weight"}, {"a.conv.0.weight"}),
+        ({"module.ema_a_0_weight": "module.a.0.weight"}, {"module.a.0.weight"}),
+        (
+            {"ema.0.ema_model.a.weight": "unets.0.a.weight", "ema.1.ema_model.b.weight": "unets.1.b.weight"},
+            {"unets.0.a.weight", "unets.1.b.weight"},
+        ),
     ],
 )
 def test_an_average_of_a_weight_is_no_weight(
@@ -317,6 +324,7 @@ def test_an_average_of_a_weight_is_no_weight(
         (["net.ema.module.a.0.weight"], ["net.model.a.0.weight", "net.head.a.0.weight"]),
         (["module.unet_ema.a.0.weight"], ["module.unet.a.0.weight"]),
         ([], ["fc_avg.a.weight", "fc_max.a.weight"]),
+        ([], ["ema.0.a.weight", "blocks.0.b.weight"]),
         ([], ["avg_model.a.weight", "model.b.weight"]),
         (["ema.ema_model.a.0.weight", "ema.online_model.a.0.weight"], ["unet.a.0.weight"]),
     ],
@@ -428,6 +436,7 @@ PAIRS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "weight norm": ([], ["c.kernel_g", "c.kernel_v"]),
     "noisy layer": (["n.weight_epsilon"], ["n.weight_mu", "n.weight_sigma"]),
+    "Bayesian layer": (["n.weight_eps"], ["n.weight_mu", "n.weight_log_sigma", "m.weight_eps"]),
     "Paddle": (["bn._mean", "bn._variance"], ["bn.weight", "bn.bias"]),
     "TF slim": (["bn/moving_mean", "bn/moving_var"], ["bn/gamma", "bn/beta"]),
     "a policy": (["obs.running_mean", "obs.running_var"], ["net.weight"]),
@@ -524,6 +533,9 @@ COMPUTED: dict[str, NDArray[Any]] = {
     ],
     "lattice": np.indices((4, 3, 5)).reshape(3, -1).T / 4,
     "powers": (np.arange(24) / 24) ** np.arange(4)[:, None],
+    "powers up to one": (np.arange(24) / 24) ** np.arange(2)[:, None],
+    "counts": np.floor(9 * np.abs(drawn(300))),
+    "resolutions": np.floor(16 * 1.38 ** np.arange(16)),
     "channels first": np.moveaxis(sinusoids(12, 16)[_GRID], 2, 0).transpose(0, 2, 1).reshape(32, 12, 12),
 }
 
@@ -542,6 +554,8 @@ LEARNED: dict[str, NDArray[Any]] = {
     "nearly unit": unit(40, 6, axis=1) * 1.05,
     "kernel": drawn(1, 1, 4, 4),
     "few": np.arange(6.0),
+    "where fractions have no room": np.round(400 + 40 * drawn(64)) * 64,
+    "whole but for one": np.append(np.floor(99 * drawn(64)), 0.5),
     "rotations": unit(40, 4, axis=1),
     "blocks": np.kron(np.eye(4), drawn(4, 4) + 1),
     "halves": np.round(drawn(60, 3) * 2) / 2,
@@ -559,7 +573,9 @@ def test_what_was_computed_is_told_from_what_was_learned(dtype: str, tmp_path: P
     values = {f"computed.{kind}.x0": array for kind, array in COMPUTED.items()}
     values |= {f"learned.{kind}.x0": array for kind, array in LEARNED.items()}
     # A few steps of 4 % cannot be told from the roundings of F16, nor a dozen of 9 % from BF16's.
-    for kind in {"F16": ["powers"], "BF16": ["powers", "knots", "coordinates"]}.get(dtype, []):
+    powers = ["powers", "powers up to one"]
+    lost = {"F16": powers, "BF16": [*powers, "knots", "coordinates", "resolutions"]}
+    for kind in lost.get(dtype, []):
         del values[f"computed.{kind}.x0"]
     state = {
         name: torch.tensor(np.ascontiguousarray(array), dtype=torch.float64).to(spelt)
@@ -619,10 +635,14 @@ def test_what_a_weight_began_as_is_no_weight(tmp_path: Path) -> None:
 def test_an_embedding_may_hold_a_table_of_sinusoids(tmp_path: Path) -> None:
     found = {
         "embed_positions.weight": sinusoids(64, 16),
+        "minute_embed.emb.weight": sinusoids(4, 16).reshape(4, 2, 8).swapaxes(1, 2).reshape(4, 16),
+        "weekday_embed.emb.weight": sinusoids(7, 16),
+        "month_embed.emb.weight": np.concatenate([sinusoids(1, 16), drawn(3, 16)]),
         "embed_tokens.weight": np.concatenate([np.zeros((1, 16), np.float32), drawn(63, 16)]),
     }
     done = noised(tmp_path, found)
-    assert told(done) == {"embed_positions.weight": BY_VALUES, "embed_tokens.weight": NOISE}
+    learned = dict.fromkeys(("month_embed.emb.weight", "embed_tokens.weight"), NOISE)
+    assert told(done) == dict.fromkeys(found, BY_VALUES) | learned
 
 
 @pytest.mark.parametrize(
@@ -632,6 +652,9 @@ def test_an_embedding_may_hold_a_table_of_sinusoids(tmp_path: Path) -> None:
         (("n.mel_mean", "n.mel_variance"), (drawn(9), abs(drawn(9, seed=1))), BY_VALUES),
         (("n.state.min", "n.state.max"), (-abs(drawn(9)), abs(drawn(9, seed=1))), BY_VALUES),
         (("bn/~/mean_ema/average", "bn/~/var_ema/average"), (drawn(9), abs(drawn(9, seed=1))), BY_VALUES),
+        (("cmvn.mean", "cmvn.istd"), (drawn(9), abs(drawn(9, seed=1))), BY_VALUES),  # WeNet
+        (("n._acc_sum", "n._acc_sum_squared"), (drawn(9), abs(drawn(9, seed=1))), BY_VALUES),  # MeshGraphNets
+        (("n.sum", "n.sum_squared"), (drawn(9), drawn(9, seed=1)), NOISE),
         (("n.mean", "n.std"), (drawn(9), drawn(9, seed=1)), (None, "names")),
         (("film.shift", "film.scale"), (drawn(9), abs(drawn(9, seed=1))), NOISE),
         (("prior.mean", "prior.log_std"), (drawn(9), abs(drawn(9, seed=1))), None),
@@ -849,6 +872,17 @@ def test_what_an_ema_codebook_sums_up_is_told_by_its_counts(tmp_path: Path) -> N
         "net.cluster_size": NOISE,
     }
     assert "other._ema_w" in done.warnings[0]
+
+
+@pytest.mark.parametrize("name", ["frozen_codebook", "rand_projs", "k_cache", "code_weights"])
+def test_names_of_what_is_drawn_once_are_doubts(name: str, tmp_path: Path) -> None:
+    (warning,) = noised(tmp_path, {f"head.{name}": drawn(9), "head.randomness": drawn(9, seed=1)}).warnings
+    assert warning.startswith(f"head.{name}: perturbed, though")
+
+
+def test_a_copy_is_called_after_all_of_its_weights_path(tmp_path: Path) -> None:
+    found = {"gate.ema_in_proj": drawn(4, 4), "gate.in_proj": drawn(4, 4, seed=1)}
+    assert told(noised(tmp_path, found)) == {"gate.ema_in_proj": (None, "names"), "gate.in_proj": NOISE}
 
 
 @pytest.mark.parametrize("name", ["_ema_w", "_count", "class_freq", "label_priors", "cls_frequencies"])
