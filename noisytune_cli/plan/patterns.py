@@ -41,11 +41,13 @@ _EMBEDDINGS = rf"""
         (?: (?:word|token|tok|char|pos|position|positional|token_type|type|segment|entity|rel|user|item)
             _emb(?:eddings?)?
           | embedding_bags | embedding_dict | (?=\w*embed_tokens)\w*+ | embed_positions | tokens_embed
-          | positions_embed | wte | wpe | embed_in | pos_embed | shared ) {_BELOW}
+          | positions_embed | wte | wpe | embed_in | pos_embed ) {_BELOW}
       | # names that are also a module's prefix: only the table itself, or one of a list (Mamba, RWKV, Gemma,
         # XTTS, torch, ESPnet, audiocraft, DLRM, DiT)
         (?: (?:(?:text|mel)_)?embeddings? | emb(?:ed)? | embedder | embedding_(?:layer|table)
           | (?:embeddings | emb(?:ed|_l)?)\.\d++ ) [./]weight
+      | # T5's, adapters included; elsewhere layers that are shared
+        shared (?: [./] (?: weight | embedding | (?:lora|base_layer|modules_to_save|original_module).* ) )?
     )
 """
 
@@ -184,10 +186,10 @@ def _norms_by_shape(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
 
 
 def _layers(tables: Collection[str], names: Collection[str]) -> set[str]:
-    """Return what is no table of `tables`, as it has a bias beside it among `names`."""
+    """Return what of `tables` is none: a weight with a bias beside it among `names`, and the bias."""
     known = set(names)
     biases = {name: f"{name.removesuffix('weight')}bias" for name in tables if name.endswith("weight")}
-    return {name for name, bias in biases.items() if bias in known}
+    return {each for pair in biases.items() if pair[1] in known for each in pair}
 
 
 def match_names(

@@ -563,6 +563,13 @@ def test_weights_that_are_not_there_or_no_weights(tmp_path: Path) -> None:
         open_checkpoint(str(path), weights="model.safetensors")
 
 
+@pytest.mark.parametrize(("name", "says"), [("m.onnx", "like none of"), ("m.safetensors", "header has")])
+def test_a_file_of_another_format_is_not_called_damaged(tmp_path: Path, name: str, says: str) -> None:
+    (tmp_path / name).write_bytes(b"\x08\x07\x12\x07pytorch" + bytes(99))
+    with pytest.raises(InputInvalid, match=says):
+        open_checkpoint(str(tmp_path / name))
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [

@@ -62,6 +62,15 @@ def _last(content: bytes) -> int:
     return content.rindex(b"PK\x01\x02")
 
 
+def _zip(*names: str) -> bytes:
+    """A ZIP archive of empty members, as another program than torch makes it."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"")
+    return made.getvalue()
+
+
 _GOOD = archive(one())
 _TWICE = archive(one(), {"0": bytes(16), "1": bytes(16)}).replace(b"m/data/1", b"m/data/0")
 _OLD = legacy(one(legacy=True))
@@ -93,6 +102,7 @@ CONTAINER = (
     ),
     row("pickle's bytes changed", _GOOD.replace(b"cpu", b"cpv", 1), "CRC-32", "set_crc32_options", lax=None),
     row("two records of one name", _TWICE, "two records of the name", lax=True),
+    row("weights inside", _zip("data", "policy.pth"), "with policy.pth in it", "Unpack it with unzip"),
     row("no data.pkl", archive(one()).replace(b"data.pkl", b"data.pkk"), "not one that torch.save wrote"),
     row(
         "TorchScript",
@@ -123,6 +133,7 @@ CONTAINER = (
 
 LEGACY = (
     row("a plain pickle", pickle.dumps({"w": [1.0]}, protocol=2), "not one that torch.save wrote"),
+    row("arrays in a plain pickle", b"\x80\x02cnumpy\nndarray\n.", "save a state dict of tensors"),
     row("legacy, another version", _OLD.replace(b"M\xe9\x03.", b"M\xea\x03."), "not known"),
     row("legacy, big-endian", _OLD.replace(b"\x88", b"\x89", 1), "big-endian", lax=True),
     row("legacy, a byte short", _OLD[:-1], "1 bytes are missing"),

@@ -110,6 +110,10 @@ MEMBERS = {
     "sparse_arch.embedding_bag_collection.embedding_bags.t_cat_0.weight": "@embeddings",
     "y_embedder.embedding_table.weight": "@embeddings",
     "item_embedding.weight": "@embeddings",
+    "shared.lora_embedding_A.default": "@embeddings",
+    "params/shared/embedding": "@embeddings",
+    "encoder.initial_splitter.shared.glu_layers.0.fc.weight": "",
+    "shared.0.weight_orig": "",
     "evoformer.blocks.0.msa_att_row.mha.linear_q.weight": "@attention",
     "evoformer.blocks.0.msa_att_row.layer_norm_m.weight": "@norm",
     "decoder.mha.out.weight": "@attention",
@@ -165,9 +169,15 @@ def test_a_norm_is_told_by_its_shapes_whatever_it_is_called() -> None:
 
 
 def test_what_has_a_bias_is_no_table() -> None:
-    names = ["embed.weight", "embed.bias", "decoder.embed.0.weight", "encoder.embed.0.weight"]
-    found = match_names(["@embeddings"], [*names, "encoder.embed.0.bias"])
-    assert found == [{"decoder.embed.0.weight"}]
+    layers = [
+        "embed.weight",
+        "embed.bias",
+        "encoder.embed.0.weight",
+        "pos_embed.0.weight",
+        "pos_embed.0.bias",
+    ]
+    names = [*layers, "encoder.embed.0.bias", "decoder.embed.0.weight"]
+    assert match_names(["@embeddings"], names) == [{"decoder.embed.0.weight"}]
 
 
 _PARTS = ["*", "?", "[ab]", "[!a]", "[", "]", "!", "a", "b", ".", "A", "\n", "a.b"]

@@ -26,7 +26,7 @@ _LEAST_TEXT, _QUOTED = 4, 40
 FETCH = "Download the file again and check that it is not an error or login page"
 _PULL = "Run git lfs pull to fetch the weights"
 _XET = "Fetch the file that it points to, with git xet or from the hub"
-_CONVERT = "Convert it to safetensors first, or name the checkpoint's .safetensors file"
+CONVERT = "Convert it to safetensors first, or name the checkpoint's .safetensors file"
 
 _UNPACK = "Unpack it with tar xf, and give the weights in it"
 
@@ -35,12 +35,12 @@ _SIGNATURES = (
     (rb"(?i)\s*<(!doctype\s+html|html|head)\b", "an HTML page", FETCH),
     (rb"\s*<\?xml\b", "an XML document", FETCH),
     (rb"# xet version ", "a git-xet pointer", _XET),
-    (rb"(?s)PK\x03\x04.{26}[^/\0]{1,200}\.npy", NUMPY_ARCHIVE, _CONVERT),
-    (rb"PK\x03\x04", "a ZIP archive (as torch.save writes)", _CONVERT),
-    (rb"\x80[\x02-\x05]", "a Python pickle (as older versions of torch.save write)", _CONVERT),
-    (rb"GGUF", "a GGUF file", _CONVERT),
-    (rb"\x89HDF\r\n\x1a\n", "an HDF5 file (as Keras writes)", _CONVERT),
-    (rb"\x93NUMPY", "a NumPy array", _CONVERT),
+    (rb"(?s)PK\x03\x04.{26}[^/\0]{1,200}\.npy", NUMPY_ARCHIVE, CONVERT),
+    (rb"PK\x03\x04", "a ZIP archive (as torch.save writes)", CONVERT),
+    (rb"\x80[\x02-\x05]", "a Python pickle (as older versions of torch.save write)", CONVERT),
+    (rb"GGUF", "a GGUF file", CONVERT),
+    (rb"\x89HDF\r\n\x1a\n", "an HDF5 file (as Keras writes)", CONVERT),
+    (rb"\x93NUMPY", "a NumPy array", CONVERT),
     (rb"\x1f\x8b", "a gzip archive", "Unpack it with gunzip first"),
     (rb"\x28\xb5\x2f\xfd", "a Zstandard archive", "Unpack it with unzstd first"),
     (rb"\s*\{\s*\"", "a JSON document", FETCH),

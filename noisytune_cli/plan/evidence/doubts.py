@@ -23,7 +23,7 @@ from noisytune_cli.records import Plan, Step, TensorSpec
 #: What a name's own last word says that it is.
 _LAST = re.compile(
     r"queues?|cent(er|re|roid)s?|means?|stds?|stddev|vars?|variances?|ema|avg|average|stats|statistics|counts?"
-    r"|counter|buffers?|caches?|shadow|masks?|anchors|cov|covariance|energies"
+    r"|counter|buffers?|caches?|shadow|masks?|anchors|cov|covariance|energies|usages?"
 )
 _FIRST = re.compile(r"running|moving|ema|buffer|frozen|fixed|rand|random")
 _WHOLE = re.compile(

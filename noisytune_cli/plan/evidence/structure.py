@@ -27,10 +27,11 @@ _SPREADS = (
     *("var", "variance", "std", "stddev", "stdev", "vars", "variances", "stds"),
     *("invstd", "inv_std", "istd", "rstd", "mean_sq", "mean_square", "mean_squared"),
 )
+_SQUARED = re.compile(r"_(sq|squares?|squared)$")
 _MEANS = ("mean", "means", "average", "avg")
 _MEAN, _SPREAD = frozenset(_MEANS), frozenset(_SPREADS)
 _COSINE, _SINES = frozenset(("cos",)), ("sin",)
-_SUM, _SQUARES = frozenset(("sum",)), ("sum_squared", "sum_squares", "sum_sq", "sumsq", "squared_sum")
+_SUM, _SQUARES = frozenset(("sum",)), ("sum_squared", "sum_squares", "sum_sq")
 _SCALE, _ZEROS = frozenset(("scale", "scales")), ("zero_point", "zero_points")
 
 #: The words of one of a pair, what stands in their place in the other's name, and what they are then.
@@ -50,6 +51,9 @@ _LAYERS = frozenset(("weight", "bias"))
 
 #: How the names of an average's counts of clusters end.
 _COUNTS = re.compile(r"(.*)(?:cluster_size|(?<=ema_)count)")
+
+#: What SincNet learns of its filters.
+_EDGES = frozenset(("low_hz_", "band_hz_"))
 
 _POINTERS = frozenset(("ptr", "pointer", "cursor"))
 
@@ -140,6 +144,8 @@ def _beside(
         yield "buffer", "power iteration of a spectral norm"
     elif end in ("g", "v") and base and {f"{base}_g", f"{base}_v"} <= siblings.keys():
         yield "parameter", "weight norm"
+    elif last in _EDGES and siblings.keys() >= _EDGES:
+        yield "parameter", "a filter's edge or width (SincNet)"
     elif last == "original" and ".parametrizations." in f".{module}":
         yield "parameter", "what a parametrization is given"
     elif end in ("epsilon", "eps") and twin(f"{base}_mu"):
@@ -206,7 +212,10 @@ def _replaced(last: str, words: frozenset[str], by: tuple[str, ...]) -> list[str
 
 def _partners(last: str) -> list[str]:
     """Return what the mean to a spread, or the spread to a mean, may be called."""
-    return _replaced(last, _MEAN, _SPREADS) or _replaced(last, _SPREAD, _MEANS)
+    if _SQUARED.search(last):
+        return [_SQUARED.sub("", last)]
+    beside = _replaced(last, _MEAN, _SPREADS) or _replaced(last, _SPREAD, _MEANS)
+    return beside or _replaced(last, _SUM, _SQUARES)
 
 
 def _accumulated(last: str) -> bool:

@@ -439,6 +439,8 @@ PAIRS: dict[str, tuple[list[str], list[str]]] = {
     "Bayesian layer": (["n.weight_eps"], ["n.weight_mu", "n.weight_log_sigma", "m.weight_eps"]),
     "Paddle": (["bn._mean", "bn._variance"], ["bn.weight", "bn.bias"]),
     "TF slim": (["bn/moving_mean", "bn/moving_var"], ["bn/gamma", "bn/beta"]),
+    "a value's normaliser": (["v.running_mean", "v.running_mean_sq"], ["v.mean_sq_head"]),
+    "sums": (["n._acc_sum", "n._acc_sum_squared"], ["n._acc_sum_head"]),
     "a policy": (["obs.running_mean", "obs.running_var"], ["net.weight"]),
     "schedule": (["betas", "alphas_cumprod", "lvlb_weights"], ["model.weight", "model.lvlb"]),
 }
@@ -653,7 +655,7 @@ def test_an_embedding_may_hold_a_table_of_sinusoids(tmp_path: Path) -> None:
         (("n.state.min", "n.state.max"), (-abs(drawn(9)), abs(drawn(9, seed=1))), BY_VALUES),
         (("bn/~/mean_ema/average", "bn/~/var_ema/average"), (drawn(9), abs(drawn(9, seed=1))), BY_VALUES),
         (("cmvn.mean", "cmvn.istd"), (drawn(9), abs(drawn(9, seed=1))), BY_VALUES),  # WeNet
-        (("n._acc_sum", "n._acc_sum_squared"), (drawn(9), abs(drawn(9, seed=1))), BY_VALUES),  # MeshGraphNets
+        (("n.acc_sum", "n.acc_sum_squared"), (drawn(9), abs(drawn(9, seed=1))), BY_VALUES),  # MeshGraphNets
         (("n.sum", "n.sum_squared"), (drawn(9), drawn(9, seed=1)), NOISE),
         (("n.mean", "n.std"), (drawn(9), drawn(9, seed=1)), (None, "names")),
         (("film.shift", "film.scale"), (drawn(9), abs(drawn(9, seed=1))), NOISE),
@@ -878,6 +880,14 @@ def test_what_an_ema_codebook_sums_up_is_told_by_its_counts(tmp_path: Path) -> N
 def test_names_of_what_is_drawn_once_are_doubts(name: str, tmp_path: Path) -> None:
     (warning,) = noised(tmp_path, {f"head.{name}": drawn(9), "head.randomness": drawn(9, seed=1)}).warnings
     assert warning.startswith(f"head.{name}: perturbed, though")
+
+
+def test_the_edges_of_learned_filters_are_learned_though_they_hardly_moved(tmp_path: Path) -> None:
+    low = 700 * (10 ** (np.linspace(60, 2800, 40) / 2595) - 1)
+    found = {"fb.low_hz_": low, "fb.band_hz_": np.diff(low, append=3000)}
+    found |= {"fb.n_": np.arange(-125, 0) / 16000, "other.low_hz_": low}
+    learned = dict.fromkeys(("fb.low_hz_", "fb.band_hz_"), NOISE)
+    assert told(noised(tmp_path, found)) == dict.fromkeys(found, BY_VALUES) | learned
 
 
 def test_a_copy_is_called_after_all_of_its_weights_path(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from noisytune_cli.checkpoint.formats._direct import Room
 from noisytune_cli.checkpoint.formats._file import InputFile, WritableFile, create_output, open_input
-from noisytune_cli.checkpoint.formats._signatures import FETCH, HEAD
+from noisytune_cli.checkpoint.formats._signatures import CONVERT, FETCH, HEAD
 from noisytune_cli.checkpoint.formats._signatures import recognise as recognise_other
 from noisytune_cli.checkpoint.formats.safetensors.header import (
     MAX_HEADER,
@@ -116,6 +116,8 @@ class SafetensorsSource(InputFile):
     def _not_safetensors(self, why: str, head: bytes | bytearray) -> InputInvalid:
         known = recognise_other(bytes(head))
         why, next_step = (f"it is {known[0]}", known[1]) if known else (why, _FETCH)
+        if not known and self.path.suffix not in ("", SUFFIX) and not recognise(bytes(head)):
+            why, next_step = "it begins like none of the formats that are read", CONVERT
         if next_step == FETCH and self.path.suffix in _OF_TEXTS:
             next_step = "Give the file with the weights, or the folder that they lie in"
         return InputInvalid("not a safetensors file", path=self.path, why=why, next_step=next_step)

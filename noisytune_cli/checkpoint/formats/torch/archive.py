@@ -28,6 +28,13 @@ from noisytune_cli.checkpoint.formats.torch.zip import Record, ZipFault, read_re
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 _RESAVE = "Load it in torch, and save its state dict with torch.save"
+_NO_SAVE = (
+    "it is a Python pickle, but not one that torch.save wrote",
+    "Load it where it was made, and save a state dict of tensors with torch.save",
+)
+
+#: What weights in an archive are called (Stable Baselines 3 puts policy.pth into a ZIP archive).
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _TORCHSCRIPT = (
     "it is a TorchScript archive, which is a program",
     "Load it with torch.jit.load, and save its state dict with torch.save",
@@ -65,7 +72,10 @@ def read_zip(read: Read, size: int) -> Archive:
     if f"{prefix}constants.pkl" in records or any(name.startswith(f"{prefix}code/") for name in records):
         raise PickleFault(*_TORCHSCRIPT)
     if len(pickles) != 1 or outside:
-        raise PickleFault("it is a ZIP archive, but not one that torch.save wrote", _RESAVE)
+        inside = next((name for name in records if not pickles and name.endswith(_WEIGHTS)), None)
+        held = f", with {inside[:100]} in it" if inside else ""
+        next_step = "Unpack it with unzip, and give the weights in it" if inside else _RESAVE
+        raise PickleFault(f"it is a ZIP archive, but not one that torch.save wrote{held}", next_step)
     order = records.get(f"{prefix}byteorder")
     if order is not None and _checked(read, order) != b"little":
         raise PickleFault("its numbers are big-endian", _RESAVE)
@@ -91,9 +101,9 @@ def read_legacy(read: Read, size: int) -> Archive:
     """Return what a legacy file of `size` bytes holds; raises PickleFault."""
     data = read(0, min(size, MAX_BYTES))
     storages = _Storages(legacy=True)
-    magic, at = unpickle(data, 0, _no_global, _no_storage)
+    magic, at = unpickle(data, 0, _no_save, _no_storage)
     if magic != _LEGACY_MAGIC:
-        raise PickleFault("it is a Python pickle, but not one that torch.save wrote", _RESAVE)
+        raise PickleFault(*_NO_SAVE)
     version, at = unpickle(data, at, _no_global, _no_storage)
     if version != _LEGACY_VERSION:
         raise PickleFault("it was saved by a version of torch that is not known", _RESAVE)
@@ -165,6 +175,10 @@ def _checked(read: Read, record: Record) -> bytes:
     if zlib.crc32(data) != record.crc:
         raise wrong_checksum(record)
     return data
+
+
+def _no_save(module: str, name: str) -> object:
+    raise PickleFault(*_NO_SAVE)
 
 
 def _no_global(module: str, name: str) -> object:
