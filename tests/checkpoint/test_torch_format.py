@@ -223,8 +223,17 @@ def trained() -> dict[str, Any]:
             "anything": trained(),
             "rng_state": torch.ones(9),
         },
+        lambda state: {
+            "model": state,
+            "exp_avg_sq": {"a.weight": torch.ones(3, 3)},
+            "adam": {"v": {"a.weight": torch.ones(3, 3)}},
+            "grads": {"a.weight": torch.ones(3, 3)},
+            "train_metrics": {"f1": torch.ones(3)},
+            "history": {"lr": torch.ones(9)},
+            "replay_buffer": {"obs": torch.ones(9, 4)},
+        },
     ],
-    ids=["bare", "state_dict", "model", "module", "nested", "lightning", "training"],
+    ids=["bare", "state_dict", "model", "module", "nested", "lightning", "training", "by hand"],
 )
 def test_the_model_is_found_and_the_rest_is_carried_over(tmp_path: Path, around: Any) -> None:
     bare, _ = perturbed(tmp_path / "bare.pt", state_dict())

@@ -141,7 +141,8 @@ def _averages(tensors: Sequence[TensorSpec], same: Mapping[str, str]) -> dict[st
     copies: dict[tuple[str, ...], list[tuple[tuple[str, ...], TensorSpec]]] = {}
     inside = set()
     for tensor in tensors:
-        may_be = _EMA in tensor.shown or any(word in tensor.shown for word in _AVERAGED)
+        shown = tensor.shown.lower()
+        may_be = _EMA in shown or any(word in shown for word in _AVERAGED)
         container, rest = _split(tuple(tensor.shown.split("."))) if may_be else ((), ())
         if container:
             copies.setdefault(container, []).append((rest, tensor))
@@ -190,12 +191,12 @@ def _is_average(module: str) -> bool:
     """Say whether a module or dictionary is called an average of a model."""
     from noisytune_cli.checkpoint.formats.torch.state_dict import is_model  # few files have such containers
 
-    words = module.split("_")
+    words = module.lower().split("_")
     return _EMA in words or (not _AVERAGED.isdisjoint(words) and is_model(_without_average(module)))
 
 
 def _without_average(module: str) -> str:
-    return "_".join(word for word in module.split("_") if word != _EMA and word not in _AVERAGED)
+    return "_".join(word for word in module.split("_") if word.lower() not in (_EMA, *_AVERAGED))
 
 
 def _follow(

@@ -294,6 +294,7 @@ def test_a_loss_beside_the_models_is_shown_and_judged_by_its_path(tmp_path: Path
         # NanoDet and icefall, whose averages may be in float64.
         ({"avg_model.a.0.weight": "model.a.0.weight"}, {"model.a.0.weight"}),
         ({"model_avg.a.0.weight": "model.a.0.weight"}, {"model.a.0.weight"}),
+        ({"netG_EMA.a.0.weight": "netG.a.0.weight"}, {"netG.a.0.weight"}),
         # mmcv, whose copies are buffers of the model, and imagen-pytorch, whose averages are a list.
         ({"ema_a_conv_0_weight": "a.conv.0.weight"}, {"a.conv.0.weight"}),
         ({"module.ema_a_0_weight": "module.a.0.weight"}, {"module.a.0.weight"}),

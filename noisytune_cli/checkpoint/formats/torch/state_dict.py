@@ -55,14 +55,16 @@ _MODELS = re.compile(r"(model_)?state(_dict)?|(model|net|network|module|params)(
 #: What else it keeps, by what its key holds and by the whole of it: never descended into.
 _OPTIMIZER = re.compile(r"optim(?!al|ism|us|ized)")
 _TRAINING = re.compile(
-    r"callbacks|loops|criterion|(train_)?(loss|losses)|train(er|ing)?_state|data_?loader.*", re.DOTALL
+    r"callbacks|loops|criterion|(train_)?(loss|losses)|train(er|ing)?_state|data_?loader.*"
+    r"|exp_avg(_sq)?|grads|gradients|adamw?(_state)?|replay_buffer",
+    re.DOTALL,
 )
 
 #: What sign languages are written in.
 _NO_LOSSES = frozenset(("gloss", "glosses"))
 
 #: So are these, unless there is a matrix in them: an upsampler or a resampler is a model.
-_WITHOUT_MATRICES = ("sched", "scaler", "scaling", "rng", "sampler")
+_WITHOUT_MATRICES = ("sched", "scaler", "scaling", "rng", "sampler", "metrics", "history")
 
 #: An optimizer's state where a state dict was flattened before it was saved.
 _FLAT_TRAINING = re.compile(r"(chained_\d+\.)?optim(izer)?\.(state|param_groups)\..*", re.DOTALL)
