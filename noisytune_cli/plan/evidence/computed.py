@@ -63,7 +63,7 @@ _LONGEST_LINE = 4096
 _SLACK = 3
 
 #: In how many bits whole numbers have to lack a fraction that would show.
-_NO_CHANCE = 24
+_NO_CHANCE = 12
 
 #: By how much of it the length of (cosine, sine) may differ: both may have been rounded to BF16.
 _SAME_LENGTH = 0.01

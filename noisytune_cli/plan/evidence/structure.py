@@ -25,7 +25,7 @@ PairKind = Literal["spread", "range", "angle"]
 #: What the spread beside a mean is called.
 _SPREADS = (
     *("var", "variance", "std", "stddev", "stdev", "vars", "variances", "stds"),
-    *("invstd", "inv_std", "istd", "rstd", "mean_sq", "mean_square", "mean_squared"),
+    *("invstd", "inv_std", "istd", "rstd", "mean_sq", "mean_square", "mean_squared", "M2"),
 )
 _SQUARED = re.compile(r"_(sq|squares?|squared)$")
 _MEANS = ("mean", "means", "average", "avg")
@@ -40,6 +40,9 @@ _PAIRS: tuple[tuple[frozenset[str], tuple[str, ...], PairKind], ...] = (
     (_SUM, _SQUARES, "spread"),
     (frozenset(("min",)), ("max",), "range"),
     (frozenset(("low",)), ("high",), "range"),
+    (frozenset(("lower",)), ("upper",), "range"),
+    (frozenset(("lb",)), ("ub",), "range"),
+    (frozenset(("q01",)), ("q99",), "range"),
     (_COSINE, _SINES, "angle"),
 )
 

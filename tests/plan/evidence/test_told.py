@@ -537,6 +537,7 @@ COMPUTED: dict[str, NDArray[Any]] = {
     "lattice": np.indices((4, 3, 5)).reshape(3, -1).T / 4,
     "powers": (np.arange(24) / 24) ** np.arange(4)[:, None],
     "powers up to one": (np.arange(24) / 24) ** np.arange(2)[:, None],
+    "few counts": np.array([71.0, 94, 66, 38, 81, 120, 67, 77, 53, 18, 22]),
     "counts": np.floor(9 * np.abs(drawn(300))),
     "resolutions": np.floor(16 * 1.38 ** np.arange(16)),
     "channels first": np.moveaxis(sinusoids(12, 16)[_GRID], 2, 0).transpose(0, 2, 1).reshape(32, 12, 12),
@@ -657,6 +658,10 @@ def test_an_embedding_may_hold_a_table_of_sinusoids(tmp_path: Path) -> None:
         (("bn/~/mean_ema/average", "bn/~/var_ema/average"), (drawn(9), abs(drawn(9, seed=1))), BY_VALUES),
         (("cmvn.mean", "cmvn.istd"), (drawn(9), abs(drawn(9, seed=1))), BY_VALUES),  # WeNet
         (("n.acc_sum", "n.acc_sum_squared"), (drawn(9), abs(drawn(9, seed=1))), BY_VALUES),  # MeshGraphNets
+        (("n.mean", "n.M2"), (drawn(9), abs(drawn(9, seed=1))), BY_VALUES),
+        (("pinn.lb", "pinn.ub"), (-abs(drawn(9)), abs(drawn(9, seed=1))), BY_VALUES),
+        (("x.q01", "x.q99"), (-abs(drawn(9)), abs(drawn(9, seed=1))), BY_VALUES),
+        (("x.lower", "x.upper"), (drawn(9), drawn(9, seed=1)), NOISE),
         (("n.sum", "n.sum_squared"), (drawn(9), drawn(9, seed=1)), NOISE),
         (("n.mean", "n.std"), (drawn(9), drawn(9, seed=1)), (None, "names")),
         (("film.shift", "film.scale"), (drawn(9), abs(drawn(9, seed=1))), NOISE),
