@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from noisytune_cli.study.report import wording
+from noisytune_cli.study.report.appendix import drift_table
 from noisytune_cli.study.report.markdown import table
 from noisytune_cli.study.report.plots import PLOTS, over_tasks
 from noisytune_cli.study.report.report import unlearnt
@@ -35,6 +36,7 @@ NAMES = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "rte"
 
 PAIR = ("plain", "noisytune")
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
+METHODS = (*PAIR, "r3f", "r4f", "mixout", "recadam", "neftune", "swa", "weightnoise")
 COMBINED = ("mixout", "noisytune+mixout", "recadam", "noisytune+recadam")
 
 
@@ -103,6 +105,9 @@ def tables() -> dict[str, str]:
         "kinds": lambda: _each(results("pairs/cola", *PAIR, every_kind=True), "noise", "plain", "with it"),
         "combinations": lambda: _combinations(results("pairs/cola", "plain", *COMBINED)),
         "shares": lambda: _shares(results("pairs/cola", *PAIR, shares=SHARES)),
+        "methods": lambda: _methods(results("pairs/cola", *METHODS)),
+        "change of norms": lambda: drift_table(results("pairs/cola", *METHODS), "norm_change"),
+        "norms of the change": lambda: drift_table(results("pairs/cola", *METHODS), "change_norm"),
     }
     return {f"studies: {name}": make() + "\n" for name, make in made.items()}
 
@@ -142,6 +147,20 @@ def _shares(one: Results) -> str:
     return _compared(
         ("training rows", "plain", "noisytune"),
         [((str(rows[entry["share"]]), *_sides(one, entry)), entry) for entry in ordered],
+    )
+
+
+def _methods(one: Results) -> str:
+    """Return the table of a study's methods against plain, with what each costs."""
+    found = {entry["name"]: entry for entry in one["conditions"]}
+
+    def cells(name: str) -> list[str]:
+        accuracy, cost = found[name]["dev"]["accuracy"], found[name]["cost"]["relative"]
+        return [name, wording.spread(accuracy), wording.times(cost["forwards"])]
+
+    return _compared(
+        ("method", "accuracy, %", "forward passes", "plain", "with it"),
+        [((*cells(entry["name"]), *_sides(one, entry)), entry) for entry in one["comparisons"]],
     )
 
 
@@ -234,6 +253,7 @@ def _spread(scores: Sequence[float]) -> str:
 def draw_figures() -> None:
     """Draw the page's figures anew."""
     of_cola = {
+        "methods": ("cola-methods", results("pairs/cola", *METHODS)),
         "noise": ("cola-kinds", results("pairs/cola", *PAIR, every_kind=True)),
         "combinations": ("cola-combinations", results("pairs/cola", "plain", *COMBINED)),
         "share": ("cola-shares", results("pairs/cola", *PAIR, shares=SHARES)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from noisytune_cli.study.report import wording
 from noisytune_cli.study.report.markdown import image, table, text
@@ -13,18 +13,8 @@ from noisytune_cli.study.report.results import Results, whole
 
 def drift(results: Results, figure: str | None) -> list[str]:
     """Return how far finetuning moved each kind of parameter, both ways of measuring it."""
-    entries = [entry for entry in whole(results) if entry["reported"] and entry["drift"]]
-    if not entries:
+    if not _measured(results):
         return []
-    kinds = list(dict.fromkeys(kind for entry in entries for kind in entry["drift"]))
-
-    def measured(measure: str) -> str:
-        return table(["method", *kinds], [[text(e["name"]), *cells(e["drift"], measure)] for e in entries])
-
-    def cells(found: Mapping[str, Any], measure: str) -> list[str]:
-        # Parameters that are all 0 at the start, as biases can be, have no relative change.
-        return [f"{100 * found[kind][measure]['mean']:.3f}" if kind in found else "" for kind in kinds]
-
     caption = "Relative L1 change of each kind of parameter, with and without noise (lines: std over seeds)"
     return [
         "## Change of the parameters",
@@ -32,11 +22,27 @@ def drift(results: Results, figure: str | None) -> list[str]:
         "finetuned ones, in percent, means over seeds. The change of the L1 norm, "
         "abs(‖w₁‖₁ - ‖w₀‖₁) / ‖w₀‖₁, is what the NoisyTune paper shows; steps in opposite directions cancel "
         "in it:",
-        measured("norm_change"),
+        drift_table(results, "norm_change"),
         "The L1 norm of the change, ‖w₁ - w₀‖₁ / ‖w₀‖₁, is how far the weights went:",
-        measured("change_norm"),
+        drift_table(results, "change_norm"),
         *([image(figure, caption)] if figure else []),
     ]
+
+
+def drift_table(results: Results, measure: Literal["norm_change", "change_norm"]) -> str:
+    """Return how far finetuning moved each kind of parameter, in percent, measured in one way."""
+    entries = _measured(results)
+    kinds = list(dict.fromkeys(kind for entry in entries for kind in entry["drift"]))
+
+    def cells(found: Mapping[str, Any]) -> list[str]:
+        # Parameters that are all 0 at the start, as biases can be, have no relative change.
+        return [f"{100 * found[kind][measure]['mean']:.3f}" if kind in found else "" for kind in kinds]
+
+    return table(["method", *kinds], [[text(e["name"]), *cells(e["drift"])] for e in entries])
+
+
+def _measured(results: Results) -> list[dict[str, Any]]:
+    return [entry for entry in whole(results) if entry["reported"] and entry["drift"]]
 
 
 def probe(results: Results) -> list[str]:
