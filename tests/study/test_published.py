@@ -102,12 +102,19 @@ def test_tables_hold_what_each_is_about(studies: Any) -> None:
     assert together.splitlines()[2].startswith("| mixout | 41.00 ± 1.58 | 42.40 ± 1.52 |")
     shares = [line.split(" | ")[0] for line in tables["studies: shares"].splitlines()[2:]]
     assert shares == ["| 200", "| 1000"]
+    methods = [line.split(" | ") for line in tables["studies: methods"].splitlines()[2:]]
+    assert [row[0] for row in methods if row[0] != ""] == ["| noisytune", "| mixout", "| recadam"]
+    assert methods[0][2:5] == ["×1.00", "41.00 ± 1.58", "42.40 ± 1.52"]
+    for measure in ("change of norms", "norms of the change"):
+        rows = tables[f"studies: {measure}"].splitlines()[2:]
+        assert [row.split(" | ")[0] for row in rows] == ["| plain", "| noisytune"]
 
 
 def test_figures_are_drawn(studies: Any, tmp_path: Path) -> None:
     studies.draw_figures()
     drawn = {path.stem: path.read_bytes()[:4] for path in (tmp_path / "figures").iterdir()}
-    assert set(drawn) == {"cola-kinds", "cola-combinations", "cola-shares", "cola-drift", "tasks"}
+    of_cola = {f"cola-{name}" for name in ("methods", "kinds", "combinations", "shares", "drift")}
+    assert set(drawn) == {*of_cola, "tasks"}
     assert set(drawn.values()) == {b"\x89PNG"}
 
 
