@@ -32,6 +32,7 @@ from noisytune_cli.errors import (
     NoisytuneError,
     OutputUnsafe,
     ResourceExhausted,
+    UsageError,
 )
 from noisytune_cli.records import Combination, NoiseSpec
 
@@ -445,7 +446,7 @@ def test_what_is_no_repo_id_never_reaches_the_hub(hub: Hub, text: str) -> None:
     assert not is_repo_id(text)
     with pytest.raises(NoisytuneError) as caught:
         open_checkpoint(text)
-    assert isinstance(caught.value, InputUnreadable)
+    assert isinstance(caught.value, InputUnreadable if text else UsageError)
     assert hub.requests == []
 
 
