@@ -69,7 +69,7 @@ def any_finite(dtype: str, count: int, rng: np.random.Generator) -> Tensor:
 #: name -> a tensor of some dtype; the values of several, drawn one after the other, are averaged.
 DRAWN: dict[str, Callable[[str, np.random.Generator], Tensor]] = {
     "weights": lambda dtype, rng: weights(dtype, 200, seed=int(rng.integers(1 << 32))),
-    "ties": lambda dtype, rng: numbers(dtype, *rng.integers(-9, 10, 200).tolist()),
+    "ties": lambda dtype, rng: numbers(dtype, *(rng.integers(-9, 10, 200) / 8).tolist()),
     "any": lambda dtype, rng: any_finite(dtype, 200, rng),
     "largest": lambda dtype, rng: numbers(dtype, *[LARGEST[dtype]] * 3, *[-LARGEST[dtype]] * 3),
     "cancel": lambda dtype, rng: numbers(

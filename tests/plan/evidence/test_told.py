@@ -169,10 +169,10 @@ def test_weights_that_deepspeed_keeps_elsewhere_are_refused(tmp_path: Path) -> N
         pickled(tmp_path, {"module": module, "param_shapes": shapes})
 
 
-@pytest.mark.parametrize("wrong", ["gate.usage", 7, None, [["gate.usage"], 3, {}], {"x": 1}])
+@pytest.mark.parametrize("wrong", ["gate.level", 7, None, [["gate.level"], 3, {}], {"x": 1}])
 def test_lists_of_another_kind_say_nothing(wrong: Any, tmp_path: Path) -> None:
-    content = {"module": tensors(**{"gate.usage": (9,)}), "param_shapes": wrong, "shared_params": wrong}
-    assert told(pickled(tmp_path, content | {"buffer_names": wrong})) == {"gate.usage": NOISE}
+    content = {"module": tensors(**{"gate.level": (9,)}), "param_shapes": wrong, "shared_params": wrong}
+    assert told(pickled(tmp_path, content | {"buffer_names": wrong})) == {"gate.level": NOISE}
 
 
 @pytest.mark.parametrize("joint", [".", "/"])
