@@ -213,6 +213,7 @@ def test_an_empty_name_of_a_source_is_told(words: tuple[str, ...], source: Path)
 
 
 def test_a_study_knows_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers", reason="a study needs the extra [study]")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m").mkdir()
