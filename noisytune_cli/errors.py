@@ -228,9 +228,8 @@ def exhausted(error: OSError | MemoryError) -> ResourceExhausted:
             why="the process may not have more",
             next_step="Raise the limit (ulimit -v), or use fewer --threads",
         )
-    if (
-        isinstance(error, FileNotFoundError) and error.filename is None
-    ):  # it alone is asked for without a name
+    # The current directory alone is asked for without a name.
+    if isinstance(error, FileNotFoundError) and error.filename is None:
         return ResourceExhausted(
             "the current directory is gone",
             why="it was removed or replaced",

@@ -27,7 +27,6 @@ from noisytune_cli.cli.options import (
     Weights,
     number,
 )
-from noisytune_cli.errors import UsageError
 
 
 def inspect(
@@ -145,6 +144,7 @@ def inspect(
         numbers,
         parse_split,
         read_components,
+        refuse_given,
     )
     from noisytune_cli.commands import inspect as command
     from noisytune_cli.engine.threads import default_threads
@@ -153,11 +153,12 @@ def inspect(
     kind = format_of(None if output_format is None else output_format.value, out, as_json=as_json)
     choose_strength({"--lambda": lam, "--sigma": sigma})
     single = {"--format html": kind == "html", "--plot": plot, "--histogram": histogram}
-    if len(sources) > 1 and (unfit := next((option for option, given in single.items() if given), None)):
-        raise UsageError(
-            f"{unfit} and {len(sources)} checkpoints",
-            why="it shows one",
-            next_step="Run once for each, or set two side by side with noisytune compare",
+    if len(sources) > 1:
+        refuse_given(
+            single,
+            f"{len(sources)} checkpoints",
+            "it shows one",
+            "Run once for each, or set two side by side with noisytune compare",
         )
     check_reads_values(headers_only, {"--percentiles": percentiles, "--histogram": histogram, "--plot": plot})
     if out is not None:
@@ -174,16 +175,16 @@ def inspect(
             "--exclude": exclude,
             "--split": split,
             "--sort": sort != "name",
-            "--limit": limit is not None,
+            "--limit": limit,
             "--percentiles": percentiles,
             "--raw": raw,
         }
-        if unfit := next((option for option, given in table.items() if given), None):
-            raise UsageError(
-                f"{unfit} and --histogram",
-                why="it is of the table of all tensors, and the histogram is of one",
-                next_step="Leave one of them out",
-            )
+        refuse_given(
+            table,
+            "--histogram",
+            "it is of the table of all tensors, and the histogram is of one",
+            "Leave one of them out",
+        )
         from noisytune_cli.cli import show_histogram
         from noisytune_cli.commands import histogram as counting
 

@@ -55,14 +55,22 @@ def check_out(out: str) -> None:
         )
 
 
+def refuse_given(options: Mapping[str, object], beside: str | None, why: str, next_step: str) -> None:
+    """Raise UsageError for the first of options, by name, that is given, where it means nothing.
+
+    That may be `beside` something else that is given. None, False and an empty list are no option given.
+    """
+    for option, value in options.items():
+        if not (value is None or value is False or value == []):
+            what = option if beside is None else f"{option} and {beside}"
+            raise UsageError(what, why=why, next_step=next_step)
+
+
 def check_reads_values(headers_only: bool, of_values: Mapping[str, object]) -> None:
     """Raise UsageError for `--headers-only` with one of the options, by name, that show values of weights."""
-    if headers_only and (unfit := next((option for option, given in of_values.items() if given), None)):
-        raise UsageError(
-            f"{unfit} and --headers-only",
-            why="it shows values of weights, and none are read",
-            next_step="Leave one of them out",
-        )
+    if headers_only:
+        why = "it shows values of weights, and none are read"
+        refuse_given(of_values, "--headers-only", why, "Leave one of them out")
 
 
 def check_report(out: str) -> None:

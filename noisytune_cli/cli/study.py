@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
@@ -347,7 +347,7 @@ def study(
       noisytune study ./bert --task rte --data ./glue --choose -o ./study-lambda
     """
     from noisytune_cli.cli import show, show_study
-    from noisytune_cli.cli.parse import check_out, format_of, numbers, read_seeds, words
+    from noisytune_cli.cli.parse import check_out, format_of, numbers, read_seeds, refuse_given, words
     from noisytune_cli.cli.study_page import NAME, study_page
     from noisytune_cli.study import study as command
     from noisytune_cli.study.journal import write_durably
@@ -361,24 +361,25 @@ def study(
     methods = _once(words("--method", method))
     if not lora:
         adapters = {"--lora-rank": lora_rank, "--lora-alpha": lora_alpha, "--lora-dropout": lora_dropout}
-        _refuse_unused(adapters, "it is of adapters, and all weights are trained", "Add --lora")
+        refuse_given(adapters, None, "it is of adapters, and all weights are trained", "Add --lora")
     if not any("noisytune" in one.split("+") for one in methods):
-        _refuse_unused(
+        refuse_given(
             {"--lambda": lam, "--noise": noise, "--scope": scope},
+            None,
             "it is of noisytune, which is none of the methods",
             "Add noisytune to --method; constants of the others are set by --set METHOD.KEY=VALUE",
         )
     holds = ({"noisytune", name} <= set(one.split("+")) for one in methods for name in ("mixout", "recadam"))
     if anchor is _Anchor.noised and not any(holds):
-        _refuse_unused(
+        refuse_given(
             {"--anchor noised": anchor},
+            None,
             "no method holds on to weights that noisytune has changed",
             "Add noisytune+mixout or noisytune+recadam to --method, or leave it out",
         )
     if train and dev and not probe:
-        _refuse_unused(
-            {"--data": data}, "the rows are those of --train and --dev", "Leave it out, or the two others"
-        )
+        why = "the rows are those of --train and --dev"
+        refuse_given({"--data": data}, None, why, "Leave it out, or the two others")
     request = command.StudyRequest(
         model=model,
         out=os.path.expanduser(out),
@@ -454,12 +455,6 @@ def study(
 def _home(path: str | None) -> str | None:
     """Return a path with a leading `~` as the home directory: a shell leaves that of --data=~/glue."""
     return None if path is None else os.path.expanduser(path)
-
-
-def _refuse_unused(given: Mapping[str, object], why: str, next_step: str) -> None:
-    """Raise UsageError for an option, by name, that no run would heed."""
-    if unused := next((option for option, value in given.items() if value is not None), None):
-        raise UsageError(unused, why=why, next_step=next_step)
 
 
 def _once(values: Iterable[_T]) -> tuple[_T, ...]:

@@ -258,9 +258,11 @@ def percents(option: str, given: object) -> tuple[float, ...]:
 
 def count(option: str, given: object) -> int | None:
     """Return how many there may be, None where no limit is given."""
-    if given is not None and _whole(option, given) < 1:
+    if given is None:
+        return None
+    if (number := _whole(option, given)) < 1:
         raise _wrong(option, given, "a whole number from 1 on")
-    return None if given is None else _whole(option, given)
+    return number
 
 
 def _strength(option: str, given: object) -> float:

@@ -392,6 +392,7 @@ def check_outcomes(
     """Raise if nothing is perturbed: UsageError where the user's filters caused it, else InputInvalid.
 
     λ = 0 is a request for no noise, not an error. To be asked of the plan, and again of the receipts.
+    `advice` is the next step of the first error, and of the second.
     """
     counts: Counter[Reason | None] = Counter()
     for action, reason in outcomes:

@@ -120,8 +120,8 @@ def study(
         seeds=Seeds(request.seeds, request.init_seed, request.order_seed, request.noise_seed),
         settings=settings,
     )
-    for run in runs:
-        combine(run.method, run.options).check(request.recipe.learning_rate)
+    for method in request.methods:
+        combine(method, settings).check(request.recipe.learning_rate)
     data = read_data(task, train, dev)
     split = split_rows(
         len(data.train), train_rows=request.train_rows, held_out=request.held_out, seed=request.data_seed

@@ -167,16 +167,17 @@ def _averages(tensors: Sequence[TensorSpec], same: Mapping[str, str]) -> dict[st
 
 
 def _split(parts: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the modules down to the one called EMA, and what is below it.
+    """Return the modules down to the one called an average, and what is below it; nothing where none is.
 
-    There are none below a numbered layer, where it is one's part; one of a list of averages is an average.
+    Each of a list of averages is one (`ema.0.ema_model.w`). A buffer that the model keeps itself is called
+    after all of its weight's path (`ema_layer_w`). What is called so below a numbered layer is its part.
     """
     for i, part in enumerate(parts[: _WRAPPERS + 1]):
         if part.isdecimal():
             break
         if i == len(parts) - 1:
-            joined = part.removeprefix(_EMA)
-            return ((*parts[:i], _EMA), (joined,)) if joined[:1] == "_" and joined != part else ((), ())
+            path = part.removeprefix(f"{_EMA}_")
+            return ((*parts[:i], _EMA), (f"_{path}",)) if path != part else ((), ())
         if _is_average(part):
             end = i + 1
             while end < len(parts) - 1 and (
