@@ -12,9 +12,9 @@ from noisytune_cli.errors import InputInvalid, Mismatch
 from noisytune_cli.memory.sharded import LocalTensor
 from noisytune_cli.memory.tensors import LiveTensor, first_bytes, same_bytes
 from noisytune_cli.plan.arguments import in_python, make_spec
-from noisytune_cli.plan.evidence.computed import Values
 from noisytune_cli.plan.evidence.doubts import warning_of, warning_of_averages
 from noisytune_cli.plan.evidence.told import Told, tell, with_values
+from noisytune_cli.plan.evidence.values import Values
 from noisytune_cli.plan.patterns import check_matched, match_names
 from noisytune_cli.plan.plan import check_not_empty, confirm_ties, make_plan, too_strong
 from noisytune_cli.plan.settle import find_computed

@@ -20,6 +20,7 @@ from noisytune_cli.checkpoint.formats import Source
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.plan.evidence import computed
 from noisytune_cli.plan.evidence.told import Told, ask_model, with_values
+from noisytune_cli.plan.evidence.values import Values
 from noisytune_cli.plan.plan import confirm_ties, names_included
 from noisytune_cli.plan.ties import split_tie
 from noisytune_cli.records import Plan, TensorSpec, Tie
@@ -47,7 +48,7 @@ def look_at_values(
         wanted = {*names, *itertools.chain(*pairs)}
         plan = replace(plan, steps=tuple(step for step in plan.steps if step.tensor.name in wanted))
 
-    def values_of(tensor: TensorSpec) -> computed.Values:
+    def values_of(tensor: TensorSpec) -> Values:
         from noisytune_cli.noise.stream import values
 
         size = FLOAT_DTYPES[tensor.dtype]
@@ -65,7 +66,7 @@ def look_at_values(
 
 
 def find_computed(
-    plan: Plan, told: Told, values_of: Callable[[TensorSpec], computed.Values]
+    plan: Plan, told: Told, values_of: Callable[[TensorSpec], Values]
 ) -> tuple[dict[str, str], set[str]]:
     """Return the names whose values were computed, each with what shows it, and those left no doubt of.
 

@@ -24,7 +24,8 @@ from noisytune_cli.commands.perturb import Perturbed, Request, perturb, plan_per
 from noisytune_cli.commands.replay import replay
 from noisytune_cli.commands.verify import verify
 from noisytune_cli.errors import InputInvalid
-from noisytune_cli.plan.evidence.computed import Values, look
+from noisytune_cli.plan.evidence.computed import look
+from noisytune_cli.plan.evidence.values import Values
 from noisytune_cli.records import Conversion, NoiseSpec, TensorSpec
 
 Told = dict[str, tuple[str | None, str | None]]
