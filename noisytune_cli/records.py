@@ -311,14 +311,15 @@ class Receipt(Outcome):
 
     Digests are `blake3:HEX` over the stored bytes; empty where the noise was added in memory. A tensor whose
     `parts` had a std each is perturbed if any of them is; std, amplitude and range are then theirs and None
-    here, the counts are sums. `zeros` of a sparse source's values are 0; no manifest has it.
+    here, the counts are sums. `faint` of the source's values are 0, or next to it beside their std, if a good
+    part is; no manifest has it.
     """
 
     step: Step
     source_digest: str
     digest: str
     parts: tuple[PartReceipt, ...] = ()
-    zeros: int = field(default=0, compare=False)
+    faint: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

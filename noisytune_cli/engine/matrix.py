@@ -8,7 +8,7 @@ are what one output makes of them: it adds to each its own noise, and leaves the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -36,6 +36,9 @@ from noisytune_cli.records import (
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+#: What part of its matrix's std a value is that noise nearly makes another one.
+_FAINT = 30
 
 #: The most parts that exact sums are kept of at a time: those of one are 128 KiB.
 EXACT_AT_ONCE = 64
@@ -225,23 +228,33 @@ class Outcomes:
         return receipt_of(self._step, done, source_digest, digest)
 
 
+def faint_below(noise: NoiseSpec, stds: Iterable[float | None]) -> float:
+    """Return up to which size values are faint beside noise of these stds; 0 where none is their own.
+
+    At λ 0.15 that is less than the noise's std (λ/√12 of theirs). Of a normal distribution 3 % are so small;
+    half are where a few extreme values make the std, such as those that forbid a transition (-10000).
+    """
+    return 0.0 if noise.scope == "global" else min(filter(None, stds), default=0.0) / _FAINT
+
+
 def warnings_of(receipts: Sequence[Receipt]) -> list[str]:
     """Say which tensors the noise could not reach, or hardly; a line for each kind, not for each tensor."""
     broken = [r.step.tensor.name for r in receipts if r.reason == "non-finite" and not r.parts]
     broken += [
         f"{r.step.tensor.name}[{p.part.name}]" for r in receipts for p in r.parts if p.reason == "non-finite"
     ]
-    sparse = [r.step for r in receipts if r.action == "perturb" and r.zeros * 2 >= r.step.tensor.elements]
+    faint = [r.step for r in receipts if r.action == "perturb" and r.faint * 2 >= r.step.tensor.elements]
     numb = [r.step for r in receipts if r.unchanged * 2 > r.step.tensor.elements]
     warnings = []
     if broken:
         warnings.append(
             f"{enumerate_some(broken, 3)}: left without noise, because of values that are NaN or infinite"
         )
-    if sparse:
-        names = enumerate_some([step.tensor.name for step in sparse], 3)
+    if faint:
+        names = enumerate_some([step.tensor.name for step in faint], 3)
         warnings.append(
-            f"{names}: half of the values or more were 0 and have noise now; --exclude keeps pruned weights"
+            f"{names}: half of the values or more were 0, or less than a thirtieth of their std, and have "
+            "noise now; --exclude keeps pruned weights, and those whose std a few extreme values make"
         )
     if numb:
         dtypes = "/".join(sorted({step.out_dtype or step.tensor.dtype for step in numb}))

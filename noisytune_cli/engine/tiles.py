@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 #: Elements from which a run is worth a call of its own: below, the call costs more than what it does.
 _LONG = 4096
 
-#: Neighbours that are looked at to see whether a tile may be sparse.
+#: Neighbours that are looked at to see whether a tile may have many faint values.
 _RUN = 64
 
 
@@ -200,13 +200,22 @@ def _values(memory: memoryview, dtype: str) -> NDArray[Any]:
     return np.frombuffer(memory, np.dtype(f"u{FLOAT_DTYPES[dtype]}"))
 
 
-def zeros(data: memoryview, dtype: str) -> int:
-    """Return how many of a tile's values are 0 (or -0), if a good part of them is; else 0.
+def faint(data: memoryview, dtype: str, limit: float) -> int:
+    """Return how many of a tile's values are within ±`limit` (0: are 0 or -0), if a good part is; else 0.
 
-    A few runs of neighbours tell: counting all takes as long as reading them, and few tensors are sparse.
+    A few runs of neighbours tell: counting all takes as long as reading them, and few tensors have many.
     """
-    bits = np.frombuffer(data, f"u{FLOAT_DTYPES[dtype]}")
-    few = np.concatenate([bits[at : at + _RUN] for at in (0, len(bits) // 2, max(0, len(bits) - _RUN))]) << 1
-    if 4 * np.count_nonzero(few) > 3 * len(few):
+    bits = _values(data, dtype)
+    # Without their signs, stored numbers are in the order of their bits.
+    bound = _magnitude(limit, dtype)
+    few = np.concatenate([bits[at : at + _RUN] for at in (0, len(bits) // 2, max(0, len(bits) - _RUN))])
+    if 4 * np.count_nonzero(few << 1 <= bound) < len(few):
         return 0
-    return len(bits) - int(np.count_nonzero(bits << 1))
+    return int(np.count_nonzero(bits << 1 <= bound))
+
+
+def _magnitude(value: float, dtype: str) -> int:
+    """Return the bits of a positive number without the sign, as the upper ones of their width."""
+    if dtype == "BF16":
+        return int(np.float32(value).view(np.uint32)) >> 16 << 1
+    return int(np.dtype(reference.STORED[dtype]).type(value).view(f"u{FLOAT_DTYPES[dtype]}")) << 1

@@ -22,7 +22,15 @@ from blake3 import blake3
 from noisytune_cli.checkpoint.formats import Sink, Source
 from noisytune_cli.dtypes import FLOAT_DTYPES, LARGEST
 from noisytune_cli.engine import tiles
-from noisytune_cli.engine.matrix import EXACT_AT_ONCE, UNMEASURED, Counts, Matrices, Outcomes, Spread
+from noisytune_cli.engine.matrix import (
+    EXACT_AT_ONCE,
+    UNMEASURED,
+    Counts,
+    Matrices,
+    Outcomes,
+    Spread,
+    faint_below,
+)
 from noisytune_cli.engine.threads import Pool, Task, TileLoop, Worker
 from noisytune_cli.errors import InputInvalid
 from noisytune_cli.noise.devices import Device
@@ -224,10 +232,10 @@ class TensorWalk:
         self.matrices = Matrices(walk.device, self.tensor, steps[0].matrices)
         self._buffer: memoryview | None = None
         self._source_hash = blake3()
-        self._zeros = 0
+        self._faint = [0] * len(self._tiles)
         # Of what is only done again nobody is warned.
         is_new = not outputs[0].recorded and any(step.action == "perturb" for step in steps)
-        self._counts_zeros = is_new and len(self.tensor.shape) > 1
+        self._counts_faint = is_new and len(self.tensor.shape) > 1
         self.receipts: tuple[Receipt, ...] = ()
 
     def measure_and_write(self, worker: Worker) -> None:
@@ -266,16 +274,21 @@ class TensorWalk:
             one.check_range(self._source)
         source_digest = f"blake3:{self._source_hash.hexdigest()}"
         receipts = (one.receipt(source_digest) for one in written)
-        self.receipts = tuple(replace(one, zeros=self._zeros) if self._zeros else one for one in receipts)
+        faint = sum(self._faint)
+        self.receipts = tuple(replace(one, faint=faint) if faint else one for one in receipts)
 
     def _write(self, worker: Worker, again: bool = False) -> list[_Written]:
         written = [
             _Written(output, self._index, spreads)
             for output, spreads in zip(self._outputs, self.spreads, strict=True)
         ]
-        work = TileLoop(
-            len(self._tiles), lambda worker, index: self._write_tile(worker, work, index, written, again)
-        )
+        stds = [spread.std for spread in self.spreads[0] if spread is not None]
+        limit = faint_below(self._outputs[0].plan.noise, stds) if self._counts_faint else None
+
+        def tile(worker: Worker, index: int) -> None:
+            self._write_tile(worker, work, index, written, limit, again)
+
+        work = TileLoop(len(self._tiles), tile)
         self._do(work, worker)
         return written
 
@@ -306,11 +319,22 @@ class TensorWalk:
         return spreads
 
     def _write_tile(
-        self, worker: Worker, work: TileLoop, index: int, written: Sequence[_Written], again: bool
+        self,
+        worker: Worker,
+        work: TileLoop,
+        index: int,
+        written: Sequence[_Written],
+        limit: float | None,
+        again: bool,
     ) -> None:
-        """Write a tile to every output; each has a turn of its own, so that threads follow one another."""
+        """Write a tile to every output; each has a turn of its own, so that threads follow one another.
+
+        Values within ±`limit` are counted before they get noise.
+        """
         data = self._buffer_tile(index) if self._buffer is not None else self._read(worker, index)
         first, _ = self._tiles[index]
+        if limit is not None:
+            self._faint[index] = tiles.faint(data, self.tensor.dtype, limit)
         if not (self.is_measured or again):  # otherwise it was looked at already
             self._look_at(work, index, data)
         for lane, one in enumerate(written, start=1):
@@ -327,11 +351,9 @@ class TensorWalk:
                 self._walk.progress(len(data))
 
     def _look_at(self, work: TileLoop, index: int, data: memoryview) -> None:
-        """Take a tile of the source into its digest, and count the zeros that noise will replace."""
-        zeros = tiles.zeros(data, self.tensor.dtype) if self._counts_zeros else 0
+        """Take a tile of the source into its digest."""
         with work.in_turn(index):
             self._source_hash.update(data)
-            self._zeros += zeros
 
     def _divide(self, offset: int, units: Sequence[int]) -> list[tuple[int, int]]:
         """Return (first element, elements) of each tile; `units` are the bytes of an element in each output.

@@ -84,4 +84,4 @@ def receipts_of(parameter: Parameter) -> list[Receipt]:
     """Return what was done, once for each name of a parameter."""
     outcomes = [matrix.outcome for matrix in parameter.matrices if matrix.outcome is not None]
     receipts = [receipt_of(step, outcomes) for step in parameter.steps]
-    return [replace(receipt, zeros=parameter.zeros) for receipt in receipts] if parameter.zeros else receipts
+    return [replace(receipt, faint=parameter.faint) for receipt in receipts] if parameter.faint else receipts

@@ -68,13 +68,16 @@ def exact_sums(part: LocalTensor) -> NDArray[np.int64]:
     return sums
 
 
-def zeros(part: LocalTensor) -> int:
-    """Return how many values of a part are 0, as `tiles.zeros` finds them; 0 where they lie not flat here."""
+def faint(part: LocalTensor, limit: float) -> int:
+    """Return how many values of a part are within ±`limit`, as `tiles.faint` finds them.
+
+    0 where they lie not flat here.
+    """
     values = part.values
     if not values.numel() or not _is_flat_here(values):
         return 0
     dtype = operations.NAMES[values.dtype]
-    return sum(tiles.zeros(data, dtype) for data, _ in tiles_of(values.view(-1)))
+    return sum(tiles.faint(data, dtype, limit) for data, _ in tiles_of(values.view(-1)))
 
 
 def begin_noise(doses: Sequence[Dose], threads: int | None = None) -> Callable[[], list[tuple[int, int]]]:

@@ -57,15 +57,15 @@ class Matrix:
 class Parameter:
     """One parameter: a step for each of its names, and its matrices.
 
-    `target` is where it is written with its noise, None where it lies. `zeros` is how many of its values
-    were 0 before the noise, if a good part of them was (pruned weights lose them); else 0.
+    `target` is where it is written with its noise, None where it lies. `faint` is how many of its values
+    were 0 before the noise, or next to it beside their std, if a good part of them was; else 0.
     """
 
     live: LiveTensor
     steps: tuple[Step, ...]
     matrices: list[Matrix] = field(default_factory=list)
     target: LocalTensor | None = None
-    zeros: int = 0
+    faint: int = 0
 
     @property
     def is_divided(self) -> bool:

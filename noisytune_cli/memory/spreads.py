@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from noisytune_cli.engine.matrix import UNMEASURED, Spread, outcome_of
+from noisytune_cli.engine.matrix import UNMEASURED, Spread, faint_below, outcome_of
 from noisytune_cli.memory import in_place, matrices
 from noisytune_cli.memory.ahead import SumsAhead
 from noisytune_cli.memory.plan import Matrix, Parameter
@@ -35,7 +35,7 @@ class Spreads:
         self._here: dict[_Key, list[Moments]] = {}
         self._whole: dict[_Key, list[Moments]] = {}
         self._finite: dict[_Key, bool] = {}
-        self._zeros: dict[str, int] = {}
+        self._faint: dict[tuple[str, float], int] = {}
         self._stds: dict[tuple[_Key, ...], tuple[float, bool]] = {}
 
     def settle(self, parameters: Sequence[Parameter], noise: NoiseSpec) -> None:
@@ -56,14 +56,19 @@ class Spreads:
             spreads = {key: UNMEASURED for key in wanted if self._finite[key]}
         for key, (parameter, matrix) in wanted.items():
             matrix.outcome = outcome_of(noise, parameter.steps[0], matrix.part, spreads.get(key))
-            parameter.zeros = self._zeros_of(parameter)
+        for parameter in {id(parameter): parameter for parameter, _ in wanted.values()}.values():
+            parameter.faint = self._faint_of(parameter, noise)
 
-    def _zeros_of(self, parameter: Parameter) -> int:
-        """Return how many values of a parameter are 0, if it is sparse: pruned weights are matrices."""
-        name, held = parameter.steps[0].tensor.name, parameter.live.held
-        if name not in self._zeros:
-            self._zeros[name] = in_place.zeros(held) if held.values.dim() > 1 else 0
-        return self._zeros[name]
+    def _faint_of(self, parameter: Parameter, noise: NoiseSpec) -> int:
+        """Return how many values of a parameter are 0, or next to it beside their std: a matrix's alone."""
+        held = parameter.live.held
+        if held.values.dim() < 2:
+            return 0
+        stds = [matrix.outcome.std for matrix in parameter.matrices if matrix.outcome is not None]
+        key = parameter.steps[0].tensor.name, faint_below(noise, stds)
+        if key not in self._faint:
+            self._faint[key] = in_place.faint(held, key[1])
+        return self._faint[key]
 
     def leave_broken(self, parameters: Sequence[Parameter]) -> None:
         """Leave matrices as they are whose outcome is known, and whose values are not all finite here."""

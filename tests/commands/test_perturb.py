@@ -219,3 +219,24 @@ def test_warns_of_a_matrix_that_was_sparse(dtype: str, noise: NoiseSpec, tmp_pat
     request = Request(str(tmp_path / "in.safetensors"), replace(noise, exclude=("excluded",)))
     done = perturb(request, str(tmp_path / "out.safetensors"))
     assert [warning.split(":")[0] for warning in done.warnings if "were 0" in warning] == ["pruned"]
+
+
+@pytest.mark.parametrize("noise", [NoiseSpec(), NoiseSpec(0.1, scope="absolute"), NoiseSpec(scope="global")])
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "F64"])
+def test_warns_of_a_std_that_a_few_extreme_values_make(dtype: str, noise: NoiseSpec, tmp_path: Path) -> None:
+    def transitions(tags: int, forbidden: float) -> Tensor:
+        # Of a CRF: none to the start, none from the end.
+        scores = np.random.default_rng(tags).normal(size=(tags, tags))
+        scores[0], scores[:, 1] = forbidden, forbidden
+        return Tensor(dtype, numbers(dtype, *scores.ravel()).values.reshape(tags, tags))
+
+    tensors: Tensors = {
+        "few": transitions(7, -10000.0),
+        "many": transitions(700, -10000.0),  # in several tiles
+        "mild": transitions(12, -100.0),
+        "soft": transitions(12, -1.0),
+    }
+    save(tmp_path / "in.safetensors", tensors)
+    done = perturb(Request(str(tmp_path / "in.safetensors"), noise), str(tmp_path / "out.safetensors"))
+    told = [warning.split(":")[0] for warning in done.warnings if "a few extreme values" in warning]
+    assert told == (["few, many, mild"] if noise.scope == "matrix" else [])

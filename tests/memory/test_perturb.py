@@ -150,11 +150,16 @@ def test_a_norm_is_of_the_kind_that_it_is_on_disk(names: str | None, tmp_path: P
         (
             {"a": torch.randn(12, 12).triu(4)},
             {"sigma": 0.1},
-            "a: half of the values or more were 0 .*; exclude= keeps pruned",
+            "a: half of the values or more were 0, .*; exclude= keeps pruned",
+        ),
+        (
+            {"a": torch.randn(12, 12).index_fill(0, torch.tensor([3]), -10000.0)},
+            {"lam": 0.1},
+            "a: .* or less than a thirtieth of their std, .* exclude= keeps pruned",
         ),
         ({}, {"lam": 15}, r"λ 15 gives noise with 4\.33 times the weights' std"),
     ],
-    ids=["unchanged", "broken", "pruned", "strong"],
+    ids=["unchanged", "broken", "pruned", "extreme", "strong"],
 )
 def test_what_the_noise_does_not_reach_is_warned_of(
     tensors: dict[str, Any], options: dict[str, Any], words: str
