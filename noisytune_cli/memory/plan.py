@@ -16,7 +16,7 @@ from noisytune_cli.plan.evidence.doubts import warning_of, warning_of_averages
 from noisytune_cli.plan.evidence.told import Told, tell, with_values
 from noisytune_cli.plan.evidence.values import Values
 from noisytune_cli.plan.patterns import check_matched, match_names
-from noisytune_cli.plan.plan import check_not_empty, confirm_ties, make_plan, too_strong
+from noisytune_cli.plan.plan import check_not_empty, confirm_ties, make_plan, no_matrices, too_strong
 from noisytune_cli.plan.settle import find_computed
 from noisytune_cli.plan.ties import split_tie
 from noisytune_cli.records import (
@@ -107,7 +107,7 @@ def plan_parameters(
             confirmed += split_tie(tie, _contents(tie, live_of, compare=not is_module))
     plan = confirm_ties(plan, confirmed)
     check_not_empty(plan, path=source, advice=WHERE_NOTHING_IS_PERTURBED)
-    doubts = (*warning_of(plan), *warning_of_averages(plan, told.buffers))
+    doubts = (*warning_of(plan), *warning_of_averages(plan, told.buffers), *no_matrices(plan))
     steps = {step.tensor.name: step for step in plan.steps}
     return [_planned(r, tuple([steps[name] for name in r.names])) for r in live_tensors], doubts
 

@@ -172,9 +172,18 @@ def test_what_the_noise_does_not_reach_is_warned_of(
     assert record.warnings == (str(caught[0].message),) == kept.set(**options).warnings
 
 
-def test_a_doubt_is_told_once_of_a_population_and_is_in_its_records() -> None:
-    tensors = {"w": torch.randn(9, 9), "b.mean": torch.rand(9)}
-    words = r"b\.mean: perturbed, though .* to keep it: exclude='b\.mean'"
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"b.mean": torch.rand(9)}, r"b\.mean: perturbed, though .* to keep it: exclude='b\.mean'"),
+        ({"c": torch.randn(9, 9, dtype=torch.complex64)}, "c: complex numbers, which get no noise"),
+    ],
+    ids=["doubt", "complex"],
+)
+def test_what_the_plan_warns_of_is_told_once_of_a_population_and_is_in_its_records(
+    tensors: dict[str, Any], words: str
+) -> None:
+    tensors = {"w": torch.randn(9, 9), **tensors}
     with pytest.warns(NoisytuneWarning, match=words) as caught:
         population = noisytune_cli.Population(tensors)
     assert [warning.filename for warning in caught] == [__file__]
