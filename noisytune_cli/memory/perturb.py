@@ -165,6 +165,9 @@ def perturb_(
             f"the model was loaded from {escape(str(name))}, whose manifest tells of noise or of an average: "
             "this noise comes on top; again=True says that it is meant",
         )
+    planned = warnings_for(doubts, spec, ())
+    for warning in planned:  # before anything is changed, for whoever has warnings raised
+        warnings.warn(warning, NoisytuneWarning, stacklevel=3)
     begun = []
     spreads = Spreads(count, ahead)
     for batch in batches(parameters, spec, ahead):
@@ -183,7 +186,7 @@ def perturb_(
         note_seeds(tensor, before | seeds)
     in_order = tuple([receipt for parameter in parameters for receipt in receipts[id(parameter)]])
     told = warnings_for(doubts, spec, in_order)
-    for warning in told:
+    for warning in told[len(planned) :]:
         warnings.warn(warning, NoisytuneWarning, stacklevel=3)
     return Manifest("noisytune", __version__, source, spec, in_order, warnings=told)
 

@@ -197,6 +197,16 @@ def test_what_the_plan_warns_of_is_told_once_of_a_population_and_is_in_its_recor
     assert caught[0].filename == __file__
 
 
+def test_a_warning_of_the_plan_that_is_raised_leaves_the_model_as_it_was() -> None:
+    tensors = {"w": torch.randn(9, 9), "b.mean": torch.rand(9)}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NoisytuneWarning)
+        with pytest.raises(NoisytuneWarning, match=r"b\.mean"):
+            noisytune_cli.perturb_(tensors)
+    assert all(torch.equal(tensors[name], before[name]) for name in before)
+
+
 def test_equal_bytes_of_a_known_pair_are_a_tie_in_a_state_dict_only() -> None:
     table = torch.randn(20, 4)
     pair = {"model.embed_tokens.weight": table.clone(), "lm_head.weight": table.clone()}
