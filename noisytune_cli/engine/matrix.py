@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-#: What part of its matrix's std a value is that noise nearly makes another one.
-_FAINT = 30
+#: A value of less than this part of its matrix's std is drowned by the noise.
+_FAINT = 1 / 30
 
 #: The most parts that exact sums are kept of at a time: those of one are 128 KiB.
 EXACT_AT_ONCE = 64
@@ -234,7 +234,7 @@ def faint_below(noise: NoiseSpec, stds: Iterable[float | None]) -> float:
     At λ 0.15 that is less than the noise's std (λ/√12 of theirs). Of a normal distribution 3 % are so small;
     half are where a few extreme values make the std, such as those that forbid a transition (-10000).
     """
-    return 0.0 if noise.scope == "global" else min(filter(None, stds), default=0.0) / _FAINT
+    return 0.0 if noise.scope == "global" else min(filter(None, stds), default=0.0) * _FAINT
 
 
 def warnings_of(receipts: Sequence[Receipt]) -> list[str]:
