@@ -94,7 +94,7 @@ STUDIES: dict[str, Study] = {
     **{f"cola-{figure}-10-seeds": _cola(*options, seeds=10) for figure, options in FIGURES.items()},
     "cola-methods-10-seeds": _cola(*ALL, seeds=10),
     **_rounds("stsb", 10),
-    "cola-lambda": _cola(*PAIR[:2], "--lambda", "0.05,0.1,0.15,0.2"),
+    "cola-lambda-10-seeds": _cola(*PAIR[:2], "--choose", seeds=10),
     **{
         f"mpnet-{task}-10-seeds": Study(task, PAIR, 10, f"mpnet-{task}", "mpnet")
         for task in ("cola", "mrpc", "rte")

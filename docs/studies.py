@@ -36,6 +36,7 @@ NAMES = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "rte"
 
 PAIR = ("plain", "noisytune")
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
+LAMBDAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 METHODS = (*PAIR, "r3f", "r4f", "mixout", "recadam", "neftune", "swa", "weightnoise")
 COMBINED = ("mixout", "noisytune+mixout", "recadam", "noisytune+recadam")
 
@@ -56,11 +57,15 @@ def take(out: Path) -> None:
 
 
 def results(
-    folder: str, *methods: str, shares: Sequence[float] = (1.0,), every_kind: bool = False
+    folder: str,
+    *methods: str,
+    shares: Sequence[float] = (1.0,),
+    lambdas: Sequence[float] = (0.15,),
+    every_kind: bool = False,
 ) -> dict[str, Any]:
-    """Return a study's results as if it were of these methods and shares alone.
+    """Return a study's results as if it were of these methods, shares and λ alone.
 
-    noisytune's λ is 0.15, and its noise uniform with a std for each matrix, or of `every_kind`.
+    noisytune's noise is uniform with a std for each matrix, or of `every_kind`.
     """
     study = json.loads((STUDIES / folder / "study.json").read_bytes())
     lines = (STUDIES / folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()
@@ -70,7 +75,7 @@ def results(
         for run in map(json.loads, lines)
         if run["method"] in methods
         and run["share"] in shares
-        and run["lambda"] in (None, 0.15)
+        and run["lambda"] in (None, *lambdas)
         and (every_kind or (run["noise"], run["scope"]) in usual)
     ]
     return summarise({**study, "design": runs}, runs)
@@ -105,6 +110,7 @@ def tables() -> dict[str, str]:
         "kinds": lambda: _each(results("pairs/cola", *PAIR, every_kind=True), "noise", "plain", "with it"),
         "combinations": lambda: _combinations(results("pairs/cola", "plain", *COMBINED)),
         "shares": lambda: _shares(results("pairs/cola", *PAIR, shares=SHARES)),
+        "lambda": _lambdas,
         "methods": lambda: _methods(results("pairs/cola", *METHODS)),
         "change of norms": lambda: drift_table(results("pairs/cola", *METHODS), "norm_change"),
         "norms of the change": lambda: drift_table(results("pairs/cola", *METHODS), "change_norm"),
@@ -148,6 +154,22 @@ def _shares(one: Results) -> str:
         ("training rows", "plain", "noisytune"),
         [((str(rows[entry["share"]]), *_sides(one, entry)), entry) for entry in ordered],
     )
+
+
+def _lambdas() -> str:
+    """Return the table of each λ against plain, with the scores on the held-out rows that choose one."""
+    searched = results("pairs/cola", *PAIR, lambdas=LAMBDAS)
+    primary = searched["study"]["primary"]
+    rows = []
+    for condition in searched["conditions"]:
+        if condition["lambda"] is None:
+            continue
+        one = results("pairs/cola", *PAIR, lambdas=(condition["lambda"],))
+        (entry,) = one["comparisons"]
+        held_out = wording.spread(condition["held_out"][primary])
+        name = wording.strength(condition["lambda"]) + " (chosen)" * condition["reported"]
+        rows.append(((name, held_out, *_sides(one, entry)), entry))
+    return _compared(("λ", "held-out rows", "plain", "with it"), rows)
 
 
 def _methods(one: Results) -> str:
@@ -257,9 +279,11 @@ def draw_figures() -> None:
         "noise": ("cola-kinds", results("pairs/cola", *PAIR, every_kind=True)),
         "combinations": ("cola-combinations", results("pairs/cola", "plain", *COMBINED)),
         "share": ("cola-shares", results("pairs/cola", *PAIR, shares=SHARES)),
+        "lambda": ("cola-lambda", results("pairs/cola", *PAIR, lambdas=LAMBDAS)),
         "drift": ("cola-drift", results("pairs/cola", *PAIR)),
     }
     wanted = [(name, one, PLOTS[plot][0]) for plot, (name, one) in of_cola.items()]
+    wanted.append(("mpnet-cola", results("mpnet-cola", *METHODS), PLOTS["methods"][0]))
     wanted.append(("tasks", summarise_tasks(_learnt(pairs("MiniLM"))), over_tasks))
     with tempfile.TemporaryDirectory() as folder:
         for name, one, plot in wanted:

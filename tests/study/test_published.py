@@ -102,6 +102,11 @@ def test_tables_hold_what_each_is_about(studies: Any) -> None:
     assert together.splitlines()[2].startswith("| mixout | 41.00 ± 1.58 | 42.40 ± 1.52 |")
     shares = [line.split(" | ")[0] for line in tables["studies: shares"].splitlines()[2:]]
     assert shares == ["| 200", "| 1000"]
+    lambdas = tables["studies: lambda"].splitlines()[2:]
+    assert lambdas[0].startswith(
+        f"| 0.15 (chosen) | 50.00 ± 0.00 | 41.00 ± 1.58 | 42.40 ± 1.52 | {change} | 0.375 |"
+    )
+    assert lambdas[1].startswith("| 0.3 | 50.00 ± 0.00 | 41.00 ± 1.58 | 41.00 ± 1.58 | +0.00 [")
     methods = [line.split(" | ") for line in tables["studies: methods"].splitlines()[2:]]
     assert [row[0] for row in methods if row[0] != ""] == ["| noisytune", "| mixout", "| recadam"]
     assert methods[0][2:5] == ["×1.00", "41.00 ± 1.58", "42.40 ± 1.52"]
@@ -113,8 +118,8 @@ def test_tables_hold_what_each_is_about(studies: Any) -> None:
 def test_figures_are_drawn(studies: Any, tmp_path: Path) -> None:
     studies.draw_figures()
     drawn = {path.stem: path.read_bytes()[:4] for path in (tmp_path / "figures").iterdir()}
-    of_cola = {f"cola-{name}" for name in ("methods", "kinds", "combinations", "shares", "drift")}
-    assert set(drawn) == {*of_cola, "tasks"}
+    of_cola = {f"cola-{name}" for name in ("methods", "kinds", "combinations", "shares", "lambda", "drift")}
+    assert set(drawn) == {*of_cola, "mpnet-cola", "tasks"}
     assert set(drawn.values()) == {b"\x89PNG"}
 
 
