@@ -111,6 +111,7 @@ def tables() -> dict[str, str]:
         "combinations": lambda: _combinations(results("pairs/cola", "plain", *COMBINED)),
         "shares": lambda: _shares(results("pairs/cola", *PAIR, shares=SHARES)),
         "lambda": _lambdas,
+        "methods of MPNet": lambda: _methods(results("mpnet-cola", *METHODS)),
         "methods": lambda: _methods(results("pairs/cola", *METHODS)),
         "change of norms": lambda: drift_table(results("pairs/cola", *METHODS), "norm_change"),
         "norms of the change": lambda: drift_table(results("pairs/cola", *METHODS), "change_norm"),

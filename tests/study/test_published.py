@@ -110,6 +110,8 @@ def test_tables_hold_what_each_is_about(studies: Any) -> None:
     methods = [line.split(" | ") for line in tables["studies: methods"].splitlines()[2:]]
     assert [row[0] for row in methods if row[0] != ""] == ["| noisytune", "| mixout", "| recadam"]
     assert methods[0][2:5] == ["×1.00", "41.00 ± 1.58", "42.40 ± 1.52"]
+    (of_mpnet,) = tables["studies: methods of MPNet"].splitlines()[2:]
+    assert of_mpnet.startswith("| noisytune | 75.00 ± 0.00 | ×1.00 | 41.00 ± 1.58 | 42.40 ± 1.52 |")
     for measure in ("change of norms", "norms of the change"):
         rows = tables[f"studies: {measure}"].splitlines()[2:]
         assert [row.split(" | ")[0] for row in rows] == ["| plain", "| noisytune"]
