@@ -159,6 +159,7 @@ def _shares(one: Results) -> str:
 
 def _lambdas() -> str:
     """Return the table of each λ against plain, with the scores on the held-out rows that choose one."""
+    # A study compares the λ that is chosen with plain, and no other: so each is a study of its own, too.
     searched = results("pairs/cola", *PAIR, lambdas=LAMBDAS)
     primary = searched["study"]["primary"]
     rows = []

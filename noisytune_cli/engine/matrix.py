@@ -232,7 +232,8 @@ def faint_below(noise: NoiseSpec, stds: Iterable[float | None]) -> float:
     """Return up to which size values are faint beside noise of these stds; 0 where none is their own.
 
     At λ 0.15 that is less than the noise's std (λ/√12 of theirs). Of a normal distribution 3 % are so small;
-    half are where a few extreme values make the std, such as those that forbid a transition (-10000).
+    half are where a few extreme values make the std, such as those that forbid a transition (-10000). Of
+    several matrices the smallest std counts, so that none is faint beside another's.
     """
     return 0.0 if noise.scope == "global" else min(filter(None, stds), default=0.0) * _FAINT
 

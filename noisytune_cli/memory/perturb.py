@@ -108,7 +108,9 @@ def perturb_(
     noise of the same seed from an earlier call, and were not written to since, are refused without `again`.
 
     What noise could not reach, or hardly (a NaN inside, more than half of the values as rounding left them),
-    is a NoisytuneWarning, as is noise that is stronger than the weights.
+    is a NoisytuneWarning, and so is what it may have spoilt: a matrix that is half zeros, or whose std a few
+    extreme values make, and noise that is stronger than the weights. What needs no look at values is warned
+    of before anything is changed.
 
     The record has no digests; `unchanged` and `clamped` of a sharded parameter count the elements held here.
     All processes that share sharded parameters must call this alike. Raises UsageError, InputInvalid or
