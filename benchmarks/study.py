@@ -66,9 +66,9 @@ def _rounds(tasks: str, *seeds: int) -> dict[str, Study]:
     return {f"{tasks}-{count}-seeds": Study(tasks, PAIR, count, folder) for count in seeds}
 
 
-def _cola(*options: str, seeds: int = 5) -> Study:
-    # Beside the pairs, whose plain runs are theirs too.
-    return Study("cola", options, seeds, "pairs/cola")
+def _beside(task: str, *options: str, seeds: int = 5) -> Study:
+    # In the folder of the pairs, whose plain runs are theirs too.
+    return Study(task, options, seeds, f"pairs/{task}")
 
 
 #: In the order in which they are carried out: what plain and noisytune do on tasks in which plain learns
@@ -76,13 +76,13 @@ def _cola(*options: str, seeds: int = 5) -> Study:
 #: methods have the same seeds.
 STUDIES: dict[str, Study] = {
     **_rounds("cola,sst2", 5),
-    "cola-methods-5-seeds": _cola(*ALL),
+    "cola-methods-5-seeds": _beside("cola", *ALL),
     "mpnet-cola-5-seeds": Study("cola", PAIR, 5, "mpnet-cola", "mpnet"),
     **_rounds("cola,sst2", 10),
     **_rounds("stsb", 5),
     # DENI comes after the figures: it costs as much as some four plain runs.
-    **{f"cola-{figure}-5-seeds": _cola(*options) for figure, options in FIGURES.items()},
-    "cola-deni-5-seeds": _cola("--method", "plain,deni"),
+    **{f"cola-{figure}-5-seeds": _beside("cola", *options) for figure, options in FIGURES.items()},
+    "cola-deni-5-seeds": _beside("cola", "--method", "plain,deni"),
     "sst2-deni-lora-5-seeds": Study("sst2", ("--method", "plain,deni", *LORA), 5, "lora/sst2"),
     **_rounds("wnli", 5),
     **_rounds("mrpc", 5),
@@ -91,10 +91,12 @@ STUDIES: dict[str, Study] = {
     "cola-probe-5-seeds": Study(
         "cola", ("--method", "plain,r3f,noisytune", *PAIR[2:], "--probe", "sst2"), 5, "probe/cola"
     ),
-    **{f"cola-{figure}-10-seeds": _cola(*options, seeds=10) for figure, options in FIGURES.items()},
-    "cola-methods-10-seeds": _cola(*ALL, seeds=10),
+    **{f"cola-{figure}-10-seeds": _beside("cola", *options, seeds=10) for figure, options in FIGURES.items()},
+    "cola-methods-10-seeds": _beside("cola", *ALL, seeds=10),
     **_rounds("stsb", 10),
-    "cola-lambda-10-seeds": _cola(*PAIR[:2], "--choose", seeds=10),
+    **_rounds("mrpc", 10),
+    "sst2-methods-5-seeds": _beside("sst2", *ALL),
+    "cola-lambda-10-seeds": _beside("cola", *PAIR[:2], "--choose", seeds=10),
     **{
         f"mpnet-{task}-10-seeds": Study(task, PAIR, 10, f"mpnet-{task}", "mpnet")
         for task in ("cola", "mrpc", "rte")

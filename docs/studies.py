@@ -167,7 +167,8 @@ def _lambdas() -> str:
         if condition["lambda"] is None:
             continue
         one = results("pairs/cola", *PAIR, lambdas=(condition["lambda"],))
-        (entry,) = one["comparisons"]
+        # The p of the one that is chosen counts in what luck has chosen.
+        (entry,) = (searched if condition["reported"] else one)["comparisons"]
         held_out = wording.spread(condition["held_out"][primary])
         name = wording.strength(condition["lambda"]) + " (chosen)" * condition["reported"]
         rows.append(((name, held_out, *_sides(one, entry)), entry))

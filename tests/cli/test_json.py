@@ -152,11 +152,13 @@ def test_the_results_of_studies_follow_theirs() -> None:
     records = [
         *runs("plain", [0.5, 0.6, 0.7], drift=drift, probe={"task": "rte", "accuracy": 0.6}),
         *runs("noisytune", [0.6, 0.7], lam=0.1),
+        *runs("noisytune", [0.5, 0.7], lam=0.2),
         *runs("mixout", [0.5, 0.6]),
         *runs("noisytune+mixout", [0.5, 0.7], lam=0.1),
     ]
     results = json.loads(json.dumps(summarise(study(records), records[:-1])))
     assert all(results[key] for key in ("comparisons", "combinations", "ensembles", "missing"))
+    assert {one["search"] is None for one in results["comparisons"]} == {True, False}
     Draft202012Validator(SCHEMAS["study"]).validate(results)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import product
+from operator import mul
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -73,6 +74,45 @@ def test_tasks_that_cancel_leave_no_difference() -> None:
     assert method["values"] == [0.0] * 6
     assert (method["mean"], method["higher"], method["p"]) == (0.0, 0, 1.0)
     assert method["excluded_beyond"] is None
+
+
+def test_each_task_chooses_its_lambda_anew_in_a_flip() -> None:
+    # By task, λ and seed: the difference on the dev rows and the score on the held-out ones.
+    tried = {
+        "cola": {
+            0.1: ([0.01, 0.02, -0.03, 0.01, 0.02], [0.31, 0.35, 0.30, 0.34, 0.36]),
+            0.2: ([0.03, 0.01, 0.02, 0.04, -0.01], [0.36, 0.33, 0.35, 0.37, 0.32]),
+        },
+        # Its last seed is not compared, but has chosen.
+        "rte": {
+            0.1: ([0.02, 0.02, 0.01, 0.03, 0.01, 0.05], [0.40, 0.44, 0.41, 0.43, 0.45, 0.48]),
+            0.2: ([0.01, -0.02, 0.02, 0.01, 0.02, 0.01], [0.41, 0.42, 0.40, 0.44, 0.45, 0.43]),
+        },
+    }
+    studies = []
+    for task, lambdas in tried.items():
+        made = runs("plain", PLAIN[: len(lambdas[0.1][0])])
+        for lam, (by, held_out) in lambdas.items():
+            for record, score in zip(runs("noisytune", PLAIN, lam=lam), held_out, strict=False):
+                record["dev"]["matthews"] += by[record["seed"]]
+                record["held_out"]["matthews"] = score
+                made.append(record)
+        studies.append(summarise(study(made, task=task), made))
+    (method,) = summarise_tasks(studies)["methods"]
+    assert [cell["lambda"] for cell in method["tasks"]] == [0.2, 0.1]
+
+    def mean(signs: tuple[int, ...]) -> float:
+        total = 0.0
+        for lambdas in tried.values():
+            sums = {lam: sum(map(mul, signs, held_out)) for lam, (_, held_out) in lambdas.items()}
+            chosen = min(lam for lam in sums if sums[lam] > max(sums.values()) - 1e-9)
+            total += sum(map(mul, signs[:5], lambdas[chosen][0])) / 10
+        return total
+
+    assert method["mean"] == pytest.approx(mean((1,) * 6))
+    flipped = [mean(signs) for signs in product((1, -1), repeat=6)]
+    tails = (fmean(sign * value >= sign * flipped[0] - 1e-9 for value in flipped) for sign in (1, -1))
+    assert method["p"] == pytest.approx(2 * min(tails))
 
 
 def test_single_tasks_are_adjusted_among_all_of_the_table_and_means_among_the_means() -> None:

@@ -78,6 +78,9 @@ def test_where_lambda_was_chosen_is_told() -> None:
     assert "chosen by the mean score on a held-out part of the training rows" in text
     assert "| noisytune | 0.1 (chosen) | 5 | 30.00 ± 0.00 | 42.00 ± 1.58 |" in text
     assert "| noisytune | 0.2 | 5 | 20.00 ± 0.00 | 43.00 ± 1.58 |" in text
+    assert "somewhat too good. p counts that in: λ is chosen anew in each of the test's flips. Of" in text
+    text = report([*made, run("plain", 5, 0.4), run("noisytune", 5, 0.4, lam=0.1)])
+    assert "p counts that in only where all λ have the seeds that are compared" in text
     for record in made:
         record["held_out"] = None
     text = report(made)

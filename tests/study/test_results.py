@@ -6,9 +6,10 @@ import json
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 
-from noisytune_cli.study.report import results
+from noisytune_cli.study.report import results, statistics
 from noisytune_cli.study.report.report import render, unlearnt
 
 from .records import LABELS, run, runs, study
@@ -189,6 +190,30 @@ def test_the_score_is_reported_at_the_lambda_that_was_chosen_elsewhere() -> None
     assert comparison["lambda"] == 0.2
     assert comparison["mean"] == pytest.approx(0.1)
     assert found["lambda_chosen_on"] == "held_out"
+
+
+def test_p_counts_in_that_luck_chose_lambda() -> None:
+    scores = {0.1: [0.43, 0.40, 0.44, 0.44, 0.42, 0.42], 0.2: [0.43, 0.42, 0.43, 0.42, 0.41, 0.40]}
+    held_out = {0.1: [0.33, 0.34, 0.36, 0.31, 0.32, 0.30], 0.2: [0.31, 0.35, 0.35, 0.31, 0.37, 0.35]}
+    made = runs("plain", [0.4] * 6)
+    for lam in scores:
+        for seed, (dev, chosen) in enumerate(zip(scores[lam], held_out[lam], strict=True)):
+            made.append(run("noisytune", seed, dev, lam=lam, held_out=chosen))
+    (comparison,) = summarise(made)["comparisons"]
+    differences = [[dev - 0.4 for dev in of_seed] for of_seed in zip(*scores.values(), strict=True)]
+    choosing = [list(of_seed) for of_seed in zip(*held_out.values(), strict=True)]
+    assert comparison["lambda"] == 0.2
+    assert comparison["search"]["lambdas"] == [0.1, 0.2]
+    assert comparison["search"]["differences"] == pytest.approx(np.array(differences))
+    assert comparison["search"]["scores"] == choosing
+    assert comparison["p"] == statistics.searched_p([statistics.Search(differences, choosing)])
+    assert comparison["p"] > statistics.permutation_p(comparison["values"])
+    # One λ of which a seed more is there than of the other: what luck chose cannot be told.
+    (comparison,) = summarise([*made, run("plain", 6, 0.4), run("noisytune", 6, 0.4, lam=0.2)])["comparisons"]
+    assert comparison["search"] is None
+    assert comparison["p"] == statistics.permutation_p(comparison["values"])
+    (comparison,) = summarise(made[:12])["comparisons"]  # a single λ
+    assert comparison["search"] is None
 
 
 def test_a_choice_on_the_reported_rows_is_told() -> None:

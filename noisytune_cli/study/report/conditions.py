@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
+import numpy as np
+
 from noisytune_cli.study.combination import drawn_seeds, draws
-from noisytune_cli.study.report.statistics import ROUNDING
+from noisytune_cli.study.report.statistics import best
 
 #: A finished run's record, a line of runs.jsonl.
 Run = Mapping[str, Any]
@@ -172,5 +174,4 @@ def _choose(members: Sequence[Condition], metric: str) -> Family:
     pairs = common_pairs(members)
     # Without a seed in common, as in a study just begun, each λ has its own.
     means = [fmean(member.scores(split, metric, pairs or member.runs)) for member in members]
-    best = [m for m, mean in zip(members, means, strict=True) if mean > max(means) - ROUNDING]
-    return Family(tuple(members), min(best, key=lambda member: member.lam or 0.0), split)
+    return Family(tuple(members), members[int(best(np.asarray(means)))], split)

@@ -69,12 +69,27 @@ def _findings(results: Results) -> list[str]:
     metric = wording.METRICS[results["study"]["primary"]]
     notes = [
         f"Differences are of the {metric} × 100 on the dev rows, means over paired seeds with their 95 % "
-        f"interval. {wording.choice(results['lambda_chosen_on'])}"
+        f"interval. {_choice(results)}"
     ]
     for family, of in zip(families, ("with plain", "of noise added to other methods"), strict=True):
         if weak := wording.power(family):
             notes.append(f"**Comparisons {of}: {weak}**")
     return [bullets(lines), *notes]
+
+
+def _choice(results: Results) -> str:
+    """Return where λ was chosen, and whether p counts in what luck has chosen."""
+    searched = {e["name"] for e in whole(results) if e["lambda_chosen_on"] != "given"}
+    found = [*whole(results, "comparisons"), *whole(results, "combinations")]
+    tests = [entry["search"] is not None for entry in found if entry["name"] in searched]
+    told = [wording.choice(results["lambda_chosen_on"])]
+    if tests and all(tests):
+        told.append("p counts that in: λ is chosen anew in each of the test's flips.")
+    elif tests:
+        told.append(
+            "p counts that in only where all λ have the seeds that are compared; else it is too small."
+        )
+    return " ".join(told)
 
 
 def caveats(results: Results, shown: Callable[[str], str]) -> list[str]:
@@ -191,7 +206,7 @@ def _lambdas(results: Results, figures: Mapping[str, str]) -> list[str]:
     metric = wording.METRICS[primary]
     return [
         "## λ",
-        f"{wording.choice(results['lambda_chosen_on'])} Of equal ones the smallest is taken.",
+        f"{_choice(results)} Of equal ones the smallest is taken.",
         table(["method", "λ", "seeds", f"{metric}, held out", f"{metric}, dev"], rows),
         *_figure(figures, "lambda", "λ against score; λ 0 is plain", searched),
     ]

@@ -25,6 +25,7 @@ from noisytune_cli.study.report.conditions import (
     name_kinds,
     separate_pairs,
 )
+from noisytune_cli.study.report.statistics import Search
 from noisytune_cli.study.report.wording import NO_EVIDENCE
 from noisytune_cli.study.training import metrics
 
@@ -54,8 +55,7 @@ def summarise(study: Mapping[str, Any], runs: Iterable[Run]) -> dict[str, Any]:
     names = name_kinds([*(c.kind for c in conditions), *map(kind_of, planned)])
     primary = str(study["primary"])
     found = families(conditions, primary)
-    reported = [family.chosen for family in found]
-    plain = {c.share: c for c in reported if c.kind.method == "plain"}
+    plain = {f.chosen.share: f.chosen for f in found if f.chosen.kind.method == "plain"}
     return {
         "schema": SCHEMA,
         "study": {key: value for key, value in study.items() if key not in _LEFT_OUT},
@@ -69,11 +69,15 @@ def summarise(study: Mapping[str, Any], runs: Iterable[Run]) -> dict[str, Any]:
             for c in family.conditions
         ],
         "comparisons": _compare(
-            [(c, plain[c.share]) for c in reported if c.share in plain and c.kind.method != "plain"],
+            [
+                (family, plain[family.chosen.share])
+                for family in found
+                if family.chosen.share in plain and family.chosen.kind.method != "plain"
+            ],
             names,
             study,
         ),
-        "combinations": _compare(_noise_added(reported), names, study),
+        "combinations": _compare(_noise_added(found), names, study),
         "ensembles": [
             _ensemble(distinct, condition.share, study)
             for condition in plain.values()
@@ -238,23 +242,28 @@ def _relative(own: Mapping[str, float], plain: Sequence[Run]) -> dict[str, float
     return {m: own[m] / reference[m] for m in own} if all(reference.values()) and reference else None
 
 
-def _noise_added(reported: Sequence[Condition]) -> list[tuple[Condition, Condition]]:
+def _noise_added(found: Sequence[Family]) -> list[tuple[Family, Condition]]:
     """Return each combination with noise beside the method that the noise was added to, where both are there.
 
     Noise alone is no combination: it is compared with plain anyway.
     """
-    without = {(c.kind, c.share): c for c in reported if not c.kind.noisy and c.kind.method != "plain"}
-    places = [(c, (c.kind.without_noise(), c.share)) for c in reported if c.kind.noisy]
-    return [(condition, without[place]) for condition, place in places if place in without]
+    reported = [(family, family.chosen) for family in found]
+    without = {(c.kind, c.share): c for _, c in reported if not c.kind.noisy and c.kind.method != "plain"}
+    places = [(family, (c.kind.without_noise(), c.share)) for family, c in reported if c.kind.noisy]
+    return [(family, without[place]) for family, place in places if place in without]
 
 
 def _compare(
-    couples: Iterable[tuple[Condition, Condition]],
+    couples: Iterable[tuple[Family, Condition]],
     names: Mapping[ConditionKind, str],
     study: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """Return the comparisons of couples that have seeds in common, adjusted among those of one share."""
-    found = [_comparison(one, other, names, study) for one, other in couples if common_pairs((one, other))]
+    found = [
+        _comparison(family, other, names, study)
+        for family, other in couples
+        if common_pairs((family.chosen, other))
+    ]
     for share in {comparison["share"] for comparison in found}:
         judge([comparison for comparison in found if comparison["share"] == share])
     return found
@@ -270,20 +279,14 @@ def judge(together: Sequence[dict[str, Any]]) -> None:
 
 
 def _comparison(
-    one: Condition, other: Condition, names: Mapping[ConditionKind, str], study: Mapping[str, Any]
+    family: Family, other: Condition, names: Mapping[ConditionKind, str], study: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what the runs of two conditions say; pairs that share a run are one, with their mean."""
+    """Return what the runs at the chosen λ and another condition's say; pairs that share a run are one."""
+    one = family.chosen
     groups = separate_pairs((one, other), regression=study["regression"])
     pairs = sum(map(len, groups))
-    differences = [
-        fmean(
-            ours - theirs
-            for ours, theirs in zip(
-                *(side.scores("dev", study["primary"], group) for side in (one, other)), strict=True
-            )
-        )
-        for group in groups
-    ]
+    differences = _differences(one, other, groups, study["primary"])
+    search = _search(family, other, groups, study["primary"])
     return {
         "name": names[one.kind],
         "against": names[other.kind],
@@ -292,19 +295,60 @@ def _comparison(
         "seeds": [list(group[0]) for group in groups],
         "pairs": pairs,
         "left_out": len({*one.runs, *other.runs}) - pairs,
-        **paired(differences),
+        **paired(differences, [] if search is None else [Search(search["differences"], search["scores"])]),
         "smallest_p": statistics.smallest_p(len(differences)),
+        "search": search,
     }
 
 
-def paired(differences: Sequence[float]) -> dict[str, Any]:
-    """Return what paired differences say of their mean; those that are mere rounding are none."""
+def _differences(
+    one: Condition, other: Condition, groups: Iterable[Sequence[Pair]], metric: str
+) -> list[float]:
+    """Return the mean difference of the scores on the dev rows of each group of pairs."""
+    return [
+        fmean(
+            ours - theirs
+            for ours, theirs in zip(
+                *(side.scores("dev", metric, group) for side in (one, other)), strict=True
+            )
+        )
+        for group in groups
+    ]
+
+
+def _search(
+    family: Family, other: Condition, groups: Sequence[Sequence[Pair]], metric: str
+) -> dict[str, Any] | None:
+    """Return each λ's differences and the scores that chose one, by seed; None where none was chosen.
+
+    Nor is it known what luck has chosen where the seeds that chose are not those compared, as in a study that
+    is not finished, or of which one λ has more seeds than the others.
+    """
+    chosen_by = common_pairs(family.conditions)
+    alike = {len(group) for group in groups}
+    if family.chosen_on == "given" or chosen_by != common_pairs((family.chosen, other)) or len(alike) > 1:
+        return None
+    split = family.chosen_on
+    differences = [_differences(one, other, groups, metric) for one in family.conditions]
+    scores = [[fmean(one.scores(split, metric, group)) for group in groups] for one in family.conditions]
+    return {
+        "lambdas": [one.lam for one in family.conditions],
+        "differences": [list(of_seed) for of_seed in zip(*differences, strict=True)],
+        "scores": [list(of_seed) for of_seed in zip(*scores, strict=True)],
+    }
+
+
+def paired(differences: Sequence[float], searches: Sequence[Search] = ()) -> dict[str, Any]:
+    """Return what paired differences say of their mean; those that are mere rounding are none.
+
+    `searches` are those that chose what is compared: p counts them in.
+    """
     differences = [0.0 if abs(value) < statistics.ROUNDING else value for value in differences]
     return {
         **_sample(differences),
         "excluded_beyond": excluded_beyond(differences),
         "higher": sum(difference > 0 for difference in differences),
-        "p": statistics.permutation_p(differences),
+        "p": statistics.searched_p(searches) if searches else statistics.permutation_p(differences),
     }
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,19 @@ RESAMPLES = 9999
 _MOST_FLIPS = 2**16
 
 _SEED = 0
+
+
+class Search(NamedTuple):
+    """Differences at each of K values that were tried with the same n seeds, and scores to choose one by."""
+
+    differences: Sequence[Sequence[float]]  # [n, K]
+    scores: Sequence[Sequence[float]]  # [n, K]
+
+
+def best(means: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Return the place of the best of K mean scores [..., K], the first of those equal but for rounding."""
+    highest = means.max(axis=-1, keepdims=True)
+    return np.asarray((means > highest - ROUNDING).argmax(axis=-1))
 
 
 def moments(values: Sequence[float]) -> tuple[float, float | None]:
@@ -80,18 +94,40 @@ def permutation_p(differences: Sequence[float]) -> float:
 
     Exact up to 16 differences, else from 65,536 random flips.
     """
+    return searched_p([Search([[value] for value in differences], [[0.0]] * len(differences))])
+
+
+def searched_p(searches: Sequence[Search]) -> float:
+    """Return the two-sided p-value of the mean difference at what the best mean scores choose.
+
+    Of several searches with the same seeds the mean is tested. A flip is of all that a seed has, differences
+    and scores, and each search chooses anew in it: so the test counts in what luck has chosen. It assumes
+    that, if nothing that was tried changed anything, all of a seed's differences, on the rows that choose as
+    on those that are reported, would be as likely with the other sign. Exact up to 16 seeds.
+    """
     from scipy import stats
 
-    if len(differences) == 1:
+    seeds = len(searches[0].differences)
+    if seeds == 1:
         return 1.0
-    values = np.asarray(differences, dtype=np.float64)
+    tried = [_rounded(search.differences) for search in searches]
+    choosing = [np.asarray(search.scores, dtype=np.float64) / seeds for search in searches]
     # Differences of scores carry their rounding, by which means that are equal would not tie: so they are
     # compared as multiples of a billionth of the largest, which no difference worth telling is below.
-    unit = np.abs(values).max() or 1.0
+    unit = max(np.abs(differences).max() for differences in tried) or 1.0
+
+    def mean(signs: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+        flips = np.moveaxis(signs, axis, -1)
+        chosen = [
+            np.take_along_axis(flips @ differences, best(flips @ scores)[..., None], axis=-1)
+            for differences, scores in zip(tried, choosing, strict=True)
+        ]
+        return np.asarray((np.mean(chosen, axis=0)[..., 0] / (unit * seeds)).round(9))
+
     return float(
         stats.permutation_test(
-            (values / unit,),
-            _mean,
+            (np.ones(seeds),),
+            mean,
             permutation_type="samples",
             n_resamples=_MOST_FLIPS,
             random_state=np.random.default_rng(_SEED),
@@ -138,8 +174,9 @@ def leave_one_out(predictions: Sequence[Sequence[float]]) -> list[Sequence[Seque
     return [[*predictions[:out], *predictions[out + 1 :]] for out in range(len(predictions))]
 
 
-def _mean(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-    return np.asarray(np.mean(values, axis=axis).round(9))
+def _rounded(differences: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    array = np.asarray(differences, dtype=np.float64)
+    return np.where(np.abs(array) < ROUNDING, 0.0, array)
 
 
 def _majority(votes: Sequence[float]) -> float:

@@ -9,14 +9,15 @@ are adjusted after Holm: those of single tasks among all of the table, those of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from noisytune_cli.study.report import statistics, wording
-from noisytune_cli.study.report.conditions import ConditionKind, kind_of, name_kinds
+from noisytune_cli.study.report.conditions import ConditionKind, Pair, kind_of, name_kinds
 from noisytune_cli.study.report.markdown import bullets, image, table, text
 from noisytune_cli.study.report.results import Results, excluded_beyond, judge, paired, whole
+from noisytune_cli.study.report.statistics import Search
 
 #: The version of the document's layout.
 SCHEMA = 1
@@ -69,24 +70,47 @@ def _method(
     compared: Sequence[Mapping[ConditionKind, Mapping[str, Any]]],
 ) -> dict[str, Any] | None:
     """Return a method's differences on each task and over them; None where a task or a common seed lacks."""
-    cells = []
-    for results, entries in zip(studies, compared, strict=True):
-        if (entry := entries.get(kind)) is not None:
-            told = ("lambda", "seeds", "mean", "std", "interval", "excluded_beyond", "values", "p")
-            cells.append({"task": results["study"]["task"], **{key: entry[key] for key in told}})
-    by_seed = [dict(zip(map(tuple, cell["seeds"]), cell["values"], strict=True)) for cell in cells]
+    found = [entries[kind] for entries in compared if kind in entries]
+    by_seed = [dict(zip(map(tuple, entry["seeds"]), entry["values"], strict=True)) for entry in found]
     common = sorted(set.intersection(*map(set, by_seed)))
-    if len(cells) < len(studies) or not common:
+    if len(found) < len(studies) or not common:
         return None
+    told = ("lambda", "seeds", "mean", "std", "interval", "excluded_beyond", "values", "p")
+    cells = [
+        {"task": results["study"]["task"], **{key: entry[key] for key in told}}
+        for results, entry in zip(studies, found, strict=True)
+    ]
+    # Where a task has more seeds than the others, they have chosen its λ, too.
+    chose = [set(of_task) for of_task, entry in zip(by_seed, found, strict=True) if entry["search"]]
+    seeds = sorted(set(common).union(*chose))
     differences = [fmean(values[seed] for values in by_seed) for seed in common]
     means = [fmean(values[seed] for seed in common) for values in by_seed]
     return {
         "name": name,
         "tasks": cells,
         "seeds": [list(seed) for seed in common],
-        **paired(differences),
+        **paired(differences, [_search(entry, seeds, common) for entry in found]),
         "other_tasks": excluded_beyond(means),
     }
+
+
+def _search(entry: Mapping[str, Any], seeds: Sequence[Pair], common: Collection[Pair]) -> Search:
+    """Return a task's differences at each λ, of the seeds that all tasks have, and the scores that chose one.
+
+    A λ that was given, or is taken as given, is one that was chosen among one.
+    """
+    given = {
+        "differences": [[value] for value in entry["values"]],
+        "scores": [[0.0] for _ in entry["values"]],
+    }
+    found = entry["search"] or given
+    places = {tuple(seed): place for place, seed in enumerate(entry["seeds"])}
+    nothing = [0.0] * len(found["differences"][0])
+
+    def of(kind: str, among: Collection[Pair]) -> list[list[float]]:
+        return [found[kind][places[seed]] if seed in among else nothing for seed in seeds]
+
+    return Search(of("differences", common), of("scores", places))
 
 
 def render_tasks(summary: Mapping[str, Any], drawn: Iterable[str]) -> str:

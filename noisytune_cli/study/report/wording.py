@@ -228,7 +228,7 @@ def choice(chosen_on: str) -> str:
         "held_out": "λ was chosen by the mean score on a held-out part of the training rows, "
         "on which nothing is trained and nothing else is reported. It was chosen by the runs that are "
         "compared: of several λ that change nothing it is that of the luckiest runs, so its difference from "
-        "plain is somewhat too good, and p somewhat too small.",
+        "plain is somewhat too good.",
         "dev": "λ was chosen on the very rows that the scores are reported on (there is no held-out part), "
         "so the score at that λ is too good.",
         "given": "Each method had a single λ or none: there was nothing to choose.",
