@@ -83,7 +83,7 @@ def test_each_task_chooses_its_lambda_anew_in_a_flip() -> None:
             0.1: ([0.01, 0.02, -0.03, 0.01, 0.02], [0.31, 0.35, 0.30, 0.34, 0.36]),
             0.2: ([0.03, 0.01, 0.02, 0.04, -0.01], [0.36, 0.33, 0.35, 0.37, 0.32]),
         },
-        # Its last seed is not compared, but has chosen.
+        # Its last seed is not compared, and so not flipped, but has chosen.
         "rte": {
             0.1: ([0.02, 0.02, 0.01, 0.03, 0.01, 0.05], [0.40, 0.44, 0.41, 0.43, 0.45, 0.48]),
             0.2: ([0.01, -0.02, 0.02, 0.01, 0.02, 0.01], [0.41, 0.42, 0.40, 0.44, 0.45, 0.43]),
@@ -98,21 +98,22 @@ def test_each_task_chooses_its_lambda_anew_in_a_flip() -> None:
                 record["held_out"]["matthews"] = score
                 made.append(record)
         studies.append(summarise(study(made, task=task), made))
-    (method,) = summarise_tasks(studies)["methods"]
+    summary = summarise_tasks(studies)
+    (method,) = summary["methods"]
     assert [cell["lambda"] for cell in method["tasks"]] == [0.2, 0.1]
+    assert "p counts that in: λ is chosen anew" in render_tasks(summary, [])
 
     def mean(signs: tuple[int, ...]) -> float:
         total = 0.0
         for lambdas in tried.values():
-            sums = {lam: sum(map(mul, signs, held_out)) for lam, (_, held_out) in lambdas.items()}
+            sums = {lam: sum(map(mul, (*signs, 1), held_out)) for lam, (_, held_out) in lambdas.items()}
             chosen = min(lam for lam in sums if sums[lam] > max(sums.values()) - 1e-9)
-            total += sum(map(mul, signs[:5], lambdas[chosen][0])) / 10
+            total += sum(map(mul, signs, lambdas[chosen][0])) / 10
         return total
 
-    assert method["mean"] == pytest.approx(mean((1,) * 6))
-    flipped = [mean(signs) for signs in product((1, -1), repeat=6)]
-    tails = (fmean(sign * value >= sign * flipped[0] - 1e-9 for value in flipped) for sign in (1, -1))
-    assert method["p"] == pytest.approx(2 * min(tails))
+    assert method["mean"] == pytest.approx(mean((1,) * 5))
+    flipped = [mean(signs) for signs in product((1, -1), repeat=5)]
+    assert method["p"] == pytest.approx(2 * fmean(value >= flipped[0] - 1e-9 for value in flipped))
 
 
 def test_single_tasks_are_adjusted_among_all_of_the_table_and_means_among_the_means() -> None:
@@ -164,6 +165,15 @@ def test_a_study_that_is_not_finished_says_so() -> None:
     part = summarise({**study(made), "task": "rte"}, [*made[:4], *made[8:12]])
     text = render_tasks(summarise_tasks([results("cola", noisytune=COLA), part]), [])
     assert "**Not finished: rte: 8 of 16 runs.**" in text
+    assert "was chosen" not in text
+
+
+def test_a_choice_that_p_does_not_count_in_is_told() -> None:
+    lambdas = [runs("noisytune", PLAIN[:seeds], lam=lam) for lam, seeds in ((0.1, 7), (0.2, 6))]
+    made = [*runs("plain", PLAIN), *lambdas[0], *lambdas[1]]
+    summary = summarise_tasks([results("cola", noisytune=COLA), summarise(study(made, task="rte"), made)])
+    assert [cell["choice_counted"] for cell in summary["methods"][0]["tasks"]] == [None, False]
+    assert "p counts that in only where all λ have the seeds" in render_tasks(summary, [])
 
 
 def test_a_task_on_which_nothing_is_learnt_is_named() -> None:

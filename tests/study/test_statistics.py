@@ -115,13 +115,30 @@ def test_a_search_chooses_anew_in_each_flip() -> None:
         means = [sum(s * row[k] for s, row in zip(signs, scores, strict=True)) for k in range(3)]
         place = next(k for k in range(3) if means[k] > max(means) - 1e-9)
         flipped.append(sum(s * row[place] for s, row in zip(signs, differences, strict=True)))
-    above, below = (
-        sum(sign * total >= sign * flipped[0] - 1e-9 for total in flipped) / 16 for sign in (1, -1)
-    )
+    assert flipped[0] > 0
     p = statistics.searched_p([statistics.Search(differences, scores)])
-    assert p == pytest.approx(2 * min(above, below))
+    assert p == pytest.approx(2 * sum(total >= flipped[0] - 1e-9 for total in flipped) / 16)
     # The last is chosen, with differences of one sign, one of them 0: 4/16 if they had been given.
     assert p > statistics.permutation_p([row[2] for row in differences]) == 4 / 16
+
+
+def test_a_mean_that_luck_alone_would_raise_further_is_no_evidence() -> None:
+    # Of these two one is above 0 in every flip, and nowhere by less than in what was observed.
+    up = [0.31, 0.17, 0.09, 0.05, 0.03, 0.02, -0.66]
+    mirrored = [[value, -value] for value in up]
+    assert sum(up) > 0
+    assert statistics.searched_p([statistics.Search(mirrored, mirrored)]) == 1.0
+    # What is chosen by the rows that say the opposite is below 0 in every flip.
+    opposite = [[-value, value] for value in up]
+    assert statistics.searched_p([statistics.Search(opposite, mirrored)]) == 1.0
+
+
+def test_seeds_that_chose_and_are_not_compared_are_not_flipped() -> None:
+    differences, scores = [[0.03, 0.01], [0.02, 0.01], [0.04, -0.01]], [[0.3, 0.2], [0.4, 0.3], [0.2, 0.3]]
+    settled = statistics.Search(differences, scores, [9.0, 0.0])
+    assert statistics.searched_p([settled]) == statistics.permutation_p([row[0] for row in differences])
+    one = statistics.Search([[0.3, 0.1]], [[0.3, 0.2]], [0.0, 0.05])
+    assert statistics.searched_p([one]) == 1.0
 
 
 def test_what_luck_chose_is_better_as_seldom_as_what_was_given() -> None:

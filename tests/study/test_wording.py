@@ -55,6 +55,8 @@ def test_where_nothing_is_found_it_is_said_what_is_excluded() -> None:
         "no evidence of a difference; if differences are normal and this were the only comparison, "
         "a mean difference below +0.20 or above +0.50 is excluded at 95 %, and 0 with it."
     )
+    chosen = {**comparison, "excluded_beyond": [0.002, 0.005], "search": {"lambdas": [0.1, 0.15]}}
+    assert "this were the only comparison and its λ given, a mean" in wording.finding(chosen)
 
 
 def test_a_small_p_is_no_equation() -> None:

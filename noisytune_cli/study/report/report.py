@@ -79,17 +79,10 @@ def _findings(results: Results) -> list[str]:
 
 def _choice(results: Results) -> str:
     """Return where λ was chosen, and whether p counts in what luck has chosen."""
-    searched = {e["name"] for e in whole(results) if e["lambda_chosen_on"] != "given"}
-    found = [*whole(results, "comparisons"), *whole(results, "combinations")]
-    tests = [entry["search"] is not None for entry in found if entry["name"] in searched]
-    told = [wording.choice(results["lambda_chosen_on"])]
-    if tests and all(tests):
-        told.append("p counts that in: λ is chosen anew in each of the test's flips.")
-    elif tests:
-        told.append(
-            "p counts that in only where all λ have the seeds that are compared; else it is too small."
-        )
-    return " ".join(told)
+    searched = {(e["name"], e["share"]) for e in results["conditions"] if e["lambda_chosen_on"] != "given"}
+    found = [*results["comparisons"], *results["combinations"]]
+    counted = [e["search"] is not None for e in found if (e["name"], e["share"]) in searched]
+    return wording.choice(results["lambda_chosen_on"], counted)
 
 
 def caveats(results: Results, shown: Callable[[str], str]) -> list[str]:

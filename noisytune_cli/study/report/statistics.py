@@ -39,10 +39,14 @@ _SEED = 0
 
 
 class Search(NamedTuple):
-    """Differences at each of K values that were tried with the same n seeds, and scores to choose one by."""
+    """Differences at each of K values that were tried with the same n seeds, and scores to choose one by.
+
+    `others` are sums of the scores of seeds that have chosen, too, but are not compared.
+    """
 
     differences: Sequence[Sequence[float]]  # [n, K]
     scores: Sequence[Sequence[float]]  # [n, K]
+    others: Sequence[float] = (0.0,)  # [K] or [1]
 
 
 def best(means: NDArray[np.float64]) -> NDArray[np.intp]:
@@ -104,6 +108,9 @@ def searched_p(searches: Sequence[Search]) -> float:
     and scores, and each search chooses anew in it: so the test counts in what luck has chosen. It assumes
     that, if nothing that was tried changed anything, all of a seed's differences, on the rows that choose as
     on those that are reported, would be as likely with the other sign. Exact up to 16 seeds.
+
+    It is twice the share of flips with such a mean or one further on its side of 0. Luck raises the means of
+    all flips, so that one below most of them may still be above 0: that is no evidence for it.
     """
     from scipy import stats
 
@@ -112,6 +119,7 @@ def searched_p(searches: Sequence[Search]) -> float:
         return 1.0
     tried = [_rounded(search.differences) for search in searches]
     choosing = [np.asarray(search.scores, dtype=np.float64) / seeds for search in searches]
+    fixed = [np.asarray(search.others, dtype=np.float64) / seeds for search in searches]
     # Differences of scores carry their rounding, by which means that are equal would not tie: so they are
     # compared as multiples of a billionth of the largest, which no difference worth telling is below.
     unit = max(np.abs(differences).max() for differences in tried) or 1.0
@@ -119,20 +127,23 @@ def searched_p(searches: Sequence[Search]) -> float:
     def mean(signs: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
         flips = np.moveaxis(signs, axis, -1)
         chosen = [
-            np.take_along_axis(flips @ differences, best(flips @ scores)[..., None], axis=-1)
-            for differences, scores in zip(tried, choosing, strict=True)
+            np.take_along_axis(flips @ differences, best(flips @ scores + others)[..., None], axis=-1)
+            for differences, scores, others in zip(tried, choosing, fixed, strict=True)
         ]
         return np.asarray((np.mean(chosen, axis=0)[..., 0] / (unit * seeds)).round(9))
 
-    return float(
-        stats.permutation_test(
-            (np.ones(seeds),),
-            mean,
-            permutation_type="samples",
-            n_resamples=_MOST_FLIPS,
-            random_state=np.random.default_rng(_SEED),
-        ).pvalue
-    )
+    observed = float(mean(np.ones(seeds), -1))
+    if observed == 0.0:
+        return 1.0
+    tail = stats.permutation_test(
+        (np.ones(seeds),),
+        mean,
+        permutation_type="samples",
+        n_resamples=_MOST_FLIPS,
+        alternative="greater" if observed > 0 else "less",
+        random_state=np.random.default_rng(_SEED),
+    ).pvalue
+    return min(1.0, 2 * float(tail))
 
 
 def smallest_p(pairs: int) -> float:

@@ -54,6 +54,7 @@ def _task(results: Results) -> dict[str, Any]:
         "above_constant": plain[0]["above_constant"] if plain else None,
         "finished": results["finished"],
         "planned": results["planned"],
+        "lambda_chosen_on": results["lambda_chosen_on"],
     }
 
 
@@ -77,40 +78,48 @@ def _method(
         return None
     told = ("lambda", "seeds", "mean", "std", "interval", "excluded_beyond", "values", "p")
     cells = [
-        {"task": results["study"]["task"], **{key: entry[key] for key in told}}
+        {
+            "task": results["study"]["task"],
+            **{key: entry[key] for key in told},
+            "choice_counted": _choice_counted(results, entry),
+        }
         for results, entry in zip(studies, found, strict=True)
     ]
-    # Where a task has more seeds than the others, they have chosen its λ, too.
-    chose = [set(of_task) for of_task, entry in zip(by_seed, found, strict=True) if entry["search"]]
-    seeds = sorted(set(common).union(*chose))
     differences = [fmean(values[seed] for values in by_seed) for seed in common]
     means = [fmean(values[seed] for seed in common) for values in by_seed]
     return {
         "name": name,
         "tasks": cells,
         "seeds": [list(seed) for seed in common],
-        **paired(differences, [_search(entry, seeds, common) for entry in found]),
+        **paired(differences, [_search(entry, common) for entry in found]),
         "other_tasks": excluded_beyond(means),
     }
 
 
-def _search(entry: Mapping[str, Any], seeds: Sequence[Pair], common: Collection[Pair]) -> Search:
+def _choice_counted(results: Results, entry: Mapping[str, Any]) -> bool | None:
+    """Tell whether a comparison's p counts in that its λ was chosen, None where λ was given."""
+    given = {one["name"] for one in whole(results) if one["lambda_chosen_on"] == "given"}
+    return None if entry["name"] in given else entry["search"] is not None
+
+
+def _search(entry: Mapping[str, Any], common: Collection[Pair]) -> Search:
     """Return a task's differences at each λ, of the seeds that all tasks have, and the scores that chose one.
 
-    A λ that was given, or is taken as given, is one that was chosen among one.
+    A λ that was given, or is taken as given, is one that was chosen among one. Where a task has more seeds
+    than the others, they have chosen its λ, too.
     """
-    given = {
-        "differences": [[value] for value in entry["values"]],
-        "scores": [[0.0] for _ in entry["values"]],
-    }
-    found = entry["search"] or given
-    places = {tuple(seed): place for place, seed in enumerate(entry["seeds"])}
-    nothing = [0.0] * len(found["differences"][0])
-
-    def of(kind: str, among: Collection[Pair]) -> list[list[float]]:
-        return [found[kind][places[seed]] if seed in among else nothing for seed in seeds]
-
-    return Search(of("differences", common), of("scores", places))
+    seeds = list(map(tuple, entry["seeds"]))
+    found = entry["search"]
+    if found is None:
+        values = dict(zip(seeds, entry["values"], strict=True))
+        return Search([[values[seed]] for seed in common], [[0.0] for _ in common])
+    differences, scores = (dict(zip(seeds, found[kind], strict=True)) for kind in ("differences", "scores"))
+    others = [scores[seed] for seed in seeds if seed not in common]
+    return Search(
+        [differences[seed] for seed in common],
+        [scores[seed] for seed in common],
+        [sum(of_one) for of_one in zip(*others, strict=True)] or [0.0],
+    )
 
 
 def render_tasks(summary: Mapping[str, Any], drawn: Iterable[str]) -> str:
@@ -142,11 +151,20 @@ def render_tasks(summary: Mapping[str, Any], drawn: Iterable[str]) -> str:
         "of the two-sided sign-flip test over seeds, adjusted for the methods. It is about these tasks; "
         "`other tasks` is the 95 % interval of the mean over tasks such as these, by Student's t over the "
         "tasks' means.",
+        *_choice(summary),
     ]
     parts += [
         image(f"figures/{name}.png", "Paired differences from plain (bars: 95 % intervals)") for name in drawn
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _choice(summary: Mapping[str, Any]) -> list[str]:
+    """Return where λ was chosen, if it was, and whether p counts that in."""
+    cells = [cell for method in summary["methods"] for cell in method["tasks"]]
+    counted = [cell["choice_counted"] for cell in cells if cell["choice_counted"] is not None]
+    ways = {task["lambda_chosen_on"] for task in summary["tasks"]}
+    return [wording.choice("dev" if "dev" in ways else "held_out", counted)] if counted else []
 
 
 def _finding(method: Mapping[str, Any]) -> str:

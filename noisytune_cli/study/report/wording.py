@@ -109,7 +109,8 @@ def excluded(comparison: Mapping[str, Any]) -> str:
     beyond = f"a mean difference below {low} or above {high} is excluded at 95 %"
     if bounds[0] <= 0 <= bounds[1]:
         return f"; {beyond}."
-    return f"; if differences are normal and this were the only comparison, {beyond}, and 0 with it."
+    given = " and its λ given" if comparison.get("search") else ""
+    return f"; if differences are normal and this were the only comparison{given}, {beyond}, and 0 with it."
 
 
 def power(comparisons: Sequence[Mapping[str, Any]]) -> str | None:
@@ -222,14 +223,22 @@ def repeated(study: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def choice(chosen_on: str) -> str:
-    """Return on which rows λ was chosen, in one sentence."""
-    return {
+def choice(chosen_on: str, counted: Sequence[bool] = ()) -> str:
+    """Return on which rows λ was chosen, and whether p counts in what luck has chosen, in some sentences.
+
+    `counted` says so of each comparison at a λ that was chosen.
+    """
+    told = {
         "held_out": "λ was chosen by the mean score on a held-out part of the training rows, "
         "on which nothing is trained and nothing else is reported. It was chosen by the runs that are "
         "compared: of several λ that change nothing it is that of the luckiest runs, so its difference from "
-        "plain is somewhat too good.",
+        "plain, with what is excluded, is somewhat too good.",
         "dev": "λ was chosen on the very rows that the scores are reported on (there is no held-out part), "
         "so the score at that λ is too good.",
         "given": "Each method had a single λ or none: there was nothing to choose.",
     }[chosen_on]
+    if not counted:
+        return told
+    if all(counted):
+        return f"{told} p counts that in: λ is chosen anew in each of the test's flips."
+    return f"{told} p counts that in only where all λ have the seeds that are compared; else it is too small."
