@@ -89,16 +89,16 @@ def study(
         str | None, typer.Option(metavar="FILE", help="Rows to report the score of.", rich_help_panel=_ROWS)
     ] = None,
     text: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="A[,B]", help="The column of the text, or two of a pair.", rich_help_panel=_ROWS
         ),
-    ] = "",
+    ] = None,
     label: Annotated[
         str | None, typer.Option(metavar="C", help="The column of the label.", rich_help_panel=_ROWS)
     ] = None,
     metric: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="M,…",
             help="accuracy, f1, macro_f1, matthews; or, for numbers, pearson, spearman. The first counts. "
@@ -106,7 +106,7 @@ def study(
             show_default=False,
             rich_help_panel=_ROWS,
         ),
-    ] = "",
+    ] = None,
     method: Annotated[
         str,
         typer.Option(
@@ -357,7 +357,7 @@ def study(
     wanted = None if output_format is _Format.table else output_format.value
     printed = format_of(wanted, None, as_json=as_json)
     as_json, as_html = printed == "json", printed == "html"
-    tasks = _once(words("--task", task)) if task else ()
+    tasks = _listed("--task", task)
     methods = _once(words("--method", method))
     if not lora:
         adapters = {"--lora-rank": lora_rank, "--lora-alpha": lora_alpha, "--lora-dropout": lora_dropout}
@@ -388,13 +388,13 @@ def study(
         data=_home(data),
         train=_home(train),
         dev=_home(dev),
-        text=_once(words("--text", text)) if text else (),
+        text=_listed("--text", text),
         label=label,
-        metrics=_once(words("--metric", metric)) if metric else (),
-        lambdas=_once(numbers("--lambda", lam or (_SEARCHED if choose else "0.15"), 0)),
+        metrics=_listed("--metric", metric),
+        lambdas=_once(numbers("--lambda", _given(lam, _SEARCHED if choose else "0.15"), 0)),
         choose=choose,
-        noises=_once(words("--noise", noise or "uniform", ("uniform", "gaussian"))),
-        scopes=_once(words("--scope", scope or "matrix", ("matrix", "global"))),
+        noises=_once(words("--noise", _given(noise, "uniform"), ("uniform", "gaussian"))),
+        scopes=_once(words("--scope", _given(scope, "matrix"), ("matrix", "global"))),
         shares=_once(numbers("--share", share, 0, 1)),
         seeds=_once(read_seeds(seed, _MAX_SEED)),
         init_seed=init_seed,
@@ -455,6 +455,18 @@ def study(
 def _home(path: str | None) -> str | None:
     """Return a path with a leading `~` as the home directory: a shell leaves that of --data=~/glue."""
     return None if path is None else os.path.expanduser(path)
+
+
+def _given(text: str | None, default: str) -> str:
+    """Return what was given: an empty text, as of a shell's variable that is not set, is no default."""
+    return default if text is None else text
+
+
+def _listed(option: str, text: str | None) -> tuple[str, ...]:
+    """Return the words of a comma list, each once; none where it is not given."""
+    from noisytune_cli.cli.parse import words
+
+    return () if text is None else _once(words(option, text))
 
 
 def _once(values: Iterable[_T]) -> tuple[_T, ...]:

@@ -102,7 +102,7 @@ def study(
     precision = machine.choose_precision(request.precision, request.device)
     request = replace(request, recipe=replace(request.recipe, precision=precision))
     from noisytune_cli.study.combination import combine, read_settings
-    from noisytune_cli.study.design import Seeds, plan_runs, split_rows
+    from noisytune_cli.study.design import Seeds, plan_runs
     from noisytune_cli.study.journal import Journal
     from noisytune_cli.study.report.results import foresee
     from noisytune_cli.study.report.write import write_outputs
@@ -122,12 +122,7 @@ def study(
     )
     for method in request.methods:
         combine(method, settings).check(request.recipe.learning_rate)
-    data = read_data(task, train, dev)
-    split = split_rows(
-        len(data.train), train_rows=request.train_rows, held_out=request.held_out, seed=request.data_seed
-    )
-    if request.choose:
-        _check_choice(request, split)
+    data, split = _divided(request, task, train, dev)
     probe, probe_files = _probe(request)
     if request.task is not None and "probe" in probe:
         check_apart("--probe", probe["probe"].name, probe["probe_train"], {task.name: train})
@@ -225,7 +220,7 @@ def study_tasks(
         task, train, dev = _choose_task(one)
         check_apart("--task", task.name, train, found)
         found[task.name] = train
-        read_data(task, train, dev)
+        _divided(one, task, train, dev)
     studied = [study(one, tell=tell, progress=progress) for one in requests]
     return studied, write_tasks(folder, [one.results for one in studied])
 
@@ -241,6 +236,19 @@ def _choose_task(request: StudyRequest) -> tuple[Task, Files, Files]:
         label=request.label,
         chosen=request.metrics,
     )
+
+
+def _divided(request: StudyRequest, task: Task, train: Files, dev: Files) -> tuple[Data, Split]:
+    """Return a task's rows, and which of them are trained on and held out, as far as that can be."""
+    from noisytune_cli.study.design import split_rows
+
+    data = read_data(task, train, dev)
+    split = split_rows(
+        len(data.train), train_rows=request.train_rows, held_out=request.held_out, seed=request.data_seed
+    )
+    if request.choose:
+        _check_choice(request, split)
+    return data, split
 
 
 def _record_same(runs: Sequence[Run], journal: Journal, *, regression: bool, fresh: bool) -> list[Run]:

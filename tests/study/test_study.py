@@ -327,6 +327,14 @@ def test_all_tasks_are_found_before_the_first_is_trained_on(tiny: Tiny, tmp_path
     result = CliRunner().invoke(app, [*told, "--task", "rte,sst2", "-o", str(tmp_path / "out")])
     assert (result.exit_code, "SST-2/train.tsv" in result.stderr) == (4, True)
     assert not (tmp_path / "out").exists()
+    # WNLI is smaller than the others.
+    told = told_of_pairs(tiny, tmp_path / "smaller")
+    table = (tmp_path / "smaller/WNLI/train.tsv").read_text().splitlines()
+    (tmp_path / "smaller/WNLI/train.tsv").write_text("\n".join([table[0], *table[-4:], *table[1:3]]))
+    for options in (["--train-rows", "20"], ["--held-out", "5", "--train-rows", "2"]):
+        result = CliRunner().invoke(app, [*told, "--task", "rte,wnli", *options, "-o", str(tmp_path / "out")])
+        assert (result.exit_code, "training file has 6 rows" in result.stderr) == (2, True)
+        assert not (tmp_path / "out").exists()
 
 
 def test_what_else_lies_in_the_folder_of_several_tasks_is_kept(tiny: Tiny, tmp_path: Path) -> None:
@@ -400,6 +408,9 @@ def test_columns_and_labels_that_are_wrong_are_named(tiny: Tiny, tmp_path: Path)
         (2, ("--anchor", "noised", "--method", "noisytune,mixout"), "no method holds on to weights"),
         (2, ("--method", "plain,r3f", "--lambda", "0.7"), "--lambda: it is of noisytune"),
         (2, ("--method", "plain", "--noise", "uniform"), "--noise: it is of noisytune"),
+        (2, ("--lambda", ""), '"" is not a number'),
+        (2, ("--noise", ""), '"" is not uniform or gaussian'),
+        (2, ("--metric", ""), '"" is not a name'),
         (2, ("--lambda", "0.1,x"), '"x" is not a number'),
         (2, ("--lambda", "nan"), '"nan" is not a number'),
         (2, ("--lambda", "1_0"), '"1_0" is not a number'),
