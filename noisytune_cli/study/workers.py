@@ -58,6 +58,8 @@ def carry_out(
     """
     if place.jobs == 1 or len(runs) == 1:
         bench = Bench(material, recipe, place.device, place.threads)
+        with _enough_memory(place.device):
+            bench.check(runs)
         for run in runs:
             with _enough_memory(place.device):
                 record = bench.carry_out(run, lambda: report(1))
@@ -90,10 +92,13 @@ def _in_processes(
     waiting = list(reversed(runs))
     processes: dict[Connection, BaseProcess] = {}
     try:
-        for _ in range(min(place.jobs, len(runs))):
+        for number in range(min(place.jobs, len(runs))):
             ours, theirs = context.Pipe()
             process: BaseProcess = context.Process(
-                target=_work, args=(theirs, material, recipe, place), daemon=True
+                # One of them looks at all before its first.
+                target=_work,
+                args=(theirs, material, recipe, place, () if number else runs),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -135,13 +140,15 @@ def _receive(pipe: Connection) -> tuple[str, Any]:
         ) from None
 
 
-def _work(pipe: Connection, material: Material, recipe: Recipe, place: Place) -> None:
-    """Carry out the runs that come over the pipe, until it ends."""
+def _work(pipe: Connection, material: Material, recipe: Recipe, place: Place, checked: Sequence[Run]) -> None:
+    """See that runs can be, then carry out those that come over the pipe, until it ends."""
     # Whoever stops the study stops the parent, which then ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(EOFError, OSError):  # the parent is gone, or has no more runs
         try:
             bench = Bench(material, recipe, place.device, place.threads)
+            with _enough_memory(place.device):
+                bench.check(checked)
             while True:
                 run = pipe.recv()
                 steps = _Steps(pipe)

@@ -445,6 +445,16 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_what_a_method_cannot_do_with_the_model_is_said_before_a_run_is_trained(
+    tiny: Tiny, tmp_path: Path, jobs: str
+) -> None:
+    out = tmp_path / "out"
+    told = ("--lora", "--method", "plain,noisytune,mixout", "--epochs", "5000", "--jobs", jobs)
+    assert "mixout changes nothing here" in refused(tiny, out, 2, *told)
+    assert lines(out) == []
+
+
 def test_a_model_that_is_no_classifier_s_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny.model, folder)
@@ -568,7 +578,7 @@ def test_a_bug_in_a_process_is_no_want_of_memory(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(workers.signal, "signal", lambda *arguments: None)
     monkeypatch.setattr(workers, "Bench", lambda *arguments: {}["the bug"])
     place = workers.Place("cpu", 2, 1)
-    workers._work(theirs, Any, Recipe(), place)  # type: ignore[arg-type]
+    workers._work(theirs, Any, Recipe(), place, ())  # type: ignore[arg-type]
     kind, content = workers._receive(ours)
     assert kind == "bug"
     assert "KeyError: 'the bug'" in content

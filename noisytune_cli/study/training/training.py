@@ -11,7 +11,7 @@ import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from noisytune_cli.study.combination import combine
+from noisytune_cli.study.combination import MethodCombination, combine
 from noisytune_cli.study.data.encoding import Encoded, encode
 from noisytune_cli.study.data.tasks import Data, read_data
 from noisytune_cli.study.design import Run, Split, split_rows
@@ -95,38 +95,25 @@ class Bench:
         self.pretrained.check_ends(found.inputs["input_ids"])
         return found
 
+    def check(self, runs: Iterable[Run]) -> None:
+        """Raise what the methods of some runs raise of this model, before any run is trained."""
+        kinds: dict[tuple[Any, ...], Run] = {}
+        for run in runs:
+            kinds.setdefault((run.method, *sorted(run.options.items())), run)
+        # What the first of them raises comes at once, anyway.
+        for run in list(kinds.values())[1:]:
+            method, training = self._begin(run, _Forward(self.device, self.recipe.precision))
+            with torch.no_grad():
+                method.loss(training, training.members[0], self.train.batch([0], self.device))
+
     def carry_out(self, run: Run, after_step: Step = lambda: None) -> dict[str, Any]:
         """Train and evaluate one run; return its record, a line of runs.jsonl."""
         started = time.perf_counter()
         recipe = self.recipe
         rows = self.train.take(range(len(self.split.share(run.share))))
-        method = combine(run.method, _settings(run))
-        start = self.pretrained.start(_derive(run.init_seed, "init"), self.device)
         forward = _Forward(self.device, recipe.precision)
-        training = Training(
-            model=start.model,
-            anchor=start.anchor,
-            fresh=start.fresh,
-            regression=self.data.task.regression,
-            task_loss=_squared_error if self.data.task.regression else nn.functional.cross_entropy,
-            steps=self.split.steps(run.share, recipe),
-            learning_rate=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
-            warmup=recipe.warmup,
-            peft=bool(recipe.lora_rank),
-            init_seed=run.init_seed,
-            order_seed=run.order_seed,
-            noise_seed=run.noise_seed,
-            generator=torch.Generator().manual_seed(run.noise_seed),
-            new_member=lambda model: Member(cast(Any, model), self._optimizer(model), None),
-            forward=forward,
-            anchor_kind="noised" if recipe.anchor == "noised" else "original",
-        )
-        method.prepare(training)
+        method, training = self._begin(run, forward)
         before = snapshot(training.model)
-        optimizer = method.make_optimizer(training) or self._optimizer(training.model)
-        scheduler = _linear_schedule(optimizer, round(recipe.warmup * training.steps), training.steps)
-        training.members = [Member(training.model, optimizer, scheduler)]
         counts: Counter[str] = Counter()
         loss = self._train(training, method, rows, counts, after_step)
         counts["forwards"] = forward.count
@@ -151,7 +138,7 @@ class Bench:
             "epochs": recipe.epochs,
             "steps": training.steps,
             "anchor": recipe.anchor,
-            "fresh": bool(start.fresh) or training.peft,
+            "fresh": bool(training.fresh) or training.peft,
             "dev": score(names, predictions["dev"], self.dev.labels, classes),
             "held_out": None
             if held_out is None
@@ -165,6 +152,36 @@ class Bench:
             "loss": loss,
             "seconds": round(time.perf_counter() - started, 3),
         }
+
+    def _begin(self, run: Run, forward: _Forward) -> tuple[MethodCombination, Training]:
+        """Return a run's methods, and the run as they see it: prepared, with its one member."""
+        recipe = self.recipe
+        method = combine(run.method, _settings(run))
+        start = self.pretrained.start(_derive(run.init_seed, "init"), self.device)
+        training = Training(
+            model=start.model,
+            anchor=start.anchor,
+            fresh=start.fresh,
+            regression=self.data.task.regression,
+            task_loss=_squared_error if self.data.task.regression else nn.functional.cross_entropy,
+            steps=self.split.steps(run.share, recipe),
+            learning_rate=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            warmup=recipe.warmup,
+            peft=bool(recipe.lora_rank),
+            init_seed=run.init_seed,
+            order_seed=run.order_seed,
+            noise_seed=run.noise_seed,
+            generator=torch.Generator().manual_seed(run.noise_seed),
+            new_member=lambda model: Member(cast(Any, model), self._optimizer(model), None),
+            forward=forward,
+            anchor_kind="noised" if recipe.anchor == "noised" else "original",
+        )
+        method.prepare(training)
+        optimizer = method.make_optimizer(training) or self._optimizer(training.model)
+        scheduler = _linear_schedule(optimizer, round(recipe.warmup * training.steps), training.steps)
+        training.members = [Member(training.model, optimizer, scheduler)]
+        return method, training
 
     def _train(
         self, training: Training, method: Any, rows: Encoded, counts: Counter[str], after_step: Step
