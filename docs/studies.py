@@ -113,6 +113,8 @@ def tables() -> dict[str, str]:
         "lambda": _lambdas,
         "methods of MPNet": lambda: _methods(results("mpnet-cola", *METHODS)),
         "methods": lambda: _methods(results("pairs/cola", *METHODS)),
+        "methods on SST-2": lambda: _methods(results("pairs/sst2", *METHODS)),
+        "methods over tasks": lambda: _methods_over("cola", "sst2"),
         "change of norms": lambda: drift_table(results("pairs/cola", *METHODS), "norm_change"),
         "norms of the change": lambda: drift_table(results("pairs/cola", *METHODS), "change_norm"),
     }
@@ -178,15 +180,25 @@ def _lambdas() -> str:
 def _methods(one: Results) -> str:
     """Return the table of a study's methods against plain, with what each costs."""
     found = {entry["name"]: entry for entry in one["conditions"]}
+    beside = [metric for metric in ("accuracy",) if metric != one["study"]["primary"]]
 
     def cells(name: str) -> list[str]:
-        accuracy, cost = found[name]["dev"]["accuracy"], found[name]["cost"]["relative"]
-        return [name, wording.spread(accuracy), wording.times(cost["forwards"])]
+        scores = [wording.spread(found[name]["dev"][metric]) for metric in beside]
+        return [name, *scores, wording.times(found[name]["cost"]["relative"]["forwards"])]
 
     return _compared(
-        ("method", "accuracy, %", "forward passes", "plain", "with it"),
+        ("method", *(f"{metric}, %" for metric in beside), "forward passes", "plain", "with it"),
         [((*cells(entry["name"]), *_sides(one, entry)), entry) for entry in one["comparisons"]],
     )
+
+
+def _methods_over(*tasks: str) -> str:
+    """Return the table of the methods that tasks of MiniLM have in common, on each of them and over them."""
+    summary = summarise_tasks([results(f"pairs/{task}", *METHODS) for task in tasks])
+    rows = [
+        ((method["name"], *map(wording.difference, method["tasks"])), method) for method in summary["methods"]
+    ]
+    return _compared(("method", *(NAMES[task] for task in tasks)), rows)
 
 
 def _over_tasks() -> str:
@@ -286,6 +298,7 @@ def draw_figures() -> None:
         "drift": ("cola-drift", results("pairs/cola", *PAIR)),
     }
     wanted = [(name, one, PLOTS[plot][0]) for plot, (name, one) in of_cola.items()]
+    wanted.append(("sst2-methods", results("pairs/sst2", *METHODS), PLOTS["methods"][0]))
     wanted.append(("mpnet-cola", results("mpnet-cola", *METHODS), PLOTS["methods"][0]))
     wanted.append(("tasks", summarise_tasks(_learnt(pairs("MiniLM"))), over_tasks))
     with tempfile.TemporaryDirectory() as folder:

@@ -44,6 +44,8 @@ def studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     journal(tmp_path / "out/pairs/cola", cola, "model", "cola")
     for task, seeds, constant in (("sst2", 5, 0.2), ("stsb", 3, 0.2), ("rte", 1, 0.2), ("wnli", 5, 0.6)):
         few = runs("plain", PLAIN[:seeds]) + runs("noisytune", NOISY[:seeds])
+        if task == "sst2":
+            few += runs("mixout", NOISY[:4])
         journal(tmp_path / f"out/pairs/{task}", few, "model", task, constant_score=constant)
     probed = [
         one | {"probe": {"task": "sst2", "accuracy": score}}
@@ -110,6 +112,13 @@ def test_tables_hold_what_each_is_about(studies: Any) -> None:
     methods = [line.split(" | ") for line in tables["studies: methods"].splitlines()[2:]]
     assert [row[0] for row in methods if row[0] != ""] == ["| noisytune", "| mixout", "| recadam"]
     assert methods[0][2:5] == ["×1.00", "41.00 ± 1.58", "42.40 ± 1.52"]
+    of_sst2 = tables["studies: methods on SST-2"].splitlines()[2:]
+    assert [row.split(" | ")[0] for row in of_sst2] == ["| noisytune", "| mixout"]
+    over = [line.split(" | ") for line in tables["studies: methods over tasks"].splitlines()[2:]]
+    assert [[cell.split(" [")[0] for cell in row[:4]] for row in over] == [
+        ["| noisytune", "+1.40", "+1.40", "+1.40"],
+        ["| mixout", "+0.00", "+1.25", "+0.63"],  # over four seeds
+    ]
     (of_mpnet,) = tables["studies: methods of MPNet"].splitlines()[2:]
     assert of_mpnet.startswith("| noisytune | 75.00 ± 0.00 | ×1.00 | 41.00 ± 1.58 | 42.40 ± 1.52 |")
     for measure in ("change of norms", "norms of the change"):
@@ -121,7 +130,7 @@ def test_figures_are_drawn(studies: Any, tmp_path: Path) -> None:
     studies.draw_figures()
     drawn = {path.stem: path.read_bytes()[:4] for path in (tmp_path / "figures").iterdir()}
     of_cola = {f"cola-{name}" for name in ("methods", "kinds", "combinations", "shares", "lambda", "drift")}
-    assert set(drawn) == {*of_cola, "mpnet-cola", "tasks"}
+    assert set(drawn) == {*of_cola, "sst2-methods", "mpnet-cola", "tasks"}
     assert set(drawn.values()) == {b"\x89PNG"}
 
 
