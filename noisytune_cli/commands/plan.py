@@ -7,6 +7,7 @@ plans the same job joins it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 from collections.abc import Iterator, Sequence
@@ -65,8 +66,9 @@ def plan_job(
     """
     begins = not is_planned(out)
     if begins:
-        if (finished := open_finished(out)) is not None:
-            finished.remove()
+        with contextlib.suppress(InputInvalid):  # another version's, which stays in nobody's way
+            if (finished := open_finished(out)) is not None:
+                finished.remove()
         check_before_download(
             request.source,
             outs_of(wanted),

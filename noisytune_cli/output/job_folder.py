@@ -4,6 +4,7 @@ It is found from the output's name alone: a hidden sibling of an output that is 
 object store (`output/jobs` says how either is written).
 
     plan.json          what is to be done; made once and for all, or found to be the same
+    finished.json      what that is called from when the output is whole until the job is removed
     DIGEST/            all that belongs to the plan of this digest, and to no other
         steps/N.json       what is to be done to the tensors of share N
         sums/N.json        with scope global: what its values add to the std of all
@@ -26,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from noisytune_cli.checkpoint.address import UNFINISHED, Address, Place, as_place, is_address
-from noisytune_cli.errors import NoisytuneError, OutputUnsafe, UsageError
+from noisytune_cli.errors import InputUnreadable, NoisytuneError, OutputUnsafe, UsageError
 from noisytune_cli.escape import escape
 from noisytune_cli.manifest.job import Job, Share, digest_of, job_pieces, read_job
 from noisytune_cli.output import staging
@@ -193,7 +194,12 @@ def open_finished(out: str) -> JobFolder | None:
     storage = storage_at(job_path(out))
     if storage.size(FINISHED) is None or storage.size(PLAN) is not None:
         return None
-    folder = _open(storage, FINISHED)
+    try:
+        folder = _open(storage, FINISHED)
+    except InputUnreadable:
+        if storage.size(FINISHED) is not None:
+            raise
+        return None  # who finished it has just removed it
     _require_named(folder, out)
     return folder
 

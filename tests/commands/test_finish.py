@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from noisytune_cli.commands.perturb import Perturbed, perturb_each
 from noisytune_cli.commands.plan import PlannedJob, plan_job
 from noisytune_cli.commands.request import Request
 from noisytune_cli.commands.work import work
-from noisytune_cli.errors import InputUnreadable, OutputUnsafe
+from noisytune_cli.errors import InputUnreadable, OutputUnsafe, Stopped
 from noisytune_cli.output.job_folder import JobFolder
 from noisytune_cli.output.jobs import folder as folder_module
+from noisytune_cli.output.jobs.folder import FolderStorage
 from noisytune_cli.records import NoiseSpec
 
 
@@ -108,6 +110,55 @@ def test_what_a_killed_finish_left_of_a_job(
     assert not job_path(out).exists()
 
 
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("again", ["finish", "plan"])
+def test_a_removal_that_is_stopped_goes_on(
+    again: str, at: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, left, rename = f"{tmp_path}/job", at, os.rename
+    plan(request(source, {}), out, {})
+    work(out)
+
+    def stopped(first: Path, second: Path) -> None:
+        nonlocal left
+        rename(first, second)
+        if job_path(out) in Path(first).parents:
+            left -= 1
+            if not left:
+                raise Stopped(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", stopped)
+        with pytest.raises(Stopped):
+            finish(out)
+    weights = next(Path(out).glob("*.safetensors"))
+    assert weights.stat().st_nlink == 2
+    if again == "finish":
+        (made,) = finish(out)
+        assert made.skipped
+    else:
+        with pytest.raises(OutputUnsafe, match="the output exists"):
+            plan(request(source, {"seed": 1}), out, {})
+    assert weights.stat().st_nlink == 1
+    assert not job_path(out).exists()
+
+
+def test_who_comes_as_a_job_is_removed_is_told_that_there_is_none(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = f"{tmp_path}/job"
+    plan(request(source, {}), out, {})
+    trusted = FolderStorage.require_trusted
+
+    def too_late(storage: FolderStorage) -> None:
+        shutil.rmtree(storage.path)
+        trusted(storage)
+
+    monkeypatch.setattr(FolderStorage, "require_trusted", too_late)
+    with pytest.raises(InputUnreadable, match="there is no job"):
+        work(out)
+
+
 @pytest.mark.parametrize("card", [False, True])
 @pytest.mark.parametrize("change", [False, True])
 def test_what_is_to_be_replaced_is_replaced(change: bool, card: bool, source: Path, tmp_path: Path) -> None:
@@ -171,7 +222,7 @@ def test_a_job_that_cannot_be_removed_is_named(
     assert f"{job_path(out).name} beside the output is left over: it could not be deleted" in done.warnings
 
 
-@pytest.mark.parametrize("call", ["lstat", "listdir", "unlink"])
+@pytest.mark.parametrize("call", ["lstat", "listdir", "rename"])
 def test_a_published_output_counts_though_the_job_cannot_be_looked_at(
     call: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

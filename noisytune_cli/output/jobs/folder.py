@@ -19,7 +19,7 @@ from noisytune_cli.checkpoint.address import Place
 from noisytune_cli.errors import NoisytuneError, OutputUnsafe, unreadable, unwritable
 from noisytune_cli.manifest.job import Job
 from noisytune_cli.output import staging
-from noisytune_cli.output.jobs import PLAN, JobStorage, no_job, own_of
+from noisytune_cli.output.jobs import FINISHED, PLAN, JobStorage, no_job, own_of
 from noisytune_cli.output.publish import Publication
 from noisytune_cli.output.renames import rename_directory, rename_file
 from noisytune_cli.output.staging import sync_directory
@@ -39,7 +39,10 @@ class FolderStorage(JobStorage):
 
     def require_trusted(self) -> None:
         # Its plan says what is read, and its receipts what was done. Who shares a group's folder is trusted.
-        status, above = os.lstat(self.path), os.stat(self.path.parent)
+        try:
+            status, above = os.lstat(self.path), os.stat(self.path.parent)
+        except FileNotFoundError as error:  # it has just been finished
+            raise no_job(self.path) from error
         if not stat.S_ISDIR(status.st_mode):
             why = "it is a link or a file where the folder of a job should be"
         elif status.st_uid != os.geteuid() and above.st_mode & stat.S_IWOTH:
@@ -177,9 +180,10 @@ class FolderStorage(JobStorage):
         try:
             if is_there(self.path / PLAN) and not self.stands(own):  # another removed it, and a third planned
                 return True
-            # What lies under the plan's digest goes in one step: the next plan must not find a part of it.
+            # By that name who is stopped here goes on, or the weights would keep their second name for good.
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path / PLAN)
+                os.rename(self.path / PLAN, self.path / FINISHED)
+            # What lies under the plan's digest goes in one step: the next plan must not find a part of it.
             with contextlib.suppress(OSError):
                 os.rename(self.path / own, self.path / f"{_DONE}{os.urandom(4).hex()}")
             # What else is there may be another plan's, which is just being made.
@@ -187,6 +191,8 @@ class FolderStorage(JobStorage):
                 if name.startswith(_DONE):
                     shutil.rmtree(self.path / name, ignore_errors=True)
             staging.clear_certainly_dead(self.path, _DRAFT)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path / FINISHED)
             with contextlib.suppress(OSError):
                 os.rmdir(self.path)
             is_anothers = (PLAN, staging.prefix_for(_DRAFT))
