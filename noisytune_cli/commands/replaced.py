@@ -88,7 +88,9 @@ def find_made(
             why="what is in an object store would have to be fetched to tell whether it is the same",
             next_step="Leave it out: an output that exists is refused, one that is not complete is completed",
         )
-    path = output if recipe_only else output / MANIFEST if output.is_dir() else manifest_beside(output)
+    # os.path's, since that of Path raises for a name that is too long for a file.
+    in_folder = os.path.isdir(output) and not recipe_only
+    path = output / MANIFEST if in_folder else output if recipe_only else manifest_beside(output)
     if not is_there(path):
         return None
     try:

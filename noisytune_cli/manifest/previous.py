@@ -15,7 +15,7 @@ from typing import NamedTuple
 from noisytune_cli.errors import InputInvalid, InputUnreadable
 from noisytune_cli.escape import list_some
 from noisytune_cli.manifest.write import MANIFEST, MANIFEST_SUFFIX, MAX_BYTES, manifest_beside
-from noisytune_cli.reading import read_chunks
+from noisytune_cli.reading import is_there, read_chunks
 
 #: Why a file is left out that has a manifest's name and is none.
 NAMESAKE = "it has the name of a manifest of noisytune, and is none"
@@ -102,7 +102,8 @@ def of_folder(
 def of_file(path: Path) -> PreviousRun | None:
     """Return what a manifest beside a weight file says of it: its own, or the folder's that records it."""
     own, folder = manifest_beside(path), path.with_name(MANIFEST)
-    if own.is_file() and (said := read_previous(own)) is not None:
+    # Asked first: `is_file` raises where the file's name is so long that no manifest's has room.
+    if is_there(own) and own.is_file() and (said := read_previous(own)) is not None:
         return said
     said = read_previous(folder) if folder.is_file() else None
     return said if said is not None and path.name in (said.files or ()) else None

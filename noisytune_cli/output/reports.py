@@ -14,7 +14,7 @@ def check_new(path: str) -> None:
     target = Path(os.path.expanduser(path))
     if os.path.lexists(target):
         raise _exists(path)
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):  # Path's raises for a name that is too long
         raise OutputUnsafe(
             "cannot write there",
             path=path,

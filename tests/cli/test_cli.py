@@ -619,7 +619,8 @@ def test_an_output_that_no_path_can_be(source: Path, tmp_path: Path) -> None:
     folder = save(tmp_path / "folder/model.safetensors", {"w": weights("F32", 9)}).parent
     for options in ((source,), (folder,), (source, "--recipe-only")):
         assert "is no folder" in error(5, "perturb", *options, "-o", source / "x" / "y")
-        assert "shorter name" in error(5, "perturb", *options, "-o", tmp_path / ("x" * 256))
+        for more in ((), ("--skip-existing",)):
+            assert "shorter name" in error(5, "perturb", *options, *more, "-o", tmp_path / ("x" * 256))
         assert "leads back to itself" in error(5, "perturb", *options, "-o", tmp_path / "loop" / "x")
     # The manifest beside it would be too long.
     assert "shorter name" in error(5, "perturb", source, "-o", tmp_path / ("x" * 250))

@@ -63,6 +63,10 @@ def test_a_file_that_was_noised(tmp_path: Path) -> None:
     assert "the source was noised before" in refused(folder)
 
 
+def test_a_file_whose_name_leaves_no_room_for_a_manifests(tmp_path: Path) -> None:
+    assert taken(save(tmp_path / f"{'x' * 243}.safetensors", W)) == ()
+
+
 def test_a_file_in_a_folder_that_was_noised_and_one_that_was_put_there(tmp_path: Path) -> None:
     noisy = run(clean(tmp_path / "in"), tmp_path / "noisy").output
     assert "its manifest noisytune.json says so" in refused(noisy / "model.safetensors")

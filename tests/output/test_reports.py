@@ -119,7 +119,7 @@ def test_a_report_in_no_folder_is_refused_before_the_work(
     Path("file").touch()
     for fine in ("report.csv", "./-", str(tmp_path / "report.csv")):
         check_new(fine)
-    for path in ("missing/report.csv", "file/report.csv"):
+    for path in ("missing/report.csv", "file/report.csv", f"{'x' * 256}/report.csv"):
         with pytest.raises(OutputUnsafe, match=r"is not there[.] Make that folder first"):
             check_new(path)
     with pytest.raises(OutputUnsafe, match="a report replaces nothing"):
