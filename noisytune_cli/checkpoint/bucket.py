@@ -15,7 +15,8 @@ from typing import NamedTuple
 from noisytune_cli.checkpoint import downloads
 from noisytune_cli.checkpoint.address import UNFINISHED, Address
 from noisytune_cli.checkpoint.config import ADAPTER_CONFIG, CONFIG
-from noisytune_cli.checkpoint.layout import folders_among, is_plain_name, list_names
+from noisytune_cli.checkpoint.hub_answers import is_safe
+from noisytune_cli.checkpoint.layout import folders_among, list_names
 from noisytune_cli.checkpoint.remote import Remote, Scratch, do_all
 from noisytune_cli.checkpoint.store import PIECE, Object, Store, StoreFault, reading
 from noisytune_cli.errors import (
@@ -105,7 +106,7 @@ class Bucket(Remote):
                 next_step="Check the spelling of bucket and key, and the endpoint and region that are set",
             )
         for name in found:
-            if not is_plain_name(name) or any(len(part.encode()) > 255 for part in name.split("/")):
+            if not is_safe(name):
                 raise self._refused(name, "no file can have such a name")
         making = [name for name in found if name.startswith(f"{UNFINISHED}/")]
         if making and MANIFEST not in found:

@@ -131,7 +131,7 @@ def check_listed(name: str, size: object) -> None:
 
 
 def is_safe(name: str) -> bool:
-    """Tell whether a name of the hub's can be one below a folder of ours, and leads nowhere else."""
+    """Tell whether a name of the hub's or a store's can be one in a folder here, and leads nowhere else."""
     try:
         parts = name.encode().split(b"/")
     except UnicodeEncodeError:

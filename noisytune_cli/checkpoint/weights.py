@@ -198,7 +198,7 @@ def _first(names: list[str], sharded: Collection[str]) -> str:
 
 def _check_requested(requested: str, names: Collection[str], where: str) -> str:
     name = posixpath.normpath(requested) if requested else ""
-    if not is_plain_name(name):
+    if name not in names and not is_plain_name(name):
         raise UsageError(
             "--weights cannot be used",
             why=f"'{requested}' does not name a file inside the checkpoint",

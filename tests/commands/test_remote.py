@@ -71,6 +71,16 @@ def test_a_folder_gives_what_it_gives_here(model: Path, there: str, tmp_path: Pa
     assert done.manifest.source.id == there
 
 
+def test_a_name_that_is_not_printable_is_one_as_any(store: ObjectStore, model: Path, tmp_path: Path) -> None:
+    # Between the time and AM macOS puts a narrow space that does not break.
+    (model / "Screenshot at 9.41.00\u202fAM.png").write_bytes(b"PNG")
+    there = f"{store.url}/out"
+    run(model, there)  # type: ignore[arg-type]
+    assert verify(there, base=str(model)).ok
+    run(there, tmp_path / "again", again=True)  # type: ignore[arg-type]
+    assert (tmp_path / "again" / "Screenshot at 9.41.00\u202fAM.png").read_bytes() == b"PNG"
+
+
 def test_a_file_gives_what_it_gives_here(store: ObjectStore, tmp_path: Path) -> None:
     path = save(tmp_path / "in/w.safetensors", {"w.weight": weights("F32", 64, 32)})
     (tmp_path / "in/config.json").write_text("[")  # which helps nobody, and hinders nobody

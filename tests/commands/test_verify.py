@@ -98,6 +98,12 @@ def flips(size: int, every: int = 1) -> list[tuple[int, int]]:
     return [(at, 1 << (at // every % 8)) for at in range(0, size, every)]
 
 
+def test_weights_of_a_name_that_is_not_printable_verify_against_their_base(tmp_path: Path) -> None:
+    base = save(tmp_path / "base" / "my\u00a0model.safetensors", {"w": weights("F32", 9)}).parent
+    perturb(Request(str(base), NoiseSpec()), str(tmp_path / "out"))
+    assert verify(str(tmp_path / "out"), base=str(base)).ok
+
+
 def test_a_flipped_bit_in_any_byte_is_found(tmp_path: Path) -> None:
     """Every byte of the weights, their headers, the index and a copied file of a small output."""
     base = save_sharded(
