@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -44,6 +45,9 @@ _CLAIMS = 3
 
 #: What a file may be called here, in bytes.
 _LONGEST_NAME = 255
+
+#: What a key may have at most, in bytes (S3's limit; the others' are like it), and what it may not have.
+_LONGEST_KEY, _CONTROL = 1024, re.compile("[\x00-\x1f\x7f]")
 
 #: How long a claim gets to be taken back, in seconds.
 _PATIENCE = 1.0
@@ -85,10 +89,26 @@ def check_in_store(output: Address, *sources: Checkpoint, is_file: bool, overwri
                 why="it is the input, or lies in the input",
                 next_step="Choose another output with -o",
             )
+    for source in () if is_file else sources[:1]:
+        _check_names(output, source)
     target = Target(output, is_folder=not is_file)
     with writing(output, NOTHING_PUBLISHED):
         if target.store.head(target.claim) is None and (there := target.look()):
             raise exists(output, f"{escape(min(there))} is there")
+
+
+def _check_names(output: Address, source: Checkpoint) -> None:
+    """Raise OutputUnsafe for a file that no object can be named like, before others are sent."""
+    for name in (*source.weight_files, *source.others):
+        if _CONTROL.search(name):
+            why = f"no object can be called {escape(name)}"
+            next_step = "Rename that file, or choose an output here with -o"
+        elif len((output / name).key.encode()) > _LONGEST_KEY:
+            why = f"the key of {escape(name)} would have more than {_LONGEST_KEY:,} bytes"
+            next_step = "Choose a shorter name with -o"
+        else:
+            continue
+        raise OutputUnsafe("cannot write there", path=output, why=why, next_step=next_step)
 
 
 class RemotePublication(Publication):

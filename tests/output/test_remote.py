@@ -306,6 +306,20 @@ def test_a_name_that_no_file_here_can_have_is_refused_first(store: ObjectStore, 
     assert (failed.exit_code, "too long" in failed.why) == (5, True)
 
 
+@pytest.mark.parametrize(
+    "name", ["sub/line\nfeed.txt", "sub/delete\x7f.txt", "/".join(["d" * 250] * 4) + "/deep"]
+)
+def test_a_file_that_no_object_can_be_named_like_is_refused_first(
+    store: ObjectStore, model: Path, name: str
+) -> None:
+    (model / name).parent.mkdir(parents=True, exist_ok=True)
+    (model / name).write_text("beside")
+    failed = fails(model, f"{store.url}/out/of/some/depth")
+    assert failed.exit_code == 5
+    assert "no object can be called" in failed.why or "more than 1,024 bytes" in failed.why
+    assert not store.keys()
+
+
 def test_a_bucket_that_is_not_there_is_told(store: ObjectStore, model: Path) -> None:
     failed = fails(model, f"{store.url}-not-there/out")
     assert (failed.exit_code, "no such bucket" in failed.why) == (6, True)
