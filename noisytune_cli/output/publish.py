@@ -308,6 +308,8 @@ class Publication:
                 # What was there before then bears the staging directory's name, and goes with it: by its
                 # lock another run knows that this one lives.
                 self._old_lock = staging.hold(self.output, self.output, replaced=True)
+                assert self._lock is not None
+                _let_others_no_more(self._lock, os.fstat(self._old_lock).st_mode)
                 swap(stage, self.output)
                 undo.append(partial(self._swap_back, stage))
                 self._require_seen(stage, self._seen)
@@ -366,6 +368,9 @@ class Publication:
     def _put(self, staged: Path, undo: Steps) -> None:
         """Put a file in the output's place, durably; what it may replace goes with the staging directory."""
         if self._seen is not None and os.path.lexists(self.output):
+            fd = os.open(staged.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._lock)
+            with os.fdopen(fd, "rb") as file:
+                _let_others_no_more(file.fileno(), os.lstat(self.output).st_mode)
             swap(staged, self.output)
             undo.append(partial(swap, staged, self.output))
             self._require_seen(staged, self._seen)
@@ -442,6 +447,14 @@ def _empty(folder: int) -> None:
                 shutil.rmtree(name, ignore_errors=True, dir_fd=folder)
             else:
                 os.unlink(name, dir_fd=folder)
+
+
+def _let_others_no_more(fd: int, old: int) -> None:
+    """Take from an open file or directory what the mode of what it replaces keeps from others, durably."""
+    mode = stat.S_IMODE(os.fstat(fd).st_mode)
+    if mode & ~(old | stat.S_IRWXU):
+        os.fchmod(fd, mode & (old | stat.S_IRWXU))
+        os.fsync(fd)
 
 
 def copy_file(

@@ -118,6 +118,8 @@ def test_modes_follow_the_umask(kind: Kind, file_system: str, umask: int, tmp_pa
     for path in (tmp_path / "root-source").iterdir():
         path.chmod(0o666)
     there = set(root.rglob("*"))
+    for path in there:  # what is replaced keeps nothing back
+        path.chmod(0o777)
     (tmp_path / "source").write_bytes(b"copied")
     (tmp_path / "source").chmod(0o400)
     old = os.umask(umask)
@@ -133,6 +135,21 @@ def test_modes_follow_the_umask(kind: Kind, file_system: str, umask: int, tmp_pa
         full = 0o777 if path.is_dir() else 0o600 if path.name == "copied" else 0o666
         assert stat.S_IMODE(path.stat().st_mode) == full & ~umask, path
     assert stat.S_IMODE((root / "copy/sub/copied").stat().st_mode) == 0o600 & ~umask
+
+
+@pytest.mark.parametrize("name", ["file replaced", "folder replaced"])
+def test_what_replaces_a_private_output_is_private(name: str, file_system: str, tmp_path: Path) -> None:
+    kind, root = KINDS[name], tmp_path / "root"
+    kind.prepare(root)
+    (out,) = (path for path in root.iterdir() if path.name in ("out", "out.safetensors"))
+    out.chmod(0o710 if out.is_dir() else 0o640)
+    old = os.umask(0o002)
+    try:
+        kind.publish(root)
+    finally:
+        os.umask(old)
+    assert files(root) == kind.after
+    assert stat.S_IMODE(out.stat().st_mode) == (0o710 if out.is_dir() else 0o640)
 
 
 def test_copying(tmp_path: Path) -> None:
