@@ -198,7 +198,9 @@ def _release(version: str) -> tuple[int, ...]:
 def _read_on(document: Document, key: str, version: str) -> Manifest:
     if key != "source":
         if key == "operation":
-            raise ManifestFault("it is that of an average", next_step="Average its members again")
+            raise ManifestFault(
+                "it is that of an average", next_step="Average its members again, or name a manifest of noise"
+            )
         raise ManifestFault(f'"{key[:40]}" stands where "source" is due')
     source = read_source(document.value(), "source", fewest=0)
     output = None
