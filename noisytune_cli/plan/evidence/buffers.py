@@ -300,6 +300,7 @@ RULES: tuple[BufferRule, ...] = (
     BufferRule("*_grid_mat", _beside("to_grid_mat", "from_grid_mat"), "spherical harmonics (eSCN)"),
     BufferRule("balance_degree_weight", _beside("affine_weight"), "weights of degrees (Equiformer)"),
     BufferRule("atomref", _beside("mean"), "energies of atoms (SchNetPack)"),
+    BufferRule("atomic_mass*", _vector, "masses of atoms (SchNet)"),
     BufferRule("grid", _beside("spline_weight", "coef"), "knots of splines (KAN)"),
     BufferRule("*aabb*", _box, "a box around a scene (nerfstudio, TensoRF)"),
     *(BufferRule(name, _six, "a box around a scene (PETR)") for name in ("pc_range", "*position_range")),

@@ -23,6 +23,8 @@ from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.plan.evidence.rows import (
     are_at_right_angles,
     are_powers,
+    are_shares,
+    are_symmetric,
     has_unit_vectors,
     is_bank,
     is_even,
@@ -58,6 +60,8 @@ _NUMBERS = "the numbers 0, 1, 2…"
 _WHOLE = "whole numbers"
 _UNIT = "its rows or columns have length one"
 _ANGLED = "its rows are at right angles to each other"
+_SHARES = "shares: none below zero, and they add up to one"
+_SYMMETRIC = "the same across its diagonal"
 _LATTICE = "a lattice: each combination of a few values once"
 _POWERS = "the powers of a progression"
 _STATISTICS = "a mean and its spread, nowhere out of order"
@@ -140,8 +144,12 @@ def _look(shape: tuple[int, ...], count: int, values: Values, rounding: float, *
         return _EVEN
     if first.min() >= 0 and not first.all() and is_bank(shape, values, rounding):
         return _BANK
+    if first.min() >= 0 and are_shares(shape, values, rounding):
+        return _SHARES
     if has_unit_vectors(shape, values, rounding):
         return _UNIT
+    if are_symmetric(shape, values, rounding):
+        return _SYMMETRIC
     if is_lattice(shape, first, values):
         return _LATTICE
     if are_powers(shape, values, rounding):
@@ -274,8 +282,11 @@ def _look_at_vector(x: NDArray[Any], rounding: float) -> str | None:
         return _SCHEDULE
     if reads_backwards(x[None], rounding):
         return _EVEN
-    # In half precision one length near 1 is chance.
-    return _UNIT if rounding < 1e-6 and abs(math.fsum(x * x) - 1) < 1e-5 else None
+    if rounding > 1e-6:
+        return None  # in half precision one length, or one sum, near 1 is chance
+    if x.min() >= 0 and abs(math.fsum(x) - 1) < 1e-5:
+        return _SHARES
+    return _UNIT if abs(math.fsum(x * x) - 1) < 1e-5 else None
 
 
 def _is_schedule(x: NDArray[Any], rounding: float) -> bool:

@@ -30,7 +30,10 @@ _WHOLE = re.compile(
     r"(pos|class|cls|ce|code|empty|label)_weights?|(class|cls|label)_(freqs?|frequenc(y|ies)|priors?)|(memory|feature|key)_?bank"
     r"|anchor_grids?"
 )
-_SCALE = re.compile(r"(?<![^_])scale(?![^_])")
+#: How a normaliser may call one of its two, and the other then. Layers that draw noise, and mixtures, learn a
+#: `mu` and a `sigma`: vectors alone, and none of a weight or bias, are in doubt.
+_BESIDE = {"scale": "mean", "sigma": "mu", "mu": "sigma"}
+_ONE_OF_TWO = re.compile(r"(?<![^_])(scale|sigma|mu)(?![^_])")
 _LEARNED = frozenset(("log", "raw", "logit"))
 #: What a single value may count or say, which one of many would be learned for.
 _ONE_LAST = re.compile(
@@ -53,9 +56,11 @@ def is_doubtful(tensor: TensorSpec, names: set[str]) -> bool:
     words = re.findall(r"[^_-]+", last.lower()) or [""]
     if not _LEARNED.isdisjoint(words):
         return False
-    mean = _SCALE.sub("mean", last, count=1)
-    if mean != last and f"{module}{mean}" in names:  # how a normaliser may call its spread
-        return True
+    if (one := _ONE_OF_TWO.search(last)) is not None:
+        other = f"{module}{last[: one.start()]}{_BESIDE[one[0]]}{last[one.end() :]}"
+        is_vector = sum(n != 1 for n in tensor.shape) <= 1 and {"weight", "bias"}.isdisjoint(words)
+        if other in names and (one[0] == "scale" or is_vector):
+            return True
     found = _LAST.fullmatch(words[-1]) or _FIRST.fullmatch(words[0]) or _WHOLE.fullmatch(last.lower())
     if tensor.elements == 1:
         found = found or _ONE_LAST.fullmatch(words[-1]) or _ONE_FIRST.fullmatch(words[0])

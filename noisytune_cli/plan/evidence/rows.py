@@ -2,7 +2,9 @@
 
 A window and a filter read the same backwards; a bank of filters has zeros but for one bump in each, one
 further on than the other; a lattice has each combination of a few values once; what was normalised has rows
-or columns of length one, or at right angles to each other; a progression is followed by its powers.
+or columns of length one, or at right angles to each other, or are shares that add up to one; what relates things
+to each other (distances, covariances, a graph) is the same across its diagonal; a progression is followed by
+its powers.
 """
 
 from __future__ import annotations
@@ -28,6 +30,12 @@ if TYPE_CHECKING:
 
 #: The longest column that is looked at value by value.
 _TALLEST = 1024
+
+#: The smallest square, or part of one, that is held against itself across its diagonal.
+_SMALLEST_SQUARE = 5
+
+#: By how much of the largest value what was inverted may differ across the diagonal.
+_SAME_ACROSS = 1e-4
 
 
 def is_even(shape: tuple[int, ...], values: Values, rounding: float) -> bool:
@@ -198,3 +206,60 @@ def has_unit_vectors(shape: tuple[int, ...], values: Values, rounding: float) ->
         n = min(at_once, others - at)
         squares += (values(at * length, n * length).reshape(n, length) ** 2).sum(0)
     return are_unit(squares)
+
+
+def are_symmetric(shape: tuple[int, ...], values: Values, rounding: float) -> bool:
+    """Say whether a square matrix, or each of a stack, is the same across its diagonal, and not for zeros.
+
+    Of a large one the beginning and the end of its diagonal are looked at.
+    """
+    import numpy as np
+
+    n = shape[-1]
+    size, last = min(n, LONGEST // n), math.prod(shape[:-2]) - 1
+    if shape[-2] != n or size < _SMALLEST_SQUARE:
+        return False
+    slack = _SAME_ACROSS + SLACK * rounding
+    # A few values first: those of nearly every matrix differ at once.
+    row = values(0, min(n, FEWEST + 1))
+    near = slack * np.abs(row).max()
+    if any(abs(float(row[i]) - float(values(i * n, 1)[0])) > near for i in range(1, len(row))):
+        return False
+
+    def is_symmetric(matrix: int, begin: int) -> bool:
+        part = values((matrix * n + begin) * n, size * n).reshape(size, n)[:, begin : begin + size]
+        above, below = (side[np.triu_indices(size, 1)] for side in (part, part.T))
+        same = (np.abs(above - below) <= slack * np.abs(part).max()).all()
+        return bool(same and len(np.unique(above[above != 0])) >= FEWEST)
+
+    places = dict.fromkeys((matrix, begin) for matrix in (0, last // 2, last) for begin in (0, n - size))
+    return all(is_symmetric(*place) for place in places)
+
+
+def are_shares(shape: tuple[int, ...], values: Values, rounding: float) -> bool:
+    """Say whether nothing is below zero and each row, or each column, adds up to one: eight at least.
+
+    One may be zero, as of a node of a graph without neighbours.
+    """
+    import numpy as np
+
+    height, width = shape[-2:]
+    count, size = math.prod(shape), height * width
+    at_once = max(1, min(count, LONGEST) // size)
+    if size > LONGEST:
+        return False
+
+    def are_of_one(tables: NDArray[Any]) -> bool:
+        sums = tables.sum(2)
+        return bool((tables >= 0).all() and np.ptp(tables) > 0) and add_up_to_one(sums[sums > 0], rounding)
+
+    places = dict.fromkeys((0, count // size - at_once))
+    parts = [values(at * size, at_once * size).reshape(at_once, height, width) for at in places]
+    return any(all(map(are_of_one, some)) for some in (parts, [part.swapaxes(1, 2) for part in parts]))
+
+
+def add_up_to_one(sums: NDArray[Any], rounding: float) -> bool:
+    """Say whether eight sums or more are one but for roundings."""
+    import numpy as np
+
+    return len(sums) >= FEWEST and bool((np.abs(sums - 1) <= 1e-5 + 2 * rounding).all())

@@ -46,6 +46,9 @@ _PAIRS: tuple[tuple[frozenset[str], tuple[str, ...], PairKind], ...] = (
     (_COSINE, _SINES, "angle"),
 )
 
+#: What is learned of a pair: bounds of the logarithm of a spread (`max_logvar`), that a spread stays in.
+_BOUNDED = re.compile(r"(?<![^_])log_?(var|std|sigma|scale)")
+
 #: What says of a mean that it was accumulated; Paddle says it by an underscore before the name.
 _ACCUMULATED = frozenset(("running", "moving", "ema", "pop", "global"))
 
@@ -230,7 +233,7 @@ def _pairs(
 ) -> Iterator[UnsurePair]:
     """Yield what may be a pair: two of one shape, beside each other or in twin modules."""
     for last, tensor in siblings.items():
-        if last in _LAYERS or tensor.dtype not in FLOAT_DTYPES:
+        if last in _LAYERS or tensor.dtype not in FLOAT_DTYPES or _BOUNDED.search(last):
             continue
         for words, by, what in _PAIRS:
             for other in _replaced(last, words, by):

@@ -100,6 +100,7 @@ BUFFERS: dict[str, dict[str, tuple[int, ...]]] = {
     "molecules": {
         "conv_tp._compiled_main._w3j_1_2_1": (3, 5, 3),
         "atomic_energies_fn.atomic_energies": (1, 89),
+        "schnet.atomic_mass": (119,),
     },
     "smpl": {
         "smpl.v_template": (40, 3),

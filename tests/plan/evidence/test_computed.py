@@ -98,6 +98,10 @@ _GRID = np.stack(np.meshgrid(np.arange(12), np.arange(12)), -1).reshape(-1, 2)
 
 _FIR = np.sinc(np.arange(-5.5, 6) / 2) * np.kaiser(12, 5)
 
+_COVARIANCE = drawn(9, 40, seed=7) @ drawn(9, 40, seed=7).T
+
+_NEAR = np.where(np.abs(drawn(12, 12)) > 0.5, np.abs(drawn(12, 12, seed=1)), 0)
+
 COMPUTED: dict[str, NDArray[Any]] = {
     "table": sinusoids(100, 16),
     "table of other axes": sinusoids(64, 16, 100.0)[None, :, None],
@@ -129,6 +133,10 @@ COMPUTED: dict[str, NDArray[Any]] = {
     "random features": np.concatenate([np.linalg.qr(drawn(16, 16, seed=i))[0] * (2 + i) for i in range(3)])[
         :40
     ],
+    "covariance": _COVARIANCE,
+    "precisions": np.stack([np.linalg.inv(_COVARIANCE), np.linalg.inv(_COVARIANCE + np.eye(9))]),
+    "steps of a walk": _NEAR / _NEAR.sum(1, keepdims=True),
+    "steps of two walks": np.stack([_NEAR / _NEAR.sum(0), _NEAR.T / _NEAR.sum(1)]),
     "lattice": np.indices((4, 3, 5)).reshape(3, -1).T / 4,
     "powers": (np.arange(24) / 24) ** np.arange(4)[:, None],
     "powers up to one": (np.arange(24) / 24) ** np.arange(2)[:, None],
@@ -152,6 +160,11 @@ LEARNED: dict[str, NDArray[Any]] = {
     "pruned": drawn(16, 16) * (drawn(16, 16, seed=1) > 1),
     "nearly unit": unit(40, 6, axis=1) * 1.05,
     "kernel": drawn(1, 1, 4, 4),
+    "covariance that moved": _COVARIANCE * (1 + 0.05 * drawn(9, 9, seed=8)),
+    "small square": drawn(4, 4) + drawn(4, 4).T,
+    "diagonal": np.diag(drawn(9)),
+    "graph without shares": _NEAR,
+    "shares that moved": _NEAR / _NEAR.sum(1, keepdims=True) * (1 + 0.2 * drawn(12, 12)),
     "few": np.arange(6.0),
     "where fractions have no room": np.round(400 + 40 * drawn(64)) * 64,
     "whole but for one": np.append(np.floor(99 * drawn(64)), 0.5),
@@ -246,6 +259,8 @@ def test_an_embedding_may_hold_a_table_of_sinusoids(tmp_path: Path) -> None:
         (("pinn.lb", "pinn.ub"), (-abs(drawn(9)), abs(drawn(9, seed=1))), BY_VALUES),
         (("x.q01", "x.q99"), (-abs(drawn(9)), abs(drawn(9, seed=1))), BY_VALUES),
         (("x.lower", "x.upper"), (drawn(9), drawn(9, seed=1)), NOISE),
+        (("x.min_logvar", "x.max_logvar"), (-abs(drawn(9)), abs(drawn(9, seed=1))), NOISE),  # PETS
+        (("x.log_std_min", "x.log_std_max"), (-abs(drawn(9)), abs(drawn(9, seed=1))), NOISE),
         (("n.sum", "n.sum_squared"), (drawn(9), drawn(9, seed=1)), NOISE),
         (("n.mean", "n.std"), (drawn(9), drawn(9, seed=1)), (None, "names")),
         (("film.shift", "film.scale"), (drawn(9), abs(drawn(9, seed=1))), NOISE),
@@ -293,6 +308,26 @@ def mel(filters: int, bins: int, *, area: bool) -> NDArray[np.float32]:
     at, low, middle, high = np.arange(bins), edges[:-2, None], edges[1:-1, None], edges[2:, None]
     bumps = np.maximum(0, np.minimum((at - low) / (middle - low), (high - at) / (high - middle)))
     return np.asarray(bumps * 2 / (high - low) if area else bumps, np.float32)
+
+
+def test_a_distribution_is_computed_and_even_shares_are_not(tmp_path: Path) -> None:
+    counts = np.abs(drawn(300)) ** 3
+    learned = {"mixer.shares": np.full(16, 1 / 16) * (1 + 0.1 * drawn(16)), "mixer.even": np.full(16, 1 / 16)}
+    found = told(noised(tmp_path, {"noise_distribution": counts / counts.sum()} | learned))
+    assert found == {
+        "noise_distribution": BY_VALUES,
+        "mixer.shares": NOISE,
+        "mixer.even": ("constant", None),
+    }
+
+
+def test_large_squares_are_looked_at_where_their_diagonal_begins_and_ends(tmp_path: Path) -> None:
+    near = drawn(1500, 1500)
+    near += near.T
+    moved = near.copy()
+    moved[1400, 1300] += 1
+    expected = {"graph.laplacian": BY_VALUES, "moved.laplacian": NOISE}
+    assert told(noised(tmp_path, {"graph.laplacian": near, "moved.laplacian": moved})) == expected
 
 
 def test_a_bank_of_filters_is_computed(tmp_path: Path) -> None:

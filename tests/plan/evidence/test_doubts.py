@@ -131,6 +131,14 @@ def test_names_of_what_is_counted_are_doubts(name: str, tmp_path: Path) -> None:
     assert len(done.warnings) == 1
 
 
+def test_vectors_called_mu_and_sigma_are_doubts_but_not_a_layers(tmp_path: Path) -> None:
+    doubts = {"inputs_mu": drawn(1, 9), "inputs_sigma": drawn(1, 9, seed=1)}
+    learned = {"conv.mu": drawn(3, 4), "conv.sigma": drawn(3, 4, seed=1), "fc.mu": drawn(9)}
+    learned |= {"noisy.bias_mu": drawn(9), "noisy.bias_sigma": drawn(9, seed=1)}
+    done = noised(tmp_path, doubts | learned)
+    assert told(done) == dict.fromkeys(doubts, (None, "names")) | dict.fromkeys(learned, NOISE)
+
+
 def test_a_kind_leaves_a_doubt(tmp_path: Path) -> None:
     found = {"norm.mean": drawn(9), "norm.weight": drawn(9, seed=1)}
     done = noised(tmp_path, found, noise=NoiseSpec(include=("@norm",)))
