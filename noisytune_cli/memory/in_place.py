@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from noisytune_cli.engine import tiles
 from noisytune_cli.engine.threads import default_threads
@@ -90,7 +91,7 @@ def begin_noise(doses: Sequence[Dose], threads: int | None = None) -> Callable[[
     counts: list[list[int]] = [[0, 0] for _ in doses]
     on_device, flat_here, detour = _split([dose.held for dose in doses])
     count = threads or default_threads()
-    with torch.no_grad(), enough_memory(), _forgetting_casts():
+    with torch.no_grad(), enough_memory(), _forgetting_copies():
         queued = send(_queue_noise(doses, on_device))
         _tell_autograd([doses[i].held.values for i in flat_here])
         added = host.add_noise({i: _near(doses[i]) for i in flat_here}, count)
@@ -213,20 +214,22 @@ def _laid(dose: Dose) -> Dose:
 def overwrite(target: Tensor, values: Tensor) -> None:
     """Give a tensor other values, [n] in row-major order, bit for bit."""
     # Autograd is a thread's own setting, and this may not be the caller's thread.
-    with torch.inference_mode(True) if target.is_inference() else torch.no_grad(), _forgetting_casts():
+    with torch.inference_mode(True) if target.is_inference() else torch.no_grad(), _forgetting_copies():
         target.copy_(values.view(target.shape), non_blocking=values.is_pinned())
 
 
 @contextmanager
-def _forgetting_casts() -> Iterator[None]:
-    """Have autocast cast weights anew after they were written to, or after an interrupt half-way.
+def _forgetting_copies() -> Iterator[None]:
+    """Have weights cast and computed anew after they were written to, or after an interrupt half-way.
 
-    Inside its block it keeps a copy of each in the lower precision, and does not look whether that is right.
+    Inside its block autocast keeps a copy of each in the lower precision, `parametrize.cached` what a
+    parametrization made of it, and neither looks whether that is right.
     """
     try:
         yield
     finally:
         torch.clear_autocast_cache()
+        getattr(parametrize, "_cache", {}).clear()
 
 
 def _tell_autograd(tensors: Sequence[Tensor]) -> None:
@@ -243,7 +246,7 @@ def changing(target: Tensor) -> Iterator[Tensor]:
     values = host_values(target)
     if _is_flat_here(target):
         _tell_autograd([target])
-        with _forgetting_casts():
+        with _forgetting_copies():
             yield values
     else:
         yield values

@@ -336,6 +336,21 @@ def test_autocast_sees_the_change_of_a_slice() -> None:
     assert changed.tolist() == [False, False, True, True, False, False]
 
 
+@pytest.mark.parametrize("weight_norm", [True, False])
+def test_cached_parametrizations_see_the_changes(weight_norm: bool) -> None:
+    layer = torch.nn.Linear(6, 4)
+    if weight_norm:
+        torch.nn.utils.parametrizations.weight_norm(layer)
+    else:
+        torch.nn.utils.parametrizations.spectral_norm(layer.eval())
+    plain = layer.weight.detach().clone()
+    with torch.nn.utils.parametrize.cached():
+        assert torch.equal(layer.weight, plain)
+        with noisytune_cli.noisy(layer, sigma=1.0):
+            assert not torch.equal(layer.weight, plain)
+        assert torch.equal(layer.weight, plain)
+
+
 def test_inference_tensors() -> None:
     with torch.inference_mode():
         tensors = {"w": torch.randn(6, 4), "t": torch.randn(5, 3).t()}

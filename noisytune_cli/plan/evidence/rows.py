@@ -2,9 +2,9 @@
 
 A window and a filter read the same backwards; a bank of filters has zeros but for one bump in each, one
 further on than the other; a lattice has each combination of a few values once; what was normalised has rows
-or columns of length one, or at right angles to each other, or are shares that add up to one; what relates things
-to each other (distances, covariances, a graph) is the same across its diagonal; a progression is followed by
-its powers.
+or columns of length one, or at right angles to each other, or are shares that add up to one; what relates
+things to each other (distances, covariances, a graph) is the same across its diagonal; a progression is
+followed by its powers.
 """
 
 from __future__ import annotations
