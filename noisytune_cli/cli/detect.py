@@ -137,12 +137,20 @@ def _show(result: Detection, *, as_json: bool, knows_names: bool) -> None:
         write_out((line_of(score, width) for score in result.seeds), spelled=True)
     if not result.found:
         best = max(result.seeds, key=lambda score: abs(score.z))
+        weakest = result.weakest
         raise Mismatch(
-            "the noise is not there",
+            "no such noise was found",
             path=result.suspect,
-            why=f"the largest z, of {result.tests:,} tried, is {best.z:.1f} (seed {best.seed})",
+            why=f"the largest z, of {result.tests:,} tried, is {best.z:.1f} (seed {best.seed})"
+            + (f"; here it would be found from a λ of some {weakest:.2g}" if weakest else ""),
             next_step="Try other seeds"
-            + ", or give --manifest or --base, which know the names" * (not knows_names)
+            + (
+                ", or give --manifest or --base, which know the names"
+                if not knows_names
+                else ", or give --base, by which weaker noise is found"
+                if result.base is None
+                else ""
+            )
             + "; permuted neurons hide it",
         )
 

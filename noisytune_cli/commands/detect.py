@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,6 +108,13 @@ class Detection:
     def found(self) -> bool:
         """Whether the noise of any seed is there."""
         return any(seed.found for seed in self.seeds)
+
+    @property
+    def weakest(self) -> float | None:
+        """The λ from which noise is rather found than not; None where nothing could be compared."""
+        error = min((seed.high - seed.low) / (2 * _INTERVAL) for seed in self.seeds)
+        enough = -NormalDist().inv_cdf(THRESHOLD / self.tests / 2)
+        return enough * error or None
 
 
 def detect(

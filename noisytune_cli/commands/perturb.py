@@ -130,7 +130,9 @@ class Prepared:
         adapters = _of_an_adapter(self.source, plan)
         idle = (
             f"{escape(text)} matches buffers alone, which get no noise (--include names what is none)"
-            for text in idle_rules(plan)
+            if why == {"buffer"}
+            else f"{escape(text)} changes nothing: all that it matches is left out ({', '.join(sorted(why))})"
+            for text, why in idle_rules(plan).items()
         )
         alone = _of_a_shard(self.source)
         strong = (*no_matrices(plan), *too_strong(plan.noise for plan in self.plans))

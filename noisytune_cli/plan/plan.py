@@ -260,19 +260,20 @@ def _is_doubt(step: Step, wish: _Wish, in_doubt: bool) -> bool:
     return in_doubt and step.action != "copy" and not wish.named
 
 
-def idle_rules(plan: Plan) -> list[str]:
-    """Return the patterns of rules and splits that match buffers alone, so that they change nothing."""
+def idle_rules(plan: Plan) -> dict[str, frozenset[Reason]]:
+    """Return the patterns of rules and splits of which all that they match is left out, with the reasons."""
     patterns = [pattern for pattern, _ in (*plan.noise.rules, *plan.noise.splits)]
     if not patterns:
-        return []
+        return {}
     reasons = {step.tensor.name: step.reason for step in plan.steps}
     tensors = [step.tensor for step in plan.steps]
     matched = match_with_paths(patterns, list(reasons), paths_of(tensors), shapes=shapes_of(tensors))
-    return [
-        text
-        for text, found in zip(patterns, matched, strict=True)
-        if found and {reasons[name] for name in found} == {"buffer"}
-    ]
+    idle = {}
+    for text, found in zip(patterns, matched, strict=True):
+        why = frozenset(reason for name in found if (reason := reasons[name]) not in (None, "lambda-zero"))
+        if found and all(reasons[name] in why for name in found):
+            idle[text] = why
+    return idle
 
 
 def names_included(noise: NoiseSpec, tensors: Sequence[TensorSpec]) -> frozenset[str]:

@@ -289,8 +289,20 @@ def test_no_is_exit_code_8_after_the_answer(suspect: Path) -> None:
     document = json.loads(result.stdout)
     assert (document["found"], document["base"], document["seeds"][0]["seed"]) == (False, None, "8")
     assert result.stderr.startswith(
-        "noisytune: error: the noise is not there: model.safetensors: the largest z"
+        "noisytune: error: no such noise was found: model.safetensors: the largest z"
     )
+
+
+def test_too_few_values_are_told_and_the_base_advised(tmp_path: Path) -> None:
+    source = save(tmp_path / "model.safetensors", {"layer.0.weight": weights("F32", 50, 50)})
+    noisy = tmp_path / "noisy.safetensors"
+    assert invoke("perturb", source, "--seed", "3", "-o", noisy).exit_code == 0
+    result = invoke("detect", noisy, "--manifest", noisy)
+    assert result.exit_code == 8
+    # Of 2,500 values λ has an error of √12 / 50 = 0.069; some five of them are needed.
+    assert "here it would be found from a λ of some 0.3" in result.stderr
+    assert "or give --base, by which weaker noise is found" in result.stderr
+    assert invoke("detect", noisy, "--manifest", noisy, "--base", source).exit_code == 0
 
 
 def test_the_document_has_each_tensor_of_a_seed_that_was_found(suspect: Path) -> None:

@@ -157,6 +157,15 @@ def test_a_rule_for_buffers_alone_is_warned_of(tmp_path: Path) -> None:
     assert told.startswith("*.attn.bias matches buffers alone, which get no noise")
 
 
+def test_a_rule_for_what_is_left_out_is_warned_of(tmp_path: Path) -> None:
+    tensors = {name: weights("F32", 6, 6, seed=i) for i, name in enumerate(("a.weight", "b.weight"))}
+    source = save(tmp_path / "in.safetensors", tensors)
+    rules = (("b.*", 0.3), ("*.weight", 0.2))
+    result = run(source, tmp_path / "out.safetensors", NoiseSpec(rules=rules, exclude=("b.*",)))
+    (told,) = (warning for warning in result.warnings if "changes nothing" in warning)
+    assert told == "b.* changes nothing: all that it matches is left out (excluded)"
+
+
 def test_more_than_half_unchanged_is_warned_of(tmp_path: Path) -> None:
     tensors = {
         "norm.weight": weights("BF16", 500, centre=1.0, width=0.001),
