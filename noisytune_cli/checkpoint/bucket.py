@@ -15,8 +15,7 @@ from typing import NamedTuple
 from noisytune_cli.checkpoint import downloads
 from noisytune_cli.checkpoint.address import UNFINISHED, Address
 from noisytune_cli.checkpoint.config import ADAPTER_CONFIG, CONFIG
-from noisytune_cli.checkpoint.hub_answers import is_safe
-from noisytune_cli.checkpoint.layout import folders_among, list_names
+from noisytune_cli.checkpoint.layout import folders_among, is_safe, list_names
 from noisytune_cli.checkpoint.remote import Remote, Scratch, do_all
 from noisytune_cli.checkpoint.store import PIECE, Object, Store, StoreFault, reading
 from noisytune_cli.errors import (

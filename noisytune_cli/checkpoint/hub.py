@@ -25,11 +25,10 @@ from noisytune_cli.checkpoint.hub_answers import (
     Answers,
     Untrue,
     check_listed,
-    is_safe,
     watched,
 )
 from noisytune_cli.checkpoint.hub_errors import CANNOT_FETCH, cannot_write_cache, mapped_errors
-from noisytune_cli.checkpoint.layout import folders_among, list_names
+from noisytune_cli.checkpoint.layout import folders_among, is_safe, list_names
 from noisytune_cli.checkpoint.remote import Remote, do_all
 from noisytune_cli.errors import HubError
 

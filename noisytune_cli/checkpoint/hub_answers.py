@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from noisytune_cli.checkpoint.layout import is_safe
 from noisytune_cli.errors import UsageError
 from noisytune_cli.reading import parse_json
 
@@ -128,16 +129,6 @@ def check_listed(name: str, size: object) -> None:
         raise Untrue(f"it lists an unsafe file name, '{name}'")
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
         raise Untrue(f"it lists a file of a size that is none, '{name}'")
-
-
-def is_safe(name: str) -> bool:
-    """Tell whether a name of the hub's or a store's can be one in a folder here, and leads nowhere else."""
-    try:
-        parts = name.encode().split(b"/")
-    except UnicodeEncodeError:
-        return False
-    plain = all(part not in (b"", b".", b"..") and b"\0" not in part and len(part) <= 255 for part in parts)
-    return plain and len(name) <= 2_000
 
 
 def _text(value: object, key: str) -> str:

@@ -129,6 +129,16 @@ def is_plain_name(name: str) -> bool:
     return all(part not in ("", ".", "..") for part in name.split("/")) and name.isprintable()
 
 
+def is_safe(name: str) -> bool:
+    """Tell whether a name of the hub's or a store's can be one in a folder here, and leads nowhere else."""
+    try:
+        parts = name.encode().split(b"/")
+    except UnicodeEncodeError:
+        return False
+    plain = all(part not in (b"", b".", b"..") and b"\0" not in part and len(part) <= 255 for part in parts)
+    return plain and len(name) <= 2_000
+
+
 def folders_among(names: Collection[str]) -> set[str]:
     """Return those of `names` that others lie below: elsewhere one name can be both, here it cannot."""
     above = (folder for name in names for folder in accumulate(name.split("/")[:-1], "{}/{}".format))
