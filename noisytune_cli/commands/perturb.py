@@ -128,15 +128,9 @@ class Prepared:
         plan = together(self.plans)
         doubts = (*warning_of(plan), *warning_of_averages(plan, self.told.buffers))
         adapters = _of_an_adapter(self.source, plan)
-        idle = (
-            f"{escape(text)} matches buffers alone, which get no noise (--include names what is none)"
-            if why == {"buffer"}
-            else f"{escape(text)} changes nothing: all that it matches is left out ({', '.join(sorted(why))})"
-            for text, why in idle_rules(plan).items()
-        )
         alone = _of_a_shard(self.source)
         strong = (*no_matrices(plan), *too_strong(plan.noise for plan in self.plans))
-        return (*self.source.warnings, *self.claims, *alone, *adapters, *doubts, *idle, *strong)
+        return (*self.source.warnings, *self.claims, *alone, *adapters, *doubts, *idle_rules(plan), *strong)
 
     def settled(self) -> Prepared:
         """Return it with all settled that takes reading; a buffer keeps its dtype."""

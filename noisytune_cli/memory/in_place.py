@@ -229,7 +229,7 @@ def _forgetting_copies() -> Iterator[None]:
         yield
     finally:
         torch.clear_autocast_cache()
-        getattr(parametrize, "_cache", {}).clear()
+        getattr(parametrize, "_cache", {}).clear()  # torch has no function for it
 
 
 def _tell_autograd(tensors: Sequence[Tensor]) -> None:

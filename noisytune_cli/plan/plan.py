@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from noisytune_cli.dtypes import FLOAT_DTYPES
 from noisytune_cli.errors import InputInvalid, UsageError
-from noisytune_cli.escape import enumerate_some
+from noisytune_cli.escape import enumerate_some, escape
 from noisytune_cli.plan.evidence.told import Told, tell
 from noisytune_cli.plan.patterns import check_matched, is_kind, match_names
 from noisytune_cli.plan.split import Division, check_splits, divide
@@ -260,20 +260,25 @@ def _is_doubt(step: Step, wish: _Wish, in_doubt: bool) -> bool:
     return in_doubt and step.action != "copy" and not wish.named
 
 
-def idle_rules(plan: Plan) -> dict[str, frozenset[Reason]]:
-    """Return the patterns of rules and splits of which all that they match is left out, with the reasons."""
+def idle_rules(plan: Plan) -> list[str]:
+    """Return a warning for each pattern of a rule or a split of which all that it matches is left out."""
     patterns = [pattern for pattern, _ in (*plan.noise.rules, *plan.noise.splits)]
     if not patterns:
-        return {}
-    reasons = {step.tensor.name: step.reason for step in plan.steps}
+        return []
+    reasons = {step.tensor.name: step.reason or "" for step in plan.steps}
     tensors = [step.tensor for step in plan.steps]
     matched = match_with_paths(patterns, list(reasons), paths_of(tensors), shapes=shapes_of(tensors))
-    idle = {}
+    warnings = []
     for text, found in zip(patterns, matched, strict=True):
-        why = frozenset(reason for name in found if (reason := reasons[name]) not in (None, "lambda-zero"))
-        if found and all(reasons[name] in why for name in found):
-            idle[text] = why
-    return idle
+        why = {reasons[name] for name in found}
+        if why == {"buffer"}:
+            told = "matches buffers alone, which get no noise (--include names what is none)"
+        elif why and why.isdisjoint(("", "lambda-zero")):
+            told = f"changes nothing: all that it matches is left out ({', '.join(sorted(why))})"
+        else:
+            continue
+        warnings.append(f"{escape(text)} {told}")
+    return warnings
 
 
 def names_included(noise: NoiseSpec, tensors: Sequence[TensorSpec]) -> frozenset[str]:

@@ -251,15 +251,10 @@ def are_shares(shape: tuple[int, ...], values: Values, rounding: float) -> bool:
 
     def are_of_one(tables: NDArray[Any]) -> bool:
         sums = tables.sum(2)
-        return bool((tables >= 0).all() and np.ptp(tables) > 0) and add_up_to_one(sums[sums > 0], rounding)
+        sums = sums[sums > 0]
+        add_up = len(sums) >= FEWEST and (np.abs(sums - 1) <= 1e-5 + 2 * rounding).all()
+        return bool(add_up and (tables >= 0).all() and np.ptp(tables) > 0)
 
     places = dict.fromkeys((0, count // size - at_once))
     parts = [values(at * size, at_once * size).reshape(at_once, height, width) for at in places]
     return any(all(map(are_of_one, some)) for some in (parts, [part.swapaxes(1, 2) for part in parts]))
-
-
-def add_up_to_one(sums: NDArray[Any], rounding: float) -> bool:
-    """Say whether eight sums or more are one but for roundings."""
-    import numpy as np
-
-    return len(sums) >= FEWEST and bool((np.abs(sums - 1) <= 1e-5 + 2 * rounding).all())

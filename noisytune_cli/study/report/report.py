@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from noisytune_cli.study.report import appendix, wording
 from noisytune_cli.study.report.markdown import bullets, image, table, text
 from noisytune_cli.study.report.plots import PLOTS
-from noisytune_cli.study.report.results import Entry, Results, whole
+from noisytune_cli.study.report.results import Entry, Results, choice_counted, whole
 from noisytune_cli.study.report.wording import NO_EVIDENCE
 
 
@@ -79,10 +79,8 @@ def _findings(results: Results) -> list[str]:
 
 def _choice(results: Results) -> str:
     """Return where λ was chosen, and whether p counts in what luck has chosen."""
-    searched = {(e["name"], e["share"]) for e in results["conditions"] if e["lambda_chosen_on"] != "given"}
-    found = [*results["comparisons"], *results["combinations"]]
-    counted = [e["search"] is not None for e in found if (e["name"], e["share"]) in searched]
-    return wording.choice(results["lambda_chosen_on"], counted)
+    found = [choice_counted(results, e) for e in (*results["comparisons"], *results["combinations"])]
+    return wording.choice(results["lambda_chosen_on"], [counted for counted in found if counted is not None])
 
 
 def caveats(results: Results, shown: Callable[[str], str]) -> list[str]:

@@ -338,6 +338,12 @@ def _search(
     }
 
 
+def choice_counted(results: Results, comparison: Entry) -> bool | None:
+    """Tell whether a comparison's p counts in that its λ was chosen; None where λ was given."""
+    given = {(c["name"], c["share"]) for c in results["conditions"] if c["lambda_chosen_on"] == "given"}
+    return None if (comparison["name"], comparison["share"]) in given else comparison["search"] is not None
+
+
 def paired(differences: Sequence[float], searches: Sequence[Search] = ()) -> dict[str, Any]:
     """Return what paired differences say of their mean; those that are mere rounding are none.
 

@@ -16,7 +16,7 @@ from typing import Any
 from noisytune_cli.study.report import statistics, wording
 from noisytune_cli.study.report.conditions import ConditionKind, Pair, kind_of, name_kinds
 from noisytune_cli.study.report.markdown import bullets, image, table, text
-from noisytune_cli.study.report.results import Results, excluded_beyond, judge, paired, whole
+from noisytune_cli.study.report.results import Results, choice_counted, excluded_beyond, judge, paired, whole
 from noisytune_cli.study.report.statistics import Search
 
 #: The version of the document's layout.
@@ -81,7 +81,7 @@ def _method(
         {
             "task": results["study"]["task"],
             **{key: entry[key] for key in told},
-            "choice_counted": _choice_counted(results, entry),
+            "choice_counted": choice_counted(results, entry),
         }
         for results, entry in zip(studies, found, strict=True)
     ]
@@ -94,12 +94,6 @@ def _method(
         **paired(differences, [_search(entry, common) for entry in found]),
         "other_tasks": excluded_beyond(means),
     }
-
-
-def _choice_counted(results: Results, entry: Mapping[str, Any]) -> bool | None:
-    """Tell whether a comparison's p counts in that its λ was chosen, None where λ was given."""
-    given = {one["name"] for one in whole(results) if one["lambda_chosen_on"] == "given"}
-    return None if entry["name"] in given else entry["search"] is not None
 
 
 def _search(entry: Mapping[str, Any], common: Collection[Pair]) -> Search:
