@@ -83,8 +83,19 @@ def _dropped(unraisable: sys.UnraisableHookArgs) -> None:
         return
     _raised_at = -math.inf
     signum = stopped.signum
-    signal.signal(signal.SIGALRM, lambda _, frame: _stop(signum, frame))
-    signal.setitimer(signal.ITIMER_REAL, _SOON)
+
+    def again(_: int, frame: FrameType | None) -> None:
+        # What is raised in this very function Python drops for good, and a busy machine may be long in it.
+        outer = frame
+        while outer is not None:
+            if outer.f_code is _dropped.__code__:
+                return  # the next will come
+            outer = outer.f_back
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        _stop(signum, frame)
+
+    signal.signal(signal.SIGALRM, again)
+    signal.setitimer(signal.ITIMER_REAL, _SOON, _SOON)
 
 
 def _raise(signum: int) -> None:

@@ -187,6 +187,12 @@ def test_a_signal_while_a_class_is_made_is_a_signal_all_the_same() -> None:
 _STOPPED_WHILE_AN_OBJECT_GOES = """
 import os, signal, sys, time, weakref
 from noisytune_cli.cli import app
+set_timer = signal.setitimer
+def set_slowly(*arguments):
+    set_timer(*arguments)
+    until = time.monotonic() + {slow}
+    while time.monotonic() < until: pass
+signal.setitimer = set_slowly
 class Object: pass
 def stop(reference):
     os.kill(os.getpid(), signal.{signum})
@@ -204,10 +210,11 @@ main()
 
 @pytest.mark.parametrize("reference", ["weakref.ref(thing, stop)", "weakref.finalize(thing, stop, None)"])
 @pytest.mark.parametrize(("signum", "code", "said"), [("SIGTERM", 143, ""), ("SIGINT", 130, "interrupted")])
+@pytest.mark.parametrize("slow", [0.0, 0.02])  # of a busy machine, which is still there after the timer
 def test_a_signal_while_an_object_goes_is_a_signal_all_the_same(
-    reference: str, signum: str, code: int, said: str
+    reference: str, signum: str, code: int, said: str, slow: float
 ) -> None:
-    program = _STOPPED_WHILE_AN_OBJECT_GOES.format(signum=signum, reference=reference)
+    program = _STOPPED_WHILE_AN_OBJECT_GOES.format(signum=signum, reference=reference, slow=slow)
     ended = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=40
     )
